@@ -1,0 +1,1 @@
+"""What the stages share and nothing else: noise schedule, cache, model loading, configuration, errors."""

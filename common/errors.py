@@ -1,0 +1,107 @@
+"""The errors a user can meet, as one small tree.
+
+    InpoError                     exit code 1
+    ├── UsageError(ValueError)    exit code 2: options that contradict each other or are out of range
+    ├── DataError(ValueError)     a pair source that cannot be read
+    ├── ModelError(ValueError)    a model that cannot be loaded or is not supported
+    ├── StorageError(OSError)     a disk or an object store that refuses: full, read-only, unreachable
+    ├── TrainingError(RuntimeError)   a run that cannot go on: not finite, no records, wrong checkpoint
+    └── CacheError
+        ├── CacheMissing(FileNotFoundError)   no cache, or no committed pair in it
+        ├── CacheMismatch(ValueError)         the cache's identity is not the one asked for
+        ├── CacheIncomplete(LookupError)      a tensor, pair or label set that this cache does not hold
+        ├── CacheCorrupt(OSError)             bytes that are not the committed ones
+        └── CacheSchemaError(ValueError)      a manifest or commit this version cannot read
+
+Each message tells what, where, expected, got, and what to do. The front door prints it without a traceback.
+"""
+
+
+class InpoError(Exception):
+    """Base of every error a user can meet.
+
+    `what` is one sentence; the other parts are optional and are printed one a line.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for name, value in (("where", self.where), ("expected", self.expected), ("got", self.got)):
+            if value is not None:
+                lines.append(f"  {name + ':':<10}{value}")
+        if self.fix is not None:
+            lines.append(f"  {'to do:':<10}{self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and errors cross process borders (workers, Ray).
+        return (_rebuild, (type(self), self.what, self.where, self.expected, self.got, self.fix))
+
+
+def _rebuild(
+    kind: type[InpoError], what: str, where: object, expected: object, got: object, fix: str | None
+) -> InpoError:
+    return kind(what, where=where, expected=expected, got=got, fix=fix)
+
+
+class UsageError(InpoError, ValueError):
+    """Options that contradict each other or are out of range."""
+
+    exit_code = 2
+
+
+class DataError(InpoError, ValueError):
+    """A pair source that cannot be read."""
+
+
+class ModelError(InpoError, ValueError):
+    """A model that cannot be loaded or is not supported."""
+
+
+class StorageError(InpoError, OSError):
+    """A disk or an object store that refuses."""
+
+
+class TrainingError(InpoError, RuntimeError):
+    """A training run that cannot go on."""
+
+
+class CacheError(InpoError):
+    """Base of everything that is wrong with a cache."""
+
+
+class CacheMissing(CacheError, FileNotFoundError):
+    """No cache there, or no committed pair in it."""
+
+
+class CacheMismatch(CacheError, ValueError):
+    """The cache's identity is not the one asked for."""
+
+
+class CacheIncomplete(CacheError, LookupError):
+    """A tensor, pair or label set that this cache does not hold."""
+
+
+class CacheCorrupt(CacheError, OSError):
+    """Bytes that are not the committed ones."""
+
+
+class CacheSchemaError(CacheError, ValueError):
+    """A manifest or commit that this version cannot read."""
