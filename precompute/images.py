@@ -1,0 +1,179 @@
+"""From an encoded image file to the pixels a VAE takes.
+
+    bytes --decode_image--> PIL image, RGB 8 bit, upright --prepare_image--> pixels float32 [3, h, w] in [-1, 1]
+
+ICC profiles are not applied. Pixels of the two sides go through here with the same crop and the same flip.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image
+from torch import Tensor
+
+ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
+"""Reasons of an ImageError; the same words as in `precompute.sources.pair.SKIP_REASONS`."""
+
+MAX_PIXELS = 89_478_485
+"""Default limit on width x height, Pillow's own: 256 MiB of 8-bit RGB, a square of 9459 pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Formats that are read. Others are refused: Pillow's list also holds formats that start outside programs."""
+
+RESIZE_FILTER = "lanczos"
+"""Pillow's antialiased LANCZOS, on 8-bit values, for shrinking and for enlarging."""
+
+Crop = Literal["center"]
+
+
+class ImageError(Exception):
+    """An image file that gives no pixels. `reason` is a stable word, `detail` one line for people."""
+
+    def __init__(self, reason: ImageProblem, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ImageError, (self.reason, self.detail))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """Pixels for the VAE and what SDXL's time ids need."""
+
+    pixels: Float[Tensor, "3 h w"]
+    """float32 in [-1, 1]; h = w = resolution."""
+    original_size: tuple[int, int]
+    """(height, width) of the decoded image, after EXIF rotation, before resizing."""
+    crop_top_left: tuple[int, int]
+    """(top, left) of the crop in the resized image, as shown: mirrored when the image is flipped."""
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file of any mode to upright 8-bit RGB.
+
+    Transparency is laid on white; 16-bit grey is scaled by 255/65535; the first frame of an animation is taken; EXIF
+    orientation is applied. Raises ImageError; images above `max_pixels` are refused before their pixels are decoded.
+    """
+    if len(data) == 0:
+        raise ImageError("empty_image", "zero bytes")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above its own limit (we refuse by ours) and about damaged metadata that pixels do not need.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, limit {max_pixels}")
+            image.load()
+            return _to_rgb(_upright(image))
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("decompression_bomb", str(error)) from error
+    except Exception as error:  # decoders fail on hostile bytes with any exception: OSError, struct.error, SyntaxError
+        raise _classify(data, error) from error
+
+
+def prepare_image(image: Image.Image, *, resolution: int, crop: Crop, flip: bool) -> PreparedImage:
+    """Resize the shorter side to `resolution` (LANCZOS, antialiased), crop to a square, flip left-right on request.
+
+    `image` is RGB. Only the cropped part is resampled, so a 1x50000 image costs no more than a square one.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"prepare_image takes RGB, got {image.mode}")
+    if crop != "center":
+        raise ValueError(f"unknown crop {crop!r}")
+    width, height = image.size
+    scale = resolution / min(width, height)
+    resized_width = max(resolution, round(width * scale))
+    resized_height = max(resolution, round(height * scale))
+    top, left = (resized_height - resolution) // 2, (resized_width - resolution) // 2
+    box = (
+        left * width / resized_width,
+        top * height / resized_height,
+        min(width, (left + resolution) * width / resized_width),
+        min(height, (top + resolution) * height / resized_height),
+    )
+    cropped = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    if flip:
+        cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        left = resized_width - resolution - left
+    values = torch.from_numpy(np.array(cropped, dtype=np.uint8)).permute(2, 0, 1)
+    pixels = (values.to(torch.float32) / 127.5 - 1.0).contiguous()
+    return PreparedImage(pixels=pixels, original_size=(height, width), crop_top_left=(top, left))
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are whole
+        return image
+    operation = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if operation is None else image.transpose(operation)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ImageError("unsupported_mode", f"mode {image.mode} with values outside 0..65535")
+        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
+        raise ImageError("unsupported_mode", f"mode {image.mode} has no defined 8-bit RGB")
+    if image.has_transparency_data:
+        # Premultiplied modes convert only to their straight twin.
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+        rgba = (image.convert(straight) if straight else image).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _classify(data: bytes, error: Exception) -> ImageError:
+    detail = f"{type(error).__name__}: {error}"
+    if "Decompressed data too large" in str(error):  # compressed text chunks of a PNG
+        return ImageError("decompression_bomb", detail)
+    if "truncated" in str(error).lower() or _ends_early(data):
+        return ImageError("truncated", f"{len(data)} bytes; {detail}")
+    return ImageError("unreadable", f"{len(data)} bytes beginning {data[:8].hex()}; {detail}")
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a file with a known signature lacks its end. Asked only of files that failed to decode."""
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        position = 8
+        while position + 12 <= len(data):
+            length, kind = struct.unpack_from(">I4s", data, position)
+            if kind == b"IEND":
+                return False
+            position += 12 + length
+        return True
+    if data.startswith(b"RIFF") and len(data) >= 8:
+        return 8 + struct.unpack_from("<I", data, 4)[0] > len(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return not data.endswith(b"\x3b")
+    if data.startswith(b"BM") and len(data) >= 6:
+        return bool(struct.unpack_from("<I", data, 2)[0] > len(data))
+    # A beginning of a signature and nothing more.
+    return any(signature.startswith(data) for signature in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF89a"))

@@ -1,0 +1,29 @@
+"""Where preference pairs come from: webdataset tars, Pick-a-Pic v2 parquet, or a folder with a list of pairs.
+
+    source = open_source("pairs-{0000..0003}.tar")
+    for shard in source.input_shards():
+        for item in shard.rows(0, shard.num_rows):   # Pair or Skipped
+            ...
+"""
+
+from precompute.sources.pair import (
+    SKIP_REASONS,
+    InputShard,
+    Pair,
+    PairSource,
+    Skipped,
+    SkipReason,
+    mark_duplicates,
+)
+from precompute.sources.recognise import open_source
+
+__all__ = [
+    "SKIP_REASONS",
+    "InputShard",
+    "Pair",
+    "PairSource",
+    "SkipReason",
+    "Skipped",
+    "mark_duplicates",
+    "open_source",
+]

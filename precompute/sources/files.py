@@ -1,0 +1,131 @@
+"""Files of a source: local paths and fsspec URLs behind the same few calls.
+
+Shards keep the location as a string and open it when they read, so they can be pickled to other processes and machines.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import BinaryIO, cast
+
+import braceexpand
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from common.errors import DataError
+
+OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+"""URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
+
+
+@lru_cache(maxsize=64)
+def _object_store(protocol: str) -> fsspec.AbstractFileSystem:
+    from obstore.fsspec import FsspecStore
+
+    return FsspecStore(protocol)
+
+
+def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a location and the path in it. Raises DataError for an unknown or uninstalled scheme."""
+    scheme, separator, _ = location.partition("://")
+    if separator and scheme in OBJECT_STORES:
+        return _object_store(scheme), location
+    try:
+        fs, path = fsspec.core.url_to_fs(location)
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            "this location cannot be opened",
+            where=location,
+            expected="a local path or a URL that fsspec knows (s3://, gs://, https://, memory://, ...)",
+            got=str(error),
+            fix="install the fsspec package that the message names, or copy the data to a local folder",
+        ) from error
+    return fs, path
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def open_binary(location: str, *, sequential: bool = True) -> BinaryIO:
+    """An open binary file. `sequential` keeps read-ahead for remote files; without it each read is one range request.
+
+    Raises DataError, also for a file that is not there.
+    """
+    fs, path = filesystem(location)
+    options = {} if is_local(fs) or sequential else {"cache_type": "none"}
+    try:
+        return cast(BinaryIO, fs.open(path, "rb", **options))
+    except Exception as error:  # every file system has exceptions of its own
+        raise unreadable_file(location, error) from error
+
+
+def unreadable_file(location: str, error: Exception) -> DataError:
+    """The DataError for an input shard that cannot be read."""
+    return DataError(
+        "this input shard cannot be read",
+        where=location,
+        got=f"{type(error).__name__}: {error}",
+        fix="copy the file again, or leave it out; the other shards are not affected",
+    )
+
+
+def expand_pattern(location: str) -> list[str]:
+    """The locations behind a brace pattern or a glob, sorted; the location itself when it is neither.
+
+    A name that exists is never taken for a pattern. Braces may name files that are not there (each becomes an
+    unreadable shard); a glob gives existing files only.
+    """
+    if not re.search(r"[{*?\[]", location):
+        return [location]
+    fs, path = filesystem(location)
+    if is_local(fs) and fs.exists(path):
+        return [location]
+    expanded: list[str] = []
+    for one in braceexpand.braceexpand(location) if "{" in location else [location]:
+        expanded.extend(_glob(one) if re.search(r"[*?\[]", one) else [one])
+    return sorted(set(expanded))
+
+
+def _glob(pattern: str) -> list[str]:
+    fs, path = filesystem(pattern)
+    prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
+    return [prefix + found for found in fs.glob(path)]
+
+
+def list_folder(location: str) -> list[str]:
+    """Locations of the files directly in a folder, sorted; hidden files left out. Raises DataError."""
+    fs, path = filesystem(location)
+    try:
+        entries = fs.ls(path, detail=True)
+    except Exception as error:
+        raise DataError("this folder cannot be listed", where=location, got=f"{type(error).__name__}: {error}") from error
+    base = location.rstrip("/")
+    names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
+    return sorted(f"{base}/{name}" for name in names if not name.startswith("."))
+
+
+def shard_names(locations: Sequence[str]) -> list[str]:
+    """One file-system safe name for each location, unique among them: the stem, with the folder where stems repeat."""
+    names = [_safe(PurePosixPath(location).stem) for location in locations]
+    if len(set(names)) != len(names):
+        names = [
+            _safe(f"{PurePosixPath(location).parent.name}-{PurePosixPath(location).stem}") for location in locations
+        ]
+    if len(set(names)) != len(names):
+        names = [f"{name}-{_digest(location)}" for name, location in zip(names, locations, strict=True)]
+    if len(set(names)) != len(names):
+        raise DataError("the same file is named twice", where=", ".join(locations))
+    return names
+
+
+def _safe(text: str) -> str:
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:100]
+    # Two names that differ in a replaced character must not become one.
+    return safe if safe == text else f"{safe}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()

@@ -1,0 +1,192 @@
+"""One preference pair as read from a source, the rows that give none, and the interface of every pair source.
+
+    PairSource --input_shards()--> InputShard --rows(start, stop)--> Pair | Skipped
+
+Images stay encoded here; `precompute.images` decodes them. A pair is kept or dropped whole: a row with one bad image
+gives one `Skipped`, never half a pair, and never the win of one row beside the lose of another.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+SkipReason = Literal[
+    "tie",
+    "unlabelled",
+    "bad_label",
+    "missing_prompt",
+    "bad_metadata",
+    "missing_image",
+    "empty_image",
+    "unreadable",
+    "truncated",
+    "decompression_bomb",
+    "unsupported_mode",
+    "duplicate_id",
+]
+"""Every reason for which a row gives no pair. The words are stable: commits, tables and JSONL lists carry them."""
+
+SKIP_REASONS: dict[SkipReason, str] = {
+    "tie": "the label is 0.5: neither image is preferred",
+    "unlabelled": "the row says it has no label, or its label is null",
+    "bad_label": "the label is not a number in [0, 1], or the two labels of the row contradict each other",
+    "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
+    "bad_metadata": "the row's text cannot be parsed: JSON, UTF-8, column count, or two members for one role",
+    "missing_image": "an image's bytes, member or file are not there",
+    "empty_image": "an image has zero bytes",
+    "unreadable": "the bytes are no image in a supported format",
+    "truncated": "an image file ends too early",
+    "decompression_bomb": "an image has more pixels than the limit",
+    "unsupported_mode": "an image's pixels have no defined 8-bit meaning (float, 32-bit, LAB)",
+    "duplicate_id": "an earlier row has the same pair id",
+}
+"""What each reason means, in words for tables and documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One preference pair, images still encoded."""
+
+    pair_id: str
+    """Unique in the source. The source's own id where it has one, else made from what the row says, not from order."""
+    prompt: str
+    """The caption as given; may be empty, any length, any script."""
+    win: bytes
+    """Encoded image file of the preferred side."""
+    lose: bytes
+    """Encoded image file of the other side."""
+    label: float
+    """P(win preferred), in (0.5, 1]: the source orders the sides so."""
+    row: int
+    """Row in the input shard, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A row that gives no pair."""
+
+    pair_id: str
+    reason: SkipReason
+    detail: str
+    """One line for people: which side, which member, what was found."""
+    row: int
+
+
+@runtime_checkable
+class InputShard(Protocol):
+    """Consecutive rows of a source that live in one file. Picklable; opens its file anew for each `rows` call."""
+
+    @property
+    def name(self) -> str:
+        """Stable, file-system safe, unique in the source."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the file, known without decoding an image. Raises DataError when the file is unreadable."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Cheap identity of the content (32 hex digits); never of path or time alone. Raises DataError."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+        """Rows start..stop-1 in order, exactly one item a row, read lazily in bounded memory. Raises DataError."""
+        ...
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """All pairs behind one location, as numbered input shards."""
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def kind(self) -> Literal["webdataset", "parquet", "folder"]: ...
+
+    def input_shards(self) -> Sequence[InputShard]:
+        """The shards sorted by name; nothing is read until a shard is asked."""
+        ...
+
+
+class RowProblem(Exception):
+    """Raised inside a source while it reads one row; turned into that row's `Skipped`."""
+
+    def __init__(self, *, reason: SkipReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def check_text(value: object, *, what: str, missing: SkipReason) -> str:
+    """`value` as a string that can be stored as UTF-8, else RowProblem: `missing` for null, bad_metadata otherwise."""
+    if value is None:
+        raise RowProblem(reason=missing, detail=f"{what} is missing")
+    if not isinstance(value, str):
+        raise RowProblem(reason="bad_metadata", detail=f"{what} is {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowProblem(reason="bad_metadata", detail=f"{what} is not valid Unicode") from None
+    return value
+
+
+def parse_label(value: object, *, what: str = "label") -> float:
+    """`value` as a probability in [0, 1], else RowProblem: unlabelled for null and "", bad_label otherwise."""
+    if value is None or value == "":
+        raise RowProblem(reason="unlabelled", detail=f"{what} is null")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}") from None
+    if math.isnan(number) or not 0.0 <= number <= 1.0:
+        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}, expected 0..1")
+    return number
+
+
+def preference(label: float) -> tuple[bool, float]:
+    """(swap, P(win preferred) > 0.5) for P(first preferred) = `label`; RowProblem tie when float32 makes it 0.5.
+
+    The cache stores labels as float32, so a label that rounds to 0.5 there is a tie here.
+    """
+    if np.float32(label) == np.float32(0.5):
+        raise RowProblem(reason="tie", detail=f"label {label!r}")
+    return label < 0.5, max(label, 1.0 - label)
+
+
+def contradiction_free(label_0: float, label_1: float) -> float:
+    """P(image 0 preferred) from the two labels of a Pick-a-Pic row, which must add up to 1 (RowProblem bad_label)."""
+    if abs(label_0 + label_1 - 1.0) > 1e-4:
+        raise RowProblem(reason="bad_label", detail=f"label_0 {label_0!r} and label_1 {label_1!r} do not add up to 1")
+    return label_0
+
+
+def check_image_bytes(value: bytes | None, *, what: str) -> bytes:
+    """`value` when there are bytes, else RowProblem missing_image or empty_image."""
+    if value is None:
+        raise RowProblem(reason="missing_image", detail=f"{what} is not there")
+    if len(value) == 0:
+        raise RowProblem(reason="empty_image", detail=f"{what} has zero bytes")
+    return value
+
+
+def mark_duplicates(rows: Iterable[Pair | Skipped], seen: set[str]) -> Iterator[Pair | Skipped]:
+    """The same rows, with every pair whose id is already in `seen` turned into Skipped(duplicate_id); fills `seen`.
+
+    The first row with an id is kept. Skipped rows neither claim an id nor are marked.
+    """
+    for item in rows:
+        if isinstance(item, Pair):
+            if item.pair_id in seen:
+                yield Skipped(
+                    pair_id=item.pair_id, reason="duplicate_id", detail="an earlier row has this id", row=item.row
+                )
+                continue
+            seen.add(item.pair_id)
+        yield item

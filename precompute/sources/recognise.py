@@ -1,0 +1,112 @@
+"""What kind of source a location is."""
+
+import re
+from pathlib import PurePosixPath
+
+from common.errors import DataError
+from precompute.sources.files import expand_pattern, filesystem, list_folder
+from precompute.sources.folder import ListSource
+from precompute.sources.pair import PairSource
+from precompute.sources.parquet import ParquetSource
+from precompute.sources.tars import TarSource
+
+EXPECTED = (
+    "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
+    "Pick-a-Pic parquet (*.parquet), or a folder with pairs.jsonl or pairs.csv"
+)
+LIST_NAMES = ("pairs.jsonl", "pairs.csv")
+
+
+def open_source(location: str) -> PairSource:
+    """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
+
+    Raises DataError when nothing recognisable is there, or when it is not clear which of several things is meant.
+    """
+    files = expand_pattern(location)
+    if not files:
+        raise _nothing_there(location, "no file matches the pattern")
+    if len(files) > 1:
+        return _from_files(location, files)
+    if not _exists(files[0]):
+        raise _nothing_there(location, "nothing of that name")
+    fs, path = filesystem(files[0])
+    if _kind(files[0]) is not None and not fs.isdir(path):
+        return _from_files(location, files)
+    if not fs.isdir(path):
+        raise _not_recognised(location, f"a file named {PurePosixPath(files[0]).name}")
+    return _from_folder(location)
+
+
+def _from_folder(location: str) -> PairSource:
+    files = list_folder(location)
+    names = [PurePosixPath(file).name for file in files]
+    lists = [file for file, name in zip(files, names, strict=True) if name in LIST_NAMES]
+    tars = [file for file in files if _kind(file) == "tar"]
+    parquets = [file for file in files if _kind(file) == "parquet"]
+    found = [group for group in (lists, tars, parquets) if group]
+    if len(found) > 1 or len(lists) > 1:
+        raise DataError(
+            "this folder holds more than one source of pairs",
+            where=location,
+            got=", ".join(PurePosixPath(group[0]).name for group in found)
+            if len(found) > 1
+            else " and ".join(PurePosixPath(file).name for file in lists),
+            fix="name the one you mean, for example the file itself or a pattern such as train-*.parquet",
+        )
+    if not found:
+        raise _not_recognised(location, f"a folder with {', '.join(names[:8]) or 'no files directly in it'}")
+    return _from_files(location, found[0])
+
+
+def _from_files(location: str, files: list[str]) -> PairSource:
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        raise _not_recognised(location, ", ".join(PurePosixPath(file).name for file in files[:8]))
+    if not any(_exists(file) for file in files):
+        raise _nothing_there(location, f"none of {len(files)} names is there, from {files[0]}")
+    kind = kinds.pop()
+    if kind == "list":
+        if len(files) > 1:
+            raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
+        return ListSource(location=location, file=files[0])
+    _refuse_mixed_splits(location, files)
+    if kind == "tar":
+        return TarSource(location=location, files=tuple(files))
+    return ParquetSource(location=location, files=tuple(files))
+
+
+def _refuse_mixed_splits(location: str, files: list[str]) -> None:
+    """Published datasets keep train, validation and test in one folder as <split>-00000-of-00645-...; they must not mix."""
+    splits: dict[str, int] = {}
+    for file in files:
+        match = re.match(r"(.+?)-\d{5}-of-\d{5}", PurePosixPath(file).name)
+        name = match[1] if match else ""
+        splits[name] = splits.get(name, 0) + 1
+    if len(splits) > 1:
+        raise DataError(
+            "these files belong to more than one split",
+            where=location,
+            expected="one split",
+            got=", ".join(f"{name or 'no split'} ({count} files)" for name, count in sorted(splits.items())),
+            fix="name one of them with a pattern, for example FOLDER/train-*.parquet",
+        )
+
+
+def _kind(location: str) -> str | None:
+    suffix = PurePosixPath(location).suffix.lower()
+    return {".tar": "tar", ".parquet": "parquet", ".jsonl": "list", ".csv": "list"}.get(suffix)
+
+
+def _exists(location: str) -> bool:
+    fs, path = filesystem(location)
+    return bool(fs.exists(path))
+
+
+def _nothing_there(location: str, got: str) -> DataError:
+    return DataError("no pairs found", where=location, expected=EXPECTED, got=got, fix="check the path or URL")
+
+
+def _not_recognised(location: str, got: str) -> DataError:
+    compressed = re.search(r"\.(tgz|tar\.\w+|jsonl\.\w+|csv\.\w+)\b", got)
+    fix = "uncompress it first: rows are read by seeking" if compressed else "see docs/data.md for the three kinds"
+    return DataError("this is no source of pairs", where=location, expected=EXPECTED, got=got, fix=fix)
