@@ -1,0 +1,10 @@
+"""The cache between the stages: schema, store, writer, reader, and what can be derived from what is stored."""
+
+from common.cache.reader import Cache, Shard, open_cache
+from common.cache.schema import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource
+from common.cache.writer import CacheWriter, ShardData
+
+__all__ = [
+    "ARRAYS", "SCHEMA_VERSION", "Cache", "CacheWriter", "Commit", "InverterIdentity", "Manifest", "Shard", "ShardData",
+    "ShardSource", "open_cache",
+]

@@ -1,0 +1,68 @@
+"""The stored-point rule, and what follows from what is stored.
+
+Every stored number describes one and the same point. x0 is rounded to float16 before the inversion; at a kept
+timestep `target` is rounded to float16 first, then x_t is the float16 rounding of a_t * x0 + s_t * target computed in
+float64, and the network is evaluated AT that x_t. So E_ref is exact for what a trainer sees, and a lean cache, which
+stores no x_t, gives it back bit for bit.
+
+Products and sums are separate operations on purpose: a fused multiply-add would round differently.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def stored_point(
+    x0: Float[Tensor, "*pair c h w"],
+    x_t: Float[Tensor, "*pair c h w"],
+    a: Float[Tensor, "*pair 1 1 1"],
+    s: Float[Tensor, "*pair 1 1 1"],
+) -> tuple[Float[Tensor, "*pair c h w"], Float[Tensor, "*pair c h w"]]:
+    """(target, x_t), both float16, nearest to the trajectory's float32 `x_t`.
+
+    tau_t = (x_t - a_t * x0) / s_t (Eq. 18 with Eq. 16), with x0 float16 as stored, a and s float64.
+    """
+    x0 = x0.double()
+    target = ((x_t.double() - a * x0) / s).half()
+    return target, point_from_target(x0, target, a, s)
+
+
+def point_from_target(
+    x0: Float[Tensor, "*pair c h w"],
+    target: Float[Tensor, "*pair c h w"],
+    a: Float[Tensor, "*pair 1 1 1"],
+    s: Float[Tensor, "*pair 1 1 1"],
+) -> Float[Tensor, "*pair c h w"]:
+    """x_t := float16(a_t * x0 + s_t * target), computed in float64."""
+    signal = a * x0.double()
+    noise = s * target.double()
+    return (signal + noise).half()
+
+
+def derive_x_t(
+    x0: Float[np.ndarray, "pair side c h w"],
+    target: Float[np.ndarray, "pair step side c h w"],
+    a: Float[np.ndarray, "pair step"],
+    s: Float[np.ndarray, "pair step"],
+) -> Float[np.ndarray, "pair step side c h w"]:
+    """x_t of a lean cache, float16, bit-identical to what `point_from_target` stored in a full one."""
+    signal = a[:, :, None, None, None, None] * x0[:, None].astype(np.float64)
+    noise = s[:, :, None, None, None, None] * target.astype(np.float64)
+    return (signal + noise).astype(np.float16)
+
+
+def clean_estimate(
+    x_t: Float[Tensor, "*pair c h w"],
+    eps: Float[Tensor, "*pair c h w"],
+    a: Float[Tensor, "*pair 1 1 1"],
+    s: Float[Tensor, "*pair 1 1 1"],
+) -> Float[Tensor, "*pair c h w"]:
+    """x0(t) = (x_t - s_t * eps) / a_t (Eq. 8)."""
+    return (x_t - s * eps) / a
+
+
+def mean_square(value: Float[Tensor, "*pair c h w"]) -> Float[Tensor, "*pair"]:
+    """Mean over channel, height and width of the square: the MSE of the released code."""
+    return torch.mean(value.float() ** 2, dim=(-3, -2, -1))

@@ -1,0 +1,260 @@
+"""Reading a cache: committed shards only, checked against their commits before the first byte is trusted."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Float, Int, Shaped
+
+from common.cache.arrays import open_array
+from common.cache.derive import derive_x_t
+from common.cache.schema import SPECS, Commit, Manifest
+from common.cache.store import CacheStore, digest, storage_errors
+from common.cache.writer import MANIFEST
+from common.errors import CacheCorrupt, CacheIncomplete, CacheMissing
+from common.schedule import NoiseSchedule
+
+
+class Shard:
+    """One committed shard. Arrays are read on demand, whole or for some pairs; nothing is kept."""
+
+    def __init__(self, cache: "Cache", name: str, commit: Commit) -> None:
+        self.cache = cache
+        self.name = name
+        self.commit = commit
+        self.folder = f"shards/{name}/{commit.attempt}"
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @property
+    def num_pairs(self) -> int:
+        return self.commit.num_pairs
+
+    @property
+    def location(self) -> str:
+        """Address of the committed attempt: a plain zarr v3 group."""
+        return self.cache.store.path(self.folder)
+
+    @cached_property
+    def _verified(self) -> bool:
+        """Names and sizes in the store equal the commit's, or CacheCorrupt is raised.
+
+        zarr returns silent zeros for a missing chunk file, and for an empty one, so this comes before the first read.
+        """
+        present = self.cache.store.listing(self.folder)
+        for path, size in self.commit.files.items():
+            if path not in present:
+                raise CacheCorrupt(
+                    "A committed file is missing.",
+                    where=f"{self.location}/{path}",
+                    expected=f"{size} bytes",
+                    got="no file",
+                    fix=self._advice(),
+                )
+            if present[path] != size:
+                raise CacheCorrupt(
+                    "A committed file has another size.",
+                    where=f"{self.location}/{path}",
+                    expected=f"{size} bytes",
+                    got=f"{present[path]} bytes",
+                    fix=self._advice(),
+                )
+        return True
+
+    def _open(self, path: str) -> zarr.Array[Any]:
+        """Open an array after checking that its files are the committed ones and not another's."""
+        for name in self.commit.files:
+            if name == "zarr.json" or name == f"{path}/zarr.json" or name.startswith(f"{path}/c/"):
+                found = self.cache.store.edge_digest(f"{self.folder}/{name}", self.commit.files[name])
+                if found != self.commit.digests[name]:
+                    raise CacheCorrupt(
+                        f"A file of array {path} of shard {self.name} is not the committed one.",
+                        where=f"{self.location}/{name}",
+                        expected=f"digest {self.commit.digests[name]}",
+                        got=found,
+                        fix=self._advice(),
+                    )
+        return open_array(self.cache.store.zarr(self.folder), path)
+
+    def _advice(self) -> str:
+        return (
+            f"`inpo inspect verify {self.cache.location} --quarantine` moves the damaged shard's commit aside; "
+            "the next `inpo precompute` makes it again"
+        )
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """Paths of the arrays in the store, from the commit."""
+        return frozenset(path.removesuffix("/zarr.json") for path in self.commit.files if path.count("/zarr.json"))
+
+    def _is_delta(self, path: str) -> bool:
+        return path == "eps_ref" and self.cache.delta_is_reference and "delta" in self.stored
+
+    def read(self, path: str, pairs: "Int[np.ndarray, 'pair'] | slice | None" = None) -> Shaped[np.ndarray, "..."]:
+        """Array `path` as numpy, whole or for some pairs (the first axis).
+
+        What is not stored but follows from what is stored is derived: x_t of a lean cache (bit-identical to a full
+        one's), eps_ref where it is delta. Raises CacheIncomplete, naming the option that would store it, for the
+        rest, and CacheCorrupt, naming shard, array and pairs, for damaged bytes.
+        """
+        if path not in self.stored:
+            if path == "x_t" and "target" in self.stored:
+                return self._derive_x_t(pairs)
+            if self._is_delta(path):
+                return self.read("delta", pairs)
+            raise self._incomplete(path)
+        self._verified  # noqa: B018  (a cached check, not a value)
+        selection = slice(None) if pairs is None else pairs
+        with storage_errors("read the cache", f"{self.location}/{path}"):
+            try:
+                if path not in self._arrays:
+                    self._arrays[path] = self._open(path)
+                array = self._arrays[path]
+                values = array[selection] if isinstance(selection, slice) else array.oindex[selection]
+            except (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError) as error:
+                raise CacheCorrupt(
+                    f"Array {path} of shard {self.name} cannot be read: its bytes are not the committed ones.",
+                    where=f"{self.location}/{path}" + self._culprits(path, pairs),
+                    got=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                    fix=self._advice(),
+                ) from error
+        return np.asarray(values)
+
+    def _culprits(self, path: str, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> str:
+        """The pairs whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
+        if SPECS[path].chunking == "whole" or path not in self._arrays:
+            return ""
+        rows = np.arange(self.num_pairs)[pairs if pairs is not None else slice(None)]
+        bad = []
+        for row in rows:
+            try:
+                self._arrays[path][int(row)]
+            except Exception:  # any failure marks the pair; the caller raises the first one
+                bad.append(int(row))
+        if path == "pair_id" or not bad:
+            return ""
+        try:
+            names = [str(self.read("pair_id")[row]) for row in bad[:5]]
+        except CacheCorrupt:
+            names = [f"row {row}" for row in bad[:5]]
+        return f" (pairs {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
+
+    def _derive_x_t(self, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> Float[np.ndarray, "pair step side c h w"]:
+        timestep = self.read("timestep", pairs).astype(np.int64)
+        schedule = self.cache.schedule
+        a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
+        return derive_x_t(self.read("x0", pairs), self.read("target", pairs), a, s)
+
+    def _incomplete(self, path: str) -> CacheIncomplete:
+        manifest = self.cache.manifest
+        if path in ("delta", "x0_t"):
+            fix = "precompute a cache with --profile full"
+        elif path in ("delta_prev", "eps_ref"):
+            fix = f"precompute a cache with --extra {path}"
+        else:
+            fix = f"stored here: {', '.join(sorted(self.stored & set(SPECS)))}"
+        return CacheIncomplete(
+            f"This cache does not hold {path!r}.", where=self.cache.location, got=f"profile {manifest.profile}", fix=fix
+        )
+
+
+class Cache:
+    """A cache as its commits show it. Opening reads the manifest and every commit, and no array."""
+
+    def __init__(self, store: CacheStore, manifest: Manifest, commits: dict[str, Commit]) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.commits = commits
+        self.shards: dict[str, Shard] = {
+            name: Shard(self, name, commit) for name, commit in commits.items() if commit.num_pairs
+        }
+
+    @property
+    def location(self) -> str:
+        return self.store.location
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The reference's noise schedule, from the manifest."""
+        import torch
+
+        table = torch.tensor(self.manifest.alphas_cumprod, dtype=torch.float64)
+        return NoiseSchedule.from_alphas_cumprod(table, self.manifest.prediction_type)  # type: ignore[arg-type]
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(commit.num_pairs for commit in self.commits.values())
+
+    @property
+    def num_records(self) -> int:
+        return self.num_pairs * self.manifest.timesteps_per_pair
+
+    @property
+    def delta_is_reference(self) -> bool:
+        """True if the inverting prediction is the reference prediction under the training caption (guidance 1)."""
+        return self.manifest.inverter.guidance == 1.0
+
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self.shards.values())
+
+    def find(self, pair_id: str) -> tuple[Shard, int]:
+        """The shard and the row of a pair. Raises CacheIncomplete if no committed shard has it."""
+        for shard in self:
+            rows = np.flatnonzero(shard.read("pair_id") == pair_id)
+            if len(rows):
+                return shard, int(rows[0])
+        example = next((str(shard.read("pair_id")[0]) for shard in self), None)
+        raise CacheIncomplete(
+            f"No committed pair has the id {pair_id!r}.",
+            where=self.location,
+            expected=f"an id like {example!r}" if example else "at least one committed pair",
+            fix="`inpo inspect summary` shows what is committed and what was skipped",
+        )
+
+
+def open_cache(location: str, *, allow_empty: bool = False) -> Cache:
+    """Open a cache for reading.
+
+    Raises CacheMissing if there is no manifest, or (unless `allow_empty`) no committed pair yet, and
+    CacheSchemaError if a document is damaged or of another version.
+    """
+    store = CacheStore(location)
+    data = store.get(MANIFEST)
+    if data is None:
+        raise CacheMissing(
+            "There is no cache here.",
+            where=store.location,
+            expected=MANIFEST,
+            got="no such file",
+            fix="run `inpo precompute --cache` with this path first, or correct the path",
+        )
+    manifest: Manifest = Manifest.from_json(data, store.path(MANIFEST))
+    commits: dict[str, Commit] = {}
+    for name in store.listing("commits"):
+        if name.endswith(".json") and "/" not in name:
+            document = store.get(f"commits/{name}")
+            if document is not None:
+                commit: Commit = Commit.from_json(document, store.path(f"commits/{name}"))
+                if commit.manifest != digest(data):
+                    raise CacheCorrupt(
+                        "The manifest is not the one that the committed shards were made under.",
+                        where=store.path(MANIFEST),
+                        expected=f"digest {commit.manifest} (from commits/{name})",
+                        got=digest(data),
+                        fix="manifest.json was edited or replaced; restore it from a copy",
+                    )
+                commits[name.removesuffix(".json")] = commit
+    cache = Cache(store, manifest, dict(sorted(commits.items())))
+    if not allow_empty and cache.num_pairs == 0:
+        raise CacheMissing(
+            "This cache has no committed pair yet.",
+            where=store.location,
+            got=f"{len(commits)} commits, 0 pairs",
+            fix="wait for `inpo precompute` to commit its first shard, or look at the skipped pairs with "
+            "`inpo inspect summary`",
+        )
+    return cache

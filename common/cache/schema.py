@@ -1,0 +1,265 @@
+"""The cache contract as data: which arrays a shard holds, in which shape and dtype, and the two JSON documents.
+
+`cache_schema.md` is the promise in words; a test holds the two together.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import CacheSchemaError
+
+SCHEMA_VERSION = 1
+MAX_PAIRS_PER_SHARD = 256
+
+Profile = Literal["full", "lean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of a shard. `axes` name the dimensions; `chunking` says how the pair axis is cut.
+
+    pair_step: zarr sharding codec, the outer chunk is all pairs of the shard, the inner chunk 1 pair and 1 step.
+    pair: the same with an inner chunk of 1 pair. whole: one chunk, no sharding.
+    """
+
+    path: str
+    dtype: str
+    axes: tuple[str, ...]
+    chunking: Literal["pair_step", "pair", "whole"]
+    profiles: tuple[Profile, ...]
+    meaning: str
+    option: str | None = None
+    """The `--extra` name or the model family that makes this array appear; None: always there."""
+
+    @property
+    def is_text(self) -> bool:
+        return self.dtype == "string"
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype("O") if self.is_text else np.dtype(self.dtype)
+
+
+_LATENT = ("C", "H", "W")
+_RECORD = ("pair", "step", "side")
+_BOTH: tuple[Profile, ...] = ("full", "lean")
+
+ARRAYS: tuple[ArraySpec, ...] = (
+    ArraySpec(
+        path="x0", dtype="float16", axes=("pair", "side", *_LATENT), chunking="pair", profiles=_BOTH,
+        meaning="clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
+    ),
+    ArraySpec(
+        path="x_t", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        meaning="latent at level t: float16 rounding of a_t * x0 + s_t * target, computed in float64",
+    ),
+    ArraySpec(
+        path="delta", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        meaning="noise prediction of the inverting model at the stored x_t",
+    ),
+    ArraySpec(
+        path="x0_t", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        meaning="x0(t) = (x_t - s_t * delta) / a_t, from the unrounded prediction (Eq. 8)",
+    ),
+    ArraySpec(
+        path="target", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
+        meaning="tau: what the loss aims at (Eq. 18), rounded to float16 before x_t is formed from it",
+    ),
+    ArraySpec(
+        path="reference_error", dtype="float32", axes=_RECORD, chunking="whole", profiles=_BOTH,
+        meaning="E_ref: mean over channel, height, width of (target - eps_ref(x_t, t, caption))^2",
+    ),
+    ArraySpec(
+        path="inversion_error", dtype="float32", axes=("pair", "side"), chunking="whole", profiles=_BOTH,
+        meaning="relative RMS between x0 and where deterministic DDIM lands from the last stored x_t; NaN: not measured",
+    ),
+    ArraySpec(
+        path="timestep", dtype="int16", axes=("pair", "step"), chunking="whole", profiles=_BOTH,
+        meaning="kept timesteps, ascending, 0..T-1",
+    ),
+    ArraySpec(
+        path="pair_id", dtype="string", axes=("pair",), chunking="whole", profiles=_BOTH,
+        meaning="the pair's identity in its source",
+    ),
+    ArraySpec(
+        path="prompt_index", dtype="int32", axes=("pair",), chunking="whole", profiles=_BOTH,
+        meaning="row of prompt/text and prompt/embedding with the original caption, also where it was dropped",
+    ),
+    ArraySpec(
+        path="caption_dropped", dtype="bool", axes=("pair",), chunking="whole", profiles=_BOTH,
+        meaning="true: inverted, and to be trained, under the empty prompt (row 0)",
+    ),
+    ArraySpec(
+        path="label", dtype="float32", axes=("pair",), chunking="whole", profiles=_BOTH,
+        meaning="P(win preferred) from the source, 1.0 when hard",
+    ),
+    ArraySpec(
+        path="prompt/text", dtype="string", axes=("prompt",), chunking="whole", profiles=_BOTH,
+        meaning="distinct prompts of the shard; row 0 is the empty prompt",
+    ),
+    ArraySpec(
+        path="prompt/embedding", dtype="float16", axes=("prompt", "token", "width"), chunking="whole", profiles=_BOTH,
+        meaning="text encoder states, one row per distinct prompt",
+    ),
+    ArraySpec(
+        path="prompt/pooled", dtype="float16", axes=("prompt", "width"), chunking="whole", profiles=_BOTH,
+        option="sdxl", meaning="pooled text embedding (SDXL)",
+    ),
+    ArraySpec(
+        path="time_ids", dtype="float32", axes=("pair", "side", "time_id"), chunking="whole", profiles=_BOTH,
+        option="sdxl", meaning="original height, width, crop top, left, target height, width (SDXL)",
+    ),
+    ArraySpec(
+        path="delta_prev", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
+        option="delta_prev", meaning="delta of the previous point of the inversion path",
+    ),
+    ArraySpec(
+        path="eps_ref", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
+        option="eps_ref", meaning="reference noise prediction at x_t under the training caption, where it is not delta",
+    ),
+)
+SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
+EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
+
+
+def arrays_of(profile: Profile, *, sdxl: bool = False, extra: tuple[str, ...] = ()) -> tuple[ArraySpec, ...]:
+    """The arrays that a shard of this profile holds, in the contract's order."""
+    options = {*extra, *(("sdxl",) if sdxl else ())}
+    return tuple(
+        spec for spec in ARRAYS if profile in spec.profiles and (spec.option is None or spec.option in options)
+    )
+
+
+class _Document(BaseModel):
+    """A JSON document of the cache: frozen, unknown fields refused, written with sorted keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Any:
+        """Parse; raises CacheSchemaError naming the first bad field, the value found and what to do."""
+        try:
+            document = json.loads(data)
+        except ValueError as error:
+            raise CacheSchemaError(
+                "Not a JSON document.", where=where, got=str(error), fix="restore the file from a copy of the cache"
+            ) from None
+        version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION:
+            raise CacheSchemaError(
+                "This cache has another schema version.",
+                where=where,
+                expected=SCHEMA_VERSION,
+                got=version,
+                fix="use the version of InPO cache that wrote it, or precompute again into a new folder",
+            )
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CacheSchemaError(
+                f"Bad field {'.'.join(map(str, first['loc']))!r}: {first['msg']}.",
+                where=where,
+                got=repr(first.get("input"))[:200],
+                fix="the file was edited or written by another version; restore it from a copy",
+            ) from None
+
+
+class InverterIdentity(_Document):
+    """How the latents were made: every setting that changes numbers."""
+
+    name: str
+    steps: int
+    refine_start: int = 0
+    noised_start: float = 0.0
+    guidance: float = 1.0
+    caption_dropout: float = 0.0
+    faithful: bool = False
+    timestep_range: tuple[int, int]
+    """Kept timesteps lie in [low, high)."""
+    iterations: int | None = None
+    """fixed_point only: the maximum of iterations per step."""
+    tolerance: float | None = None
+    """fixed_point only: the relative RMS change at which the iteration stops."""
+
+
+class Manifest(_Document):
+    """CACHE/manifest.json: the identity of a cache, put-if-absent. All fields but `versions` are compared."""
+
+    schema_version: Literal[1] = 1
+    latent_shape: tuple[int, int, int]
+    num_train_timesteps: int
+    alphas_cumprod: tuple[float, ...]
+    """The reference's schedule, abar_t for t = 0..T-1: with it a reader needs no model to derive x_t."""
+    prediction_type: str
+    profile: Profile
+    extra: tuple[str, ...] = ()
+    seed: int
+    timesteps_per_pair: int
+    resolution: int
+    crop: str
+    flip: bool
+    vae_latent: Literal["mean", "sample"]
+    vae_dtype: str
+    network_dtype: str
+    measure_inversion: float = 0.0
+    inverter: InverterIdentity
+    fingerprints: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_sdxl(self) -> bool:
+        return "text_encoder_2" in self.fingerprints
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra)
+
+    def identity(self) -> dict[str, Any]:
+        """Every value that two runs must share to write into one cache, flattened to dotted names."""
+        flat: dict[str, Any] = {}
+        for name, value in self.model_dump(mode="json").items():
+            if name in ("versions", "alphas_cumprod"):  # the table is covered by fingerprints.scheduler
+                continue
+            if isinstance(value, dict):
+                flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+            else:
+                flat[name] = value
+        return flat
+
+
+class ShardSource(_Document):
+    """Where a shard's pairs came from: rows [start, stop) of an input shard with this fingerprint."""
+
+    location: str
+    input_shard: str
+    rows: tuple[int, int]
+    fingerprint: str
+
+
+class Commit(_Document):
+    """CACHE/commits/<name>.json: makes one attempt of a shard visible. Written last, put-if-absent."""
+
+    attempt: str
+    num_pairs: int
+    manifest: str
+    """blake2b digest of the manifest.json that this shard was made under."""
+    files: dict[str, int]
+    """Bytes of every file of the attempt, by path."""
+    digests: dict[str, str]
+    """blake2b digest of each file's first and last 4096 bytes: tells a file put in another's place."""
+    skipped: dict[str, int]
+    source: ShardSource
+    counts: dict[str, int] = field(default_factory=dict)
+    """Things that happened to pairs that were kept, e.g. cut_prompt."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time went: decode, encode, invert, write, total."""
+    created: str

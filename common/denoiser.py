@@ -1,0 +1,128 @@
+"""One network behind one signature: whatever it predicts, noise comes out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from common.errors import UsageError
+from common.schedule import NoiseSchedule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def dtype_name(name: str) -> str:
+    """The canonical name of a network dtype; accepts fp32, bf16 and fp16 too."""
+    canonical = _ALIASES.get(name, name)
+    if canonical not in DTYPES:
+        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name)
+    return canonical
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """What the network is told beside the latent, one row per latent of the batch.
+
+    `pooled` and `time_ids` (original height, width, crop top, left, target height, width) are SDXL's.
+    """
+
+    embedding: Float[Tensor, "batch token width"]
+    pooled: Float[Tensor, "batch pooled"] | None = None
+    time_ids: Float[Tensor, "batch 6"] | None = None
+
+    def to(self, device: torch.device) -> "Condition":
+        return Condition(
+            embedding=self.embedding.to(device),
+            pooled=None if self.pooled is None else self.pooled.to(device),
+            time_ids=None if self.time_ids is None else self.time_ids.to(device),
+        )
+
+
+class Denoiser:
+    """eps(x, t, c): the noise prediction of a UNet, in float32, whatever it was trained to predict.
+
+    The network runs under autocast in `network_dtype`; inputs and outputs are float32. The table stays with the
+    labels: noise comes from v by eps = s_t x + a_t v and from the sample by eps = (x - a_t x0) / s_t, at the label
+    the network was given.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, *, network_dtype: str = "float32") -> None:
+        self.unet = unet
+        self.schedule = schedule
+        self.network_dtype = dtype_name(network_dtype)
+        self.num_calls = 0
+        """Latents evaluated so far: one call is one latent through the network."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def predict(
+        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        """The network's own output, float32."""
+        self.num_calls += x.shape[0]
+        added = None
+        if condition.pooled is not None:
+            added = {"text_embeds": condition.pooled.float(), "time_ids": condition.time_ids}
+        with self.autocast():
+            output = self.unet(
+                x, timestep, encoder_hidden_states=condition.embedding.float(), added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+    def __call__(
+        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        """eps(x, t, c), float32."""
+        return self.to_noise(self.predict(x, timestep, condition), x, timestep)
+
+    def to_noise(
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch c h w"]:
+        """Noise from the network's own output at (x, t)."""
+        if self.schedule.prediction_type == "epsilon":
+            return output
+        a, s = self.schedule.at(timestep, trailing=3, dtype=torch.float32)
+        if self.schedule.prediction_type == "v_prediction":
+            return s * x + a * output
+        return (x - a * output) / s
+
+    def to_clean(
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch c h w"]:
+        """x0(t) from the network's own output at (x, t): Eq. 8 for noise; a x - s v directly for v."""
+        a, s = self.schedule.at(timestep, trailing=3, dtype=torch.float32)
+        if self.schedule.prediction_type == "epsilon":
+            return (x - s * output) / a
+        if self.schedule.prediction_type == "v_prediction":
+            return a * x - s * output
+        return output
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """autocast in the network's dtype; nothing in float32."""
+        dtype = DTYPES[self.network_dtype]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+
+
+def prepare_for_inference(unet: UNet2DConditionModel, *, network_dtype: str, device: torch.device) -> None:
+    """Freeze `unet`, move it, and store convolution and linear weights in `network_dtype`.
+
+    autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do.
+    """
+    unet.requires_grad_(False).eval().to(device)
+    dtype = DTYPES[dtype_name(network_dtype)]
+    if dtype != torch.float32:
+        for module in unet.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)

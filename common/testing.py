@@ -1,0 +1,152 @@
+"""Small real models for tests, ours and yours: genuine diffusers pipelines with random weights, made in a second.
+
+Nothing is faked: every component is the real class with a small configuration, saved as a pipeline folder that
+`DiffusionPipeline.from_pretrained` loads.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl"]
+_WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "the", "sky", "photo", "of")
+
+
+def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) -> Path:
+    """Write a tiny random-weight pipeline folder and return it.
+
+    Images of 32 px give latents of [4, 16, 16]. Kinds: noise prediction (sd15), v-prediction (sd2-v), sample
+    prediction, and SDXL with two text encoders. Equal seeds give equal weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _tokenizer(folder: Path, *, length: int = 16) -> CLIPTokenizer:
+    """A real CLIP tokenizer over letters and a few words; text outside of it becomes the unknown token."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [*letters, *(letter + "</w>" for letter in letters)]
+    merges: list[str] = []
+    for word in _WORDS:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merge = f"{symbols[0]} {symbols[1]}"
+            symbols[:2] = [symbols[0] + symbols[1]]
+            if merge not in merges:
+                merges.append(merge)
+                pieces.append(symbols[0])
+    tokens = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    source = folder / "tokenizer-source"
+    source.mkdir(parents=True, exist_ok=True)
+    (source / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (source / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = CLIPTokenizer(str(source / "vocab.json"), str(source / "merges.txt"), model_max_length=length)
+    for file in source.iterdir():
+        file.unlink()
+    source.rmdir()
+    return tokenizer
+
+
+def _text_config(tokenizer: CLIPTokenizer, *, width: int = 32) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def _sd(folder: Path, kind: TinyKind) -> StableDiffusionPipeline:
+    tokenizer = _tokenizer(folder)
+    text_config = _text_config(tokenizer)
+    prediction_type = {"sd2-v": "v_prediction", "sample": "sample"}.get(kind, "epsilon")
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(text_config).eval(),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=text_config.hidden_size,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ).eval(),
+        scheduler=_ddim(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
+    tokenizer = _tokenizer(folder)
+    first, second = _text_config(tokenizer), _text_config(tokenizer, width=48)
+    return StableDiffusionXLPipeline(
+        vae=_vae(0.13025),
+        text_encoder=CLIPTextModel(first).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1),
+            cross_attention_dim=first.hidden_size + second.hidden_size,
+            attention_head_dim=(2, 4),
+            norm_num_groups=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + second.projection_dim,
+        ).eval(),
+        scheduler=_ddim(),
+        force_zeros_for_empty_prompt=True,
+    )
