@@ -1,0 +1,280 @@
+"""Finding a model and loading just the components a stage needs.
+
+A model is a pipeline folder, a hub id, or one .safetensors file with a configuration folder beside it. Supported:
+Stable Diffusion 1.x and 2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import snapshot_download
+
+from common import fingerprint
+from common.errors import ModelError
+from common.schedule import NoiseSchedule
+
+Family = Literal["sd", "sdxl"]
+
+_FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+}
+SUPPORTED = "Stable Diffusion 1.x, 2.x (noise, v- or sample-prediction) and SDXL, as a diffusers pipeline"
+_SINGLE_FILE_PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model found on disk. Nothing is loaded until a `load_` method is called.
+
+    `folder` is a pipeline folder (for a single file: the one with its configuration), `file` the single file.
+    """
+
+    name: str
+    folder: Path
+    family: Family
+    file: Path | None = None
+    variant: str | None = None
+    vae_folder: Path | None = None
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return dict(json.loads((self.folder / "model_index.json").read_text()))
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's own configuration file."""
+        folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
+        for name in ("scheduler_config.json", "config.json"):
+            if (folder / name).is_file():
+                return dict(json.loads((folder / name).read_text()))
+        raise ModelError(f"The model has no {component} configuration.", where=folder, fix=f"supported: {SUPPORTED}")
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler object."""
+        name = self.index["scheduler"][1]
+        cls = getattr(diffusers, name, None)
+        if cls is None:
+            raise ModelError("Unknown scheduler class.", where=self.name, got=name, fix="update diffusers")
+        return cls.from_pretrained(self.folder, subfolder="scheduler")
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler(self.scheduler)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """{component: digest of its weights and configuration}, for the cache's identity."""
+        prints = {"scheduler": fingerprint.of_config(self.config("scheduler"))}
+        for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            if component in self.index and self.index[component][0] is not None:
+                prints[component] = self._fingerprint(component)
+        for component in ("tokenizer", "tokenizer_2"):
+            files = [
+                file for file in (self.folder / component).glob("*") if file.name in ("vocab.json", "merges.txt", "tokenizer.json")
+            ]
+            if files:
+                prints[component] = fingerprint.of_files(files)
+        return prints
+
+    def _fingerprint(self, component: str) -> str:
+        config = self.config(component)
+        if self.file is not None and not (component == "vae" and self.vae_folder):
+            return fingerprint.of_files([self.file], config=config, prefix=_SINGLE_FILE_PREFIXES[component])
+        return fingerprint.of_files(self.weight_files(component), config=config)
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component, of the chosen variant if it has one."""
+        folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
+        files = sorted(folder.glob("*.safetensors"))
+        tagged = [file for file in files if self.variant and f".{self.variant}" in file.name]
+        plain = [file for file in files if not _is_variant(file)]
+        chosen = tagged or plain
+        if not chosen:
+            raise ModelError(
+                f"The model's {component} has no weights in safetensors format.",
+                where=folder,
+                expected=f"*.{self.variant}.safetensors" if self.variant else "*.safetensors",
+                got=", ".join(file.name for file in files) or "none",
+                fix="choose a --variant that exists" if files else "convert the weights to safetensors",
+            )
+        return chosen
+
+    def _has_variant(self, folder: Path) -> str | None:
+        return self.variant if self.variant and any(f".{self.variant}" in file.name for file in folder.glob("*")) else None
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """The UNet in float32 on the CPU."""
+        if self.file is not None:
+            return UNet2DConditionModel.from_single_file(
+                str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
+            )
+        return UNet2DConditionModel.from_pretrained(
+            self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
+            variant=self._has_variant(self.folder / "unet"),
+        )
+
+    def load_vae(self) -> AutoencoderKL:
+        """The VAE in float32 on the CPU."""
+        if self.vae_folder is not None:
+            return AutoencoderKL.from_pretrained(
+                self.vae_folder, dtype=torch.float32, use_safetensors=True,
+                variant=self._has_variant(self.vae_folder),
+            )
+        if self.file is not None:
+            return AutoencoderKL.from_single_file(
+                str(self.file), config=str(self.folder), subfolder="vae", dtype=torch.float32
+            )
+        return AutoencoderKL.from_pretrained(
+            self.folder, subfolder="vae", dtype=torch.float32, use_safetensors=True,
+            variant=self._has_variant(self.folder / "vae"),
+        )
+
+    def load_text_pipeline(self) -> DiffusionPipeline:
+        """A pipeline that holds only tokenizers and text encoders, in float32: for `encode_prompt`."""
+        return self._load_pipeline(unet=None, vae=None)
+
+    def load_pipeline(self, **components: Any) -> DiffusionPipeline:
+        """The whole pipeline in float32, with any component replaced (for instance unet=the trained one)."""
+        if self.vae_folder is not None and "vae" not in components:
+            components["vae"] = self.load_vae()
+        return self._load_pipeline(**components)
+
+    def _load_pipeline(self, **components: Any) -> DiffusionPipeline:
+        if self.family == "sd":
+            components |= {"safety_checker": None, "requires_safety_checker": False}
+        cls = StableDiffusionPipeline if self.family == "sd" else StableDiffusionXLPipeline
+        if self.file is not None:
+            return cls.from_single_file(
+                str(self.file), config=str(self.folder), dtype=torch.float32, **components
+            )
+        any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
+        return cls.from_pretrained(
+            self.folder, dtype=torch.float32, use_safetensors=True,
+            variant=self.variant if any_variant else None, **components,
+        )
+
+
+def _is_variant(file: Path) -> bool:
+    """True for names like diffusion_pytorch_model.fp16.safetensors."""
+    return len(file.name.split(".")) > 2 and "-of-" not in file.name.split(".")[-2]
+
+
+def open_model(
+    location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
+) -> Model:
+    """Find a model: a pipeline folder, a hub id, or one .safetensors file (with `model_config`, a pipeline folder
+    that has its configurations). `vae` names a replacement VAE: its folder, or a pipeline folder with vae/ in it.
+
+    Raises ModelError, saying what is supported, for anything else.
+    """
+    path = Path(location)
+    vae_folder = None if vae is None else _vae_folder(vae)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(
+                "A single-file model must be in safetensors format.",
+                where=path,
+                got=path.suffix or "no suffix",
+                fix="convert it first: pickled checkpoints can run code when loaded",
+            )
+        if model_config is None:
+            raise ModelError(
+                "A single-file model needs its configuration.",
+                where=path,
+                expected="--model-config DIR, a pipeline folder (weights not needed) of the same architecture",
+                fix="pass --model-config; online, `huggingface-cli download MODEL --include '*.json' '*.txt'` makes one",
+            )
+        folder = _folder_of(model_config, variant=None)
+        return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
+    folder = _folder_of(location, variant=variant)
+    return _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
+
+
+def _folder_of(location: str, *, variant: str | None) -> Path:
+    path = Path(location)
+    if path.is_dir():
+        return path
+    if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
+        raise ModelError(
+            "There is no model here.",
+            where=location,
+            expected="a pipeline folder, a hub id like owner/name, or a .safetensors file",
+            got="a file" if path.exists() else "nothing",
+            fix="check the path",
+        )
+    tag = f".{variant}" if variant else ""
+    weights = [f"*/{stem}{tag}*.safetensors" for stem in ("model", "diffusion_pytorch_model")]
+    try:
+        return Path(snapshot_download(location, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights]))
+    except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
+        raise ModelError(
+            "The model is no local folder, and could not be fetched from the hub.",
+            where=location,
+            got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
+            fix="check the name, the network and HF_HUB_OFFLINE, or download it and pass the folder",
+        ) from error
+
+
+def _vae_folder(location: str) -> Path:
+    path = Path(location) if Path(location).is_dir() else _folder_of(location, variant=None)
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return folder
+    raise ModelError("There is no VAE here.", where=location, expected="config.json and *.safetensors", fix="check --vae")
+
+
+def _family(folder: Path) -> Family:
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(
+            "This folder is no diffusers pipeline.",
+            where=folder,
+            expected="model_index.json",
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
+            fix="pass the pipeline's folder, not one of its components; one .safetensors file works with --model-config",
+        )
+    name = json.loads(index_file.read_text()).get("_class_name", "?")
+    if name not in _FAMILIES:
+        raise ModelError(
+            f"A model of class {name} is not supported.", where=folder, expected=SUPPORTED, got=name,
+            fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
+        )
+    return _FAMILIES[name]
+
+
+def _checked(model: Model) -> Model:
+    """Refuse early, from the configuration files alone, what later equations would not hold for."""
+    unet, vae = model.config("unet"), model.config("vae")
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise ModelError(
+            "The UNet does not take plain latents of this VAE.",
+            where=model.name,
+            expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
+            got=f"in_channels {unet.get('in_channels')}",
+            fix=f"inpainting and depth models are not supported; supported: {SUPPORTED}",
+        )
+    if model.index.get("scheduler", [None, None])[1] is None:
+        raise ModelError("The pipeline has no scheduler.", where=model.name, fix=f"supported: {SUPPORTED}")
+    _ = model.schedule
+    return model

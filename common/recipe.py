@@ -1,0 +1,123 @@
+"""Recipes: TOML files with sections [model] [data] [precompute] [train] [evaluate], parsed into frozen models.
+
+Each stage owns the model of its own section; [model] and [data] are shared and live here. A flag on the command line
+wins over the recipe, the recipe over the default. The resolved configuration is printed and saved beside the output.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import UsageError
+from common.models import Model, open_model
+
+SECTIONS = ("model", "data", "precompute", "train", "evaluate")
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """[model]: which model is inverted, trained and compared against."""
+
+    model: str | None = None
+    """A pipeline folder, a hub id, or one .safetensors file."""
+    variant: str | None = None
+    """Weights variant, for instance fp16."""
+    model_config_dir: str | None = None
+    """For a single file: the pipeline folder that has its configurations."""
+    vae: str | None = None
+    """A replacement VAE."""
+
+    def open(self) -> Model:
+        if self.model is None:
+            raise UsageError("No model given.", where="--model", fix="pass --model, or set model in [model] of the recipe")
+        return open_model(self.model, variant=self.variant, model_config=self.model_config_dir, vae=self.vae)
+
+
+class DataSection(Section):
+    """[data]: where the pairs come from and where the cache lies."""
+
+    pairs: str | None = None
+    """A pair source: webdataset tars, Pick-a-Pic v2 parquet, or a folder with pairs.jsonl or pairs.csv."""
+    cache: str | None = None
+    """The cache: a folder, or s3:// or gs://."""
+
+    def need(self, name: str) -> str:
+        """The value of `name`, or UsageError saying how to give it."""
+        value: str | None = getattr(self, name)
+        if value is None:
+            raise UsageError(
+                f"No {name} given.", where=f"--{name}", fix=f"pass --{name}, or set {name} in [data] of the recipe"
+            )
+        return value
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The recipe's sections as plain dicts; {} without a recipe. Raises UsageError for a bad file or section."""
+    if path is None:
+        return {}
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError("The recipe cannot be read.", where=path, got=error.strerror, fix="check --recipe") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
+    for name, section in document.items():
+        if name not in SECTIONS or not isinstance(section, dict):
+            raise UsageError(
+                f"Unknown section [{name}] in the recipe.", where=path, expected=", ".join(SECTIONS), fix="rename it"
+            )
+    return document
+
+
+def resolve(
+    kind: type[SectionType], section: str, recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
+) -> SectionType:
+    """One section's settings: defaults, then the recipe's values, then every flag that is not None."""
+    values = {**recipe.get(section, {}), **{name: value for name, value in flags.items() if value is not None}}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or section
+        known = name in kind.model_fields
+        raise UsageError(
+            f"Bad value for {name}: {first['msg']}." if known else f"Unknown setting {name!r} in [{section}].",
+            where=f"--{name.replace('_', '-')} or [{section}] of the recipe",
+            expected=None if known else ", ".join(kind.model_fields),
+            got=repr(first.get("input")),
+            fix="see --help for the meaning and range" if known else "correct the name",
+        ) from None
+
+
+def to_toml(sections: Mapping[str, BaseModel]) -> str:
+    """The resolved configuration as a recipe that would reproduce it; unset values are left out."""
+    lines: list[str] = []
+    for name, section in sections.items():
+        lines.append(f"[{name}]")
+        for key, value in section.model_dump(mode="json").items():
+            if value is not None:
+                lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+    return repr(value)

@@ -1,0 +1,48 @@
+"""The front door: one Typer app, `inpo` (also `python -m inpo`), that mounts the stages' apps."""
+
+import os
+import sys
+
+# Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from common.errors import InpoError
+from evaluation.cli import app as evaluate_app
+from evaluation.relabel_cli import relabel
+from inspection.cli import app as inspect_app
+from precompute.cli import plan, precompute
+from precompute.data_cli import app as data_app
+from toyworld.cli import app as toyworld_app
+from train.cli import export, train
+
+app = typer.Typer(
+    name="inpo",
+    help="Preference alignment of text-to-image diffusion models: invert once, train many times.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(precompute)
+app.command()(train)
+app.command()(export)
+app.command()(plan)
+app.command()(relabel)
+app.add_typer(inspect_app, name="inspect")
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(data_app, name="data")
+app.add_typer(toyworld_app, name="toyworld")
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
+    try:
+        app()
+    except InpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
