@@ -170,7 +170,7 @@ def _ends_early(data: bytes) -> bool:
             position += 12 + length
         return True
     if data.startswith(b"RIFF") and len(data) >= 8:
-        return 8 + struct.unpack_from("<I", data, 4)[0] > len(data)
+        return bool(8 + struct.unpack_from("<I", data, 4)[0] > len(data))
     if data.startswith((b"GIF87a", b"GIF89a")):
         return not data.endswith(b"\x3b")
     if data.startswith(b"BM") and len(data) >= 6:

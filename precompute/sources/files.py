@@ -24,7 +24,7 @@ OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 def _object_store(protocol: str) -> fsspec.AbstractFileSystem:
     from obstore.fsspec import FsspecStore
 
-    return FsspecStore(protocol)
+    return FsspecStore(protocol)  # type: ignore[call-overload]  # its overloads want a literal
 
 
 def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -101,7 +101,8 @@ def list_folder(location: str) -> list[str]:
     try:
         entries = fs.ls(path, detail=True)
     except Exception as error:
-        raise DataError("this folder cannot be listed", where=location, got=f"{type(error).__name__}: {error}") from error
+        got = f"{type(error).__name__}: {error}"
+        raise DataError("this folder cannot be listed", where=location, got=got) from error
     base = location.rstrip("/")
     names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
     return sorted(f"{base}/{name}" for name in names if not name.startswith("."))

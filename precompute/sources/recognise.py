@@ -76,7 +76,7 @@ def _from_files(location: str, files: list[str]) -> PairSource:
 
 
 def _refuse_mixed_splits(location: str, files: list[str]) -> None:
-    """Published datasets keep train, validation and test in one folder as <split>-00000-of-00645-...; they must not mix."""
+    """Published datasets keep train, validation and test in one folder, as <split>-00000-of-00645: never mix them."""
     splits: dict[str, int] = {}
     for file in files:
         match = re.match(r"(.+?)-\d{5}-of-\d{5}", PurePosixPath(file).name)

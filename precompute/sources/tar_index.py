@@ -154,7 +154,7 @@ def _walk(stream: BinaryIO) -> tuple[list[dict[str, Any]], str]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
-        tar.members.clear()  # tarfile keeps every header otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         yield info
 
 

@@ -85,10 +85,10 @@ class TarShard:
                 raise RowProblem(reason="bad_metadata", detail="members of both layouts: win/lose and jpg_0/jpg_1")
             if not ours and not sample.has("jpg_0") and not sample.has("jpg_1"):
                 raise RowProblem(reason="missing_image", detail="no image member")
-            first, second = ("win", "lose") if ours else ("jpg_0", "jpg_1")
+            sides: tuple[Role, Role] = ("win", "lose") if ours else ("jpg_0", "jpg_1")
             label = _our_label(metadata) if ours else _mirror_label(sample, metadata)
             swap, label = preference(label)
-            images = [check_image_bytes(sample.read(role), what=f"member {role}") for role in (first, second)]
+            images = [check_image_bytes(sample.read(role), what=f"member {role}") for role in sides]
         except RowProblem as problem:
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
         win, lose = reversed(images) if swap else images

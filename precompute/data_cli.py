@@ -1,0 +1,138 @@
+"""`inpo data`: pack pairs into webdataset tars, and check a source without a model."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common.errors import DataError, StorageError, UsageError
+from precompute.sources import SKIP_REASONS, Pair, Skipped, open_source
+from precompute.sources.check import CheckReport, check_source
+from precompute.sources.pack import PackReport, pack, refuse_occupied, skipped_line
+from precompute.sources.pair import SkipReason
+from precompute.sources.progress import row_progress
+from precompute.sources.walk import Walk
+
+app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
+
+SOURCE_HELP = (
+    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), Pick-a-Pic parquet, or a "
+    "folder with pairs.jsonl or pairs.csv; a local path or a URL."
+)
+
+
+@app.command("pack")
+def pack_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.")],
+    pairs_per_tar: Annotated[
+        int, typer.Option(min=1, help="Pairs in one tar; a multiple of 256 gives full cache shards.")
+    ] = 1024,
+) -> None:
+    """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
+    if "://" in output:
+        raise UsageError("tars are packed to a local folder", got=output, fix="pack locally, then copy the folder")
+    refuse_occupied(Path(output))
+    console = Console(stderr=True)
+    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    shards = walk.readable_shards()
+    with row_progress(console, "pack") as progress:
+        progress.set_total(sum(num_rows for _, num_rows in shards))
+
+        def rows() -> Iterator[tuple[str, Pair | Skipped]]:
+            for name, item in walk.rows(shards):
+                yield name, item
+                progress.advance()
+
+        report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
+    Console().print(_pack_table(report, output, len(walk.unreadable)))
+    if walk.unreadable:
+        raise typer.Exit(1)
+
+
+@app.command("check")
+def check_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.")
+    ] = None,
+) -> None:
+    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
+    console = Console(stderr=True)
+    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    with _open_list(out) as bad, row_progress(console, "check") as progress:
+
+        def on_row(name: str, item: Pair | Skipped) -> None:
+            progress.advance()
+            if bad is not None and isinstance(item, Skipped):
+                bad.write(skipped_line(name, item))
+
+        report = check_source(walk, on_total=progress.set_total, on_row=on_row)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        Console().print(_check_table(report))
+    if report.unreadable:
+        raise typer.Exit(1)
+
+
+def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    if path is None:
+        return nullcontext(None)
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise StorageError("the list cannot be written", where=path, got=error.strerror) from error
+
+
+def _error_line(console: Console) -> Callable[[str, DataError], None]:
+    def show(name: str, error: DataError) -> None:
+        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return show
+
+
+def _check_table(report: CheckReport) -> Table:
+    table = Table(title=f"{escape(report.location)} ({report.kind})", title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("meaning")
+    table.add_row("input shards", f"{report.num_input_shards:,}", "")
+    table.add_row("rows", f"{report.num_rows:,}", "")
+    table.add_row("pairs", f"{report.num_pairs:,}", "rows whose two images decode")
+    table.add_row("  soft labels", f"{report.num_soft_labels:,}", "label below 1")
+    table.add_row("  empty prompts", f"{report.num_empty_prompts:,}", "")
+    if report.smallest_side is not None:
+        table.add_row("  image sides", f"{report.smallest_side:,}..{report.largest_side:,}", "pixels")
+    _add_reasons(table, report.skipped)
+    if report.unreadable:
+        table.add_row("unreadable shards", f"{len(report.unreadable):,}", escape(", ".join(report.unreadable)))
+    return table
+
+
+def _pack_table(report: PackReport, output: str, num_unreadable: int) -> Table:
+    table = Table(title=escape(output), title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("meaning")
+    table.add_row("tars", f"{report.num_tars:,}", "")
+    table.add_row("pairs", f"{report.num_pairs:,}", "images copied, not decoded")
+    _add_reasons(table, report.skipped)
+    if num_unreadable:
+        table.add_row("unreadable shards", f"{num_unreadable:,}", "not packed, or only up to the damage")
+    return table
+
+
+def _add_reasons(table: Table, skipped: dict[SkipReason, int]) -> None:
+    for reason, meaning in SKIP_REASONS.items():
+        if reason in skipped:
+            table.add_row(f"skipped: {reason}", f"{skipped[reason]:,}", meaning)

@@ -1,0 +1,165 @@
+"""Write any source as webdataset tars of our layout.
+
+    OUT/pairs-000000.tar: 000000000.json 000000000.lose.<ext> 000000000.win.<ext> 000000001.json ...
+
+The tars are written into a hidden folder beside OUT, which takes its name when all are whole and on disk: OUT is there
+complete or not at all. Image files are copied byte for byte; the same pairs give the same tars, byte for byte.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import webdataset
+
+from common.errors import StorageError, UsageError
+from precompute.sources.pair import Pair, Skipped, SkipReason
+
+PATTERN = "pairs-%06d.tar"
+SKIPPED_NAME = "skipped.jsonl"
+
+
+@dataclass(kw_only=True)
+class PackReport:
+    """What was written."""
+
+    num_pairs: int = 0
+    num_tars: int = 0
+    skipped: dict[SkipReason, int] = field(default_factory=dict)
+
+
+def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_tar: int) -> PackReport:
+    """Write the pairs to `output` as tars of `pairs_per_tar`, and the rows without a pair to `skipped.jsonl` there.
+
+    Images are not decoded, so a damaged one is copied. Raises UsageError when `output` exists and is not an empty
+    folder, StorageError when the disk refuses; nothing is left under `output` then.
+    """
+    refuse_occupied(output)
+    if pairs_per_tar < 1:
+        raise UsageError("a tar holds at least one pair", got=pairs_per_tar)
+    report = PackReport()
+    output = output.absolute()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise StorageError("the output folder cannot be made", where=output, got=error.strerror) from error
+    try:
+        _write(rows, building, pairs_per_tar, report)
+        building.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        os.replace(building, output)
+        _sync_folder(output.parent)
+    except OSError as error:
+        raise StorageError(
+            "the tars could not be written", where=output, got=str(error), fix="free disk space, then run again"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return report
+
+
+def refuse_occupied(output: Path) -> None:
+    """Raise UsageError unless `output` is absent or an empty folder."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise UsageError(
+            "the output is there already", where=output, expected="a new or empty folder", fix="name another folder"
+        )
+
+
+def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_tar: int, report: PackReport) -> None:
+    streams: list[BinaryIO] = []
+
+    def opened(name: str) -> BinaryIO:
+        streams.append(open(name, "wb"))  # `finished` closes it
+        return streams[-1]
+
+    def finished(name: str) -> None:
+        stream = streams.pop()
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
+
+    writer = None
+    try:
+        with open(folder / SKIPPED_NAME, "w", encoding="utf-8") as skipped:
+            for name, item in rows:
+                if isinstance(item, Skipped):
+                    report.skipped[item.reason] = report.skipped.get(item.reason, 0) + 1
+                    skipped.write(skipped_line(name, item))
+                    continue
+                if writer is None:  # ShardWriter makes its first file at once, and an empty tar is no use
+                    writer = webdataset.ShardWriter(
+                        str(folder).replace("%", "%%") + "/" + PATTERN,
+                        maxcount=pairs_per_tar,
+                        maxsize=float("inf"),
+                        opener=opened,
+                        post=finished,
+                        verbose=0,
+                        mtime=0,
+                        encoder=False,
+                    )
+                writer.write(_sample(report.num_pairs, item))
+                report.num_pairs += 1
+                report.num_tars = writer.shard
+    finally:
+        if writer is not None:
+            writer.close()
+    _sync_folder(folder)
+
+
+def skipped_line(input_shard: str, item: Skipped) -> str:
+    """One JSON line for a row that gave no pair."""
+    fields = {
+        "pair_id": item.pair_id,
+        "reason": item.reason,
+        "detail": item.detail,
+        "input_shard": input_shard,
+        "row": item.row,
+    }
+    # ensure_ascii keeps bytes that are not UTF-8 writable
+    return json.dumps(fields) + "\n"
+
+
+def _sample(number: int, pair: Pair) -> dict[str, object]:
+    metadata = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
+    return {
+        "__key__": f"{number:09d}",
+        "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),
+        f"win.{image_extension(pair.win)}": pair.win,
+        f"lose.{image_extension(pair.lose)}": pair.lose,
+    }
+
+
+def image_extension(data: bytes) -> str:
+    """File extension for an encoded image by its first bytes; `img` when they say nothing."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "avif"
+    signatures = {
+        b"\xff\xd8": "jpg",
+        b"\x89PNG": "png",
+        b"GIF8": "gif",
+        b"BM": "bmp",
+        b"II*\0": "tif",
+        b"MM\0*": "tif",
+        b"P5": "ppm",
+        b"P6": "ppm",
+        b"\0\0\0\x0cjP": "jp2",
+    }
+    return next((extension for signature, extension in signatures.items() if data.startswith(signature)), "img")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
