@@ -34,7 +34,7 @@ class ArraySpec:
     profiles: tuple[Profile, ...]
     meaning: str
     option: str | None = None
-    """The `--extra` name or the model family that makes this array appear; None: always there."""
+    """The `--extra` name, model family or inverter that makes this array appear; None: always there."""
 
     @property
     def is_text(self) -> bool:
@@ -122,14 +122,20 @@ ARRAYS: tuple[ArraySpec, ...] = (
         path="eps_ref", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
         option="eps_ref", meaning="reference noise prediction at x_t under the training caption, where it is not delta",
     ),
+    ArraySpec(
+        path="residual", dtype="float32", axes=_RECORD, chunking="whole", profiles=_BOTH,
+        option="fixed_point", meaning="relative RMS change of the last fixed-point iteration",
+    ),
 )
 SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
 EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
 
 
-def arrays_of(profile: Profile, *, sdxl: bool = False, extra: tuple[str, ...] = ()) -> tuple[ArraySpec, ...]:
+def arrays_of(
+    profile: Profile, *, sdxl: bool = False, extra: tuple[str, ...] = (), inverter: str = "ddim"
+) -> tuple[ArraySpec, ...]:
     """The arrays that a shard of this profile holds, in the contract's order."""
-    options = {*extra, *(("sdxl",) if sdxl else ())}
+    options = {*extra, *(("sdxl",) if sdxl else ()), inverter}
     return tuple(
         spec for spec in ARRAYS if profile in spec.profiles and (spec.option is None or spec.option in options)
     )
@@ -221,7 +227,7 @@ class Manifest(_Document):
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra)
+        return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra, inverter=self.inverter.name)
 
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""

@@ -1,0 +1,104 @@
+"""Continuous batching: many pairs' trajectories through one network, each at its own point.
+
+A trajectory that ends makes room for the next pair at once, so that early stopping never leaves the device idle and
+the batch stays full until the last pairs of a shard.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.denoiser import Condition, Denoiser
+from common.inversion.inverters import Request
+from common.inversion.trajectory import Records
+
+Start = Callable[[int], Generator[Request, Tensor, Records]]
+
+
+@dataclass(kw_only=True)
+class _Running:
+    pair: int
+    generator: Generator[Request, Tensor, Records]
+    request: Request
+
+
+def run_trajectories(
+    start: Start,
+    num_pairs: int,
+    denoiser: Denoiser,
+    *,
+    caption: Condition,
+    empty: Condition | None,
+    pairs_per_batch: int,
+) -> list[Records]:
+    """Run `start(pair)` for every pair, at most `pairs_per_batch` at a time; results in the pairs' order.
+
+    `caption` and `empty` have one row per image (pair * side), on the denoiser's device.
+    """
+    results: list[Records | None] = [None] * num_pairs
+    waiting = iter(range(num_pairs))
+    running: list[_Running] = []
+    while True:
+        _admit(running, waiting, start, pairs_per_batch)
+        if not running:
+            break
+        outputs = _evaluate([(each.pair, each.request) for each in running], denoiser, caption, empty)
+        still: list[_Running] = []
+        for each, output in zip(running, outputs, strict=True):
+            try:
+                each.request = each.generator.send(output)
+                still.append(each)
+            except StopIteration as done:
+                results[each.pair] = done.value
+        running = still
+    return [records for records in results if records is not None]
+
+
+def _admit(running: list[_Running], waiting: Iterator[int], start: Start, limit: int) -> None:
+    while len(running) < limit:
+        pair = next(waiting, None)
+        if pair is None:
+            return
+        generator = start(pair)
+        running.append(_Running(pair=pair, generator=generator, request=next(generator)))
+
+
+def _evaluate(
+    requests: Sequence[tuple[int, Request]], denoiser: Denoiser, caption: Condition, empty: Condition | None
+) -> list[Tensor]:
+    """One network call for all requests: win and lose of every pair in one batch."""
+    x = torch.cat([request.x for _, request in requests])
+    device = x.device
+    timestep = torch.tensor([request.timestep for _, request in requests for _ in range(2)]).to(device)
+    rows = torch.tensor([2 * pair + side for pair, _ in requests for side in range(2)]).to(device)
+    condition = _rows(caption, rows)
+    if any(request.empty for _, request in requests):
+        assert empty is not None, "guidance other than 1 needs the empty prompt"
+        is_empty = torch.tensor([request.empty for _, request in requests for _ in range(2)]).to(device)
+        condition = _mixed(is_empty, _rows(empty, rows), condition)
+    return list(denoiser.predict(x, timestep, condition).split(2))
+
+
+def _rows(condition: Condition, rows: Tensor) -> Condition:
+    return Condition(
+        embedding=condition.embedding[rows],
+        pooled=None if condition.pooled is None else condition.pooled[rows],
+        time_ids=None if condition.time_ids is None else condition.time_ids[rows],
+    )
+
+
+def _mixed(first: Tensor, one: Condition, other: Condition) -> Condition:
+    """Rows of `one` where `first` is true, of `other` elsewhere."""
+
+    def mixed(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+        if left is None or right is None:
+            return None
+        return torch.where(first.view(-1, *[1] * (left.ndim - 1)), left, right)
+
+    embedding = mixed(one.embedding, other.embedding)
+    assert embedding is not None
+    return Condition(
+        embedding=embedding, pooled=mixed(one.pooled, other.pooled), time_ids=mixed(one.time_ids, other.time_ids)
+    )

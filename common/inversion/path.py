@@ -1,0 +1,164 @@
+"""The points a pair's inversion visits, drawn from (seed, pair id) alone.
+
+grid -> which K of its points are kept as records -> extra points that refine the start -> which points are noised.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from common.cache.schema import InverterIdentity
+from common.errors import UsageError
+from common.schedule import NoiseSchedule, exact_grid
+from common.seeding import generator, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of a path: the level x sits on and what happens there.
+
+    `records` are the timesteps kept here as records: the level itself or nothing on the exact grid; the released
+    code's grid (faithful) has records whose label lies below the level.
+    """
+
+    level: int
+    records: tuple[int, ...]
+    noised: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """A pair's points in ascending order, up to the largest kept one."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def starts_clean(self) -> bool:
+        """True if the first point is reached from the clean latent by a network call at (x0, label 0)."""
+        return not self.points[0].noised
+
+
+def build_path(
+    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+) -> Path:
+    """The path of one pair."""
+    if identity.faithful:
+        return _faithful_path(identity, schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
+    num_train_timesteps = schedule.num_train_timesteps
+    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.steps, num_train_timesteps)
+    low, high = identity.timestep_range
+    candidates = grid[(grid >= low) & (grid < high)]
+    kept = set(
+        generator(seed, pair_id, "timesteps").choice(candidates, size=timesteps_per_pair, replace=False).tolist()
+    )
+    start = 1.0 if identity.name == "noise" else identity.noised_start
+    noised = [int(t) for t in grid if t < start * num_train_timesteps]
+    inverted = [int(t) for t in grid if t >= start * num_train_timesteps]
+    refined = _refine(noised[-1:] + inverted, schedule.sigma.numpy(), identity.refine_start, clean=not noised)
+    levels = sorted({*noised, *inverted, *(refined if inverted else ())})
+    last = max(kept)
+    return Path(
+        points=tuple(
+            Point(level=level, records=(level,) if level in kept else (), noised=level in noised)
+            for level in levels
+            if level <= last
+        )
+    )
+
+
+def _refine(levels: list[int], sigma: Float[np.ndarray, "timestep"], extra: int, *, clean: bool) -> list[int]:
+    """`--refine-start p`: p times, split the step with the largest ratio of sigmas at its geometric middle.
+
+    The clean end counts as 0.8 * sigma_0, so that its step has a finite ratio. Nothing is inserted where no label
+    lies strictly between the ends of the widest step.
+    """
+    levels = list(levels)
+    for _ in range(extra):
+        ends = [(None, levels[0])] if clean else []
+        ends += list(zip(levels[:-1], levels[1:], strict=True))
+        sigmas = [(0.8 * sigma[0] if left is None else sigma[left], sigma[right]) for left, right in ends]
+        ratios = [right / left for left, right in sigmas]
+        widest = int(np.argmax(ratios))
+        middle = np.sqrt(sigmas[widest][0] * sigmas[widest][1])
+        label = int(np.abs(np.log(sigma) - np.log(middle)).argmin())
+        left, right = ends[widest]
+        if (left is not None and label <= left) or label >= right:
+            break
+        levels = sorted([*levels, label])
+    return levels
+
+
+def _faithful_path(
+    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+) -> Path:
+    """The released code's grid: levels 1, 1 + T/n, 1 + 2T/n, ...; timesteps drawn from 0..T-1, whatever the levels.
+
+    x sits on the next level above the timestep (on the last one where there is none above), while label and target
+    use the timestep itself.
+    """
+    total = schedule.num_train_timesteps
+    levels = [min(1 + index * total // identity.steps, total - 1) for index in range(identity.steps)]
+    drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
+    records: dict[int, list[int]] = {}
+    for timestep in sorted(drawn.tolist()):
+        level = next((level for level in levels if level >= timestep), levels[-1])
+        records.setdefault(level, []).append(timestep)
+    return Path(
+        points=tuple(
+            Point(level=level, records=tuple(records.get(level, ())), noised=False)
+            for level in levels
+            if level <= max(records)
+        )
+    )
+
+
+def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
+    """Refuse settings that some pair could not follow. Raises UsageError."""
+    n, k = identity.steps, timesteps_per_pair
+    exact_grid(0.0, n, num_train_timesteps)
+    if not 1 <= k <= n:
+        raise UsageError(
+            "Cannot keep that many timesteps per pair.",
+            where="--timesteps-per-pair",
+            expected=f"1..{n} (--steps)",
+            got=k,
+            fix="raise --steps or lower --timesteps-per-pair",
+        )
+    low, high = identity.timestep_range
+    if not 0 <= low < high <= num_train_timesteps:
+        raise UsageError(
+            "The timestep range is empty or outside the model's table.",
+            where="--timestep-range",
+            expected=f"0 <= low < high <= {num_train_timesteps}",
+            got=f"{low} {high}",
+        )
+    # The count of grid points in the range changes with u only where a point crosses an end of the range.
+    offsets = [0.0] + [
+        shifted for end in (low, high) for shifted in _around((end * n / num_train_timesteps) % 1.0)
+    ]
+    fewest = min(
+        int(((grid := exact_grid(u, n, num_train_timesteps)) >= low).sum() - (grid >= high).sum()) for u in offsets
+    )
+    if fewest < k:
+        raise UsageError(
+            "The timestep range holds too few grid points for some pairs.",
+            where="--timestep-range",
+            expected=f"at least {k} grid points (--timesteps-per-pair)",
+            got=f"{fewest} of {n} in [{low}, {high})",
+            fix="widen the range, raise --steps, or lower --timesteps-per-pair",
+        )
+    if identity.faithful and (
+        identity.name != "ddim" or identity.refine_start or identity.noised_start
+        or identity.timestep_range != (0, num_train_timesteps)
+    ):
+        raise UsageError(
+            "--faithful reproduces the released code and fixes the inverter.",
+            expected="--inverter ddim without refined or noised start and timestep range",
+            fix="drop the other options",
+        )
+
+
+def _around(offset: float) -> list[float]:
+    """`offset` and its neighbours inside [0, 1)."""
+    return [min(max(offset + nudge, 0.0), 1.0 - 2.0**-32) for nudge in (-1e-9, 0.0, 1e-9)]
