@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import DataError, StorageError, UsageError
-from precompute.sources import SKIP_REASONS, Pair, Skipped, open_source
+from common.progress import ProgressReport
+from precompute.sources import SKIP_REASONS, InputShard, Pair, Skipped, open_source
 from precompute.sources.check import CheckReport, check_source
 from precompute.sources.pack import PackReport, pack, refuse_occupied, skipped_line
 from precompute.sources.pair import SkipReason
-from precompute.sources.progress import row_progress
 from precompute.sources.walk import Walk
 
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
@@ -42,9 +42,8 @@ def pack_command(
     refuse_occupied(Path(output))
     console = Console(stderr=True)
     walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
-    shards = walk.readable_shards()
-    with row_progress(console, "pack") as progress:
-        progress.set_total(sum(num_rows for _, num_rows in shards))
+    shards = _counted(walk)
+    with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
 
         def rows() -> Iterator[tuple[str, Pair | Skipped]]:
             for name, item in walk.rows(shards):
@@ -68,20 +67,35 @@ def check_command(
     """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
     console = Console(stderr=True)
     walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
-    with _open_list(out) as bad, row_progress(console, "check") as progress:
+    shards = _counted(walk)
+    num_rows = sum(rows for _, rows in shards)
+    with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
 
         def on_row(name: str, item: Pair | Skipped) -> None:
             progress.advance()
             if bad is not None and isinstance(item, Skipped):
                 bad.write(skipped_line(name, item))
 
-        report = check_source(walk, on_total=progress.set_total, on_row=on_row)
+        report = check_source(walk, shards, on_row=on_row)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         Console().print(_check_table(report))
     if report.unreadable:
         raise typer.Exit(1)
+
+
+def _counted(walk: Walk) -> list[tuple[InputShard, int]]:
+    """The readable shards with their rows; the headers of many tars take a while, so this has its own progress."""
+    found = walk.source.input_shards()
+    with ProgressReport("count", total=len(found), unit="shards", quiet=len(found) < 10) as progress:
+
+        def counting() -> Iterator[InputShard]:
+            for shard in found:
+                yield shard
+                progress.advance()
+
+        return walk.readable_shards(counting())
 
 
 def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:

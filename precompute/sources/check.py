@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from precompute.images import ImageError, decode_image
-from precompute.sources.pair import Pair, Skipped, SkipReason
+from precompute.sources.pair import InputShard, Pair, Skipped, SkipReason
 from precompute.sources.walk import Walk
 
 
@@ -34,19 +34,17 @@ class CheckReport:
 
 def check_source(
     walk: Walk,
+    shards: list[tuple[InputShard, int]],
     *,
-    on_total: Callable[[int], None] = lambda num_rows: None,
     on_row: Callable[[str, Pair | Skipped], None] = lambda name, item: None,
     num_threads: int | None = None,
 ) -> CheckReport:
-    """Read and decode everything. `on_total` gets the number of rows first, `on_row` every row in order.
+    """Read and decode the rows of these shards, which `walk` has counted. `on_row` gets every row in order.
 
     An image that does not decode turns its pair into a Skipped. Memory: a few pairs for each thread, and the ids.
     """
     report = CheckReport(location=walk.source.location, kind=walk.source.kind)
-    shards = walk.readable_shards()
     report.num_input_shards = len(shards) + len(walk.unreadable)
-    on_total(sum(num_rows for _, num_rows in shards))
     for name, item, sides in _decoded(walk.rows(shards), num_threads or os.cpu_count() or 1):
         report.num_rows += 1
         if isinstance(item, Skipped):

@@ -3,12 +3,14 @@
 Shards keep the location as a string and open it when they read, so they can be pickled to other processes and machines.
 """
 
+import fnmatch
 import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import BinaryIO, cast
+from types import TracebackType
+from typing import Protocol, cast, runtime_checkable
 
 import braceexpand
 import fsspec
@@ -18,6 +20,27 @@ from common.errors import DataError
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
+
+
+@runtime_checkable
+class ByteStream(Protocol):
+    """An open binary file of any file system."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "ByteStream": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> object: ...
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +72,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def open_binary(location: str, *, sequential: bool = True) -> BinaryIO:
+def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
     """An open binary file. `sequential` keeps read-ahead for remote files; without it each read is one range request.
 
     Raises DataError, also for a file that is not there.
@@ -57,7 +80,7 @@ def open_binary(location: str, *, sequential: bool = True) -> BinaryIO:
     fs, path = filesystem(location)
     options = {} if is_local(fs) or sequential else {"cache_type": "none"}
     try:
-        return cast(BinaryIO, fs.open(path, "rb", **options))
+        return cast(ByteStream, fs.open(path, "rb", **options))
     except Exception as error:  # every file system has exceptions of its own
         raise unreadable_file(location, error) from error
 
@@ -90,9 +113,14 @@ def expand_pattern(location: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
+    folder, _, name = pattern.rpartition("/")
+    if folder and not re.search(r"[*?\[]", folder):
+        # Listing one folder works on every file system and keeps the scheme; not every one can glob.
+        found = list_folder(folder) if filesystem(folder)[0].exists(filesystem(folder)[1]) else []
+        return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
-    return [prefix + found for found in fs.glob(path)]
+    return [prefix + str(file) for file in fs.glob(path)]
 
 
 def list_folder(location: str) -> list[str]:

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from common.errors import DataError
-from precompute.sources.files import filesystem, is_local, open_binary, shard_names, unreadable_file
+from precompute.sources.files import ByteStream, filesystem, is_local, open_binary, shard_names, unreadable_file
 from precompute.sources.pair import (
     Pair,
     RowProblem,
@@ -161,7 +161,7 @@ def _is_refusal(error: Exception) -> bool:
 class _Reader:
     """Records of a list with the byte at which each begins, and a digest of the bytes gone through."""
 
-    def __init__(self, stream: BinaryIO, *, is_csv: bool) -> None:
+    def __init__(self, stream: ByteStream, *, is_csv: bool) -> None:
         self._stream = stream
         self._is_csv = is_csv
         self._position = stream.tell()

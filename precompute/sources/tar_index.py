@@ -9,13 +9,13 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from common.errors import DataError
-from precompute.sources.files import open_binary, unreadable_file
+from precompute.sources.files import ByteStream, open_binary, unreadable_file
 
 Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label_0", "label_1", "has_label", "id"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -124,12 +124,12 @@ def _split(name: str) -> tuple[str | None, str | None]:
     return base, extension
 
 
-def _walk(stream: BinaryIO) -> tuple[list[dict[str, Any]], str]:
+def _walk(stream: ByteStream) -> tuple[list[dict[str, Any]], str]:
     """All regular members as webdataset file samples whose data is (offset, size), and the fingerprint."""
     digest = hashlib.blake2b(digest_size=16)
     members: list[dict[str, Any]] = []
     end = 0
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
+    with tarfile.open(fileobj=cast(Any, stream), mode="r:") as tar:
         for info in _members(tar):
             size = info.size if info.isreg() else 0
             end = info.offset_data + -(-size // _BLOCK) * _BLOCK
@@ -154,7 +154,7 @@ def _walk(stream: BinaryIO) -> tuple[list[dict[str, Any]], str]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        tar.members = []  # tarfile keeps every header otherwise
         yield info
 
 

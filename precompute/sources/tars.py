@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-from precompute.sources.files import open_binary, shard_names, unreadable_file
+from precompute.sources.files import ByteStream, open_binary, shard_names, unreadable_file
 from precompute.sources.pair import (
     Pair,
     RowProblem,
@@ -100,7 +100,7 @@ class _Sample:
     """The members of one row; bytes are read when asked for."""
 
     file: str
-    stream: BinaryIO
+    stream: ByteStream
     index: TarIndex
     row: int
 

@@ -1,6 +1,6 @@
 """All rows of a source in order: duplicates marked across shards, unreadable shards noted and passed over."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors import DataError
@@ -9,7 +9,7 @@ from precompute.sources.pair import InputShard, Pair, PairSource, Skipped, mark_
 
 @dataclass(kw_only=True)
 class Walk:
-    """One pass over a source. Iterating yields (input shard name, Pair or Skipped), one for each row."""
+    """One pass over a source: first count the rows of its shards, then read them."""
 
     source: PairSource
     on_unreadable: Callable[[str, DataError], None] = lambda name, error: None
@@ -17,21 +17,18 @@ class Walk:
     unreadable: dict[str, DataError] = field(default_factory=dict)
     """The shards that could not be read to their end, by name."""
 
-    def readable_shards(self) -> list[tuple[InputShard, int]]:
+    def readable_shards(self, shards: Iterable[InputShard]) -> list[tuple[InputShard, int]]:
         """(shard, rows) of every shard whose rows can be counted; the others go to `unreadable`."""
         counted = []
-        for shard in self.source.input_shards():
+        for shard in shards:
             try:
                 counted.append((shard, shard.num_rows))
             except DataError as error:
                 self._note(shard.name, error)
         return counted
 
-    def __iter__(self) -> Iterator[tuple[str, Pair | Skipped]]:
-        yield from self.rows(self.readable_shards())
-
     def rows(self, shards: list[tuple[InputShard, int]]) -> Iterator[tuple[str, Pair | Skipped]]:
-        """The rows of these shards; a shard that fails on the way keeps the rows read before."""
+        """(input shard name, Pair or Skipped) for every row; a shard that fails on the way keeps its earlier rows."""
         seen: set[str] = set()
         for shard, num_rows in shards:
             try:

@@ -1,0 +1,173 @@
+"""What open_source takes a location for, and what it says when it cannot tell."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from common.errors import DataError
+from precompute.sources import InputShard, Pair, PairSource, mark_duplicates, open_source
+
+WriteTar = Callable[[Path, list[tuple[str, bytes]]], Path]
+
+
+@pytest.fixture
+def tars(tmp_path: Path, write_tar: WriteTar) -> Path:
+    """Four tars of one pair each."""
+    for i in range(4):
+        fields = json.dumps({"prompt": "p", "id": str(i)}).encode()
+        members = [("0.json", fields), ("0.lose.png", b"L"), ("0.win.png", b"W")]
+        write_tar(tmp_path / f"pairs-{i:04d}.tar", members)
+    return tmp_path
+
+
+def ids(location: Path | str) -> list[str]:
+    return [item.pair_id for shard in open_source(str(location)).input_shards() for item in shard.rows(0, 99)]
+
+
+def test_interfaces(tars: Path) -> None:
+    source = open_source(str(tars))
+    assert isinstance(source, PairSource)
+    assert (source.location, source.kind) == (str(tars), "webdataset")
+    shards = source.input_shards()
+    assert all(isinstance(shard, InputShard) for shard in shards)
+    assert [shard.name for shard in shards] == [f"pairs-{i:04d}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", "0123"),
+        ("/", "0123"),
+        ("/pairs-0002.tar", "2"),
+        ("/pairs-{0000..0003}.tar", "0123"),
+        ("/pairs-{0001..0002}.tar", "12"),
+        ("/{pairs-0003,pairs-0001}.tar", "13"),
+        ("/pairs-*.tar", "0123"),
+        ("/pairs-000[02].tar", "02"),
+    ],
+)
+def test_files_folders_braces_and_globs(tars: Path, pattern: str, expected: str) -> None:
+    assert ids(f"{tars}{pattern}") == list(expected)
+
+
+def test_file_urls(tars: Path) -> None:
+    assert ids(f"file://{tars}/pairs-{{0000..0001}}.tar") == ["0", "1"]
+
+
+def test_a_name_with_braces_that_exists_is_no_pattern(tars: Path) -> None:
+    (tars / "pairs-0002.tar").rename(tars / "odd{1,2}.tar")
+    assert ids(tars / "odd{1,2}.tar") == ["2"]
+
+
+def test_a_missing_member_of_a_brace_pattern_is_one_unreadable_shard(tars: Path) -> None:
+    (tars / "pairs-0001.tar").unlink()
+    shards = open_source(f"{tars}/pairs-{{0000..0002}}.tar").input_shards()
+    assert [shard.name for shard in shards] == ["pairs-0000", "pairs-0001", "pairs-0002"]
+    with pytest.raises(DataError, match="this input shard cannot be read") as error:
+        _ = shards[1].num_rows
+    assert "FileNotFoundError" in str(error.value)
+    assert [shards[i].num_rows for i in (0, 2)] == [1, 1]
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """The in-memory file system, empty before and after."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("pattern", ["", "/pairs-{0000..0003}.tar", "/*.tar"])
+def test_tars_by_url(tars: Path, memory: fsspec.AbstractFileSystem, pattern: str) -> None:
+    for path in tars.glob("*.tar"):
+        memory.pipe(f"/remote/set/{path.name}", path.read_bytes())
+    assert ids(f"memory://remote/set{pattern}") == ["0", "1", "2", "3"]
+
+
+def test_parquet_by_url(
+    tmp_path: Path,
+    memory: fsspec.AbstractFileSystem,
+    pick_row: Callable[..., dict[str, object]],
+    write_parquet: Callable[..., Path],
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(9)])
+    memory.pipe("/remote/a.parquet", path.read_bytes())
+    (remote,), (local,) = (open_source(p).input_shards() for p in ("memory://remote/a.parquet", str(path)))
+    assert list(remote.rows(3, 8)) == list(local.rows(3, 8))
+    assert remote.fingerprint() == local.fingerprint()
+
+
+def test_shards_with_one_stem_in_two_folders_get_two_names(tars: Path) -> None:
+    for name in ("one", "two"):
+        (tars / name).mkdir()
+        (tars / name / "0.tar").write_bytes((tars / "pairs-0000.tar").read_bytes())
+    for pattern in ("{one,two}/0.tar", "*/0.tar", "*/*.tar"):
+        shards = open_source(f"{tars}/{pattern}").input_shards()
+        assert [shard.name for shard in shards] == ["one-0", "two-0"]
+        assert [shard.num_rows for shard in shards] == [1, 1]
+
+
+def test_names_are_file_system_safe_and_stay_apart(tars: Path) -> None:
+    (tars / "a b.tar").write_bytes((tars / "pairs-0000.tar").read_bytes())
+    (tars / "a/").mkdir()
+    (tars / "a_b.tar").write_bytes((tars / "pairs-0000.tar").read_bytes())
+    names = [shard.name for shard in open_source(f"{tars}/a?b.tar").input_shards()]
+    assert len(set(names)) == 2
+    assert "a_b" in names
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-.") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("files", "location", "message", "got"),
+    [
+        ([], "/nothing-here", "no pairs found", "nothing of that name"),
+        ([], "/*.tar", "no pairs found", "no file matches"),
+        ([], "/x-{0..3}.tar", "no pairs found", "none of 4 names"),
+        ([], "", "no source of pairs", "no files directly in it"),
+        (["a.png", "notes.txt"], "", "no source of pairs", "a.png, notes.txt"),
+        (["model.bin"], "/model.bin", "no source of pairs", "model.bin"),
+        (["a.tar.gz"], "/a.tar.gz", "uncompress it first", "a.tar.gz"),
+        (["a.tar", "b.parquet"], "", "more than one source", "a.tar, b.parquet"),
+        (["pairs.csv", "pairs.jsonl"], "", "more than one source", "pairs.csv and pairs.jsonl"),
+        (["a.tar", "a.jpg"], "/a.*", "no source of pairs", "a.jpg, a.tar"),
+        (
+            ["train-00000-of-00001-ab.parquet", "test-00000-of-00001-cd.parquet"],
+            "",
+            "more than one split",
+            "test (1 files), train (1 files)",
+        ),
+    ],
+)
+def test_what_cannot_be_told_is_refused_with_what_was_found(
+    tmp_path: Path, files: list[str], location: str, message: str, got: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as error:
+        open_source(f"{tmp_path}{location}")
+    assert message in str(error.value)
+    assert got in str(error.value)
+    assert "pairs.jsonl" in str(error.value) or "pattern" in str(error.value) or "which" in str(error.value)
+
+
+def test_an_unknown_url_scheme_is_refused() -> None:
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_source("carrierpigeon://loft/pairs.tar")
+
+
+def test_only_later_rows_with_an_id_are_duplicates() -> None:
+    def pair(pair_id: str, row: int) -> Pair:
+        return Pair(pair_id=pair_id, prompt="", win=b"W", lose=b"L", label=1.0, row=row)
+
+    seen: set[str] = set()
+    found = list(mark_duplicates([pair("a", 0), pair("b", 1), pair("a", 2)], seen))
+    assert [getattr(item, "reason", "pair") for item in found] == ["pair", "pair", "duplicate_id"]
+    assert [item.row for item in found] == [0, 1, 2]
+    (again,) = mark_duplicates([pair("b", 0)], seen)
+    assert getattr(again, "reason", None) == "duplicate_id"
