@@ -1,0 +1,51 @@
+"""`inpo toyworld`: preference pairs and prompts of the embedded default."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import UsageError
+from toyworld.scenes import Split, captions
+
+app = typer.Typer(
+    help="The embedded default: a tiny text-to-image world with a known preference.", no_args_is_help=True
+)
+
+
+@app.command("pairs")
+def pairs_command(
+    out: Annotated[Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.")],
+    pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of captions, pictures and flips.")] = 0,
+    split: Annotated[Split, typer.Option(help="Whose captions to use.")] = "train",
+    format: Annotated[str, typer.Option(help="parquet, webdataset, or both with a comma.")] = "parquet,webdataset",
+    flip_labels: Annotated[float, typer.Option(min=0, max=1, help="Share of labels turned to the opposite.")] = 0.05,
+) -> None:
+    """Make preference pairs with the base model, labelled by the oracle."""
+    # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
+    from toyworld.pairs import PairSettings, make_pairs
+
+    formats = tuple(name.strip() for name in format.split(","))
+    if set(formats) - {"parquet", "webdataset"}:
+        raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
+    settings = PairSettings(num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels)
+    report = make_pairs(settings, out)
+    print(f"{report.num_pairs} pairs in {out}: {report.num_ties} ties, {report.num_flipped} labels flipped on purpose")
+    for name in formats:
+        print(f"  {out / name}")
+
+
+@app.command("prompts")
+def prompts_command(
+    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.")],
+    split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, a fair sample of the split.")] = None,
+) -> None:
+    """Write captions of a split as a prompts file, for `inpo evaluate generate`."""
+    chosen = captions(split)[:limit]
+    if limit is not None and limit > len(chosen):
+        raise UsageError(f"the {split} split has fewer captions", expected=f"at most {len(chosen)}", got=limit)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(f"{caption}\n" for caption in chosen))
+    print(f"{len(chosen)} captions of the {split} split in {out}")

@@ -1,0 +1,231 @@
+"""Preference pairs made with the base model: two pictures for one caption, labelled by the oracle.
+
+Everything random in a pair depends on (seed, index) alone. Pairs come in parts of 256; a part is written whole, then
+listed in pairs.json, so that work stopped goes on where it was and finished work is not done again.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+
+from common.errors import UsageError
+from common.progress import ProgressReport
+from common.seeding import normal, stable_hash, uniform
+from toyworld.oracle import OracleScorer
+from toyworld.pair_files import WRITERS, LabelledPair
+from toyworld.sampling import BASE_FOLDER, GUIDANCE, LATENT_SHAPE, STEPS, generate
+from toyworld.scenes import Split, captions
+
+PAIRS_PER_PART = 256
+PAIRS_PER_BATCH = 32
+TIE_MARGIN = 0.05
+"""Pictures whose oracle scores (0 to 6) differ by less are a tie."""
+
+Format = Literal["parquet", "webdataset"]
+RECORD = "pairs.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """What determines the pairs."""
+
+    num_pairs: int
+    seed: int = 0
+    split: Split = "train"
+    formats: tuple[Format, ...] = ("parquet", "webdataset")
+    flip_labels: float = 0.05
+    """Probability that a pair's label is the opposite of what the oracle says; ties stay ties."""
+
+    def __post_init__(self) -> None:
+        if self.num_pairs < 1:
+            raise UsageError("too few pairs", expected="at least 1", got=self.num_pairs)
+        if not 0 <= self.flip_labels <= 1:
+            raise UsageError("flip-labels is a probability", expected="0 to 1", got=self.flip_labels)
+        captions(self.split)
+        if not self.formats or len(set(self.formats)) < len(self.formats) or set(self.formats) - set(WRITERS):
+            raise UsageError(
+                "unknown or repeated format", expected="parquet, webdataset or both", got=", ".join(self.formats)
+            )
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of at most 256 pairs."""
+        return -(-self.num_pairs // PAIRS_PER_PART)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings with all else the pairs depend on, as it stands in pairs.json."""
+        return json.loads(json.dumps(asdict(self))) | {
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "tie_margin": TIE_MARGIN,
+            "base": _base_fingerprint(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairReport:
+    """How many pairs there are, and how many of them are ties or carry a flipped label."""
+
+    num_pairs: int
+    num_ties: int
+    num_flipped: int
+
+    @classmethod
+    def of(cls, parts: dict[str, dict[str, int]]) -> Self:
+        """The sums over all parts."""
+        pairs, ties, flipped = (sum(part[name] for part in parts.values()) for name in ("pairs", "ties", "flipped"))
+        return cls(num_pairs=pairs, num_ties=ties, num_flipped=flipped)
+
+
+@cache
+def _base_fingerprint() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(BASE_FOLDER.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pair_captions(settings: PairSettings) -> list[str]:
+    """The caption of every pair: the split's captions in an order of the seed's, over again when there are too few."""
+    ours = sorted(captions(settings.split), key=lambda caption: stable_hash(settings.seed, caption))
+    return [ours[index % len(ours)] for index in range(settings.num_pairs)]
+
+
+def make_batch(settings: PairSettings, start: int, stop: int) -> list[LabelledPair]:
+    """Pairs start..stop-1: samples two pictures each, judges and labels them."""
+    torch.set_num_threads(1)
+    indices = range(start, stop)
+    texts = pair_captions(settings)[start:stop]
+    noise = [normal(LATENT_SHAPE, settings.seed, index, "picture", side) for side in (0, 1) for index in indices]
+    images = generate(texts + texts, torch.stack(noise))
+    scores = OracleScorer().score(images, texts + texts).tolist()
+    half = len(texts)
+    return [
+        _label(settings, index, texts[i], (images[i], images[half + i]), (scores[i], scores[half + i]))
+        for i, index in enumerate(indices)
+    ]
+
+
+def _label(
+    settings: PairSettings, index: int, caption: str, images: tuple[Image.Image, ...], scores: tuple[float, float]
+) -> LabelledPair:
+    tie = abs(scores[0] - scores[1]) < TIE_MARGIN
+    flipped = not tie and uniform(settings.seed, index, "flip") < settings.flip_labels
+    first_wins = (scores[0] > scores[1]) != flipped
+    return LabelledPair(
+        index=index,
+        caption=caption,
+        pictures=(_png(images[0]), _png(images[1])),
+        picture_ids=(_picture_id(settings, index, 0), _picture_id(settings, index, 1)),
+        label_0=0.5 if tie else float(first_wins),
+        flipped=flipped,
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _picture_id(settings: PairSettings, index: int, side: int) -> str:
+    return f"{stable_hash(_base_fingerprint(), settings.split, settings.seed, index, side):016x}"
+
+
+def make_pairs(settings: PairSettings, folder: Path, *, quiet: bool = False) -> PairReport:
+    """Makes the pairs that `folder` still lacks.
+
+    Raises UsageError for a folder that holds anything but the beginning of these very pairs.
+    """
+    parts = _finished_parts(settings, folder)
+    spans = {part: _batch_spans(settings, part) for part in range(settings.num_parts) if str(part) not in parts}
+    jobs = [span for of_part in spans.values() for span in of_part]
+    left = sum(stop - start for start, stop in jobs)
+    progress = ProgressReport(
+        "pairs", total=settings.num_pairs, unit="pairs", done=settings.num_pairs - left, quiet=quiet
+    )
+    with progress, _workers(len(jobs)) as run:
+        batches = run(partial(make_batch, settings), [start for start, _ in jobs], [stop for _, stop in jobs])
+        for part, of_part in spans.items():
+            pairs: list[LabelledPair] = []
+            for _ in of_part:
+                batch = next(batches)
+                pairs += batch
+                progress.advance(len(batch))
+            for name in settings.formats:
+                WRITERS[name](pairs, folder / name, part)
+            parts[str(part)] = {
+                "pairs": len(pairs),
+                "ties": sum(pair.label_0 == 0.5 for pair in pairs),
+                "flipped": sum(pair.flipped for pair in pairs),
+            }
+            _write_record(settings, folder, parts)
+    return PairReport.of(parts)
+
+
+def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str, int]]:
+    """Counts of the parts that lie in `folder` already, by part; begins the record of a new or empty folder."""
+    record = folder / RECORD
+    if record.exists():
+        found = json.loads(record.read_text())
+        ours = settings.identity()
+        if found["settings"] != ours:
+            differ = [name for name in ours if found["settings"].get(name) != ours[name]]
+            raise UsageError(
+                "this folder holds pairs of other settings",
+                where=folder,
+                expected=", ".join(f"{name} = {ours[name]}" for name in differ),
+                got=", ".join(f"{name} = {found['settings'].get(name)}" for name in differ),
+                fix="choose another folder, or remove this one",
+            )
+        return found["parts"]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            "this folder holds something else", where=folder, expected="a new or empty folder", fix="choose another one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_record(settings, folder, {})
+    return {}
+
+
+def _write_record(settings: PairSettings, folder: Path, parts: dict[str, dict[str, int]]) -> None:
+    complete = len(parts) == settings.num_parts
+    record = {"settings": settings.identity(), "complete": complete, **vars(PairReport.of(parts)), "parts": parts}
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(folder / RECORD)
+
+
+def _batch_spans(settings: PairSettings, part: int) -> list[tuple[int, int]]:
+    """First and last-but-one pair index of a part's batches."""
+    end = min((part + 1) * PAIRS_PER_PART, settings.num_pairs)
+    return [(at, min(at + PAIRS_PER_BATCH, end)) for at in range(part * PAIRS_PER_PART, end, PAIRS_PER_BATCH)]
+
+
+@contextmanager
+def _workers(num_jobs: int) -> Iterator[Callable[..., Iterator[list[LabelledPair]]]]:
+    """A `map` over as many processes as there are cores, or the builtin one where a single process will do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if min(cores, num_jobs) < 2:
+        yield map
+        return
+    # A fresh interpreter for each worker: forking a process that has used torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(cores, num_jobs), mp_context=context) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

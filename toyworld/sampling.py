@@ -1,0 +1,34 @@
+"""Loads the committed base model and makes pictures with it."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+BASE_FOLDER = Path(__file__).parent / "base"
+LATENT_SHAPE = (6, 8, 8)
+STEPS = 20
+GUIDANCE = 2.5
+
+
+@cache
+def load_base() -> StableDiffusionPipeline:
+    """The base model in float32 on the CPU, without a progress bar."""
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE_FOLDER, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(
+    captions: Sequence[str], noise: Float[Tensor, "caption 6 8 8"], *, steps: int = STEPS, guidance: float = GUIDANCE
+) -> list[Image.Image]:
+    """One RGB picture of 32 x 32 pixels per caption, from its starting noise (standard normal) by DDIM."""
+    pipeline = load_base()
+    return pipeline(
+        list(captions), latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="pil"
+    ).images
