@@ -47,7 +47,9 @@ class ByteStream(Protocol):
 def _object_store(protocol: str) -> fsspec.AbstractFileSystem:
     from obstore.fsspec import FsspecStore
 
-    return FsspecStore(protocol)  # type: ignore[call-overload]  # its overloads want a literal
+    # A plain http:// URL was written by the user; obstore wants to be told that this is meant.
+    options = {"client_options": {"allow_http": True}} if protocol == "http" else {}
+    return FsspecStore(protocol, **options)  # type: ignore[call-overload]  # its overloads want a literal
 
 
 def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -85,12 +87,17 @@ def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
         raise unreadable_file(location, error) from error
 
 
+def one_line(error: Exception) -> str:
+    """An exception in one line: some libraries append pages of their inner state."""
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+
+
 def unreadable_file(location: str, error: Exception) -> DataError:
     """The DataError for an input shard that cannot be read."""
     return DataError(
         "this input shard cannot be read",
         where=location,
-        got=f"{type(error).__name__}: {error}",
+        got=one_line(error),
         fix="copy the file again, or leave it out; the other shards are not affected",
     )
 
@@ -129,8 +136,7 @@ def list_folder(location: str) -> list[str]:
     try:
         entries = fs.ls(path, detail=True)
     except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise DataError("this folder cannot be listed", where=location, got=got) from error
+        raise DataError("this folder cannot be listed", where=location, got=one_line(error)) from error
     base = location.rstrip("/")
     names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
     return sorted(f"{base}/{name}" for name in names if not name.startswith("."))

@@ -19,7 +19,15 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import DataError
-from precompute.sources.files import ByteStream, filesystem, is_local, open_binary, shard_names, unreadable_file
+from precompute.sources.files import (
+    ByteStream,
+    filesystem,
+    is_local,
+    one_line,
+    open_binary,
+    shard_names,
+    unreadable_file,
+)
 from precompute.sources.pair import (
     Pair,
     RowProblem,
@@ -145,7 +153,7 @@ def _host_failed(file: str, location: str, error: Exception) -> DataError:
     return DataError(
         "an image could not be fetched",
         where=f"{file}: {location}",
-        got=f"{type(error).__name__}: {error}",
+        got=one_line(error),
         fix="run again when the host answers; nothing of this shard is kept",
     )
 

@@ -81,10 +81,9 @@ def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_t
         return streams[-1]
 
     def finished(name: str) -> None:
-        stream = streams.pop()
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
+        with streams.pop() as stream:
+            stream.flush()
+            os.fsync(stream.fileno())
 
     writer = None
     try:

@@ -104,14 +104,16 @@ class ParquetShard:
         row = begins[groups[0]]
         with self._open() as parquet:
             try:
-                for batch in parquet.iter_batches(
-                    batch_size=ROWS_PER_READ, row_groups=groups, columns=_columns(parquet), use_threads=False
-                ):
-                    for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
-                        yield self._row(batch, i, row + i)
-                    row += batch.num_rows
-                    if row >= stop:
-                        return
+                for group in groups:
+                    # One group at a time, so that a damaged group costs none of the rows before it.
+                    for batch in parquet.iter_batches(
+                        batch_size=ROWS_PER_READ, row_groups=[group], columns=_columns(parquet), use_threads=False
+                    ):
+                        for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
+                            yield self._row(batch, i, row + i)
+                        row += batch.num_rows
+                        if row >= stop:
+                            return
             except (pa.ArrowException, OSError) as error:
                 raise unreadable_file(self.file, error) from error
 

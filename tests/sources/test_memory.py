@@ -1,0 +1,108 @@
+"""Streaming and decoding a source larger than the memory it may use, measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+# Images of noise: about 150 kB each as JPEG. A few are drawn, and the row number follows the end of each file, where
+# decoders do not look, so that no two are equal.
+WRITE = """
+import io, sys
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+path, num_rows, rows_per_group = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+draw = np.random.default_rng(0)
+images = []
+for _ in range(8):
+    stream = io.BytesIO()
+    Image.fromarray(draw.integers(0, 256, (512, 512, 3), dtype=np.uint8)).save(stream, "JPEG", quality=75)
+    images.append(stream.getvalue())
+types = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64(),
+         "caption": pa.string(), "ranking_id": pa.int64(), "unused": pa.binary()}
+schema = pa.schema(list(types.items()))
+with pq.ParquetWriter(path, schema) as writer:
+    for begin in range(0, num_rows, rows_per_group):
+        batches = []
+        for first in range(begin, min(begin + rows_per_group, num_rows), 100):
+            rows = range(first, min(first + 100, begin + rows_per_group, num_rows))
+            side = lambda shift: [images[(i + shift) % 8] + i.to_bytes(8, "little") for i in rows]
+            columns = [side(0), side(1), [1.0] * len(rows), [0.0] * len(rows), [str(i) for i in rows], list(rows),
+                       side(2)]
+            batches.append(pa.record_batch([pa.array(c, t) for c, t in zip(columns, types.values())], schema=schema))
+        writer.write_table(pa.Table.from_batches(batches), row_group_size=rows_per_group)
+"""
+
+READ = """
+import json, sys
+from precompute.images import decode_image
+from precompute.sources import Pair, open_source
+
+def peak_megabytes():
+    # Not ru_maxrss, which a child inherits from its parent.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+before, num_pairs, num_bytes = peak_megabytes(), 0, 0
+decode_every = int(sys.argv[2])
+for shard in open_source(sys.argv[1]).input_shards():
+    for item in shard.rows(0, shard.num_rows):
+        assert isinstance(item, Pair), item
+        if item.row % decode_every == 0:
+            assert decode_image(item.win).size == decode_image(item.lose).size == (512, 512)
+        num_pairs += 1
+        num_bytes += len(item.win) + len(item.lose)
+print(json.dumps({"before": before, "peak": peak_megabytes(), "pairs": num_pairs, "megabytes": num_bytes / 2**20}))
+"""
+
+
+def python(script: str, *arguments: object) -> str:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+
+
+def measure(location: Path, *, decode_every: int) -> dict[str, float]:
+    return dict(json.loads(python(READ, location, decode_every)))
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1400 rows in one row group: 420 MB of images that are read, and half as much in a column that is not."""
+    path = tmp_path_factory.mktemp("memory") / "one.parquet"
+    python(WRITE, path, 1400, 1400)
+    return path
+
+
+def test_one_huge_row_group_streams_in_little_memory(parquet: Path) -> None:
+    found = measure(parquet, decode_every=10)
+    assert found["pairs"] == 1400
+    assert found["megabytes"] > 400
+    assert found["peak"] - found["before"] < 200
+
+
+def test_a_tar_streams_in_little_memory(parquet: Path, tmp_path: Path) -> None:
+    pack = "import sys; from precompute.data_cli import app; app(sys.argv[1:])"
+    python(pack, "pack", parquet, tmp_path / "out")
+    found = measure(tmp_path / "out", decode_every=10)
+    assert found["pairs"] == 1400
+    assert found["megabytes"] > 400
+    assert found["peak"] - found["before"] < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_group", [10_000, 1_000])
+@pytest.mark.timeout(1800)
+def test_ten_thousand_rows_stream_in_one_and_a_half_gigabytes(tmp_path: Path, rows_per_group: int) -> None:
+    path = tmp_path / "big.parquet"
+    python(WRITE, path, 10_000, rows_per_group)
+    found = measure(path, decode_every=1)
+    assert found["pairs"] == 10_000
+    assert found["megabytes"] > 2500
+    assert found["peak"] < 1500
