@@ -175,5 +175,27 @@ def _ends_early(data: bytes) -> bool:
         return not data.endswith(b"\x3b")
     if data.startswith(b"BM") and len(data) >= 6:
         return bool(struct.unpack_from("<I", data, 2)[0] > len(data))
+    if data.startswith((b"II*\0", b"MM\0*")) and len(data) >= 8:
+        (directory,) = struct.unpack_from("<I" if data.startswith(b"II") else ">I", data, 4)
+        return bool(directory + 2 > len(data))
+    if data.startswith(b"\xff\x4f\xff\x51"):  # bare JPEG 2000 codestream
+        return not data.endswith(b"\xff\xd9")
+    if data[4:8] in (b"ftyp", b"jP  "):
+        return _boxes_end_early(data)
     # A beginning of a signature and nothing more.
     return any(signature.startswith(data) for signature in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF89a"))
+
+
+def _boxes_end_early(data: bytes) -> bool:
+    """Whether a box of AVIF or JPEG 2000 (size, kind, content) reaches beyond the end."""
+    position = 0
+    while position + 8 <= len(data):
+        (size,) = struct.unpack_from(">I", data, position)
+        if size == 1 and position + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, position + 8)
+        if size == 0:  # to the end of the file; JPEG 2000 then ends with its own marker
+            return data[4:8] == b"jP  " and not data.endswith(b"\xff\xd9")
+        if size < 8:
+            return False
+        position += size
+    return position != len(data)

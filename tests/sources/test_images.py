@@ -155,7 +155,7 @@ def test_what_is_no_image_is_unreadable(data: bytes) -> None:
     assert error.value.reason == "unreadable"
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9])
 def test_a_cut_file_is_truncated_in_every_format(encoded: Callable[..., bytes], format: str, share: float) -> None:
     whole = encoded(3, size=(96, 96), format=format)
@@ -165,9 +165,10 @@ def test_a_cut_file_is_truncated_in_every_format(encoded: Callable[..., bytes], 
     assert error.value.reason == "truncated"
 
 
-def test_a_cut_progressive_jpeg_is_truncated() -> None:
+@pytest.mark.parametrize(("format", "option"), [("JPEG", "progressive"), ("TIFF", "compression"), ("WEBP", "lossless")])
+def test_cut_files_of_other_encodings_are_truncated(format: str, option: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    whole = saved(Image.fromarray(pixels), "JPEG", progressive=True)
+    whole = saved(Image.fromarray(pixels), format, **{option: "tiff_lzw" if option == "compression" else True})
     with pytest.raises(ImageError) as error:
         decode_image(whole[: len(whole) // 2])
     assert error.value.reason == "truncated"

@@ -1,0 +1,52 @@
+"""docs/data.md is true: its examples run in order, and its table of reasons is the code's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from precompute.data_cli import app
+from precompute.images import MAX_PIXELS
+from precompute.sources import SKIP_REASONS
+
+TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    outputs = []
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", TEXT, flags=re.DOTALL):
+        if language == "python":
+            exec(code, names)
+            continue
+        for line in code.splitlines():
+            command = shlex.split(line)
+            if command[:2] == ["inpo", "data"]:
+                result = CliRunner().invoke(app, command[2:])
+                assert result.exit_code == 0, (line, result.output)
+                outputs.append((line, result.stdout))
+    pairs = [
+        re.search(r"pairs\W+(\d+)", output)[1]  # type: ignore[index]
+        for _, output in outputs
+    ]
+    assert list(zip([line.split(" --")[0] for line, _ in outputs], pairs, strict=True)) == [
+        ("inpo data check cubes", "2"),
+        ("inpo data pack cubes cubes-tars", "2"),
+        ("inpo data check cubes-tars", "2"),
+        ("inpo data check mine-0000.tar", "1"),
+        ("inpo data check pick.parquet", "2"),
+        ("inpo data pack pick.parquet pick-tars", "2"),
+    ]
+    assert re.search(r"skipped: tie\W+1", outputs[0][1])
+
+
+def test_the_table_of_reasons_is_the_codes() -> None:
+    section = TEXT.split("## What gives no pair")[1].split("\n## ")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, flags=re.MULTILINE)) == SKIP_REASONS
+
+
+def test_the_pixel_limit_is_the_codes() -> None:
+    assert f"{MAX_PIXELS:,} pixels" in TEXT
