@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
@@ -30,6 +30,9 @@ RESIZE_FILTER = "lanczos"
 """Pillow's antialiased LANCZOS, on 8-bit values, for shrinking and for enlarging."""
 
 Crop = Literal["center"]
+
+# `decode_image` has its own limit. Set once here and not around each call, because threads decode.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(Exception):
@@ -65,17 +68,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if len(data) == 0:
         raise ImageError("empty_image", "zero bytes")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns above its own limit (we refuse by ours) and about damaged metadata that pixels do not need.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, limit {max_pixels}")
-            image.load()
-            return _to_rgb(_upright(image))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, limit {max_pixels}")
+        image.load()
+        if ImageFile.LOAD_TRUNCATED_IMAGES and _ends_early(data):  # other libraries set this for the whole process
+            raise ImageError("truncated", f"{len(data)} bytes")
+        return _to_rgb(_upright(image))
     except (ImageError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("decompression_bomb", str(error)) from error
     except Exception as error:  # decoders fail on hostile bytes with any exception: OSError, struct.error, SyntaxError
         raise _classify(data, error) from error
@@ -158,7 +160,7 @@ def _classify(data: bytes, error: Exception) -> ImageError:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether a file with a known signature lacks its end. Asked only of files that failed to decode."""
+    """Whether a file with a known signature lacks its end. Asked of files that failed to decode."""
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in data[-64:]
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

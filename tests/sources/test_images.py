@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from precompute.images import ImageError, decode_image, prepare_image
 
@@ -123,6 +123,7 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     np.testing.assert_allclose(image.getpixel((13, 4)), WHITE, atol=2)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so; the pixels are whole
 def test_damaged_exif_leaves_the_pixels_as_stored() -> None:
     image = decode_image(saved(Image.new("RGB", (4, 2), RED), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
     assert image.size == (4, 2)
@@ -169,6 +170,17 @@ def test_a_cut_file_is_truncated_in_every_format(encoded: Callable[..., bytes], 
 def test_cut_files_of_other_encodings_are_truncated(format: str, option: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     whole = saved(Image.fromarray(pixels), format, **{option: "tiff_lzw" if option == "compression" else True})
+    with pytest.raises(ImageError) as error:
+        decode_image(whole[: len(whole) // 2])
+    assert error.value.reason == "truncated"
+
+
+def test_a_cut_file_stays_truncated_when_the_process_lets_pillow_fill_in(
+    encoded: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(3, size=(96, 96), format="JPEG")
+    assert decode_image(whole).size == (96, 96)
     with pytest.raises(ImageError) as error:
         decode_image(whole[: len(whole) // 2])
     assert error.value.reason == "truncated"
