@@ -1,0 +1,106 @@
+"""Label sets: P(win preferred) given to committed pairs later, beside the shards, which stay as they are.
+
+    CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source, pairs: {pair id: {scores: [win, lose], label}}}
+
+One document per shard, keyed by the attempt it was made for. A set is complete when every committed shard has one.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from common.cache.reader import Cache
+from common.cache.schema import _Document
+from common.cache.store import CacheStore
+from common.errors import CacheIncomplete, CacheMismatch, UsageError
+
+
+class PairLabel(_Document):
+    """One pair's raw scores, in the scorer's own unit, and P(win preferred) made from them."""
+
+    scores: tuple[FiniteFloat, FiniteFloat]
+    """(win, lose)."""
+    label: Annotated[float, Field(ge=0, le=1)]
+    """P(win preferred) = sigmoid((win - lose) / temperature); below 0.5 the scorer prefers the side called lose."""
+
+
+class LabelSet(_Document):
+    """The labels of one shard's pairs."""
+
+    attempt: str
+    """The committed attempt that these pair ids belong to."""
+    scorer: str
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    """In the scorer's unit."""
+    source: str
+    """Location of the pair source whose images were scored."""
+    pairs: dict[str, PairLabel]
+
+
+def check_set_name(name: str) -> str:
+    """The name itself, or UsageError: it becomes a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(
+            "Bad name of a label set.", where="--set", expected="letters, digits, dot, dash, underscore", got=repr(name)
+        )
+    return name
+
+
+def write_labels(store: CacheStore, set_name: str, shard_name: str, labels: LabelSet) -> bool:
+    """Write one shard's labels if there are none; False, and nothing written, if there are."""
+    return store.put_new(f"labels/{check_set_name(set_name)}/{shard_name}.json", labels.to_json())
+
+
+def label_sets(store: CacheStore) -> list[str]:
+    """Names of the label sets of a cache, complete or not."""
+    return sorted({path.split("/")[0] for path in store.listing("labels") if path.count("/") == 1})
+
+
+def read_shard_labels(store: CacheStore, set_name: str, shard_name: str) -> LabelSet | None:
+    """One shard's labels, whatever attempt they are for; None if there are none."""
+    path = f"labels/{check_set_name(set_name)}/{shard_name}.json"
+    data = store.get(path)
+    return None if data is None else LabelSet.from_json(data, store.path(path))
+
+
+def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
+    """{shard name: {pair id: P(win preferred)}} for every committed shard that has pairs.
+
+    Raises CacheIncomplete if there is no such set or a shard has no labels yet, and CacheMismatch if a shard's labels
+    were made for another attempt, or not for as many pairs as it has.
+    """
+    check_set_name(set_name)
+    have = label_sets(cache.store)
+    if set_name not in have:
+        raise CacheIncomplete(
+            f"This cache has no label set {set_name!r}.",
+            where=cache.location,
+            expected=", ".join(have) or "no set has been made yet",
+            fix=f"`inpo relabel {cache.location} --pairs SRC --scorer NAME --set {set_name}` makes it",
+        )
+    found: dict[str, dict[str, float]] = {}
+    missing: list[str] = []
+    for name, shard in cache.shards.items():
+        labels = read_shard_labels(cache.store, set_name, name)
+        if labels is None:
+            missing.append(name)
+            continue
+        if labels.attempt != shard.commit.attempt or len(labels.pairs) != shard.num_pairs:
+            raise CacheMismatch(
+                f"Label set {set_name!r} was made for other shards than the committed ones.",
+                where=cache.store.path(f"labels/{set_name}/{name}.json"),
+                expected=f"attempt {shard.commit.attempt}, {shard.num_pairs} pairs",
+                got=f"attempt {labels.attempt}, {len(labels.pairs)} pairs",
+                fix="run the same `inpo relabel` again: it replaces labels of attempts that are gone",
+            )
+        found[name] = {pair_id: pair.label for pair_id, pair in labels.pairs.items()}
+    if missing:
+        raise CacheIncomplete(
+            f"Label set {set_name!r} is not complete.",
+            where=cache.location,
+            expected=f"labels for {len(cache.shards)} shards",
+            got=f"none for {len(missing)}: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
+            fix="run the same `inpo relabel` again: it goes on where it stopped",
+        )
+    return found
