@@ -33,6 +33,7 @@ _FAMILIES: dict[str, Family] = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
 }
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 SUPPORTED = "Stable Diffusion 1.x, 2.x (noise, v- or sample-prediction) and SDXL, as a diffusers pipeline"
 _SINGLE_FILE_PREFIXES = {
     "unet": ("model.diffusion_model.",),
@@ -90,9 +91,7 @@ class Model:
             if component in self.index and self.index[component][0] is not None:
                 prints[component] = self._fingerprint(component)
         for component in ("tokenizer", "tokenizer_2"):
-            files = [
-                file for file in (self.folder / component).glob("*") if file.name in ("vocab.json", "merges.txt", "tokenizer.json")
-            ]
+            files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
             if files:
                 prints[component] = fingerprint.of_files(files)
         return prints
@@ -121,7 +120,9 @@ class Model:
         return chosen
 
     def _has_variant(self, folder: Path) -> str | None:
-        return self.variant if self.variant and any(f".{self.variant}" in file.name for file in folder.glob("*")) else None
+        if self.variant and any(f".{self.variant}" in file.name for file in folder.glob("*")):
+            return self.variant
+        return None
 
     def load_unet(self) -> UNet2DConditionModel:
         """The UNet in float32 on the CPU."""
@@ -203,7 +204,7 @@ def open_model(
                 "A single-file model needs its configuration.",
                 where=path,
                 expected="--model-config DIR, a pipeline folder (weights not needed) of the same architecture",
-                fix="pass --model-config; online, `huggingface-cli download MODEL --include '*.json' '*.txt'` makes one",
+                fix="pass --model-config; online, `hf download MODEL --include '*.json' '*.txt'` makes one",
             )
         folder = _folder_of(model_config, variant=None)
         return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
@@ -241,7 +242,9 @@ def _vae_folder(location: str) -> Path:
     for folder in (path, path / "vae"):
         if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
             return folder
-    raise ModelError("There is no VAE here.", where=location, expected="config.json and *.safetensors", fix="check --vae")
+    raise ModelError(
+        "There is no VAE here.", where=location, expected="config.json and *.safetensors", fix="check --vae"
+    )
 
 
 def _family(folder: Path) -> Family:
@@ -252,7 +255,7 @@ def _family(folder: Path) -> Family:
             where=folder,
             expected="model_index.json",
             got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
-            fix="pass the pipeline's folder, not one of its components; one .safetensors file works with --model-config",
+            fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
         )
     name = json.loads(index_file.read_text()).get("_class_name", "?")
     if name not in _FAMILIES:

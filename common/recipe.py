@@ -37,7 +37,9 @@ class ModelSection(Section):
 
     def open(self) -> Model:
         if self.model is None:
-            raise UsageError("No model given.", where="--model", fix="pass --model, or set model in [model] of the recipe")
+            raise UsageError(
+                "No model given.", where="--model", fix="pass --model, or set model in [model] of the recipe"
+            )
         return open_model(self.model, variant=self.variant, model_config=self.model_config_dir, vae=self.vae)
 
 

@@ -39,4 +39,6 @@ def load_scorer(name: str) -> Scorer:
         if entry.name == name:
             scorer: Scorer = entry.load()()
             return scorer
-    raise UsageError("Unknown scorer.", where="--scorer", expected=", ".join(scorer_names()), got=name, fix="choose one")
+    raise UsageError(
+        "Unknown scorer.", where="--scorer", expected=", ".join(scorer_names()), got=name, fix="choose one"
+    )

@@ -19,7 +19,7 @@ def stable_hash(*parts: object, bits: int = 64) -> int:
 
 
 def uniform(*parts: object) -> float:
-    """A float in [0, 1) from the parts, with 32 random bits: i + u stays below i + 1 in float64 for any grid index i."""
+    """A float in [0, 1) from the parts, with 32 random bits: i + u stays below i + 1 in float64 for any index i."""
     return (stable_hash(*parts) >> 32) / float(1 << 32)
 
 

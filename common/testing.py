@@ -6,7 +6,7 @@ Nothing is faked: every component is the real class with a small configuration, 
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -30,7 +30,7 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
+        pipeline: Any = _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -145,7 +145,7 @@ def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
             norm_num_groups=8,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + second.projection_dim,
+            projection_class_embeddings_input_dim=6 * 8 + second.hidden_size,
         ).eval(),
         scheduler=_ddim(),
         force_zeros_for_empty_prompt=True,

@@ -8,13 +8,16 @@ import numpy as np
 import zarr
 from jaxtyping import Float, Int, Shaped
 
-from common.cache.arrays import open_array
+from common.cache.arrays import CommittedStore, open_array
 from common.cache.derive import derive_x_t
 from common.cache.schema import SPECS, Commit, Manifest
 from common.cache.store import CacheStore, digest, storage_errors
 from common.cache.writer import MANIFEST
-from common.errors import CacheCorrupt, CacheIncomplete, CacheMissing
+from common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
 from common.schedule import NoiseSchedule
+
+_Unreadable = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
+"""What zarr's codecs raise for bytes that they cannot decode."""
 
 
 class Shard:
@@ -45,37 +48,54 @@ class Shard:
         present = self.cache.store.listing(self.folder)
         for path, size in self.commit.files.items():
             if path not in present:
-                raise CacheCorrupt(
-                    "A committed file is missing.",
-                    where=f"{self.location}/{path}",
-                    expected=f"{size} bytes",
-                    got="no file",
-                    fix=self._advice(),
-                )
+                raise self._corrupt("A committed file is missing", path, expected=f"{size} bytes", got="no such file")
             if present[path] != size:
-                raise CacheCorrupt(
-                    "A committed file has another size.",
-                    where=f"{self.location}/{path}",
-                    expected=f"{size} bytes",
-                    got=f"{present[path]} bytes",
-                    fix=self._advice(),
+                raise self._corrupt(
+                    "A committed file has another size", path, expected=f"{size} bytes", got=f"{present[path]} bytes"
                 )
+        missing = {spec.path for spec in self.cache.manifest.arrays} - self.stored
+        if missing:
+            raise CacheSchemaError(
+                f"Shard {self.name} lacks arrays that the manifest promises: {', '.join(sorted(missing))}.",
+                where=self.location,
+                fix=self._advice(),
+            )
         return True
+
+    def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
+        """`file` is a path below the shard's folder; its array is named."""
+        array = file.split("/c/")[0].removesuffix("/zarr.json")
+        part = "the group's metadata" if file.count("/") == 0 or array not in SPECS else f"array {array}"
+        return CacheCorrupt(
+            f"{what}: {part} of shard {self.name}.",
+            where=f"{self.location}/{file}",
+            expected=expected,
+            got=got,
+            fix=self._advice(),
+        )
 
     def _open(self, path: str) -> zarr.Array[Any]:
         """Open an array after checking that its files are the committed ones and not another's."""
-        for name in self.commit.files:
-            if name == "zarr.json" or name == f"{path}/zarr.json" or name.startswith(f"{path}/c/"):
-                found = self.cache.store.edge_digest(f"{self.folder}/{name}", self.commit.files[name])
-                if found != self.commit.digests[name]:
-                    raise CacheCorrupt(
-                        f"A file of array {path} of shard {self.name} is not the committed one.",
-                        where=f"{self.location}/{name}",
-                        expected=f"digest {self.commit.digests[name]}",
-                        got=found,
-                        fix=self._advice(),
+        store = self.cache.store
+        for file in self.commit.files:
+            if file == "zarr.json" or file == f"{path}/zarr.json" or file.startswith(f"{path}/c"):
+                expected = self.commit.digests.get(file)
+                found = store.sample_digest(f"{self.folder}/{file}", self.commit.files[file])
+                if found != expected:
+                    raise self._corrupt(
+                        "A file is not the committed one", file, expected=f"digest {expected}", got=found
                     )
-        return open_array(self.cache.store.zarr(self.folder), path)
+        committed = CommittedStore(store.zarr(self.folder), self.commit.files, remote=store.remote)
+        array = open_array(committed, path)
+        problem = SPECS[path].problem(array.shape, array.dtype, self.cache.manifest.lengths(self.num_pairs))
+        if problem is not None:
+            raise CacheSchemaError(
+                f"Array {path} of shard {self.name} does not fit the manifest.",
+                where=f"{self.location}/{path}",
+                got=problem,
+                fix=self._advice(),
+            )
+        return array
 
     def _advice(self) -> str:
         return (
@@ -114,8 +134,12 @@ class Shard:
                 if path not in self._arrays:
                     self._arrays[path] = self._open(path)
                 array = self._arrays[path]
+                if not isinstance(selection, slice) and len(selection):
+                    _check_rows(selection, array.shape[0], path)
                 values = array[selection] if isinstance(selection, slice) else array.oindex[selection]
-            except (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError) as error:
+            except InpoError:
+                raise
+            except _Unreadable as error:
                 raise CacheCorrupt(
                     f"Array {path} of shard {self.name} cannot be read: its bytes are not the committed ones.",
                     where=f"{self.location}/{path}" + self._culprits(path, pairs),
@@ -128,20 +152,20 @@ class Shard:
         """The pairs whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
         if SPECS[path].chunking == "whole" or path not in self._arrays:
             return ""
-        rows = np.arange(self.num_pairs)[pairs if pairs is not None else slice(None)]
+        array = self._arrays[path]
         bad = []
-        for row in rows:
+        for row in np.arange(self.num_pairs)[pairs if pairs is not None else slice(None)]:
             try:
-                self._arrays[path][int(row)]
-            except Exception:  # any failure marks the pair; the caller raises the first one
+                array[int(row)]
+            except _Unreadable:
                 bad.append(int(row))
-        if path == "pair_id" or not bad:
+        if not bad:
             return ""
         try:
-            names = [str(self.read("pair_id")[row]) for row in bad[:5]]
-        except CacheCorrupt:
-            names = [f"row {row}" for row in bad[:5]]
-        return f" (pairs {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
+            names = [str(name) for name in self.read("pair_id")[bad[:5]]]
+        except InpoError:
+            names = [f"in row {row}" for row in bad[:5]]
+        return f" (pair{'s' if len(bad) > 1 else ''} {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
 
     def _derive_x_t(self, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> Float[np.ndarray, "pair step side c h w"]:
         timestep = self.read("timestep", pairs).astype(np.int64)
@@ -160,6 +184,11 @@ class Shard:
         return CacheIncomplete(
             f"This cache does not hold {path!r}.", where=self.cache.location, got=f"profile {manifest.profile}", fix=fix
         )
+
+
+def _check_rows(rows: Int[np.ndarray, "pair"], length: int, path: str) -> None:
+    if rows.min() < 0 or rows.max() >= length:
+        raise IndexError(f"rows {rows.min()}..{rows.max()} of {path}, which has {length}")
 
 
 class Cache:
@@ -216,11 +245,14 @@ class Cache:
         )
 
 
-def open_cache(location: str, *, allow_empty: bool = False) -> Cache:
+def open_cache(
+    location: str, *, allow_empty: bool = False, damaged: dict[str, CacheError] | None = None
+) -> Cache:
     """Open a cache for reading.
 
-    Raises CacheMissing if there is no manifest, or (unless `allow_empty`) no committed pair yet, and
-    CacheSchemaError if a document is damaged or of another version.
+    Raises CacheMissing if there is no manifest, or (unless `allow_empty`) no committed pair yet, CacheSchemaError if
+    a document cannot be read or is of another version, and CacheCorrupt if one was edited. With `damaged` a bad
+    commit is put there under its shard's name, and the shard left out, instead.
     """
     store = CacheStore(location)
     data = store.get(MANIFEST)
@@ -232,23 +264,13 @@ def open_cache(location: str, *, allow_empty: bool = False) -> Cache:
             got="no such file",
             fix="run `inpo precompute --cache` with this path first, or correct the path",
         )
-    manifest: Manifest = Manifest.from_json(data, store.path(MANIFEST))
-    commits: dict[str, Commit] = {}
-    for name in store.listing("commits"):
-        if name.endswith(".json") and "/" not in name:
-            document = store.get(f"commits/{name}")
-            if document is not None:
-                commit: Commit = Commit.from_json(document, store.path(f"commits/{name}"))
-                if commit.manifest != digest(data):
-                    raise CacheCorrupt(
-                        "The manifest is not the one that the committed shards were made under.",
-                        where=store.path(MANIFEST),
-                        expected=f"digest {commit.manifest} (from commits/{name})",
-                        got=digest(data),
-                        fix="manifest.json was edited or replaced; restore it from a copy",
-                    )
-                commits[name.removesuffix(".json")] = commit
-    cache = Cache(store, manifest, dict(sorted(commits.items())))
+    manifest = Manifest.from_json(data, store.path(MANIFEST))
+    commits, bad = _read_commits(store, digest(data))
+    if damaged is None and bad:
+        raise next(iter(bad.values()))
+    if damaged is not None:
+        damaged.update(bad)
+    cache = Cache(store, manifest, commits)
     if not allow_empty and cache.num_pairs == 0:
         raise CacheMissing(
             "This cache has no committed pair yet.",
@@ -258,3 +280,29 @@ def open_cache(location: str, *, allow_empty: bool = False) -> Cache:
             "`inpo inspect summary`",
         )
     return cache
+
+
+def _read_commits(store: CacheStore, manifest_digest: str) -> tuple[dict[str, Commit], dict[str, CacheError]]:
+    """(commits by shard name, what is wrong with the others by shard name)."""
+    files = [name for name in store.listing("commits") if name.endswith(".json") and "/" not in name]
+    commits: dict[str, Commit] = {}
+    bad: dict[str, CacheError] = {}
+    for file, document in zip(files, store.get_many([f"commits/{file}" for file in files]), strict=True):
+        if document is None:  # moved aside in between
+            continue
+        name = file.removesuffix(".json")
+        try:
+            commit = Commit.from_json(document, store.path(f"commits/{file}"))
+            if commit.manifest != manifest_digest:
+                raise CacheCorrupt(
+                    f"The manifest is not the one that shard {name} was made under.",
+                    where=store.path(MANIFEST),
+                    expected=f"digest {commit.manifest} (from commits/{file})",
+                    got=manifest_digest,
+                    fix="manifest.json was edited or replaced: restore it from a copy; or the commit came from another "
+                    "cache: remove it",
+                )
+            commits[name] = commit
+        except CacheError as error:
+            bad[name] = error
+    return commits, bad

@@ -5,13 +5,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import CacheSchemaError
+from common.cache.store import digest
+from common.errors import CacheCorrupt, CacheSchemaError
 
 SCHEMA_VERSION = 1
 MAX_PAIRS_PER_SHARD = 256
@@ -45,6 +46,17 @@ class ArraySpec:
         return np.dtype("O") if self.is_text else np.dtype(self.dtype)
 
 
+    def problem(self, shape: tuple[int, ...], dtype: object, lengths: Mapping[str, int]) -> str | None:
+        """What is wrong with an array of this shape and dtype, or None. `lengths` gives known axes their length."""
+        found = f"{dtype} {list(shape)}"
+        wanted = f"{self.dtype} [{', '.join(str(lengths.get(axis, axis)) for axis in self.axes)}]"
+        if len(shape) != len(self.axes):
+            return f"{found} instead of {wanted}"
+        wrong_axis = any(lengths.get(axis, size) != size for axis, size in zip(self.axes, shape, strict=True))
+        wrong_dtype = not self.is_text and np.dtype(dtype) != np.dtype(self.dtype)  # type: ignore[call-overload]
+        return f"{found} instead of {wanted}" if wrong_axis or wrong_dtype else None
+
+
 _LATENT = ("C", "H", "W")
 _RECORD = ("pair", "step", "side")
 _BOTH: tuple[Profile, ...] = ("full", "lean")
@@ -76,7 +88,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ),
     ArraySpec(
         path="inversion_error", dtype="float32", axes=("pair", "side"), chunking="whole", profiles=_BOTH,
-        meaning="relative RMS between x0 and where deterministic DDIM lands from the last stored x_t; NaN: not measured",
+        meaning="relative RMS between x0 and where deterministic DDIM lands from the last x_t; NaN: not measured",
     ),
     ArraySpec(
         path="timestep", dtype="int16", axes=("pair", "step"), chunking="whole", profiles=_BOTH,
@@ -150,23 +162,12 @@ class _Document(BaseModel):
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Any:
+    def from_json(cls, data: bytes, where: str) -> Self:
         """Parse; raises CacheSchemaError naming the first bad field, the value found and what to do."""
-        try:
-            document = json.loads(data)
-        except ValueError as error:
-            raise CacheSchemaError(
-                "Not a JSON document.", where=where, got=str(error), fix="restore the file from a copy of the cache"
-            ) from None
-        version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CacheSchemaError(
-                "This cache has another schema version.",
-                where=where,
-                expected=SCHEMA_VERSION,
-                got=version,
-                fix="use the version of InPO cache that wrote it, or precompute again into a new folder",
-            )
+        return cls._parse(_load(data, where), where)
+
+    @classmethod
+    def _parse(cls, document: dict[str, Any], where: str) -> Self:
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -177,6 +178,27 @@ class _Document(BaseModel):
                 got=repr(first.get("input"))[:200],
                 fix="the file was edited or written by another version; restore it from a copy",
             ) from None
+
+
+def _load(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, or CacheSchemaError."""
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise CacheSchemaError(
+            "Not a JSON document.",
+            where=where,
+            got=f"{len(data)} bytes; {error}",
+            fix="restore the file from a copy of the cache",
+        ) from None
+    if not isinstance(document, dict):
+        raise CacheSchemaError(
+            "Not a JSON object.",
+            where=where,
+            got=type(document).__name__,
+            fix="restore the file from a copy of the cache",
+        )
+    return document
 
 
 class InverterIdentity(_Document):
@@ -219,7 +241,22 @@ class Manifest(_Document):
     measure_inversion: float = 0.0
     inverter: InverterIdentity
     fingerprints: dict[str, str]
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Parse; another schema version, or none, is refused before any other field is looked at."""
+        document = _load(data, where)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CacheSchemaError(
+                "This cache has another schema version.",
+                where=where,
+                expected=SCHEMA_VERSION,
+                got="none" if version is None else version,
+                fix="use the version of InPO cache that wrote it, or precompute again into a new folder",
+            )
+        return cls._parse(document, where)
 
     @property
     def is_sdxl(self) -> bool:
@@ -228,6 +265,14 @@ class Manifest(_Document):
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra, inverter=self.inverter.name)
+
+    def lengths(self, num_pairs: int) -> dict[str, int]:
+        """Lengths of the axes of a shard with so many pairs; token, width and prompt are free."""
+        channel, height, width = self.latent_shape
+        return {
+            "pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width,
+            "time_id": 6,
+        }
 
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""
@@ -261,11 +306,40 @@ class Commit(_Document):
     files: dict[str, int]
     """Bytes of every file of the attempt, by path."""
     digests: dict[str, str]
-    """blake2b digest of each file's first and last 4096 bytes: tells a file put in another's place."""
+    """blake2b digest of each file's first, middle and last 4096 bytes: tells a file put in another's place."""
     skipped: dict[str, int]
     source: ShardSource
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
     """Things that happened to pairs that were kept, e.g. cut_prompt."""
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)
     """Where the time went: decode, encode, invert, write, total."""
     created: str
+    """UTC, ISO 8601."""
+    checksum: str = ""
+    """blake2b digest of all other fields (sorted keys, no white space): any edit of a commit is found."""
+
+    def to_json(self) -> bytes:
+        document = self.model_dump(mode="json")
+        sealed = document | {"checksum": _checksum(document)}
+        return (json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Parse; raises CacheCorrupt if any value is not the one that was written."""
+        document = _load(data, where)
+        commit = cls._parse(document, where)
+        if commit.checksum != _checksum(document):
+            raise CacheCorrupt(
+                "A commit is not the one that was written.",
+                where=where,
+                expected=f"checksum {commit.checksum or '(none in the file)'}",
+                got=_checksum(document),
+                fix="the file was edited or damaged; restore it from a copy, or remove it: the next `inpo precompute` "
+                "makes this shard again",
+            )
+        return commit
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    return digest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())

@@ -1,17 +1,22 @@
 """Bytes of a cache, on a local disk or in an object store, behind one small object.
 
-JSON documents go through obstore, whose `put(mode="create")` is the put-if-absent of the contract, local and remote:
-of any number of writers one wins and the others are told. Arrays go through zarr's own stores.
+Put-if-absent is obstore's conditional create, local and remote: of any number of writers one wins and the others are
+told. Arrays go through zarr's own stores. Local files are read with plain Python: obstore's threads do not survive a
+fork, and a trainer's data workers are often forked.
 """
 
 import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
@@ -22,15 +27,23 @@ from zarr.storage import ObjectStore
 
 from common.errors import CacheMissing, InpoError, StorageError
 
-_EDGE_BYTES = 4096
-_RETRY = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)}
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
+
+RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)}
+"""For what can pass (503, time-outs, dropped connections): backoff from 0.1 s, doubled each time, with jitter."""
+_SAMPLE_BYTES = 4096
+_PARALLEL_READS = 16
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
     errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
+    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
     errno.EROFS: "the file system is read-only; choose a folder you can write to",
     errno.EACCES: "check the owner and mode of the folder",
     errno.EPERM: "check the owner and mode of the folder",
 }
+_client_process: int | None = None
+"""The process in which obstore's threads were started."""
 
 
 @contextmanager
@@ -44,13 +57,13 @@ def storage_errors(action: str, where: object) -> Iterator[None]:
     except InpoError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"Could not {action}: {error.strerror or error}.",
-            where=error.filename or where,
-            fix=_ADVICE.get(error.errno or 0, "check the folder, then run the same command again"),
-        ) from error
+        raise _refused(action, where if error.filename is None else error.filename, error.errno, str(error)) from error
     except BaseError as error:
         lines = str(error).strip().splitlines()
+        # obstore wraps the system's error in its text.
+        system = re.search(r"\(os error (\d+)\)", str(error))
+        if system:
+            raise _refused(action, where, int(system[1]), lines[0]) from error
         raise StorageError(
             f"Could not {action}.",
             where=where,
@@ -58,6 +71,14 @@ def storage_errors(action: str, where: object) -> Iterator[None]:
             fix="check the address, the credentials and the free space, then run the same command again: "
             "what is committed stays",
         ) from error
+
+
+def _refused(action: str, where: object, code: int | None, text: str) -> StorageError:
+    return StorageError(
+        f"Could not {action}: {os.strerror(code) if code else text}.",
+        where=where,
+        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
+    )
 
 
 def is_remote(location: str) -> bool:
@@ -79,7 +100,7 @@ class CacheStore:
         self.location = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
         if self.remote:
             with storage_errors("open the object store", location):
-                self._store = from_url(self.location, retry_config=_RETRY)  # type: ignore[arg-type]
+                self._store: Any = from_url(self.location, retry_config=RETRY)
             return
         root = Path(self.location)
         if create:
@@ -99,53 +120,97 @@ class CacheStore:
         """The full address of `name`, for messages."""
         return f"{self.location}/{name}"
 
+    @property
+    def client(self) -> Any:
+        """obstore's store. Raises StorageError in a forked child, where every call would wait for ever."""
+        check_process(self.location)
+        return self._store
+
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write `name` only if it does not exist, durably. Returns False, and writes nothing, if it does."""
+        """Write `name` only if it does not exist, whole and durably. Returns False, and writes nothing, if it does.
+
+        Local: a staged file is flushed to disk first and then given its name, so that not even a power cut leaves a
+        name without its bytes. Remote: one conditional PUT; if it was retried after a lost answer, the bytes in
+        place tell whether it was ours that arrived.
+        """
         with storage_errors("write", self.path(name)):
+            if self.remote:
+                try:
+                    obstore.put(self.client, name, data, mode="create")
+                except AlreadyExistsError:
+                    return self.get(name) == data
+                return True
+            final = Path(self.location) / name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            staged = final.with_name(f"{final.name}.{uuid.uuid4().hex}.staged")
             try:
-                obstore.put(self._store, name, data, mode="create")
+                with staged.open("xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                obstore.copy(self.client, str(staged.relative_to(self.location)), name, overwrite=False)
             except AlreadyExistsError:
                 return False
-            if not self.remote:
-                _fsync(Path(self.location) / name)
-                _fsync((Path(self.location) / name).parent)
+            finally:
+                staged.unlink(missing_ok=True)
+            _fsync(final.parent)
+            _fsync(final.parent.parent)
         return True
 
     def get(self, name: str) -> bytes | None:
         """The bytes of `name`, or None if it does not exist."""
         with storage_errors("read", self.path(name)):
             try:
-                return bytes(obstore.get(self._store, name).bytes())
+                if self.remote:
+                    return bytes(obstore.get(self.client, name).bytes())
+                return (Path(self.location) / name).read_bytes()
             except (NotFoundError, FileNotFoundError):
                 return None
 
-    def edge_digest(self, name: str, size: int) -> str:
-        """Digest of the first and last 4096 bytes of a file of `size` bytes (of all of it, if it is that small).
+    def get_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """`get` for many names, in their order; many at a time where each takes a round trip."""
+        if not self.remote:
+            return [self.get(name) for name in names]
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            return list(pool.map(self.get, names))
+
+    def sample_digest(self, name: str, size: int) -> str:
+        """Digest of the first, middle and last 4096 bytes of a file of `size` bytes (of all, if it is that small).
 
         Checksums inside a file tell damage; this tells a whole, healthy file in the wrong place, without reading it.
+        The last bytes of two arrays of one shape are equal (zarr's chunk index), and one image often opens several
+        pairs; the middle tells those apart.
         """
+        if size <= 3 * _SAMPLE_BYTES:
+            spans = [(0, size)] if size else []
+        else:
+            middle = size // 2
+            spans = [(0, _SAMPLE_BYTES), (middle, middle + _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
         with storage_errors("read", self.path(name)):
-            starts = [0, max(_EDGE_BYTES, size - _EDGE_BYTES)]
-            ends = [min(_EDGE_BYTES, size), size]
-            spans = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
-            data = obstore.get_ranges(
-                self._store, name, starts=[span[0] for span in spans], ends=[span[1] for span in spans]
-            )
-            return digest(b"".join(bytes(part) for part in data))
+            try:
+                return digest(b"".join(self._ranges(name, spans)))
+            except (NotFoundError, FileNotFoundError):
+                return "no such file"
+
+    def _ranges(self, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
+        if self.remote:
+            starts, ends = [start for start, _ in spans], [end for _, end in spans]
+            return [bytes(part) for part in obstore.get_ranges(self.client, name, starts=starts, ends=ends)]
+        parts = []
+        with (Path(self.location) / name).open("rb") as stream:
+            for start, end in spans:
+                stream.seek(start)
+                parts.append(stream.read(end - start))
+        return parts
 
     def listing(self, prefix: str) -> dict[str, int]:
-        """{path relative to `prefix`: bytes} of everything below the folder `prefix`."""
+        """{path relative to `prefix`: bytes} of everything below the folder `prefix`; {} if there is no such folder."""
         prefix = prefix.rstrip("/")
         with storage_errors("list", self.path(prefix)):
             if not self.remote:
-                folder = Path(self.location) / prefix
-                return {
-                    str(file.relative_to(folder)): file.stat().st_size
-                    for file in sorted(folder.rglob("*"))
-                    if file.is_file()
-                }
+                return dict(sorted(_local_files(Path(self.location) / prefix)))
             found: dict[str, int] = {}
-            for batch in obstore.list(self._store, prefix, chunk_size=1000):
+            for batch in obstore.list(self.client, prefix, chunk_size=1000):
                 for entry in batch:
                     found[entry["path"][len(prefix) :].lstrip("/")] = entry["size"]
             return dict(sorted(found.items()))
@@ -162,7 +227,7 @@ class CacheStore:
                 return
             names = [f"{prefix}/{name}" if name else prefix for name in self.listing(prefix)]
             if names:
-                obstore.delete(self._store, names)
+                obstore.delete(self.client, names)
 
     def move(self, source: str, destination: str) -> None:
         """Rename one file inside the store."""
@@ -171,13 +236,13 @@ class CacheStore:
                 (Path(self.location) / destination).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(self.location) / source, Path(self.location) / destination)
                 return
-            obstore.rename(self._store, source, destination)
+            obstore.rename(self.client, source, destination)
 
     def zarr(self, folder: str, *, read_only: bool = True) -> Store:
         """zarr's own store for a folder of the cache."""
         if self.remote:
-            store = from_url(f"{self.location}/{folder}", retry_config=_RETRY)  # type: ignore[arg-type]
-            return ObjectStore(store, read_only=read_only)
+            check_process(self.location)
+            return ObjectStore(from_url(f"{self.location}/{folder}", retry_config=RETRY), read_only=read_only)
         return ZarrLocalStore(Path(self.location) / folder, read_only=read_only)
 
     def sync_folder(self, folder: str) -> None:
@@ -191,6 +256,35 @@ class CacheStore:
             # The entries above the attempt too: shards/<name> and shards may be new.
             for parent in (root, root.parent, root.parent.parent, Path(self.location)):
                 _fsync(parent)
+
+
+def check_process(where: object) -> None:
+    """Raise StorageError if obstore was started before this process was forked: its threads stayed behind."""
+    global _client_process
+    if _client_process is None:
+        _client_process = os.getpid()
+    elif _client_process != os.getpid():
+        raise StorageError(
+            "This process was forked after the store was opened, and the store's client does not survive that.",
+            where=where,
+            fix="start workers with the 'spawn' or 'forkserver' method (DataLoader: multiprocessing_context='spawn')",
+        )
+
+
+def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """(path relative to `folder`, bytes) of every file. A folder that may not be listed is an error, not empty."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            file = Path(root) / name
+            try:
+                yield file.relative_to(folder).as_posix(), file.stat().st_size
+            except FileNotFoundError:  # another writer's staged file, gone in between
+                continue
 
 
 def _fsync(path: Path) -> None:

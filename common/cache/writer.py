@@ -4,6 +4,7 @@ Order on disk: attempt folder (arrays, fsync) -> list of skipped pairs -> commit
 between leaves an orphan that no reader sees. Two writers of one shard: one commit wins, the other learns that it lost.
 """
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from common.cache.arrays import write_group
 from common.cache.schema import MAX_PAIRS_PER_SHARD, SPECS, Commit, Manifest, ShardSource
 from common.cache.store import CacheStore, digest, storage_errors
-from common.errors import CacheMismatch
+from common.errors import CacheCorrupt, CacheMismatch, InpoError
 
 MANIFEST = "manifest.json"
 
@@ -40,23 +41,34 @@ class ShardData:
 class CacheWriter:
     """Writes shards into a cache of one identity."""
 
-    def __init__(self, store: CacheStore, manifest: Manifest) -> None:
+    def __init__(self, store: CacheStore, manifest: Manifest, data: bytes | None = None) -> None:
+        """`data`: manifest.json as it lies in the store, if it is not this version's own rendering."""
         self.store = store
         self.manifest = manifest
+        self._manifest_digest = digest(manifest.to_json() if data is None else data)
 
     @classmethod
     def open(cls, location: str, manifest: Manifest) -> "CacheWriter":
         """Create the cache at `location`, or go on with the one there if it has the same identity.
 
-        Raises CacheMismatch, showing every differing value, if it has another.
+        Raises CacheMismatch, showing every differing value, if it has another, and CacheCorrupt if shards are
+        committed but their manifest is gone.
         """
         store = CacheStore(location, create=True)
+        if store.get(MANIFEST) is None and store.listing("commits") and store.get(MANIFEST) is None:
+            raise CacheCorrupt(
+                "The cache has committed shards but no manifest.",
+                where=store.path(MANIFEST),
+                expected="the manifest that the shards were made under",
+                got="no such file",
+                fix="restore manifest.json from a copy, or precompute into a new folder",
+            )
         if store.put_new(MANIFEST, manifest.to_json()):
             return cls(store, manifest)
-        data = store.get(MANIFEST)
-        existing: Manifest = Manifest.from_json(data or b"", store.path(MANIFEST))
+        data = store.get(MANIFEST) or b""
+        existing = Manifest.from_json(data, store.path(MANIFEST))
         check_identity(existing, manifest, location)
-        return cls(store, existing)
+        return cls(store, existing, data)
 
     def committed(self) -> set[str]:
         """Names of the committed shards, by one listing."""
@@ -72,9 +84,7 @@ class CacheWriter:
         folder = f"shards/{name}/{attempt}"
         files: dict[str, int] = {}
         if data.num_pairs:
-            with storage_errors("write a shard", self.store.path(folder)):
-                write_group(self.store.zarr(folder, read_only=False), data.arrays)
-            self.store.sync_folder(folder)
+            self._write_arrays(folder, data.arrays)
             files = self.store.listing(folder)
         if data.skipped:
             lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data.skipped)
@@ -85,9 +95,9 @@ class CacheWriter:
         commit = Commit(
             attempt=attempt,
             num_pairs=data.num_pairs,
-            manifest=digest(self.manifest.to_json()),
+            manifest=self._manifest_digest,
             files=files,
-            digests={path: self.store.edge_digest(f"{folder}/{path}", size) for path, size in files.items()},
+            digests={path: self.store.sample_digest(f"{folder}/{path}", size) for path, size in files.items()},
             skipped=dict(sorted(reasons.items())),
             source=data.source,
             counts=dict(sorted(data.counts.items())),
@@ -96,25 +106,47 @@ class CacheWriter:
         )
         return commit if self.store.put_new(f"commits/{name}.json", commit.to_json()) else None
 
+    def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write and flush. What a refusing disk leaves behind is removed at once: it may be what fills the disk."""
+        try:
+            with storage_errors("write a shard", self.store.path(folder)):
+                write_group(self.store.zarr(folder, read_only=False), arrays)
+            self.store.sync_folder(folder)
+        except InpoError:
+            with contextlib.suppress(InpoError):
+                self.store.remove(folder)
+            raise
+
     def _check(self, name: str, data: ShardData) -> None:
-        """Our own bugs, caught before they reach a disk: names, dtypes, ranks and lengths follow the contract."""
+        """Our own bugs, caught before they reach a disk: names, dtypes, shapes and references follow the contract."""
         if not data.arrays:
             return
         expected = {spec.path for spec in self.manifest.arrays}
         if expected != set(data.arrays):
             raise AssertionError(f"shard {name}: arrays {sorted(data.arrays)} instead of {sorted(expected)}")
-        num_pairs = data.num_pairs
-        if not 0 < num_pairs <= MAX_PAIRS_PER_SHARD:
-            raise AssertionError(f"shard {name}: {num_pairs} pairs")
+        if not 0 < data.num_pairs <= MAX_PAIRS_PER_SHARD:
+            raise AssertionError(f"shard {name}: {data.num_pairs} pairs")
+        lengths = self.manifest.lengths(data.num_pairs)
         for path, values in data.arrays.items():
             spec = SPECS[path]
-            lengths = {"pair": num_pairs, "side": 2, "step": self.manifest.timesteps_per_pair, "time_id": 6}
-            lengths |= dict(zip(("C", "H", "W"), self.manifest.latent_shape, strict=True))
-            wrong_axis = len(spec.axes) != values.ndim or any(
-                lengths.get(axis, size) != size for axis, size in zip(spec.axes, values.shape, strict=True)
-            )
-            if wrong_axis or values.dtype != spec.numpy_dtype:
-                raise AssertionError(f"shard {name}, {path}: {values.dtype} {values.shape} is not {spec}")
+            problem = spec.problem(values.shape, values.dtype, lengths)
+            if problem is None and spec.is_text and values.dtype.kind not in "OT":
+                problem = f"{values.dtype} instead of text"
+            may_be_nan = values.dtype.kind != "f" or path == "inversion_error"
+            if problem is None and not may_be_nan and not np.isfinite(values).all():
+                problem = "NaN or infinity"
+            if problem is not None:
+                raise AssertionError(f"shard {name}, {path}: {problem}")
+            # Free axes (prompt, token) are fixed by the first array that has them; width differs between encoders.
+            free = {axis: size for axis, size in zip(spec.axes, values.shape, strict=True) if axis != "width"}
+            lengths = {**free, **lengths}
+        self._check_prompts(name, data.arrays)
+
+    @staticmethod
+    def _check_prompts(name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        text, index = arrays["prompt/text"], arrays["prompt_index"]
+        if text[0] != "" or index.min() < 0 or index.max() >= len(text):
+            raise AssertionError(f"shard {name}: row 0 must be the empty prompt and prompt_index in 0..{len(text) - 1}")
 
 
 def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:
