@@ -25,7 +25,7 @@ _WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "th
 def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) -> Path:
     """Write a tiny random-weight pipeline folder and return it.
 
-    Images of 32 px give latents of [4, 16, 16]. Kinds: noise prediction (sd15), v-prediction (sd2-v), sample
+    Images of 32 px give latents of [4, 8, 8]. Kinds: noise prediction (sd15), v-prediction (sd2-v), sample
     prediction, and SDXL with two text encoders. Equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]):
@@ -77,9 +77,9 @@ def _text_config(tokenizer: CLIPTokenizer, *, width: int = 32) -> CLIPTextConfig
 
 def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=32,
@@ -108,7 +108,7 @@ def _sd(folder: Path, kind: TinyKind) -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(text_config).eval(),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=16,
+            sample_size=8,
             block_out_channels=(16, 32),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -134,7 +134,7 @@ def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=16,
+            sample_size=8,
             block_out_channels=(16, 32),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
