@@ -1,6 +1,7 @@
 """Label sets: P(win preferred) given to committed pairs later, beside the shards, which stay as they are.
 
-    CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source, pairs: {pair id: {scores: [win, lose], label}}}
+    CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source,
+                                         pairs: {pair id: {scores: [win, lose], label}}}
 
 One document per shard, keyed by the attempt it was made for. A set is complete when every committed shard has one.
 """
