@@ -1,0 +1,105 @@
+"""From prepared images and prompts to what the network takes.
+
+    pixels [-1, 1] --VAE--> latent --scale--> x0 float16        prompts --text encoders--> embeddings float16
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from jaxtyping import Float, Float16
+from torch import Tensor
+
+from common.denoiser import DTYPES
+from common.seeding import normal
+
+_IMAGES_PER_VAE_CALL = 16
+_PROMPTS_PER_TEXT_CALL = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptTable:
+    """Distinct prompts of a shard, row 0 the empty one, as float16 on the CPU."""
+
+    text: tuple[str, ...]
+    embedding: Float16[Tensor, "prompt token width"]
+    pooled: Float16[Tensor, "prompt pooled"] | None
+    cut: frozenset[str]
+    """Prompts longer than the encoder takes: the model saw only their beginning."""
+
+    def row(self, prompt: str) -> int:
+        return self.text.index(prompt)
+
+
+class ImageEncoder:
+    """The VAE's encoder: float32 pixels in [-1, 1] to scaled latents rounded to float16.
+
+    Mean of the posterior, or a sample whose noise hangs on (seed, pair id, side) alone.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, vae_dtype: str, sample: bool, seed: int, device: torch.device) -> None:
+        self.vae = vae.requires_grad_(False).eval().to(device)
+        self.vae_dtype = DTYPES[vae_dtype]
+        self.sample = sample
+        self.seed = seed
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(
+        self, pixels: Sequence[Float[Tensor, "side 3 h w"]], pair_ids: Sequence[str]
+    ) -> Float16[Tensor, "pair side c lh lw"]:
+        """One entry per pair; not finite where the VAE overflows, for the caller to quarantine."""
+        flat = [(image, pair_id, side) for image, pair_id in zip(pixels, pair_ids, strict=True) for side in range(2)]
+        latents: list[Tensor] = []
+        for first in range(0, len(flat), _IMAGES_PER_VAE_CALL):
+            chunk = flat[first : first + _IMAGES_PER_VAE_CALL]
+            batch = torch.stack([image[side] for image, _, side in chunk]).to(self.device)
+            with torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32):
+                posterior = self.vae.encode(batch).latent_dist
+            mean = posterior.mean.float()
+            if self.sample:
+                noise = torch.stack(
+                    [normal(tuple(mean.shape[1:]), self.seed, pair_id, "vae", side) for _, pair_id, side in chunk]
+                )
+                mean = mean + posterior.std.float() * noise.to(self.device)
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents.append(((mean - shift) * self.vae.config.scaling_factor).half())
+        return torch.cat(latents).unflatten(0, (len(pair_ids), 2))
+
+
+class TextEncoder:
+    """The pipeline's own prompt encoding, once per distinct prompt."""
+
+    def __init__(self, pipeline: DiffusionPipeline, *, device: torch.device) -> None:
+        self.pipeline = pipeline.to(device)
+        self.device = device
+        self.is_sdxl = hasattr(pipeline, "text_encoder_2")
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> PromptTable:
+        """Encode the distinct prompts among `prompts`, sorted, behind the empty one."""
+        text = ("", *sorted(set(prompts) - {""}))
+        embeddings: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for first in range(0, len(text), _PROMPTS_PER_TEXT_CALL):
+            chunk = list(text[first : first + _PROMPTS_PER_TEXT_CALL])
+            encoded = self.pipeline.encode_prompt(
+                prompt=chunk, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            embeddings.append(encoded[0].half().cpu())
+            if self.is_sdxl:
+                pooled.append(encoded[2].half().cpu())
+        embedding = torch.cat(embeddings)
+        pooled_rows = torch.cat(pooled) if pooled else None
+        if self.is_sdxl and getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            embedding[0] = 0
+            if pooled_rows is not None:
+                pooled_rows[0] = 0
+        return PromptTable(text=text, embedding=embedding, pooled=pooled_rows, cut=self._cut(text))
+
+    def _cut(self, text: Sequence[str]) -> frozenset[str]:
+        tokenizer = self.pipeline.tokenizer
+        limit = tokenizer.model_max_length
+        lengths = [len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) for prompt in text]
+        return frozenset(prompt for prompt, length in zip(text, lengths, strict=True) if length > limit)

@@ -1,0 +1,57 @@
+"""The units of work: cache shards of at most 256 consecutive rows of one input shard, and who does which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.cache.schema import MAX_PAIRS_PER_SHARD
+from common.errors import DataError
+from precompute.sources import InputShard, PairSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One cache shard to be made: rows [start, stop) of an input shard. Picklable; sent to workers as it is."""
+
+    name: str
+    location: str
+    input_shard: InputShard
+    start: int
+    stop: int
+
+
+def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[ShardTask], list[DataError]]:
+    """Every shard of a source in order, and one error per input shard that cannot be read.
+
+    `limit` counts rows and is rounded up to whole shards, so that a limited cache is later completed, never remade.
+    The name hangs on the input shard's name and the first row alone.
+    """
+    tasks: list[ShardTask] = []
+    unreadable: list[DataError] = []
+    rows = 0
+    for input_shard in source.input_shards():
+        if limit is not None and rows >= limit:
+            break
+        try:
+            num_rows = input_shard.num_rows
+        except DataError as error:
+            unreadable.append(error)
+            continue
+        for start in range(0, num_rows, MAX_PAIRS_PER_SHARD):
+            if limit is not None and rows >= limit:
+                break
+            stop = min(start + MAX_PAIRS_PER_SHARD, num_rows)
+            rows += stop - start
+            tasks.append(
+                ShardTask(
+                    name=f"{input_shard.name}-{start:08d}", location=source.location, input_shard=input_shard,
+                    start=start, stop=stop,
+                )
+            )
+    return tasks, unreadable
+
+
+def split(num_tasks: int, rank: int, world_size: int) -> Sequence[int]:
+    """The tasks of one process: rank, rank + world_size, ...: disjoint and complete, whoever runs it."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+    return range(rank, num_tasks, world_size)

@@ -1,0 +1,293 @@
+"""The shard worker: the one function behind every engine.
+
+    read (CPU threads)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
+    compute (device)    pixels -> x0, prompts -> embeddings, inversion -> the shard's arrays
+    write               attempt folder, fsync, commit
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16
+from torch import Tensor
+
+from common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
+from common.denoiser import Condition, Denoiser, prepare_for_inference
+from common.errors import DataError
+from common.inversion import Inverted, invert
+from common.models import Model
+from common.seeding import uniform
+from precompute.encode import ImageEncoder, PromptTable, TextEncoder
+from precompute.images import ImageError, PreparedImage, decode_image, prepare_image
+from precompute.sources import Pair, Skipped, mark_duplicates
+from precompute.tasks import ShardTask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedPair:
+    """A pair whose two images are decoded and resized."""
+
+    pair: Pair
+    win: PreparedImage
+    lose: PreparedImage
+
+
+@dataclass(kw_only=True, eq=False)
+class PreparedShard:
+    """What reading a task gave."""
+
+    task: ShardTask
+    pairs: list[PreparedPair]
+    skipped: list[dict[str, Any]]
+    fingerprint: str
+    seconds: float
+
+
+@dataclass(kw_only=True, eq=False)
+class Components:
+    """The models of one device, loaded once."""
+
+    denoiser: Denoiser
+    images: ImageEncoder
+    text: TextEncoder
+
+
+def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
+    """Load the UNet, the VAE and the text encoders onto `device`."""
+    unet = model.load_unet()
+    prepare_for_inference(unet, network_dtype=manifest.network_dtype, device=device)
+    return Components(
+        denoiser=Denoiser(unet, model.schedule, network_dtype=manifest.network_dtype),
+        images=ImageEncoder(
+            model.load_vae(), vae_dtype=manifest.vae_dtype, sample=manifest.vae_latent == "sample",
+            seed=manifest.seed, device=device,
+        ),
+        text=TextEncoder(model.load_text_pipeline(), device=device),
+    )
+
+
+@dataclass(kw_only=True, eq=False)
+class ShardWorker:
+    """Makes shards. `read` may run in another thread than `compute`, and `write` in a third."""
+
+    components: Components
+    writer: CacheWriter
+    pairs_per_batch: int
+    decode_threads: int
+    _pool: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.writer.manifest
+
+    def read(self, task: ShardTask) -> PreparedShard:
+        """Decode and resize every pair of a task. Raises DataError if the input shard cannot be read."""
+        start = time.perf_counter()
+        fingerprint = task.input_shard.fingerprint()
+        rows = mark_duplicates(task.input_shard.rows(task.start, task.stop), set())
+        pairs: list[PreparedPair] = []
+        skipped: list[dict[str, Any]] = []
+        for item in self._pool.map(self._prepare, _with_shard(rows, task)):
+            if isinstance(item, PreparedPair):
+                pairs.append(item)
+            else:
+                skipped.append(_skipped(item.pair_id, item.reason, item.detail, item.row))
+        return PreparedShard(
+            task=task, pairs=pairs, skipped=skipped, fingerprint=fingerprint, seconds=time.perf_counter() - start
+        )
+
+    def _prepare(self, item: Pair | Skipped) -> PreparedPair | Skipped:
+        if isinstance(item, Skipped):
+            return item
+        manifest = self.manifest
+        # One draw for both sides: a flip that differs between them would change what the pair compares.
+        flip = manifest.flip and uniform(manifest.seed, item.pair_id, "flip") < 0.5
+        sides: list[PreparedImage] = []
+        for side, data in (("win", item.win), ("lose", item.lose)):
+            try:
+                image = decode_image(data)
+                sides.append(
+                    prepare_image(image, resolution=manifest.resolution, crop="center", flip=flip)
+                )
+            except ImageError as error:
+                return Skipped(
+                    pair_id=item.pair_id, reason=error.reason, detail=f"{side}: {error.detail}", row=item.row
+                )
+        return PreparedPair(pair=item, win=sides[0], lose=sides[1])
+
+    def compute(self, prepared: PreparedShard) -> ShardData:
+        """Encode and invert; pairs with any number that is not finite are quarantined with the reason."""
+        manifest, components = self.manifest, self.components
+        seconds = {"read": prepared.seconds}
+        pairs, skipped = list(prepared.pairs), list(prepared.skipped)
+        clock = time.perf_counter()
+        arrays: dict[str, np.ndarray] = {}
+        counts: dict[str, int] = {}
+        if pairs:
+            prompts = components.text([each.pair.prompt for each in pairs])
+            x0 = components.images(
+                [torch.stack([each.win.pixels, each.lose.pixels]) for each in pairs],
+                [each.pair.pair_id for each in pairs],
+            ).cpu()
+            keep = _finite_inputs(pairs, x0, prompts, skipped)
+            pairs, x0 = [pairs[index] for index in keep], x0[keep]
+            seconds["encode"] = time.perf_counter() - clock
+            clock = time.perf_counter()
+        if pairs:
+            dropped = [
+                uniform(manifest.seed, each.pair.pair_id, "dropout") < manifest.inverter.caption_dropout
+                for each in pairs
+            ]
+            time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
+            training_rows = [0 if drop else prompts.row(each.pair.prompt) for each, drop in zip(pairs, dropped, strict=True)]
+            inverted = invert(
+                components.denoiser,
+                x0,
+                [each.pair.pair_id for each in pairs],
+                identity=manifest.inverter,
+                seed=manifest.seed,
+                timesteps_per_pair=manifest.timesteps_per_pair,
+                caption=_condition(prompts, training_rows, time_ids),
+                empty=_condition(prompts, [0] * len(pairs), time_ids),
+                measure_inversion=manifest.measure_inversion,
+                extra=manifest.extra,
+                pairs_per_batch=self.pairs_per_batch,
+            )
+            everything = _arrays(pairs, x0, inverted, prompts, dropped, time_ids)
+            for index in (~inverted.finite).nonzero().flatten().tolist():
+                skipped.append(_not_finite(pairs[index], "a stored tensor of the inversion"))
+            finite = inverted.finite.numpy()
+            arrays = {
+                spec.path: everything[spec.path][finite] if spec.axes[0] == "pair" else everything[spec.path]
+                for spec in manifest.arrays
+            }
+            if not finite.any():
+                arrays = {}
+            counts["cut_prompt"] = sum(
+                each.pair.prompt in prompts.cut for each, fine in zip(pairs, finite, strict=True) if fine
+            )
+            if inverted.residual is not None:
+                missed = (inverted.residual > (manifest.inverter.tolerance or 0.0)).flatten(1).any(1)
+                counts["fixed_point_not_converged"] = int(missed.sum())
+            seconds["invert"] = time.perf_counter() - clock
+        task = prepared.task
+        return ShardData(
+            arrays=arrays,
+            source=ShardSource(
+                location=task.location, input_shard=task.input_shard.name, rows=(task.start, task.stop),
+                fingerprint=prepared.fingerprint,
+            ),
+            skipped=sorted(skipped, key=lambda row: int(row["row"])),
+            counts={name: count for name, count in counts.items() if count},
+            seconds=seconds,
+        )
+
+    def write(self, name: str, data: ShardData) -> Commit | None:
+        """Write and commit; None if another writer committed the shard first."""
+        return self.writer.write(name, data)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pair | Skipped]:
+    """Any failure of the reading library becomes a DataError that names the input shard."""
+    try:
+        yield from rows
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise DataError(
+            "The input shard cannot be read.", where=f"{task.location}: {task.input_shard.name}",
+            got=f"{type(error).__name__}: {error}", fix="restore the file, then run the same command again",
+        ) from error
+
+
+def _skipped(pair_id: str, reason: str, detail: str, row: int) -> dict[str, Any]:
+    return {"pair_id": pair_id, "reason": reason, "detail": detail, "row": row}
+
+
+def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
+    return _skipped(each.pair.pair_id, "not_finite", f"{what} is NaN or infinite", each.pair.row)
+
+
+def _finite_inputs(
+    pairs: list[PreparedPair],
+    x0: Float16[Tensor, "pair side c h w"],
+    prompts: PromptTable,
+    skipped: list[dict[str, Any]],
+) -> list[int]:
+    """Rows whose latents and embeddings are finite; the others are added to `skipped`. Never zeroed."""
+    latents = x0.isfinite().flatten(1).all(1)
+    texts = prompts.embedding.isfinite().flatten(1).all(1)
+    if prompts.pooled is not None:
+        texts = texts & prompts.pooled.isfinite().all(1)
+    keep: list[int] = []
+    for index, each in enumerate(pairs):
+        if not latents[index]:
+            skipped.append(_not_finite(each, "a VAE latent"))
+        elif not texts[prompts.row(each.pair.prompt)]:
+            skipped.append(_not_finite(each, "the text embedding"))
+        else:
+            keep.append(index)
+    return keep
+
+
+def _time_ids(pairs: list[PreparedPair], resolution: int) -> Float[Tensor, "pair side 6"]:
+    """SDXL's micro-conditioning: original size, crop corner, target size, each as (height, width)."""
+    return torch.tensor(
+        [
+            [[*image.original_size, *image.crop_top_left, resolution, resolution] for image in (each.win, each.lose)]
+            for each in pairs
+        ],
+        dtype=torch.float32,
+    )
+
+
+def _condition(prompts: PromptTable, rows: list[int], time_ids: Float[Tensor, "pair side 6"] | None) -> Condition:
+    """One row per image, from the rounded embeddings: what a trainer will see, not what the encoder said."""
+    per_image = torch.tensor(rows).repeat_interleave(2)
+    return Condition(
+        embedding=prompts.embedding[per_image].float(),
+        pooled=None if prompts.pooled is None else prompts.pooled[per_image].float(),
+        time_ids=None if time_ids is None else time_ids.reshape(-1, 6),
+    )
+
+
+def _arrays(
+    pairs: list[PreparedPair],
+    x0: Float16[Tensor, "pair side c h w"],
+    inverted: Inverted,
+    prompts: PromptTable,
+    dropped: list[bool],
+    time_ids: Float[Tensor, "pair side 6"] | None,
+) -> dict[str, np.ndarray]:
+    """Every array that could be stored, by path; the manifest chooses."""
+    arrays: dict[str, np.ndarray] = {
+        "x0": x0.numpy(),
+        "pair_id": np.array([each.pair.pair_id for each in pairs], dtype=object),
+        "prompt_index": np.array([prompts.row(each.pair.prompt) for each in pairs], dtype=np.int32),
+        "caption_dropped": np.array(dropped, dtype=bool),
+        "label": np.array([each.pair.label for each in pairs], dtype=np.float32),
+        "prompt/text": np.array(prompts.text, dtype=object),
+        "prompt/embedding": prompts.embedding.numpy(),
+    }
+    for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
+        arrays[name] = getattr(inverted, name).numpy()
+    for name in ("delta_prev", "eps_ref", "residual"):
+        values = getattr(inverted, name)
+        if values is not None:
+            arrays[name] = values.numpy()
+    if prompts.pooled is not None:
+        arrays["prompt/pooled"] = prompts.pooled.numpy()
+    if time_ids is not None:
+        arrays["time_ids"] = time_ids.numpy()
+    return arrays
