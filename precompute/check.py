@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from precompute.images import ImageError, decode_image
-from precompute.sources.pair import InputShard, Pair, Skipped, SkipReason
-from precompute.sources.walk import Walk
+from common.pairs.images import ImageError, decode_image
+from common.pairs.pair import InputShard, Pair, Skipped, SkipReason
+from common.pairs.walk import Walk
 
 
 @dataclass(kw_only=True)

@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import DataError, StorageError, UsageError
+from common.pairs import SKIP_REASONS, InputShard, Pair, Skipped, open_source
+from common.pairs.pair import SkipReason
+from common.pairs.walk import Walk
 from common.progress import ProgressReport
-from precompute.sources import SKIP_REASONS, InputShard, Pair, Skipped, open_source
-from precompute.sources.check import CheckReport, check_source
-from precompute.sources.pack import PackReport, pack, refuse_occupied, skipped_line
-from precompute.sources.pair import SkipReason
-from precompute.sources.walk import Walk
+from precompute.check import CheckReport, check_source
+from precompute.pack import PackReport, pack, refuse_occupied, skipped_line
 
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 

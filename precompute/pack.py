@@ -18,7 +18,7 @@ from typing import BinaryIO
 import webdataset
 
 from common.errors import StorageError, UsageError
-from precompute.sources.pair import Pair, Skipped, SkipReason
+from common.pairs.pair import Pair, Skipped, SkipReason
 
 PATTERN = "pairs-%06d.tar"
 SKIPPED_NAME = "skipped.jsonl"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from common.cache.schema import MAX_PAIRS_PER_SHARD
 from common.errors import DataError
-from precompute.sources import InputShard, PairSource
+from common.pairs import InputShard, PairSource
 
 
 @dataclass(frozen=True, kw_only=True)

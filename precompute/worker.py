@@ -21,10 +21,10 @@ from common.denoiser import Condition, Denoiser, prepare_for_inference
 from common.errors import DataError
 from common.inversion import Inverted, invert
 from common.models import Model
+from common.pairs import Pair, Skipped, mark_duplicates
+from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
 from common.seeding import uniform
 from precompute.encode import ImageEncoder, PromptTable, TextEncoder
-from precompute.images import ImageError, PreparedImage, decode_image, prepare_image
-from precompute.sources import Pair, Skipped, mark_duplicates
 from precompute.tasks import ShardTask
 
 
@@ -147,7 +147,9 @@ class ShardWorker:
                 for each in pairs
             ]
             time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
-            training_rows = [0 if drop else prompts.row(each.pair.prompt) for each, drop in zip(pairs, dropped, strict=True)]
+            training_rows = [
+                0 if drop else prompts.row(each.pair.prompt) for each, drop in zip(pairs, dropped, strict=True)
+            ]
             inverted = invert(
                 components.denoiser,
                 x0,

@@ -6,7 +6,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -153,6 +153,9 @@ def arrays_of(
     )
 
 
+_DocumentType = TypeVar("_DocumentType", bound="_Document")
+
+
 class _Document(BaseModel):
     """A JSON document of the cache: frozen, unknown fields refused, written with sorted keys."""
 
@@ -162,12 +165,12 @@ class _Document(BaseModel):
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Self:
+    def from_json(cls: type[_DocumentType], data: bytes, where: str) -> _DocumentType:
         """Parse; raises CacheSchemaError naming the first bad field, the value found and what to do."""
         return cls._parse(_load(data, where), where)
 
     @classmethod
-    def _parse(cls, document: dict[str, Any], where: str) -> Self:
+    def _parse(cls: type[_DocumentType], document: dict[str, Any], where: str) -> _DocumentType:
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -244,7 +247,7 @@ class Manifest(_Document):
     versions: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Self:
+    def from_json(cls, data: bytes, where: str) -> "Manifest":
         """Parse; another schema version, or none, is refused before any other field is looked at."""
         document = _load(data, where)
         version = document.get("schema_version")
@@ -324,7 +327,7 @@ class Commit(_Document):
         return (json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Self:
+    def from_json(cls, data: bytes, where: str) -> "Commit":
         """Parse; raises CacheCorrupt if any value is not the one that was written."""
         document = _load(data, where)
         commit = cls._parse(document, where)

@@ -3,6 +3,7 @@
 grid -> which K of its points are kept as records -> extra points that refine the start -> which points are noised.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,7 @@ def _refine(levels: list[int], sigma: Float[np.ndarray, "timestep"], extra: int,
     levels = list(levels)
     for _ in range(extra):
         ends = [(None, levels[0])] if clean else []
-        ends += list(zip(levels[:-1], levels[1:], strict=True))
+        ends += list(itertools.pairwise(levels))
         sigmas = [(0.8 * sigma[0] if left is None else sigma[left], sigma[right]) for left, right in ends]
         ratios = [right / left for left, right in sigmas]
         widest = int(np.argmax(ratios))

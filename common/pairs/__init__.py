@@ -6,7 +6,8 @@
             ...
 """
 
-from precompute.sources.pair import (
+from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from common.pairs.pair import (
     SKIP_REASONS,
     InputShard,
     Pair,
@@ -15,15 +16,19 @@ from precompute.sources.pair import (
     SkipReason,
     mark_duplicates,
 )
-from precompute.sources.recognise import open_source
+from common.pairs.recognise import open_source
 
 __all__ = [
     "SKIP_REASONS",
+    "ImageError",
     "InputShard",
     "Pair",
     "PairSource",
+    "PreparedImage",
     "SkipReason",
     "Skipped",
+    "decode_image",
     "mark_duplicates",
     "open_source",
+    "prepare_image",
 ]

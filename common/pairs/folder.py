@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import DataError
-from precompute.sources.files import (
+from common.pairs.files import (
     ByteStream,
     filesystem,
     is_local,
@@ -28,7 +28,7 @@ from precompute.sources.files import (
     shard_names,
     unreadable_file,
 )
-from precompute.sources.pair import (
+from common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,

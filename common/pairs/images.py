@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
-"""Reasons of an ImageError; the same words as in `precompute.sources.pair.SKIP_REASONS`."""
+"""Reasons of an ImageError; the same words as in `common.pairs.pair.SKIP_REASONS`."""
 
 MAX_PIXELS = 89_478_485
 """Default limit on width x height, Pillow's own: 256 MiB of 8-bit RGB, a square of 9459 pixels."""

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import DataError
-from precompute.sources.files import filesystem, is_local, open_binary, shard_names, unreadable_file
-from precompute.sources.pair import (
+from common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
+from common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,

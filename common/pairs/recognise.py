@@ -4,11 +4,11 @@ import re
 from pathlib import PurePosixPath
 
 from common.errors import DataError
-from precompute.sources.files import expand_pattern, filesystem, list_folder
-from precompute.sources.folder import ListSource
-from precompute.sources.pair import PairSource
-from precompute.sources.parquet import ParquetSource
-from precompute.sources.tars import TarSource
+from common.pairs.files import expand_pattern, filesystem, list_folder
+from common.pairs.folder import ListSource
+from common.pairs.pair import PairSource
+from common.pairs.parquet import ParquetSource
+from common.pairs.tars import TarSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "

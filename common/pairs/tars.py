@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from precompute.sources.files import ByteStream, open_binary, shard_names, unreadable_file
-from precompute.sources.pair import (
+from common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
+from common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,
@@ -24,7 +24,7 @@ from precompute.sources.pair import (
     parse_label,
     preference,
 )
-from precompute.sources.tar_index import Role, TarIndex, index_tar
+from common.pairs.tar_index import Role, TarIndex, index_tar
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors import DataError
-from precompute.sources.pair import InputShard, Pair, PairSource, Skipped, mark_duplicates
+from common.pairs.pair import InputShard, Pair, PairSource, Skipped, mark_duplicates
 
 
 @dataclass(kw_only=True)

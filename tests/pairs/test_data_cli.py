@@ -18,8 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from common.errors import DataError, StorageError, UsageError
+from common.pairs import Pair, open_source
 from precompute.data_cli import app
-from precompute.sources import Pair, open_source
 
 PickRow = Callable[..., dict[str, object]]
 WriteParquet = Callable[..., Path]

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from common.errors import DataError
-from precompute.sources import Pair, Skipped, open_source
+from common.pairs import Pair, Skipped, open_source
 
 
 def read(location: Path | str) -> list[Pair | Skipped]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from precompute.images import ImageError, decode_image, prepare_image
+from common.pairs.images import ImageError, decode_image, prepare_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

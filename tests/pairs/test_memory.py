@@ -42,8 +42,8 @@ with pq.ParquetWriter(path, schema) as writer:
 
 READ = """
 import json, sys
-from precompute.images import decode_image
-from precompute.sources import Pair, open_source
+from common.pairs.images import decode_image
+from common.pairs import Pair, open_source
 
 def peak_megabytes():
     # Not ru_maxrss, which a child inherits from its parent.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import DataError
-from precompute.sources import Pair, Skipped, open_source
+from common.pairs import Pair, Skipped, open_source
 
 PickRow = Callable[..., dict[str, object]]
 WriteParquet = Callable[..., Path]

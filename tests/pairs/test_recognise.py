@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from common.errors import DataError
-from precompute.sources import InputShard, Pair, PairSource, mark_duplicates, open_source
+from common.pairs import InputShard, Pair, PairSource, mark_duplicates, open_source
 
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], Path]
 

@@ -13,7 +13,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from common.errors import DataError
-from precompute.sources import Pair, Skipped, open_source
+from common.pairs import Pair, Skipped, open_source
 
 
 @pytest.fixture(scope="module")

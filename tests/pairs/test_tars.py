@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from precompute.sources import Pair, Skipped, open_source
+from common.pairs import Pair, Skipped, open_source
 
 Members = list[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]

@@ -1,0 +1,169 @@
+"""What a run will cost, before any model work: shards, pairs, network calls, bytes by array, free disk."""
+
+import itertools
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from common.cache.schema import ArraySpec, Manifest
+from common.cache.store import is_remote
+from common.errors import StorageError
+from common.inversion import build_path
+from common.models import Model
+from precompute.tasks import ShardTask
+
+_SAMPLED_PATHS = 200
+_METADATA_BYTES_PER_SHARD = 40_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A cost estimate. Bytes are exact per pair; prompts are counted as one distinct prompt per pair (the most)."""
+
+    num_shards: int
+    num_committed: int
+    num_pairs: int
+    """Rows still to be made: pairs at most, since ties and unreadable images give none."""
+    network_calls_per_image: float
+    """UNet evaluations per image, mean over the pairs' own paths; one is one latent through the network."""
+    bytes_by_array: dict[str, int]
+    free_bytes: int | None
+    """Free space where the cache lies; None for an object store."""
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(self.bytes_by_array.values())
+
+    @property
+    def network_calls(self) -> int:
+        return round(2 * self.num_pairs * self.network_calls_per_image)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_shards": self.num_shards, "num_committed": self.num_committed, "num_pairs": self.num_pairs,
+            "network_calls_per_image": self.network_calls_per_image, "network_calls": self.network_calls,
+            "bytes_by_array": self.bytes_by_array, "cache_bytes": self.cache_bytes, "free_bytes": self.free_bytes,
+        }
+
+
+def make_plan(
+    tasks: Sequence[ShardTask], committed: set[str], manifest: Manifest, model: Model, *, cache: str
+) -> Plan:
+    """Estimate what the tasks that are not committed yet will cost."""
+    remaining = [task for task in tasks if task.name not in committed]
+    num_pairs = sum(task.stop - task.start for task in remaining)
+    token_width = _token_width(model)
+    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, token_width) for spec in manifest.arrays}
+    bytes_by_array["metadata"] = _METADATA_BYTES_PER_SHARD * len(remaining)
+    return Plan(
+        num_shards=len(tasks), num_committed=len(tasks) - len(remaining), num_pairs=num_pairs,
+        network_calls_per_image=calls_per_image(manifest, model), bytes_by_array=bytes_by_array,
+        free_bytes=None if is_remote(cache) else shutil.disk_usage(_existing(Path(cache))).free,
+    )
+
+
+def bytes_per_pair(spec: ArraySpec, manifest: Manifest, token_width: tuple[int, int, int]) -> int:
+    """Bytes of one array per pair; text arrays by a typical length."""
+    channels, height, width = manifest.latent_shape
+    tokens, embedding_width, pooled_width = token_width
+    if spec.is_text:
+        return 16 if spec.path == "pair_id" else 80
+    sizes = {
+        "pair": 1, "side": 2, "step": manifest.timesteps_per_pair, "C": channels, "H": height, "W": width,
+        "prompt": 1, "token": tokens, "time_id": 6,
+        "width": pooled_width if spec.path == "prompt/pooled" else embedding_width,
+    }
+    return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
+
+
+def calls_per_image(manifest: Manifest, model: Model) -> float:
+    """Mean number of network evaluations per image, counted on the paths of a sample of pair ids.
+
+    For fixed_point the maximum of iterations is counted.
+    """
+    identity = manifest.inverter
+    guided = 1 if identity.guidance in (0.0, 1.0) else 2
+    total = 0.0
+    for index in range(_SAMPLED_PATHS):
+        path = build_path(
+            identity, model.schedule, seed=manifest.seed, pair_id=f"plan-{index}",
+            timesteps_per_pair=manifest.timesteps_per_pair,
+        )
+        points = path.points
+        records = sum(len(point.records) for point in points)
+        pass_through = sum(
+            1 for here, after in itertools.pairwise(points)
+            if not here.records and not (here.noised and after.noised)
+        )
+        off_level = sum(
+            1 for point in points[:-1] if point.records and point.level not in point.records
+        )
+        inverted = sum(not point.noised for point in points)
+        visits = path.starts_clean + records + pass_through + off_level + inverted * (identity.iterations or 0)
+        total += guided * visits + (records if identity.guidance != 1.0 else 0)
+        total += manifest.measure_inversion * guided * (len(points) - 1)
+    return total / _SAMPLED_PATHS
+
+
+def check_disk(plan: Plan, cache: str) -> None:
+    """Raise StorageError if the cache will not fit where it is to lie."""
+    if plan.free_bytes is not None and plan.cache_bytes > plan.free_bytes:
+        worst = max(plan.bytes_by_array, key=lambda name: plan.bytes_by_array[name])
+        raise StorageError(
+            "The disk is too small for this cache.", where=cache,
+            expected=f"{human_bytes(plan.cache_bytes)} free (largest array: {worst}, "
+            f"{human_bytes(plan.bytes_by_array[worst])})",
+            got=f"{human_bytes(plan.free_bytes)} free",
+            fix="use --profile lean (about a quarter), fewer --timesteps-per-pair, --limit, or another --cache",
+        )
+
+
+def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, gpus: int = 1) -> None:
+    """The plan as a table."""
+    table = Table(title="Plan", show_header=False)
+    table.add_row("shards", f"{plan.num_shards} ({plan.num_committed} committed already)")
+    table.add_row("pairs to make", f"{plan.num_pairs:,} at most")
+    table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
+    for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
+        if size >= plan.cache_bytes / 1000:
+            table.add_row(f"bytes of {name}", human_bytes(size))
+    table.add_row("bytes in all", human_bytes(plan.cache_bytes))
+    free = "object store" if plan.free_bytes is None else human_bytes(plan.free_bytes)
+    table.add_row("free", free)
+    if gpu_hours is not None:
+        hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
+        table.add_row("device hours", hours)
+    console.print(table)
+
+
+def human_bytes(size: int) -> str:
+    """Decimal units, three digits."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} PB"
+
+
+def _token_width(model: Model) -> tuple[int, int, int]:
+    """(tokens, embedding width, pooled width) of the text encoders."""
+    first = model.config("text_encoder")
+    tokens = int(first.get("max_position_embeddings", 77))
+    width = int(model.config("unet")["cross_attention_dim"])
+    pooled = int(model.config("text_encoder_2").get("projection_dim", 0)) if model.family == "sdxl" else 0
+    return tokens, width, pooled
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,253 @@
+"""A precompute run from resolved settings to its exit code."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from common.cache import CacheWriter, Manifest
+from common.cache.store import CacheStore, is_remote
+from common.cache.writer import MANIFEST, check_identity
+from common.denoiser import Condition
+from common.errors import CacheMismatch, DataError, UsageError
+from common.models import Model
+from common.pairs import open_source
+from common.progress import ProgressReport
+from common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from precompute.pipeline import Outcome
+from precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
+from precompute.settings import PrecomputeSettings, build_manifest
+from precompute.tasks import ShardTask, list_tasks
+from precompute.worker import load_components
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """How the ray engine finds its workers."""
+
+    address: str | None = None
+    gpus_per_worker: float | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resolved:
+    model_section: ModelSection
+    data: DataSection
+    settings: PrecomputeSettings
+
+    def to_toml(self) -> str:
+        return to_toml({"model": self.model_section, "data": self.data, "precompute": self.settings})
+
+
+def _resolve(
+    recipe: Path | None, model_flags: Mapping[str, Any], data_flags: Mapping[str, Any], flags: Mapping[str, Any]
+) -> _Resolved:
+    sections = read_recipe(recipe)
+    return _Resolved(
+        model_section=resolve(ModelSection, "model", sections, model_flags),
+        data=resolve(DataSection, "data", sections, data_flags),
+        settings=resolve(PrecomputeSettings, "precompute", sections, flags),
+    )
+
+
+def run_precompute(
+    recipe: Path | None,
+    model_flags: Mapping[str, Any],
+    data_flags: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    *,
+    ray_options: RayOptions,
+    dry_run: bool,
+) -> int:
+    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read."""
+    resolved = _resolve(recipe, model_flags, data_flags, flags)
+    settings, cache = resolved.settings, resolved.data.need("cache")
+    if settings.engine != "ray" and ray_options != RayOptions():
+        raise UsageError("Ray options without the ray engine.", where="--engine", expected="ray", got=settings.engine)
+    state = PartialState()
+    is_main = state.is_main_process
+    model = resolved.model_section.open()
+    manifest = build_manifest(settings, model, device_type=_device_type(settings))
+    tasks, unreadable = list_tasks(open_source(resolved.data.need("pairs")), limit=settings.limit)
+    committed = _committed(cache, manifest)
+    plan = make_plan(tasks, committed, manifest, model, cache=cache)
+    if is_main:
+        print(resolved.to_toml(), flush=True)
+        print_plan(plan, Console())
+    check_disk(plan, cache)
+    if dry_run:
+        return 0
+    writer = CacheWriter.open(cache, manifest)
+    if is_main:
+        writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
+        for error in unreadable:
+            print(f"error: {error}", file=sys.stderr)
+        for line in _changed_inputs(writer, tasks, committed):
+            print(f"warning: {line}", file=sys.stderr)
+    failures: list[DataError] = list(unreadable)
+    total = sum(task.stop - task.start for task in tasks if task.name not in committed)
+    whole_total = total if state.num_processes == 1 or settings.engine == "ray" else total // state.num_processes
+    start = time.perf_counter()
+    with ProgressReport("precompute", total=whole_total, unit="pairs", quiet=not is_main) as progress:
+
+        def on_outcome(outcome: Outcome) -> None:
+            if outcome.error is not None:
+                failures.append(outcome.error)
+                print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+            progress.advance(outcome.task.stop - outcome.task.start)
+
+        if settings.engine == "ray":
+            from precompute.engines.ray import run_ray
+
+            remaining = [task for task in tasks if task.name not in committed]
+            report = run_ray(
+                remaining, model=resolved.model_section, writer=writer, settings=settings, options=ray_options,
+                on_outcome=on_outcome,
+            )
+        else:
+            from precompute.engines.local import run_local
+
+            report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome).report()
+    if is_main:
+        _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+    return 1 if failures else 0
+
+
+def run_plan(
+    recipe: Path | None,
+    model_flags: Mapping[str, Any],
+    data_flags: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    *,
+    gpus: int,
+    calibrate: bool,
+    as_json: bool,
+) -> None:
+    """Print what a run would cost; raises StorageError if the disk is too small for it."""
+    resolved = _resolve(recipe, model_flags, data_flags, flags)
+    cache = resolved.data.need("cache")
+    model = resolved.model_section.open()
+    manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings))
+    tasks, _ = list_tasks(open_source(resolved.data.need("pairs")), limit=resolved.settings.limit)
+    plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
+    hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
+    if as_json:
+        print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
+    else:
+        print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
+    check_disk(plan, cache)
+
+
+def _device_type(settings: PrecomputeSettings) -> str:
+    """The device that will do the work; ray's workers may have GPUs that this process has not."""
+    if settings.engine == "ray" and settings.dtype is None and not torch.cuda.is_available():
+        return "cpu"
+    return PartialState().device.type
+
+
+def _committed(cache: str, manifest: Manifest) -> set[str]:
+    """Names of shards done already; {} for a cache that does not exist yet. Raises CacheMismatch for another's."""
+    if not is_remote(cache) and not Path(cache).is_dir():
+        if Path(cache).exists():
+            raise UsageError("The cache is no folder.", where=cache, got="a file", fix="choose another --cache")
+        return set()
+    store = CacheStore(cache)
+    data = store.get(MANIFEST)
+    if data is None:
+        # A manifest that another process is writing at this moment is no foreign file.
+        foreign = [] if is_remote(cache) else [e.name for e in Path(cache).iterdir() if not e.name.startswith(MANIFEST)]
+        if foreign and store.get(MANIFEST) is None:
+            raise CacheMismatch(
+                "The folder is not empty and holds no cache.", where=cache,
+                got=", ".join(sorted(foreign)[:6]),
+                fix="choose another --cache, so that nothing of yours is mixed with the cache",
+            )
+        return set()
+    existing: Manifest = Manifest.from_json(data, store.path(MANIFEST))
+    check_identity(existing, manifest, cache)
+    return CacheWriter(store, existing).committed()
+
+
+def _changed_inputs(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
+    """One line per committed shard whose input file is not what it was."""
+    from common.cache import Commit
+
+    lines: list[str] = []
+    fingerprints: dict[str, str] = {}
+    for task in tasks:
+        if task.name not in committed:
+            continue
+        data = writer.store.get(f"commits/{task.name}.json")
+        if data is None:
+            continue
+        commit: Commit = Commit.from_json(data, task.name)
+        name = task.input_shard.name
+        if name not in fingerprints:
+            fingerprints[name] = task.input_shard.fingerprint()
+        if commit.source.fingerprint != fingerprints[name]:
+            lines.append(
+                f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
+                f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
+            )
+    return lines
+
+
+def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
+    """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
+    device = PartialState().device
+    components = load_components(model, manifest, device)
+    latents = 2 * settings.batch_size
+    prompts = components.text([""])
+    x = torch.randn(latents, *manifest.latent_shape, device=device)
+    condition = Condition(
+        embedding=prompts.embedding[[0] * latents].float(),
+        pooled=None if prompts.pooled is None else prompts.pooled[[0] * latents].float(),
+        time_ids=None if prompts.pooled is None else torch.full((latents, 6), float(settings.resolution)),
+    ).to(device)
+    timestep = torch.full((latents,), 500, device=device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(5):
+            clock = time.perf_counter()
+            components.denoiser.predict(x, timestep, condition).sum().item()
+            times.append(time.perf_counter() - clock)
+    return plan.network_calls / latents * sorted(times[1:])[len(times[1:]) // 2] / 3600
+
+
+def _print_summary(
+    writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
+) -> None:
+    """The final table: what is committed now, what was skipped and why."""
+    from common.cache import open_cache
+
+    cache = open_cache(writer.store.location, allow_empty=True)
+    names = {task.name for task in tasks}
+    commits = {name: commit for name, commit in cache.commits.items() if name in names}
+    skipped: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for commit in commits.values():
+        for reason, count in commit.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+        for what, count in commit.counts.items():
+            counts[what] = counts.get(what, 0) + count
+    size = sum(sum(commit.files.values()) for commit in commits.values())
+    print(
+        f"committed: {len(commits)} of {len(tasks)} shards, {sum(commit.num_pairs for commit in commits.values())} "
+        f"pairs, {human_bytes(size)}, in {seconds:.1f} s"
+    )
+    print(f"time: {report}")
+    for reason, count in sorted(skipped.items()):
+        print(f"skipped: {count} x {reason} (listed in {writer.store.path('skipped')})")
+    for what, count in sorted(counts.items()):
+        print(f"counted: {count} x {what}")
+    if failures:
+        print(f"unreadable input shards: {len(failures)}; the others are done")
+    print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)
