@@ -1,0 +1,78 @@
+# Each target sets up .venv by itself, and only when the dependencies have changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install demo precompute train inspect test check bench evidence toyworld-base clean
+
+PYTHON ?= python3
+RECIPE ?= recipes/demo.toml
+DEMO_PAIRS   := 1500
+DEMO_PROMPTS := 200
+INSTALLED := .venv/.installed
+INPO := .venv/bin/python -m inpo
+
+# Nothing may wait for a network during the demo and the tests: models and data are in the repository.
+demo test bench evidence: export HF_HUB_OFFLINE = 1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2]'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED) ## create .venv with everything
+
+demo: $(INSTALLED) ## the whole job on a toy world: pairs, precompute, train, compare
+	@printf '\n== 1/5  preference pairs, made with the base model\n'
+	$(INPO) toyworld pairs --out runs/demo/pairs --pairs $(DEMO_PAIRS) --seed 0
+	$(INPO) toyworld prompts --split test --limit $(DEMO_PROMPTS) --out runs/demo/test-prompts.txt
+	@printf '\n== 2/5  precompute: invert every pair once\n'
+	$(INPO) precompute --recipe recipes/demo.toml
+	@printf '\n== 3/5  train: stream the cache\n'
+	$(INPO) train --recipe recipes/demo.toml
+	@printf '\n== 4/5  images of base and trained model for held-out captions, same seeds\n'
+	$(INPO) evaluate generate --recipe recipes/demo.toml --model toyworld/base --out runs/demo/images/base
+	$(INPO) evaluate generate --recipe recipes/demo.toml --model runs/demo/train/pipeline --out runs/demo/images/trained
+	$(INPO) evaluate score runs/demo/images/base --scorer toyworld-oracle --scorer toyworld-heldout
+	$(INPO) evaluate score runs/demo/images/trained --scorer toyworld-oracle --scorer toyworld-heldout
+	@printf '\n== 5/5  does it align?\n'
+	$(INPO) inspect pair runs/demo/cache --first --model toyworld/base --out runs/demo/pair.png
+	$(INPO) evaluate compare runs/demo/images/base runs/demo/images/trained --out runs/demo/compare
+	@printf '\nwhere:  runs/demo/compare (table and before/after picture), runs/demo/pair.png (one cached pair),\n'
+	@printf '        runs/demo/cache, runs/demo/train/pipeline (load it with diffusers)\n'
+	@printf 'next:   make inspect; .venv/bin/tensorboard --logdir runs/demo/train; docs/data.md for your own pairs\n'
+
+precompute: $(INSTALLED) ## invert the recipe's pairs into its cache (RECIPE=...)
+	$(if $(filter recipes/demo.toml,$(RECIPE)),$(INPO) toyworld pairs --out runs/demo/pairs --pairs $(DEMO_PAIRS) --seed 0)
+	$(INPO) precompute --recipe $(RECIPE)
+
+train: $(INSTALLED) ## train from the recipe's cache (RECIPE=...)
+	$(INPO) train --recipe $(RECIPE)
+
+inspect: $(INSTALLED) ## look at the recipe's cache (RECIPE=...)
+	$(INPO) inspect summary $$(.venv/bin/python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["data"]["cache"])' $(RECIPE))
+
+test: $(INSTALLED) ## the tests: CPU only, no network
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+check: $(INSTALLED) ## ruff, mypy, import-linter
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: $(INSTALLED) ## measure the ratios of docs/performance.md
+	.venv/bin/python -m benchmarks
+
+evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (about an hour)
+	.venv/bin/python -m benchmarks.evidence
+
+toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (about half an hour)
+	.venv/bin/python -m toyworld.train_base
+
+clean: ## remove .venv, runs and everything generated
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
