@@ -1,0 +1,171 @@
+"""`inpo evaluate`: generate images, score them, compare two models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
+
+RecipeOption = Annotated[Path | None, typer.Option(help="TOML recipe; its [evaluate] section gives what no flag does.")]
+ScorerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Scorer by name; may be repeated. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, "
+        "toyworld-oracle, toyworld-heldout; others come from installed packages."
+    ),
+]
+
+
+@app.command("generate")
+def generate_command(
+    out: Annotated[Path, typer.Option(help="Folder for the images: new, or begun with the same settings.")],
+    model: Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or .safetensors file.")] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA weights to lay over the model (safetensors).")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or "
+            "a hub dataset as OWNER/NAME[:SPLIT[:COLUMN]]."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal noise. [default: 0]")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Images for each prompt. [default: 1]")] = None,
+    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 50]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance scale. [default: 7.5]")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. [default: ddim]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. [default: float16 on a GPU, float32 on a CPU]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; changes no noise.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
+    from common.errors import UsageError
+    from common.recipe import ModelSection, read_recipe, resolve
+
+    _quieten()
+    from evaluation.generate import generate
+    from evaluation.prompts import read_prompts
+    from evaluation.settings import EvaluateSettings
+
+    sections = read_recipe(recipe)
+    flags = {
+        "prompts": prompts,
+        "lora": lora,
+        "seed": seed,
+        "images_per_prompt": images_per_prompt,
+        "inference_steps": inference_steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "limit": limit,
+    }
+    settings = resolve(EvaluateSettings, "evaluate", sections, flags)
+    chosen = resolve(ModelSection, "model", sections, {"model": model})
+    if settings.prompts is None:
+        raise UsageError(
+            "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
+        )
+    report = generate(chosen.open(), read_prompts(settings.prompts), settings, out)
+    cut = f"; {report.num_cut} prompts are longer than the text encoder reads and were cut" if report.num_cut else ""
+    _say(f"{report.num_images} images in {out}{cut}")
+
+
+@app.command("score")
+def score_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.")],
+    scorer: ScorerOption = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. [default: 32]")] = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Score a folder's images, resumably, into scores-NAME.jsonl."""
+    from common.scorer import load_scorer
+    from evaluation.image_folder import ImageFolder
+    from evaluation.score import score_folder
+
+    settings = _settings(recipe, scorer, batch_size)
+    images = ImageFolder(folder)
+    for name in _needed(settings.scorers):
+        score_folder(images, load_scorer(name), batch_size=settings.batch_size)
+        values = list(images.scores(name).values())
+        _say(f"{name}: mean {sum(values) / len(values):.4g} over {len(values)} images in {folder}")
+
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.")],
+    scorer: ScorerOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")
+    ] = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from common.scorer import load_scorer
+    from evaluation.compare import compare_folders, comparison_json
+    from evaluation.image_folder import ImageFolder, write_atomically
+    from evaluation.score import score_folder
+
+    settings = _settings(recipe, scorer, None)
+    folders = ImageFolder(a), ImageFolder(b)
+    for name in settings.scorers:
+        for images in folders:
+            if not images.has_scores(name):
+                score_folder(images, load_scorer(name), batch_size=settings.batch_size)
+    comparison = compare_folders(*folders, settings.scorers)
+    print(comparison.to_markdown(), end="")
+    if out is not None:
+        from evaluation.picture import draw_picture
+
+        write_atomically(out / "comparison.md", comparison.to_markdown().encode())
+        write_atomically(out / "comparison.json", comparison_json(comparison))
+        write_atomically(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
+        print(f"\ntable and picture in {out}")
+
+
+def _settings(recipe: Path | None, scorer: list[str] | None, batch_size: int | None):
+    from common.recipe import read_recipe, resolve
+    from evaluation.settings import EvaluateSettings
+
+    flags = {"scorers": tuple(scorer) if scorer else None, "batch_size": batch_size}
+    return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), flags)
+
+
+def _needed(scorers: tuple[str, ...]) -> tuple[str, ...]:
+    from common.errors import UsageError
+    from common.scorer import scorer_names
+
+    if not scorers:
+        raise UsageError(
+            "No scorer given.",
+            where="--scorer",
+            expected=", ".join(scorer_names()),
+            fix="pass --scorer, or set scorers in [evaluate] of the recipe",
+        )
+    return scorers
+
+
+def _quieten() -> None:
+    """Loading bars and advice of the libraries would bury our own lines; what matters of it is said by us."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _say(text: str) -> None:
+    """Print once, however many processes run."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(text)

@@ -1,0 +1,219 @@
+"""Images of a model for a list of prompts: the same noise for every model, whatever the batch or number of processes.
+
+Each image has its own seed, a hash of (seed, prompt, number), and its own generator on the CPU; so a base model and a
+trained one start from equal noise, and a folder can be made by any number of processes, stopped, and completed.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+
+from common import fingerprint
+from common.errors import ModelError, TrainingError, UsageError
+from common.models import Model
+from common.progress import ProgressReport
+from common.seeding import stable_hash
+from evaluation.image_folder import SETTINGS, ImageEntry, write_atomically, write_listing
+from evaluation.settings import EvaluateSettings
+
+_BATCH_PIXELS = 8 * 512 * 512
+_MAX_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport:
+    """What a run did."""
+
+    num_images: int
+    """Images in the folder now."""
+    num_new: int
+    """Made by this process."""
+    num_cut: int
+    """Prompts of this process's new images that are longer than the text encoder reads; their ends are cut off."""
+
+
+def image_seed(seed: int, prompt: str, number: int) -> int:
+    """The seed of one image, 32 bits: depends on nothing but the run's seed, the prompt, and the image's number."""
+    return stable_hash("image", seed, prompt, number) >> 32
+
+
+def plan_images(prompts: Sequence[str], settings: EvaluateSettings) -> list[ImageEntry]:
+    """Every image of a folder, by prompt and then by number."""
+    limited = prompts[: settings.limit]
+    return [
+        ImageEntry(
+            prompt=prompt, seed=image_seed(settings.seed, prompt, number), file=f"images/{index:05d}-{number}.png"
+        )
+        for index, prompt in enumerate(limited)
+        for number in range(settings.images_per_prompt)
+    ]
+
+
+def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, out: Path) -> GenerateReport:
+    """Make the images of `prompts` that `out` does not hold yet; this process's share, if there are several.
+
+    Raises UsageError, showing every difference, if `out` was begun with other settings, and ModelError for LoRA
+    weights that do not fit the model.
+    """
+    state = PartialState()
+    dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
+    identity = _identity(model, prompts, settings, dtype)
+    with state.main_process_first():
+        _claim(out, identity)
+    entries = plan_images(prompts, settings)
+    mine = entries[state.process_index :: state.num_processes]
+    left = [entry for entry in mine if not _is_done(out / entry.file)]
+    num_cut = 0
+    if left:
+        pipeline = load_pipeline(model, settings).to(state.device)
+        if dtype != torch.float32:
+            pipeline = pipeline.to(dtype)
+        num_cut = len({entry.prompt for entry in left if _is_cut(pipeline.tokenizer, entry.prompt)})
+        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
+        quiet = not state.is_main_process
+        with ProgressReport("generate", total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar:
+            for start in range(0, len(left), per_batch):
+                batch = left[start : start + per_batch]
+                for entry, image in zip(batch, _draw(pipeline, batch, settings), strict=True):
+                    buffer = io.BytesIO()
+                    image.save(buffer, format="PNG")
+                    write_atomically(out / entry.file, buffer.getvalue())
+                bar.advance(len(batch))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_listing(out, entries)
+    state.wait_for_everyone()
+    return GenerateReport(num_images=len(entries), num_new=len(left), num_cut=num_cut)
+
+
+def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline:
+    """The whole pipeline on the CPU in float32, with the chosen scheduler and LoRA weights."""
+    pipeline = model.load_pipeline()
+    if settings.scheduler == "ddim":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if settings.lora is not None:
+        file = _lora_file(settings.lora)
+        try:
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        except Exception as error:  # diffusers and peft raise many kinds; each means the weights do not fit
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                "The LoRA weights do not fit the model.",
+                where=file,
+                expected=f"LoRA weights for {model.name}",
+                got=lines[0][:200],
+                fix="check --lora and --model",
+            ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: EvaluateSettings) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
+    try:
+        with torch.inference_mode():
+            return pipeline(
+                [entry.prompt for entry in batch],
+                num_inference_steps=settings.inference_steps,
+                guidance_scale=settings.guidance,
+                generator=generators,
+                output_type="pil",
+            ).images
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "The images do not fit into the GPU's memory.",
+            where=f"a batch of {len(batch)}",
+            got=str(error).splitlines()[0][:200],
+            fix="pass a smaller --batch-size; what is done stays",
+        ) from error
+
+
+def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """What an image depends on, and the names for people."""
+    digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
+    lora = None if settings.lora is None else fingerprint.of_files([_lora_file(settings.lora)])
+    return {
+        "fingerprints": dict(model.fingerprints),
+        "lora": lora,
+        "prompts": digest,
+        "num_prompts": len(prompts),
+        "seed": settings.seed,
+        "images_per_prompt": settings.images_per_prompt,
+        "inference_steps": settings.inference_steps,
+        "guidance": settings.guidance,
+        "scheduler": settings.scheduler,
+        "dtype": str(dtype).removeprefix("torch."),
+        "names": {
+            "model": model.name,
+            "lora": settings.lora,
+            "prompts": settings.prompts,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Make `out` this run's folder, or check that it is one of the same settings."""
+    file = out / SETTINGS
+    if not file.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(
+                "The output folder holds something else.",
+                where=out,
+                expected="a new folder, or one of generate's own",
+                got=", ".join(sorted(entry.name for entry in out.iterdir())[:5]),
+                fix="choose another --out",
+            )
+        write_atomically(file, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
+        return
+    try:
+        existing = json.loads(file.read_text())
+    except ValueError:
+        existing = {}
+    names = [name for name in identity if name != "names" and existing.get(name) != identity[name]]
+    if names:
+        raise UsageError(
+            f"The output folder holds images of other settings ({', '.join(names)}).",
+            where=out,
+            expected="; ".join(f"{name} = {existing.get(name)}" for name in names) + " (in the folder)",
+            got="; ".join(f"{name} = {identity[name]}" for name in names) + " (this run)",
+            fix="give this run its own --out, or repeat the folder's settings",
+        )
+
+
+def _lora_file(location: str) -> Path:
+    path = Path(location)
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(found) != 1 or not found[0].is_file() or found[0].suffix != ".safetensors":
+        raise ModelError(
+            "There are no LoRA weights here.",
+            where=location,
+            expected="one .safetensors file, or a folder with one",
+            got=", ".join(file.name for file in found) if path.exists() else "nothing",
+            fix="check --lora",
+        )
+    return found[0]
+
+
+def _is_cut(tokenizer: Any, prompt: str) -> bool:
+    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def _is_done(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0

@@ -1,0 +1,186 @@
+"""A folder of generated images: what it was made with, which images it holds, and their scores.
+
+    FOLDER/generate.json          the settings: a folder holds images of one model and one setting
+    FOLDER/images/00012-0.png     one picture per prompt and number
+    FOLDER/images.jsonl           {prompt, seed, file} a line, written when all images are there
+    FOLDER/scores-<scorer>.jsonl  {prompt, seed, file, score} a line
+
+Any folder with an images.jsonl of this form can be scored and compared, however its images were made.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.cache.store import storage_errors
+from common.errors import DataError
+
+SETTINGS = "generate.json"
+LISTING = "images.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEntry:
+    """One image of a folder. Two folders' images are paired by (prompt, seed)."""
+
+    prompt: str
+    seed: int
+    file: str
+    """Path relative to the folder."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt, self.seed
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+    with storage_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file. Raises DataError naming the first bad line."""
+    rows: list[dict[str, Any]] = []
+    # By "\n" alone: str.splitlines would also cut at signs such as U+2028, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError("A line is no JSON object.", where=f"{path}, line {number}", got=line[:120])
+        rows.append(row)
+    return rows
+
+
+class ImageFolder:
+    """Reads a folder's listing, images and scores."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the listing. Raises DataError if there is none, or if an image of it is not there."""
+        self.path = path
+        listing = path / LISTING
+        if not listing.is_file():
+            begun = (path / SETTINGS).is_file()
+            raise DataError(
+                "This folder's images are not complete." if begun else "This is no folder of generated images.",
+                where=path,
+                expected=LISTING,
+                got="no such file",
+                fix="run the same `inpo evaluate generate` again: it goes on where it stopped"
+                if begun
+                else "make it with `inpo evaluate generate --out`, or write images.jsonl yourself (docs/evaluation.md)",
+            )
+        self.entries = [self._entry(row, number) for number, row in enumerate(read_lines(listing), start=1)]
+        self.by_key = {entry.key: entry for entry in self.entries}
+        if len(self.by_key) != len(self.entries):
+            raise DataError("Two images have the same prompt and seed.", where=listing, fix="give each pair once")
+        if not self.entries:
+            raise DataError("The listing names no image.", where=listing)
+        missing = [entry.file for entry in self.entries if not (path / entry.file).is_file()]
+        if missing:
+            raise DataError(
+                "Images are missing.",
+                where=path,
+                expected=f"{len(self.entries)} images of {LISTING}",
+                got=f"{len(missing)} missing, the first {missing[0]}",
+                fix=f"remove {LISTING} and run the same `inpo evaluate generate` again",
+            )
+
+    def _entry(self, row: Mapping[str, Any], number: int) -> ImageEntry:
+        prompt, seed, file = row.get("prompt"), row.get("seed"), row.get("file")
+        if not isinstance(prompt, str) or not isinstance(seed, int) or not isinstance(file, str):
+            raise DataError(
+                "A line of the listing is not as expected.",
+                where=f"{self.path / LISTING}, line {number}",
+                expected="prompt (text), seed (integer), file (path relative to the folder)",
+                got=str(dict(row))[:200],
+            )
+        return ImageEntry(prompt=prompt, seed=seed, file=file)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """generate.json; {} for a folder made otherwise."""
+        file = self.path / SETTINGS
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def open(self, entry: ImageEntry) -> Image.Image:
+        """One image as RGB. Raises DataError for a damaged file."""
+        try:
+            with Image.open(self.path / entry.file) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise DataError(
+                "An image cannot be read.",
+                where=self.path / entry.file,
+                got=str(error),
+                fix=f"remove it and {LISTING}, then run the same `inpo evaluate generate` again",
+            ) from None
+
+    def scorer_names(self) -> list[str]:
+        """Scorers whose scores are complete here."""
+        names = sorted(file.name[len("scores-") : -len(".jsonl")] for file in self.path.glob("scores-*.jsonl"))
+        return [name for name in names if ".part-" not in name]
+
+    def has_scores(self, scorer: str) -> bool:
+        """Whether every image has a score of this scorer."""
+        file = self.path / f"scores-{scorer}.jsonl"
+        return file.is_file() and self.by_key.keys() <= parse_scores(read_lines(file), file).keys()
+
+    def scores(self, scorer: str) -> dict[tuple[str, int], float]:
+        """{(prompt, seed): score} of every image. Raises DataError if the scores are not there or not complete."""
+        file = self.path / f"scores-{scorer}.jsonl"
+        advice = f"run `inpo evaluate score {self.path} --scorer {scorer}`"
+        if not file.is_file():
+            raise DataError(
+                f"This folder has no scores of {scorer}.", where=self.path, got=self.scorer_names(), fix=advice
+            )
+        found = {key: score for key, score in parse_scores(read_lines(file), file).items() if key in self.by_key}
+        if len(found) != len(self.entries):
+            raise DataError(
+                f"The scores of {scorer} are not complete.",
+                where=file,
+                expected=len(self.entries),
+                got=len(found),
+                fix=advice,
+            )
+        return found
+
+
+def parse_scores(rows: Iterable[Mapping[str, Any]], where: Path) -> dict[tuple[str, int], float]:
+    """{(prompt, seed): score}; raises DataError for a row without a finite score."""
+    found: dict[tuple[str, int], float] = {}
+    for number, row in enumerate(rows, start=1):
+        score = row.get("score")
+        if not isinstance(score, int | float) or not math.isfinite(score) or "prompt" not in row or "seed" not in row:
+            raise DataError("A line has no finite score.", where=f"{where}, line {number}", got=str(dict(row))[:200])
+        found[row["prompt"], row["seed"]] = float(score)
+    return found
+
+
+def write_listing(folder: Path, entries: Iterable[ImageEntry]) -> None:
+    write_atomically(folder / LISTING, to_lines(asdict(entry) for entry in entries))

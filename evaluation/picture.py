@@ -1,0 +1,120 @@
+"""A picture of two models side by side: the pairs that changed most for the better or worse, and some at random."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from common.seeding import stable_hash
+from evaluation.compare import Comparison, ScoredPairs
+
+COLUMNS = 4
+_CELL_INCHES = 3.6
+_GROUPS = (("Most improved", "#1a7f37"), ("Most worsened", "#b42318"), ("Random", "#475467"))
+_SMALL_PIXELS = 128
+
+
+def choose_pairs(scored: ScoredPairs, keys: Sequence[tuple[str, int]], columns: int = COLUMNS) -> list[list[int]]:
+    """Indices of the most improved, the most worsened, and random pairs by B - A; none appears twice.
+
+    Only real improvements are shown as improved, and real losses as worsened; so a group may have fewer, or none. The
+    random ones are the first by a hash of prompt and seed, the same in every run.
+    """
+    differences = scored.b - scored.a
+    order = [int(index) for index in np.argsort(-differences, kind="stable")]
+    improved = [index for index in order if differences[index] > 0][:columns]
+    worsened = [index for index in reversed(order) if differences[index] < 0][:columns]
+    taken = {*improved, *worsened}
+    rest = [index for index in range(len(keys)) if index not in taken]
+    random = sorted(rest, key=lambda index: stable_hash("picture", *keys[index]))[:columns]
+    return [improved, worsened, random]
+
+
+def draw_picture(comparison: Comparison, scored: ScoredPairs) -> bytes:
+    """The picture as PNG: three rows of pairs, A at the left and B at the right of each, with prompt and scores."""
+    groups = choose_pairs(scored, [entry.key for entry, _ in comparison.pairs])
+    shown = [(title, colour, chosen) for (title, colour), chosen in zip(_GROUPS, groups, strict=True) if chosen]
+    columns = max(len(chosen) for _, _, chosen in shown)
+    figure = Figure(figsize=(columns * _CELL_INCHES + 0.3, len(shown) * 2.75 + 0.75), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        _plain(f"left: {comparison.name_a}      right: {comparison.name_b}      scores: {scored.scorer}"),
+        x=0.02,
+        y=0.985,
+        ha="left",
+        va="top",
+        fontsize=11,
+        fontweight="bold",
+        color="#101828",
+    )
+    top = 1 - 0.5 / figure.get_figheight()
+    rows = figure.add_gridspec(len(shown), 1, left=0.02, right=0.98, top=top, bottom=0.02, hspace=0.08)
+    for row, (title, colour, chosen) in enumerate(shown):
+        cells = rows[row].subgridspec(2, columns, height_ratios=(0.12, 1), hspace=0.0, wspace=0.10)
+        heading = figure.add_subplot(cells[0, :])
+        heading.axis("off")
+        heading.text(
+            0, 0.4, title, fontsize=12, fontweight="bold", color=colour, va="center", transform=heading.transAxes
+        )
+        for column, index in enumerate(chosen):
+            cell = cells[1, column].subgridspec(2, 2, height_ratios=(1.75, 0.62), hspace=0.0, wspace=0.03)
+            entry_a, entry_b = comparison.pairs[index]
+            _show(figure.add_subplot(cell[0, 0]), comparison.folder_a.open(entry_a))
+            _show(figure.add_subplot(cell[0, 1]), comparison.folder_b.open(entry_b))
+            caption = figure.add_subplot(cell[1, :])
+            caption.axis("off")
+            a, b = float(scored.a[index]), float(scored.b[index])
+            caption.text(
+                0,
+                0.96,
+                f"{a:.3g} → {b:.3g}  ({b - a:+.3g})",
+                fontsize=9.5,
+                fontweight="bold",
+                va="top",
+                color=_GROUPS[0][1] if b > a else _GROUPS[1][1] if b < a else _GROUPS[2][1],
+                transform=caption.transAxes,
+            )
+            caption.text(
+                0,
+                0.64,
+                _plain(_wrapped(entry_a.prompt)),
+                fontsize=8.5,
+                va="top",
+                color="#344054",
+                transform=caption.transAxes,
+                linespacing=1.15,
+            )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _show(axes, image: Image.Image) -> None:
+    # Small pictures show their pixels; large ones are reduced smoothly, and only as far as the cell needs.
+    small = max(image.size) <= _SMALL_PIXELS
+    if not small:
+        image = image.copy()
+        image.thumbnail((512, 512), Image.Resampling.LANCZOS)
+    axes.imshow(np.asarray(image), interpolation="nearest" if small else "antialiased")
+    axes.set_anchor("S")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#d0d5dd")
+        spine.set_linewidth(0.6)
+
+
+def _wrapped(prompt: str) -> str:
+    lines = textwrap.wrap(" ".join(prompt.split()), width=48) or ["(empty prompt)"]
+    if len(lines) > 2:
+        lines = [lines[0], textwrap.shorten(" ".join(lines[1:]), 48, placeholder=" ...")]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """A dollar sign starts a formula in matplotlib; here it is a dollar sign."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,133 @@
+"""Prompts to evaluate on: a text file, the Parti-Prompts TSV, HPDv2's JSON, or a dataset on the hub."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+
+EXPECTED = (
+    "a text file (one prompt a line), a .tsv file with a Prompt column (Parti-Prompts), a .json list of prompts "
+    "(HPDv2), or a hub dataset as OWNER/NAME[:SPLIT[:COLUMN]]"
+)
+_COLUMNS = ("prompt", "Prompt", "caption", "text")
+
+
+def read_prompts(location: str) -> list[str]:
+    """The distinct prompts behind `location`, in order of their first appearance, stripped of surrounding blanks.
+
+    Raises DataError, naming the line or entry, for anything that holds no prompts.
+    """
+    path = Path(location)
+    if path.is_file():
+        reader = _READERS.get(path.suffix.lower(), _read_lines)
+        try:
+            found = reader(path)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "The prompts are not UTF-8 text.", where=path, got=str(error), fix="convert the file"
+            ) from None
+        except OSError as error:
+            raise DataError("The prompts cannot be read.", where=path, got=error.strerror) from None
+    elif path.exists() or location.startswith(("/", ".", "~")) or location.split(":")[0].count("/") != 1:
+        got = "a folder" if path.is_dir() else "nothing"
+        raise DataError("There are no prompts here.", where=location, expected=EXPECTED, got=got, fix="check --prompts")
+    else:
+        found = _read_hub(location)
+    prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
+    if not prompts:
+        raise DataError("No prompt found.", where=location, expected=EXPECTED, got="only blank entries")
+    return prompts
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at rare Unicode signs
+
+
+def _read_tsv(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        # Parti-Prompts writes quotation marks as they are, so they quote nothing.
+        rows = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        column = _column(rows.fieldnames or (), path)
+        found = []
+        for row in rows:
+            if row[column] is None:
+                raise DataError("A row has too few columns.", where=f"{path}, line {rows.line_num}", got=row)
+            found.append(row[column])
+    return found
+
+
+def _read_json(path: Path) -> list[str]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError("The prompts are not valid JSON.", where=path, got=str(error)) from None
+    if not isinstance(document, list):
+        raise DataError(
+            "The JSON file is no list.",
+            where=path,
+            expected='["a prompt", ...] or [{"prompt": "..."}, ...]',
+            got=type(document).__name__,
+        )
+    return [_json_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(document)]
+
+
+def _json_entry(entry: Any, where: str) -> str:
+    prompt = entry.get("prompt") if isinstance(entry, dict) else entry
+    if not isinstance(prompt, str):
+        raise DataError("No prompt in this entry.", where=where, expected="text, or an object with prompt", got=entry)
+    return prompt
+
+
+def _read_hub(location: str) -> list[str]:
+    name, split, column = (*location.split(":"), None, None)[:3]
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            "Reading prompts from the hub needs the datasets package.",
+            where=location,
+            fix="pip install datasets, or give a file: " + EXPECTED.split(", or a hub")[0],
+        ) from None
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        table = datasets.load_dataset(name, split=split) if split in splits else None
+    except Exception as error:  # the hub client raises many kinds; each means the data set could not be fetched
+        got = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            "The prompts could not be fetched from the hub.",
+            where=location,
+            got=got,
+            fix="check the name and the network",
+        ) from error
+    if table is None:
+        raise DataError(
+            "Which split?",
+            where=location,
+            expected=", ".join(splits),
+            got=split or "none",
+            fix=f"for example {name}:{splits[0]}",
+        )
+    chosen = column if column in table.column_names else None
+    if column is None:
+        chosen = _column(table.column_names, location)
+    if chosen is None:
+        raise DataError("No such column.", where=location, expected=", ".join(table.column_names), got=column)
+    return [str(value) for value in table[chosen] if value is not None]
+
+
+def _column(names: Iterable[str], where: object) -> str:
+    names = list(names)
+    for name in _COLUMNS:
+        if name in names:
+            return name
+    raise DataError(
+        "No column of prompts.", where=where, expected=" or ".join(_COLUMNS), got=", ".join(names) or "none"
+    )
+
+
+_READERS: dict[str, Callable[[Path], list[str]]] = {".tsv": _read_tsv, ".json": _read_json}

@@ -1,0 +1,94 @@
+"""Scores of a folder's images, written as they come, so that a stopped run goes on where it was.
+
+Each process appends to a part file of its own; when every image has a score, the parts become scores-<name>.jsonl.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from common.cache.store import storage_errors
+from common.errors import DataError
+from common.progress import ProgressReport
+from common.scorer import Scorer
+from evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines, write_atomically
+
+DEFAULT_BATCH = 32
+
+
+def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None = None) -> int:
+    """Score every image that has no score yet; returns how many this process scored.
+
+    Raises DataError, naming the image, if the scorer returns a number that is not finite.
+    """
+    state = PartialState()
+    final = folder.path / f"scores-{scorer.name}.jsonl"
+    known = _known(folder, scorer.name)
+    mine = folder.entries[state.process_index :: state.num_processes]
+    left = [entry for entry in mine if entry.key not in known]
+    state.wait_for_everyone()  # nobody writes before everybody has read
+    if left:
+        part = folder.path / f"scores-{scorer.name}.part-{state.process_index}.jsonl"
+        quiet = not state.is_main_process
+        with (
+            storage_errors("write scores", part),
+            part.open("ab") as stream,
+            ProgressReport(scorer.name, total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar,
+        ):
+            for start in range(0, len(left), batch_size or DEFAULT_BATCH):
+                batch = left[start : start + (batch_size or DEFAULT_BATCH)]
+                scores = checked_scores(
+                    scorer,
+                    [folder.open(entry) for entry in batch],
+                    [entry.prompt for entry in batch],
+                    [entry.file for entry in batch],
+                )
+                stream.write(to_lines(_row(entry, score) for entry, score in zip(batch, scores, strict=True)))
+                stream.flush()
+                bar.advance(len(batch))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        known = _known(folder, scorer.name)
+        write_atomically(final, to_lines(_row(entry, known[entry.key]) for entry in folder.entries))
+        for part in folder.path.glob(f"scores-{scorer.name}.part-*.jsonl"):
+            part.unlink()
+    state.wait_for_everyone()
+    return len(left)
+
+
+def checked_scores(scorer: Scorer, images: Sequence, prompts: Sequence[str], names: Sequence[str]) -> list[float]:
+    """The scorer's numbers as floats. Raises DataError, naming the image, for one that is not finite."""
+    scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
+    if scores.shape != (len(images),):
+        raise DataError("The scorer does not give one number per image.", where=scorer.name, got=scores.shape)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise DataError(
+            "The scorer gave a number that is not finite.", where=f"{scorer.name}, {names[bad[0]]}", got=scores[bad[0]]
+        )
+    return [float(score) for score in scores]
+
+
+def _row(entry: ImageEntry, score: float) -> dict[str, object]:
+    return {**asdict(entry), "score": score}
+
+
+def _known(folder: ImageFolder, scorer: str) -> dict[tuple[str, int], float]:
+    known: dict[tuple[str, int], float] = {}
+    final = folder.path / f"scores-{scorer}.jsonl"
+    for file in (final, *sorted(folder.path.glob(f"scores-{scorer}.part-*.jsonl"))):
+        if file.is_file():
+            if file is not final:
+                _drop_torn_line(file)
+            known |= parse_scores(read_lines(file), file)
+    return known
+
+
+def _drop_torn_line(part: Path) -> None:
+    """A part that was being written when its process died may end within a line; that line's image is scored again."""
+    data = part.read_bytes()
+    if not data.endswith(b"\n"):
+        write_atomically(part, data[: data.rfind(b"\n") + 1])

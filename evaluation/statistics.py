@@ -1,0 +1,126 @@
+"""Paired statistics of two models' scores: win rate, mean and median, each with a 95% interval.
+
+`a` and `b` are scores of the same (prompt, seed); a difference is b - a. Images of one prompt are not independent, so
+the bootstrap draws whole prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, Int
+
+Interval = tuple[float, float]
+CONFIDENCE = 0.95
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedStatistics:
+    """Model B against model A under one scorer. Intervals are 95%; None with fewer than two prompts."""
+
+    num_pairs: int
+    num_prompts: int
+    wins: int
+    """Pairs in which B's score is higher."""
+    ties: int
+    losses: int
+    win_rate: float
+    """(wins + ties / 2) / pairs."""
+    win_rate_wilson: Interval
+    """Wilson's score interval, with one trial per prompt (a pair, with one image per prompt)."""
+    win_rate_bootstrap: Interval | None
+    mean_a: float
+    mean_b: float
+    mean_difference: float
+    mean_difference_interval: Interval | None
+    median_a: float
+    median_b: float
+    median_difference: float
+    """Median of the differences, which is not the difference of the medians."""
+    median_difference_interval: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """In words, by the wider of the two intervals of the win rate; says plainly when B does not win."""
+        intervals = [self.win_rate_wilson, *([self.win_rate_bootstrap] if self.win_rate_bootstrap else [])]
+        low, high = min(one[0] for one in intervals), max(one[1] for one in intervals)
+        if low > 0.5:
+            return "B wins"
+        if high < 0.5:
+            return "B does not win: it loses"
+        return "B does not win: no difference shown"
+
+
+def wilson_interval(successes: float, trials: float, *, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson's score interval for a share (Wilson 1927); `successes` may be fractional, as ties count one half."""
+    z = float(scipy.stats.norm.ppf(0.5 + confidence / 2))
+    share = successes / trials
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * float(np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare_scores(
+    a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"], prompts: Sequence[str]
+) -> PairedStatistics:
+    """Statistics of `b` against `a`; `prompts` names each pair's prompt. Equal inputs give equal numbers."""
+    differences = b - a
+    outcomes = np.where(differences > 0, 1.0, np.where(differences < 0, 0.0, 0.5))
+    groups = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)[1]
+    num_prompts = int(groups.max()) + 1
+    win_rate = float(outcomes.mean())
+    return PairedStatistics(
+        num_pairs=len(differences),
+        num_prompts=num_prompts,
+        wins=int((differences > 0).sum()),
+        ties=int((differences == 0).sum()),
+        losses=int((differences < 0).sum()),
+        win_rate=win_rate,
+        win_rate_wilson=wilson_interval(win_rate * num_prompts, num_prompts),
+        win_rate_bootstrap=bootstrap_interval(outcomes, groups, np.nanmean),
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        mean_difference=float(differences.mean()),
+        mean_difference_interval=bootstrap_interval(differences, groups, np.nanmean),
+        median_a=float(np.median(a)),
+        median_b=float(np.median(b)),
+        median_difference=float(np.median(differences)),
+        median_difference_interval=bootstrap_interval(differences, groups, np.nanmedian),
+    )
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " pair"],
+    groups: Int[np.ndarray, " pair"],
+    statistic: Callable[..., np.ndarray],
+    *,
+    confidence: float = CONFIDENCE,
+) -> Interval | None:
+    """Percentile bootstrap interval of `statistic`, resampling groups (0, 1, ...) and keeping each one's values
+    together. None with fewer than two groups. The draws have a fixed seed.
+    """
+    num_groups = int(groups.max()) + 1
+    if num_groups < 2:
+        return None
+    sizes = np.bincount(groups)
+    table = np.full((num_groups, sizes.max()), np.nan)
+    order = np.argsort(groups, kind="stable")
+    columns = np.concatenate([np.arange(size) for size in sizes])
+    table[groups[order], columns] = values[order]
+
+    def of_groups(drawn: np.ndarray, axis: int) -> np.ndarray:
+        rows = table[np.moveaxis(drawn, axis, -1)]
+        return statistic(rows.reshape(*rows.shape[:-2], -1), axis=-1)
+
+    result = scipy.stats.bootstrap(
+        (np.arange(num_groups),),
+        of_groups,
+        n_resamples=RESAMPLES,
+        batch=max(1, 4_000_000 // table.size),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(result.low), float(result.high)
