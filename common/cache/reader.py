@@ -65,7 +65,7 @@ class Shard:
     def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
         """`file` is a path below the shard's folder; its array is named."""
         array = file.split("/c/")[0].removesuffix("/zarr.json")
-        part = "the group's metadata" if file.count("/") == 0 or array not in SPECS else f"array {array}"
+        part = f"array {array}" if array in SPECS else "a group's metadata"
         return CacheCorrupt(
             f"{what}: {part} of shard {self.name}.",
             where=f"{self.location}/{file}",
@@ -78,7 +78,8 @@ class Shard:
         """Open an array after checking that its files are the committed ones and not another's."""
         store = self.cache.store
         for file in self.commit.files:
-            if file == "zarr.json" or file == f"{path}/zarr.json" or file.startswith(f"{path}/c"):
+            folder = file.removesuffix("zarr.json")  # the array's own metadata, and that of the groups above it
+            if file.startswith(f"{path}/c") or (folder != file and f"{path}/".startswith(folder)):
                 expected = self.commit.digests.get(file)
                 found = store.sample_digest(f"{self.folder}/{file}", self.commit.files[file])
                 if found != expected:

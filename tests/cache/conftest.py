@@ -1,0 +1,191 @@
+"""Small caches with known numbers, an S3 server on loopback that can be told to fail, and a full and a read-only disk."""
+
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+
+_BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+ALPHAS_CUMPROD = tuple(float(value) for value in np.cumprod(1 - _BETAS))
+
+
+def manifest_of(
+    *,
+    profile: str = "full",
+    steps: int = 2,
+    latent: tuple[int, int, int] = (4, 8, 8),
+    sdxl: bool = False,
+    extra: tuple[str, ...] = (),
+    **changes: Any,
+) -> Manifest:
+    fingerprints = {"unet": "u" * 32, "vae": "v" * 32, "text_encoder": "t" * 32, "scheduler": "s" * 32}
+    if sdxl:
+        fingerprints["text_encoder_2"] = "w" * 32
+    values: dict[str, Any] = {
+        "latent_shape": latent, "num_train_timesteps": 1000, "alphas_cumprod": ALPHAS_CUMPROD,
+        "prediction_type": "epsilon", "profile": profile, "extra": extra, "seed": 0, "timesteps_per_pair": steps,
+        "resolution": 64, "crop": "center", "flip": False, "vae_latent": "mean", "vae_dtype": "float32",
+        "network_dtype": "float32", "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        "fingerprints": fingerprints, "versions": {"inpo-cache": "0"},
+    }
+    return Manifest(**values | changes)
+
+
+def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random arrays that obey the contract; x_t by the stored-point rule, in numpy's own arithmetic."""
+    rng = np.random.default_rng(seed)
+    steps, latent = manifest.timesteps_per_pair, manifest.latent_shape
+    timestep = np.sort(np.stack([rng.choice(1000, steps, replace=False) for _ in range(num_pairs)]), axis=1)
+    abar = np.array(manifest.alphas_cumprod)[timestep][..., None, None, None, None]
+
+    def latents(*shape: int) -> np.ndarray:
+        return rng.standard_normal((*shape, *latent)).astype(np.float16)
+
+    x0, target, delta = latents(num_pairs, 2), latents(num_pairs, steps, 2), latents(num_pairs, steps, 2)
+    signal = np.sqrt(abar) * x0[:, None].astype(np.float64)
+    x_t = (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
+    num_prompts = num_pairs + 1
+    made = {
+        "x0": x0, "x_t": x_t, "delta": delta, "target": target,
+        "x0_t": ((x_t - np.sqrt(1 - abar) * delta) / np.sqrt(abar)).clip(-60000, 60000).astype(np.float16),
+        "reference_error": rng.random((num_pairs, steps, 2)).astype(np.float32),
+        "inversion_error": np.where(rng.random((num_pairs, 2)) < 0.5, np.nan, seed).astype(np.float32),
+        "residual": rng.random((num_pairs, steps, 2)).astype(np.float32),
+        "timestep": timestep.astype(np.int16),
+        "pair_id": np.array([f"pair-{seed}-{row} ä" for row in range(num_pairs)], dtype=object),
+        "prompt_index": rng.integers(0, num_prompts, num_pairs).astype(np.int32),
+        "caption_dropped": rng.random(num_pairs) < 0.5,
+        "label": rng.random(num_pairs).astype(np.float32),
+        "prompt/text": np.array(["", *(f"prompt {seed} {row}" for row in range(num_pairs))], dtype=object),
+        "prompt/embedding": rng.standard_normal((num_prompts, 5, 6)).astype(np.float16),
+        "prompt/pooled": rng.standard_normal((num_prompts, 7)).astype(np.float16),
+        "time_ids": rng.random((num_pairs, 2, 6)).astype(np.float32),
+        "delta_prev": latents(num_pairs, steps, 2), "eps_ref": latents(num_pairs, steps, 2),
+    }
+    return {spec.path: made[spec.path] for spec in manifest.arrays}
+
+
+def shard_of(manifest: Manifest, num_pairs: int, *, seed: int = 0, **changes: Any) -> ShardData:
+    source = ShardSource(location="/pairs", input_shard="0.tar", rows=(0, num_pairs), fingerprint="f" * 32)
+    return ShardData(arrays=arrays_of(manifest, num_pairs, seed=seed) if num_pairs else {}, source=source, **changes)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What tests make caches with."""
+
+    manifest: Callable[..., Manifest] = manifest_of
+    shard: Callable[..., ShardData] = shard_of
+
+    everything: Any = field(
+        default_factory=lambda: {
+            "sdxl": True, "extra": ("delta_prev", "eps_ref"),
+            "inverter": InverterIdentity(name="fixed_point", steps=10, timestep_range=(0, 1000), iterations=3),
+        }
+    )
+    """Options that make every array of the contract appear."""
+
+    def cache(self, location: object, *, pairs: tuple[int, ...] = (3, 2), **options: Any) -> Manifest:
+        """A cache with shards s0, s1, ... of so many pairs."""
+        manifest = manifest_of(**options)
+        writer = CacheWriter.open(str(location), manifest)
+        for index, num_pairs in enumerate(pairs):
+            assert writer.write(f"s{index}", shard_of(manifest, num_pairs, seed=index)) is not None
+        return manifest
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    return Build()
+
+
+@dataclass
+class S3:
+    """A real S3 API on loopback. `failures` requests from now on are answered 503; -1: all of them."""
+
+    location: str = ""
+    failures: int = 0
+    refused: int = 0
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __call__(self, application: Any) -> Any:
+        def answer(environ: Any, start_response: Any) -> Any:
+            with self.lock:
+                refuse = self.failures != 0
+                self.failures -= self.failures > 0
+                self.refused += refuse
+            if refuse:
+                start_response("503 Slow Down", [("Content-Type", "text/plain")])
+                return [b"slow down"]
+            # moto checks If-None-Match and stores in two steps; S3 does both at once, and so does this lock.
+            if environ.get("HTTP_IF_NONE_MATCH"):
+                with self.lock:
+                    return application(environ, start_response)
+            return application(environ, start_response)
+
+        return answer
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[S3, str]]:
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        def log_request(self, *_: object) -> None:
+            pass
+
+    control = S3()
+    server = make_server(
+        "127.0.0.1", 0, control(DomainDispatcherApplication(create_backend_app)), threaded=True, request_handler=Quiet
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield control, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def s3(s3_server: tuple[S3, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3]:
+    """An empty bucket's folder; AWS_* point at the server."""
+    import boto3
+
+    control, endpoint = s3_server
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = "b" + tmp_path.name.replace("_", "-").lower()[:40]
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
+    control.location, control.failures, control.refused = f"s3://{bucket}/cache", 0, 0
+    yield control
+    control.failures = 0
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a small tmpfs; skips where that is not allowed."""
+    folders: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"mount{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], check=True)

@@ -1,0 +1,228 @@
+"""What is written is what is read, whatever the shapes, the profile and the store."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.cache import CacheWriter, open_cache
+from common.cache.derive import point_from_target, round_to_half, stored_point
+from common.errors import CacheIncomplete, CacheMismatch, CacheMissing
+
+
+def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.shape == right.shape and (
+        list(left) == list(right) if right.dtype == object else left.tobytes() == right.tobytes()
+    )
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
+    folder = tmp_path_factory.mktemp("cache")
+    manifest = build.manifest(
+        profile=data.draw(st.sampled_from(["full", "lean"])),
+        steps=data.draw(st.integers(1, 4)),
+        latent=data.draw(st.tuples(*[st.integers(1, 9)] * 3)),
+        sdxl=data.draw(st.booleans()),
+        extra=data.draw(st.sampled_from([(), ("eps_ref",), ("delta_prev", "eps_ref")])),
+    )
+    shard = build.shard(manifest, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 9)))
+    assert CacheWriter.open(str(folder), manifest).write("s", shard) is not None
+
+    cache = open_cache(str(folder))
+    assert cache.manifest == manifest
+    read = cache.shards["s"]
+    assert read.stored >= set(shard.arrays)
+    rows = np.array(data.draw(st.lists(st.integers(0, shard.num_pairs - 1), max_size=5)), dtype=np.int64)
+    for path, values in shard.arrays.items():
+        assert same_bytes(read.read(path), values), path
+        if not path.startswith("prompt/"):
+            assert same_bytes(read.read(path, rows), values[rows]), path
+            assert same_bytes(read.read(path, slice(1, None)), values[1:]), path
+
+
+def test_a_lean_cache_gives_the_x_t_of_a_full_one_bit_for_bit(tmp_path, build):
+    shape = {"latent": (4, 48, 48), "steps": 3}
+    build.cache(tmp_path / "full", pairs=(5,), **shape)
+    build.cache(tmp_path / "lean", pairs=(5,), profile="lean", **shape)
+    full, lean = (open_cache(str(tmp_path / name)).shards["s0"] for name in ("full", "lean"))
+    assert "x_t" in full.stored
+    assert "x_t" not in lean.stored
+    assert "x_t" in lean
+    assert same_bytes(lean.read("x_t"), full.read("x_t"))
+    rows = np.array([4, 1])
+    assert same_bytes(lean.read("x_t", rows), full.read("x_t")[rows])
+
+
+def test_torch_and_numpy_round_the_stored_point_alike():
+    # A million values: torch's own float64 -> float16, by way of float32, differs from numpy's in about 60 of them.
+    rng = np.random.default_rng(0)
+    x0, target = (rng.standard_normal((1, 100, 100, 100)).astype(np.float16) for _ in range(2))
+    a, s = 0.7, np.sqrt(1 - 0.7**2)
+    expected = (a * x0.astype(np.float64) + s * target.astype(np.float64)).astype(np.float16)
+    axes = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    got = point_from_target(torch.from_numpy(x0), torch.from_numpy(target), a * axes, float(s) * axes)
+    assert same_bytes(got.numpy(), expected)
+
+    again, x_t = stored_point(torch.from_numpy(x0), got.float(), a * axes, float(s) * axes)
+    numpy_x_t = (a * x0.astype(np.float64) + s * again.numpy().astype(np.float64)).astype(np.float16)
+    assert same_bytes(x_t.numpy(), numpy_x_t)
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=50))
+def test_round_to_half_is_the_nearest_half(values):
+    doubles = np.array(values)
+    with np.errstate(all="ignore"):
+        expected = doubles.astype(np.float16)
+    np.testing.assert_array_equal(round_to_half(torch.from_numpy(doubles)).numpy(), expected)
+
+
+def test_eps_ref_is_delta_at_guidance_one_only(tmp_path, build):
+    build.cache(tmp_path / "one", pairs=(2,))
+    shard = open_cache(str(tmp_path / "one")).shards["s0"]
+    assert "eps_ref" in shard
+    assert same_bytes(shard.read("eps_ref"), shard.read("delta"))
+
+    inverter = build.manifest().inverter.model_copy(update={"guidance": 0.0})
+    build.cache(tmp_path / "zero", pairs=(2,), inverter=inverter)
+    shard = open_cache(str(tmp_path / "zero")).shards["s0"]
+    assert "eps_ref" not in shard
+    with pytest.raises(CacheIncomplete, match="--extra eps_ref"):
+        shard.read("eps_ref")
+
+
+@pytest.mark.parametrize(("path", "option"), [("delta", "--profile full"), ("delta_prev", "--extra delta_prev")])
+def test_what_is_not_stored_is_named_with_the_option_that_would_store_it(tmp_path, build, path, option):
+    build.cache(tmp_path, pairs=(1,), profile="lean")
+    with pytest.raises(CacheIncomplete, match=option) as caught:
+        open_cache(str(tmp_path)).shards["s0"].read(path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_rows_outside_a_shard_are_the_callers_mistake(tmp_path, build):
+    build.cache(tmp_path, pairs=(3,))
+    shard = open_cache(str(tmp_path)).shards["s0"]
+    for rows in ([3], [-1]):
+        with pytest.raises(IndexError, match="which has 3"):
+            shard.read("x0", np.array(rows))
+
+
+def test_tensorstore_and_zarr_read_the_same_bytes_with_no_code_of_ours(tmp_path, build):
+    manifest = build.cache(tmp_path, pairs=(3,), **build.everything)
+    shard = open_cache(str(tmp_path)).shards["s0"]
+    group = zarr.open_group(shard.location, mode="r")
+    for spec in manifest.arrays:
+        ours = shard.read(spec.path)
+        array = group[spec.path]
+        assert array.metadata.dimension_names == spec.axes
+        assert same_bytes(np.asarray(array[...]), ours), spec.path
+        if not spec.is_text:
+            theirs = tensorstore.open(
+                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{shard.location}/{spec.path}/"}}
+            ).result()
+            assert theirs.domain.labels == spec.axes
+            assert same_bytes(theirs.read().result(), ours), spec.path
+
+
+def test_zarrs_reads_the_same_bytes(tmp_path, build):
+    pytest.importorskip("zarrs")
+    manifest = build.cache(tmp_path, pairs=(3,), **build.everything)
+    shard = open_cache(str(tmp_path)).shards["s0"]
+    ours = {spec.path: shard.read(spec.path) for spec in manifest.arrays if not spec.is_text}
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        group = zarr.open_group(shard.location, mode="r")
+        for path, values in ours.items():
+            assert same_bytes(np.asarray(group[path][...]), values), path
+
+
+def test_every_numeric_chunk_is_checksummed_and_nothing_is_compressed(tmp_path, build):
+    manifest = build.cache(tmp_path, pairs=(3,), extra=("eps_ref",))
+    location = Path(open_cache(str(tmp_path)).shards["s0"].location)
+    for spec in manifest.arrays:
+        codecs = json.loads((location / spec.path / "zarr.json").read_text())["codecs"]
+        if spec.chunking != "whole":
+            assert [codec["name"] for codec in codecs] == ["sharding_indexed"]
+            assert len([file for file in (location / spec.path).rglob("*") if file.is_file()]) == 2
+            shape = codecs[0]["configuration"]["chunk_shape"]
+            assert shape[0] == 1
+            assert shape[1] == (1 if spec.chunking == "pair_step" else 2)
+            assert codecs[0]["configuration"]["index_codecs"][-1]["name"] == "crc32c"
+            codecs = codecs[0]["configuration"]["codecs"]
+        assert [codec["name"] for codec in codecs] == ["vlen-utf8" if spec.is_text else "bytes", "crc32c"]
+
+
+def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
+    manifest = build.manifest()
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    skipped = [{"pair_id": "p", "reason": "tie", "detail": "", "row": 0}, {"pair_id": "q", "reason": "tie", "row": 1}]
+    commit = writer.write("s", build.shard(manifest, 0, skipped=skipped))
+    assert commit is not None
+    assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"tie": 2})
+    assert writer.committed() == {"s"}
+    lines = (tmp_path / "skipped" / "s" / f"{commit.attempt}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == skipped
+    with pytest.raises(CacheMissing, match="no committed pair yet"):
+        open_cache(str(tmp_path))
+    assert open_cache(str(tmp_path), allow_empty=True).num_pairs == 0
+
+
+def test_attempts_without_a_commit_are_invisible(tmp_path, build):
+    manifest = build.cache(tmp_path, pairs=(2,))
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    assert writer.write("s0", build.shard(manifest, 2, seed=5)) is None  # the shard is committed: an orphan
+    (tmp_path / "shards" / "half" / "0123").mkdir(parents=True)
+    (tmp_path / "shards" / "half" / "0123" / "zarr.json").write_text("{")
+    (tmp_path / "commits" / "s9.json.5.staged").write_text("{")
+
+    cache = open_cache(str(tmp_path))
+    assert list(cache.shards) == ["s0"]
+    assert writer.committed() == {"s0"}
+    assert len(list((tmp_path / "shards" / "s0").iterdir())) == 2
+    assert list(cache.shards["s0"].read("pair_id")) == ["pair-0-0 ä", "pair-0-1 ä"]
+    assert cache.find("pair-0-1 ä") == (cache.shards["s0"], 1)
+    with pytest.raises(CacheIncomplete, match="an id like"):
+        cache.find("pair-5-0 ä")
+
+
+def test_another_identity_is_refused_with_both_values(tmp_path, build):
+    build.cache(tmp_path, pairs=(1,))
+    other = build.manifest(seed=7, network_dtype="bfloat16")
+    with pytest.raises(CacheMismatch) as caught:
+        CacheWriter.open(str(tmp_path), other)
+    for part in ("seed = 0", "seed = 7", "network_dtype = 'float32'", "network_dtype = 'bfloat16'", str(tmp_path)):
+        assert part in str(caught.value)
+
+
+def test_what_changes_no_number_is_no_identity(tmp_path, build):
+    build.cache(tmp_path, pairs=(1,))
+    writer = CacheWriter.open(str(tmp_path), build.manifest(versions={"inpo-cache": "9", "torch": "3"}))
+    writer.write("later", build.shard(writer.manifest, 2))
+    assert open_cache(str(tmp_path)).num_pairs == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("x0", lambda v: v.astype(np.float32), "float32"),
+        ("x0", lambda v: v[:, :, :3], "instead of float16"),
+        ("delta", lambda v: np.where(v == v.max(), np.float16(np.inf), v), "NaN or infinity"),
+        ("label", lambda v: np.full_like(v, np.nan), "NaN or infinity"),
+        ("prompt_index", lambda v: v + 99, "prompt_index in 0"),
+        ("prompt/text", lambda v: np.array(["x", *v[1:]], dtype=object), "empty prompt"),
+        ("prompt/embedding", lambda v: v[:-1], "instead of"),
+    ],
+)
+def test_the_writer_refuses_what_breaks_the_contract(tmp_path, build, path, change, message):
+    manifest = build.manifest()
+    shard = build.shard(manifest, 2)
+    shard.arrays[path] = change(shard.arrays[path])
+    with pytest.raises(AssertionError, match=message):
+        CacheWriter.open(str(tmp_path), manifest).write("s", shard)
+    assert not (tmp_path / "shards").exists()
