@@ -17,8 +17,8 @@ from torch import Tensor
 def stored_point(
     x0: Float[Tensor, "*pair c h w"],
     x_t: Float[Tensor, "*pair c h w"],
-    a: Float[Tensor, "*pair 1 1 1"],
-    s: Float[Tensor, "*pair 1 1 1"],
+    a: Float[Tensor, "*pair 1 1 1"] | float,
+    s: Float[Tensor, "*pair 1 1 1"] | float,
 ) -> tuple[Float[Tensor, "*pair c h w"], Float[Tensor, "*pair c h w"]]:
     """(target, x_t), both float16, nearest to the trajectory's float32 `x_t`.
 
@@ -32,8 +32,8 @@ def stored_point(
 def point_from_target(
     x0: Float[Tensor, "*pair c h w"],
     target: Float[Tensor, "*pair c h w"],
-    a: Float[Tensor, "*pair 1 1 1"],
-    s: Float[Tensor, "*pair 1 1 1"],
+    a: Float[Tensor, "*pair 1 1 1"] | float,
+    s: Float[Tensor, "*pair 1 1 1"] | float,
 ) -> Float[Tensor, "*pair c h w"]:
     """x_t := float16(a_t * x0 + s_t * target), computed in float64."""
     signal = a * x0.double()

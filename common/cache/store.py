@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,6 +141,8 @@ class CacheStore:
                     return self.get(name) == data
                 return True
             final = Path(self.location) / name
+            if final.exists():
+                return False
             final.parent.mkdir(parents=True, exist_ok=True)
             staged = final.with_name(f"{final.name}.{uuid.uuid4().hex}.staged")
             try:
@@ -152,7 +154,8 @@ class CacheStore:
             except AlreadyExistsError:
                 return False
             finally:
-                staged.unlink(missing_ok=True)
+                with suppress(OSError):  # the error that matters is the one before
+                    staged.unlink()
             _fsync(final.parent)
             _fsync(final.parent.parent)
         return True
@@ -212,7 +215,7 @@ class CacheStore:
             found: dict[str, int] = {}
             for batch in obstore.list(self.client, prefix, chunk_size=1000):
                 for entry in batch:
-                    found[entry["path"][len(prefix) :].lstrip("/")] = entry["size"]
+                    found[entry["path"].removeprefix(f"{prefix}/")] = entry["size"]
             return dict(sorted(found.items()))
 
     def remove(self, prefix: str) -> None:
@@ -225,8 +228,9 @@ class CacheStore:
                 else:
                     target.unlink(missing_ok=True)
                 return
-            names = [f"{prefix}/{name}" if name else prefix for name in self.listing(prefix)]
-            if names:
+            # A listing shows what lies below a prefix, not an object of that very name.
+            names = [f"{prefix}/{name}" for name in self.listing(prefix)] or [prefix]
+            with suppress(NotFoundError, FileNotFoundError):
                 obstore.delete(self.client, names)
 
     def move(self, source: str, destination: str) -> None:

@@ -55,7 +55,8 @@ class CacheWriter:
         committed but their manifest is gone.
         """
         store = CacheStore(location, create=True)
-        if store.get(MANIFEST) is None and store.listing("commits") and store.get(MANIFEST) is None:
+        data = store.get(MANIFEST)
+        if data is None and store.listing("commits") and store.get(MANIFEST) is None:
             raise CacheCorrupt(
                 "The cache has committed shards but no manifest.",
                 where=store.path(MANIFEST),
@@ -63,9 +64,10 @@ class CacheWriter:
                 got="no such file",
                 fix="restore manifest.json from a copy, or precompute into a new folder",
             )
-        if store.put_new(MANIFEST, manifest.to_json()):
-            return cls(store, manifest)
-        data = store.get(MANIFEST) or b""
+        if data is None:
+            if store.put_new(MANIFEST, manifest.to_json()):
+                return cls(store, manifest)
+            data = store.get(MANIFEST) or b""
         existing = Manifest.from_json(data, store.path(MANIFEST))
         check_identity(existing, manifest, location)
         return cls(store, existing, data)

@@ -1,4 +1,4 @@
-"""Small caches with known numbers, an S3 server on loopback that can be told to fail, and a full and a read-only disk."""
+"""Small caches with known numbers, an S3 server on loopback that can be told to fail, full and read-only disks."""
 
 import subprocess
 import threading

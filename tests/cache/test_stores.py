@@ -1,0 +1,345 @@
+"""Races, object stores, refusing disks: one winner, a clear error, and what is committed stays."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common.cache import CacheWriter, open_cache
+from common.cache import store as store_module
+from common.cache.store import CacheStore, storage_errors
+from common.errors import CacheCorrupt, CacheIncomplete, StorageError
+
+NUM_WRITERS = 16
+ROOT = Path(__file__).parents[2]
+
+
+def race(location: str, manifest, shards) -> list[bool]:
+    """16 writers, each a client of its own, open the cache and commit the same shard at the same moment."""
+    barrier = threading.Barrier(NUM_WRITERS)
+
+    def write(index: int) -> bool:
+        barrier.wait()
+        return CacheWriter.open(location, manifest).write("s0", shards[index]) is not None
+
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        return list(pool.map(write, range(NUM_WRITERS)))
+
+
+def check_race(location: str, won: list[bool], shards) -> None:
+    assert sum(won) == 1
+    cache = open_cache(location)
+    assert list(cache.shards) == ["s0"]
+    read = cache.shards["s0"]
+    winner = shards[won.index(True)]
+    for path in ("pair_id", "x0", "x_t", "timestep", "prompt/text"):
+        assert np.array_equal(read.read(path), winner.arrays[path])
+    attempts = {name.split("/")[0] for name in cache.store.listing("shards/s0")}
+    assert len(attempts) == NUM_WRITERS
+    assert read.commit.attempt in attempts
+    assert not [name for name in cache.store.listing("") if name.endswith(".staged")]
+
+
+def test_of_16_racing_threads_one_commits(tmp_path, build):
+    manifest = build.manifest()
+    shards = [build.shard(manifest, 2, seed=seed) for seed in range(NUM_WRITERS)]
+    check_race(str(tmp_path), race(str(tmp_path), manifest, shards), shards)
+
+
+def test_of_16_racing_writers_one_commits_on_s3(s3, build):
+    barrier = threading.Barrier(NUM_WRITERS)
+
+    def write(index: int) -> list[bool]:
+        store = CacheStore(s3.location, create=True)
+        barrier.wait()
+        return [store.put_new(f"commits/{name}.json", b"%d" % index) for name in range(4)]
+
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        won = np.array(list(pool.map(write, range(NUM_WRITERS))))
+    assert (won.sum(axis=0) == 1).all()
+    store = CacheStore(s3.location)
+    for name, index in enumerate(won.argmax(axis=0)):
+        assert store.get(f"commits/{name}.json") == b"%d" % index
+
+
+def test_a_lost_race_on_s3_leaves_an_orphan(s3, build):
+    manifest = build.cache(s3.location, pairs=(1,), profile="lean")
+    writer = CacheWriter.open(s3.location, manifest)
+    assert writer.write("s0", build.shard(manifest, 1, seed=5)) is None
+    assert list(open_cache(s3.location).shards["s0"].read("pair_id")) == ["pair-0-0 ä"]
+    assert len({name.split("/")[0] for name in writer.store.listing("shards/s0")}) == 2
+
+
+_FORK = """
+import os, sys, time
+from common.cache.store import CacheStore
+location, start = sys.argv[1], time.time() + 0.5
+children = []
+for index in range(16):
+    child = os.fork()
+    if child == 0:
+        store = CacheStore(location, create=True)
+        time.sleep(max(0.0, start - time.time()))
+        for name in range(20):
+            if store.put_new(f"commits/{name}.json", b"%d" % index * 5000):
+                print(f"{name} {index}", flush=True)
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_of_16_racing_processes_one_wins_each_name(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    winners = dict(line.split() for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == len(winners) == 20
+    for name, index in winners.items():
+        assert (tmp_path / "commits" / f"{name}.json").read_bytes() == index.encode() * 5000
+    assert len(list((tmp_path / "commits").iterdir())) == 20
+
+
+def test_put_new_in_any_name_and_never_over_another(tmp_path):
+    store = CacheStore(str(tmp_path))
+    for name in ("manifest.json", "commits/a b.json", "commits/ü~%20#1.json", "skipped/x&y[z]/0.jsonl"):
+        assert store.put_new(name, b"first")
+        assert not store.put_new(name, b"second")
+        assert store.get(name) == b"first"
+        assert (tmp_path / name).read_bytes() == b"first"
+    assert store.get("commits/none.json") is None
+    assert store.listing("nothing") == {}
+
+
+def test_the_whole_life_on_s3(s3, build):
+    manifest = build.cache(s3.location, pairs=(3, 2), latent=(4, 16, 16), **build.everything)
+    cache = open_cache(s3.location)
+    assert (cache.num_pairs, list(cache.shards)) == (5, ["s0", "s1"])
+    for index, shard in enumerate(cache):
+        for path, values in build.shard(manifest, (3, 2)[index], seed=index).arrays.items():
+            assert shard.read(path).tobytes() == np.asarray(values, shard.read(path).dtype).tobytes(), path
+    assert np.array_equal(cache.shards["s0"].read("x0", np.array([2, 0])), cache.shards["s0"].read("x0")[[2, 0]])
+
+    file = f"{cache.shards['s0'].folder}/x_t/c/0/0/0/0/0/0"
+    data = bytearray(cache.store.get(file))
+    cache.store.remove(file)
+    for shard in (cache.shards["s0"], open_cache(s3.location).shards["s0"]):
+        with pytest.raises(CacheCorrupt, match="x_t of shard s0"):
+            shard.read("x_t")
+    data[len(data) // 3] ^= 1
+    assert cache.store.put_new(file, bytes(data))
+    with pytest.raises(CacheCorrupt, match=r"x_t of shard s0(.|\n)*pair"):
+        open_cache(s3.location).shards["s0"].read("x_t")
+    with pytest.raises(CacheIncomplete):
+        open_cache(s3.location).find("nobody")
+
+    cache.store.move("commits/s0.json", "quarantine/s0.json")
+    assert list(open_cache(s3.location).shards) == ["s1"]
+    cache.store.remove("shards/s0")
+    assert cache.store.listing("shards/s0") == {}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The same retries, in less time."""
+    retry = {
+        "max_retries": 4, "retry_timeout": timedelta(seconds=10),
+        "backoff": {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2},
+    }
+    monkeypatch.setattr(store_module, "RETRY", retry)
+
+
+def test_s3_answers_503_and_recovers(s3, build, quick):
+    manifest = build.manifest(profile="lean")
+    writer = CacheWriter.open(s3.location, manifest)
+    s3.failures = 3
+    assert writer.write("s0", build.shard(manifest, 2)) is not None
+    assert (s3.failures, s3.refused) == (0, 3)
+    s3.failures = 3
+    cache = open_cache(s3.location)
+    s3.failures = 3
+    assert np.array_equal(cache.shards["s0"].read("x0"), build.shard(manifest, 2).arrays["x0"])
+    assert s3.refused == 9
+
+
+def test_s3_answers_503_for_ever(s3, build, quick):
+    manifest = build.cache(s3.location, pairs=(2,), profile="lean")
+    cache = open_cache(s3.location)
+    writer = CacheWriter.open(s3.location, manifest)
+    s3.failures = -1
+    attempts = {
+        "read": lambda: open_cache(s3.location),
+        "list": lambda: cache.shards["s0"].read("x0"),
+        "write": lambda: writer.write("s1", build.shard(manifest, 2)),
+    }
+    for action, attempt in attempts.items():
+        before = s3.refused
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        assert s3.refused - before >= 5  # one try and four more
+        message = str(caught.value)
+        for part in (f"Could not {action}", s3.location, "503", "what is committed stays"):
+            assert part in message
+    s3.failures = 0
+    assert open_cache(s3.location).num_pairs == 2
+    assert writer.write("s1", build.shard(manifest, 2)) is not None
+
+
+def test_a_commit_that_arrived_although_its_answer_was_lost_is_ours(s3, monkeypatch):
+    store = CacheStore(s3.location, create=True)
+    real = store_module.obstore.put
+
+    def put_twice(*arguments, **options):  # what a client does that saw no answer to its first request
+        real(*arguments, **options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(store_module.obstore, "put", put_twice)
+    assert store.put_new("commits/a.json", b"mine")
+    monkeypatch.undo()
+    assert store.get("commits/a.json") == b"mine"
+    assert not store.put_new("commits/a.json", b"another's")
+
+
+def test_a_full_disk(mounted, build):
+    folder = mounted("size=600k")
+    manifest = build.cache(folder, pairs=(1,), latent=(4, 16, 16))
+    writer = CacheWriter.open(str(folder), manifest)
+    with pytest.raises(StorageError) as caught:
+        writer.write("big", build.shard(manifest, 40))
+    for part in ("No space left on device", str(folder), "free some space", "what is committed stays"):
+        assert part in str(caught.value)
+    assert not any((folder / "shards/big").iterdir())  # the half attempt does not go on filling the disk
+    assert writer.write("small", build.shard(manifest, 1)) is not None
+    assert list(open_cache(str(folder)).shards) == ["s0", "small"]
+
+
+def test_a_full_disk_at_the_commit(tmp_path, build, monkeypatch):
+    manifest = build.cache(tmp_path, pairs=(1,))
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(".staged"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        writer.write("s1", build.shard(manifest, 1))
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == ["s0.json"]
+    assert writer.committed() == {"s0"}
+
+
+def test_a_file_size_limit(tmp_path, build):
+    manifest = build.manifest(latent=(4, 32, 32))
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    shard = build.shard(manifest, 8)
+    with _largest_file(100_000), pytest.raises(StorageError, match="File too large"):
+        writer.write("s0", shard)
+    assert writer.committed() == set()
+    assert writer.write("s0", shard) is not None
+
+
+@contextmanager
+def _largest_file(num_bytes: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
+    folder = mounted("size=4m")
+    manifest = build.cache(folder, pairs=(2,))
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 2
+    writer = CacheWriter.open(str(folder), manifest)
+    for attempt in (lambda: writer.write("s1", build.shard(manifest, 1)), lambda: CacheStore(f"{folder}/x", create=True)):
+        with pytest.raises(StorageError, match="Read-only file system") as caught:
+            attempt()
+        assert "choose a folder you can write to" in str(caught.value)
+
+
+def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(tmp_path, build, monkeypatch):
+    build.cache(tmp_path, pairs=(1,))
+    real = os.scandir
+
+    def deny(path="."):
+        if str(path).endswith("commits"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(StorageError, match="Permission denied") as caught:
+        open_cache(str(tmp_path))
+    assert "check the owner and mode" in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])
+def test_every_refusal_of_the_system_says_what_and_where(code):
+    with pytest.raises(StorageError) as caught, storage_errors("write", "/cache/commits/s.json"):
+        raise OSError(code, os.strerror(code), "/cache/commits/s.json")
+    message = str(caught.value)
+    assert f"Could not write: {os.strerror(code)}." in message
+    assert "/cache/commits/s.json" in message
+    assert "to do:" in message
+
+
+def _read_in_child(cache, path, queue) -> None:
+    try:
+        queue.put(float(cache.shards["s0"].read(path).astype(np.float64).sum()))
+    except StorageError as error:
+        queue.put(str(error))
+
+
+def _in_fork(cache, path) -> object:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(cache, path, queue))
+    child.start()
+    try:
+        return queue.get(timeout=30)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_forked_worker_reads_a_local_cache(tmp_path, build):
+    build.cache(tmp_path, pairs=(2,))
+    cache = open_cache(str(tmp_path))
+    cache.shards["s0"].read("label")
+    for path in ("x_t", "label"):
+        assert _in_fork(cache, path) == cache.shards["s0"].read(path).astype(np.float64).sum()
+
+
+def test_a_forked_worker_of_an_object_store_is_told_instead_of_hanging(s3, build):
+    build.cache(s3.location, pairs=(2,))
+    cache = open_cache(s3.location)
+    cache.shards["s0"].read("label")
+    for path in ("x_t", "label"):
+        assert "forked" in str(_in_fork(cache, path))
+
+
+def test_errors_and_caches_cross_process_borders(tmp_path, build):
+    import pickle
+
+    build.cache(tmp_path, pairs=(2,))
+    cache = open_cache(str(tmp_path))
+    expected = cache.shards["s0"].read("x_t")
+    again = pickle.loads(pickle.dumps(cache))
+    assert np.array_equal(again.shards["s0"].read("x_t"), expected)
+    with pytest.raises(CacheIncomplete) as caught:
+        cache.shards["s0"].read("delta_prev")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
