@@ -1,0 +1,55 @@
+"""`inpo relabel`: label a cache's pairs anew by a scorer."""
+
+from typing import Annotated
+
+import typer
+
+
+def relabel(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.")],
+    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.")],
+    scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. [default: the scorer's "
+            "own: 0.01 for cosines, else 1]"
+        ),
+    ] = None,
+    set_name: Annotated[
+        str | None,
+        typer.Option("--set", help="Name of the label set, for `inpo train --labels`. [default: the scorer's]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
+) -> None:
+    """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
+    from accelerate import PartialState
+
+    from common.cache import open_cache
+    from common.cache.labels import check_set_name
+    from common.errors import UsageError
+    from common.progress import ProgressReport
+    from common.scorer import load_scorer
+    from evaluation.relabel import default_temperature, relabel_cache
+
+    if temperature is not None and not temperature > 0:
+        raise UsageError("The temperature must be above 0.", where="--temperature", got=temperature)
+    judge = load_scorer(scorer)
+    used = default_temperature(judge) if temperature is None else temperature
+    name = check_set_name(set_name or scorer)
+    opened = open_cache(cache)
+    main = PartialState().is_main_process
+    share = -(-opened.num_pairs // PartialState().num_processes)
+    with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
+        report = relabel_cache(
+            opened, pairs, judge, set_name=name, temperature=used, pairs_per_batch=batch_size, on_pairs=progress.advance
+        )
+    if main:
+        agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
+        print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards, temperature {used:g}")
+        print(
+            f"  {scorer} prefers the source's winner in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs"
+        )
+        if report.num_replaced:
+            print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
+        print(f"  train with it: inpo train --cache {cache} --labels {name} ...")
