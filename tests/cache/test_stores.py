@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from common.cache import CacheWriter, open_cache
 from common.cache import store as store_module
 from common.cache.store import CacheStore, storage_errors
@@ -266,7 +267,8 @@ def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 2
     writer = CacheWriter.open(str(folder), manifest)
-    for attempt in (lambda: writer.write("s1", build.shard(manifest, 1)), lambda: CacheStore(f"{folder}/x", create=True)):
+    shard = build.shard(manifest, 1)
+    for attempt in (lambda: writer.write("s1", shard), lambda: CacheStore(f"{folder}/x", create=True)):
         with pytest.raises(StorageError, match="Read-only file system") as caught:
             attempt()
         assert "choose a folder you can write to" in str(caught.value)
