@@ -1,0 +1,150 @@
+"""Which pairs of which caches are trained on, and which are held out: known before any tensor is read."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from common.cache import Cache, Shard
+from common.cache.labels import read_labels
+from common.errors import CacheIncomplete, CacheMismatch, UsageError
+from common.seeding import stable_hash, uniform
+
+_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexedShard:
+    """A shard's usable pairs: rows, their labels, and whether their sides swap."""
+
+    shard: Shard
+    rows: Int[np.ndarray, "used"]
+    label: Float[np.ndarray, "used"]
+    """P(the side trained as win is preferred), after swapping."""
+    swapped: np.ndarray
+
+    @property
+    def num_records(self) -> int:
+        return len(self.rows) * self.shard.cache.manifest.timesteps_per_pair
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Index:
+    """Shards of all caches in a fixed order, training and held-out pairs apart."""
+
+    training: tuple[IndexedShard, ...]
+    held_out: tuple[IndexedShard, ...]
+    fingerprint: str
+    """Changes with any pair, label or selection: a stream's position is worth nothing under another index."""
+
+    @property
+    def num_records(self) -> int:
+        return sum(shard.num_records for shard in self.training)
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(len(shard.rows) for shard in self.training)
+
+
+def build_index(
+    caches: Sequence[Cache],
+    *,
+    soft: bool,
+    held_out: float,
+    seed: int,
+    labels: str | None = None,
+    only: Path | None = None,
+    excluded: Path | None = None,
+) -> Index:
+    """Read the small arrays of every shard and decide what is used.
+
+    Held-out pairs are chosen by the hash of the prompt, so that a prompt is never on both sides. With hard labels a
+    pair below 0.5 swaps its sides and a pair at 0.5 is left out.
+    """
+    _check_same_reference(caches)
+    wanted = _read_list(only, "--only")
+    unwanted = _read_list(excluded, "--except")
+    shards = [shard for cache in caches for shard in cache]
+    label_sets = {id(cache): read_labels(cache, labels) if labels else None for cache in caches}
+
+    def index_one(shard: Shard) -> tuple[IndexedShard, IndexedShard, int]:
+        ids = [str(pair_id) for pair_id in shard.read("pair_id")]
+        prompts = shard.read("prompt/text")[shard.read("prompt_index")]
+        label_set = label_sets[id(shard.cache)]
+        if label_set is None:
+            label = shard.read("label").astype(np.float64)
+        else:
+            found = label_set.get(shard.name, {})
+            missing = [pair_id for pair_id in ids if pair_id not in found]
+            if missing:
+                raise CacheIncomplete(
+                    f"The label set {labels!r} lacks pairs.", where=f"{shard.cache.location}, shard {shard.name}",
+                    expected=f"{len(ids)} labels", got=f"{len(found)}; missing {missing[0]!r}, ...",
+                    fix="run `inpo relabel` again with the same --set: it completes the set",
+                )
+            label = np.array([found[pair_id] for pair_id in ids], dtype=np.float64)
+        use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
+        swapped = np.zeros(len(ids), bool)
+        if not soft:
+            swapped = label < 0.5
+            use &= label != 0.5
+            label = np.where(swapped, 1 - label, label)
+        aside = np.array([uniform("held-out", seed, str(prompt)) < held_out for prompt in prompts], bool)
+
+        def part(mask: np.ndarray) -> IndexedShard:
+            rows = np.flatnonzero(mask)
+            return IndexedShard(shard=shard, rows=rows, label=label[rows].astype(np.float32), swapped=swapped[rows])
+
+        digest = stable_hash(
+            shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist(), *swapped[use].tolist()
+        )
+        return part(use & ~aside), part(use & aside), digest
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(index_one, shards))
+    index = Index(
+        training=tuple(training for training, _, _ in parts if len(training.rows)),
+        held_out=tuple(aside for _, aside, _ in parts if len(aside.rows)),
+        fingerprint=f"{stable_hash(held_out, seed, *(digest for _, _, digest in parts)):016x}",
+    )
+    if index.num_records == 0:
+        raise CacheIncomplete(
+            "No pair is left to train on.",
+            where=", ".join(cache.location for cache in caches),
+            got=f"{sum(cache.num_pairs for cache in caches)} committed pairs, "
+            f"{sum(len(shard.rows) for shard in index.held_out)} of them held out",
+            fix="check --only, --except, --labels and held_out",
+        )
+    return index
+
+
+def _check_same_reference(caches: Sequence[Cache]) -> None:
+    """Several caches serve one run only if one reference made them, in one shape and dtype."""
+
+    def reference(cache: Cache) -> tuple[object, ...]:
+        manifest = cache.manifest
+        return (
+            manifest.fingerprints["unet"], manifest.fingerprints["scheduler"], manifest.latent_shape,
+            manifest.network_dtype, manifest.prediction_type,
+        )
+
+    for cache in caches[1:]:
+        if reference(cache) != reference(caches[0]):
+            raise CacheMismatch(
+                "The caches were not made by the same reference.",
+                where=cache.location, expected=reference(caches[0]), got=reference(cache),
+                fix="train on caches of one model, latent shape and network dtype",
+            )
+
+
+def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
+    if path is None:
+        return None
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError("The list of pair ids cannot be read.", where=f"{option} {path}", got=error.strerror) from None
+    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))

@@ -1,0 +1,133 @@
+"""Is it learning? Sums on the device, one synchronisation per logging interval, one JSON object a line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from train.objectives import logit
+
+NUM_BINS = 5
+_COLUMNS = ("records", "loss", "implicit_accuracy", "margin", "win_advantage", "lose_advantage")
+
+
+class Accumulator:
+    """Sums of the metrics by timestep bin, on the device.
+
+    implicit_accuracy: share of records with u > 0, ties half. margin: mean logit u. win_advantage and lose_advantage:
+    mean of E_ref - E_theta, positive where the trained network fits the side better than the reference.
+    """
+
+    def __init__(self, *, device: torch.device, beta: float, num_train_timesteps: int) -> None:
+        self._sums = torch.zeros(NUM_BINS, len(_COLUMNS), dtype=torch.float64, device=device)
+        self._beta = beta
+        self._num_train_timesteps = num_train_timesteps
+
+    def add(
+        self,
+        loss: Float[Tensor, "record"],
+        error: Float[Tensor, "record side"],
+        reference_error: Float[Tensor, "record side"] | None,
+        timestep: Int[Tensor, "record"],
+    ) -> None:
+        """Add one micro-batch; no synchronisation."""
+        reference = torch.zeros_like(error) if reference_error is None else reference_error
+        u = logit(error, reference, self._beta)
+        accuracy = (u > 0).double() + 0.5 * (u == 0).double()
+        advantage = reference - error
+        columns = torch.stack(
+            [torch.ones_like(accuracy), loss.double(), accuracy, u.double(), *advantage.double().unbind(1)], dim=1
+        )
+        bins = timestep * NUM_BINS // self._num_train_timesteps
+        self._sums.index_add_(0, bins, columns.detach())
+
+    def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Means over everything added, and by timestep bin; `reduce` sums over processes. Synchronises, then resets."""
+        sums = reduce(self._sums).cpu()
+        self._sums = torch.zeros_like(self._sums)
+        total = sums.sum(0)
+        result = {name: float(total[column] / total[0]) for column, name in enumerate(_COLUMNS) if column}
+        result["by_timestep"] = [
+            {
+                "timesteps": [bin_ * self._num_train_timesteps // NUM_BINS,
+                              (bin_ + 1) * self._num_train_timesteps // NUM_BINS],
+                "records": int(sums[bin_, 0]),
+            } | {name: float(sums[bin_, column] / sums[bin_, 0]) for column, name in enumerate(_COLUMNS) if column}
+            for bin_ in range(NUM_BINS) if sums[bin_, 0] > 0
+        ]
+        return result
+
+
+class MetricsWriter:
+    """metrics.jsonl and the tracker. Lines after the step that a run resumes from are dropped first."""
+
+    def __init__(self, output: Path, *, tracker: str, resumed_step: int, config: dict[str, Any]) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        self.path = output / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) is not None]
+            kept = [line for line in kept if (_step(line) or 0) <= resumed_step] if resumed_step else []
+            self.path.write_text("".join(line + "\n" for line in kept))
+        self._board: Any = None
+        self._wandb: Any = None
+        if tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_step + 1)
+        elif tracker == "wandb":
+            import wandb
+
+            self._wandb = wandb.init(dir=str(output), config=config, resume="allow")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
+        scalars = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+        for part in values.get("by_timestep", []):
+            low, high = part["timesteps"]
+            scalars |= {
+                f"by_timestep/{name}_{low}-{high}": part[name] for name in ("loss", "implicit_accuracy", "margin")
+            }
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, values["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=values["step"])
+
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        """An [height, width, 3] uint8 array for the tracker."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _step(line: str) -> int | None:
+    """The line's step; None for a line that a killed run left half written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(inner) for inner in value]
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        return None
+    return value

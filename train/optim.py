@@ -1,0 +1,65 @@
+"""The trained parameters, their optimiser and its schedule."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import Adafactor
+
+from common.errors import UsageError
+from train.settings import TrainSettings
+
+
+def prepare_unet(unet: UNet2DConditionModel, settings: TrainSettings, device: torch.device) -> None:
+    """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference)."""
+    if settings.lora_rank:
+        unet.requires_grad_(False)
+        unet.add_adapter(
+            LoraConfig(
+                r=settings.lora_rank, lora_alpha=settings.lora_rank, init_lora_weights="gaussian",
+                target_modules=list(settings.lora_targets),
+            )
+        )
+    else:
+        unet.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    unet.train()
+
+
+def build_optimizer(unet: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW, Adafactor with the paper's settings for SDXL, or 8-bit AdamW where bitsandbytes is installed."""
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    adam: dict[str, Any] = {
+        "lr": settings.learning_rate, "betas": settings.adam_betas, "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adafactor":
+        return Adafactor(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, clip_threshold=1.0,
+            scale_parameter=False, relative_step=False,
+        )
+    if settings.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise UsageError(
+                "8-bit AdamW needs bitsandbytes.", where="--optimizer adamw8bit", fix="pip install bitsandbytes"
+            ) from None
+        return AdamW8bit(parameters, **adam)
+    return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda or None, **adam)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:
+    """diffusers' learning-rate schedules, in optimiser steps."""
+    try:
+        return get_scheduler(
+            settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
+        )
+    except ValueError as error:
+        raise UsageError("Unknown schedule.", where="--schedule", got=str(error), fix="see --help") from None

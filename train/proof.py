@@ -1,0 +1,109 @@
+"""The zero-step proof: does this cache belong to this model, in this dtype?
+
+At theta = reference E_theta = E_ref, record by record, because the reference error was stored for the very point that
+the trainer sees. So before the first update the trainer computes E_theta on a few records and compares. Stated on the
+logit: at beta 2000 the preference logit is off by 1000 * |(E_theta - E_ref)_win - (E_theta - E_ref)_lose|.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.cache import Cache
+from common.cache.derive import mean_square
+from common.denoiser import Denoiser
+from common.errors import CacheMismatch
+from common.models import Model
+from train.index import Index
+from train.records import Batch, LoadedShard, Needs
+
+PROOF_BETA = 2000.0
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}
+"""Largest RMS error of the logit at beta 2000. A float32 cache trained in bfloat16 is off by about 0.5."""
+_RECORDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the proof found: RMS of the logit's error at beta 2000, and both mean errors."""
+
+    logit_error: float
+    tolerance: float
+    error: float
+    reference_error: float
+    num_records: int
+
+    @property
+    def holds(self) -> bool:
+        # NaN fails too.
+        return self.logit_error <= self.tolerance
+
+
+def check_fingerprints(cache: Cache, model: Model) -> None:
+    """Raise CacheMismatch unless the cache's reference is this model, by the content of UNet and scheduler."""
+    stored, found = cache.manifest.fingerprints, model.fingerprints
+    wrong = [name for name in ("unet", "scheduler") if stored.get(name) != found.get(name)]
+    if wrong:
+        raise CacheMismatch(
+            f"The cache was made by another model: its {' and '.join(wrong)} differ.",
+            where=f"{cache.location} against {model.name}",
+            expected=", ".join(f"{name} {stored.get(name)}" for name in wrong) + " (in the cache)",
+            got=", ".join(f"{name} {found.get(name)}" for name in wrong) + " (in the model)",
+            fix="train with the model (and --variant) that precompute used; to start from other weights on purpose, "
+            "pass the reference as --model and the start as --init-from",
+        )
+
+
+def run_proof(denoiser: Denoiser, index: Index) -> Proof:
+    """Compare E_theta with the stored E_ref on up to 16 records spread over one shard's pairs and steps."""
+    batch = _sample(index)
+    with torch.no_grad():
+        error = record_errors(denoiser, batch.to(denoiser.device)).cpu()
+    assert batch.reference_error is not None
+    gap = error - batch.reference_error
+    logit_error = 0.5 * PROOF_BETA * (gap[:, 0] - gap[:, 1]).square().mean().sqrt()
+    # The difference of the sides hides an error that both share; the mean gap does not.
+    shared = 0.5 * PROOF_BETA * gap.mean().abs()
+    return Proof(
+        logit_error=float(torch.maximum(logit_error, shared)),
+        tolerance=TOLERANCE[denoiser.network_dtype],
+        error=float(error.mean()),
+        reference_error=float(batch.reference_error.mean()),
+        num_records=batch.num_records,
+    )
+
+
+def refuse(proof: Proof, cache: Cache, denoiser: Denoiser) -> CacheMismatch:
+    """The error for a proof that does not hold."""
+    return CacheMismatch(
+        "Zero-step proof failed: before any update the model does not reproduce the cache's reference errors.",
+        where=cache.location,
+        expected=f"mean E_ref {proof.reference_error:.6g}; logit off by at most {proof.tolerance} at beta 2000",
+        got=f"mean E_theta {proof.error:.6g}; logit off by {proof.logit_error:.4g} on {proof.num_records} records",
+        fix=f"likely reasons: another dtype (cache {cache.manifest.network_dtype}, here {denoiser.network_dtype}), "
+        "other weights or variant, other library versions "
+        f"({', '.join(f'{name} {value}' for name, value in cache.manifest.versions.items())} made the cache), "
+        "or damage: run `inpo inspect verify`",
+    )
+
+
+def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record side"]:
+    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides, in one network call: win and lose in one batch."""
+    x_t = batch.x_t.flatten(0, 1).float()
+    timestep = batch.timestep.repeat_interleave(2)
+    eps = denoiser(x_t, timestep, batch.condition)
+    return mean_square(batch.aim.flatten(0, 1).float() - eps).unflatten(0, (batch.num_records, 2))
+
+
+def _sample(index: Index) -> Batch:
+    shard = (index.training or index.held_out)[0]
+    steps = shard.shard.cache.manifest.timesteps_per_pair
+    records = np.unique(np.linspace(0, shard.num_records - 1, _RECORDS).astype(np.int64))
+    pairs = records // steps
+    # A stride through the records would meet few steps; walk through them instead.
+    step = np.arange(len(records)) % steps
+    loaded = LoadedShard(shard, np.unique(pairs), Needs(aim="target", reference_error=True, eps_ref=False))
+    return loaded.gather(pairs.tolist(), step.tolist())

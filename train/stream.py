@@ -1,0 +1,223 @@
+"""The record stream: micro-batches of one rank, in the global order, read ahead in the background, resumable."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from common.errors import TrainingError
+from train.index import Index
+from train.order import GlobalOrder, Place, WindowKey
+from train.records import Batch, LoadedShard, Needs, concatenate
+
+STATE_VERSION = 1
+_BATCHES_AHEAD = 4
+
+
+class RecordStream:
+    """Endless micro-batches for rank `rank` of `world_size`.
+
+    `state_dict` names the next micro-batch; a stream that loads it goes on exactly there, in the middle of an epoch
+    too. Loading a state of another world size, batch size or index is refused.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        needs: Needs,
+        *,
+        batch_size: int,
+        window_shards: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin: bool = False,
+    ) -> None:
+        self.index = index
+        self.needs = needs
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.pin = pin
+        self.consumed = 0
+        """Micro-batches this rank has handed out."""
+        self.order = GlobalOrder(
+            [shard.num_records for shard in index.training], window_shards=window_shards, seed=seed
+        )
+        self._loader = WindowLoader(self)
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs begun, as a fraction: records handed out by all ranks over records there are."""
+        return self.consumed * self.world_size * self.batch_size / self.order.num_records
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION, "consumed": self.consumed, "world_size": self.world_size,
+            "batch_size": self.batch_size, "window_shards": self.order.window_shards, "seed": self.order.seed,
+            "index": self.index.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` stopped. Raises TrainingError, naming what differs and what to do."""
+        if self._thread is not None:
+            raise RuntimeError("load_state_dict before the first batch is drawn")
+        mine = self.state_dict()
+        advice = {
+            "world_size": "resume with as many processes as before, or start a new run with --init-from",
+            "index": "the cache, the label set or the selection of pairs has changed; start a new run",
+        }
+        for name, value in mine.items():
+            if name != "consumed" and state.get(name) != value:
+                raise TrainingError(
+                    f"The checkpoint's record stream has another {name}.",
+                    where="--resume", expected=state.get(name), got=value,
+                    fix=advice.get(name, f"resume with the same {name}, or start a new run in another --output"),
+                )
+        self.consumed = int(state["consumed"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_ahead, args=(self.consumed,), daemon=True)
+            self._thread.start()
+        while True:
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            self.consumed += 1
+            yield item
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._loader.close()
+
+    def _read_ahead(self, first: int) -> None:
+        turn = first
+        try:
+            while not self._stop.is_set():
+                batch = self._loader.batch(self._places(turn))
+                self._put(batch.pin() if self.pin else batch)
+                turn += 1
+        except BaseException as error:  # raised again by the consumer
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def _places(self, turn: int) -> list[Place]:
+        return self.order.micro_batch(turn * self.world_size + self.rank, self.batch_size)
+
+
+class WindowLoader:
+    """Holds the current window in memory and reads the next one in the background."""
+
+    def __init__(self, stream: RecordStream) -> None:
+        self._stream = stream
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
+        self._windows: dict[WindowKey, Future[Window]] = {}
+
+    def batch(self, places: list[Place]) -> Batch:
+        """Gather a micro-batch; starts reading the window after its last one."""
+        keys = list(dict.fromkeys(place.key for place in places))
+        following = self._next(keys[-1])
+        for key in [*keys, following]:
+            if key not in self._windows:
+                self._windows[key] = self._pool.submit(Window, self._stream, key)
+        self._windows = {key: self._windows[key] for key in [*keys, following]}
+        parts: list[Batch] = []
+        order: list[np.ndarray] = []
+        for key in keys:
+            numbers = np.array([number for number, place in enumerate(places) if place.key == key])
+            window_parts, window_order = self._windows[key].result().gather(
+                np.array([places[number].position for number in numbers])
+            )
+            parts += window_parts
+            order += [numbers[each] for each in window_order]
+        return concatenate(parts, np.argsort(np.concatenate(order)))
+
+    def _next(self, key: WindowKey) -> WindowKey:
+        order = self._stream.order
+        if key.window + 1 < len(order.windows(key.epoch)):
+            return WindowKey(epoch=key.epoch, window=key.window + 1)
+        return WindowKey(epoch=key.epoch + 1, window=0)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Window:
+    """The records of one window that this rank will be asked for, in memory."""
+
+    def __init__(self, stream: RecordStream, key: WindowKey) -> None:
+        self._records = stream.order.shuffled(key)
+        mine = self._records[_positions_of_rank(stream, key, len(self._records))]
+        self._steps = {
+            int(shard): stream.index.training[shard].shard.cache.manifest.timesteps_per_pair
+            for shard in np.unique(self._records[:, 0])
+        }
+        self._shards: dict[int, LoadedShard] = {}
+        for shard in np.unique(mine[:, 0]):
+            pairs = np.unique(mine[mine[:, 0] == shard, 1] // self._steps[int(shard)])
+            self._shards[int(shard)] = LoadedShard(stream.index.training[shard], pairs, stream.needs)
+
+    def gather(self, positions: Int[np.ndarray, "record"]) -> tuple[list[Batch], list[np.ndarray]]:
+        """One batch per shard, and for each the numbers (into `positions`) of its records."""
+        records = self._records[positions]
+        parts: list[Batch] = []
+        order: list[np.ndarray] = []
+        for shard in np.unique(records[:, 0]):
+            where = np.flatnonzero(records[:, 0] == shard)
+            pairs, steps = np.divmod(records[where, 1], self._steps[int(shard)])
+            parts.append(self._shards[int(shard)].gather(pairs.tolist(), steps.tolist()))
+            order.append(where)
+        return parts, order
+
+
+def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, "position"]:
+    """Positions of a window that fall into this rank's micro-batches."""
+    order = stream.order
+    sizes = [int(order.records_per_shard[part].sum()) for part in order.windows(key.epoch)[: key.window]]
+    start = key.epoch * order.num_records + sum(sizes)
+    numbers = start + np.arange(count)
+    return np.flatnonzero((numbers // stream.batch_size) % stream.world_size == stream.rank)
+
+
+def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_records: int, seed: int) -> list[Batch]:
+    """A fixed sample of the held-out records, in batches of `batch_size`, on the CPU; [] if there are none."""
+    if not index.held_out:
+        return []
+    records = [
+        (number, record) for number, shard in enumerate(index.held_out) for record in range(shard.num_records)
+    ]
+    chosen = np.random.default_rng(seed).permutation(len(records))[:most_records]
+    by_shard: dict[int, list[int]] = {}
+    for each in sorted(chosen.tolist()):
+        by_shard.setdefault(records[each][0], []).append(records[each][1])
+    parts: list[Batch] = []
+    for number, wanted in by_shard.items():
+        shard = index.held_out[number]
+        pairs, steps = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
+        parts.append(LoadedShard(shard, np.unique(pairs), needs).gather(pairs.tolist(), steps.tolist()))
+    everything = concatenate(parts, np.arange(sum(part.num_records for part in parts)))
+    total = everything.num_records
+    return [
+        concatenate([everything], np.arange(start, min(start + batch_size, total)))
+        for start in range(0, total, batch_size)
+    ]
+
+
