@@ -30,7 +30,8 @@ def arrays(profile: str) -> dict[str, np.ndarray]:
     x0 = number(1, NUM_PAIRS, 2, *LATENT).astype(np.float16)
     target = number(2, *record, *LATENT).astype(np.float16)
     abar = np.array(alphas_cumprod())[TIMESTEPS][..., None, None, None, None]
-    x_t = (np.sqrt(abar) * x0[:, None].astype(np.float64) + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
+    signal, noise = np.sqrt(abar) * x0[:, None].astype(np.float64), np.sqrt(1 - abar) * target.astype(np.float64)
+    x_t = (signal + noise).astype(np.float16)
     made = {
         "x0": x0,
         "target": target,
