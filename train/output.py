@@ -1,0 +1,48 @@
+"""What a run leaves behind: a pipeline folder or LoRA weights that diffusers loads, and a model card."""
+
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+
+from common.cache import Cache
+from common.models import Model
+
+
+def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
+    """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
+    final = output / ("lora" if lora else "pipeline")
+    partial = output / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if lora:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
+        cls.save_lora_weights(str(partial), unet_lora_layers=layers, safe_serialization=True)
+    else:
+        # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
+        model.load_pipeline(unet=unet).save_pretrained(str(partial), safe_serialization=True)
+    (partial / "README.md").write_text(card)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    return final
+
+
+def model_card(model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
+    """A model card with the resolved configuration and the caches' fingerprints."""
+    tags = "lora" if lora else "stable-diffusion-xl" if model.family == "sdxl" else "stable-diffusion"
+    lines = [
+        "---", "library_name: diffusers", f"base_model: {model.name}",
+        f"tags: [text-to-image, preference-alignment, inpo, {tags}]", "---", "",
+        f"# {Path(model.name).name}, aligned with InPO cache", "",
+        f"Trained for {step} optimiser steps from `{model.name}` on cached inversions (DDIM-InPO, arXiv 2503.18454).",
+        "", "## Caches", "",
+    ]
+    for cache in caches:
+        lines.append(f"- `{cache.location}`: {cache.num_pairs} pairs, {cache.num_records} records")
+        lines += [f"  - {name}: `{value}`" for name, value in sorted(cache.manifest.fingerprints.items())]
+    return "\n".join([*lines, "", "## Configuration", "", "```toml", configuration.rstrip(), "```", ""])
