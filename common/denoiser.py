@@ -57,6 +57,7 @@ class Denoiser:
         self.network_dtype = dtype_name(network_dtype)
         self.num_calls = 0
         """Latents evaluated so far: one call is one latent through the network."""
+        self._table: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +90,7 @@ class Denoiser:
         """Noise from the network's own output at (x, t)."""
         if self.schedule.prediction_type == "epsilon":
             return output
-        a, s = self.schedule.at(timestep, trailing=3, dtype=torch.float32)
+        a, s = self._levels(timestep)
         if self.schedule.prediction_type == "v_prediction":
             return s * x + a * output
         return (x - a * output) / s
@@ -98,12 +99,22 @@ class Denoiser:
         self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch c h w"]:
         """x0(t) from the network's own output at (x, t): Eq. 8 for noise; a x - s v directly for v."""
-        a, s = self.schedule.at(timestep, trailing=3, dtype=torch.float32)
+        a, s = self._levels(timestep)
         if self.schedule.prediction_type == "epsilon":
             return (x - s * output) / a
         if self.schedule.prediction_type == "v_prediction":
             return a * x - s * output
         return output
+
+    def _levels(
+        self, timestep: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
+        """(a_t, s_t) in float32, from a copy of the table beside the labels: looking up must not wait for a GPU."""
+        if self._table is None or self._table.device != timestep.device:
+            with torch.inference_mode(False):  # the copy outlives the call, and a trainer may differentiate past it
+                self._table = torch.stack([self.schedule.a, self.schedule.s]).float().to(timestep.device)
+        a, s = self._table[:, timestep.long(), None, None, None].unbind()
+        return a, s
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -1,17 +1,19 @@
 """From prepared images and prompts to what the network takes.
 
-    pixels [-1, 1] --VAE--> latent --scale--> x0 float16        prompts --text encoders--> embeddings float16
+    levels uint8 --> pixels [-1, 1] --VAE--> latent --scale--> x0 float16
+    prompts --text encoders--> embeddings float16
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from jaxtyping import Float, Float16
+from jaxtyping import Bool, Float16, UInt8
 from torch import Tensor
 
 from common.denoiser import DTYPES
+from common.pairs.images import pixels_from_levels
 from common.seeding import normal
 
 _IMAGES_PER_VAE_CALL = 16
@@ -31,9 +33,25 @@ class PromptTable:
     def row(self, prompt: str) -> int:
         return self.text.index(prompt)
 
+    @property
+    def finite(self) -> Bool[Tensor, "prompt"]:
+        """False where the text encoder gave NaN or infinity."""
+        rows = self.embedding.isfinite().flatten(1).all(1)
+        return rows if self.pooled is None else rows & self.pooled.isfinite().all(1)
+
+    def only(self, prompts: Collection[str]) -> "PromptTable":
+        """The table without the prompts that no pair needs; the empty one stays row 0."""
+        rows = [row for row, text in enumerate(self.text) if row == 0 or text in prompts]
+        return PromptTable(
+            text=tuple(self.text[row] for row in rows),
+            embedding=self.embedding[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+            cut=self.cut,
+        )
+
 
 class ImageEncoder:
-    """The VAE's encoder: float32 pixels in [-1, 1] to scaled latents rounded to float16.
+    """The VAE's encoder: 8-bit images to scaled latents rounded to float16.
 
     Mean of the posterior, or a sample whose noise hangs on (seed, pair id, side) alone.
     """
@@ -47,14 +65,14 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def __call__(
-        self, pixels: Sequence[Float[Tensor, "side 3 h w"]], pair_ids: Sequence[str]
+        self, images: Sequence[UInt8[Tensor, "side 3 h w"]], pair_ids: Sequence[str]
     ) -> Float16[Tensor, "pair side c lh lw"]:
         """One entry per pair; not finite where the VAE overflows, for the caller to quarantine."""
-        flat = [(image, pair_id, side) for image, pair_id in zip(pixels, pair_ids, strict=True) for side in range(2)]
+        flat = [(image, pair_id, side) for image, pair_id in zip(images, pair_ids, strict=True) for side in range(2)]
         latents: list[Tensor] = []
         for first in range(0, len(flat), _IMAGES_PER_VAE_CALL):
             chunk = flat[first : first + _IMAGES_PER_VAE_CALL]
-            batch = torch.stack([image[side] for image, _, side in chunk]).to(self.device)
+            batch = pixels_from_levels(torch.stack([image[side] for image, _, side in chunk]).to(self.device))
             with torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32):
                 posterior = self.vae.encode(batch).latent_dist
             mean = posterior.mean.float()

@@ -107,7 +107,7 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
         )
         inverted = sum(not point.noised for point in points)
         visits = path.starts_clean + records + pass_through + off_level + inverted * (identity.iterations or 0)
-        total += guided * visits + (records if identity.guidance != 1.0 else 0)
+        total += guided * visits + (records if identity.guidance == 0.0 else 0)
         total += manifest.measure_inversion * guided * (len(points) - 1)
     return total / _SAMPLED_PATHS
 

@@ -134,11 +134,12 @@ class ShardWorker:
         if pairs:
             prompts = components.text([each.pair.prompt for each in pairs])
             x0 = components.images(
-                [torch.stack([each.win.pixels, each.lose.pixels]) for each in pairs],
+                [torch.stack([each.win.levels, each.lose.levels]) for each in pairs],
                 [each.pair.pair_id for each in pairs],
             ).cpu()
             keep = _finite_inputs(pairs, x0, prompts, skipped)
             pairs, x0 = [pairs[index] for index in keep], x0[keep]
+            prompts = prompts.only({each.pair.prompt for each in pairs})
             seconds["encode"] = time.perf_counter() - clock
             clock = time.perf_counter()
         if pairs:
@@ -228,14 +229,13 @@ def _finite_inputs(
     skipped: list[dict[str, Any]],
 ) -> list[int]:
     """Rows whose latents and embeddings are finite; the others are added to `skipped`. Never zeroed."""
-    latents = x0.isfinite().flatten(1).all(1)
-    texts = prompts.embedding.isfinite().flatten(1).all(1)
-    if prompts.pooled is not None:
-        texts = texts & prompts.pooled.isfinite().all(1)
+    latents, texts = x0.isfinite().flatten(1).all(1), prompts.finite
     keep: list[int] = []
     for index, each in enumerate(pairs):
         if not latents[index]:
             skipped.append(_not_finite(each, "a VAE latent"))
+        elif not texts[0]:  # every shard stores it
+            skipped.append(_not_finite(each, "the empty prompt's embedding"))
         elif not texts[prompts.row(each.pair.prompt)]:
             skipped.append(_not_finite(each, "the text embedding"))
         else:

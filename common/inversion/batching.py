@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from common.denoiser import Condition, Denoiser
-from common.inversion.inverters import Request
+from common.inversion.inverters import Asked, Question, Request
 from common.inversion.trajectory import Records
 
-Start = Callable[[int], Generator[Request, Tensor, Records]]
+Start = Callable[[int], Generator[Asked, Tensor, Records]]
 
 
 @dataclass(kw_only=True)
 class _Running:
     pair: int
-    generator: Generator[Request, Tensor, Records]
-    request: Request
+    generator: Generator[Asked, Tensor, Records]
+    asked: Asked | None
+    """What the trajectory waits for; None: it has ended."""
 
 
 def run_trajectories(
@@ -44,15 +45,8 @@ def run_trajectories(
         _admit(running, waiting, start, pairs_per_batch)
         if not running:
             break
-        outputs = _evaluate([(each.pair, each.request) for each in running], denoiser, caption, empty)
-        still: list[_Running] = []
-        for each, output in zip(running, outputs, strict=True):
-            try:
-                each.request = each.generator.send(output)
-                still.append(each)
-            except StopIteration as done:
-                results[each.pair] = done.value
-        running = still
+        requests = [(each.pair, each.asked) for each in running if isinstance(each.asked, Request)]
+        running = _advance(running, _evaluate(requests, denoiser, caption, empty), results)
     return [records for records in results if records is not None]
 
 
@@ -62,7 +56,22 @@ def _admit(running: list[_Running], waiting: Iterator[int], start: Start, limit:
         if pair is None:
             return
         generator = start(pair)
-        running.append(_Running(pair=pair, generator=generator, request=next(generator)))
+        running.append(_Running(pair=pair, generator=generator, asked=next(generator)))
+
+
+def _advance(running: list[_Running], outputs: list[Tensor], results: list[Records | None]) -> list[_Running]:
+    """Give every trajectory its output and let it run to its next request. Returns those that have not ended."""
+    answered = list(zip(running, outputs, strict=True))
+    while answered:
+        for each, answer in answered:
+            try:
+                each.asked = each.generator.send(answer)
+            except StopIteration as done:
+                results[each.pair], each.asked = done.value, None
+        asking = [(each, each.asked.value) for each, _ in answered if isinstance(each.asked, Question)]
+        answers = torch.stack([value for _, value in asking]).cpu().unbind() if asking else ()
+        answered = [(each, answer) for (each, _), answer in zip(asking, answers, strict=True)]
+    return [each for each in running if each.asked is not None]
 
 
 def _evaluate(
@@ -71,14 +80,20 @@ def _evaluate(
     """One network call for all requests: win and lose of every pair in one batch."""
     x = torch.cat([request.x for _, request in requests])
     device = x.device
-    timestep = torch.tensor([request.timestep for _, request in requests for _ in range(2)]).to(device)
-    rows = torch.tensor([2 * pair + side for pair, _ in requests for side in range(2)]).to(device)
+    timestep = _upload([request.timestep for _, request in requests for _ in range(2)], device)
+    rows = _upload([2 * pair + side for pair, _ in requests for side in range(2)], device)
     condition = _rows(caption, rows)
     if any(request.empty for _, request in requests):
         assert empty is not None, "guidance other than 1 needs the empty prompt"
-        is_empty = torch.tensor([request.empty for _, request in requests for _ in range(2)]).to(device)
+        is_empty = _upload([request.empty for _, request in requests for _ in range(2)], device)
         condition = _mixed(is_empty, _rows(empty, rows), condition)
     return list(denoiser.predict(x, timestep, condition).split(2))
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """Integers or truth values as a tensor, without waiting for what the device still has to do."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _rows(condition: Condition, rows: Tensor) -> Condition:

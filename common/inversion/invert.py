@@ -10,7 +10,7 @@ from torch import Tensor
 from common.cache.schema import InverterIdentity
 from common.denoiser import Condition, Denoiser
 from common.inversion.batching import run_trajectories
-from common.inversion.inverters import Request
+from common.inversion.inverters import Asked
 from common.inversion.path import build_path
 from common.inversion.trajectory import Records, trajectory
 from common.seeding import uniform
@@ -64,10 +64,10 @@ def invert(
     """
     device = denoiser.device
     caption = caption.to(device)
-    empty = None if empty is None else empty.to(device)
+    empty = None if empty is None or identity.guidance == 1.0 else empty.to(device)
     clean = x0.to(device)
 
-    def start(pair: int) -> Generator[Request, Tensor, Records]:
+    def start(pair: int) -> Generator[Asked, Tensor, Records]:
         pair_id = pair_ids[pair]
         path = build_path(
             identity, denoiser.schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair
@@ -89,15 +89,19 @@ def invert(
         [unmeasured if records.inversion_error is None else records.inversion_error.float() for records in results]
     ).cpu()
     tensors = {name: stacked(name) for name in ("x_t", "delta", "x0_t", "target", "reference_error")}
+    optional = {name: stacked(name) for name in extra}
+    residual = stacked("residual") if identity.name == "fixed_point" else None
+    stored = [*tensors.values(), *optional.values(), *([] if residual is None else [residual])]
+    measured = torch.tensor([records.inversion_error is not None for records in results])
     finite = torch.stack(
-        [values.isfinite().flatten(1).all(1) for values in tensors.values()] + [~inversion_error.isinf().any(1)]
+        [values.isfinite().flatten(1).all(1) for values in stored] + [~measured | inversion_error.isfinite().all(1)]
     ).all(0)
     return Inverted(
         timestep=torch.tensor([records.timestep for records in results], dtype=torch.int16),
         **tensors,
         inversion_error=inversion_error,
-        delta_prev=stacked("delta_prev") if "delta_prev" in extra else None,
-        eps_ref=stacked("eps_ref") if "eps_ref" in extra else None,
-        residual=stacked("residual") if identity.name == "fixed_point" else None,
+        delta_prev=optional.get("delta_prev"),
+        eps_ref=optional.get("eps_ref"),
+        residual=residual,
         finite=finite,
     )

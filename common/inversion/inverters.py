@@ -1,7 +1,7 @@
 """How the trajectory gets from one point to the next: the choice of x_t, before any rounding.
 
 Every inverter is a generator function: it may ask for network calls by yielding a Request and gets the raw output
-back; it returns x at the new level. `docs/inversion.md` compares them.
+back; it may ask for a number by yielding a Question. It returns x at the new level. `docs/inversion.md` compares them.
 """
 
 import math
@@ -28,6 +28,13 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """A number that decides how a step goes on. Those of all pairs are fetched together: one wait for the device."""
+
+    value: Float[Tensor, ""]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class State:
     """A visited point. sigma = s / a; the clean end has a = 1, s = 0 and sigma = 0.
 
@@ -45,8 +52,9 @@ class State:
         return self.s / self.a
 
 
-Calls = Generator[Request, Tensor, Tensor]
-Evaluate = Callable[[Tensor, int], Generator[Request, Tensor, Tensor]]
+Asked = Request | Question
+Calls = Generator[Asked, Tensor, Tensor]
+Evaluate = Callable[[Tensor, int], Calls]
 """(x, label) -> the inverting model's raw output there, guidance included."""
 
 
@@ -112,7 +120,7 @@ def fixed_point(history: list[State], timestep: int, stepper: Stepper) -> Calls:
         moved = a * (last.x / last.a + (s / a - last.sigma) * eps)
         change = (moved - x).square().mean((-3, -2, -1)).sqrt() / x.square().mean((-3, -2, -1)).sqrt()
         x, stepper.residual = moved, change
-        if float(change.max()) <= (stepper.identity.tolerance or 0.0):
+        if float((yield Question(value=change.max()))) <= (stepper.identity.tolerance or 0.0):
             break
     return x
 

@@ -76,8 +76,10 @@ def _refine(levels: list[int], sigma: Float[np.ndarray, "timestep"], extra: int,
     """
     levels = list(levels)
     for _ in range(extra):
-        ends = [(None, levels[0])] if clean else []
+        ends: list[tuple[int | None, int]] = [(None, levels[0])] if clean else []
         ends += list(itertools.pairwise(levels))
+        if not ends:  # all is noised: there is no step to refine
+            break
         sigmas = [(0.8 * sigma[0] if left is None else sigma[left], sigma[right]) for left, right in ends]
         ratios = [right / left for left, right in sigmas]
         widest = int(np.argmax(ratios))

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float16, Float32
 from torch import Tensor
 
-from common.cache.derive import mean_square, stored_point
+from common.cache.derive import mean_square, point_from_target, stored_point
 from common.cache.schema import InverterIdentity
 from common.denoiser import Denoiser
-from common.inversion.inverters import Request, State, Stepper, inverter_named
+from common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
 from common.inversion.path import Path
 from common.schedule import NoiseSchedule
 from common.seeding import normal
 
-Visit = Callable[[Tensor, int], Generator[Request, Tensor, State]]
+Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
 _EXTRA_NOISE = 0.1
 
 
@@ -49,27 +49,31 @@ def trajectory(
     pair_id: str,
     measure: bool,
     extra: tuple[str, ...] = (),
-) -> Generator[Request, Tensor, Records]:
+) -> Generator[Asked, Tensor, Records]:
     """Invert one pair along `path`.
 
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
-    inverts (guidance 1) it costs no call; otherwise one more per record.
+    inverts (guidance 1), or a part of it (any but 0), it costs no call; under the empty prompt one more per record.
     """
     schedule = denoiser.schedule
     step = inverter_named(identity.name)
     guidance = identity.guidance
+    under_caption: Tensor | None = None
+    """Raw output under the caption at the point evaluated last, if the inverting model asked for it."""
 
-    def evaluate(x: Tensor, timestep: int) -> Generator[Request, Tensor, Tensor]:
+    def evaluate(x: Tensor, timestep: int) -> Calls:
         """Raw output of the inverting model: guidance combines outputs, which are linear in the prediction."""
+        nonlocal under_caption
+        if guidance == 0.0:
+            under_caption = None
+            return (yield Request(x=x, timestep=timestep, empty=True))
+        under_caption = yield Request(x=x, timestep=timestep)
         if guidance == 1.0:
-            return (yield Request(x=x, timestep=timestep))
-        output = yield Request(x=x, timestep=timestep, empty=True)
-        if guidance != 0.0:
-            caption = yield Request(x=x, timestep=timestep)
-            output = output + guidance * (caption - output)
-        return output
+            return under_caption
+        empty = yield Request(x=x, timestep=timestep, empty=True)
+        return empty + guidance * (under_caption - empty)
 
-    def visit(x: Tensor, timestep: int) -> Generator[Request, Tensor, State]:
+    def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         output = yield from evaluate(x, timestep)
         label = torch.full((2,), timestep, device=x.device)
         return State(
@@ -79,6 +83,13 @@ def trajectory(
             clean=denoiser.to_clean(output, x, label),
             delta=denoiser.to_noise(output, x, label),
         )
+
+    def reference(state: State, timestep: int) -> Calls:
+        """eps_ref at the point just visited."""
+        if guidance == 1.0:
+            return state.delta
+        output = (yield Request(x=state.x, timestep=timestep)) if under_caption is None else under_caption
+        return denoiser.to_noise(output, state.x, torch.full((2,), timestep, device=x.device))
 
     records = Records()
     clean = x0.float()
@@ -109,14 +120,11 @@ def trajectory(
             a, s = float(schedule.a[timestep]), float(schedule.s[timestep])
             if point.noised:
                 target = carried.half()
-                x_t = (a * x0.double() + s * target.double()).half()
+                x_t = point_from_target(x0, target, a, s)
             else:
                 target, x_t = stored_point(x0, x, a, s)
             state = yield from visit(x_t.float(), timestep)
-            eps_ref = state.delta
-            if guidance != 1.0:
-                output = yield Request(x=state.x, timestep=timestep)
-                eps_ref = denoiser.to_noise(output, state.x, torch.full((2,), timestep, device=x.device))
+            eps_ref = yield from reference(state, timestep)
             records.timestep.append(timestep)
             records.target.append(target)
             records.x_t.append(x_t)
@@ -137,7 +145,8 @@ def trajectory(
         if arrived is None and not (point.noised and path.points[index + 1].noised):
             arrived = yield from visit(x, point.level)
         if arrived is not None:
-            history = [*history[-1:], arrived]
+            # Noised points lie on no common trajectory: a second-order step must not extrapolate from one to the next.
+            history = [arrived] if point.noised else [*history[-1:], arrived]
     if measure:
         assert history, "the last point of a path is a record, so that its state is known"
         records.inversion_error = yield from _round_trip(clean, history[-1], path, schedule, visit)
@@ -146,7 +155,7 @@ def trajectory(
 
 def _round_trip(
     clean: Tensor, last: State, path: Path, schedule: NoiseSchedule, visit: Visit
-) -> Generator[Request, Tensor, Tensor]:
+) -> Calls:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):

@@ -1,0 +1,149 @@
+"""Real tiny pipelines, pairs made here with Pillow and tarfile, and whole precompute runs in this process."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import precompute.engines.local as local_engine
+from common.cache import Cache, open_cache
+from common.testing import save_tiny_pipeline
+from precompute.run import RayOptions, run_precompute
+from precompute.worker import Components
+
+WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair as the test made it."""
+
+    pair_id: str
+    prompt: str
+    win: np.ndarray
+    lose: np.ndarray
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """pipelines(kind): a tiny pipeline folder, made once."""
+    made: dict[str, Path] = {}
+
+    def build(kind: str = "sd15") -> Path:
+        if kind not in made:
+            made[kind] = save_tiny_pipeline(tmp_path_factory.mktemp(kind), kind)  # type: ignore[arg-type]
+        return made[kind]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def examples() -> Callable[..., list[Example]]:
+    """examples(n, size=(32, 32)): smooth random images, win and lose different, prompts in turn."""
+
+    def build(count: int, size: tuple[int, int] = (32, 32), first: int = 0) -> list[Example]:
+        made = []
+        for index in range(first, first + count):
+            random = np.random.default_rng(index)
+            sides = []
+            for _ in range(2):
+                coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                sides.append(np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)))
+            made.append(Example(f"pair-{index:03d}", WORDS[index % len(WORDS)], sides[0], sides[1]))
+        return made
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def write_tars() -> Callable[..., str]:
+    """write_tars(folder, pairs, per_tar): our own layout, numbered tars. Returns the source's location."""
+
+    def build(folder: Path, pairs: list[Example], per_tar: int) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, start in enumerate(range(0, len(pairs), per_tar)):
+            with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+                for pair in pairs[start : start + per_tar]:
+                    members = {
+                        "win.png": png(pair.win), "lose.png": png(pair.lose),
+                        "json": json.dumps({"id": pair.pair_id, "prompt": pair.prompt, "label": 1.0}).encode(),
+                    }
+                    for suffix, data in members.items():
+                        info = tarfile.TarInfo(f"{pair.pair_id}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+        return str(folder)
+
+    return build
+
+
+@dataclass
+class Runs:
+    """Runs precompute in this process and keeps the components of each run, for counting or breaking them."""
+
+    components: list[Components]
+    prepare: Callable[[Components], None] | None = None
+
+    def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
+        settings = {
+            "resolution": 32, "steps": 3, "timesteps_per_pair": 3, "batch_size": 4, "decode_threads": 1,
+            "measure_inversion": 0.0, **flags,
+        }
+        return run_precompute(
+            None, {"model": str(model)}, {"pairs": pairs, "cache": str(cache)}, settings,
+            ray_options=RayOptions(), dry_run=dry_run,
+        )
+
+    def cache(self, pairs: str, model: Path, cache: Path, **flags: Any) -> Cache:
+        """Run, expect success, and open the cache."""
+        assert self(pairs, model, cache, **flags) == 0
+        return open_cache(str(cache))
+
+    @property
+    def network_calls(self) -> int:
+        return sum(each.denoiser.num_calls for each in self.components)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """run(pairs, model, cache, **settings) -> exit code; run.cache(...) -> the opened cache."""
+    runs = Runs(components=[])
+    load = local_engine.load_components
+
+    def watched(*arguments: Any) -> Components:
+        components = load(*arguments)
+        if runs.prepare is not None:
+            runs.prepare(components)
+        runs.components.append(components)
+        return components
+
+    monkeypatch.setattr(local_engine, "load_components", watched)
+    torch.set_num_threads(1)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def by_id() -> Callable[[Cache, str], dict[str, np.ndarray]]:
+    """by_id(cache, array): {pair id: its row}, whatever the sharding."""
+
+    def read(cache: Cache, path: str) -> dict[str, np.ndarray]:
+        rows: dict[str, np.ndarray] = {}
+        for shard in cache:
+            rows.update(zip(map(str, shard.read("pair_id")), shard.read(path), strict=True))
+        return rows
+
+    return read
