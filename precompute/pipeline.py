@@ -1,14 +1,15 @@
 """Overlap: while the device computes a shard, the next one is read and the previous one is written.
 
-    reading thread -> queue of 1 -> this thread (device) -> writing thread, 1 waiting at most
+    reading thread -> 1 prepared shard waiting -> this thread (device) -> writing thread, nothing waiting
 
-Bounded, so memory holds about three shards whatever the source's size.
+Bounded, so memory holds four shards at most, whatever the source's size: one being read, one waiting, one being
+computed, one being written.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -30,18 +31,41 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Timing:
-    """Where the time of the computing thread went, in seconds."""
+    """Where the time of the computing thread went, in seconds, and what it is doing now."""
 
     waiting_for_input: float = 0.0
     computing: float = 0.0
     waiting_for_writing: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    longest_computing: float = 0.0
+    """The slowest shard so far."""
+    activity: str = "starting"
+    since: float = field(default_factory=time.perf_counter)
+    """When `activity` began, on the clock of time.perf_counter."""
 
-    def add(self, data: ShardData) -> None:
+    def begin(self, activity: str) -> float:
+        """Note what starts now, for whoever asks why nothing moves. Returns the time."""
+        self.activity, self.since = activity, time.perf_counter()
+        return self.since
+
+    def add(self, data: ShardData, seconds: float) -> None:
+        """One shard was computed."""
+        self.computing += seconds
+        self.longest_computing = max(self.longest_computing, seconds)
         for name, value in data.seconds.items():
             self.stages[name] = self.stages.get(name, 0.0) + value
 
+    def merge(self, other: "Timing") -> None:
+        """Add another worker's time."""
+        self.waiting_for_input += other.waiting_for_input
+        self.computing += other.computing
+        self.waiting_for_writing += other.waiting_for_writing
+        self.longest_computing = max(self.longest_computing, other.longest_computing)
+        for name, value in other.stages.items():
+            self.stages[name] = self.stages.get(name, 0.0) + value
+
     def report(self) -> str:
+        """One line: shares of the computing thread's time, then what each stage took in its own thread."""
         total = self.waiting_for_input + self.computing + self.waiting_for_writing
         if total <= 0:
             return "no time spent"
@@ -49,77 +73,127 @@ class Timing:
             ("network and VAE", self.computing), ("waiting for images", self.waiting_for_input),
             ("waiting for the disk", self.waiting_for_writing),
         )
-        return ", ".join(f"{name} {value / total:.0%}" for name, value in parts) + f" of {total:.1f} s"
+        line = ", ".join(f"{name} {value / total:.0%}" for name, value in parts) + f" of {total:.1f} s"
+        stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.stages.items())
+        return f"{line} (by stage, overlapped: {stages})" if stages else line
 
 
-def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -> Iterator[Outcome]:
-    """Make every task's shard; yields outcomes as shards are committed. Tasks are pulled one ahead, not all at once."""
-    prepared: queue.Queue[PreparedShard | Outcome | BaseException | None] = queue.Queue(maxsize=1)
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """The writing thread has finished a shard."""
+
+    task: ShardTask
+    result: Future[Commit | None]
+
+    def outcome(self) -> Outcome:
+        """Raises what the writing thread raised."""
+        commit = self.result.result()
+        return Outcome(task=self.task, commit=commit, lost_race=commit is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """The reading thread has no more, or failed."""
+
+    error: BaseException | None = None
+
+
+def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -> Generator[Outcome, None, None]:
+    """Make every task's shard; yields each outcome when the shard is committed, not in order.
+
+    Tasks are pulled one ahead, in the reading thread, so `tasks` may be a queue that is filled while this runs. A
+    shard that another run has committed meanwhile is not made again. The first failure of any thread is raised here;
+    a shard that is being written then, or when the caller stops, is finished first.
+    """
+    events: queue.SimpleQueue[PreparedShard | Outcome | _Written | _End] = queue.SimpleQueue()
+    room = threading.Semaphore(1)
     stop = threading.Event()
-
-    def read_ahead() -> None:
-        try:
-            for task in tasks:
-                try:
-                    item: PreparedShard | Outcome = worker.read(task)
-                except DataError as error:
-                    item = Outcome(task=task, error=error)
-                if not _put(prepared, item, stop):
-                    return
-            _put(prepared, None, stop)
-        except BaseException as error:  # handed to the computing thread, which raises it
-            _put(prepared, error, stop)
-
-    reader = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+    reader = threading.Thread(
+        target=_read_ahead, args=(worker, tasks, events, room, stop), name="read-ahead", daemon=True
+    )
     reader.start()
-    writing: Future[Commit | None] | None = None
-    writing_task: ShardTask | None = None
+    writing = False
+    ended = False
+    waiting: list[PreparedShard | Outcome] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
         try:
             while True:
-                clock = time.perf_counter()
-                item = prepared.get()
+                clock = timing.begin("writing the last shard" if ended else "waiting for images")
+                while not waiting and not (ended and not writing):
+                    event = events.get()
+                    if isinstance(event, _Written):
+                        writing = False
+                        yield event.outcome()
+                    elif isinstance(event, _End):
+                        if event.error is not None:
+                            raise event.error
+                        ended = True
+                        timing.waiting_for_input += time.perf_counter() - clock
+                        clock = timing.begin("writing the last shard")
+                    else:
+                        waiting.append(event)
+                if ended and not waiting:
+                    timing.waiting_for_writing += time.perf_counter() - clock
+                    return
                 timing.waiting_for_input += time.perf_counter() - clock
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    break
+                item = waiting.pop()
+                room.release()
                 if isinstance(item, Outcome):
                     yield item
                     continue
-                clock = time.perf_counter()
+                task = item.task
+                # Read a while ago: another run may have committed it in between.
+                if worker.writer.is_committed(task.name):
+                    yield Outcome(task=task, lost_race=True)
+                    continue
+                clock = timing.begin(f"computing shard {task.name}")
                 data = worker.compute(item)
-                timing.computing += time.perf_counter() - clock
-                timing.add(data)
-                clock = time.perf_counter()
-                if writing is not None and writing_task is not None:
-                    yield _outcome(writing_task, writing.result())
-                timing.waiting_for_writing += time.perf_counter() - clock
-                writing, writing_task = writer.submit(worker.write, item.task.name, data), item.task
-            clock = time.perf_counter()
-            if writing is not None and writing_task is not None:
-                last, writing = writing.result(), None
-                timing.waiting_for_writing += time.perf_counter() - clock
-                yield _outcome(writing_task, last)
+                timing.add(data, time.perf_counter() - clock)
+                clock = timing.begin("writing the shard before")
+                while writing:
+                    event = events.get()
+                    if isinstance(event, _Written):
+                        writing = False
+                        timing.waiting_for_writing += time.perf_counter() - clock
+                        yield event.outcome()
+                    elif isinstance(event, _End):
+                        if event.error is not None:
+                            raise event.error
+                        ended = True
+                    else:
+                        waiting.append(event)
+                written = writer.submit(worker.write, task.name, data)
+                writing = True
+                written.add_done_callback(lambda done, task=task: events.put(_Written(task=task, result=done)))
         finally:
             # A shard that is being written when we are stopped is finished, not torn: leaving the pool waits for it.
             stop.set()
 
 
-def _outcome(task: ShardTask, commit: Commit | None) -> Outcome:
-    return Outcome(task=task, commit=commit, lost_race=commit is None)
-
-
-def _put(
-    items: "queue.Queue[PreparedShard | Outcome | BaseException | None]",
-    item: PreparedShard | Outcome | BaseException | None,
+def _read_ahead(
+    worker: ShardWorker,
+    tasks: Iterable[ShardTask],
+    events: "queue.SimpleQueue[PreparedShard | Outcome | _Written | _End]",
+    room: threading.Semaphore,
     stop: threading.Event,
-) -> bool:
-    """Put, but give up when the computing thread has stopped. Returns False then."""
-    while not stop.is_set():
-        try:
-            items.put(item, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
+) -> None:
+    """Read task after task, one ahead of the computing thread, until `stop`."""
+    try:
+        for task in tasks:
+            item: PreparedShard | Outcome
+            try:
+                if stop.is_set():
+                    return
+                if worker.writer.is_committed(task.name):
+                    item = Outcome(task=task, lost_race=True)
+                else:
+                    item = worker.read(task)
+            except DataError as error:
+                item = Outcome(task=task, error=error)
+            while not room.acquire(timeout=0.2):
+                if stop.is_set():
+                    return
+            events.put(item)
+        events.put(_End())
+    except BaseException as error:  # handed to the computing thread, which raises it
+        events.put(_End(error=error))

@@ -75,7 +75,7 @@ def run_precompute(
     state = PartialState()
     is_main = state.is_main_process
     model = resolved.model_section.open()
-    manifest = build_manifest(settings, model, device_type=_device_type(settings))
+    manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
     tasks, unreadable = list_tasks(open_source(resolved.data.need("pairs")), limit=settings.limit)
     committed = _committed(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
@@ -135,7 +135,7 @@ def run_plan(
     resolved = _resolve(recipe, model_flags, data_flags, flags)
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
-    manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings))
+    manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     tasks, _ = list_tasks(open_source(resolved.data.need("pairs")), limit=resolved.settings.limit)
     plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
@@ -146,10 +146,14 @@ def run_plan(
     check_disk(plan, cache)
 
 
-def _device_type(settings: PrecomputeSettings) -> str:
-    """The device that will do the work; ray's workers may have GPUs that this process has not."""
-    if settings.engine == "ray" and settings.dtype is None and not torch.cuda.is_available():
-        return "cpu"
+def _device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:
+    """The device that will do the work. Ray's workers may have GPUs that this process has not, so the cluster is asked;
+    without `ray_options` nothing is started and this machine stands for it."""
+    if settings.engine == "ray" and ray_options is not None:
+        from precompute.engines.ray_cluster import connect, has_gpus
+
+        connect(ray_options)
+        return "cuda" if has_gpus() else "cpu"
     return PartialState().device.type
 
 

@@ -1,15 +1,24 @@
 """The local engine: one process, or as many as `accelerate launch` starts, with a static split of the shards."""
 
+import contextlib
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
+import torch.distributed
 from accelerate import PartialState
 
 from common.cache import CacheWriter
+from common.errors import InpoError
 from common.models import Model
+from precompute.engines.task_queue import TaskQueue
+from precompute.engines.watchdog import Watchdog
 from precompute.pipeline import Outcome, Timing, run_tasks
 from precompute.settings import PrecomputeSettings
 from precompute.tasks import ShardTask, split
 from precompute.worker import ShardWorker, load_components
+
+_LONGEST_WAIT = timedelta(days=60)
 
 
 def run_local(
@@ -25,6 +34,7 @@ def run_local(
     The split covers all tasks of the source, done or not, so it does not depend on when a process looked.
     """
     state = PartialState()
+    waiting_room = _WaitingRoom(state)
     mine = [tasks[index] for index in split(len(tasks), state.process_index, state.num_processes)]
     timing = Timing()
     committed = writer.committed()
@@ -37,9 +47,42 @@ def run_local(
             decode_threads=settings.decode_threads,
         )
         try:
-            for outcome in run_tasks(worker, mine, timing):
-                on_outcome(outcome)
+            order = TaskQueue(mine)
+            with Watchdog(timing), contextlib.closing(run_tasks(worker, order, timing)) as outcomes:
+                for outcome in outcomes:
+                    if outcome.lost_race:
+                        order.shuffle()
+                    on_outcome(outcome)
         finally:
             worker.close()
-    state.wait_for_everyone()
+    waiting_room.wait()
     return timing
+
+
+class _WaitingRoom:
+    """Where a process waits until all of them are done, which may be days after it was itself.
+
+    accelerate's own barrier gives up after ten minutes on GPUs (and blocks signals); this one is a gloo barrier with
+    a time limit of its own, polled, so that SIGTERM ends the waiting at once.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self._group = (
+            torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
+        )
+
+    def wait(self) -> None:
+        """Raises InpoError if another process has gone."""
+        if self._group is None:
+            return
+        try:
+            barrier = torch.distributed.barrier(group=self._group, async_op=True)
+            while not barrier.is_completed():
+                time.sleep(0.1)
+            barrier.wait()
+        except RuntimeError as error:  # gloo: a connection was closed
+            raise InpoError(
+                "Another process of this run has ended before its work was done.",
+                got=str(error).splitlines()[0][:200],
+                fix="see that process's own message, then run the same command again: what is committed stays",
+            ) from error
