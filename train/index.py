@@ -18,13 +18,12 @@ _THREADS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexedShard:
-    """A shard's usable pairs: rows, their labels, and whether their sides swap."""
+    """A shard's usable pairs: rows and their labels."""
 
     shard: Shard
     rows: Int[np.ndarray, "used"]
     label: Float[np.ndarray, "used"]
-    """P(the side trained as win is preferred), after swapping."""
-    swapped: np.ndarray
+    """P(win preferred); the objective swaps the sides where it is below 0.5."""
 
     @property
     def num_records(self) -> int:
@@ -62,7 +61,7 @@ def build_index(
     """Read the small arrays of every shard and decide what is used.
 
     Held-out pairs are chosen by the hash of the prompt, so that a prompt is never on both sides. With hard labels a
-    pair below 0.5 swaps its sides and a pair at 0.5 is left out.
+    pair at 0.5 is left out.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -87,19 +86,16 @@ def build_index(
                 )
             label = np.array([found[pair_id] for pair_id in ids], dtype=np.float64)
         use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
-        swapped = np.zeros(len(ids), bool)
         if not soft:
-            swapped = label < 0.5
             use &= label != 0.5
-            label = np.where(swapped, 1 - label, label)
         aside = np.array([uniform("held-out", seed, str(prompt)) < held_out for prompt in prompts], bool)
 
         def part(mask: np.ndarray) -> IndexedShard:
             rows = np.flatnonzero(mask)
-            return IndexedShard(shard=shard, rows=rows, label=label[rows].astype(np.float32), swapped=swapped[rows])
+            return IndexedShard(shard=shard, rows=rows, label=label[rows].astype(np.float32))
 
         digest = stable_hash(
-            shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist(), *swapped[use].tolist()
+            shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist()
         )
         return part(use & ~aside), part(use & aside), digest
 

@@ -16,7 +16,7 @@ from common.errors import TrainingError
 from common.progress import ProgressReport
 from train import checkpoint
 from train.metrics import Accumulator, MetricsWriter
-from train.objectives import Objective
+from train.objectives import Objective, ObjectiveResult
 from train.proof import record_errors
 from train.records import Batch
 from train.settings import TrainSettings
@@ -62,30 +62,28 @@ class Trainer:
         self.step = 0
         self._stopping = False
         self._seconds = 0.0
-        # 1 / (2 abar_t), for objectives that weigh the records by it.
-        self._weights = (0.5 / denoiser.schedule.a**2).float().to(accelerator.device)
+        # 1 / abar_t, for the objective that aims at the previous delta.
+        self._weights = (1 / denoiser.schedule.a**2).float().to(accelerator.device)
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss per record, E_theta, E_ref) of a micro-batch on the device."""
-        error, reference = record_errors(self.denoiser, batch), batch.reference_error
-        if self.objective.weighted:
+    def losses(self, batch: Batch) -> ObjectiveResult:
+        """The objective on a micro-batch that lies on the device."""
+        error, reference_error = record_errors(self.denoiser, batch), batch.reference_error
+        if self.objective.target == "delta_prev":
             weight = self._weights[batch.timestep, None]
-            error, reference = error * weight, None if reference is None else reference * weight
-        zero = torch.zeros_like(error) if reference is None else reference
-        return self.objective.loss(error, zero, batch.label, self.beta), error, reference
+            error, reference_error = error * weight, reference_error * weight
+        return self.objective.function(error, reference_error, batch.label, self.beta)
 
     def accumulator(self) -> Accumulator:
         return Accumulator(
-            device=self.accelerator.device, beta=self.beta,
-            num_train_timesteps=self.denoiser.schedule.num_train_timesteps,
+            device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
         )
 
     def write_start(self, batch: Batch) -> dict[str, Any]:
         """The first line of metrics.jsonl: before any update, on the records of the zero-step proof's model."""
         sums = self.accumulator()
         with torch.no_grad():
-            loss, error, reference = self.losses(batch.to(self.accelerator.device))
-        sums.add(loss, error, reference, batch.timestep.to(self.accelerator.device))
+            result = self.losses(batch.to(self.accelerator.device))
+        sums.add(result, batch.timestep.to(self.accelerator.device))
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
         return values
@@ -105,10 +103,10 @@ class Trainer:
                     for _ in range(settings.accumulate):
                         batch = next(batches).to(self.accelerator.device)
                         with self.accelerator.accumulate(self.unet):
-                            loss, error, reference = self.losses(batch)
-                            self.accelerator.backward(loss.mean())
-                            sums.add(loss, error, reference, batch.timestep)
-                            bad = bad + (~loss.detach().isfinite()).any()
+                            result = self.losses(batch)
+                            self.accelerator.backward(result.loss.mean())
+                            sums.add(result._replace(loss=result.loss.detach()), batch.timestep)
+                            bad = bad + (~result.loss.detach().isfinite()).any()
                             records += batch.num_records
                             if self.accelerator.sync_gradients:
                                 gradient_norm = self.accelerator.clip_grad_norm_(
@@ -178,8 +176,7 @@ class Trainer:
         with torch.no_grad():
             for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
                 here = batch.to(self.accelerator.device)
-                loss, error, reference = self.losses(here)
-                sums.add(loss, error, reference, here.timestep)
+                sums.add(self.losses(here), here.timestep)
         self.unet.train()
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 

@@ -6,42 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from train.objectives import logit
+from train.objectives import ObjectiveResult
 
 NUM_BINS = 5
 _COLUMNS = ("records", "loss", "implicit_accuracy", "margin", "win_advantage", "lose_advantage")
 
 
 class Accumulator:
-    """Sums of the metrics by timestep bin, on the device.
+    """Sums of the metrics (train/objectives.py: ObjectiveResult) by timestep bin, on the device."""
 
-    implicit_accuracy: share of records with u > 0, ties half. margin: mean logit u. win_advantage and lose_advantage:
-    mean of E_ref - E_theta, positive where the trained network fits the side better than the reference.
-    """
-
-    def __init__(self, *, device: torch.device, beta: float, num_train_timesteps: int) -> None:
+    def __init__(self, *, device: torch.device, num_train_timesteps: int) -> None:
         self._sums = torch.zeros(NUM_BINS, len(_COLUMNS), dtype=torch.float64, device=device)
-        self._beta = beta
         self._num_train_timesteps = num_train_timesteps
 
-    def add(
-        self,
-        loss: Float[Tensor, "record"],
-        error: Float[Tensor, "record side"],
-        reference_error: Float[Tensor, "record side"] | None,
-        timestep: Int[Tensor, "record"],
-    ) -> None:
+    def add(self, result: ObjectiveResult, timestep: Int[Tensor, "record"]) -> None:
         """Add one micro-batch; no synchronisation."""
-        reference = torch.zeros_like(error) if reference_error is None else reference_error
-        u = logit(error, reference, self._beta)
-        accuracy = (u > 0).double() + 0.5 * (u == 0).double()
-        advantage = reference - error
         columns = torch.stack(
-            [torch.ones_like(accuracy), loss.double(), accuracy, u.double(), *advantage.double().unbind(1)], dim=1
-        )
+            [
+                torch.ones_like(result.loss), result.loss, result.implicit_accuracy, result.margin,
+                result.win_advantage, result.lose_advantage,
+            ],
+            dim=1,
+        ).double()
         bins = timestep * NUM_BINS // self._num_train_timesteps
         self._sums.index_add_(0, bins, columns.detach())
 

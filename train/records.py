@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int
+from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from common.cache.reader import Shard
@@ -21,7 +21,7 @@ class Batch:
     x_t: Float16[Tensor, "record side c h w"]
     aim: Float16[Tensor, "record side c h w"]
     """What the prediction is compared with: the target, or what the objective aims at."""
-    reference_error: Float32[Tensor, "record side"] | None
+    reference_error: Float32[Tensor, "record side"]
     timestep: Int[Tensor, "record"]
     label: Float32[Tensor, "record"]
     condition: Condition
@@ -43,7 +43,7 @@ class Batch:
         return Batch(
             x_t=function(self.x_t),
             aim=function(self.aim),
-            reference_error=None if self.reference_error is None else function(self.reference_error),
+            reference_error=function(self.reference_error),
             timestep=function(self.timestep),
             label=function(self.label),
             condition=Condition(
@@ -58,9 +58,8 @@ class Batch:
 class Needs:
     """Which arrays a run reads, decided by its objective. Nothing else is read."""
 
-    aim: str
-    reference_error: bool
-    eps_ref: bool
+    aim: str = "target"
+    eps_ref: bool = False
     """The reference error is computed from the reference's prediction, because the aim is not the stored target."""
 
 
@@ -81,7 +80,6 @@ class LoadedShard:
         self.timestep = shard.read("timestep", selection)
         self.reference_error = self._reference_error(shard, selection, needs)
         _check_finite(shard, self._local, rows, {"x_t": self.x_t, needs.aim: self.aim})
-        self._swapped = indexed.swapped[used]
         self._label = indexed.label[used]
         dropped = shard.read("caption_dropped", rows)
         self._prompt = np.where(dropped, 0, shard.read("prompt_index", rows)).astype(np.int64)
@@ -92,9 +90,7 @@ class LoadedShard:
 
     def _reference_error(
         self, shard: Shard, selection: Int[np.ndarray, "row"] | None, needs: Needs
-    ) -> Float[np.ndarray, "pair step side"] | None:
-        if not needs.reference_error:
-            return None
+    ) -> Float[np.ndarray, "pair step side"]:
         if not needs.eps_ref:
             return shard.read("reference_error", selection)
         error = self.aim.astype(np.float32) - shard.read("eps_ref", selection).astype(np.float32)
@@ -104,19 +100,15 @@ class LoadedShard:
         """Records by (position in the indexed rows, step)."""
         number = np.array([self._where[pair] for pair in pairs])
         local, step = self._local[number], np.asarray(steps)
-        swapped: Bool[np.ndarray, "record"] = self._swapped[number]
-        sides = np.where(swapped[:, None], [1, 0], [0, 1])
-        record = (local[:, None], step[:, None], sides)
+        record = (local, step)
         prompt = torch.from_numpy(self._prompt[number]).repeat_interleave(2)
         time_ids = None
         if self._time_ids is not None:
-            time_ids = self._time_ids[torch.from_numpy(number)[:, None], torch.from_numpy(sides)].reshape(-1, 6)
+            time_ids = self._time_ids[torch.from_numpy(number)].reshape(-1, 6)
         return Batch(
             x_t=torch.from_numpy(self.x_t[record]),
             aim=torch.from_numpy(self.aim[record]),
-            reference_error=None
-            if self.reference_error is None
-            else torch.from_numpy(self.reference_error[record]).float(),
+            reference_error=torch.from_numpy(self.reference_error[record]).float(),
             timestep=torch.from_numpy(self.timestep[local, step].astype(np.int64)),
             label=torch.from_numpy(self._label[number]),
             condition=Condition(
@@ -144,7 +136,7 @@ def concatenate(parts: Sequence[Batch], order: Int[np.ndarray, "record"]) -> Bat
     return Batch(
         x_t=records("x_t"),
         aim=records("aim"),
-        reference_error=None if parts[0].reference_error is None else records("reference_error"),
+        reference_error=records("reference_error"),
         timestep=records("timestep"),
         label=records("label"),
         condition=Condition(embedding=embedding, pooled=images("pooled"), time_ids=images("time_ids")),

@@ -60,7 +60,7 @@ def run_train(
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)
     index = build_index(
-        opened, soft=objective.soft, held_out=settings.held_out, seed=settings.seed, labels=settings.labels,
+        opened, soft=objective.labels == "soft", held_out=settings.held_out, seed=settings.seed, labels=settings.labels,
         only=settings.only, excluded=settings.except_,
     )
     refuse_hard_labels(index, settings, objective)
@@ -137,7 +137,7 @@ def run_train(
         )
         start = trainer.write_start(next(iter(first)))
         first.close()
-        at_reference = "" if settings.init_from or objective.at_reference is None else f" ({objective.at_reference})"
+        at_reference = " (ln 2 = 0.693147 at the reference)" if objective.logistic and not settings.init_from else ""
         say(f"before the first update: loss {start['loss']:.6f}{at_reference}")
     finished = trainer.run()
     if not finished:
@@ -161,10 +161,7 @@ def run_train(
 
 def check_needs(caches: list[Cache], settings: TrainSettings, objective: Objective) -> Needs:
     """What to read, or CacheIncomplete naming the tensor that a cache lacks and the command that makes it."""
-    needs = Needs(
-        aim=objective.aims_at, reference_error=objective.uses_reference,
-        eps_ref=objective.uses_reference and objective.aims_at != "target",
-    )
+    needs = Needs(aim=objective.target, eps_ref=objective.target != "target")
     for cache in caches:
         shard = next(iter(cache))
         lacking = [name for name in (needs.aim, *(("eps_ref",) if needs.eps_ref else ())) if name not in shard]
@@ -174,7 +171,7 @@ def check_needs(caches: list[Cache], settings: TrainSettings, objective: Objecti
                 where=cache.location, got=f"profile {cache.manifest.profile}, extra {list(cache.manifest.extra)}",
                 fix="precompute another cache with " + " ".join(f"--extra {name}" for name in lacking),
             )
-        if settings.objective == "dpo" and cache.manifest.inverter.name != "noise":
+        if objective.noise_cache and cache.manifest.inverter.name != "noise":
             raise CacheIncomplete(
                 "Objective dpo (Diffusion-DPO) trains on noised latents, and this cache holds inverted ones.",
                 where=cache.location, expected="inverter noise", got=f"inverter {cache.manifest.inverter.name}",
@@ -185,7 +182,7 @@ def check_needs(caches: list[Cache], settings: TrainSettings, objective: Objecti
 
 def refuse_hard_labels(index: Index, settings: TrainSettings, objective: Objective) -> None:
     """A soft objective on hard labels is another objective; refuse it."""
-    if objective.soft and all((shard.label == 1.0).all() for shard in index.training):
+    if objective.labels == "soft" and all((shard.label == 1.0).all() for shard in index.training):
         raise CacheIncomplete(
             f"Objective {settings.objective} needs soft labels, and every label is 1.",
             where=index.training[0].shard.cache.location,
