@@ -1,0 +1,108 @@
+"""Small worlds for the inversion: a schedule, a network, and a Denoiser around it, all made here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from common.cache.schema import InverterIdentity
+from common.denoiser import Condition, Denoiser
+from common.inversion import Inverted, invert
+from common.schedule import NoiseSchedule
+from common.testing import save_tiny_pipeline
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def sd15_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
+    return NoiseSchedule.from_scheduler(DDIMScheduler(**SD15, prediction_type=prediction_type))
+
+
+class Linear(nn.Module):
+    """A network of known smoothness, cheap, and different for every x, label and condition.
+
+    output = x @ A(t) + condition mean, with all rows of a latent mixed, so that an error in any element shows.
+    """
+
+    def __init__(self, size: int, total: int) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.mix = nn.Parameter(torch.randn(size, size, generator=random) / size**0.5)
+        self.total = total
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Any = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        flat = x.flatten(1)
+        time = (timestep.to(x.dtype) / self.total)[:, None]
+        text = encoder_hidden_states.to(x.dtype).mean((1, 2))[:, None]
+        output = torch.tanh(flat @ self.mix.to(x.dtype) + time) + 0.3 * flat * (1 - time) + text
+        return (output.view_as(x),)
+
+
+@pytest.fixture(scope="session")
+def linear() -> Callable[..., Denoiser]:
+    """linear(prediction_type, shape): a Denoiser around the cheap network, on SD1.5's schedule."""
+
+    def build(prediction_type: str = "epsilon", shape: tuple[int, int, int] = (2, 3, 3)) -> Denoiser:
+        return Denoiser(Linear(int(np.prod(shape)), 1000), sd15_schedule(prediction_type))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> UNet2DConditionModel:
+    """A genuine UNet with random weights, latents of [4, 8, 8], text width 32."""
+    folder: Path = save_tiny_pipeline(tmp_path_factory.mktemp("tiny"))
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def latents() -> Callable[..., Tensor]:
+    """latents(num_pairs, shape): clean latents, float16, the same for the same pair number."""
+
+    def build(num_pairs: int, shape: tuple[int, int, int] = (2, 3, 3)) -> Tensor:
+        rows = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(7 + pair)) for pair in range(num_pairs)]
+        return torch.stack(rows).half()
+
+    return build
+
+
+def condition(num_pairs: int, width: int = 32, seed: int = 1) -> Condition:
+    """One prompt for all pairs: [pair * side, 5 tokens, width]."""
+    tokens = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    return Condition(embedding=tokens.expand(2 * num_pairs, 5, width).clone())
+
+
+@pytest.fixture(scope="session")
+def inverted() -> Callable[..., Inverted]:
+    """inverted(denoiser, x0, **settings): the function under test with short settings.
+
+    Settings that belong to the identity (name, steps, guidance, ...) and to the call (seed, timesteps_per_pair, extra,
+    measure_inversion, pairs_per_batch) may be mixed.
+    """
+
+    def build(denoiser: Denoiser, x0: Tensor, **settings: Any) -> Inverted:
+        count = x0.shape[0]
+        total = denoiser.schedule.num_train_timesteps
+        call = {
+            key: settings.pop(key)
+            for key in ("seed", "timesteps_per_pair", "extra", "measure_inversion", "pairs_per_batch", "pair_ids")
+            if key in settings
+        }
+        steps = settings.setdefault("steps", 5)
+        identity = InverterIdentity(**{"name": "ddim", "timestep_range": (0, total), **settings})
+        return invert(
+            denoiser, x0, **{
+                "pair_ids": [f"pair-{index}" for index in range(count)], "identity": identity, "seed": 0,
+                "timesteps_per_pair": steps, "caption": condition(count), "empty": condition(count, seed=2), **call,
+            },
+        )
+
+    return build
