@@ -4,6 +4,7 @@ Each stage owns the model of its own section; [model] and [data] are shared and 
 wins over the recipe, the recipe over the default. The resolved configuration is printed and saved beside the output.
 """
 
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,10 +70,10 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError("The recipe cannot be read.", where=path, got=error.strerror, fix="check --recipe") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
     for name, section in document.items():
         if name not in SECTIONS or not isinstance(section, dict):
@@ -118,8 +119,8 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
     return repr(value)

@@ -22,7 +22,7 @@ def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
     folder = tmp_path_factory.mktemp("cache")

@@ -1,0 +1,113 @@
+"""A fingerprint is the content: not the path, not the time, not the free text in a header."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common import fingerprint
+from common.fingerprint import of_config, of_files
+from common.models import open_model
+
+
+@pytest.fixture
+def weights(tmp_path):
+    tensors = {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    return tensors, file
+
+
+def test_path_time_and_header_text_do_not_count(weights, tmp_path):
+    tensors, file = weights
+    original = of_files([file])
+    copy = tmp_path / "elsewhere" / "model.safetensors"
+    copy.parent.mkdir()
+    shutil.copy(file, copy)
+    os.utime(copy, (1, 1))
+    assert of_files([copy]) == original
+    save_file(dict(reversed(tensors.items())), copy, metadata={"format": "pt", "note": "another"})
+    assert copy.read_bytes() != file.read_bytes()
+    assert of_files([copy]) == original
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t | {"b.weight": t["b.weight"] + torch.tensor([[0, 0, 0], [0, 0, 1e-6]])},
+        lambda t: t | {"b.weight": t["b.weight"].reshape(3, 2)},
+        lambda t: t | {"b.weight": t["b.weight"].to(torch.float64)},
+        lambda t: {"c.weight": t["b.weight"], "a.bias": t["a.bias"]},
+        lambda t: {"b.weight": t["b.weight"]},
+    ],
+    ids=["value", "shape", "dtype", "name", "fewer"],
+)
+def test_every_change_of_content_counts(weights, tmp_path, change):
+    tensors, file = weights
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, other)
+    assert of_files([other]) != of_files([file])
+
+
+def test_a_file_changed_in_place_is_read_again(weights):
+    tensors, file = weights
+    before = of_files([file])
+    save_file(tensors | {"a.bias": torch.zeros(3, dtype=torch.float16)}, file)  # the same size
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert of_files([file]) != before
+
+
+def test_the_second_time_nothing_is_read(weights, monkeypatch):
+    _, file = weights
+    before = of_files([file])
+    monkeypatch.setattr(fingerprint, "_digest_safetensors", lambda *_: pytest.fail("read again"))
+    assert of_files([file]) == before
+
+
+def test_a_home_that_cannot_be_written_or_is_damaged_only_costs_time(weights, own_home, monkeypatch):
+    _, file = weights
+    before = of_files([file])
+    (own_home / "inpo" / "fingerprints.json").write_text("not json")
+    assert of_files([file]) == before
+    (own_home / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "file"))
+    assert of_files([file]) == before
+
+
+def test_a_cut_file_is_no_fingerprint(weights):
+    _, file = weights
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="shorter than its header"):
+        of_files([file])
+
+
+def test_one_component_of_a_single_file(weights, tmp_path):
+    tensors, file = weights
+    only, other = tmp_path / "only.safetensors", tmp_path / "other.safetensors"
+    save_file({"b.weight": tensors["b.weight"]}, only)
+    save_file(tensors | {"a.bias": torch.zeros(3)}, other)
+    expected = of_files([only])
+    assert of_files([file], prefix=("b.",)) == of_files([other], prefix=("b.",)) == expected
+    assert of_files([file]) != of_files([other])
+
+
+def test_configurations_without_what_changes_no_number():
+    config = {"sample_size": 64, "act_fn": "silu"}
+    volatile = {"_name_or_path": "/a", "_diffusers_version": "1", "torch_dtype": "float16", "_commit_hash": "x"}
+    assert of_config(config | volatile) == of_config(dict(reversed(config.items())))
+    assert of_config(config | {"act_fn": "gelu"}) != of_config(config)
+
+
+def test_sharded_and_whole_weights_are_told_apart_by_content_and_not_by_mtime(tiny, model_copy):
+    prints = open_model(str(model_copy)).fingerprints
+    assert prints == open_model(str(tiny("sd15"))).fingerprints
+    assert set(prints) == {"unet", "vae", "text_encoder", "scheduler", "tokenizer"}
+    (file,) = (model_copy / "unet").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    changed = open_model(str(model_copy)).fingerprints
+    assert {name for name in prints if prints[name] != changed[name]} == {"unet"}

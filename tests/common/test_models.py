@@ -1,0 +1,120 @@
+"""What can be opened, and a clear refusal for everything else."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.errors import ModelError
+from common.models import open_model
+
+
+def change(file, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "prediction_type"),
+    [
+        ("sd15", "sd", "epsilon"), ("sd2-v", "sd", "v_prediction"), ("sample", "sd", "sample"),
+        ("sdxl", "sdxl", "epsilon"),
+    ],
+)
+def test_supported_pipelines_open_and_load(tiny, kind, family, prediction_type):
+    model = open_model(str(tiny(kind)))
+    assert (model.family, model.schedule.prediction_type) == (family, prediction_type)
+    assert ("text_encoder_2" in model.fingerprints) == (kind == "sdxl")
+    unet = model.load_unet()
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    assert model.load_vae().config.latent_channels == 4
+    assert model.load_text_pipeline().unet is None
+    assert model.load_pipeline(unet=unet).unet is unet
+
+
+def test_equal_seeds_give_equal_models(tiny, tmp_path):
+    from common.testing import save_tiny_pipeline
+
+    again = save_tiny_pipeline(tmp_path / "again", "sd15")
+    assert open_model(str(again)).fingerprints == open_model(str(tiny("sd15"))).fingerprints
+    other = save_tiny_pipeline(tmp_path / "other", "sd15", seed=1)
+    assert open_model(str(other)).fingerprints["unet"] != open_model(str(again)).fingerprints["unet"]
+
+
+def refusal(location, **options) -> str:
+    with pytest.raises(ModelError) as caught:
+        open_model(str(location), **options)
+    assert "to do:" in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_flow_matching_scheduler(model_copy):
+    change(model_copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    (model_copy / "scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    assert "flow-matching" in refusal(model_copy)
+
+
+def test_an_inpainting_unet(model_copy):
+    change(model_copy / "unet/config.json", in_channels=9)
+    message = refusal(model_copy)
+    assert "in_channels 4" in message
+    assert "in_channels 9" in message
+    assert "inpainting" in message
+
+
+def test_a_zero_terminal_snr_schedule(model_copy):
+    change(model_copy / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    assert "zero-terminal-SNR" in refusal(model_copy)
+
+
+def test_another_class_of_pipeline(model_copy):
+    change(model_copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    message = refusal(model_copy)
+    assert "StableDiffusion3Pipeline" in message
+    assert "SDXL" in message
+
+
+def test_folders_that_are_no_pipeline(model_copy, tmp_path):
+    message = refusal(model_copy / "unet")
+    assert "model_index.json" in message
+    assert "not one of its components" in message
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "an empty folder" in refusal(empty)
+    assert "nothing" in refusal(tmp_path / "none")
+
+
+def test_single_files(model_copy, tmp_path):
+    pickled = tmp_path / "model.ckpt"
+    pickled.write_bytes(b"")
+    assert "safetensors" in refusal(pickled)
+    single = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.x": torch.ones(1)}, single)
+    assert "--model-config" in refusal(single)
+    assert open_model(str(single), model_config=str(model_copy)).file == single
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal("nobody/no-such-model")
+    assert "nobody/no-such-model" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_weights_that_are_missing_or_of_another_variant(model_copy):
+    (file,) = (model_copy / "unet").glob("*.safetensors")
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    model = open_model(str(model_copy))
+    with pytest.raises(ModelError, match=r"(?s)no weights in safetensors(.*)fp16(.*)--variant"):
+        _ = model.fingerprints
+    assert "unet" in open_model(str(model_copy), variant="fp16").fingerprints
+
+
+def test_a_replacement_vae(tiny, model_copy):
+    plain = open_model(str(model_copy)).fingerprints
+    other = open_model(str(model_copy), vae=str(tiny("sdxl"))).fingerprints
+    assert {name for name in plain if plain[name] != other[name]} == {"vae"}
+    assert "no VAE" in refusal(model_copy, vae=str(model_copy / "unet" / ".."  / "tokenizer"))

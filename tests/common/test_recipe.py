@@ -1,0 +1,97 @@
+"""Flags win over the recipe, the recipe over defaults; mistakes are named."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UsageError
+from common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
+
+
+class Numbers(Section):
+    """A section with every kind of value."""
+
+    steps: int = 10
+    rate: float = 1e-5
+    name: str = "inpo"
+    on: bool = False
+    kept: tuple[int, ...] = ()
+    maybe: str | None = None
+
+
+def recipe(tmp_path, text: str):
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    return read_recipe(file)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    sections = recipe(tmp_path, '[train]\nsteps = 3\nname = "dpo"\n')
+    settings = resolve(Numbers, "train", sections, {"steps": 7, "name": None, "on": None})
+    assert (settings.steps, settings.name, settings.rate, settings.on) == (7, "dpo", 1e-5, False)
+    assert resolve(Numbers, "train", sections, {"on": False}).on is False
+    assert resolve(Numbers, "train", {}, {}) == Numbers()
+    assert read_recipe(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nstpes = 3\n", ("stpes", "[train]", "steps")),
+        ('[train]\nsteps = "many"\n', ("steps", "many")),
+        ("[train]\nsteps = 1.5\n", ("steps", "1.5")),
+    ],
+)
+def test_a_bad_setting_is_named(tmp_path, text, words):
+    with pytest.raises(UsageError) as caught:
+        resolve(Numbers, "train", recipe(tmp_path, text), {})
+    assert all(word in str(caught.value) for word in words)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train\nsteps = 3\n", ("not valid TOML", "line 1")),
+        ("[trian]\nsteps = 3\n", ("trian", "precompute")),
+        ("steps = 3\n", ("steps", "precompute")),
+    ],
+)
+def test_a_bad_recipe_is_named(tmp_path, text, words):
+    with pytest.raises(UsageError) as caught:
+        recipe(tmp_path, text)
+    assert all(word in str(caught.value) for word in (*words, "r.toml"))
+
+
+def test_a_recipe_in_another_encoding(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_bytes('[data]\npairs = "Bücher"\n'.encode("latin-1"))
+    with pytest.raises(UsageError, match="not valid TOML"):
+        read_recipe(file)
+    file.write_text('[data]\npairs = "Bücher"\n', encoding="utf-8")
+    assert read_recipe(file) == {"data": {"pairs": "Bücher"}}
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_what_is_missing_is_asked_for_by_name():
+    with pytest.raises(UsageError, match="--cache"):
+        DataSection().need("cache")
+    with pytest.raises(UsageError, match="--model"):
+        ModelSection().open()
+    assert DataSection(cache="c").need("cache") == "c"
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.integers(-(2**53), 2**53), rate=st.floats(allow_nan=False), name=st.text(), on=st.booleans(),
+    kept=st.lists(st.integers(0, 999)).map(tuple), maybe=st.none() | st.text(),
+)
+def test_a_written_configuration_is_a_recipe_that_gives_it_again(tmp_path_factory, **values):
+    resolved = Numbers(**values)
+    file = tmp_path_factory.getbasetemp() / "resolved.toml"
+    file.write_bytes(to_toml({"train": resolved}).encode())
+    assert resolve(Numbers, "train", read_recipe(file), {}) == resolved
