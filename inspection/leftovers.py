@@ -1,0 +1,95 @@
+"""What writers left behind: attempts that no commit names, finished or not.
+
+A writer that died, or lost the race for a shard, leaves its attempt folder; readers never see it. A writer that is
+still at work looks the same, except that its files are young.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import obstore
+
+from common.cache import Commit
+from common.cache.store import CacheStore, storage_errors
+from common.errors import CacheError
+
+GRACE = timedelta(hours=1)
+"""Younger attempts may belong to a writer at work: a shard's files are all written within minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """One attempt without a commit: its folder below shards/, and its list of skipped pairs, if any."""
+
+    shard: str
+    attempt: str
+    num_bytes: int
+    modified: datetime
+    """UTC; the youngest of its files."""
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        return (f"shards/{self.shard}/{self.attempt}", f"skipped/{self.shard}/{self.attempt}.jsonl")
+
+    def is_young(self, now: datetime | None = None) -> bool:
+        return (now or datetime.now(UTC)) - self.modified < GRACE
+
+
+def find_leftovers(store: CacheStore) -> list[Leftover]:
+    """Every attempt that no commit names, sorted.
+
+    Attempts of a shard whose commit cannot be read are left out: which of them was committed is not known.
+    """
+    sizes: dict[tuple[str, str], int] = {}
+    modified: dict[tuple[str, str], datetime] = {}
+    for folder in ("shards", "skipped"):
+        for name, size, when in _files(store, folder):
+            parts = name.split("/")
+            if len(parts) < 2:
+                continue
+            key = (parts[0], parts[1].removesuffix(".jsonl") if folder == "skipped" else parts[1])
+            sizes[key] = sizes.get(key, 0) + size
+            modified[key] = max(when, modified.get(key, when))
+    committed: dict[str, str | None] = {}
+    for shard in {shard for shard, _ in sizes}:
+        committed[shard] = committed_attempt(store, shard)
+    return [
+        Leftover(shard=shard, attempt=attempt, num_bytes=sizes[shard, attempt], modified=modified[shard, attempt])
+        for shard, attempt in sorted(sizes)
+        if committed[shard] not in (attempt, _UNKNOWN)
+    ]
+
+
+_UNKNOWN = "?"
+
+
+def committed_attempt(store: CacheStore, shard: str) -> str | None:
+    """The attempt that a shard's commit names now; None: no commit; "?": a commit that cannot be read."""
+    name = f"commits/{shard}.json"
+    data = store.get(name)
+    if data is None:
+        return None
+    try:
+        return Commit.from_json(data, store.path(name)).attempt
+    except CacheError:
+        return _UNKNOWN
+
+
+def _files(store: CacheStore, folder: str) -> Iterator[tuple[str, int, datetime]]:
+    """(path below `folder`, bytes, time of the last change) of every file."""
+    with storage_errors("list", store.path(folder)):
+        if store.remote:
+            for batch in obstore.list(store.client, folder, chunk_size=1000):
+                for entry in batch:
+                    yield entry["path"].removeprefix(f"{folder}/"), entry["size"], entry["last_modified"]
+            return
+        root = Path(store.location) / folder
+        for file in root.rglob("*"):
+            try:
+                found = file.stat()
+            except FileNotFoundError:  # a writer renamed or removed it meanwhile
+                continue
+            if file.is_file():
+                yield file.relative_to(root).as_posix(), found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)

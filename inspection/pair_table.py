@@ -1,0 +1,87 @@
+"""The small arrays of a whole cache as one table: one row per pair, read without touching any latent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int
+
+from common.cache import Cache, Shard
+from common.errors import InpoError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairTable:
+    """Columns over the readable pairs of a cache, in the order of shards and rows."""
+
+    shard_names: tuple[str, ...]
+    shard: Int[np.ndarray, "pair"]
+    """Index into `shard_names`."""
+    row: Int[np.ndarray, "pair"]
+    pair_id: np.ndarray
+    prompt: np.ndarray
+    """The original caption, also where it was dropped."""
+    caption_dropped: Bool[np.ndarray, "pair"]
+    label: Float[np.ndarray, "pair"]
+    timestep: Int[np.ndarray, "pair step"]
+    reference_error: Float32[np.ndarray, "pair step side"]
+    inversion_error: Float32[np.ndarray, "pair side"]
+    """NaN: not measured."""
+    damaged: dict[str, InpoError]
+    """Shards left out, with the reason."""
+
+    def __len__(self) -> int:
+        return len(self.pair_id)
+
+    @property
+    def mean_reference_error(self) -> Float[np.ndarray, "pair"]:
+        """Mean over the pair's timesteps and sides."""
+        return self.reference_error.astype(np.float64).mean((1, 2))
+
+    @property
+    def worst_inversion_error(self) -> Float[np.ndarray, "pair"]:
+        """The larger of the two sides; NaN: not measured."""
+        return self.inversion_error.astype(np.float64).max(1)
+
+
+def read_pair_table(
+    cache: Cache, damaged: dict[str, InpoError] | None = None, on_shard: Callable[[], None] = lambda: None
+) -> PairTable:
+    """Read every committed shard's small arrays. A shard that cannot be read lands in `damaged`, the rest stays."""
+    damaged = {} if damaged is None else damaged
+    names: list[str] = []
+    parts: list[dict[str, np.ndarray]] = []
+    for shard in cache:
+        try:
+            columns = _columns(shard)
+        except InpoError as error:
+            damaged[shard.name] = error
+        else:
+            columns["shard"] = np.full(shard.num_pairs, len(names))
+            names.append(shard.name)
+            parts.append(columns)
+        on_shard()
+    if not parts:
+        steps = cache.manifest.timesteps_per_pair
+        parts = [{
+            "shard": np.zeros(0, np.int64), "row": np.zeros(0, np.int64), "pair_id": np.zeros(0, object),
+            "prompt": np.zeros(0, object), "caption_dropped": np.zeros(0, bool), "label": np.zeros(0, np.float32),
+            "timestep": np.zeros((0, steps), np.int64), "reference_error": np.zeros((0, steps, 2), np.float32),
+            "inversion_error": np.zeros((0, 2), np.float32),
+        }]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return PairTable(shard_names=tuple(names), damaged=damaged, **joined)
+
+
+def _columns(shard: Shard) -> dict[str, np.ndarray]:
+    text = shard.read("prompt/text").astype(object)
+    return {
+        "row": np.arange(shard.num_pairs),
+        "pair_id": shard.read("pair_id").astype(object),
+        "prompt": text[shard.read("prompt_index")],
+        "caption_dropped": shard.read("caption_dropped"),
+        "label": shard.read("label"),
+        "timestep": shard.read("timestep").astype(np.int64),
+        "reference_error": shard.read("reference_error"),
+        "inversion_error": shard.read("inversion_error"),
+    }

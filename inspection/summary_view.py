@@ -1,0 +1,170 @@
+"""The summary on a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from inspection.summary import Summary
+
+_SETTINGS = (
+    "profile", "extra", "resolution", "latent_shape", "prediction_type", "num_train_timesteps", "timesteps_per_pair",
+    "seed", "network_dtype", "vae_dtype", "vae_latent", "crop", "flip", "measure_inversion",
+)
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print `summary`: the state first, then settings, bytes and statistics, and what is wrong last."""
+    console.print(f"[bold]{summary.location}[/bold]", soft_wrap=True, highlight=False)
+    console.print(_state(summary))
+    console.print(_identity(summary))
+    if summary.skipped or summary.counts:
+        console.print(_skipped(summary))
+    if summary.array_bytes:
+        console.print(_bytes(summary))
+    if summary.num_pairs:
+        console.print(_timesteps(summary))
+        console.print(_statistics(summary))
+    _advice(summary, console)
+
+
+def _table(title: str, *, headers: bool = False) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if headers else None,
+                 show_header=headers, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _state(summary: Summary) -> Table:
+    table = _table("")
+    empty = f", {summary.num_empty_shards:,} without a surviving pair" if summary.num_empty_shards else ""
+    table.add_row("committed", f"{summary.num_shards:,} shards{empty}")
+    table.add_row("pairs", f"{summary.num_pairs:,} ({summary.num_records:,} records, {summary.num_prompts:,} prompts)")
+    table.add_row("bytes", readable_bytes(summary.total_bytes))
+    if summary.last_commit:
+        table.add_row("written", f"{summary.first_commit} to {summary.last_commit}")
+    if summary.num_pending:
+        table.add_row("being written", f"{summary.num_pending:,} attempts, {readable_bytes(summary.pending_bytes)}")
+    table.add_row("orphaned", f"{summary.num_orphaned:,} attempts, {readable_bytes(summary.orphaned_bytes)}")
+    if summary.num_quarantined:
+        table.add_row("quarantined", f"{summary.num_quarantined:,} commits set aside")
+    if summary.label_sets:
+        table.add_row("label sets", ", ".join(summary.label_sets))
+    return table
+
+
+def _identity(summary: Summary) -> Table:
+    table = _table("identity and settings")
+    identity = summary.identity
+    inverter = {name.removeprefix("inverter."): value for name, value in identity.items() if name.startswith("inv")}
+    table.add_row("inverter", f"{inverter.pop('name')}  " + "  ".join(
+        f"{name} {_value(value)}" for name, value in inverter.items() if value is not None
+    ))
+    for name in _SETTINGS:
+        table.add_row(name, _value(identity[name]))
+    for name, value in identity.items():
+        if name.startswith("fingerprints."):
+            table.add_row(name.removeprefix("fingerprints.") + " fingerprint", str(value)[:16])
+    return table
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value)) if len(value) == 3 else "..".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _skipped(summary: Summary) -> Table:
+    table = _table("skipped pairs, by reason" if summary.skipped else "kept pairs of note", headers=True)
+    table.add_column("reason")
+    table.add_column("pairs", justify="right")
+    for reason, count in summary.skipped.items():
+        table.add_row(reason, f"{count:,}")
+    for reason, count in summary.counts.items():
+        table.add_row(f"{reason} (kept)", f"{count:,}")
+    return table
+
+
+def _bytes(summary: Summary) -> Table:
+    table = _table("bytes by array", headers=True)
+    table.add_column("array")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    large = [item for item in summary.array_bytes.items() if item[1] >= 0.001 * summary.total_bytes]
+    for name, size in large:
+        share = size / summary.total_bytes
+        table.add_row(name, readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24))
+    rest = summary.total_bytes - sum(size for _, size in large)
+    if rest:
+        table.add_row("(the rest)", readable_bytes(rest), f"{100 * rest / summary.total_bytes:.1f}%", "")
+    return table
+
+
+def _timesteps(summary: Summary) -> Table:
+    table = _table("timesteps and mean reference error", headers=True)
+    table.add_column("timestep")
+    table.add_column("records", justify="right")
+    table.add_column("")
+    table.add_column("E_ref win", justify="right")
+    table.add_column("E_ref lose", justify="right")
+    most = max(each.num_records for each in summary.timesteps) or 1
+    for each in summary.timesteps:
+        table.add_row(
+            f"{each.low}..{each.high - 1}", f"{each.num_records:,}", bar(each.num_records / most, 24),
+            number(each.reference_error_win), number(each.reference_error_lose),
+        )
+    return table
+
+
+def _statistics(summary: Summary) -> Table:
+    table = _table("errors")
+    error = summary.inversion_error
+    images = 2 * summary.num_pairs
+    if error.num_measured:
+        table.add_row(
+            "inversion error",
+            f"median {number(error.median)}, 95% {number(error.p95)}, largest {number(error.largest)} "
+            f"({error.largest_pair}); measured on {error.num_measured:,} of {images:,} images",
+        )
+    else:
+        table.add_row("inversion error", f"measured on none of {images:,} images (precompute --measure-inversion)")
+    found = {name: count for name, count in summary.num_nan.items() if count}
+    table.add_row("NaN or infinity", ", ".join(f"{count:,} in {name}" for name, count in found.items()) or "none")
+    if summary.num_soft_labels:
+        table.add_row("labels", f"{summary.num_soft_labels:,} soft")
+    if summary.num_captions_dropped:
+        table.add_row("captions dropped", f"{summary.num_captions_dropped:,} pairs")
+    return table
+
+
+def _advice(summary: Summary, console: Console) -> None:
+    if not summary.num_shards and not summary.damaged:
+        console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
+    if summary.num_orphaned:
+        console.print(f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
+                      soft_wrap=True, highlight=False)
+    if summary.damaged:
+        console.print(f"[bold red]{len(summary.damaged)} damaged shard{'s' if len(summary.damaged) > 1 else ''}, "
+                      "left out of the statistics above:[/bold red]")
+        for name, text in summary.damaged.items():
+            console.print(f"[bold]{name}[/bold]", highlight=False)
+            console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def bar(share: float, width: int) -> str:
+    """A horizontal bar in eighths of a character."""
+    eighths = round(share * width * 8)
+    full, part = divmod(eighths, 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def readable_bytes(count: int) -> str:
+    """Decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
