@@ -74,7 +74,7 @@ def generate_command(
             "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
         )
     report = generate(chosen.open(), read_prompts(settings.prompts), settings, out)
-    cut = f"; {report.num_cut} prompts are longer than the text encoder reads and were cut" if report.num_cut else ""
+    cut = f"; prompts cut, being longer than the text encoder reads: {report.num_cut}" if report.num_cut else ""
     _say(f"{report.num_images} images in {out}{cut}")
 
 

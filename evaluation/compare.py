@@ -132,7 +132,7 @@ def _notes(a: ImageFolder, b: ImageFolder, num_shared: int) -> list[str]:
     notes = []
     for label, folder in (("A", a), ("B", b)):
         if extra := len(folder.entries) - num_shared:
-            notes.append(f"{extra} images are only in {label} and not compared.")
+            notes.append(f"Images only in {label}, not compared: {extra}.")
     for name in ("inference_steps", "guidance", "scheduler", "dtype"):
         first, second = a.settings.get(name), b.settings.get(name)
         if first != second and a.settings and b.settings:

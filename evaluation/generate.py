@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from common import fingerprint
 from common.errors import ModelError, TrainingError, UsageError
@@ -204,6 +205,17 @@ def _lora_file(location: str) -> Path:
             got=", ".join(file.name for file in found) if path.exists() else "nothing",
             fix="check --lora",
         )
+    try:
+        with safe_open(found[0], "pt") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise ModelError(
+            "The LoRA weights are damaged, or in another format.",
+            where=found[0],
+            expected="a safetensors file",
+            got=str(error),
+            fix="save or copy them again",
+        ) from None
     return found[0]
 
 

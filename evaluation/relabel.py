@@ -5,7 +5,7 @@ Nothing is inverted again and no shard is touched: labels lie beside the shards,
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched
+from itertools import islice
 
 from accelerate import PartialState
 from scipy.special import expit
@@ -77,7 +77,8 @@ def relabel_cache(
         wanted = [str(pair_id) for pair_id in shard.read("pair_id")]
         input_shard = _input_of(shard, inputs, source_location)
         labels: dict[str, PairLabel] = {}
-        for pairs in batched(_pairs_of(shard, input_shard, set(wanted)), pairs_per_batch):
+        committed = _pairs_of(shard, input_shard, set(wanted))
+        while pairs := list(islice(committed, pairs_per_batch)):
             labels.update(_label(pairs, scorer, temperature))
             on_pairs(len(pairs))
         missing = [pair_id for pair_id in wanted if pair_id not in labels]

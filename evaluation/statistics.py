@@ -53,7 +53,7 @@ class PairedStatistics:
         return "B does not win: no difference shown"
 
 
-def wilson_interval(successes: float, trials: float, *, confidence: float = CONFIDENCE) -> Interval:
+def wilson_interval(successes: float | int, trials: int, *, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's score interval for a share (Wilson 1927); `successes` may be fractional, as ties count one half."""
     z = float(scipy.stats.norm.ppf(0.5 + confidence / 2))
     share = successes / trials

@@ -1,0 +1,139 @@
+"""Two folders against each other: the table, the notes, the picture."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from common.errors import DataError, UsageError
+from evaluation.cli import app
+from evaluation.compare import ScoredPairs, compare_folders
+from evaluation.image_folder import ImageFolder
+from evaluation.picture import choose_pairs, draw_picture
+from evaluation.score import score_folder
+from evaluation.statistics import compare_scores
+
+SaveImages = Callable[..., Path]
+
+
+@pytest.fixture
+def folders(save_images: SaveImages, counting, tmp_path: Path) -> tuple[ImageFolder, ImageFolder]:
+    """B is redder in 18 of 20 pairs, equal in one, and less red in one."""
+    reds = list(range(40, 240, 10))
+    changed = [*(red + 10 for red in reds[:18]), reds[18], reds[19] - 30]
+    a, b = (ImageFolder(save_images(tmp_path / n, r)) for n, r in (("base", reds), ("tuned", changed)))
+    for folder in (a, b):
+        score_folder(folder, counting)
+    return a, b
+
+
+def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> None:
+    comparison = compare_folders(*folders)
+    (one,) = comparison.scored
+    assert (one.scorer, one.statistics.wins, one.statistics.ties, one.statistics.losses) == ("counting", 18, 1, 1)
+    assert one.statistics.win_rate == 0.925
+    text = comparison.to_markdown()
+    assert "A: base, B: tuned" in text
+    assert "| counting | 20 | 0.925 [" in text
+    assert "| B wins |" in text
+    back = compare_folders(folders[1], folders[0]).to_markdown()
+    assert "B does not win: it loses" in back
+
+
+def test_it_reproduces_from_what_is_saved(folders: tuple[ImageFolder, ImageFolder], tmp_path: Path) -> None:
+    a, b = (str(folder.path) for folder in folders)
+    for name in ("one", "two"):
+        result = CliRunner().invoke(app, ["compare", a, b, "--out", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    for file in ("comparison.json", "comparison.md", "comparison.png"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    document = json.loads((tmp_path / "one" / "comparison.json").read_text())
+    assert document["num_pairs"] == 20
+    assert document["scorers"]["counting"]["win_rate"] == 0.925
+    assert document["scorers"]["counting"]["verdict"] == "B wins"
+
+
+def test_the_same_folder_twice_is_a_tie_and_no_error(folders: tuple[ImageFolder, ImageFolder]) -> None:
+    result = CliRunner().invoke(app, ["compare", str(folders[0].path), str(folders[0].path)])
+    assert result.exit_code == 0
+    assert "0.500" in result.output
+    assert "B does not win: no difference shown" in result.output
+    assert "same folder" in result.output
+
+
+@pytest.mark.usefixtures("plugin")
+def test_scores_that_are_not_there_are_made(folders: tuple[ImageFolder, ImageFolder]) -> None:
+    result = CliRunner().invoke(app, ["compare", *(str(folder.path) for folder in folders), "--scorer", "red"])
+    assert result.exit_code == 0, result.output
+    assert "| red | 20 | 0.925" in result.output
+
+
+def test_images_on_one_side_only_and_other_settings_are_noted(
+    save_images: SaveImages, counting, tmp_path: Path
+) -> None:
+    a, b = save_images(tmp_path / "a", [1, 2, 3]), save_images(tmp_path / "b", [1, 2])
+    (a / "generate.json").write_text('{"guidance": 7.5}')
+    (b / "generate.json").write_text('{"guidance": 3.0}')
+    for folder in (a, b):
+        score_folder(ImageFolder(folder), counting)
+    text = compare_folders(ImageFolder(a), ImageFolder(b)).to_markdown()
+    assert "only in A, not compared: 1" in text
+    assert "guidance is 7.5 in A and 3.0 in B" in text
+
+
+def test_nothing_to_compare_is_refused(save_images: SaveImages, counting, tmp_path: Path) -> None:
+    a, b = save_images(tmp_path / "a", [1]), save_images(tmp_path / "b", [1], seed=9)
+    with pytest.raises(DataError, match="--seed"):
+        compare_folders(ImageFolder(a), ImageFolder(b))
+    c = save_images(tmp_path / "c", [1])
+    score_folder(ImageFolder(a), counting)
+    with pytest.raises(UsageError, match="no scores in common"):
+        compare_folders(ImageFolder(a), ImageFolder(c))
+    with pytest.raises(DataError, match=f"inpo evaluate score {c}"):
+        compare_folders(ImageFolder(a), ImageFolder(c), ["counting"])
+
+
+def scored(differences: list[float]) -> ScoredPairs:
+    b = np.array(differences)
+    statistics = compare_scores(np.zeros(len(b)), b, [str(index) for index in range(len(b))])
+    return ScoredPairs(scorer="s", a=np.zeros(len(b)), b=b, statistics=statistics)
+
+
+def test_the_picture_shows_the_best_the_worst_and_others() -> None:
+    differences = [0.1 * index for index in range(-10, 10)]
+    keys = [(f"p{index}", 0) for index in range(20)]
+    improved, worsened, random = choose_pairs(scored(differences), keys)
+    assert improved == [19, 18, 17, 16]
+    assert worsened == [0, 1, 2, 3]
+    assert len(random) == 4
+    assert not {*random} & {*improved, *worsened}
+    assert choose_pairs(scored(differences), keys)[2] == random
+
+
+def test_nothing_is_called_improved_that_is_not() -> None:
+    improved, worsened, random = choose_pairs(scored([-1.0, 0.0]), [("a", 0), ("b", 0)])
+    assert (improved, worsened, random) == ([], [0], [1])
+
+
+@pytest.mark.parametrize("size", [8, 700])
+def test_the_picture_holds_the_images_in_their_places(
+    save_images: SaveImages, counting, tmp_path: Path, size: int
+) -> None:
+    a = ImageFolder(save_images(tmp_path / "a", [0, 0], size=size))
+    b = ImageFolder(save_images(tmp_path / "b", [255, 255], size=size))
+    for folder in (a, b):
+        score_folder(folder, counting)
+    comparison = compare_folders(a, b)
+    drawn = np.asarray(Image.open(io.BytesIO(draw_picture(comparison, comparison.scored[0]))).convert("RGB"))
+    dark = np.argwhere((drawn == (0, 40, 90)).all(axis=-1))
+    bright = np.argwhere((drawn == (255, 40, 90)).all(axis=-1))
+    # Both are there, as large as each other, A to the left of B in the same rows.
+    assert len(dark) > 20_000
+    assert abs(len(dark) - len(bright)) < 0.05 * len(dark)
+    assert dark[:, 1].min() < bright[:, 1].min()
+    assert {*dark[:, 0]} == {*bright[:, 0]}

@@ -1,0 +1,146 @@
+"""Images: the pipeline's own, equal noise for every model and batch, resumable, of one setting."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from common.errors import InpoError, ModelError, UsageError
+from common.models import open_model
+from evaluation.cli import app
+from evaluation.generate import generate
+from evaluation.image_folder import ImageFolder
+from evaluation.settings import EvaluateSettings
+
+PROMPTS = ["a red cat", "a blue dog", "the sky"]
+
+
+def make(model: Path, out: Path, prompts: list[str] = PROMPTS, **settings: object):
+    return generate(open_model(str(model)), prompts, EvaluateSettings(inference_steps=2, **settings), out)
+
+
+def pixels(folder: Path) -> dict[tuple[str, int], np.ndarray]:
+    images = ImageFolder(folder)
+    return {entry.key: np.asarray(images.open(entry)).astype(int) for entry in images.entries}
+
+
+def same(first: dict, second: dict) -> bool:
+    """Equal keys and images, but for a rounding of one grey level that another batch size may bring."""
+    return first.keys() == second.keys() and all(abs(first[key] - second[key]).max() <= 1 for key in first)
+
+
+def test_an_image_is_what_the_pipeline_gives_for_its_listed_seed(tiny_model: Path, tmp_path: Path) -> None:
+    report = make(tiny_model, tmp_path / "out", images_per_prompt=2, guidance=3.0)
+    assert report.num_images == 6
+    lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert len({line["seed"] for line in lines}) == 6
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for line in lines[2:4]:
+        noise = torch.Generator().manual_seed(line["seed"])
+        expected = pipeline(line["prompt"], generator=noise, num_inference_steps=2, guidance_scale=3.0).images[0]
+        got = Image.open(tmp_path / "out" / line["file"])
+        assert abs(np.asarray(got).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_noise_does_not_depend_on_batch_or_order(tiny_model: Path, tmp_path: Path) -> None:
+    make(tiny_model, tmp_path / "one", batch_size=1)
+    make(tiny_model, tmp_path / "three", PROMPTS[::-1], batch_size=3)
+    assert same(pixels(tmp_path / "one"), pixels(tmp_path / "three"))
+    make(tiny_model, tmp_path / "seed", seed=1)
+    assert not pixels(tmp_path / "one").keys() & pixels(tmp_path / "seed").keys()
+
+
+def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    make(tiny_model, whole)
+    assert make(tiny_model, out, limit=2).num_images == 2
+    before = (out / "images" / "00000-0.png").stat().st_mtime_ns
+    # As a kill leaves it: one image gone, one empty, no listing.
+    (out / "images.jsonl").unlink()
+    (out / "images" / "00001-0.png").write_bytes(b"")
+    with pytest.raises(InpoError, match="not complete"):
+        ImageFolder(out)
+    assert make(tiny_model, out).num_new == 2
+    assert (out / "images" / "00000-0.png").stat().st_mtime_ns == before
+    assert same(pixels(out), pixels(whole))
+    assert make(tiny_model, out).num_new == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"guidance": 2.0}, "guidance = 7.5"), ({"seed": 3}, "seed = 0"), ({"prompts": 1}, "num_prompts")]
+)
+def test_a_folder_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path, change: dict, name: str) -> None:
+    make(tiny_model, tmp_path / "out", PROMPTS[:1])
+    prompts = PROMPTS[:2] if change.pop("prompts", None) else PROMPTS[:1]
+    with pytest.raises(UsageError, match=name):
+        make(tiny_model, tmp_path / "out", prompts, **change)
+
+
+def test_another_models_folder_and_a_strangers_folder_are_refused(
+    tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    make(tiny_model, tmp_path / "out", PROMPTS[:1])
+    with pytest.raises(UsageError, match="fingerprints"):
+        make(other_model, tmp_path / "out", PROMPTS[:1])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").touch()
+    with pytest.raises(UsageError, match="something else"):
+        make(tiny_model, tmp_path / "photos")
+
+
+def test_lora_weights_change_the_image_and_the_identity(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+    pipeline.unet.add_adapter(config)
+    for name, weight in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2.0, generator=torch.Generator().manual_seed(0))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.unet))
+    make(tiny_model, tmp_path / "plain")
+    make(tiny_model, tmp_path / "lora-out", lora=str(tmp_path / "lora"))
+    plain, changed = pixels(tmp_path / "plain"), pixels(tmp_path / "lora-out")
+    assert plain.keys() == changed.keys()
+    assert not same(plain, changed)
+    with pytest.raises(UsageError, match="lora"):
+        make(tiny_model, tmp_path / "plain", lora=str(tmp_path / "lora"))
+
+
+def test_bad_lora_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no LoRA weights here"):
+        make(tiny_model, tmp_path / "out", lora=str(tmp_path / "none.safetensors"))
+    (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="damaged"):
+        make(tiny_model, tmp_path / "out", lora=str(tmp_path / "bad.safetensors"))
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="do not fit"):
+        make(tiny_model, tmp_path / "out", lora=str(tmp_path / "other.safetensors"))
+
+
+def test_the_command_reads_a_recipe_and_flags_win(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red cat\na dog on the house of the sky under a photo of the cat and dog\n")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'[model]\nmodel = "{tiny_model}"\n[evaluate]\nprompts = "{tmp_path}/p.txt"\nguidance = 2.0\nseed = 5\n'
+    )
+    arguments = ["generate", "--recipe", str(recipe), "--out", str(tmp_path / "o"), "--inference-steps", "1", "--seed", "6"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "o" / "generate.json").read_text())
+    assert (settings["guidance"], settings["seed"], settings["inference_steps"]) == (2.0, 6, 1)
+    assert "longer than the text encoder reads: 1" in result.output
+
+
+def test_a_command_without_prompts_says_how_to_give_them(tiny_model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", "--model", str(tiny_model), "--out", str(tmp_path / "o")])
+    assert isinstance(result.exception, UsageError)
+    assert "--prompts" in str(result.exception)

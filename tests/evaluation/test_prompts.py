@@ -1,0 +1,67 @@
+"""Prompts from every kind of file."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import DataError
+from evaluation.prompts import read_prompts
+
+
+def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
+    (folder / name).write_text(text, encoding=encoding, newline="")
+    return str(folder / name)
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    text = "a cat\r\n\r\n  a dog  \na cat\nsea\u2028side\n"
+    assert read_prompts(write(tmp_path, "p.txt", text, "utf-8-sig")) == ["a cat", "a dog", "sea\u2028side"]
+
+
+def test_parti_prompts_are_read_by_column_with_their_quotation_marks(tmp_path: Path) -> None:
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        'a sign that says "Hi"\tWorld\tBasic\t',
+        '"G L E" in paint\tArts\tWriting\t"a note',
+    ]
+    got = read_prompts(write(tmp_path, "PartiPrompts.tsv", "\n".join(rows) + "\n"))
+    assert got == ['a sign that says "Hi"', '"G L E" in paint']
+
+
+@pytest.mark.parametrize("entries", [["a", "b"], [{"prompt": "a", "rank": [1]}, {"prompt": "b"}]])
+def test_hpd_json_is_a_list_of_texts_or_objects(tmp_path: Path, entries: list[object]) -> None:
+    assert read_prompts(write(tmp_path, "anime.json", json.dumps(entries))) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "No prompt found"),
+        ("p.tsv", "Name\tNote\nx\ty\n", "No column of prompts"),
+        ("p.json", '{"prompt": "a"}', "no list"),
+        ("p.json", '["a", 3]', "entry 1"),
+        ("p.json", '["a"', "not valid JSON"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_prompts(write(tmp_path, name, text))
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="UTF-8"):
+        read_prompts(write(tmp_path, "p.txt", "grün", "latin-1"))
+
+
+@pytest.mark.parametrize("location", ["/no/such/file.txt", "prompts.txt", "./a/b"])
+def test_a_missing_file_is_no_hub_name(location: str) -> None:
+    with pytest.raises(DataError, match="There are no prompts here"):
+        read_prompts(location)
+
+
+def test_the_hub_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        read_prompts("owner/name:train")

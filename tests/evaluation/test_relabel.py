@@ -1,0 +1,172 @@
+"""Label sets from a source's images, beside shards that nothing touches."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer import Typer
+from typer.testing import CliRunner
+
+from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from common.cache.labels import LabelSet, read_labels, write_labels
+from common.errors import CacheIncomplete, CacheMismatch, DataError, UsageError
+from common.pairs import open_source
+from evaluation.relabel import relabel_cache
+from evaluation.relabel_cli import relabel
+
+REDS = {"first": (200, 100), "second": (50, 150), "third": (80, 80), "fourth": (255, 0), "fifth": (10, 20)}
+"""Red values of (win, lose) by pair id."""
+
+
+def png(red: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def write_source(folder: Path, reds: dict[str, tuple[int, int]] = REDS) -> Path:
+    folder.mkdir()
+    lines = []
+    for name, sides in reds.items():
+        for side, red in zip(("win", "lose"), sides, strict=True):
+            (folder / f"{name}-{side}.png").write_bytes(png(red))
+        row = {"prompt": f"a {name}", "win": f"{name}-win.png", "lose": f"{name}-lose.png", "id": name}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder
+
+
+def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]] = ((0, 2), (2, 5))) -> Path:
+    """A cache with the contract's arrays, as precompute would commit it for these rows, one pair of them left out."""
+    manifest = Manifest(
+        latent_shape=(1, 2, 2), num_train_timesteps=10, alphas_cumprod=tuple(0.9 - 0.05 * i for i in range(10)),
+        prediction_type="epsilon", profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center", flip=False,
+        vae_latent="mean", vae_dtype="float32", network_dtype="float32",
+        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"unet": "u"},
+    )  # fmt: skip
+    writer = CacheWriter.open(str(location), manifest)
+    (input_shard,) = open_source(str(source)).input_shards()
+    for start, stop in rows:
+        ids = [item.pair_id for item in input_shard.rows(start, stop) if "fourth" not in item.pair_id]
+        count = len(ids)
+        arrays = {
+            "x0": np.zeros((count, 2, 1, 2, 2), np.float16), "target": np.zeros((count, 1, 2, 1, 2, 2), np.float16),
+            "reference_error": np.zeros((count, 1, 2), np.float32), "inversion_error": np.zeros((count, 2), np.float32),
+            "timestep": np.zeros((count, 1), np.int16), "pair_id": np.array(ids, dtype=object),
+            "prompt_index": np.zeros(count, np.int32), "caption_dropped": np.zeros(count, bool),
+            "label": np.ones(count, np.float32), "prompt/text": np.array([""], dtype=object),
+            "prompt/embedding": np.zeros((1, 2, 2), np.float16),
+        }  # fmt: skip
+        made_from = ShardSource(
+            location=str(source), input_shard=input_shard.name, rows=(start, stop), fingerprint=input_shard.fingerprint()
+        )
+        assert writer.write(f"{input_shard.name}-{start:08d}", ShardData(arrays=arrays, source=made_from)) is not None
+    return location
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "pairs")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, source: Path) -> Path:
+    return write_cache(tmp_path / "cache", source)
+
+
+def run(cache: Path, source: Path, scorer, **options: object):
+    values = {"set_name": "reds", "temperature": 50.0} | options
+    return relabel_cache(open_cache(str(cache)), str(source), scorer, **values)
+
+
+def by_name(labels: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Labels by the name in the pair id, whatever a source makes ids of."""
+    flat = {pair_id: value for shard in labels.values() for pair_id, value in shard.items()}
+    return {name: value for name in REDS for pair_id, value in flat.items() if name in pair_id}
+
+
+def test_every_committed_pair_gets_scores_and_a_probability(cache: Path, source: Path, counting) -> None:
+    before = {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
+    report = run(cache, source, counting)
+    got = by_name(read_labels(open_cache(str(cache)), "reds"))
+    expected = {name: 1 / (1 + math.exp(-(win - lose) / 50)) for name, (win, lose) in REDS.items() if name != "fourth"}
+    assert got == pytest.approx(expected)
+    assert got["second"] < 0.5
+    assert (report.num_shards, report.num_pairs, report.num_agreeing, report.num_ties) == (2, 4, 1, 1)
+    documents = [json.loads(file.read_text()) for file in (cache / "labels" / "reds").iterdir()]
+    scores = [pair["scores"] for document in documents for pair in document["pairs"].values()]
+    assert sorted(scores) == sorted([list(map(float, REDS[name])) for name in expected])
+    assert {document["scorer"] for document in documents} == {"counting"}
+    assert all(file.read_bytes() == data for file, data in before.items())
+    assert "a fourth" not in counting.asked
+    assert counting.asked.count("a first") == 2
+
+
+def test_a_stopped_run_goes_on(cache: Path, source: Path, counting) -> None:
+    run(cache, source, counting)
+    first, _second = sorted((cache / "labels" / "reds").iterdir())
+    first.unlink()
+    with pytest.raises(CacheIncomplete, match="not complete"):
+        read_labels(open_cache(str(cache)), "reds")
+    counting.asked.clear()
+    run(cache, source, counting)
+    assert {*counting.asked} == {"a first", "a second"}
+    assert len(by_name(read_labels(open_cache(str(cache)), "reds"))) == 4
+
+
+def test_labels_of_other_shards_are_refused_and_made_anew(
+    cache: Path, source: Path, counting, tmp_path: Path
+) -> None:
+    run(cache, source, counting)
+    again = write_cache(tmp_path / "again", source)
+    (cache / "labels").rename(again / "labels")
+    with pytest.raises(CacheMismatch, match="other shards"):
+        read_labels(open_cache(str(again)), "reds")
+    assert run(again, source, counting).num_replaced == 2
+    assert len(by_name(read_labels(open_cache(str(again)), "reds"))) == 4
+
+
+def test_a_set_has_one_scorer_and_temperature(cache: Path, source: Path, counting) -> None:
+    run(cache, source, counting)
+    with pytest.raises(UsageError, match="temperature 50"):
+        run(cache, source, counting, temperature=1.0)
+    run(cache, source, counting, temperature=1.0, set_name="sharp")
+    sharp = by_name(read_labels(open_cache(str(cache)), "sharp"))
+    assert sharp["first"] > 0.999
+    with pytest.raises(CacheIncomplete, match="reds, sharp"):
+        read_labels(open_cache(str(cache)), "other")
+
+
+def test_another_source_is_refused(cache: Path, source: Path, counting, tmp_path: Path) -> None:
+    changed = write_source(tmp_path / "changed", {**REDS, "sixth": (1, 2)})
+    with pytest.raises(DataError, match="not what the cache was made from"):
+        run(cache, changed, counting)
+    with pytest.raises(CacheIncomplete):
+        read_labels(open_cache(str(cache)), "reds")
+
+
+def test_one_writer_wins(cache: Path) -> None:
+    store = open_cache(str(cache)).store
+    labels = LabelSet(attempt="a", scorer="s", temperature=1.0, source="x", pairs={})
+    assert write_labels(store, "set", "shard", labels)
+    assert not write_labels(store, "set", "shard", labels)
+    with pytest.raises(UsageError, match="name of a label set"):
+        write_labels(store, "../set", "shard", labels)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_command(cache: Path, source: Path) -> None:
+    app = Typer()
+    app.command()(relabel)
+    result = CliRunner().invoke(app, [str(cache), "--pairs", str(source), "--scorer", "red"])
+    assert result.exit_code == 0, result.output
+    assert "label set red: 4 pairs in 2 shards, temperature 50" in result.output
+    assert "25.0% of them, and neither in 1" in result.output
+    assert len(by_name(read_labels(open_cache(str(cache)), "red"))) == 4
+    bad = CliRunner().invoke(app, [str(cache), "--pairs", str(source), "--scorer", "red", "--temperature", "0"])
+    assert isinstance(bad.exception, UsageError)

@@ -1,0 +1,101 @@
+"""Scores of a folder: resumable, checked, and through plugins."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import DataError
+from common.scorer import load_scorer
+from evaluation.cli import app
+from evaluation.image_folder import ImageFolder
+from evaluation.score import score_folder
+
+REDS = [10, 250, 30, 40, 50]
+SaveImages = Callable[..., Path]
+
+
+def test_scores_are_the_scorers_own(save_images: SaveImages, counting, tmp_path: Path) -> None:
+    folder = ImageFolder(save_images(tmp_path / "a", REDS))
+    assert score_folder(folder, counting, batch_size=2) == 5
+    lines = [json.loads(line) for line in (tmp_path / "a" / "scores-counting.jsonl").read_text().split("\n") if line]
+    assert [line["score"] for line in lines] == REDS
+    assert [line["prompt"] for line in lines] == [entry.prompt for entry in folder.entries]
+    assert list(folder.scores("counting").values()) == REDS
+
+
+def test_a_stopped_run_scores_only_what_is_left(save_images: SaveImages, counting, tmp_path: Path) -> None:
+    folder = ImageFolder(save_images(tmp_path / "a", REDS))
+    line = {"prompt": folder.entries[1].prompt, "seed": 0, "file": "images/1.png", "score": 7.5}
+    # One whole line and one torn one, as a kill leaves them.
+    part = tmp_path / "a" / "scores-counting.part-0.jsonl"
+    part.write_text(json.dumps(line) + "\n" + '{"prompt": "x", "se')
+    assert score_folder(folder, counting) == 4
+    assert folder.entries[1].prompt not in counting.asked
+    assert list(folder.scores("counting").values()) == [10, 7.5, 30, 40, 50]
+    assert not part.exists()
+    assert score_folder(folder, counting) == 0
+
+
+def test_images_added_later_are_scored_later(save_images: SaveImages, counting, tmp_path: Path) -> None:
+    path = save_images(tmp_path / "a", REDS)
+    listing = (path / "images.jsonl").read_text()
+    (path / "images.jsonl").write_text("\n".join(listing.split("\n")[:2]) + "\n")
+    assert score_folder(ImageFolder(path), counting) == 2
+    (path / "images.jsonl").write_text(listing)
+    with pytest.raises(DataError, match="not complete"):
+        ImageFolder(path).scores("counting")
+    assert score_folder(ImageFolder(path), counting) == 3
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_number_that_is_not_finite_is_refused_with_its_image(save_images: SaveImages, tmp_path: Path) -> None:
+    folder = ImageFolder(save_images(tmp_path / "a", REDS))
+    with pytest.raises(DataError, match=r"broken, images/0\.png"):
+        score_folder(folder, load_scorer("broken"))
+    assert folder.scorer_names() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "images" / "2.png").unlink(), "1 missing"),
+        (lambda folder: (folder / "images.jsonl").write_text('{"prompt": "a", "seed": 1}\n'), "line 1"),
+        (lambda folder: (folder / "images.jsonl").write_text("[]\n"), "no JSON object"),
+        (lambda folder: (folder / "images.jsonl").write_text(""), "names no image"),
+        (lambda folder: (folder / "images.jsonl").unlink(), "no folder of generated images"),
+        (
+            lambda folder: (folder / "images.jsonl").write_text(
+                (folder / "images.jsonl").read_text() * 2
+            ),
+            "same prompt and seed",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_folder_is_refused(
+    save_images: SaveImages, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = save_images(tmp_path / "a", REDS)
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        ImageFolder(folder)
+
+
+def test_a_damaged_image_is_named(save_images: SaveImages, counting, tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "a", REDS)
+    (folder / "images" / "3.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"images/3\.png"):
+        score_folder(ImageFolder(folder), counting)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_command_finds_installed_scorers(save_images: SaveImages, tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "a", REDS)
+    result = CliRunner().invoke(app, ["score", str(folder), "--scorer", "red"])
+    assert result.exit_code == 0, result.output
+    assert f"red: mean {np.mean(REDS):.4g} over 5 images" in result.output
+    wrong = CliRunner().invoke(app, ["score", str(folder), "--scorer", "blue"])
+    assert "broken, red" in str(wrong.exception)
