@@ -1,0 +1,72 @@
+"""One cached pair, read for showing: whatever the cache stores or lets derive, and what it does not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from common.cache import Cache, Shard
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairView:
+    """The tensors and facts of one pair. Latents are float32; None where the cache does not hold them."""
+
+    pair_id: str
+    prompt: str
+    caption_dropped: bool
+    label: float
+    timestep: Int[np.ndarray, "step"]
+    a: Float[np.ndarray, "step"]
+    s: Float[np.ndarray, "step"]
+    x0: Float[np.ndarray, "side c h w"]
+    x_t: Float[np.ndarray, "step side c h w"]
+    target: Float[np.ndarray, "step side c h w"]
+    delta: Float[np.ndarray, "step side c h w"] | None
+    x0_t: Float[np.ndarray, "step side c h w"] | None
+    reference_error: Float[np.ndarray, "step side"]
+    inversion_error: Float[np.ndarray, "side"]
+    """NaN: not measured."""
+
+    @property
+    def delta_map(self) -> Float[np.ndarray, "step side h w"] | None:
+        """|delta|: RMS over channels. A unit Gaussian gives values around 1."""
+        return None if self.delta is None else np.sqrt((self.delta**2).mean(2))
+
+    @property
+    def target_map(self) -> Float[np.ndarray, "step side h w"]:
+        """|target|: RMS over channels."""
+        return np.sqrt((self.target**2).mean(2))
+
+    @property
+    def error_map(self) -> Float[np.ndarray, "step side h w"] | None:
+        """|target - delta|: RMS over channels. Where delta is the reference's, its mean square is E_ref."""
+        return None if self.delta is None else np.sqrt(((self.target - self.delta) ** 2).mean(2))
+
+
+def view_pair(cache: Cache, shard: Shard, row: int) -> PairView:
+    """Read one pair. Raises CacheCorrupt, naming shard and array, for damaged bytes."""
+    rows = np.array([row])
+
+    def latents(path: str) -> np.ndarray:
+        return shard.read(path, rows)[0].astype(np.float32)
+
+    timestep = shard.read("timestep", rows)[0].astype(np.int64)
+    is_full = "delta" in shard.stored
+    schedule = cache.schedule
+    return PairView(
+        pair_id=str(shard.read("pair_id", rows)[0]),
+        prompt=str(shard.read("prompt/text")[int(shard.read("prompt_index", rows)[0])]),
+        caption_dropped=bool(shard.read("caption_dropped", rows)[0]),
+        label=float(shard.read("label", rows)[0]),
+        timestep=timestep,
+        a=schedule.a.numpy()[timestep],
+        s=schedule.s.numpy()[timestep],
+        x0=latents("x0"),
+        x_t=latents("x_t"),
+        target=latents("target"),
+        delta=latents("delta") if is_full else None,
+        x0_t=latents("x0_t") if "x0_t" in shard.stored else None,
+        reference_error=shard.read("reference_error", rows)[0],
+        inversion_error=shard.read("inversion_error", rows)[0],
+    )

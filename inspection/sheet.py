@@ -1,0 +1,247 @@
+"""The contact sheet: one cached pair on one page. Drawn with Pillow, on white, in logical pixels."""
+
+from dataclasses import dataclass
+from functools import cache as memoize
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from inspection.pair_view import PairView
+from inspection.preview import Preview
+
+INK, GREY, RULE, PAPER = "#1c1e21", "#6b7177", "#d9dcdf", "#ffffff"
+WIN, LOSE = "#1f7a4d", "#b4472e"
+DELTA_COLOURS, ERROR_COLOURS = "viridis", "magma"
+_MARGIN, _GAP, _BLOCK_GAP, _ROW_LABEL = 40, 8, 36, 44
+_CAPTION, _BLOCK_HEAD, _LINE_GAP = 24, 58, 26
+_TILE, _MAX_WIDTH = 160, 2000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Column:
+    """Pictures of one kind at one timestep: win and lose, with a caption under each."""
+
+    head: str
+    tiles: tuple[Image.Image, Image.Image]
+    captions: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Upper ends of the two colour scales; both start at 0 and hold for the whole sheet."""
+
+    delta: float
+    error: float | None
+
+    @classmethod
+    def of(cls, view: PairView) -> "Scales":
+        if view.delta_map is None or view.error_map is None:
+            return cls(delta=_nice(float(np.quantile(view.target_map, 0.995)), least=2.0), error=None)
+        return cls(
+            delta=_nice(float(np.quantile(view.delta_map, 0.995)), least=2.0),
+            error=_nice(float(np.quantile(view.error_map, 0.995)), least=0.0),
+        )
+
+
+def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
+    """The sheet of one pair. `facts` is a line about the cache under the prompt."""
+    scales = Scales.of(view)
+    clean, blocks = _columns(view, preview, scales)
+    tile = clean.tiles[0].width
+    block_width = len(blocks[0]) * (tile + _GAP) - _GAP
+    left = _MARGIN + _ROW_LABEL
+    per_line = max(1, min(len(blocks), (_MAX_WIDTH - left - tile - _MARGIN) // (block_width + _BLOCK_GAP)))
+    width = max(left + tile + per_line * (_BLOCK_GAP + block_width) + _MARGIN, 900)
+    title = _wrap(_title(view), _font(26, bold=True), width - 2 * _MARGIN, most=3)
+    head = _MARGIN + len(title) * 36 + 58
+    line_height = _BLOCK_HEAD + 2 * (tile + _CAPTION) + 6
+    num_lines = -(-len(blocks) // per_line)
+    legend = _legend_lines(view, preview)
+    height = head + num_lines * line_height + (num_lines - 1) * _LINE_GAP + 110 + 22 * len(legend) + _MARGIN
+    page = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for index, text in enumerate(title):
+        draw.text((_MARGIN, _MARGIN - 6 + 36 * index), text, INK, _font(26, bold=True))
+    subtitle = _cut(facts, _font(15), width - 2 * _MARGIN)
+    draw.text((_MARGIN, _MARGIN + 36 * len(title) + 4), subtitle, GREY, _font(15))
+    y = head
+    for line in range(num_lines):
+        _draw_line(page, clean, blocks[line * per_line : (line + 1) * per_line], view, line * per_line, (left, y))
+        y += line_height + _LINE_GAP
+    _draw_legend(page, (_MARGIN, y), scales, legend)
+    return page
+
+
+def _title(view: PairView) -> str:
+    return view.prompt if view.prompt.strip() else "(empty prompt)"
+
+
+def _columns(view: PairView, preview: Preview, scales: Scales) -> tuple[Column, list[list[Column]]]:
+    """The column of x0 and, per timestep, the columns that the cache allows."""
+    num_steps = len(view.timestep)
+    clean_t = [] if view.x0_t is None else list(view.x0_t.reshape(-1, *view.x0.shape[1:]))
+    noisy = list(view.x_t.reshape(-1, *view.x0.shape[1:]))
+    pictures = preview(np.stack([*view.x0, *clean_t, *noisy]))
+    tile = tile_size(pictures.shape[1])
+    shown = [fit(Image.fromarray(picture), tile) for picture in pictures]
+    measured = [f"round trip {value:.3g}" if np.isfinite(value) else "" for value in view.inversion_error]
+    clean = Column(head="x₀", tiles=(shown[0], shown[1]), captions=(measured[0], measured[1]))
+    blocks: list[list[Column]] = []
+    for step in range(num_steps):
+        block: list[Column] = []
+        first = 2 + 2 * step
+        if clean_t:
+            block.append(Column(head="x₀(t)", tiles=(shown[first], shown[first + 1])))
+            first += 2 * num_steps
+        block.append(Column(head="xₜ", tiles=(shown[first], shown[first + 1])))
+        errors = tuple(f"E_ref {value:.4f}" for value in view.reference_error[step])
+        if view.delta_map is None or view.error_map is None or scales.error is None:
+            block.append(_map_column("|τ|", view.target_map[step], scales.delta, DELTA_COLOURS, tile, errors))
+        else:
+            rms = tuple(f"rms {value:.3f}" for value in np.sqrt((view.delta_map[step] ** 2).mean((1, 2))))
+            block.append(_map_column("|δ|", view.delta_map[step], scales.delta, DELTA_COLOURS, tile, rms))
+            block.append(_map_column("|τ − δ|", view.error_map[step], scales.error, ERROR_COLOURS, tile, errors))
+        blocks.append(block)
+    return clean, blocks
+
+
+def _map_column(
+    head: str, maps: Float[np.ndarray, "side h w"], top: float, colours: str, tile: int, captions: tuple[str, ...]
+) -> Column:
+    tiles = [fit(Image.fromarray(coloured(each, top, colours)), tile) for each in maps]
+    return Column(head=head, tiles=(tiles[0], tiles[1]), captions=(captions[0], captions[1]))
+
+
+def coloured(values: Float[np.ndarray, "h w"], top: float, colours: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Values 0..top through a perceptually uniform colour map."""
+    rgba = matplotlib.colormaps[colours](np.clip(values / top, 0, 1), bytes=True)
+    return rgba[..., :3]
+
+
+def tile_size(native: int) -> int:
+    """Side of a tile for pictures of this side: a whole multiple while small, else a fixed size."""
+    return native * max(1, _TILE // native) if native <= _TILE else 192
+
+
+def fit(picture: Image.Image, tile: int) -> Image.Image:
+    """Enlarged pixel by pixel, shrunk smoothly."""
+    if picture.width == tile:
+        return picture
+    smooth = Image.Resampling.LANCZOS if picture.width > tile else Image.Resampling.NEAREST
+    return picture.resize((tile, tile), smooth)
+
+
+def _draw_line(
+    page: Image.Image, clean: Column, blocks: list[list[Column]], view: PairView, first: int, corner: tuple[int, int]
+) -> None:
+    """One line of blocks: x0 at the left for comparison, then timesteps in ascending order."""
+    draw = ImageDraw.Draw(page)
+    left, top = corner
+    tile = clean.tiles[0].width
+    rows = [top + _BLOCK_HEAD, top + _BLOCK_HEAD + tile + _CAPTION + 6]
+    for name, colour, y in (("win", WIN, rows[0]), ("lose", LOSE, rows[1])):
+        draw.rectangle((left - 12, y, left - 9, y + tile - 1), fill=colour)
+        label = Image.new("RGB", (tile, 22), PAPER)
+        ImageDraw.Draw(label).text((tile / 2, 11), name, colour, _font(16, bold=True), anchor="mm")
+        page.paste(label.rotate(90, expand=True), (left - 38, y))
+    _draw_column(page, clean, left, rows, head_y=top + 34)
+    for index, block in enumerate(blocks):
+        step = first + index
+        x = left + tile + _BLOCK_GAP + index * (len(block) * (tile + _GAP) - _GAP + _BLOCK_GAP)
+        end = x + len(block) * (tile + _GAP) - _GAP
+        draw.text((x, top), f"t = {view.timestep[step]}", INK, _font(18, bold=True))
+        level = f"{view.a[step]:.3f} x₀ + {view.s[step]:.3f} τ"
+        draw.text((end, top + 3), level, GREY, _font(14), anchor="ra")
+        draw.line((x, top + 27, end, top + 27), fill=RULE, width=1)
+        for position, column in enumerate(block):
+            _draw_column(page, column, x + position * (tile + _GAP), rows, head_y=top + 34)
+
+
+def _draw_column(page: Image.Image, column: Column, x: int, rows: list[int], *, head_y: int) -> None:
+    draw = ImageDraw.Draw(page)
+    draw.text((x, head_y), column.head, INK, _font(15))
+    for tile, caption, y in zip(column.tiles, column.captions, rows, strict=True):
+        page.paste(tile, (x, y))
+        draw.text((x, y + tile.height + 4), caption, GREY, _font(14))
+
+
+def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
+    lines = [("x₀", f"clean latent; {preview.note}")]
+    if view.x0_t is not None:
+        lines.append(("x₀(t)", "the clean latent that the inverting model sees in xₜ"))
+    lines.append(("xₜ", "the inverted latent that is trained on, a x₀ + s τ"))
+    if view.delta is None:
+        lines.append(("|τ|", "target, RMS over channels; a unit Gaussian gives about 1"))
+        lines.append(("lean", "this cache stores no δ and no x₀(t); precompute with --profile full to see them"))
+    else:
+        lines.append(("|δ|", "the inverting model's noise prediction at xₜ, RMS over channels; a unit Gaussian gives about 1"))
+        lines.append(("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the "
+                                 "caption, the mean of its square is E_ref"))
+    lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))
+    return lines
+
+
+def _draw_legend(page: Image.Image, corner: tuple[int, int], scales: Scales, lines: list[tuple[str, str]]) -> None:
+    draw = ImageDraw.Draw(page)
+    x, y = corner
+    draw.line((x, y, page.width - _MARGIN, y), fill=RULE, width=1)
+    y += 20
+    at = x
+    bars = [("|δ|" if scales.error is not None else "|τ|", scales.delta, DELTA_COLOURS)]
+    if scales.error is not None:
+        bars.append(("|τ − δ|", scales.error, ERROR_COLOURS))
+    for name, top, colours in bars:
+        ramp = coloured(np.tile(np.linspace(0, top, 220), (14, 1)), top, colours)
+        label_width = int(draw.textlength(name, _font(15))) + 14
+        draw.text((at, y + 7), name, INK, _font(15), anchor="lm")
+        page.paste(Image.fromarray(ramp), (at + label_width, y))
+        for share in (0.0, 0.5, 1.0):
+            tick = at + label_width + share * 219
+            anchor = {0.0: "la", 0.5: "ma", 1.0: "ra"}[share]
+            draw.text((tick, y + 19), f"{share * top:g}", GREY, _font(13), anchor=anchor)
+        at += label_width + 220 + 48
+    y += 54
+    indent = max(int(draw.textlength(name, _font(14, bold=True))) for name, _ in lines) + 18
+    for name, text in lines:
+        draw.text((x, y), name, INK, _font(14, bold=True))
+        draw.text((x + indent, y), _cut(text, _font(14), page.width - 2 * _MARGIN - indent), GREY, _font(14))
+        y += 22
+
+
+def _nice(value: float, *, least: float) -> float:
+    """The next 1, 2 or 5 times a power of ten, at least `least`."""
+    value = max(value, least, 1e-6)
+    power = 10.0 ** np.floor(np.log10(value) + 1e-9)
+    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9)))
+
+
+@memoize
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it: the same on every machine, with the signs that the sheet needs."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, *, most: int) -> list[str]:
+    """Lines of at most `width` pixels; what does not fit into `most` lines is cut with an ellipsis."""
+    lines: list[str] = []
+    words = text.split()
+    while words and len(lines) < most:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line = f"{line} {words.pop(0)}"
+        lines.append(_cut(line, font, width))
+    if words:
+        lines[-1] = _cut(f"{lines[-1]} {' '.join(words)}", font, width)
+    return lines
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

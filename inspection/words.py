@@ -1,0 +1,23 @@
+"""A pair and a cache, each in one line, for sheets and reports."""
+
+from common.cache import Manifest
+from inspection.pair_view import PairView
+
+
+def pair_facts(view: PairView) -> str:
+    """Id, label, and whether the caption was dropped."""
+    label = "win preferred" if view.label == 1.0 else f"P(win preferred) {view.label:.3g}"
+    return f"pair {view.pair_id}   ·   {label}" + ("   ·   caption dropped" if view.caption_dropped else "")
+
+
+def cache_facts(manifest: Manifest) -> str:
+    """How the latents were made."""
+    inverter = manifest.inverter
+    condition = {0.0: "empty prompt", 1.0: "caption"}.get(inverter.guidance, f"guidance {inverter.guidance:g}")
+    options = [f"refined start {inverter.refine_start}"] if inverter.refine_start else []
+    options += [f"noised start {inverter.noised_start:g}"] if 0 < inverter.noised_start < 1 else []
+    options += ["faithful to the released code"] if inverter.faithful else []
+    return ", ".join(
+        [f"{inverter.name}, {inverter.steps} steps", condition, *options, manifest.network_dtype,
+         f"{manifest.prediction_type} prediction", manifest.profile]
+    )
