@@ -1,0 +1,13 @@
+"""`python -m benchmarks`: every benchmark once, at this machine's default size."""
+
+from benchmarks import recipe, stream, train_step
+
+
+def main() -> None:
+    for benchmark in (train_step, recipe, stream):
+        benchmark.main([])
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

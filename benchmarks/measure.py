@@ -1,0 +1,80 @@
+"""Interleaved timing, a table of ratios, and one JSON line per run."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path("runs/bench/results.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one contestant: median and the middle half."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Run every contestant once per round, in turn, so that whatever else the machine does falls on all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warmup + rounds):
+        for name, run in contestants.items():
+            synchronise()
+            start = time.perf_counter()
+            run()
+            synchronise()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    timings = {}
+    for name, values in seconds.items():
+        low, median, high = (
+            statistics.quantiles(values, n=4) if len(values) > 1 else (values[0], values[0], values[0])
+        )
+        timings[name] = Timing(name=name, median=median, low=low, high=high)
+    return timings
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> str:
+    """The device in words, for the record."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def ratio_table(timings: dict[str, Timing], *, ours: str, unit: str) -> str:
+    """Markdown: each contestant's median and its ratio to ours."""
+    lines = [f"| | median {unit} | middle half | ratio to {ours} |", "|---|---|---|---|"]
+    base = timings[ours].median
+    for timing in timings.values():
+        lines.append(
+            f"| {timing.name} | {timing.median:.4g} | {timing.low:.4g} to {timing.high:.4g} | "
+            f"{timing.median / base:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def record(benchmark: str, values: dict[str, Any]) -> None:
+    """Append one JSON line to runs/bench/results.jsonl."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    line = {
+        "benchmark": benchmark, "machine": machine(), "torch": torch.__version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with RESULTS.open("a") as stream:
+        stream.write(json.dumps(line | values) + "\n")

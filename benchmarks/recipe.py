@@ -1,0 +1,87 @@
+"""The whole recipe, precompute and train, per record against online InPO: `python -m benchmarks.recipe`.
+
+Over K kept timesteps per pair at n = 10; every K with its distinct pairs per 1,000 records and the number of passes
+over the cache at which it breaks even with the online loop.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import interleaved, machine, record
+from benchmarks.setting import PROMPTS, setting
+from train.objectives import inpo
+from train.proof import record_errors
+from train.records import Needs
+from train.stream import RecordStream
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", choices=["toyworld", "sd15-narrow", "sd15", "sdxl"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=32, help="pairs inverted per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    here = setting(options.arch)
+    kept = (1, 2, 5, 10)
+    cache = here.cache(num_pairs=options.pairs, steps=10, kept=4, batch_size=options.batch_size)
+    stream = RecordStream(here.index(cache), Needs(), batch_size=options.batch_size, window_shards=4, seed=0)
+    batches = iter(stream)
+    denoiser, optimizer = here.trained()
+    online = here.online()
+    pixels = here.pixels(options.batch_size)
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(options.batch_size)]
+
+    def cached_step() -> None:
+        batch = next(batches).to(here.device)
+        error = record_errors(denoiser, batch)
+        inpo(error, batch.reference_error, batch.label, 2000.0).loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    task = here.tasks(options.pairs)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        workers = {
+            number: here.worker(
+                Path(scratch) / str(number), here.settings(steps=10, kept=number, batch_size=options.batch_size)
+            )
+            for number in kept
+        }
+        written = 0
+
+        def precompute(number: int) -> None:
+            nonlocal written
+            written += 1
+            worker = workers[number]
+            worker.write(f"{task.name}-{written}", worker.compute(worker.read(task)))
+
+        contestants = {"cached step": cached_step, "online step": lambda: online.inpo_step(pixels, prompts)}
+        contestants |= {f"precompute K={number}": (lambda k=number: precompute(k)) for number in kept}
+        timings = interleaved(contestants, rounds=options.rounds)
+        for worker in workers.values():
+            worker.close()
+    stream.close()
+    train = timings["cached step"].median / options.batch_size
+    alternative = timings["online step"].median / options.batch_size
+    print(f"recipe, {here.architecture}, n = 10, {here.dtype}, {machine()}; milliseconds per record\n")
+    print("| K | precompute | train | together | online | ratio | pairs per 1,000 records | break-even passes |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = {}
+    for number in kept:
+        once = timings[f"precompute K={number}"].median / options.pairs / number
+        ratio = alternative / (once + train)
+        passes = once / (alternative - train)
+        rows[number] = {"precompute": once, "train": train, "online": alternative, "ratio": ratio, "break_even": passes}
+        print(
+            f"| {number} | {1e3 * once:.1f} | {1e3 * train:.1f} | {1e3 * (once + train):.1f} | {1e3 * alternative:.1f} "
+            f"| {ratio:.2f} | {1000 // number} | {passes:.2f} |"
+        )
+    record("recipe", {"architecture": here.architecture, "batch_size": options.batch_size, "by_kept": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""One measuring set-up: a model, a source of random pictures, a cache made from it, and all contestants on it."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.architectures import RESOLUTION, Architecture, model_for
+from benchmarks.online import OnlineLoop
+from common.cache import Cache, CacheWriter, open_cache
+from common.denoiser import Denoiser
+from common.models import Model
+from common.pairs import open_source
+from precompute.encode import ImageEncoder, TextEncoder
+from precompute.settings import PrecomputeSettings, build_manifest
+from precompute.tasks import ShardTask, list_tasks
+from precompute.worker import ShardWorker, load_components
+from train.index import Index, build_index
+
+PROMPTS = [f"a {size} {colour} circle on a blue background" for size in ("small", "big") for colour in ("red", "green")]
+
+
+@dataclass(kw_only=True, eq=False)
+class Setting:
+    """Everything that the benchmarks share."""
+
+    architecture: Architecture
+    folder: Path
+    device: torch.device
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model: Model = model_for(self.architecture, self.folder)
+        self.resolution = RESOLUTION[self.architecture]
+
+    def source(self, num_pairs: int) -> str:
+        """A folder of random pictures, made once."""
+        folder = self.folder / f"pairs-{self.resolution}-{num_pairs}"
+        if not (folder / "pairs.jsonl").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng(0)
+            lines = []
+            for number in range(num_pairs):
+                names = {side: f"{number}.{side}.jpg" for side in ("win", "lose")}
+                for name in names.values():
+                    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                    Image.fromarray(coarse).resize((self.resolution, self.resolution)).save(folder / name)
+                prompt = PROMPTS[number % len(PROMPTS)]
+                lines.append(json.dumps(names | {"prompt": prompt, "id": f"pair-{number}"}))
+            (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+        return str(folder)
+
+    def settings(self, *, steps: int, kept: int, batch_size: int) -> PrecomputeSettings:
+        return PrecomputeSettings(
+            steps=steps, timesteps_per_pair=kept, resolution=self.resolution, batch_size=batch_size,
+            dtype=self.dtype, measure_inversion=0.0,
+        )
+
+    def worker(self, cache: Path, settings: PrecomputeSettings) -> ShardWorker:
+        manifest = build_manifest(settings, self.model, device_type=self.device.type)
+        return ShardWorker(
+            components=load_components(self.model, manifest, self.device),
+            writer=CacheWriter.open(str(cache), manifest), pairs_per_batch=settings.batch_size, decode_threads=4,
+        )
+
+    def tasks(self, num_pairs: int) -> list[ShardTask]:
+        return list_tasks(open_source(self.source(num_pairs)))[0]
+
+    def cache(self, *, num_pairs: int, steps: int, kept: int, batch_size: int) -> Cache:
+        """A committed cache, made once."""
+        location = self.folder / f"cache-{num_pairs}-{steps}-{kept}-{self.dtype}"
+        worker = self.worker(location, self.settings(steps=steps, kept=kept, batch_size=batch_size))
+        for task in self.tasks(num_pairs):
+            if not worker.writer.is_committed(task.name):
+                worker.write(task.name, worker.compute(worker.read(task)))
+        worker.close()
+        return open_cache(str(location))
+
+    def index(self, cache: Cache) -> Index:
+        return build_index([cache], soft=False, held_out=0.0, seed=0)
+
+    def trained(self) -> tuple[Denoiser, torch.optim.Optimizer]:
+        """A trainable network and its optimiser."""
+        unet = self.model.load_unet().to(self.device).train()
+        if self.device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=self.device.type == "cuda" or None)
+        return Denoiser(unet, self.model.schedule, network_dtype=self.dtype), optimizer
+
+    def online(self) -> OnlineLoop:
+        """The alternative, complete."""
+        trained, optimizer = self.trained()
+        frozen = self.model.load_unet().requires_grad_(False).eval().to(self.device)
+        return OnlineLoop(
+            trained=trained, optimizer=optimizer,
+            reference=Denoiser(frozen, self.model.schedule, network_dtype=self.dtype),
+            images=ImageEncoder(
+                self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device
+            ),
+            text=TextEncoder(self.model.load_text_pipeline(), device=self.device),
+        )
+
+    def pixels(self, num_pairs: int) -> torch.Tensor:
+        return torch.rand(num_pairs, 2, 3, self.resolution, self.resolution) * 2 - 1
+
+
+def setting(architecture: Architecture | None, folder: Path = Path("runs/bench")) -> Setting:
+    """The set-up for this machine: on a GPU bf16 SD1.5, on a CPU float32 toyworld unless told otherwise."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.suppress(ImportError):
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return Setting(
+        architecture=architecture or ("sd15" if device.type == "cuda" else "toyworld"), folder=folder, device=device,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+    )
