@@ -1,4 +1,4 @@
-"""Records per second of the stream against what the trainer consumes and against raw reads: `python -m benchmarks.stream`.
+"""The record stream against what the trainer consumes and against raw reads: `python -m benchmarks.stream`.
 
 The cache holds SD1.5-sized latents (random numbers: only their bytes matter here), 4 x 64 x 64 at 512 px.
 """
