@@ -1,0 +1,171 @@
+"""Small worlds for training: a genuine tiny pipeline, and real caches whose numbers its UNet made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from common.denoiser import Condition, Denoiser
+from common.inversion import invert
+from common.models import Model, open_model
+from common.testing import save_tiny_pipeline
+
+PROMPTS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A model folder and a maker of caches that belong to it."""
+
+    model: Model
+
+    def cache(
+        self,
+        location: Path,
+        *,
+        shards: Sequence[int] = (5, 4),
+        timesteps_per_pair: int = 2,
+        profile: str = "full",
+        extra: tuple[str, ...] = (),
+        network_dtype: str = "float32",
+        inverter: str = "ddim",
+        guidance: float = 1.0,
+        label: Callable[[int], float] = lambda pair: 1.0,
+        drop_caption: Callable[[int], bool] = lambda pair: False,
+        change: Callable[[int, dict[str, np.ndarray]], None] = lambda shard, arrays: None,
+        side: int = 8,
+        seed: int = 0,
+    ) -> str:
+        """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
+        may edit a shard's arrays before they are committed."""
+        schedule = self.model.schedule
+        identity = InverterIdentity(
+            name=inverter, steps=4, timestep_range=(0, schedule.num_train_timesteps), guidance=guidance,
+            noised_start=1.0 if inverter == "noise" else 0.0,
+        )
+        manifest = Manifest(
+            latent_shape=(4, side, side), num_train_timesteps=schedule.num_train_timesteps,
+            alphas_cumprod=tuple((schedule.a**2).tolist()), prediction_type=schedule.prediction_type,
+            profile=profile, extra=extra, seed=seed, timesteps_per_pair=timesteps_per_pair, resolution=2 * side,
+            crop="center", flip=False, vae_latent="mean", vae_dtype="float32", network_dtype=network_dtype,
+            inverter=identity, fingerprints=self.model.fingerprints,
+        )
+        writer = CacheWriter.open(str(location), manifest)
+        denoiser = Denoiser(self.model.load_unet().eval(), schedule, network_dtype=network_dtype)
+        first = 0
+        for number, num_pairs in enumerate(shards):
+            arrays = self._arrays(manifest, denoiser, first, num_pairs, label, drop_caption)
+            change(number, arrays)
+            writer.write(
+                f"shard-{number:03d}",
+                ShardData(
+                    arrays={spec.path: arrays[spec.path] for spec in manifest.arrays},
+                    source=ShardSource(
+                        location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="test"
+                    ),
+                ),
+            )
+            first += num_pairs
+        return str(location)
+
+    def _arrays(
+        self, manifest: Manifest, denoiser: Denoiser, first: int, num_pairs: int, label: Callable[[int], float],
+        drop_caption: Callable[[int], bool],
+    ) -> dict[str, np.ndarray]:
+        sdxl = manifest.is_sdxl
+        width = int(self.model.config("unet")["cross_attention_dim"])
+        embedding = _noise((PROMPTS + 1, 16, width), 1).half()
+        numbers = np.arange(first, first + num_pairs)
+        prompt_index = (numbers % PROMPTS + 1).astype(np.int32)
+        dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
+        rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt_index).astype(np.int64), 2))
+        pooled = _noise((PROMPTS + 1, 48), 2).half() if sdxl else None
+        time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous() if sdxl else None
+
+        def condition(row: torch.Tensor) -> Condition:
+            return Condition(
+                embedding=embedding[row].float(),
+                pooled=None if pooled is None else pooled[row].float(),
+                time_ids=None if time_ids is None else time_ids.flatten(0, 1),
+            )
+
+        x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
+        pair_ids = [f"pair-{number:04d}" for number in numbers]
+        found = invert(
+            denoiser, x0, pair_ids, identity=manifest.inverter, seed=manifest.seed,
+            timesteps_per_pair=manifest.timesteps_per_pair, caption=condition(rows),
+            empty=condition(torch.zeros_like(rows)), extra=manifest.extra,
+        )
+        assert bool(found.finite.all())
+        arrays: dict[str, Any] = {
+            "x0": x0.numpy(),
+            "pair_id": np.array(pair_ids, dtype=object),
+            "prompt_index": prompt_index,
+            "caption_dropped": dropped,
+            "label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
+            "prompt/text": np.array(["", *(f"prompt {number}" for number in range(PROMPTS))], dtype=object),
+            "prompt/embedding": embedding.numpy(),
+            "prompt/pooled": None if pooled is None else pooled.numpy(),
+            "time_ids": None if time_ids is None else time_ids.numpy(),
+        }
+        names = (
+            "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error", "timestep", "delta_prev", "eps_ref",
+        )
+        for name in names:
+            value = getattr(found, name)
+            arrays[name] = None if value is None else value.numpy()
+        return arrays
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
+    """make_world(kind="sd15", seed=0): a tiny pipeline in a folder, made once per kind and seed."""
+    made: dict[tuple[str, int], World] = {}
+
+    def make(kind: str = "sd15", seed: int = 0) -> World:
+        if (kind, seed) not in made:
+            folder = save_tiny_pipeline(tmp_path_factory.mktemp("model") / kind, kind, seed=seed)
+            made[kind, seed] = World(model=open_model(str(folder)))
+        return made[kind, seed]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world(make_world: Callable[..., World]) -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="session")
+def cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """9 pairs in 2 shards, 2 timesteps each, full, float32: read only."""
+    return world.cache(tmp_path_factory.mktemp("cache") / "c")
+
+
+@pytest.fixture
+def run(world: World, cache: str, tmp_path: Path) -> Callable[..., Path]:
+    """run(steps=..., ...): train in this process and return the output folder."""
+    from train.run import run_train
+
+    def call(*, resume: str = "auto", output: Path | None = None, caches: list[str] | None = None,
+             model: str | None = None, code: int = 0, **flags: Any) -> Path:
+        folder = output or tmp_path / "run"
+        settings = {
+            "output": folder, "steps": 4, "batch_size": 2, "log_every": 2, "held_out": 0.0, "tracker": "none",
+            "learning_rate": 1e-4,
+        } | flags
+        assert run_train(
+            None, {"model": model or str(world.model.folder)}, caches or [cache], settings, resume=resume
+        ) == code
+        return folder
+
+    return call

@@ -1,0 +1,24 @@
+"""A run from cache to pipeline: what it writes and that it learns."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_first_line_comes_before_any_update(run: Callable[..., Path]) -> None:
+    output = run(steps=4)
+    first, *rest = lines(output)
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert [line["step"] for line in rest] == [2, 4]
+    for line in lines(output):
+        assert {
+            "step", "loss", "implicit_accuracy", "margin", "learning_rate", "pairs_per_second"
+        } <= line.keys()
