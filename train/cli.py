@@ -64,3 +64,14 @@ def train(
     }
     model_flags = {"model": model, "variant": variant, "model_config_dir": model_config}
     raise typer.Exit(run_train(recipe, model_flags, cache, flags, resume=resume))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.")],
+    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 weights.")] = "float16",
+) -> None:
+    """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""
+    from train.export import export_single_file
+
+    print(export_single_file(run, single_file, dtype=dtype))

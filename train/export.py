@@ -1,0 +1,81 @@
+"""`inpo export`: a run's pipeline as one safetensors file in the original Stable Diffusion layout."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import ModelError, UsageError
+from common.models import Model, open_model
+from common.recipe import ModelSection, resolve
+from train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
+    """Write `file` from a run's output folder (its pipeline, or its LoRA merged into the model) or a pipeline folder.
+
+    Whole or not at all. Raises UsageError if `run` holds neither, ModelError if the architecture has no such layout.
+    """
+    if file.suffix != ".safetensors":
+        raise UsageError("A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file)
+    if dtype not in DTYPES:
+        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=dtype)
+    model, pipeline = _open(run)
+    tensors = {
+        name: value.detach().to(DTYPES[dtype]).contiguous().clone()
+        for name, value in original_layout(pipeline, model).items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, file)
+    return file
+
+
+def original_layout(pipeline: Any, model: Model) -> dict[str, Tensor]:
+    """All weights of a pipeline under the original layout's names."""
+    layers = pipeline.unet.config.layers_per_block
+    if not isinstance(layers, int):
+        raise ModelError(
+            "The original layout needs the same number of layers in every block.", where=model.name, got=layers,
+            fix="use the pipeline folder instead of a single file",
+        )
+    tensors = unet_keys(pipeline.unet.state_dict(), layers_per_block=layers) | vae_keys(pipeline.vae.state_dict())
+    if model.family == "sdxl":
+        return (
+            tensors
+            | clip_keys(pipeline.text_encoder.state_dict(), "conditioner.embedders.0.")
+            | open_clip_keys(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.")
+        )
+    # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
+    is_open_clip = pipeline.text_encoder.config.hidden_act == "gelu"
+    text = open_clip_keys if is_open_clip else clip_keys
+    return tensors | text(pipeline.text_encoder.state_dict(), "cond_stage_model.")
+
+
+def _open(run: Path) -> tuple[Model, Any]:
+    if (run / "pipeline" / "model_index.json").is_file():
+        model = open_model(str(run / "pipeline"))
+        return model, model.load_pipeline()
+    if (run / "model_index.json").is_file():
+        model = open_model(str(run))
+        return model, model.load_pipeline()
+    if (run / "lora").is_dir() and (run / "recipe.toml").is_file():
+        sections = tomllib.loads((run / "recipe.toml").read_text())
+        model = resolve(ModelSection, "model", sections, {}).open()
+        pipeline: Any = model.load_pipeline()
+        pipeline.load_lora_weights(str(run / "lora"))
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        return model, pipeline
+    raise UsageError(
+        "There is nothing to export here.", where=run, expected="a finished run's output folder, or a pipeline folder",
+        got=", ".join(sorted(entry.name for entry in run.iterdir())[:8]) if run.is_dir() else "no folder",
+        fix="let `inpo train` finish: it writes pipeline/ or lora/ at its end",
+    )
