@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.errors import ModelError
+from evaluation.scorers.clip_similarity import load_clip
 from evaluation.scorers.weights import VARIABLE, device, loading, local_weights, model_location
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
@@ -60,16 +61,15 @@ class AestheticScorer:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, AestheticHead]:
-        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+        from transformers import CLIPImageProcessor
 
         file = self._head or local_weights(HEAD_FILE)
         if file is None:
             raise ModelError("The weights of scorer aesthetic are missing.", where=HEAD_FILE, fix=_FIX)
         head = load_head(file)
         location = self._clip or model_location("aesthetic-clip", CLIP_MODEL)
-        fix = f"download {CLIP_MODEL} once while online, or set {VARIABLE} to a folder with it as aesthetic-clip/"
-        with loading(self.name, location, fix):
-            clip = CLIPVisionModelWithProjection.from_pretrained(location, dtype=torch.float32)
+        clip = load_clip(self.name, location, local_name="aesthetic-clip")
+        with loading(self.name, location, f"download {CLIP_MODEL} once while online"):
             processor = CLIPImageProcessor.from_pretrained(location)
         width = head.layers[0].in_features
         if clip.config.projection_dim != width:
@@ -78,11 +78,11 @@ class AestheticScorer:
                 expected=f"embeddings of width {width}", got=clip.config.projection_dim,
                 fix=f"use {CLIP_MODEL}",
             )  # fmt: skip
-        return clip.eval().to(device()), processor, head.to(device())
+        return clip, processor, head.to(device())
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
         clip, processor, head = self._loaded
         inputs = processor(images=list(images), return_tensors="pt").to(device())
-        embeddings = clip(**inputs).image_embeds
+        embeddings = clip.visual_projection(clip.vision_model(**inputs).pooler_output)
         return head(nn.functional.normalize(embeddings, dim=-1)).double().cpu().numpy()

@@ -9,9 +9,29 @@ import torch
 from jaxtyping import Float64
 from PIL import Image
 
+from common.errors import ModelError
 from evaluation.scorers.weights import VARIABLE, device, loading
 
 MAX_TOKENS = 77
+
+
+def load_clip(scorer: str, location: str, *, local_name: str) -> Any:
+    """A whole CLIPModel in float32 on this process's device, from a folder or hub id.
+
+    Raises ModelError if it is not to be had, or if the file lacks weights: transformers would draw those at random.
+    """
+    from transformers import CLIPModel
+
+    fix = f"download {location} once while online, or set {VARIABLE} to a folder that holds it as {local_name}/"
+    with loading(scorer, location, fix):
+        model, found = CLIPModel.from_pretrained(location, dtype=torch.float32, output_loading_info=True)
+        lacking = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
+        if lacking:
+            raise ModelError(
+                f"The weights of scorer {scorer} are not a whole CLIP model.", where=location,
+                got=f"{len(lacking)} weights missing or of another shape, the first {lacking[0]}", fix=fix,
+            )  # fmt: skip
+    return model.eval().to(device())
 
 
 class ClipSimilarity:
@@ -23,16 +43,12 @@ class ClipSimilarity:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import CLIPModel, CLIPProcessor
+        from transformers import CLIPProcessor
 
-        fix = (
-            f"download {self.model_location} once while online, or set {VARIABLE} to a folder "
-            f"that holds it as {self.scorer}/"
-        )
-        with loading(self.scorer, self.model_location, fix):
-            model = CLIPModel.from_pretrained(self.model_location, dtype=torch.float32)
-            processor = CLIPProcessor.from_pretrained(self.processor_location)
-        return model.eval().to(device()), processor
+        model = load_clip(self.scorer, self.model_location, local_name=self.scorer)
+        fix = f"download {self.processor_location} once while online, or put its files beside the model's"
+        with loading(self.scorer, self.processor_location, fix):
+            return model, CLIPProcessor.from_pretrained(self.processor_location)
 
     @torch.inference_mode()
     def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:

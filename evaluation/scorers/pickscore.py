@@ -23,7 +23,9 @@ class PickScorer:
     def __init__(self, *, model: str | None = None, processor: str | None = None) -> None:
         """`model` and `processor` are folders or hub ids; a folder of INPO_SCORERS may hold the processor's files."""
         local = local_weights(self.name)
-        has_processor = local is not None and (local / "preprocessor_config.json").is_file()
+        # transformers 4 writes the first, transformers 5 the second.
+        files = ("preprocessor_config.json", "processor_config.json")
+        has_processor = local is not None and any((local / name).is_file() for name in files)
         self._clip = ClipSimilarity(
             self.name,
             model=model or model_location(self.name, MODEL),

@@ -77,7 +77,8 @@ def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, 
 
 
 @pytest.mark.parametrize(
-    ("change", "name"), [({"guidance": 2.0}, "guidance = 7.5"), ({"seed": 3}, "seed = 0"), ({"prompts": 1}, "num_prompts")]
+    ("change", "name"),
+    [({"guidance": 2.0}, "guidance = 7.5"), ({"seed": 3}, "seed = 0"), ({"prompts": 1}, "num_prompts")],
 )
 def test_a_folder_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path, change: dict, name: str) -> None:
     make(tiny_model, tmp_path / "out", PROMPTS[:1])
@@ -132,7 +133,17 @@ def test_the_command_reads_a_recipe_and_flags_win(tiny_model: Path, tmp_path: Pa
     recipe.write_text(
         f'[model]\nmodel = "{tiny_model}"\n[evaluate]\nprompts = "{tmp_path}/p.txt"\nguidance = 2.0\nseed = 5\n'
     )
-    arguments = ["generate", "--recipe", str(recipe), "--out", str(tmp_path / "o"), "--inference-steps", "1", "--seed", "6"]
+    arguments = [
+        "generate",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "o"),
+        "--inference-steps",
+        "1",
+        "--seed",
+        "6",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "o" / "generate.json").read_text())

@@ -63,7 +63,10 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
             "prompt/embedding": np.zeros((1, 2, 2), np.float16),
         }  # fmt: skip
         made_from = ShardSource(
-            location=str(source), input_shard=input_shard.name, rows=(start, stop), fingerprint=input_shard.fingerprint()
+            location=str(source),
+            input_shard=input_shard.name,
+            rows=(start, stop),
+            fingerprint=input_shard.fingerprint(),
         )
         assert writer.write(f"{input_shard.name}-{start:08d}", ShardData(arrays=arrays, source=made_from)) is not None
     return location
@@ -119,9 +122,7 @@ def test_a_stopped_run_goes_on(cache: Path, source: Path, counting) -> None:
     assert len(by_name(read_labels(open_cache(str(cache)), "reds"))) == 4
 
 
-def test_labels_of_other_shards_are_refused_and_made_anew(
-    cache: Path, source: Path, counting, tmp_path: Path
-) -> None:
+def test_labels_of_other_shards_are_refused_and_made_anew(cache: Path, source: Path, counting, tmp_path: Path) -> None:
     run(cache, source, counting)
     again = write_cache(tmp_path / "again", source)
     (cache / "labels").rename(again / "labels")
