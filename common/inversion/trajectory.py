@@ -144,6 +144,8 @@ def trajectory(
         # An unkept noised point matters only if the inversion goes on from it.
         if arrived is None and not (point.noised and path.points[index + 1].noised):
             arrived = yield from visit(x, point.level)
+        if arrived is not None and identity.faithful and index < len(path.points) - 1:
+            arrived = _on_level(arrived, path_schedule, point.level)
         if arrived is not None:
             # Noised points lie on no common trajectory: a second-order step must not extrapolate from one to the next.
             history = [arrived] if point.noised else [*history[-1:], arrived]
@@ -171,6 +173,12 @@ def _released_noise(schedule: NoiseSchedule, before: int | None, level: int) -> 
     abar_before = 1.0 if before is None else float(schedule.a[before]) ** 2
     variance = (1 - abar_before) / (1 - abar) * (1 - abar / abar_before)
     return _EXTRA_NOISE * variance**0.5
+
+
+def _on_level(state: State, schedule: NoiseSchedule, level: int) -> State:
+    """The same prediction, with x0(t) by Eq. 8 from another table: one path, one table."""
+    a, s = float(schedule.a[level]), float(schedule.s[level])
+    return State(a=a, s=s, x=state.x, clean=(state.x - s * state.delta) / a, delta=state.delta)
 
 
 def _released_schedule(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -1,0 +1,161 @@
+"""How near the inverters come to the exact ODE and to the exact DDIM inverse, where both are known."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from common.denoiser import Denoiser
+from common.schedule import NoiseSchedule
+
+T = 20_000
+SIGMA = np.linspace(0.01, 2.0, T)
+"""A schedule so fine that the labels' rounding does not matter."""
+WEIGHT, MEAN, VARIANCE = np.array([0.4, 0.6]), np.array([-0.8, 0.6]), np.array([0.3, 0.25])
+
+
+def mixture_eps(z: np.ndarray, sigma: float) -> np.ndarray:
+    """Noise prediction of an elementwise Gaussian mixture: sigma * E[(z - mean_k) / (variance_k + sigma^2) | z]."""
+    spread = VARIANCE + sigma**2
+    offset = z[..., None] - MEAN
+    log = np.log(WEIGHT) - 0.5 * np.log(spread) - offset**2 / (2 * spread)
+    responsibility = np.exp(log - log.max(-1, keepdims=True))
+    responsibility /= responsibility.sum(-1, keepdims=True)
+    return sigma * (responsibility * offset / spread).sum(-1)
+
+
+class Mixture(nn.Module):
+    """The closed form as a network: x = a z at a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, timestep: Tensor, **ignored: object) -> tuple[Tensor]:
+        rows = []
+        for row, t in zip(x.double().numpy(), timestep.tolist(), strict=True):
+            rows.append(mixture_eps(row * np.sqrt(1 + SIGMA[t] ** 2), SIGMA[t]))
+        return (torch.from_numpy(np.stack(rows)).float(),)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Denoiser:
+    return Denoiser(Mixture(), NoiseSchedule.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
+
+
+def ode_error(mixture: Denoiser, inverted: Callable, x0: Tensor, name: str, steps: int, **settings: object) -> float:
+    """RMS distance from the exact ODE dz/dsigma = eps(z, sigma) at each pair's last grid point."""
+    made = inverted(
+        mixture, x0, name=name, steps=steps, timesteps_per_pair=1, timestep_range=(T - T // steps, T), **settings
+    )
+    squares = []
+    for pair in range(len(x0)):
+        sigma = SIGMA[int(made.timestep[pair, 0])]
+        exact = solve_ivp(
+            lambda s, z: mixture_eps(z, s), (0, sigma), x0[pair].double().numpy().ravel(), rtol=1e-7, atol=1e-7
+        ).y[:, -1]
+        got = made.x_t[pair, 0].double().numpy().ravel() * np.sqrt(1 + sigma**2)
+        squares.append(np.mean((got - exact) ** 2))
+    return float(np.sqrt(np.mean(squares)))
+
+
+def test_ddim_is_of_first_order_and_ab2_of_second(mixture: Denoiser, latents: Callable, inverted: Callable) -> None:
+    x0 = latents(2, (1, 5, 5))
+    order = {}
+    for name in ("ddim", "ab2"):
+        errors = [ode_error(mixture, inverted, x0, name, steps) for steps in (32, 64, 128)]
+        order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert (np.abs(order["ddim"] - 1) < 0.1).all(), order
+    # Second order up to a logarithm: at the clean end the extrapolation's variable is the logarithm of sigma.
+    assert (order["ab2"] > 1.6).all(), order
+    assert (order["ab2"] < 2.3).all(), order
+
+
+def test_a_refined_start_brings_ab2_nearer_at_once(mixture: Denoiser, latents: Callable, inverted: Callable) -> None:
+    x0 = latents(2, (1, 6, 6))
+    coarse = ode_error(mixture, inverted, x0, "ddim", 10)
+    plain = ode_error(mixture, inverted, x0, "ab2", 10)
+    refined = ode_error(mixture, inverted, x0, "ab2", 10, refine_start=3)
+    assert refined < plain / 2 < coarse / 2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_fixed_point_converges_to_the_exact_ddim_inverse(
+    linear: Callable, latents: Callable, inverted: Callable, prediction_type: str
+) -> None:
+    """Every forward DDIM step, in float64 from the stored points, lands on the stored point below it."""
+    denoiser = linear(prediction_type)
+    denoiser.unet.mix.data *= 0.3  # a contraction, so that the iteration has a limit
+    x0 = latents(2)
+    settings = {"steps": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
+    made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
+    explicit = inverted(denoiser, x0, name="ddim", **settings)
+    assert made.residual is not None
+    table = denoiser.schedule
+    a, s = table.a.numpy(), table.s.numpy()
+    worst = {"fixed_point": 0.0, "ddim": 0.0}
+    for name, result in (("fixed_point", made), ("ddim", explicit)):
+        for pair, step, side in np.ndindex(2, 12, 2):
+            t = int(result.timestep[pair, step])
+            if prediction_type == "sample" and t < 100:
+                continue  # eps = (x - a x0_t) / s: rounding of x_t is divided by s there
+            clean = result.x0_t[pair, step, side].double().numpy()
+            delta = result.delta[pair, step, side].double().numpy()
+            if step == 0:
+                back, below = clean, x0[pair, side].double().numpy()
+            else:
+                before = int(result.timestep[pair, step - 1])
+                back = a[before] * clean + s[before] * delta
+                below = result.x_t[pair, step - 1, side].double().numpy()
+            worst[name] = max(worst[name], float(np.abs(back - below).max()))
+    assert worst["fixed_point"] < 0.02, worst  # float16 storage of x_t, delta and x0_t
+    assert worst["ddim"] > 4 * worst["fixed_point"], worst
+
+
+def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Callable, inverted: Callable) -> None:
+    denoiser, x0 = linear(), latents(2)
+    loose = inverted(denoiser, x0, name="fixed_point", steps=4, iterations=2, tolerance=1e-12)
+    assert loose.residual is not None
+    assert (loose.residual > 1e-12).all()
+    assert loose.finite.all()
+    calls = denoiser.num_calls
+    inverted(denoiser, x0, name="fixed_point", steps=4, iterations=9, tolerance=1e9)
+    # one iteration is enough for any tolerance that large: start, then 2 calls per point
+    assert denoiser.num_calls - calls == 2 * 2 * (1 + 2 * 4)
+
+
+def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Callable, inverted: Callable) -> None:
+    """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t: once more, in float64."""
+    denoiser, x0 = linear(), latents(3)
+    made = inverted(denoiser, x0, steps=6, measure_inversion=1.0)
+    mix = denoiser.unet.mix.detach().double()
+    text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
+    a, s = denoiser.schedule.a, denoiser.schedule.s
+    for pair in range(3):
+        for side in range(2):
+            x = made.x_t[pair, -1, side].double().flatten()
+            levels = made.timestep[pair].tolist()
+            for t, below in zip(levels[::-1], [*levels[-2::-1], None], strict=True):
+                eps = torch.tanh(x @ mix + t / 1000) + 0.3 * x * (1 - t / 1000) + text
+                clean = (x - s[t] * eps) / a[t]
+                x = clean if below is None else a[below] * clean + s[below] * eps
+            want = x0[pair, side].double().flatten()
+            error = ((x - want).square().mean() / want.square().mean()).sqrt()
+            assert float(made.inversion_error[pair, side]) == pytest.approx(float(error), rel=1e-3)
+    assert (made.inversion_error > 0.01).all()
+
+
+def test_the_share_of_measured_pairs(linear: Callable, latents: Callable, inverted: Callable) -> None:
+    denoiser, x0 = linear(), latents(40)
+    none = inverted(denoiser, x0, steps=2, measure_inversion=0.0)
+    some = inverted(denoiser, x0, steps=2, measure_inversion=0.3)
+    assert none.inversion_error.isnan().all()
+    measured = ~some.inversion_error.isnan()
+    assert (measured[:, 0] == measured[:, 1]).all()
+    assert 4 <= int(measured[:, 0].sum()) <= 24
+    assert some.finite.all()
+    for name in ("x_t", "delta", "target", "reference_error"):  # measuring changes nothing else
+        torch.testing.assert_close(getattr(some, name), getattr(none, name), rtol=2e-3, atol=1e-3)
