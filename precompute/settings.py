@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from common.cache.schema import EXTRAS, InverterIdentity, Manifest
 from common.denoiser import dtype_name
+from common.errors import UsageError
 from common.inversion import INVERTERS, check_settings
 from common.models import Model
 from common.recipe import Section
@@ -104,6 +105,11 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     network_dtype = dtype_name(settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
     # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
+    if settings.resolution % factor:
+        raise UsageError(
+            "The resolution does not fit the VAE.", where="--resolution", expected=f"a multiple of {factor}",
+            got=settings.resolution,
+        )
     side = settings.resolution // factor
     return Manifest(
         latent_shape=(vae["latent_channels"], side, side),

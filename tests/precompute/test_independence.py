@@ -1,0 +1,151 @@
+"""Everything random hangs on (seed, pair id) alone: batch size, tars, order and workers change nothing but rounding."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.seeding import normal
+
+
+def _rms(got: np.ndarray, want: np.ndarray) -> float:
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+
+
+def test_batch_size_tars_and_order(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable
+) -> None:
+    pairs = examples(8)
+    settings = {
+        "flip": True, "vae_latent": "sample", "caption_dropout": 0.4, "timesteps_per_pair": 2, "seed": 5,
+        "measure_inversion": 0.5,
+    }
+    first = run.cache(
+        write_tars(tmp_path / "one", pairs, 8), pipelines(), tmp_path / "first", batch_size=1, **settings
+    )
+    second = run.cache(
+        write_tars(tmp_path / "three", pairs[::-1], 3), pipelines(), tmp_path / "second", batch_size=8,
+        decode_threads=4, **settings,
+    )
+    assert (len(first.shards), len(second.shards)) == (1, 3)
+    for name in ("timestep", "caption_dropped", "label"):
+        left, right = by_id(first, name), by_id(second, name)
+        assert left.keys() == {pair.pair_id for pair in pairs}
+        for pair_id, value in left.items():
+            np.testing.assert_array_equal(value, right[pair_id])
+    dropped = by_id(first, "caption_dropped")
+    assert 0 < sum(dropped.values()) < 8
+    for name in ("x0", "x_t", "delta", "x0_t", "target", "reference_error"):
+        left, right = by_id(first, name), by_id(second, name)
+        for pair_id, value in left.items():
+            assert _rms(value, right[pair_id]) < 5e-4, (name, pair_id)
+    left, right = by_id(first, "inversion_error"), by_id(second, "inversion_error")
+    for pair_id, value in left.items():
+        np.testing.assert_allclose(value, right[pair_id], rtol=1e-3, equal_nan=True)
+    assert 0 < sum(np.isnan(value).all() for value in left.values()) < 8
+
+
+def test_a_dropped_caption_is_the_empty_prompt(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """Inverted under row 0, with the original caption still named: the network is called again with it."""
+    source = write_tars(tmp_path / "pairs", examples(6), 6)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", caption_dropout=0.5, seed=1)
+    (shard,) = cache
+    dropped, index = shard.read("caption_dropped"), shard.read("prompt_index")
+    assert 0 < dropped.sum() < 6
+    assert (index > 0).all()
+    unet = run.components[-1].denoiser.unet
+    embedding = torch.from_numpy(shard.read("prompt/embedding")).float()
+    x_t = torch.from_numpy(shard.read("x_t")[:, 0, 0]).float()
+    timestep = torch.from_numpy(shard.read("timestep")[:, 0]).long()
+    for drop_all in (False, True):
+        rows = torch.from_numpy(np.where(dropped | drop_all, 0, index)).long()
+        with torch.no_grad():
+            eps = unet(x_t, timestep, encoder_hidden_states=embedding[rows]).sample.numpy()
+        same = np.abs(eps - shard.read("delta")[:, 0, 0]).max((1, 2, 3)) < 2e-3
+        assert same.tolist() == (dropped.tolist() if drop_all else [True] * 6)
+
+
+def test_flips_are_shared_by_the_sides(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    pairs = examples(8)
+    source = write_tars(tmp_path / "pairs", pairs, 8)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", flip=True)
+    encode = run.components[-1].images.vae
+    (shard,) = cache
+    flipped = []
+    for row, pair in enumerate(pairs):
+        sides = []
+        for side, pixels in enumerate((pair.win, pair.lose)):
+            with torch.no_grad():
+                both = torch.stack([torch.tensor(pixels), torch.tensor(pixels[:, ::-1].copy())])
+                latents = encode.encode(both.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean * 0.18215
+            distance = np.abs(latents.numpy() - shard.read("x0")[row, side]).max((1, 2, 3))
+            assert distance.min() < 2e-3 < distance.max()
+            sides.append(int(distance.argmin()))
+        assert sides[0] == sides[1]
+        flipped.append(sides[0])
+    assert 0 < sum(flipped) < 8
+
+
+def test_the_vae_sample_comes_from_the_hash(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    pairs = examples(2)
+    source = write_tars(tmp_path / "pairs", pairs, 2)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", vae_latent="sample", seed=9)
+    vae = run.components[-1].images.vae
+    (shard,) = cache
+    for row, pair in enumerate(pairs):
+        for side, pixels in enumerate((pair.win, pair.lose)):
+            with torch.no_grad():
+                posterior = vae.encode(torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+            noise = normal((4, 8, 8), 9, pair.pair_id, "vae", side)
+            want = (posterior.mean + posterior.std * noise)[0] * 0.18215
+            np.testing.assert_allclose(shard.read("x0")[row, side], want, rtol=1e-3, atol=1e-4)
+            assert np.abs(shard.read("x0")[row, side] - posterior.mean[0].numpy() * 0.18215).max() > 1e-2
+
+
+@pytest.mark.parametrize("inverter", ["ddim", "noise"])
+def test_lean_is_full_bit_for_bit(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, inverter: str
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(4), 4)
+    full = run.cache(source, pipelines(), tmp_path / "full", inverter=inverter)
+    lean = run.cache(source, pipelines(), tmp_path / "lean", inverter=inverter, profile="lean")
+    for one, other in zip(full, lean, strict=True):
+        assert "x_t" in one.stored
+        assert "x_t" not in other.stored
+        for name in ("x_t", "x0", "target", "reference_error", "timestep"):
+            np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
+def test_extras(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(3), 3)
+    cache = run.cache(
+        source, pipelines(), tmp_path / "cache", guidance=0.0, extra=("eps_ref", "delta_prev"), measure_inversion=1.0
+    )
+    (shard,) = cache
+    eps_ref, target = shard.read("eps_ref").astype(np.float64), shard.read("target").astype(np.float64)
+    np.testing.assert_allclose(
+        shard.read("reference_error"), np.mean((target - eps_ref) ** 2, axis=(-3, -2, -1)), rtol=5e-3
+    )
+    np.testing.assert_array_equal(shard.read("delta_prev")[:, 1:], shard.read("delta")[:, :-1])
+    # E_ref belongs to the caption, delta to the empty prompt.
+    assert np.abs(eps_ref - shard.read("delta")).max() > 1e-3
+    unet = run.components[-1].denoiser.unet
+    embedding = torch.from_numpy(shard.read("prompt/embedding")).float()[shard.read("prompt_index")]
+    with torch.no_grad():
+        eps = unet(
+            torch.from_numpy(shard.read("x_t")[:, 0, 0]).float(), torch.from_numpy(shard.read("timestep")[:, 0]).long(),
+            encoder_hidden_states=embedding,
+        ).sample.numpy()
+    np.testing.assert_allclose(eps_ref[:, 0, 0], eps, atol=2e-3)
+    assert np.isfinite(shard.read("inversion_error")).all()
