@@ -1,8 +1,10 @@
 """`inpo inspect`: look at a cache. Nothing heavy is imported before a command runs."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,3 +69,174 @@ def pair(
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out, format="PNG", optimize=True)
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
+
+
+@app.command()
+def verify(
+    cache: Cache,
+    model: Annotated[
+        str | None, typer.Option(help="The model that made the cache: inverts a sample again and compares.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Pairs inverted again with --model.")] = 16,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
+    ] = False,
+) -> None:
+    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
+    from rich.console import Console
+
+    from common.cache import open_cache
+    from common.models import open_model
+    from common.progress import ProgressReport
+    from inspection.verify import quarantine as move_commits
+    from inspection.verify import verify as verify_cache
+    from inspection.verify_view import show
+
+    total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
+    with ProgressReport("verify", total=total, unit="shards") as progress:
+        found = verify_cache(
+            cache, model=None if model is None else open_model(model), num_sampled=sample, on_shard=progress.advance
+        )
+    show(found, Console())
+    if quarantine and found.findings:
+        moved = move_commits(cache, found)
+        print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
+        print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
+    if found.findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    cache: Cache,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Also attempts younger than an hour; only if no precompute is at work on this cache."),
+    ] = False,
+) -> None:
+    """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
+    from common.cache import open_cache
+    from inspection.leftovers import find_leftovers, remove_leftover
+    from inspection.summary_view import readable_bytes
+
+    store = open_cache(cache, allow_empty=True, damaged={}).store
+    found = find_leftovers(store)
+    chosen = [leftover for leftover in found if everything or not leftover.is_young()]
+    spared = len(found) - len(chosen)
+    for leftover in chosen:
+        print(f"{leftover.paths[0]}  {readable_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
+    if spared:
+        print(f"left alone: {spared} younger than an hour, a writer may be at work on them (--all takes them too)")
+    if not chosen:
+        print("nothing to remove")
+        return
+    total = readable_bytes(sum(leftover.num_bytes for leftover in chosen))
+    if not yes and not typer.confirm(f"Remove {len(chosen)} attempts, {total}?"):
+        print("nothing was removed")
+        raise typer.Exit(1)
+    removed = [leftover for leftover in chosen if remove_leftover(store, leftover)]
+    print(f"removed {len(removed)} attempts, {readable_bytes(sum(leftover.num_bytes for leftover in removed))}")
+    if len(removed) < len(chosen):
+        print(f"kept {len(chosen) - len(removed)}: committed in the meantime")
+
+
+@app.command(name="filter")
+def filter_pairs(
+    cache: Cache,
+    where: Annotated[
+        str,
+        typer.Option(
+            help='Condition, e.g. "inversion_error < 0.2 and reference_error < 3". Columns: inversion_error, '
+            "reference_error (each also _win, _lose; reference_error_max), label, caption_dropped, timestep_min, "
+            'timestep_max, prompt, pair_id; "cat" in prompt looks for text.'
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The list to write, one pair id a line. [default: standard output]")] = None,
+) -> None:
+    """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
+
+    A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
+    """
+    from common.cache import open_cache
+    from common.cache.store import storage_errors
+    from inspection.pair_table import read_pair_table
+    from inspection.where import select
+
+    bad: dict[str, Any] = {}
+    opened = open_cache(cache, damaged=bad)
+    table = read_pair_table(opened, dict(bad))
+    selection = select(table, where)
+    chosen = table.pair_id[selection.truth.yes].tolist()
+    text = "".join(f"{pair_id}\n" for pair_id in chosen)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        with storage_errors("write the list", out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+    say = print if out is not None else partial(print, file=sys.stderr)
+    unknown = int(selection.truth.unknown.sum())
+    say(f"{len(chosen):,} of {len(table):,} pairs, {int(selection.truth.no.sum()):,} fail, {unknown:,} undecided")
+    for name, count in selection.num_lacking.items():
+        hint = "; `inpo precompute --measure-inversion 1` measures all" if name.startswith("inversion_error") else ""
+        say(f"{count:,} pairs lack {name}{hint}")
+    if out is not None:
+        say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
+    for name, error in table.damaged.items():
+        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+    if table.damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def drift(
+    cache: Cache,
+    model: Annotated[str, typer.Option(help="The trained model: pipeline folder or hub id.")],
+    sample: Annotated[int, typer.Option(min=1, help="Pairs inverted again.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """How far the cached points are from those that a trained model would invert to, and whether to refresh."""
+    from rich.console import Console
+
+    from common.models import open_model
+    from common.progress import ProgressReport
+    from inspection.drift import measure_drift
+    from inspection.drift_view import show
+
+    with ProgressReport("drift", total=None, unit="pairs", quiet=as_json) as progress:
+        found = measure_drift(cache, open_model(model), num_sampled=sample, on_pairs=progress.advance)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        show(found, Console())
+
+
+@app.command()
+def report(
+    cache: Cache,
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    model: Annotated[
+        str | None, typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
+) -> None:
+    """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read."""
+    from common.cache.store import storage_errors
+    from common.models import open_model
+    from common.progress import ProgressReport
+    from inspection.report import make_report
+
+    with ProgressReport("report", total=None, unit="pairs") as progress:
+        made = make_report(
+            cache, model=None if model is None else open_model(model), per_group=pairs, on_pair=progress.advance
+        )
+    with storage_errors("write the report", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(made.html, encoding="utf-8")
+    size = out.stat().st_size / 1e6
+    print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
+    for name, error in sorted(made.damaged.items()):
+        print(f"damaged: {name}: {error.what}", file=sys.stderr)
+    if made.damaged:
+        raise typer.Exit(1)

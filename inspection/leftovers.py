@@ -93,3 +93,12 @@ def _files(store: CacheStore, folder: str) -> Iterator[tuple[str, int, datetime]
                 continue
             if file.is_file():
                 yield file.relative_to(root).as_posix(), found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)
+
+
+def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
+    """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
+    if committed_attempt(store, leftover.shard) in (leftover.attempt, _UNKNOWN):
+        return False
+    for path in leftover.paths:
+        store.remove(path)
+    return True

@@ -76,7 +76,9 @@ def linear_preview(cache: Cache) -> LinearPreview:
             return LinearPreview(
                 weight=_SDXL_WEIGHT, bias=_SDXL_BIAS, note="latents through a linear approximation of SDXL's VAE"
             )
-        return LinearPreview(weight=_SD_WEIGHT, bias=_SD_BIAS, note="latents through a linear approximation of SD's VAE")
+        return LinearPreview(
+            weight=_SD_WEIGHT, bias=_SD_BIAS, note="latents through a linear approximation of SD's VAE"
+        )
     return fitted_preview(_sample_x0(cache))
 
 

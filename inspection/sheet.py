@@ -177,9 +177,11 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
         lines.append(("|τ|", "target, RMS over channels; a unit Gaussian gives about 1"))
         lines.append(("lean", "this cache stores no δ and no x₀(t); precompute with --profile full to see them"))
     else:
-        lines.append(("|δ|", "the inverting model's noise prediction at xₜ, RMS over channels; a unit Gaussian gives about 1"))
-        lines.append(("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the "
-                                 "caption, the mean of its square is E_ref"))
+        lines += [
+            ("|δ|", "the inverting model's noise at xₜ, RMS over channels; a unit Gaussian gives about 1"),
+            ("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the caption, "
+                        "the mean of its square is E_ref"),
+        ]
     lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))
     return lines
 

@@ -1,0 +1,147 @@
+"""`inpo inspect drift`: how far the cached points are from those a trained model would invert to.
+
+The released code inverts with the network in training; a cache inverts once, with the reference. What that costs is
+measured here: the same pairs, settings and randomness, another network.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from common.cache import Cache, open_cache
+from common.errors import CacheMissing, InpoError
+from common.models import Model
+from inspection.pair_table import read_pair_table
+from inspection.reinvert import choose_pairs, load_denoiser, reinvert
+from inspection.summary import NUM_BINS
+
+KEEP_BELOW, REFRESH_ABOVE = 0.1, 0.2
+"""Relative RMS change of the target. Yardstick: the target of ddim with 10 steps is itself about 0.2 away from the
+exact trajectory's (docs/inversion.md), so that half of it is lost in the inverter's own error and more than all of it
+is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftBin:
+    """Records with low <= timestep < high: median relative RMS change; None in an empty bin."""
+
+    low: int
+    high: int
+    num_records: int
+    x_t: float | None
+    target: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far a model's inversion is from the cache's."""
+
+    location: str
+    model: str
+    num_pairs: int
+    num_sampled: int
+    num_not_finite: int
+    """Sampled pairs whose new inversion holds NaN or infinity; left out of the figures."""
+    same_weights: bool
+    x_t: float
+    """Relative RMS change over all sampled records."""
+    target: float
+    bins: list[DriftBin]
+    damaged: list[str]
+    verdict: str
+    """keep, watch or refresh."""
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_drift(
+    location: str, model: Model, *, num_sampled: int = 64, on_pairs: Callable[[int], None] = lambda count: None
+) -> Drift:
+    """Invert a sample of the cached pairs with `model` and compare.
+
+    Raises CacheMismatch if the model cannot walk the cache's latents, CacheMissing if there is no readable pair.
+    """
+    bad: dict[str, Any] = {}
+    cache = open_cache(location, damaged=bad)
+    damaged: dict[str, InpoError] = dict(bad)
+    table = read_pair_table(cache, damaged)
+    if not len(table):
+        raise CacheMissing("This cache has no readable pair.", where=cache.location, got=f"{len(damaged)} damaged shards",
+                           fix="`inpo inspect verify --quarantine`, then `inpo precompute` again")
+    denoiser = load_denoiser(cache, model)
+    chosen = choose_pairs(table, num_sampled)
+    timesteps, changes = [], {"x_t": [], "target": []}
+    num_not_finite = 0
+    for again in reinvert(cache, table, chosen, denoiser, on_pairs):
+        finite = again.inverted.finite.numpy()
+        num_not_finite += int((~finite).sum())
+        timesteps.append(np.repeat(again.timestep[finite][..., None], 2, axis=-1).ravel())
+        for name, values in changes.items():
+            values.append(again.change(name)[finite].ravel())
+    timestep = np.concatenate(timesteps)
+    x_t, target = np.concatenate(changes["x_t"]), np.concatenate(changes["target"])
+    overall = float(np.sqrt((target.astype(np.float64) ** 2).mean())) if len(target) else float("inf")
+    same = cache.manifest.fingerprints.get("unet") == model.fingerprints.get("unet")
+    verdict = "refresh" if overall > REFRESH_ABOVE else "watch" if overall > KEEP_BELOW else "keep"
+    return Drift(
+        location=cache.location, model=model.name, num_pairs=cache.num_pairs, num_sampled=len(chosen),
+        num_not_finite=num_not_finite, same_weights=same,
+        x_t=float(np.sqrt((x_t.astype(np.float64) ** 2).mean())) if len(x_t) else float("inf"), target=overall,
+        bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps), damaged=sorted(damaged),
+        verdict=verdict, advice=_advice(cache, model, verdict),
+    )
+
+
+def _bins(timestep: np.ndarray, x_t: np.ndarray, target: np.ndarray, num_train_timesteps: int) -> list[DriftBin]:
+    edges = np.unique(np.linspace(0, num_train_timesteps, NUM_BINS + 1).round().astype(int)).tolist()
+    bins = []
+    for low, high in itertools.pairwise(edges):
+        inside = (timestep >= low) & (timestep < high)
+        some = bool(inside.any())
+        bins.append(DriftBin(
+            low=low, high=high, num_records=int(inside.sum()) // 2,
+            x_t=float(np.median(x_t[inside])) if some else None,
+            target=float(np.median(target[inside])) if some else None,
+        ))
+    return bins
+
+
+def _advice(cache: Cache, model: Model, verdict: str) -> str:
+    if verdict == "keep":
+        return "Keep the cache: the change is below the inverter's own error."
+    if verdict == "watch":
+        return "Keep the cache for now, and measure again later in training: the change nears the inverter's own error."
+    return (
+        "Refresh: the change is larger than the inverter's own error. The new cache's reference is the trained model:\n"
+        f"  {refresh_command(cache, model)}"
+    )
+
+
+def refresh_command(cache: Cache, model: Model) -> str:
+    """The precompute command that makes this cache anew with another model."""
+    manifest, inverter = cache.manifest, cache.manifest.inverter
+    sources = sorted({commit.source.location for commit in cache.commits.values()})
+    words = [
+        "inpo precompute", f"--pairs {sources[0] if sources else 'SRC'}", f"--model {model.name}",
+        f"--cache {cache.location}-refreshed", f"--resolution {manifest.resolution}", f"--steps {inverter.steps}",
+        f"--timesteps-per-pair {manifest.timesteps_per_pair}", f"--inverter {inverter.name}",
+        f"--profile {manifest.profile}", f"--seed {manifest.seed}", f"--dtype {manifest.network_dtype}",
+    ]
+    words += [f"--refine-start {inverter.refine_start}"] if inverter.refine_start else []
+    words += [f"--noised-start {inverter.noised_start:g}"] if 0 < inverter.noised_start < 1 else []
+    words += [f"--guidance {inverter.guidance:g}"] if inverter.guidance != 1 else []
+    words += [f"--caption-dropout {inverter.caption_dropout:g}"] if inverter.caption_dropout else []
+    words += ["--faithful"] if inverter.faithful else []
+    words += ["--flip"] if manifest.flip else []
+    words += [f"--vae-latent {manifest.vae_latent}"] if manifest.vae_latent != "mean" else []
+    if inverter.timestep_range != (0, manifest.num_train_timesteps):
+        words.append(f"--timestep-range {inverter.timestep_range[0]} {inverter.timestep_range[1]}")
+    if inverter.iterations is not None:
+        words += [f"--iterations {inverter.iterations}", f"--tolerance {inverter.tolerance:g}"]
+    words += [f"--extra {name}" for name in manifest.extra]
+    return " ".join(words)

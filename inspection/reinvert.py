@@ -1,0 +1,167 @@
+"""Inverting cached pairs again, from the cache alone: x0, embeddings and settings are all in it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from common.cache import Cache, Shard
+from common.conditions import pair_condition
+from common.denoiser import Condition, Denoiser, prepare_for_inference
+from common.errors import CacheMismatch
+from common.inversion import Inverted, invert
+from common.models import Model
+from common.seeding import stable_hash
+from inspection.pair_table import PairTable
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Again:
+    """Some pairs of one shard, as cached and as inverted again. Latents float32, on the CPU."""
+
+    shard: str
+    pair_ids: list[str]
+    timestep: Int[np.ndarray, "pair step"]
+    cached_x_t: Float[np.ndarray, "pair step side c h w"]
+    cached_target: Float[np.ndarray, "pair step side c h w"]
+    cached_error: Float[np.ndarray, "pair step side"]
+    error_at_stored: Float[np.ndarray, "pair step side"]
+    """The reference error that this network gives at the stored x_t and target."""
+    prediction_rms: Float[np.ndarray, "pair step side"]
+    """RMS of its noise prediction there."""
+    inverted: Inverted
+
+    def change(self, name: str) -> Float[np.ndarray, "pair step side"]:
+        """Relative RMS change of x_t or target, per record and side."""
+        cached = {"x_t": self.cached_x_t, "target": self.cached_target}[name]
+        again = getattr(self.inverted, name).float().numpy()
+        axes = (-3, -2, -1)
+        return np.sqrt(((again - cached) ** 2).mean(axes) / np.maximum((cached**2).mean(axes), 1e-12))
+
+    @property
+    def error_change(self) -> Float[np.ndarray, "pair step side"]:
+        """Relative change of the reference error when the network sees the stored x_t again."""
+        return np.abs(self.error_at_stored - self.cached_error) / np.maximum(self.cached_error, 1e-12)
+
+    def error_change_limit(self, tolerance: float) -> Float[np.ndarray, "pair step side"]:
+        """What a prediction that is off by `tolerance` (relative RMS) can do: (2 sqrt(E) d + d^2) / E."""
+        off = tolerance * self.prediction_rms
+        return (2 * np.sqrt(self.cached_error) * off + off**2) / np.maximum(self.cached_error, 1e-12)
+
+
+def choose_pairs(
+    table: PairTable, count: int, *, among: Bool[np.ndarray, "pair"] | None = None
+) -> Int[np.ndarray, "chosen"]:
+    """`count` rows of the table, drawn by the hash of the pair id: the same on every run, spread over the cache."""
+    rows = np.arange(len(table)) if among is None else np.flatnonzero(among)
+    hashes = [stable_hash("inspect", table.pair_id[row]) for row in rows]
+    return np.sort(rows[np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")[:count]])
+
+
+def load_denoiser(cache: Cache, model: Model) -> Denoiser:
+    """The model's network in the cache's dtype, on the GPU if there is one.
+
+    Raises CacheMismatch if it takes other latents or walks another schedule than the cache's.
+    """
+    manifest = cache.manifest
+    channels = model.config("unet").get("in_channels")
+    table = tuple(float(value) for value in (model.schedule.a**2).tolist())
+    same_table = len(table) == manifest.num_train_timesteps and np.allclose(
+        table, manifest.alphas_cumprod, rtol=1e-6, atol=0
+    )
+    if channels != manifest.latent_shape[0] or not same_table or (
+        model.schedule.prediction_type != manifest.prediction_type
+    ):
+        raise CacheMismatch(
+            "The model cannot walk this cache's latents.",
+            where=model.name,
+            expected=f"{manifest.latent_shape[0]} latent channels, {manifest.prediction_type} prediction, the cache's "
+            f"schedule of {manifest.num_train_timesteps} timesteps",
+            got=f"{channels} channels, {model.schedule.prediction_type} prediction, "
+            f"{'the same' if same_table else 'another'} schedule",
+            fix="pass the model that the cache was made with, or one trained from it",
+        )
+    unet = model.load_unet()
+    prepare_for_inference(
+        unet, network_dtype=manifest.network_dtype,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return Denoiser(unet, model.schedule, network_dtype=manifest.network_dtype)
+
+
+def reinvert(
+    cache: Cache,
+    table: PairTable,
+    chosen: Int[np.ndarray, "chosen"],
+    denoiser: Denoiser,
+    on_pairs: Callable[[int], None] = lambda count: None,
+) -> Iterator[Again]:
+    """Invert the chosen pairs with `denoiser` under the cache's own settings, shard by shard."""
+    manifest = cache.manifest
+    for index in np.unique(table.shard[chosen]):
+        shard = cache.shards[table.shard_names[index]]
+        rows = table.row[chosen[table.shard[chosen] == index]]
+        pair_ids = [str(name) for name in shard.read("pair_id")[rows]]
+        inverted = invert(
+            denoiser,
+            torch.from_numpy(shard.read("x0", rows)),
+            pair_ids,
+            identity=manifest.inverter,
+            seed=manifest.seed,
+            timesteps_per_pair=manifest.timesteps_per_pair,
+            caption=pair_condition(shard, rows),
+            empty=_empty_condition(shard, rows),
+        )
+        timestep = shard.read("timestep", rows).astype(np.int64)
+        x_t, target = (shard.read(path, rows).astype(np.float32) for path in ("x_t", "target"))
+        error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
+        yield Again(
+            shard=shard.name,
+            pair_ids=pair_ids,
+            timestep=timestep,
+            cached_x_t=x_t,
+            cached_target=target,
+            cached_error=shard.read("reference_error")[rows],
+            error_at_stored=error,
+            prediction_rms=rms,
+            inverted=inverted,
+        )
+        on_pairs(len(rows))
+
+
+@torch.inference_mode()
+def _at_stored(
+    denoiser: Denoiser,
+    shard: Shard,
+    rows: Int[np.ndarray, "pair"],
+    timestep: Int[np.ndarray, "pair step"],
+    x_t: Float[np.ndarray, "pair step side c h w"],
+    target: Float[np.ndarray, "pair step side c h w"],
+) -> tuple[Float[np.ndarray, "pair step side"], Float[np.ndarray, "pair step side"]]:
+    """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
+    errors, sizes = [], []
+    for index, row in enumerate(rows):
+        condition = pair_condition(shard, np.array([row])).to(denoiser.device)
+        for step in range(timestep.shape[1]):
+            x = torch.from_numpy(x_t[index, step]).to(denoiser.device)
+            label = torch.full((2,), int(timestep[index, step]), device=denoiser.device)
+            eps = denoiser(x, label, condition).cpu().numpy()
+            errors.append(((target[index, step] - eps) ** 2).mean((1, 2, 3)))
+            sizes.append(np.sqrt((eps**2).mean((1, 2, 3))))
+    shape = (*timestep.shape, 2)
+    return np.stack(errors).reshape(shape), np.stack(sizes).reshape(shape)
+
+
+def _empty_condition(shard: Shard, rows: Int[np.ndarray, "pair"]) -> Condition:
+    """Row 0 of the shard's prompts, the empty one, for every image; SDXL's time ids stay the pair's own."""
+    count = 2 * len(rows)
+    embedding = torch.from_numpy(shard.read("prompt/embedding")[:1]).float()
+    if "prompt/pooled" not in shard:
+        return Condition(embedding=embedding.repeat(count, 1, 1))
+    return Condition(
+        embedding=embedding.repeat(count, 1, 1),
+        pooled=torch.from_numpy(shard.read("prompt/pooled")[:1]).float().repeat(count, 1),
+        time_ids=torch.from_numpy(shard.read("time_ids", rows)).reshape(-1, 6),
+    )

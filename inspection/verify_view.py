@@ -1,0 +1,50 @@
+"""The verification on a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from inspection.checks import CHECKS
+from inspection.summary_view import readable_bytes
+from inspection.verify import Verification
+
+_WHY_NOT = {
+    "x_t": "not stored (lean): it is derived",
+    "x0_t": "not stored (lean)",
+    "reference_error": "needs delta as the reference's prediction, or --extra eps_ref",
+    "reference": "only with --model",
+    "re-inversion": "only with --model",
+}
+
+
+def show(verification: Verification, console: Console) -> None:
+    """Print one line per check, then one per finding."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("check")
+    table.add_column("what holds")
+    table.add_column("pairs", justify="right")
+    table.add_column("result")
+    for name, meaning in CHECKS.items():
+        bad = {finding.shard for finding in verification.findings if finding.check == name}
+        count = verification.num_checked.get(name)
+        if bad:
+            result = f"[bold red]{len(bad)} bad shard{'s' if len(bad) > 1 else ''}[/bold red]"
+        elif count is None:
+            result = f"[dim]{_WHY_NOT.get(name, 'nothing to check')}[/dim]"
+        else:
+            result = "[green]ok[/green]"
+        table.add_row(name, meaning, "-" if count is None else f"{count:,}", result)
+    console.print(table)
+    if verification.reinverted:
+        changes = ", ".join(f"{name} {value:.2g}" for name, value in verification.reinverted.items())
+        console.print(f"largest relative change with --model: {changes}", highlight=False)
+    for finding in verification.findings:
+        console.print(f"[bold red]{finding.shard}[/bold red]  {finding.check}: ", end="", highlight=False)
+        console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+    bad_shards = verification.bad_shards
+    console.print(
+        f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
+        f"{readable_bytes(verification.bytes_read)} read: "
+        + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
+        highlight=False, soft_wrap=True,
+    )
