@@ -108,7 +108,7 @@ def to_toml(sections: Mapping[str, BaseModel]) -> str:
     lines: list[str] = []
     for name, section in sections.items():
         lines.append(f"[{name}]")
-        for key, value in section.model_dump(mode="json").items():
+        for key, value in section.model_dump(mode="json", by_alias=True).items():
             if value is not None:
                 lines.append(f"{key} = {_toml_value(value)}")
         lines.append("")

@@ -5,7 +5,7 @@ abar_t is the scheduler's `alphas_cumprod`. Tables are float64; label t is an in
 trajectory lies outside the table: a = 1, s = 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,6 +28,9 @@ class NoiseSchedule:
     a: Float[Tensor, "timestep"]
     s: Float[Tensor, "timestep"]
     prediction_type: PredictionType
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def from_scheduler(cls, scheduler: object) -> "NoiseSchedule":
@@ -105,10 +108,16 @@ class NoiseSchedule:
     ) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
         """(a_t, s_t) at integer labels, on the labels' device, with `trailing` axes of length 1 appended."""
         shape = (*timestep.shape, *([1] * trailing))
-        index = timestep.to("cpu", torch.int64)
-        a = self.a[index].reshape(shape).to(timestep.device, dtype)
-        s = self.s[index].reshape(shape).to(timestep.device, dtype)
-        return a, s
+        a, s = self._tables(timestep.device, dtype)
+        index = timestep.long()
+        return a[index].reshape(shape), s[index].reshape(shape)
+
+    def _tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(a, s) on a device, copied there once: a look-up per call would wait for the device."""
+        key = (device, dtype)
+        if key not in self._copies:
+            self._copies[key] = (self.a.to(dtype).to(device), self.s.to(dtype).to(device))
+        return self._copies[key]
 
     def timestep_from_sigma(self, sigma: float) -> int:
         """The label whose sigma is nearest to `sigma` in the logarithm. Inverse of `sigma`."""

@@ -7,11 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from common.errors import TrainingError, UsageError
 
 _PREFIX = "step-"
 STATE = "run.json"
+TRAINED = "trained.safetensors"
+
+
+def keep_only_trained(accelerator: Accelerator) -> None:
+    """Leave the frozen weights out of the checkpoints: under LoRA they are the model's own."""
+
+    def write(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        for model in models:
+            trained = {name: each for name, each in _bare(accelerator, model).named_parameters() if each.requires_grad}
+            if accelerator.is_main_process:
+                save_file({name: each.detach().contiguous() for name, each in trained.items()}, Path(folder) / TRAINED)
+        weights.clear()
+
+    def read(models: list[nn.Module], folder: str) -> None:
+        while models:
+            _bare(accelerator, models.pop()).load_state_dict(load_file(Path(folder) / TRAINED), strict=False)
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(read)
+
+
+def _bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    bare: nn.Module = accelerator.unwrap_model(model)
+    return bare
 
 
 def save(

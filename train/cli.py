@@ -12,6 +12,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="The model that precompute used.")] = None,
     variant: Annotated[str | None, typer.Option(help="Weights variant, e.g. fp16.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Configuration folder for a single-file model.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Replacement VAE, for samples and the final pipeline.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     objective: Annotated[str | None, typer.Option(help="inpo, dpo, ipo, hinge, kto, sft, smpo, mapo, ...")] = None,
     beta: Annotated[float | None, typer.Option(help="Strength of the reference; unset: the objective's own.")] = None,
@@ -29,6 +30,7 @@ def train(
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Trade time for memory.")] = None,
     compile: Annotated[bool | None, typer.Option(help="torch.compile the network.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="0: full fine-tuning.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA scale is alpha / rank; unset: the rank.")] = None,
     lora_targets: Annotated[list[str] | None, typer.Option(help="Modules that get LoRA layers; repeatable.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Start from another model than the reference.")] = None,
     labels: Annotated[str | None, typer.Option(help="Label set made by `inpo relabel`.")] = None,
@@ -57,12 +59,13 @@ def train(
         "batch_size": batch_size, "accumulate": accumulate, "optimizer": optimizer, "weight_decay": weight_decay,
         "schedule": schedule, "warmup_steps": warmup_steps, "clip": clip, "ema": ema, "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing, "compile": compile, "lora_rank": lora_rank,
-        "lora_targets": lora_targets, "init_from": init_from, "labels": labels, "only": only, "except": except_,
+        "lora_alpha": lora_alpha, "lora_targets": lora_targets, "init_from": init_from,
+        "labels": labels, "only": only, "except": except_,
         "held_out": held_out, "evaluate_every": evaluate_every, "log_every": log_every, "save_every": save_every,
         "keep_last": keep_last, "reference_guard": reference_guard, "tracker": tracker, "sample_every": sample_every,
         "sample_prompts": sample_prompts, "seed": seed,
     }
-    model_flags = {"model": model, "variant": variant, "model_config_dir": model_config}
+    model_flags = {"model": model, "variant": variant, "model_config_dir": model_config, "vae": vae}
     raise typer.Exit(run_train(recipe, model_flags, cache, flags, resume=resume))
 
 

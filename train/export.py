@@ -23,7 +23,9 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     Whole or not at all. Raises UsageError if `run` holds neither, ModelError if the architecture has no such layout.
     """
     if file.suffix != ".safetensors":
-        raise UsageError("A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file)
+        raise UsageError(
+            "A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file
+        )
     if dtype not in DTYPES:
         raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=dtype)
     model, pipeline = _open(run)

@@ -39,6 +39,14 @@ class Index:
     fingerprint: str
     """Changes with any pair, label or selection: a stream's position is worth nothing under another index."""
 
+    def of(self, cache: Cache) -> "Index":
+        """The part of the index that belongs to one of its caches."""
+        return Index(
+            training=tuple(shard for shard in self.training if shard.shard.cache is cache),
+            held_out=tuple(shard for shard in self.held_out if shard.shard.cache is cache),
+            fingerprint=self.fingerprint,
+        )
+
     @property
     def num_records(self) -> int:
         return sum(shard.num_records for shard in self.training)
@@ -53,15 +61,14 @@ def build_index(
     *,
     soft: bool,
     held_out: float,
-    seed: int,
     labels: str | None = None,
     only: Path | None = None,
     excluded: Path | None = None,
 ) -> Index:
     """Read the small arrays of every shard and decide what is used.
 
-    Held-out pairs are chosen by the hash of the prompt, so that a prompt is never on both sides. With hard labels a
-    pair at 0.5 is left out.
+    Held-out pairs are chosen by the hash of the prompt alone, so that a prompt is never on both sides and runs of other
+    seeds hold out the same ones. With hard labels a pair at 0.5 is left out.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -88,7 +95,7 @@ def build_index(
         use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
         if not soft:
             use &= label != 0.5
-        aside = np.array([uniform("held-out", seed, str(prompt)) < held_out for prompt in prompts], bool)
+        aside = np.array([uniform("held-out", str(prompt)) < held_out for prompt in prompts], bool)
 
         def part(mask: np.ndarray) -> IndexedShard:
             rows = np.flatnonzero(mask)
@@ -104,7 +111,7 @@ def build_index(
     index = Index(
         training=tuple(training for training, _, _ in parts if len(training.rows)),
         held_out=tuple(aside for _, aside, _ in parts if len(aside.rows)),
-        fingerprint=f"{stable_hash(held_out, seed, *(digest for _, _, digest in parts)):016x}",
+        fingerprint=f"{stable_hash(held_out, *(digest for _, _, digest in parts)):016x}",
     )
     if index.num_records == 0:
         raise CacheIncomplete(

@@ -1,7 +1,8 @@
-"""The training loop: one network call per micro-batch, no synchronisation between logging intervals."""
+"""The training loop: one network call per micro-batch, no synchronisation with the device between logging intervals."""
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +35,7 @@ class Trainer:
         objective: Objective,
         accelerator: Accelerator,
         unet: torch.nn.Module,
+        trained: list[torch.nn.Parameter],
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -42,7 +44,7 @@ class Trainer:
         held_out: list[Batch],
         identity: dict[str, Any],
         metrics: MetricsWriter | None,
-        sample: "Sampler | None" = None,
+        sample: Callable[[int], None] | None = None,
     ) -> None:
         self.settings = settings
         self.output = output
@@ -50,6 +52,7 @@ class Trainer:
         self.beta = settings.resolved_beta
         self.accelerator = accelerator
         self.unet = unet
+        self.trained = trained
         self.denoiser = denoiser
         self.optimizer = optimizer
         self.schedule = schedule
@@ -61,9 +64,13 @@ class Trainer:
         self.sample = sample
         self.step = 0
         self._stopping = False
-        self._seconds = 0.0
+        self._sums = self._new_sums()
+        self._gradient_norm = torch.zeros((), device=accelerator.device)
+        self._bad = torch.zeros((), device=accelerator.device)
         # 1 / abar_t, for the objective that aims at the previous delta.
         self._weights = (1 / denoiser.schedule.a**2).float().to(accelerator.device)
+        # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
+        self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def losses(self, batch: Batch) -> ObjectiveResult:
         """The objective on a micro-batch that lies on the device."""
@@ -73,17 +80,12 @@ class Trainer:
             error, reference_error = error * weight, reference_error * weight
         return self.objective.function(error, reference_error, batch.label, self.beta)
 
-    def accumulator(self) -> Accumulator:
-        return Accumulator(
-            device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
-        )
-
-    def write_start(self, batch: Batch) -> dict[str, Any]:
-        """The first line of metrics.jsonl: before any update, on the records of the zero-step proof's model."""
-        sums = self.accumulator()
+    def write_start(self) -> dict[str, Any]:
+        """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""
+        sums = self._new_sums()
+        batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
-            result = self.losses(batch.to(self.accelerator.device))
-        sums.add(result, batch.timestep.to(self.accelerator.device))
+            sums.add(self.losses(batch), batch.timestep)
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
         return values
@@ -93,65 +95,77 @@ class Trainer:
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         settings, quiet = self.settings, not self.accelerator.is_main_process
         batches = iter(self.stream)
-        sums, since = self.accumulator(), time.perf_counter()
-        gradient_norm: Tensor | None = None
-        bad = torch.zeros((), device=self.accelerator.device)
-        records = 0
+        started, records = time.perf_counter(), 0
         try:
             with ProgressReport("train", total=settings.steps, unit="steps", done=self.step, quiet=quiet) as progress:
                 while self.step < settings.steps:
-                    for _ in range(settings.accumulate):
-                        batch = next(batches).to(self.accelerator.device)
-                        with self.accelerator.accumulate(self.unet):
-                            result = self.losses(batch)
-                            self.accelerator.backward(result.loss.mean())
-                            sums.add(result._replace(loss=result.loss.detach()), batch.timestep)
-                            bad = bad + (~result.loss.detach().isfinite()).any()
-                            records += batch.num_records
-                            if self.accelerator.sync_gradients:
-                                gradient_norm = self.accelerator.clip_grad_norm_(
-                                    self.unet.parameters(), settings.clip or float("inf")
-                                )
-                                if gradient_norm is not None:
-                                    bad = bad + (~gradient_norm.detach().isfinite())
-                            self.optimizer.step()
-                            if self.accelerator.sync_gradients:
-                                self.schedule.step()
-                            self.optimizer.zero_grad(set_to_none=True)
+                    records += self._optimise(batches)
                     self.step += 1
-                    if self.ema is not None:
-                        self.ema.step(self.unet.parameters())
-                    last = self.step == settings.steps
-                    stopping = self._stop_requested()
+                    last, stopping = self.step == settings.steps, self._stop_requested()
+                    note, before = None, time.perf_counter()
                     if self.step % settings.log_every == 0 or last or stopping:
-                        self._guard(bad)
-                        elapsed, since = time.perf_counter() - since, time.perf_counter()
-                        values = sums.result(self._reduce)
-                        sums = self.accumulator()
-                        rate = records * self.accelerator.num_processes / elapsed
-                        values |= {
-                            "pairs_per_second": rate, "epoch": self.stream.epoch,
-                            "gradient_norm": 0.0 if gradient_norm is None else float(gradient_norm),
-                        }
-                        if self.accelerator.device.type == "cuda":
-                            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-                        records = 0
-                        if self.step % settings.evaluate_every == 0 or last:
-                            values |= self._evaluate()
-                        self._write(values)
-                        progress.advance(0, f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}")
+                        note = self._log(records, started, evaluate=last)
+                        started, records = before, 0
                     if self.sample is not None and self.step % settings.sample_every == 0:
                         self.sample(self.step)
                     if self.step % settings.save_every == 0 or last or stopping:
-                        self._guard(bad)
+                        self._guard()
                         self.save()
-                    progress.advance()
+                    started += time.perf_counter() - before  # what logs, samples and checkpoints took is no training
+                    progress.advance(note=note)
                     if stopping and not last:
                         return False
             return True
         finally:
             self.stream.close()
             signal.signal(signal.SIGTERM, previous)
+
+    def _optimise(self, batches: Iterator[Batch]) -> int:
+        """One optimiser step over `accumulate` micro-batches. Returns the records this process used."""
+        records = 0
+        for _ in range(self.settings.accumulate):
+            batch = next(batches).to(self.accelerator.device)
+            records += batch.num_records
+            with self.accelerator.accumulate(self.unet):
+                result = self.losses(batch)
+                self.accelerator.backward(result.loss.mean())
+                loss = result.loss.detach()
+                self._sums.add(result._replace(loss=loss), batch.timestep)
+                self._bad = self._bad + (~loss.isfinite()).any()
+                if self.accelerator.sync_gradients:
+                    self._clip()
+                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    self.schedule.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.trained)
+        return records
+
+    def _clip(self) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.settings.clip or float("inf"))
+        if norm is None:
+            return
+        self._gradient_norm = norm.detach()
+        if self.accelerator.scaler is None:  # float16's scaler meets infinite gradients by design, and skips the step
+            self._bad = self._bad + (~self._gradient_norm.isfinite())
+
+    def _log(self, records: int, started: float, *, evaluate: bool) -> str:
+        """Write a line of metrics; the one place where the device is waited for. Returns a note for the progress."""
+        self._guard()
+        values = self._sums.result(self._reduce)
+        elapsed = time.perf_counter() - started
+        values |= {
+            "pairs_per_second": records * self.accelerator.num_processes / elapsed,
+            "epoch": self.stream.epoch,
+            "gradient_norm": float(self._gradient_norm),
+        }
+        if self.accelerator.device.type == "cuda":
+            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if evaluate or self.step % self.settings.evaluate_every == 0:
+            values |= self._evaluate()
+        self._write(values)
+        return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
@@ -171,7 +185,7 @@ class Trainer:
         """The same metrics on held-out records, each process its share."""
         if not self.held_out:
             return {}
-        sums = self.accumulator()
+        sums = self._new_sums()
         self.unet.eval()
         with torch.no_grad():
             for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
@@ -180,17 +194,22 @@ class Trainer:
         self.unet.train()
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
-    def _guard(self, bad: Tensor) -> None:
+    def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""
-        if self.settings.reference_guard and float(self._reduce(bad)) > 0:
+        if self.settings.reference_guard and float(self._reduce(self._bad)) > 0:
             kept = checkpoint.list_checkpoints(self.output / "checkpoints")
+            last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
             raise TrainingError(
                 "The loss or the gradient is not finite.",
-                where=f"step {self.step} or up to {self.settings.log_every} before it",
+                where=f"at step {self.step} or up to {self.settings.log_every} before it",
                 got="NaN or infinity",
-                fix=f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
-                "; lower --learning-rate or --beta, or use --dtype float32",
+                fix=f"{last_good}; lower --learning-rate or --beta, or train with a float32 cache",
             )
+
+    def _new_sums(self) -> Accumulator:
+        return Accumulator(
+            device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
+        )
 
     def _reduce(self, value: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(value, reduction="sum")
@@ -206,26 +225,8 @@ class Trainer:
 
     def _stop_requested(self) -> bool:
         """True once any process has had SIGTERM: all of them must leave at the same step."""
-        if self.accelerator.num_processes == 1:
+        if self._control is None:
             return self._stopping
-        flag = torch.tensor(float(self._stopping), device=self.accelerator.device)
-        return float(self._reduce(flag)) > 0
-
-
-class Sampler:
-    """Draws sample images and hands them to the metrics; the loop calls it with the step."""
-
-    def __init__(self, draw: "Any", metrics: MetricsWriter | None, folder: Path) -> None:
-        self._draw = draw
-        self._metrics = metrics
-        self._folder = folder
-
-    def __call__(self, step: int) -> None:
-        if self._metrics is None:
-            return
-        from PIL import Image
-
-        pixels = self._draw()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self._folder / f"step-{step:08d}.png")
-        self._metrics.image("samples", pixels, step)
+        flag = torch.tensor(float(self._stopping))
+        torch.distributed.all_reduce(flag, group=self._control)
+        return bool(flag > 0)

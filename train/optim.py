@@ -9,20 +9,30 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
+from common.denoiser import prepare_for_inference
 from common.errors import UsageError
 from train.settings import TrainSettings
 
 
-def prepare_unet(unet: UNet2DConditionModel, settings: TrainSettings, device: torch.device) -> None:
-    """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference)."""
+def prepare_unet(
+    unet: UNet2DConditionModel, settings: TrainSettings, *, network_dtype: str, device: torch.device
+) -> list[torch.nn.Parameter]:
+    """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference).
+
+    Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
+    cast them at every call anyway. Returns the trained parameters.
+    """
     if settings.lora_rank:
-        unet.requires_grad_(False)
+        prepare_for_inference(unet, network_dtype=network_dtype, device=device)
         unet.add_adapter(
             LoraConfig(
-                r=settings.lora_rank, lora_alpha=settings.lora_rank, init_lora_weights="gaussian",
-                target_modules=list(settings.lora_targets),
+                r=settings.lora_rank, lora_alpha=settings.lora_alpha or settings.lora_rank,
+                init_lora_weights="gaussian", target_modules=list(settings.lora_targets),
             )
         )
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
     else:
         unet.requires_grad_(True)
     if settings.gradient_checkpointing:
@@ -30,11 +40,11 @@ def prepare_unet(unet: UNet2DConditionModel, settings: TrainSettings, device: to
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
     unet.train()
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def build_optimizer(unet: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW, Adafactor with the paper's settings for SDXL, or 8-bit AdamW where bitsandbytes is installed."""
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     adam: dict[str, Any] = {
         "lr": settings.learning_rate, "betas": settings.adam_betas, "eps": settings.adam_eps,
         "weight_decay": settings.weight_decay,

@@ -1,8 +1,8 @@
 """Key names of the original Stable Diffusion checkpoints (one file, all components), from diffusers' names.
 
-diffusers converts that layout on loading (`from_single_file`); this is the way back, for SD 1.x, 2.x and SDXL. Blocks
-are numbered through in the original: with L = layers_per_block, down block i, layer j is input_blocks[i (L + 1) + j + 1]
-and up block i, layer j is output_blocks[i (L + 1) + j].
+diffusers converts that layout on loading (`from_single_file`); this is the way back, for SD 1.x, 2.x and SDXL. The
+original numbers its blocks through: with L = layers_per_block, layer j of down block i is
+input_blocks[i (L + 1) + j + 1], and layer j of up block i is output_blocks[i (L + 1) + j].
 """
 
 import re

@@ -2,7 +2,7 @@
 
 At theta = reference E_theta = E_ref, record by record, because the reference error was stored for the very point that
 the trainer sees. So before the first update the trainer computes E_theta on a few records and compares. Stated on the
-logit: at beta 2000 the preference logit is off by 1000 * |(E_theta - E_ref)_win - (E_theta - E_ref)_lose|.
+logit: at beta 2000 an image's error moves the preference logit by 1000 * |E_theta - E_ref|.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ from train.records import Batch, LoadedShard, Needs
 
 PROOF_BETA = 2000.0
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}
-"""Largest RMS error of the logit at beta 2000. A float32 cache trained in bfloat16 is off by about 0.5."""
+"""Largest error of a record's logit at beta 2000 if cache and run share a dtype; other kernels and batch sizes round
+differently. If they do not share it, float32's tolerance counts: such a run is off by 0.1 to 0.6 as a rule."""
 _RECORDS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the proof found: RMS of the logit's error at beta 2000, and both mean errors."""
+    """What the proof found: the largest error of a logit at beta 2000, and both mean errors."""
 
     logit_error: float
     tolerance: float
@@ -58,17 +59,19 @@ def check_fingerprints(cache: Cache, model: Model) -> None:
 
 
 def run_proof(denoiser: Denoiser, index: Index) -> Proof:
-    """Compare E_theta with the stored E_ref on up to 16 records spread over one shard's pairs and steps."""
+    """Compare E_theta with the stored E_ref, record by record, on up to 16 records of the first shard.
+
+    The network must be in eval mode with its initial weights.
+    """
     batch = _sample(index)
     with torch.no_grad():
         error = record_errors(denoiser, batch.to(denoiser.device)).cpu()
-    gap = error - batch.reference_error
-    logit_error = 0.5 * PROOF_BETA * (gap[:, 0] - gap[:, 1]).square().mean().sqrt()
-    # The difference of the sides hides an error that both share; the mean gap does not.
-    shared = 0.5 * PROOF_BETA * gap.mean().abs()
+    # Side by side: their difference, which the logit is made of, would hide an error that both share.
+    logit_error = 0.5 * PROOF_BETA * (error - batch.reference_error).abs().max()
+    cache_dtype = index.training[0].shard.cache.manifest.network_dtype
     return Proof(
-        logit_error=float(torch.maximum(logit_error, shared)),
-        tolerance=TOLERANCE[denoiser.network_dtype],
+        logit_error=float(logit_error),
+        tolerance=TOLERANCE[denoiser.network_dtype if denoiser.network_dtype == cache_dtype else "float32"],
         error=float(error.mean()),
         reference_error=float(batch.reference_error.mean()),
         num_records=batch.num_records,
@@ -98,7 +101,7 @@ def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record sid
 
 
 def _sample(index: Index) -> Batch:
-    shard = (index.training or index.held_out)[0]
+    shard = index.training[0]
     steps = shard.shard.cache.manifest.timesteps_per_pair
     records = np.unique(np.linspace(0, shard.num_records - 1, _RECORDS).astype(np.int64))
     pairs = records // steps

@@ -1,32 +1,65 @@
 """Sample images during training: fixed prompts and seeds, so that pictures of different steps can be compared."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import UInt8
+from PIL import Image
 
+from common.denoiser import DTYPES
 from common.models import Model
+from train.metrics import MetricsWriter
 
 
 @torch.no_grad()
 def sample_images(
     unet: UNet2DConditionModel, model: Model, prompts: Sequence[str], *, steps: int, guidance: float, seed: int,
-    resolution: int,
+    resolution: int, network_dtype: str,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One image per prompt, side by side. VAE and text encoders are loaded for this and freed again."""
+    """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
+    own seed. VAE and text encoders are loaded for this and freed again."""
     device = next(unet.parameters()).device
-    pipeline = model.load_pipeline(unet=unet)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    dtype = DTYPES[network_dtype]
     was_training = unet.training
     unet.eval()
-    images = pipeline(
-        list(prompts), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-        height=resolution, width=resolution,
-        generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
-    ).images
+    images = []
+    # Loading and sampling leave the training's random state alone.
+    with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        pipeline = model.load_pipeline(unet=unet)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        for number, prompt in enumerate(prompts):
+            images += list(
+                pipeline(
+                    prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
+                    height=resolution, width=resolution, generator=torch.Generator().manual_seed(seed + number),
+                ).images
+            )
     unet.train(was_training)
-    return (np.concatenate(list(images), axis=1) * 255).round().clip(0, 255).astype(np.uint8)
+    del pipeline
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return (np.concatenate(images, axis=1).astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+class Sampler:
+    """Draws sample images at a step, as a PNG and in the tracker."""
+
+    def __init__(
+        self, draw: Callable[[], UInt8[np.ndarray, "height width 3"]], metrics: MetricsWriter, folder: Path
+    ) -> None:
+        self._draw = draw
+        self._metrics = metrics
+        self._folder = folder
+
+    def __call__(self, step: int) -> None:
+        pixels = self._draw()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(self._folder / f"step-{step:08d}.png")
+        self._metrics.image("samples", pixels, step)

@@ -13,6 +13,8 @@ class TrainSettings(Section):
     """What is optimised, how, and what is written."""
 
     output: Path | None = None
+    caches: tuple[str, ...] = ()
+    """Caches to train on together; unset: the one of [data]."""
     objective: str = "inpo"
     beta: float | None = Field(None, gt=0)
     """Strength of the reference; unset: the objective's own default."""
@@ -40,6 +42,8 @@ class TrainSettings(Section):
     compile: bool = False
     lora_rank: int = Field(0, ge=0)
     """0: full fine-tuning."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Scale of the LoRA layers is alpha / rank; unset: the rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     init_from: str | None = None
     """Start from another model's UNet than the cache's reference."""
@@ -63,6 +67,7 @@ class TrainSettings(Section):
     sample_every: int = Field(0, ge=0)
     """Sample images every N steps; 0: none."""
     sample_prompts: tuple[str, ...] = ()
+    """unset: one image of the empty prompt."""
     sample_steps: int = Field(20, ge=1)
     sample_guidance: float = Field(7.5, ge=0)
     seed: int = 0

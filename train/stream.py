@@ -50,6 +50,7 @@ class RecordStream:
         )
         self._loader = WindowLoader(self)
         self._thread: threading.Thread | None = None
+        self._peeked: Batch | None = None
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
 
@@ -71,7 +72,8 @@ class RecordStream:
             raise RuntimeError("load_state_dict before the first batch is drawn")
         mine = self.state_dict()
         advice = {
-            "world_size": "resume with as many processes as before, or start a new run with --init-from",
+            "world_size": "resume with as many processes as before; to change that, start a new run: "
+            "--init-from RUN/pipeline --output NEW",
             "index": "the cache, the label set or the selection of pairs has changed; start a new run",
         }
         for name, value in mine.items():
@@ -84,15 +86,23 @@ class RecordStream:
         self.consumed = int(state["consumed"])
 
     def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = self.peek()
+            self._peeked = None
+            self.consumed += 1
+            yield batch
+
+    def peek(self) -> Batch:
+        """The next micro-batch, without handing it out."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._read_ahead, args=(self.consumed,), daemon=True)
             self._thread.start()
-        while True:
+        if self._peeked is None:
             item = self._ready.get()
             if isinstance(item, BaseException):
                 raise item
-            self.consumed += 1
-            yield item
+            self._peeked = item
+        return self._peeked
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -1,0 +1,56 @@
+"""Refusals before anything is loaded: what an objective asks of its caches and labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.cache import Cache
+from common.errors import CacheIncomplete
+from train.index import Index
+from train.objectives import Objective
+from train.records import Needs
+
+
+def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
+    """What to read, or CacheIncomplete naming the tensor that a cache lacks and the command that makes it."""
+    needs = Needs(aim=objective.target, eps_ref=objective.target != "target")
+    for cache in caches:
+        manifest = cache.manifest
+        shard = next(iter(cache))
+        wanted = [needs.aim, *(["eps_ref"] if needs.eps_ref else [])]
+        lacking = [name for name in wanted if name not in shard]
+        if lacking:
+            # At guidance 1 the reference's prediction is delta, which the full profile holds.
+            options = [
+                "--profile full" if name == "eps_ref" and cache.delta_is_reference else f"--extra {name}"
+                for name in lacking
+            ]
+            raise CacheIncomplete(
+                f"Objective {objective.name} needs {' and '.join(lacking)}, which this cache does not hold.",
+                where=cache.location,
+                expected=", ".join(wanted),
+                got=f"profile {manifest.profile}, extra {', '.join(manifest.extra) or 'none'}",
+                fix=f"make another cache: `inpo precompute {' '.join(options)} --cache OTHER ...`",
+            )
+        if objective.noise_cache and manifest.inverter.name != "noise" and manifest.inverter.noised_start < 1:
+            raise CacheIncomplete(
+                f"Objective {objective.name} (Diffusion-DPO) trains on noised latents; this cache holds inverted ones.",
+                where=cache.location,
+                expected="inverter noise",
+                got=f"inverter {manifest.inverter.name}",
+                fix="make another cache: `inpo precompute --inverter noise --cache OTHER ...`, or use --objective inpo",
+            )
+    return needs
+
+
+def refuse_hard_labels(index: Index, objective: Objective) -> None:
+    """A soft objective on hard labels is another objective; refuse it."""
+    if objective.labels == "soft" and all(np.isin(shard.label, (0.0, 1.0)).all() for shard in index.training):
+        location = index.training[0].shard.cache.location
+        raise CacheIncomplete(
+            f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
+            where=location,
+            expected="P(win preferred) between 0 and 1, from a scorer",
+            fix=f"`inpo relabel {location} --pairs SRC --scorer pickscore --set NAME` makes some; "
+            "then train with --labels NAME",
+        )
