@@ -112,7 +112,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Also attempts younger than an hour; only if no precompute is at work on this cache."),
+        typer.Option("--all", help="Also attempts younger than an hour; only while no precompute works on this cache."),
     ] = False,
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
@@ -152,7 +152,9 @@ def filter_pairs(
             'timestep_max, prompt, pair_id; "cat" in prompt looks for text.'
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="The list to write, one pair id a line. [default: standard output]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The list to write, one pair id a line. [default: standard output]")
+    ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
 

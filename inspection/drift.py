@@ -71,8 +71,10 @@ def measure_drift(
     damaged: dict[str, InpoError] = dict(bad)
     table = read_pair_table(cache, damaged)
     if not len(table):
-        raise CacheMissing("This cache has no readable pair.", where=cache.location, got=f"{len(damaged)} damaged shards",
-                           fix="`inpo inspect verify --quarantine`, then `inpo precompute` again")
+        raise CacheMissing(
+            "This cache has no readable pair.", where=cache.location, got=f"{len(damaged)} damaged shards",
+            fix="`inpo inspect verify --quarantine`, then `inpo precompute` again",
+        )
     denoiser = load_denoiser(cache, model)
     chosen = choose_pairs(table, num_sampled)
     timesteps, changes = [], {"x_t": [], "target": []}

@@ -138,7 +138,8 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
             wrong = ~(values <= limit)
             if wrong.any():
                 pair = again.pair_ids[int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))[0])]
-                detail = f"{name} of pair {pair} changes by {values[wrong].max():.3g} (relative), more than {dtype} allows"
+                change = f"changes by {values[wrong].max():.3g} (relative), more than {dtype} allows"
+                detail = f"{name} of pair {pair} {change}"
                 findings.append(Finding(shard=again.shard, check=check, detail=detail))
     for check in ("reference", "re-inversion"):
         verification.num_checked[check] = len(chosen)
