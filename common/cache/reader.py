@@ -135,9 +135,7 @@ class Shard:
                 if path not in self._arrays:
                     self._arrays[path] = self._open(path)
                 array = self._arrays[path]
-                if not isinstance(selection, slice) and len(selection):
-                    _check_rows(selection, array.shape[0], path)
-                values = array[selection] if isinstance(selection, slice) else array.oindex[selection]
+                values = array[selection] if isinstance(selection, slice) else _read_rows(array, selection, path)
             except InpoError:
                 raise
             except _Unreadable as error:
@@ -187,9 +185,22 @@ class Shard:
         )
 
 
-def _check_rows(rows: Int[np.ndarray, "pair"], length: int, path: str) -> None:
+def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "pair"], path: str) -> Any:
+    """Some rows in their order, read as runs of neighbours.
+
+    zarr's own selection by a list moves every element by six indices, four times slower. Only what was asked for is
+    touched: damage elsewhere in the array does not matter here.
+    """
+    length = array.shape[0]
+    if len(rows) == 0:
+        return array[:0]
     if rows.min() < 0 or rows.max() >= length:
         raise IndexError(f"rows {rows.min()}..{rows.max()} of {path}, which has {length}")
+    if SPECS[path].chunking == "whole":
+        return np.asarray(array[...])[rows]
+    distinct, place = np.unique(rows, return_inverse=True)
+    runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)
+    return np.concatenate([array[int(run[0]) : int(run[-1]) + 1] for run in runs])[place]
 
 
 class Cache:

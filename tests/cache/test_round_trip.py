@@ -84,6 +84,23 @@ def test_round_to_half_is_the_nearest_half(values):
     np.testing.assert_array_equal(round_to_half(torch.from_numpy(doubles)).numpy(), expected)
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.integers(0, 39), max_size=12))
+def test_any_rows_come_in_the_order_asked_for(large, rows):
+    read, arrays = large
+    for path in ("x0", "timestep", "pair_id"):
+        assert same_bytes(read.read(path, np.array(rows, dtype=np.int64)), arrays[path][rows]), path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, build):
+    folder = tmp_path_factory.mktemp("large")
+    manifest = build.manifest(latent=(1, 2, 2), profile="lean")
+    shard = build.shard(manifest, 40)
+    CacheWriter.open(str(folder), manifest).write("s", shard)
+    return open_cache(str(folder)).shards["s"], shard.arrays
+
+
 def test_eps_ref_is_delta_at_guidance_one_only(tmp_path, build):
     build.cache(tmp_path / "one", pairs=(2,))
     shard = open_cache(str(tmp_path / "one")).shards["s0"]
