@@ -165,7 +165,7 @@ def _quieten() -> None:
 
 def _say(text: str) -> None:
     """Print once, however many processes run."""
-    from accelerate import PartialState
+    from evaluation.processes import processes
 
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(text)

@@ -14,7 +14,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,7 @@ from common.models import Model
 from common.progress import ProgressReport
 from common.seeding import stable_hash
 from evaluation.image_folder import SETTINGS, ImageEntry, write_atomically, write_listing
+from evaluation.processes import processes
 from evaluation.settings import EvaluateSettings
 
 _BATCH_PIXELS = 8 * 512 * 512
@@ -40,7 +40,7 @@ class GenerateReport:
     num_new: int
     """Made by this process."""
     num_cut: int
-    """Prompts of this process's new images that are longer than the text encoder reads; their ends are cut off."""
+    """Prompts that are longer than the text encoder reads; their ends are cut off. 0 if nothing was made."""
 
 
 def image_seed(seed: int, prompt: str, number: int) -> int:
@@ -66,7 +66,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     Raises UsageError, showing every difference, if `out` was begun with other settings, and ModelError for LoRA
     weights that do not fit the model.
     """
-    state = PartialState()
+    state = processes()
     dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
     identity = _identity(model, prompts, settings, dtype)
     with state.main_process_first():
@@ -79,7 +79,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
         pipeline = load_pipeline(model, settings).to(state.device)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
-        num_cut = len({entry.prompt for entry in left if _is_cut(pipeline.tokenizer, entry.prompt)})
+        num_cut = len({entry.prompt for entry in entries if _is_cut(pipeline.tokenizer, entry.prompt)})
         size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process

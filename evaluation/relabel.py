@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from accelerate import PartialState
 from scipy.special import expit
 
 from common.cache import Cache, Shard
@@ -15,6 +14,7 @@ from common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labe
 from common.errors import CacheMismatch, DataError, UsageError
 from common.pairs import ImageError, InputShard, Pair, decode_image, open_source
 from common.scorer import Scorer
+from evaluation.processes import processes
 from evaluation.score import checked_scores
 
 PAIRS_PER_BATCH = 16
@@ -64,7 +64,7 @@ def relabel_cache(
     scorer or temperature, DataError if the source is not the one the cache was made from, CacheMismatch if it lacks a
     committed pair.
     """
-    state = PartialState()
+    state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
     inputs = {shard.name: shard for shard in open_source(source_location).input_shards()}
     num_replaced = 0

@@ -23,13 +23,12 @@ def relabel(
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
-    from accelerate import PartialState
-
     from common.cache import open_cache
     from common.cache.labels import check_set_name
     from common.errors import UsageError
     from common.progress import ProgressReport
     from common.scorer import load_scorer
+    from evaluation.processes import processes
     from evaluation.relabel import default_temperature, relabel_cache
 
     if temperature is not None and not temperature > 0:
@@ -38,8 +37,8 @@ def relabel(
     used = default_temperature(judge) if temperature is None else temperature
     name = check_set_name(set_name or scorer)
     opened = open_cache(cache)
-    main = PartialState().is_main_process
-    share = -(-opened.num_pairs // PartialState().num_processes)
+    main = processes().is_main_process
+    share = -(-opened.num_pairs // processes().num_processes)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         report = relabel_cache(
             opened, pairs, judge, set_name=name, temperature=used, pairs_per_batch=batch_size, on_pairs=progress.advance

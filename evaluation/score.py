@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 
 from common.cache.store import storage_errors
 from common.errors import DataError
 from common.progress import ProgressReport
 from common.scorer import Scorer
 from evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines, write_atomically
+from evaluation.processes import processes
 
 DEFAULT_BATCH = 32
 
@@ -24,7 +24,7 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
 
     Raises DataError, naming the image, if the scorer returns a number that is not finite.
     """
-    state = PartialState()
+    state = processes()
     final = folder.path / f"scores-{scorer.name}.jsonl"
     known = _known(folder, scorer.name)
     mine = folder.entries[state.process_index :: state.num_processes]

@@ -48,6 +48,6 @@ def missing_package(scorer: str, package: str) -> ModelError:
 
 def device() -> torch.device:
     """This process's device: under accelerate, its own GPU."""
-    from accelerate import PartialState
+    from evaluation.processes import processes
 
-    return PartialState().device
+    return processes().device

@@ -1,6 +1,9 @@
 """Images: the pipeline's own, equal noise for every model and batch, resumable, of one setting."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from evaluation.generate import generate
 from evaluation.image_folder import ImageFolder
 from evaluation.settings import EvaluateSettings
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue dog", "the sky"]
 
 
@@ -155,3 +159,21 @@ def test_a_command_without_prompts_says_how_to_give_them(tiny_model: Path, tmp_p
     result = CliRunner().invoke(app, ["generate", "--model", str(tiny_model), "--out", str(tmp_path / "o")])
     assert isinstance(result.exception, UsageError)
     assert "--prompts" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red cat\na blue dog\nthe sky\n")
+    script = tmp_path / "run.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom evaluation.cli import app\napp()\n")
+    for processes, out in ((1, "one"), (2, "two")):
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+            *(str(script), "generate", "--model", str(tiny_model), "--prompts", str(tmp_path / "p.txt")),
+            *("--out", str(tmp_path / out), "--inference-steps", "2"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        # Said once, by the first process.
+        assert done.stdout.count("3 images in") == 1
+    assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
