@@ -116,8 +116,12 @@ def _map_column(
 
 
 def coloured(values: Float[np.ndarray, "h w"], top: float, colours: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Values 0..top through a perceptually uniform colour map."""
-    rgba = matplotlib.colormaps[colours](np.clip(values / top, 0, 1), bytes=True)
+    """Values 0..top through a perceptually uniform colour map; errors on a square-root scale.
+
+    The error at a late timestep is a tenth of an early one's, and one scale must show both.
+    """
+    share = np.clip(values / top, 0, 1)
+    rgba = matplotlib.colormaps[colours](np.sqrt(share) if colours == ERROR_COLOURS else share, bytes=True)
     return rgba[..., :3]
 
 
@@ -196,14 +200,15 @@ def _draw_legend(page: Image.Image, corner: tuple[int, int], scales: Scales, lin
     if scales.error is not None:
         bars.append(("|τ − δ|", scales.error, ERROR_COLOURS))
     for name, top, colours in bars:
-        ramp = coloured(np.tile(np.linspace(0, top, 220), (14, 1)), top, colours)
+        along = np.linspace(0, 1, 220)
+        ramp = coloured(np.tile(top * (along**2 if colours == ERROR_COLOURS else along), (14, 1)), top, colours)
         label_width = int(draw.textlength(name, _font(15))) + 14
         draw.text((at, y + 7), name, INK, _font(15), anchor="lm")
         page.paste(Image.fromarray(ramp), (at + label_width, y))
-        for share in (0.0, 0.5, 1.0):
+        for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
             tick = at + label_width + share * 219
-            anchor = {0.0: "la", 0.5: "ma", 1.0: "ra"}[share]
-            draw.text((tick, y + 19), f"{share * top:g}", GREY, _font(13), anchor=anchor)
+            value = top * (share**2 if colours == ERROR_COLOURS else share)
+            draw.text((tick, y + 19), f"{value:g}", GREY, _font(13), anchor=anchor)
         at += label_width + 220 + 48
     y += 54
     indent = max(int(draw.textlength(name, _font(14, bold=True))) for name, _ in lines) + 18
@@ -214,10 +219,10 @@ def _draw_legend(page: Image.Image, corner: tuple[int, int], scales: Scales, lin
 
 
 def _nice(value: float, *, least: float) -> float:
-    """The next 1, 2 or 5 times a power of ten, at least `least`."""
+    """The next 1, 2, 4 or 8 times a power of ten, at least `least`: a quarter of it is short to write too."""
     value = max(value, least, 1e-6)
     power = 10.0 ** np.floor(np.log10(value) + 1e-9)
-    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9)))
+    return float(next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9)))
 
 
 @memoize

@@ -16,24 +16,31 @@ def show(summary: Summary, console: Console) -> None:
     """Print `summary`: the state first, then settings, bytes and statistics, and what is wrong last."""
     console.print(f"[bold]{summary.location}[/bold]", soft_wrap=True, highlight=False)
     console.print(_state(summary))
-    console.print(_identity(summary))
+    _section(console, "settings and identity", _identity(summary))
     if summary.skipped or summary.counts:
-        console.print(_skipped(summary))
+        _section(console, "skipped pairs" if summary.skipped else "kept pairs of note", _skipped(summary))
     if summary.array_bytes:
-        console.print(_bytes(summary))
+        _section(console, "bytes by array", _bytes(summary))
     if summary.num_pairs:
-        console.print(_timesteps(summary))
-        console.print(_statistics(summary))
+        _section(console, "timesteps and mean reference error", _timesteps(summary))
+        _section(console, "errors", _statistics(summary))
+    console.print()
     _advice(summary, console)
 
 
-def _table(title: str, *, headers: bool = False) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if headers else None,
-                 show_header=headers, pad_edge=False, padding=(0, 2, 0, 0))
+def _section(console: Console, title: str, table: Table) -> None:
+    console.print()
+    console.print(f"[bold]{title}[/bold]", highlight=False)
+    console.print(table)
+
+
+def _table(*, headers: bool = False) -> Table:
+    return Table(box=box.SIMPLE_HEAD if headers else None, show_header=headers, show_edge=False, pad_edge=False,
+                 padding=(0, 2, 0, 0))
 
 
 def _state(summary: Summary) -> Table:
-    table = _table("")
+    table = _table()
     empty = f", {summary.num_empty_shards:,} without a surviving pair" if summary.num_empty_shards else ""
     table.add_row("committed", f"{summary.num_shards:,} shards{empty}")
     table.add_row("pairs", f"{summary.num_pairs:,} ({summary.num_records:,} records, {summary.num_prompts:,} prompts)")
@@ -51,12 +58,14 @@ def _state(summary: Summary) -> Table:
 
 
 def _identity(summary: Summary) -> Table:
-    table = _table("identity and settings")
+    table = _table()
     identity = summary.identity
-    inverter = {name.removeprefix("inverter."): value for name, value in identity.items() if name.startswith("inv")}
-    table.add_row("inverter", f"{inverter.pop('name')}  " + "  ".join(
-        f"{name} {_value(value)}" for name, value in inverter.items() if value is not None
-    ))
+    inverter = {"name": identity["inverter.name"]} | {
+        name.removeprefix("inverter."): value for name, value in identity.items() if name.startswith("inverter.")
+    }
+    for name, value in inverter.items():
+        if value is not None:
+            table.add_row("inverter" if name == "name" else f"  {name}", _value(value))
     for name in _SETTINGS:
         table.add_row(name, _value(identity[name]))
     for name, value in identity.items():
@@ -66,13 +75,15 @@ def _identity(summary: Summary) -> Table:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int):
+        return f"[{value[0]}, {value[1]})"
     if isinstance(value, list | tuple):
-        return " x ".join(map(str, value)) if len(value) == 3 else "..".join(map(str, value)) or "none"
+        return " x ".join(map(str, value)) if value and isinstance(value[0], int) else ", ".join(value) or "none"
     return str(value)
 
 
 def _skipped(summary: Summary) -> Table:
-    table = _table("skipped pairs, by reason" if summary.skipped else "kept pairs of note", headers=True)
+    table = _table(headers=True)
     table.add_column("reason")
     table.add_column("pairs", justify="right")
     for reason, count in summary.skipped.items():
@@ -83,7 +94,7 @@ def _skipped(summary: Summary) -> Table:
 
 
 def _bytes(summary: Summary) -> Table:
-    table = _table("bytes by array", headers=True)
+    table = _table(headers=True)
     table.add_column("array")
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
@@ -99,7 +110,7 @@ def _bytes(summary: Summary) -> Table:
 
 
 def _timesteps(summary: Summary) -> Table:
-    table = _table("timesteps and mean reference error", headers=True)
+    table = _table(headers=True)
     table.add_column("timestep")
     table.add_column("records", justify="right")
     table.add_column("")
@@ -115,7 +126,7 @@ def _timesteps(summary: Summary) -> Table:
 
 
 def _statistics(summary: Summary) -> Table:
-    table = _table("errors")
+    table = _table()
     error = summary.inversion_error
     images = 2 * summary.num_pairs
     if error.num_measured:
