@@ -21,6 +21,7 @@ from common.models import Model
 from common.pairs import open_source
 from common.progress import ProgressReport
 from common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from precompute.engines.local import process_state, run_local
 from precompute.pipeline import Outcome
 from precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
 from precompute.settings import PrecomputeSettings, build_manifest
@@ -72,7 +73,7 @@ def run_precompute(
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
         raise UsageError("Ray options without the ray engine.", where="--engine", expected="ray", got=settings.engine)
-    state = PartialState()
+    state = process_state()
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
@@ -113,8 +114,6 @@ def run_precompute(
                 on_outcome=on_outcome,
             )
         else:
-            from precompute.engines.local import run_local
-
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome).report()
     if is_main:
         _print_summary(writer, tasks, failures, time.perf_counter() - start, report)

@@ -1,61 +1,16 @@
 """A tiny model, many tiny tars, processes that start fast, and an S3 server on loopback."""
 
-import io
-import json
 import os
-import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from common.cache import open_cache
+
 from common.testing import save_tiny_pipeline
-from PIL import Image
-
-ROOT = Path(__file__).parents[2]
-NUM_SHARDS, PAIRS_PER_SHARD = 16, 4
-
-
-@dataclass(frozen=True)
-class World:
-    """What every run here starts from."""
-
-    model: Path
-    pairs: Path
-
-    def arguments(self, cache: object, *more: str) -> list[str]:
-        return [
-            "--pairs", str(self.pairs), "--model", str(self.model), "--cache", str(cache), "--resolution", "32",
-            "--steps", "4", "--timesteps-per-pair", "2", "--batch-size", "4", "--decode-threads", "1",
-            "--measure-inversion", "0.2", *more,
-        ]
-
-
-def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
-    """Tars in the project's own layout: random 32 px images, a few prompts."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for shard in range(num_shards):
-        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
-            for row in range(pairs_per_shard):
-                members: dict[str, bytes] = {}
-                for side in ("win", "lose"):
-                    stream = io.BytesIO()
-                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, format="PNG")
-                    members[f"{side}.png"] = stream.getvalue()
-                members["json"] = json.dumps({"prompt": f"a red {('cat', 'dog', 'house')[row % 3]}"}).encode()
-                for name, data in members.items():
-                    info = tarfile.TarInfo(f"{shard:04d}-{row:03d}.{name}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return folder
+from tests.engines.runs import NUM_SHARDS, PAIRS_PER_SHARD, ROOT, Tensors, World, Zygote, tensors, write_pairs
 
 
 @pytest.fixture(scope="session")
@@ -65,56 +20,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         model=save_tiny_pipeline(folder / "model"),
         pairs=write_pairs(folder / "pairs", num_shards=NUM_SHARDS, pairs_per_shard=PAIRS_PER_SHARD),
     )
-
-
-@dataclass
-class Process:
-    """A running precompute."""
-
-    pid: int
-    log: Path
-    zygote: "Zygote"
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self) -> int:
-        return self.zygote.ask(wait=self.pid)
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-
-@dataclass
-class Zygote:
-    """Forks precompute processes; see zygote.py."""
-
-    process: "subprocess.Popen[str]"
-    folder: Path
-    started: int = 0
-
-    def ask(self, **request: Any) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> Process:
-        self.started += 1
-        log = self.folder / f"{self.started}.log"
-        pid = self.ask(arguments=list(arguments), environment=environment or {}, log=str(log))
-        return Process(pid=pid, log=log, zygote=self)
-
-    def run(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> str:
-        """To the end; the output. Fails unless the exit code is 0."""
-        process = self.start(arguments, environment)
-        code = process.wait()
-        assert code == 0, process.text()
-        return process.text()
 
 
 @pytest.fixture(scope="session")
@@ -129,10 +34,11 @@ def child_environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("zygote")
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=(folder / "stderr.log").open("w"), text=True, env=child_environment, cwd=ROOT,
-    )
+    with (folder / "stderr.log").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors, text=True, env=child_environment, cwd=ROOT,
+        )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n", (folder / "stderr.log").read_text()
     yield Zygote(process=process, folder=folder)
@@ -142,48 +48,37 @@ def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str
     process.stdout.close()
 
 
-Tensors = dict[str, dict[str, np.ndarray]]
-
-
-def tensors(cache: object) -> Tensors:
-    """{shard: {array: values}} of everything committed."""
-    opened = open_cache(str(cache))
-    return {
-        name: {spec.path: shard.read(spec.path) for spec in opened.manifest.arrays}
-        for name, shard in opened.shards.items()
-    }
-
-
-def attempts(cache: object) -> dict[str, str]:
-    """{shard: id of its committed attempt}."""
-    return {name: commit.attempt for name, commit in open_cache(str(cache), allow_empty=True).commits.items()}
-
-
-def assert_same(found: Tensors, expected: Tensors) -> None:
-    """Equal to float16 rounding: not more than two steps of float16 apart, and only where sums ran in another order."""
-    assert found.keys() == expected.keys()
-    for name, arrays in expected.items():
-        for path, values in arrays.items():
-            other = found[name][path]
-            assert other.dtype == values.dtype
-            assert other.shape == values.shape
-            if values.dtype.kind == "f":
-                np.testing.assert_allclose(other, values, rtol=2e-3, atol=1e-4, err_msg=f"{name} {path}")
-            else:
-                np.testing.assert_array_equal(other, values, err_msg=f"{name} {path}")
+@pytest.fixture(scope="session")
+def undisturbed(world: World, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensors, float]:
+    """The cache of one process that nobody disturbed, and how many seconds that took here."""
+    cache = tmp_path_factory.mktemp("undisturbed") / "cache"
+    start = time.monotonic()
+    zygote.run(world.arguments(cache))
+    return tensors(cache), time.monotonic() - start
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(world: World, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    """The cache of one process that nobody disturbed: what every other run must equal."""
-    cache = tmp_path_factory.mktemp("uninterrupted") / "cache"
-    zygote.run(world.arguments(cache))
-    return tensors(cache)
+def uninterrupted(undisturbed: tuple[Tensors, float]) -> Tensors:
+    """What every other run must equal."""
+    return undisturbed[0]
 
 
-def until(condition: Any, *, seconds: float = 120.0) -> None:
-    """Wait for a condition; the limit is only there so that a broken run ends."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, str]]:
+    """A real S3 API on loopback with the bucket `bucket`: the environment that points to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+    }
+    boto3.client(
+        "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    ).create_bucket(Bucket="bucket")
+    yield environment
+    server.stop()

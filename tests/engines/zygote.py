@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 
-import precompute.run  # noqa: F401  (seconds of imports that the children share)
 import typer
+
+import precompute.run  # noqa: F401  (seconds of imports that the children share)
 from common.errors import InpoError
 from precompute.cli import precompute as command
 

@@ -1,0 +1,145 @@
+"""Precompute processes on a tiny world, and how their caches are compared."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.cache import open_cache
+
+ROOT = Path(__file__).parents[2]
+NUM_SHARDS, PAIRS_PER_SHARD = 12, 4
+
+
+@dataclass(frozen=True)
+class World:
+    """What every run here starts from."""
+
+    model: Path
+    pairs: Path
+
+    def arguments(self, cache: object, *more: str) -> list[str]:
+        return [
+            "--pairs", str(self.pairs), "--model", str(self.model), "--cache", str(cache), "--resolution", "32",
+            "--steps", "4", "--timesteps-per-pair", "2", "--batch-size", "4", "--decode-threads", "1",
+            "--measure-inversion", "0.2", *more,
+        ]
+
+
+def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
+    """Tars in the project's own layout: random 32 px images, a few prompts."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for shard in range(num_shards):
+        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
+            for row in range(pairs_per_shard):
+                members: dict[str, bytes] = {}
+                for side in ("win", "lose"):
+                    stream = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, format="PNG")
+                    members[f"{side}.png"] = stream.getvalue()
+                members["json"] = json.dumps({"prompt": f"a red {('cat', 'dog', 'house')[row % 3]}"}).encode()
+                for name, data in members.items():
+                    info = tarfile.TarInfo(f"{shard:04d}-{row:03d}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+@dataclass
+class Process:
+    """A running precompute."""
+
+    pid: int
+    log: Path
+    zygote: "Zygote"
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self) -> int:
+        return self.zygote.ask(wait=self.pid)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@dataclass
+class Zygote:
+    """Forks precompute processes; see zygote.py."""
+
+    process: "subprocess.Popen[str]"
+    folder: Path
+    started: int = 0
+
+    def ask(self, **request: Any) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> Process:
+        self.started += 1
+        log = self.folder / f"{self.started}.log"
+        pid = self.ask(arguments=list(arguments), environment=environment or {}, log=str(log))
+        return Process(pid=pid, log=log, zygote=self)
+
+    def run(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> str:
+        """To the end; the output. Fails unless the exit code is 0."""
+        process = self.start(arguments, environment)
+        code = process.wait()
+        assert code == 0, process.text()
+        return process.text()
+
+
+Tensors = dict[str, dict[str, np.ndarray]]
+
+
+def tensors(cache: object) -> Tensors:
+    """{shard: {array: values}} of everything committed."""
+    opened = open_cache(str(cache))
+    return {
+        name: {spec.path: shard.read(spec.path) for spec in opened.manifest.arrays}
+        for name, shard in opened.shards.items()
+    }
+
+
+def attempts(cache: object) -> dict[str, str]:
+    """{shard: id of its committed attempt}."""
+    return {name: commit.attempt for name, commit in open_cache(str(cache), allow_empty=True).commits.items()}
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    """Equal to float16 rounding: not more than two steps of float16 apart, and only where sums ran in another order."""
+    assert found.keys() == expected.keys()
+    for name, arrays in expected.items():
+        for path, values in arrays.items():
+            other = found[name][path]
+            assert other.dtype == values.dtype
+            assert other.shape == values.shape
+            if values.dtype.kind == "f":
+                np.testing.assert_allclose(other, values, rtol=2e-3, atol=1e-4, err_msg=f"{name} {path}")
+            else:
+                np.testing.assert_array_equal(other, values, err_msg=f"{name} {path}")
+
+
+def until(condition: Any, *, seconds: float = 120.0) -> None:
+    """Wait for a condition; the limit is only there so that a broken run ends."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)

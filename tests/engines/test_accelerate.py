@@ -1,0 +1,59 @@
+"""`accelerate launch` itself, with two processes on CPUs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines.runs import NUM_SHARDS, ROOT, Tensors, World, Zygote, assert_same, attempts, tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def launch(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    script = (
+        "import sys, typer; from precompute.cli import precompute; from common.errors import InpoError\n"
+        "app = typer.Typer(); app.command()(precompute)\n"
+        "try: app()\n"
+        "except InpoError as error: print(f'error: {error}', file=sys.stderr); sys.exit(error.exit_code)\n"
+    )
+    file = Path(arguments[arguments.index("--cache") + 1]).parent / "driver.py"
+    file.write_text(script)
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(file), *arguments],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )
+
+
+def test_two_processes(
+    world: World, uninterrupted: Tensors, child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    done = launch(world.arguments(cache), child_environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("committed:") == 1
+    assert_same(tensors(cache), uninterrupted)
+    assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS
+
+
+def test_a_process_that_fails_fails_the_launch_and_keeps_what_is_committed(
+    world: World, zygote: Zygote, uninterrupted: Tensors, child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A file where a shard's folder should be: the rank that owns the shard cannot write it."""
+    cache = tmp_path / "cache"
+    (cache / "shards").mkdir(parents=True)
+    zygote.run(world.arguments(cache, "--limit", "8"))
+    before = attempts(cache)
+    blocked = cache / "shards" / "0007-00000000"
+    blocked.write_text("in the way")
+    done = launch(world.arguments(cache), child_environment)
+    assert done.returncode != 0
+    assert "Could not write a shard" in done.stderr
+    blocked.unlink()
+    assert before.items() <= attempts(cache).items()
+    between = attempts(cache)
+    zygote.run(world.arguments(cache))
+    assert between.items() <= attempts(cache).items()
+    assert_same(tensors(cache), uninterrupted)

@@ -1,0 +1,227 @@
+"""Overlap, bounded memory, and a clean end from every state of the three threads."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+
+from common.cache import CacheWriter, Commit, ShardData
+from common.errors import DataError, StorageError
+from common.models import open_model
+from common.pairs import open_source
+from precompute.engines.task_queue import TaskQueue
+from precompute.engines.watchdog import Watchdog
+from precompute.pipeline import Timing, run_tasks
+from precompute.settings import PrecomputeSettings, build_manifest
+from precompute.tasks import ShardTask, list_tasks
+from precompute.worker import Components, PreparedShard, ShardWorker, load_components
+from tests.engines.runs import World, until
+
+
+class WatchedWorker(ShardWorker):
+    """The real worker, with a hook called as `hook(stage, shard number)` before each stage."""
+
+    hook: Callable[[str, int], None] = staticmethod(lambda stage, number: None)
+
+    def read(self, task: ShardTask) -> PreparedShard:
+        self.hook("read", _number(task.name))
+        return super().read(task)
+
+    def compute(self, prepared: PreparedShard) -> ShardData:
+        self.hook("compute", _number(prepared.task.name))
+        return super().compute(prepared)
+
+    def write(self, name: str, data: ShardData) -> Commit | None:
+        self.hook("write", _number(name))
+        return super().write(name, data)
+
+
+def _number(name: str) -> int:
+    return int(name.split("-")[0])
+
+
+@pytest.fixture(scope="module")
+def components(world: World, tmp_path_factory: pytest.TempPathFactory) -> Components:
+    model = open_model(str(world.model))
+    return load_components(model, build_manifest(_SETTINGS, model, device_type="cpu"), PartialState(cpu=True).device)
+
+
+_SETTINGS = PrecomputeSettings(resolution=32, steps=2, timesteps_per_pair=1, measure_inversion=0.0, dtype="float32")
+
+
+@pytest.fixture
+def worker(world: World, components: Components, tmp_path: Path) -> Iterator[WatchedWorker]:
+    manifest = build_manifest(_SETTINGS, open_model(str(world.model)), device_type="cpu")
+    made = WatchedWorker(
+        components=components, writer=CacheWriter.open(str(tmp_path / "cache"), manifest), pairs_per_batch=4,
+        decode_threads=1,
+    )
+    yield made
+    made.close()
+    until(lambda: not _threads())
+
+
+def _threads() -> list[str]:
+    """Threads of the pipeline that are still alive."""
+    return [each.name for each in threading.enumerate() if each.name.startswith(("read-ahead", "write-behind"))]
+
+
+@pytest.fixture
+def tasks(world: World) -> list[ShardTask]:
+    return list_tasks(open_source(str(world.pairs)))[0][:5]
+
+
+def test_reading_computing_and_writing_overlap(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
+    """Each stage waits until another has begun: without overlap this would never end."""
+    begun = {(stage, number): threading.Event() for stage in ("read", "compute", "write") for number in range(5)}
+
+    def hook(stage: str, number: int) -> None:
+        begun[stage, number].set()
+        if stage == "compute" and number == 0:
+            assert begun["read", 2].wait(60), "nothing is read ahead while the device computes"
+        if stage == "write" and number == 1:
+            assert begun["compute", 2].wait(60), "nothing is computed while a shard is written"
+
+    worker.hook = hook
+    outcomes = list(run_tasks(worker, tasks, Timing()))
+    assert sorted(outcome.task.name for outcome in outcomes) == [task.name for task in tasks]
+    assert all(outcome.commit is not None for outcome in outcomes)
+
+
+def test_at_most_four_shards_are_in_memory(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
+    most = 0
+
+    def hook(stage: str, number: int) -> None:
+        nonlocal most
+        if stage == "read":
+            most = max(most, number + 1 - len(worker.writer.committed()))
+        if (stage, number) == ("write", 0):
+            threading.Event().wait(0.5)  # gives the reader every chance to run ahead
+
+    worker.hook = hook
+    assert len(list(run_tasks(worker, tasks, Timing()))) == 5
+    assert 2 <= most <= 4
+
+
+@pytest.mark.parametrize("stage", ["read", "compute", "write"])
+def test_an_interrupt_in_any_state_ends_without_hanging_and_loses_no_committed_shard(
+    worker: WatchedWorker, tasks: list[ShardTask], stage: str
+) -> None:
+    """The signal arrives while another thread is at work on shard 2: reading (this thread waits for input), computing
+    (this thread), writing (this thread waits for the disk or computes)."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def hook(now: str, number: int) -> None:
+        if (now, number) == (stage, 2):
+            signal.pthread_kill(main, signal.SIGINT)
+
+    worker.hook = hook
+    seen: set[str] = set()
+
+    def run() -> None:
+        for outcome in run_tasks(worker, tasks, Timing()):
+            seen.add(outcome.task.name)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    worker.close()
+    until(lambda: not _threads())
+    committed = worker.writer.committed()
+    assert seen <= committed
+    assert len(committed) < len(tasks)
+    if stage == "write":
+        assert tasks[2].name in committed, "the shard that was being written is finished"
+    folders = {path.parent.name for path in Path(worker.writer.store.location).glob("shards/*/*")}
+    assert folders == committed, "no torn attempt is left"
+
+
+def test_a_caller_that_stops_leaves_no_thread(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
+    outcomes = run_tasks(worker, tasks, Timing())
+    first = next(outcomes)
+    outcomes.close()
+    until(lambda: not _threads())
+    assert first.task.name in worker.writer.committed()
+
+
+def test_a_refusing_disk_is_one_clear_error_and_what_is_committed_stays(
+    worker: WatchedWorker, tasks: list[ShardTask]
+) -> None:
+    root = Path(worker.writer.store.location)
+
+    def hook(stage: str, number: int) -> None:
+        if (stage, number) == ("write", 2):
+            os.rename(root / "shards", root / "moved")
+            (root / "shards").write_text("a file in the way")
+
+    worker.hook = hook
+    with pytest.raises(StorageError, match="Could not write a shard"):
+        list(run_tasks(worker, tasks, Timing()))
+    assert worker.writer.committed() == {task.name for task in tasks[:2]}
+
+
+def test_an_unreadable_input_is_an_outcome_and_the_others_go_on(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
+    def hook(stage: str, number: int) -> None:
+        if (stage, number) == ("read", 1):
+            raise DataError("The input shard cannot be read.")
+
+    worker.hook = hook
+    outcomes = {_number(outcome.task.name): outcome for outcome in run_tasks(worker, tasks, Timing())}
+    assert isinstance(outcomes[1].error, DataError)
+    assert [number for number, outcome in outcomes.items() if outcome.commit is None] == [1]
+
+
+def test_a_shard_committed_by_somebody_else_is_neither_read_nor_computed(
+    worker: WatchedWorker, tasks: list[ShardTask]
+) -> None:
+    """Shard 0 before it is read, shard 1 between reading and computing."""
+    list(run_tasks(worker, tasks[:1], Timing()))
+    work: list[tuple[str, int]] = []
+
+    def hook(stage: str, number: int) -> None:
+        work.append((stage, number))
+        if (stage, number) == ("compute", 2):
+            until(lambda: ("read", 3) in work)  # so shard 1 has been read and waits
+            Path(worker.writer.store.location, "commits", f"{tasks[1].name}.json").write_text("{}")
+
+    worker.hook = hook
+    order = [tasks[0], tasks[2], tasks[1], tasks[3]]
+    outcomes = {_number(outcome.task.name): outcome for outcome in run_tasks(worker, order, Timing())}
+    assert {number: outcome.lost_race for number, outcome in outcomes.items()} == {0: True, 1: True, 2: False, 3: False}
+    assert ("read", 0) not in work
+    assert ("read", 1) in work
+    assert ("compute", 1) not in work
+
+
+def test_the_queue_of_tasks_keeps_its_order_until_it_is_shuffled(tasks: list[ShardTask]) -> None:
+    queue = TaskQueue(tasks)
+    assert next(queue) == tasks[0]
+    queue.shuffle()
+    assert sorted(task.name for task in queue) == [task.name for task in tasks[1:]]
+
+
+def test_the_report_says_where_the_time_went() -> None:
+    timing = Timing(waiting_for_input=1.0, computing=2.0, waiting_for_writing=1.0, stages={"read": 0.5})
+    other = Timing(computing=6.0, stages={"read": 0.25, "invert": 5.0})
+    timing.merge(other)
+    assert timing.report() == (
+        "network and VAE 80%, waiting for images 10%, waiting for the disk 10% of 10.0 s "
+        "(by stage, overlapped: read 0.8 s, invert 5.0 s)"
+    )
+
+
+def test_the_watchdog_names_what_hangs_and_does_not_interrupt_it(capsys: pytest.CaptureFixture[str]) -> None:
+    timing = Timing()
+    timing.begin("computing shard 0007")
+    said: list[str] = []
+
+    def has_spoken() -> bool:
+        said.append(capsys.readouterr().err)
+        return "has been computing shard 0007 for" in "".join(said)
+
+    with Watchdog(timing, patience_seconds=0.05):
+        until(has_spoken)

@@ -1,0 +1,153 @@
+"""The Ray engine on a real cluster of two CPU workers; deaths, joining nodes, stopping."""
+
+import builtins
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from common.errors import UsageError
+from precompute.engines.ray_cluster import connect
+from precompute.run import RayOptions
+from tests.engines.runs import (
+    NUM_SHARDS,
+    Process,
+    Tensors,
+    World,
+    Zygote,
+    assert_same,
+    attempts,
+    tensors,
+    until,
+    write_pairs,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def workers_of(run: Process) -> list[psutil.Process]:
+    """The cluster's actor processes; the cluster is a child of the run."""
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        try:
+            if "ray::RayWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(
+    zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
+    # Both hold shards then: a worker gets its first ones as soon as it is ready.
+    until(lambda: run.text().count("is ready") == 2 and (cache / "commits").is_dir() and attempts(cache), seconds=300)
+    before = attempts(cache)
+    workers_of(run)[0].kill()
+    assert run.wait() == 0, run.text()
+    assert before.items() <= attempts(cache).items(), "a committed shard was made again"
+    assert_same(tensors(cache), uninterrupted)
+    output = run.text()
+    assert "1 of them died" in output
+    again = re.search(r"handed out again: (.*); [\d.]+ s of work lost", output)
+    retried = again[1].split(", ") if again else []
+    assert len(retried) <= 3
+    assert not set(retried) & before.keys()
+    assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in output
+
+
+@pytest.mark.slow
+def test_two_workers(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    output = zygote.run(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
+    assert_same(tensors(cache), uninterrupted)
+    assert "over 2 workers" in output
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_local_cluster_and_leaves_a_resumable_cache(
+    zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
+    until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
+    family = psutil.Process(run.pid).children(recursive=True)
+    run.terminate()
+    assert run.wait() == 1, run.text()
+    assert "stopped: committed shards stay" in run.text()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, "something of the cluster outlived the run"
+    before = attempts(cache)
+    zygote.run(world.arguments(cache))
+    assert before.items() <= attempts(cache).items()
+    assert_same(tensors(cache), uninterrupted)
+
+
+@pytest.fixture
+def cluster(child_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A simulated cluster of one node without a place for a worker; others are added to it."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in child_environment.items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_is_used_and_one_that_leaves_costs_only_what_it_had_in_flight(
+    zygote: Zygote, world: World, cluster: Any, tmp_path: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs", num_shards=60, pairs_per_shard=4)
+    many = World(model=world.model, pairs=pairs)
+    zygote.run(many.arguments(tmp_path / "expected"))
+    cache = tmp_path / "cache"
+    run = zygote.start(many.arguments(cache, "--engine", "ray", "--ray-address", cluster.address))
+    first = cluster.add_node(num_cpus=1)
+    until(lambda: run.text().count("is ready") == 1, seconds=300)
+    cluster.add_node(num_cpus=1)
+    until(lambda: run.text().count("is ready") == 2, seconds=300)
+    before = attempts(cache)
+    assert len(before) < 60, "the second node came too late to prove anything"
+    cluster.remove_node(first, allow_graceful=False)
+    assert run.wait() == 0, run.text()
+    assert "is lost" in run.text()
+    assert before.items() <= attempts(cache).items()
+    assert_same(tensors(cache), tensors(tmp_path / "expected"))
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *rest: Any) -> ModuleType:
+        if name == "ray":
+            raise ImportError("No module named 'ray'")
+        return original(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UsageError, match=r"pip install 'inpo-cache\[ray\]'") as error:
+        connect(RayOptions())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (RayOptions(gpus_per_worker=0.0), "--gpus-per-worker"),
+        (RayOptions(gpus_per_worker=1.5), "--gpus-per-worker"),
+        (RayOptions(workers=0), "--ray-workers"),
+    ],
+)
+def test_impossible_options_are_refused(options: RayOptions, name: str) -> None:
+    with pytest.raises(UsageError) as error:
+        connect(options)
+    assert error.value.where == name

@@ -1,0 +1,92 @@
+"""One cache, tensor for tensor, whoever makes it: two runs at once, two processes of one run, an object store."""
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, tensors, until
+
+
+def test_two_independent_runs_at_once(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
+    """Both end well, and little is done twice: a run that notices the other goes another way."""
+    cache = tmp_path / "cache"
+    runs = [zygote.start(world.arguments(cache)) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], runs[0].text() + runs[1].text()
+    assert_same(tensors(cache), uninterrupted)
+    assert len(attempts(cache)) == NUM_SHARDS
+
+
+def test_object_store(
+    zygote: Zygote, world: World, uninterrupted: Tensors, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it, then the rest by a second run, which makes nothing twice."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    cache = "s3://bucket/cache"
+    zygote.run(world.arguments(cache, "--limit", "20"), s3)
+    before = attempts(cache)
+    assert len(before) == 5
+    zygote.run(world.arguments(cache), s3)
+    assert before.items() <= attempts(cache).items()
+    assert_same(tensors(cache), uninterrupted)
+
+
+def _ranks(count: int) -> list[dict[str, str]]:
+    """The environment that `accelerate launch --cpu` gives each of its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        }
+        for rank in range(count)
+    ]
+
+
+def test_two_processes_of_one_run(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
+    """A static split, a shard in one hand only, and one summary, by rank 0, when both are done."""
+    cache = tmp_path / "cache"
+    ranks = [zygote.start(world.arguments(cache), environment) for environment in _ranks(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+    assert_same(tensors(cache), uninterrupted)
+    assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS, "no shard was made twice"
+    assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in ranks[0].text()
+    assert "committed:" not in ranks[1].text()
+
+
+def test_when_one_of_two_processes_dies_the_other_says_so_and_keeps_its_shards(
+    zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    ranks = [zygote.start(world.arguments(cache), environment) for environment in _ranks(2)]
+    until(lambda: (cache / "commits").is_dir() and attempts(cache))
+    ranks[1].kill()
+    assert ranks[1].wait() == -signal.SIGKILL
+    assert ranks[0].wait() == 1
+    assert "Another process of this run has ended" in ranks[0].text()
+    assert "Traceback" not in ranks[0].text()
+    before = attempts(cache)
+    assert len(before) >= NUM_SHARDS // 2
+    zygote.run(world.arguments(cache))
+    assert before.items() <= attempts(cache).items()
+    assert_same(tensors(cache), uninterrupted)
+
+
+def test_sigterm_ends_in_order(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
+    """Exit code 1, one sentence, no half-written attempt, and the rest is made later."""
+    cache = tmp_path / "cache"
+    run = zygote.start(world.arguments(cache))
+    until(lambda: (cache / "commits").is_dir() and attempts(cache))
+    run.terminate()
+    assert run.wait() == 1
+    assert "stopped: committed shards stay" in run.text()
+    before = attempts(cache)
+    assert len(before) < NUM_SHARDS
+    assert {path.name for path in (cache / "shards").glob("*/*")} == set(before.values())
+    zygote.run(world.arguments(cache))
+    assert before.items() <= attempts(cache).items()
+    assert_same(tensors(cache), uninterrupted)
