@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -83,7 +83,7 @@ class PairReport:
     num_flipped: int
 
     @classmethod
-    def of(cls, parts: dict[str, dict[str, int]]) -> Self:
+    def of(cls, parts: dict[str, dict[str, int]]) -> "PairReport":
         """The sums over all parts."""
         pairs, ties, flipped = (sum(part[name] for part in parts.values()) for name in ("pairs", "ties", "flipped"))
         return cls(num_pairs=pairs, num_ties=ties, num_flipped=flipped)

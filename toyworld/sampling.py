@@ -19,7 +19,7 @@ GUIDANCE = 2.5
 @cache
 def load_base() -> StableDiffusionPipeline:
     """The base model in float32 on the CPU, without a progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE_FOLDER, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,0 +1,191 @@
+"""`inpo toyworld pairs` and `inpo toyworld prompts` through the command line and the files they leave."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from common.errors import UsageError
+from toyworld import pairs as pairs_module
+from toyworld.cli import app
+from toyworld.oracle import OracleScorer
+from toyworld.pairs import TIE_MARGIN, PairSettings, make_pairs
+from toyworld.scenes import captions
+
+NUM_PAIRS = 12
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs") / "made"
+    assert run("pairs", "--out", out, "--pairs", NUM_PAIRS, "--flip-labels", 0.3).exit_code == 0
+    return out
+
+
+def read_parquet(folder):
+    return [row for path in sorted((folder / "parquet").glob("*")) for row in pq.read_table(path).to_pylist()]
+
+
+def read_tars(folder):
+    samples = {}
+    for path in sorted((folder / "webdataset").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, role = member.name.partition(".")
+                samples.setdefault(key, {})[role] = tar.extractfile(member).read()
+    return samples
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parquet_has_the_published_columns(folder):
+    table = pq.read_table(folder / "parquet")
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types == {
+        "jpg_0": "binary", "jpg_1": "binary", "label_0": "double", "label_1": "double", "has_label": "bool",
+        "caption": "string", "ranking_id": "int64",
+        "image_0_uid": "string", "image_1_uid": "string", "best_image_uid": "string",
+    }  # fmt: skip
+    rows = read_parquet(folder)
+    assert [row["ranking_id"] for row in rows] == list(range(NUM_PAIRS))
+    assert len({row[name] for row in rows for name in ("image_0_uid", "image_1_uid")}) == 2 * NUM_PAIRS
+    for row in rows:
+        assert row["label_0"] + row["label_1"] == 1
+        best = {1.0: row["image_0_uid"], 0.0: row["image_1_uid"], 0.5: "tie"}[row["label_0"]]
+        assert row["best_image_uid"] == best
+
+
+def test_parquet_and_tar_hold_the_same_pairs(folder):
+    rows, samples = read_parquet(folder), read_tars(folder)
+    assert len(rows) == len(samples) == NUM_PAIRS
+    for row, (key, sample) in zip(rows, samples.items(), strict=True):
+        assert set(sample) == {"win.png", "lose.png", "json"}
+        text = json.loads(sample["json"])
+        assert int(key) == int(text["id"]) == row["ranking_id"]
+        assert text["prompt"] == row["caption"]
+        assert text["label"] == max(row["label_0"], row["label_1"])
+        first, second = ("lose", "win") if row["label_1"] == 1 else ("win", "lose")
+        assert (sample[f"{first}.png"], sample[f"{second}.png"]) == (row["jpg_0"], row["jpg_1"])
+
+
+def test_pictures_are_lossless_and_differ(folder):
+    for row in read_parquet(folder):
+        pictures = [Image.open(io.BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
+        assert [(picture.format, picture.mode, picture.size) for picture in pictures] == [("PNG", "RGB", (32, 32))] * 2
+        assert not np.array_equal(*pictures)
+
+
+def test_labels_are_the_oracles_but_for_counted_ties_and_flips(folder):
+    record = json.loads((folder / "pairs.json").read_text())
+    ties = flips = 0
+    for row in read_parquet(folder):
+        pictures = [Image.open(io.BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
+        first, second = OracleScorer().score(pictures, [row["caption"]] * 2)
+        if abs(first - second) < TIE_MARGIN:
+            assert row["label_0"] == 0.5
+            ties += 1
+        else:
+            assert row["label_0"] in (0.0, 1.0)
+            flips += (row["label_0"] == 1) != (first > second)
+    assert record["complete"] is True
+    assert (record["num_pairs"], record["num_ties"], record["num_flipped"]) == (NUM_PAIRS, ties, flips)
+    assert flips > 0
+
+
+def test_captions_come_from_the_split_alone(folder, tmp_path):
+    assert {row["caption"] for row in read_parquet(folder)} <= set(captions("train"))
+    make_pairs(PairSettings(num_pairs=3, split="test", formats=("parquet",)), tmp_path, quiet=True)
+    assert {row["caption"] for row in read_parquet(tmp_path)} <= set(captions("test"))
+    assert not (tmp_path / "webdataset").exists()
+
+
+def test_finished_work_is_not_done_again(folder, monkeypatch):
+    def unexpected(settings, start, stop):
+        raise AssertionError("made pairs again")
+
+    before = contents(folder)
+    monkeypatch.setattr(pairs_module, "make_batch", unexpected)
+    assert run("pairs", "--out", folder, "--pairs", NUM_PAIRS, "--flip-labels", 0.3).exit_code == 0
+    assert contents(folder) == before
+
+
+def test_other_settings_and_foreign_folders_are_refused(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"pairs of other settings(.|\n)*seed = 1(.|\n)*seed = 0"):
+        run("pairs", "--out", folder, "--pairs", NUM_PAIRS, "--flip-labels", 0.3, "--seed", 1)
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="something else"):
+        run("pairs", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_stopped_work_resumes_to_the_same_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "PAIRS_PER_PART", 5)
+    monkeypatch.setattr(pairs_module, "PAIRS_PER_BATCH", 5)
+    monkeypatch.setattr(pairs_module.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    settings = PairSettings(num_pairs=10, flip_labels=0.3)
+    make_pairs(settings, tmp_path / "whole", quiet=True)
+
+    real, spans = pairs_module.make_batch, []
+
+    def interrupted(settings, start, stop):
+        if start >= 5:
+            raise KeyboardInterrupt
+        return real(settings, start, stop)
+
+    def counted(settings, start, stop):
+        spans.append((start, stop))
+        return real(settings, start, stop)
+
+    monkeypatch.setattr(pairs_module, "make_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(settings, tmp_path / "stopped", quiet=True)
+    monkeypatch.setattr(pairs_module, "make_batch", counted)
+    make_pairs(settings, tmp_path / "stopped", quiet=True)
+    assert spans == [(5, 10)]
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    # A pair depends on (seed, index), not on how many are made or how they are parted.
+    pictures = [(row["caption"], row["jpg_0"]) for row in read_parquet(folder)]
+    assert [caption for caption, _ in pictures[:10]] == [row["caption"] for row in read_parquet(tmp_path / "whole")]
+    for (_, one), row in zip(pictures, read_parquet(tmp_path / "whole"), strict=False):
+        difference = np.subtract(Image.open(io.BytesIO(one)), Image.open(io.BytesIO(row["jpg_0"])), dtype=int)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_pairs_as_one(tmp_path, monkeypatch):
+    settings = PairSettings(num_pairs=34, formats=("webdataset",))
+    make_pairs(settings, tmp_path / "some", quiet=True)
+    monkeypatch.setattr(pairs_module.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    make_pairs(settings, tmp_path / "one", quiet=True)
+    assert contents(tmp_path / "some") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("value", ["jpeg", "parquet,parquet", ""])
+def test_unknown_formats_are_refused(tmp_path, value):
+    with pytest.raises(UsageError, match="format"):
+        run("pairs", "--out", tmp_path / "pairs", "--format", value)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_prompts_are_the_splits_captions(tmp_path):
+    run("prompts", "--out", tmp_path / "all.txt", "--split", "validation")
+    run("prompts", "--out", tmp_path / "some.txt", "--split", "validation", "--limit", 7)
+    lines = (tmp_path / "all.txt").read_text().splitlines()
+    assert lines == list(captions("validation"))
+    assert (tmp_path / "some.txt").read_text().splitlines() == lines[:7]
+    with pytest.raises(UsageError, match="fewer captions"):
+        run("prompts", "--out", tmp_path / "more.txt", "--limit", 100_000)
