@@ -20,7 +20,9 @@ from common.models import Model
 from precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
-_METADATA_BYTES_PER_SHARD = 40_000
+_JSON_BYTES_PER_ARRAY = 700
+_BYTES_PER_CHUNK = 20
+"""16 of zarr's shard index and 4 of the checksum, per inner chunk (the price of reading one record alone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,10 @@ def make_plan(
     num_pairs = sum(task.stop - task.start for task in remaining)
     token_width = _token_width(model)
     bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, token_width) for spec in manifest.arrays}
-    bytes_by_array["metadata"] = _METADATA_BYTES_PER_SHARD * len(remaining)
+    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in manifest.arrays)
+    bytes_by_array["metadata"] = (
+        _JSON_BYTES_PER_ARRAY * len(manifest.arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
+    )
     return Plan(
         num_shards=len(tasks), num_committed=len(tasks) - len(remaining), num_pairs=num_pairs,
         network_calls_per_image=calls_per_image(manifest, model), bytes_by_array=bytes_by_array,
@@ -81,6 +86,10 @@ def bytes_per_pair(spec: ArraySpec, manifest: Manifest, token_width: tuple[int, 
         "width": pooled_width if spec.path == "prompt/pooled" else embedding_width,
     }
     return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
+
+
+def _chunks_per_pair(spec: ArraySpec, manifest: Manifest) -> int:
+    return {"whole": 0, "pair": 1, "pair_step": manifest.timesteps_per_pair}[spec.chunking]
 
 
 def calls_per_image(manifest: Manifest, model: Model) -> float:

@@ -236,7 +236,8 @@ def test_bfloat16_networks_agree_to_their_own_rounding(
     assert dtype["x_t"] > 1e-3  # it did run in bfloat16
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
-    x_t = schedule.a[axes].numpy() * x0[:, None].double().numpy() + schedule.s[axes].numpy() * one.target.double().numpy()
+    signal = schedule.a[axes].numpy() * x0[:, None].double().numpy()
+    x_t = signal + schedule.s[axes].numpy() * one.target.double().numpy()
     np.testing.assert_array_equal(one.x_t.numpy(), x_t.astype(np.float16))
 
 

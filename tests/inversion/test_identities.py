@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cache.derive import derive_x_t
+from common.denoiser import Condition, Denoiser
+from common.schedule import NoiseSchedule
 
 HALF_STEP = 2.0**-11
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -85,7 +87,7 @@ def test_the_identities_hold_for_every_inverter(
     timestep = made.timestep.long().numpy()
     assert timestep.shape == (2, kept)
     assert (np.diff(timestep, axis=1) > 0).all()
-    # Stored-point rule: x_t is float16(a x0 + s target) bit for bit; what a lean cache derives is what a full one holds.
+    # Stored-point rule: x_t is float16(a x0 + s target) bit for bit, so that a lean cache derives what a full one holds.
     lean = derive_x_t(x0.numpy(), made.target.numpy(), A[timestep], S[timestep])
     np.testing.assert_array_equal(made.x_t.numpy().view(np.uint16), lean.view(np.uint16))
     for pair, step, side in np.ndindex(2, kept, 2):
@@ -174,13 +176,8 @@ def test_ab2_step_as_printed(linear: Callable, latents: Callable, inverted: Call
 def test_theta_equal_to_the_reference_has_the_stored_error(
     tiny_unet: torch.nn.Module, latents: Callable, inverted: Callable
 ) -> None:
-    """Identity 6, the acceptance test of a cache: a trainer's E_theta at the stored numbers is E_ref, record by record."""
-    from common.denoiser import Condition, Denoiser
-
-    schedule_table = torch.from_numpy(ABAR)
-    from common.schedule import NoiseSchedule
-
-    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_alphas_cumprod(schedule_table))
+    """Identity 6, the acceptance test of a cache: a trainer's E_theta at what is stored is E_ref, record by record."""
+    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_alphas_cumprod(torch.from_numpy(ABAR)))
     made = inverted(denoiser, latents(3, (4, 8, 8)), steps=5, pairs_per_batch=2)
     tokens = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     x_t, target = made.x_t.flatten(0, 2).float(), made.target.flatten(0, 2).float()

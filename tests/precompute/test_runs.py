@@ -1,0 +1,357 @@
+"""Whole runs: resume, quarantine, refusals, plans, and what a user is told."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import precompute.plan as plan_module
+from common.cache import open_cache
+from common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
+from common.testing import save_tiny_pipeline
+from precompute.cli import precompute as precompute_command
+from precompute.worker import Components
+
+
+def test_resume_makes_no_committed_shard_again(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(3), 1)
+    whole = run.cache(source, pipelines(), tmp_path / "whole")
+    all_calls = run.network_calls
+    assert run(source, pipelines(), tmp_path / "parts", limit=2) == 0
+    partial = open_cache(str(tmp_path / "parts"))
+    assert sorted(partial.commits) == sorted(whole.commits)[:2]
+    before = {name: commit.attempt for name, commit in partial.commits.items()}
+    first_calls = run.network_calls - all_calls
+    done = run.cache(source, pipelines(), tmp_path / "parts")
+    assert run.network_calls - all_calls - first_calls == all_calls - first_calls > 0
+    assert {name: done.commits[name].attempt for name in before} == before
+    assert sorted(done.shards) == sorted(whole.shards)
+    for name, shard in whole.shards.items():
+        for spec in whole.manifest.arrays:
+            np.testing.assert_array_equal(shard.read(spec.path), done.shards[name].read(spec.path), err_msg=spec.path)
+    # Once more: nothing is left, and no model is even loaded.
+    loaded = len(run.components)
+    assert run(source, pipelines(), tmp_path / "parts") == 0
+    assert len(run.components) == loaded
+
+
+def test_a_run_that_dies_between_shards_is_completed(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from precompute.worker import ShardWorker
+
+    source = write_tars(tmp_path / "pairs", examples(6), 2)
+    compute, made = ShardWorker.compute, []
+
+    def failing(self: ShardWorker, prepared: Any) -> Any:
+        if len(made) == 2:
+            raise MemoryError("the machine gave up")
+        made.append(prepared.task.name)
+        return compute(self, prepared)
+
+    monkeypatch.setattr(ShardWorker, "compute", failing)
+    with pytest.raises(MemoryError):
+        run(source, pipelines(), tmp_path / "cache")
+    monkeypatch.setattr(ShardWorker, "compute", compute)
+    survived = set(open_cache(str(tmp_path / "cache")).commits)
+    assert survived == set(made)  # the shard in the writer's hands was finished, not torn
+    calls = run.network_calls
+    cache = run.cache(source, pipelines(), tmp_path / "cache")
+    assert cache.num_pairs == 6
+    assert run.network_calls - calls == 2 * 2 * 4  # one shard: 2 pairs, 2 sides, start and 3 points
+
+
+def _nan_latent(components: Components) -> None:
+    encode = components.images.vae.encode
+
+    def broken(pixels: torch.Tensor) -> Any:
+        output = encode(pixels)
+        output.latent_dist.mean[2:3] = float("nan")  # the win of the second pair
+        return output
+
+    components.images.vae.encode = broken
+
+
+def _nan_text(components: Components) -> None:
+    encode = components.text.pipeline.encode_prompt
+
+    def broken(*, prompt: list[str], **rest: Any) -> Any:
+        embedding, *others = encode(prompt=prompt, **rest)
+        embedding[[index for index, text in enumerate(prompt) if "blue dog" in text]] = float("inf")
+        return (embedding, *others)
+
+    components.text.pipeline.encode_prompt = broken
+
+
+def _nan_network(components: Components) -> None:
+    forward = components.denoiser.unet.forward
+    sick = components.text(["a blue dog on the house"]).embedding[1].float()
+
+    def broken(x: torch.Tensor, timestep: Any, *, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
+        output = forward(x, timestep, encoder_hidden_states=encoder_hidden_states, **rest)[0].clone()
+        output[(encoder_hidden_states - sick).abs().amax((1, 2)) < 1e-3] = float("nan")
+        return (output,)
+
+    components.denoiser.unet.forward = broken
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [(_nan_latent, "VAE latent"), (_nan_text, "text embedding"), (_nan_network, "tensor of the inversion")],
+)
+def test_a_pair_that_is_not_finite_is_quarantined(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable,
+    capsys: pytest.CaptureFixture[str], breakage: Callable[[Components], None], words: str,
+) -> None:
+    pairs = examples(4)  # the second one has the prompt "a blue dog on the house"
+    source = write_tars(tmp_path / "pairs", pairs, 4)
+    well = run.cache(source, pipelines(), tmp_path / "well")
+    run.prepare = breakage
+    cache = run.cache(source, pipelines(), tmp_path / "cache")
+    kept = by_id(cache, "x_t")
+    assert list(kept) == ["pair-000", "pair-002", "pair-003"]
+    (commit,) = cache.commits.values()
+    assert commit.skipped == {"not_finite": 1}
+    (listed,) = (tmp_path / "cache" / "skipped").rglob("*.jsonl")
+    row = json.loads(listed.read_text())
+    assert (row["pair_id"], row["reason"], row["row"]) == ("pair-001", "not_finite", 1)
+    assert words in row["detail"]
+    assert "1 x not_finite" in capsys.readouterr().out
+    for pair_id, value in by_id(well, "x_t").items():
+        if pair_id in kept:
+            np.testing.assert_allclose(kept[pair_id].astype(float), value.astype(float), rtol=2e-3, atol=2e-3)
+    for shard in cache:
+        assert np.isfinite(shard.read("prompt/embedding")).all()
+
+
+def test_no_pair_left_is_a_commit_all_the_same(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(2), 2)
+
+    def broken(components: Components) -> None:
+        components.denoiser.unet.conv_out.bias.data.fill_(float("nan"))
+
+    run.prepare = broken
+    assert run(source, pipelines(), tmp_path / "cache") == 0
+    cache = open_cache(str(tmp_path / "cache"), allow_empty=True)
+    (commit,) = cache.commits.values()
+    assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"not_finite": 2})
+
+
+def test_bad_images_and_shards_stop_nothing_else(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "pairs"
+    write_tars(source, examples(4), 2)
+    (source / "00009.tar").write_bytes(b"this is no tar file at all" * 100)
+    data = (source / "00001.tar").read_bytes()
+    first = data.index(b"\x89PNG\r\n\x1a\n")
+    (source / "00001.tar").write_bytes(data[:first] + b"not an image" + data[first + 12 :])
+    code = run(str(source), pipelines(), tmp_path / "cache")
+    output = capsys.readouterr()
+    assert code == 1
+    assert output.err.count("error:") == 1
+    assert "00009.tar" in output.err
+    assert "Traceback" not in output.err
+    assert "1 x unreadable" in output.out
+    cache = open_cache(str(tmp_path / "cache"))
+    assert cache.num_pairs == 3
+
+
+def test_another_model_or_settings_are_refused_with_both_values(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(1), 1)
+    run.cache(source, pipelines(), tmp_path / "cache", steps=3)
+    loaded = len(run.components)
+    with pytest.raises(CacheMismatch) as raised:
+        run(source, pipelines(), tmp_path / "cache", steps=4, seed=7)
+    for words in ("inverter.steps = 3 (in the cache)", "inverter.steps = 4 (this run)", "seed = 0", "seed = 7"):
+        assert words in str(raised.value)
+    other = save_tiny_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(CacheMismatch, match=r"fingerprints\.unet"):
+        run(source, other, tmp_path / "cache", steps=3)
+    assert len(run.components) == loaded  # before any model work
+    # What does not change the numbers may change.
+    assert run(source, pipelines(), tmp_path / "cache", steps=3, batch_size=1, decode_threads=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"timesteps_per_pair": 4}, UsageError, ["--timesteps-per-pair", "1..3", "4"]),
+        ({"timestep_range": (0, 200)}, UsageError, ["--timestep-range", "[0, 200)"]),
+        ({"inverter": "euler"}, UsageError, ["euler", "ddim, ab2, fixed_point, noise"]),
+        ({"extra": ("noise",)}, UsageError, ["noise", "delta_prev, eps_ref"]),
+        ({"profile": "slim"}, UsageError, ["--profile", "slim"]),
+        ({"guidance": -1.0}, UsageError, ["--guidance", "-1.0"]),
+        ({"caption_dropout": 1.5}, UsageError, ["--caption-dropout", "1.5"]),
+        ({"colour": "red"}, UsageError, ["colour", "timesteps_per_pair"]),
+        ({"dtype": "int8"}, UsageError, ["--dtype", "int8", "bfloat16"]),
+        ({"resolution": 34}, UsageError, ["--resolution", "34", "multiple of 4"]),
+        ({"faithful": True, "inverter": "ab2"}, UsageError, ["--faithful"]),
+    ],
+)
+def test_wrong_settings(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    settings: dict[str, Any], kind: type[InpoError], words: list[str],
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(1), 1)
+    with pytest.raises(kind) as raised:
+        run(source, pipelines(), tmp_path / "cache", **settings)
+    for word in words:
+        assert word in str(raised.value)
+    assert raised.value.exit_code == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_missing_model_source_and_cache(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(1), 1)
+    with pytest.raises(ModelError, match="no model here"):
+        run(source, tmp_path / "nowhere", tmp_path / "cache")
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        run(source, pipelines() / "unet", tmp_path / "cache")
+    with pytest.raises(DataError) as missing:
+        run(str(tmp_path / "none"), pipelines(), tmp_path / "cache")
+    assert "none" in str(missing.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as empty:
+        run(str(tmp_path / "empty"), pipelines(), tmp_path / "cache")
+    assert "empty" in str(empty.value)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(CacheMismatch, match=r"thesis\.tex"):
+        run(source, pipelines(), tmp_path / "mine")
+    with pytest.raises(UsageError, match="--model"):
+        precompute_command(pairs=source, cache=str(tmp_path / "cache"))
+
+
+def _disk(free: int) -> Callable[[Any], Any]:
+    usage = namedtuple("usage", "total used free")
+    return lambda path: usage(10**12, 10**12 - free, free)
+
+
+def test_a_disk_too_small_is_refused_before_any_work(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(4), 4)
+    monkeypatch.setattr(shutil, "disk_usage", _disk(10_000))
+    for dry_run in (False, True):
+        with pytest.raises(StorageError) as raised:
+            run(source, pipelines(), tmp_path / "cache", dry_run=dry_run)
+        for word in ("10 kB free", "largest array", "--profile lean"):
+            assert word in str(raised.value)
+    assert not run.components
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_writes_nothing_and_shows_the_configuration(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(4), 2)
+    assert run(source, pipelines(), tmp_path / "cache", dry_run=True) == 0
+    output = capsys.readouterr().out
+    for words in ("[precompute]", "timesteps_per_pair = 3", "network calls", "32 latents", "bytes in all"):
+        assert words in output
+    assert not (tmp_path / "cache").exists()
+    assert not run.components
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"profile": "lean", "steps": 5, "timesteps_per_pair": 5},
+        {"inverter": "fixed_point", "iterations": 2, "tolerance": 0.0},
+        {"inverter": "noise"},
+        {"guidance": 0.0, "measure_inversion": 1.0},
+        {"guidance": 4.0, "measure_inversion": 1.0, "extra": ("eps_ref", "delta_prev")},
+        {"faithful": True, "steps": 5, "timesteps_per_pair": 5},
+        {"inverter": "ab2", "steps": 6, "timesteps_per_pair": 2},
+        {"noised_start": 0.5, "steps": 6, "timesteps_per_pair": 2},
+    ],
+    ids=lambda settings: ",".join(map(str, settings.values())) or "default",
+)
+def test_the_plan_is_what_the_run_costs(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
+) -> None:
+    """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
+    import precompute.run as run_module
+
+    plans: list[plan_module.Plan] = []
+    make = run_module.make_plan
+    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    count = 6
+    source = write_tars(tmp_path / "pairs", examples(count), count)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
+    (plan,) = plans
+    steps, kept = settings.get("steps", 3), settings.get("timesteps_per_pair", 3)
+    if steps == kept and not settings.get("faithful"):
+        assert plan.network_calls == run.network_calls
+    else:
+        assert plan.network_calls == pytest.approx(run.network_calls, rel=0.25)
+    (shard,) = cache
+    text = {"pair_id", "prompt/text"}
+    real = {spec.path: shard.read(spec.path).nbytes for spec in cache.manifest.arrays if spec.path not in text}
+    prompts = len(shard.read("prompt/text"))
+    for path, size in real.items():
+        predicted = plan.bytes_by_array[path]
+        if path.startswith("prompt/"):
+            assert predicted == size // prompts * count
+        else:
+            assert predicted == size, path
+    # Files on the disk, with the prompts' number set right.
+    on_disk = sum((Path(shard.location) / file).stat().st_size for file in shard.commit.files)
+    embedding = plan.bytes_by_array["prompt/embedding"]
+    predicted = plan.cache_bytes - embedding + embedding * prompts / count
+    assert predicted == pytest.approx(on_disk, rel=0.03)
+
+
+def test_sigterm_ends_cleanly_and_says_how_to_go_on(
+    pipelines: Callable, examples: Callable, write_tars: Callable, tmp_path: Path
+) -> None:
+    source = write_tars(tmp_path / "pairs", examples(120), 1)
+    cache = tmp_path / "cache"
+    command = [
+        sys.executable, "-m", "inpo", "precompute", "--pairs", source, "--model", str(pipelines()),
+        "--cache", str(cache), "--resolution", "32", "--steps", "8", "--timesteps-per-pair", "2",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    deadline = time.monotonic() + 200
+    while len(list((cache / "commits").glob("*.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, (output, errors)
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    done = open_cache(str(cache))
+    assert 2 <= len(done.commits) < 120
+    for shard in done:
+        shard.read("x_t")
