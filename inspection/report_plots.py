@@ -8,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 20, 14, 44
 
 
 class _Axes:
@@ -96,7 +96,7 @@ def curves(
             )
         parts.append(_polyline(name, run))
     key = "".join(
-        f'<g transform="translate({_LEFT + 12 + 70 * index} {_TOP + 6})"><circle class="{name}" r="4"/>'
+        f'<g transform="translate({WIDTH - _RIGHT - 58 * (len(series) - index)} {_TOP + 2})"><circle class="{name}" r="4"/>'
         f'<text x="9" y="4">{name}</text></g>'
         for index, name in enumerate(series) if len(series) > 1
     )

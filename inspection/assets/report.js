@@ -63,8 +63,17 @@ function refresh() {
   byId("count").textContent = `${shown.length} of ${data.pairs.length} shown`;
 }
 
-function block(title, pair, columns, first, caption, className) {
-  const made = element("section", `step ${className}`);
+function cleanBlock(pair, caption) {
+  const made = element("section", "step");
+  const grid = element("div", "pictures clean");
+  grid.append(element("span", "tag win", "win"), element("span", "tag lose", "lose"));
+  grid.append(cell(pair, 0, 0, "x0, win"), cell(pair, 0, 1, "x0, lose"));
+  made.append(element("h3", "", "x0, clean"), grid, element("p", "", caption));
+  return made;
+}
+
+function block(title, pair, columns, first, caption) {
+  const made = element("section", "step");
   made.append(element("h3", "", title));
   const grid = element("div", "pictures");
   grid.style.setProperty("--columns", columns.length);
@@ -86,15 +95,15 @@ function open(pair) {
   if (pair.caption_dropped) facts.push("caption dropped");
   byId("sheet-facts").textContent = facts.join(" · ");
   const trip = `round trip error: ${number(pair.inversion_error)}`;
-  const blocks = [block("clean", pair, ["x0"], 0, trip, "clean")];
+  const blocks = [cleanBlock(pair, trip)];
   pair.timesteps.forEach((timestep, step) => {
     const [win, lose] = pair.errors[step];
     const caption = `E_ref: win ${number(win)}, lose ${number(lose)}`;
-    blocks.push(block(`t = ${timestep}`, pair, pair.columns, 1 + step * pair.columns.length, caption, ""));
+    blocks.push(block(`t = ${timestep}`, pair, pair.columns, 1 + step * pair.columns.length, caption));
   });
   byId("steps").replaceChildren(...blocks);
-  const legend = [ramp(pair.columns.includes("|delta|") ? "|delta|" : "|target|", "viridis", "2 (unit Gaussian: 1)")];
-  if (pair.error_top !== null) legend.push(ramp("target − delta", "magma", number(pair.error_top)));
+  const legend = [ramp(pair.columns.includes("|delta|") ? "|delta|" : "|target|", "viridis", "≥ 2 (unit Gaussian: 1)")];
+  if (pair.error_top !== null) legend.push(ramp("target − delta", "magma", `≥ ${number(pair.error_top)} (square-root scale)`));
   legend.push(element("span", "", data.note));
   byId("legend").replaceChildren(...legend);
   if (!byId("sheet").open) byId("sheet").showModal();
@@ -103,7 +112,7 @@ function open(pair) {
 
 function ramp(name, colours, top) {
   const made = element("span", "", `${name}, RMS over channels: 0`);
-  made.append(element("i", `ramp ${colours}`), `≥ ${top}`);
+  made.append(element("i", `ramp ${colours}`), top);
   return made;
 }
 
