@@ -87,7 +87,7 @@ def test_the_identities_hold_for_every_inverter(
     timestep = made.timestep.long().numpy()
     assert timestep.shape == (2, kept)
     assert (np.diff(timestep, axis=1) > 0).all()
-    # Stored-point rule: x_t is float16(a x0 + s target) bit for bit, so that a lean cache derives what a full one holds.
+    # Stored-point rule: x_t is float16(a x0 + s target) bit for bit, so that a lean cache derives a full one's.
     lean = derive_x_t(x0.numpy(), made.target.numpy(), A[timestep], S[timestep])
     np.testing.assert_array_equal(made.x_t.numpy().view(np.uint16), lean.view(np.uint16))
     for pair, step, side in np.ndindex(2, kept, 2):
