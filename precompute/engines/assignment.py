@@ -9,6 +9,7 @@ Doing a shard twice is safe (the commit is put-if-absent, one wins); this only d
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ _STARTED = 2
 """The first so many of a line may be in the works already."""
 _MAX_DEATHS = 4
 _PATIENCE = 2.0
+_REMEMBERED = 1000
+"""Durations that the usual time is taken from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +92,12 @@ class Assignment:
         """
         lines = [worker.line for worker in self._workers.values()]
         patience = _PATIENCE * statistics.median(self._durations) if self._durations else float("inf")
+        copies = Counter(name for line in lines for name in line)
         found: list[tuple[int, float, str]] = []
         for line in lines:
             for position, (name, since) in enumerate(line.items()):
-                alone = sum(name in other for other in lines) == 1
-                if alone and name not in self._finished and (position >= _STARTED or now - since > patience):
+                worth_it = position >= _STARTED or now - since > patience
+                if worth_it and copies[name] == 1 and name not in self._finished:
                     found.append((-max(position, _STARTED - 1), since, name))
         return min(found)[2] if found else None
 
@@ -102,6 +106,7 @@ class Assignment:
         if worker in self._workers:
             state = self._workers[worker]
             self._durations.append(now - max(state.line.pop(name, now), state.free_since))
+            del self._durations[:-_REMEMBERED]
             state.free_since = now
         if name in self._finished:
             return False

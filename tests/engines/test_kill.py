@@ -61,7 +61,8 @@ def kill_again_and_again(
     count = Count()
     while count.kills < kills:
         observer = Observer(folder / f"cache{count.caches}", expected)
-        count.kills += _kill(zygote, world, observer, writers=writers, kills=min(10, kills - count.kills), within=seconds)
+        now = min(10, kills - count.kills)
+        count.kills += _kill(zygote, world, observer, writers=writers, kills=now, within=seconds)
         observer.look()
         before = dict(observer.seen)
         output = zygote.run(world.arguments(observer.cache))
