@@ -1,0 +1,78 @@
+"""`inpo precompute` and `inpo plan` as typed: flags, recipe, exit codes."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from precompute.cli import plan, precompute
+
+
+@pytest.fixture
+def app() -> Iterator[typer.Typer]:
+    """The commands alone; their signal handlers are taken back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    made = typer.Typer(pretty_exceptions_enable=False)
+    made.command()(precompute)
+    made.command()(plan)
+    yield made
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def recipe(pipelines: Callable, examples: Callable, write_tars: Callable, tmp_path: Path) -> Path:
+    source = write_tars(tmp_path / "pairs", examples(4), 2)
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        f'[model]\nmodel = "{pipelines()}"\n[data]\npairs = "{source}"\ncache = "{tmp_path / "cache"}"\n'
+        '[precompute]\nresolution = 32\nsteps = 6\ntimesteps_per_pair = 2\nextra = ["delta_prev"]\nfaithful = false\n'
+        "timestep_range = [100, 900]\nmeasure_inversion = 0.0\n"
+    )
+    return file
+
+
+def test_the_recipe_stands_where_no_flag_is_given(app: typer.Typer, recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for line in ("steps = 6", "timesteps_per_pair = 2", 'extra = ["delta_prev"]', "timestep_range = [100, 900]"):
+        assert line in result.output
+
+
+def test_flags_win_over_the_recipe(app: typer.Typer, recipe: Path) -> None:
+    flags = [
+        "--steps", "8", "--timestep-range", "200", "800", "--extra", "eps_ref", "--extra", "delta_prev",
+        "--inverter", "ab2", "--guidance", "0", "--flip", "--vae-latent", "sample", "--profile", "lean",
+    ]
+    result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run", *flags])
+    assert result.exit_code == 0, result.output
+    for line in (
+        "steps = 8", "timestep_range = [200, 800]", 'extra = ["delta_prev", "eps_ref"]', 'inverter = "ab2"',
+        "guidance = 0.0", "flip = true", 'vae_latent = "sample"', 'profile = "lean"', "faithful = false",
+    ):
+        assert line in result.output
+
+
+def test_an_unknown_option_is_wrong_usage(app: typer.Typer, recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--step", "3"])
+    assert result.exit_code == 2
+    assert "--step" in result.output
+
+
+def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--timesteps-per-pair", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.output[result.output.index("{") :])
+    assert (document["num_shards"], document["num_committed"], document["num_pairs"]) == (2, 0, 4)
+    assert document["bytes_by_array"]["x_t"] == 4 * 1 * 2 * 4 * 8 * 8 * 2
+    assert document["cache_bytes"] == sum(document["bytes_by_array"].values())
+
+
+def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--calibrate", "--json", "--gpus", "2"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output[result.output.index("{") :])["device_hours"] > 0
