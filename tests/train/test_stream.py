@@ -1,0 +1,279 @@
+"""Which records come, in which order, with which numbers."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.cache import CacheWriter, open_cache
+from common.cache.labels import LabelSet, PairLabel, write_labels
+from common.cache.reader import Shard
+from common.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, TrainingError, UsageError
+from train.index import Index, build_index
+from train.order import GlobalOrder
+from train.records import Batch, Needs
+from train.stream import RecordStream, held_out_batches
+
+
+def index_of(*locations: str, **options: Any) -> Index:
+    return build_index([open_cache(location) for location in locations], **({"soft": False, "held_out": 0.0} | options))
+
+
+def stream_of(index: Index, **options: Any) -> RecordStream:
+    return RecordStream(index, Needs(), **({"batch_size": 2, "window_shards": 2, "seed": 0} | options))
+
+
+def take(stream: RecordStream, count: int) -> list[Batch]:
+    batches = iter(stream)
+    taken = [next(batches) for _ in range(count)]
+    stream.close()
+    return taken
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return all(
+        torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("x_t", "aim", "reference_error", "timestep", "label")
+    ) and torch.equal(left.condition.embedding, right.condition.embedding)
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=7), window=st.integers(1, 4), seed=st.integers(0, 99),
+    batch_size=st.integers(1, 5), world_size=st.integers(1, 4),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_epoch_uses_every_record_once_whatever_the_ranks(
+    counts: list[int], window: int, seed: int, batch_size: int, world_size: int
+) -> None:
+    """The ranks' micro-batches, dealt round, are one sequence; cut at the epochs it is a permutation each time."""
+    order = GlobalOrder(counts, window_shards=window, seed=seed)
+    total = sum(counts)
+    needed = -(-3 * total // batch_size)
+    turns = -(-needed // world_size)
+    dealt = [
+        order.micro_batch(turn * world_size + rank, batch_size) for turn in range(turns) for rank in range(world_size)
+    ]
+    records = []
+    for place in [place for micro_batch in dealt for place in micro_batch][: 3 * total]:
+        records.append((place.key.epoch, *order.shuffled(place.key)[place.position].tolist()))
+    everything = {(shard, record) for shard, count in enumerate(counts) for record in range(count)}
+    for epoch in range(3):
+        part = records[epoch * total : (epoch + 1) * total]
+        assert {number for number, _, _ in part} == {epoch}
+        assert Counter((shard, record) for _, shard, record in part) == Counter(everything)
+
+
+def test_epochs_and_seeds_differ_and_windows_mix_shards() -> None:
+    def sequence(seed: int, epoch: int) -> list[list[int]]:
+        order = GlobalOrder([40] * 6, window_shards=3, seed=seed)
+        return [order.shuffled(place.key)[place.position].tolist() for place in order.micro_batch(epoch, 240)]
+
+    assert sequence(0, 0) == sequence(0, 0)
+    assert sequence(0, 0) != sequence(0, 1)
+    assert sequence(0, 0) != sequence(1, 0)
+    first_window = sequence(0, 0)[:120]
+    assert len({shard for shard, _ in first_window}) == 3
+    assert len({shard for shard, _ in first_window[:20]}) == 3
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    """Found by their reference error, which is distinct, every record's tensors equal the shard's own arrays."""
+    cache = make_world(kind).cache(
+        tmp_path / "c", label=lambda pair: 0.6 + pair / 100, drop_caption=lambda pair: pair % 3 == 0
+    )
+    rows: dict[tuple[float, ...], tuple[Shard, int, int]] = {}
+    for shard in open_cache(cache):
+        for (pair, step), error in np.ndenumerate(shard.read("reference_error")[..., 0]):
+            rows[(float(error),)] = (shard, pair, step)
+    batches = take(stream_of(index_of(cache), batch_size=4), 5)
+    seen = set()
+    for batch in batches:
+        for number in range(batch.num_records):
+            key = (float(batch.reference_error[number, 0]),)
+            shard, pair, step = rows[key]
+            seen.add(key)
+            assert np.array_equal(batch.x_t[number], shard.read("x_t")[pair, step])
+            assert np.array_equal(batch.aim[number], shard.read("target")[pair, step])
+            assert np.array_equal(batch.reference_error[number], shard.read("reference_error")[pair, step])
+            assert int(batch.timestep[number]) == shard.read("timestep")[pair, step]
+            assert float(batch.label[number]) == shard.read("label")[pair]
+            prompt = 0 if shard.read("caption_dropped")[pair] else shard.read("prompt_index")[pair]
+            images = [2 * number, 2 * number + 1]
+            for image in images:
+                assert np.array_equal(batch.condition.embedding[image], shard.read("prompt/embedding")[prompt])
+            if kind == "sdxl":
+                assert batch.condition.pooled is not None
+                assert batch.condition.time_ids is not None
+                assert np.array_equal(batch.condition.pooled[images[0]], shard.read("prompt/pooled")[prompt])
+                assert np.array_equal(batch.condition.time_ids[images], shard.read("time_ids")[pair])
+    assert seen == set(rows)
+
+
+def test_a_lean_cache_gives_the_same_bits(world: Any, cache: str, tmp_path: Path) -> None:
+    lean = world.cache(tmp_path / "lean", profile="lean")
+    full_batches, lean_batches = take(stream_of(index_of(cache)), 9), take(stream_of(index_of(lean)), 9)
+    assert all(same(left, right) for left, right in zip(full_batches, lean_batches, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_one_sequence(cache: str, world_size: int) -> None:
+    index = index_of(cache)
+    alone = take(stream_of(index), 12)
+    ranks = [
+        take(stream_of(index, rank=rank, world_size=world_size), 12 // world_size) for rank in range(world_size)
+    ]
+    for number, batch in enumerate(alone):
+        assert same(batch, ranks[number % world_size][number // world_size])
+
+
+@given(cut=st.integers(0, 20), window=st.integers(1, 2))
+@settings(max_examples=5, deadline=None)
+def test_a_resumed_stream_goes_on_where_it_stopped(cache: str, cut: int, window: int) -> None:
+    index = index_of(cache)
+    whole = take(stream_of(index, window_shards=window), cut + 3)
+    first = stream_of(index, window_shards=window)
+    take(first, cut)
+    second = stream_of(index, window_shards=window)
+    second.load_state_dict(first.state_dict())
+    assert all(same(left, right) for left, right in zip(take(second, 3), whole[cut:], strict=True))
+
+
+def test_peeking_does_not_consume(cache: str) -> None:
+    stream = stream_of(index_of(cache))
+    peeked = stream.peek()
+    assert stream.state_dict()["consumed"] == 0
+    assert same(peeked, take(stream, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"world_size": 2}, ["world_size", "as many processes"]),
+        ({"batch_size": 3}, ["batch_size", "another --output"]),
+        ({"seed": 1}, ["seed", "another --output"]),
+    ],
+)
+def test_a_state_of_another_stream_is_refused(cache: str, change: dict[str, int], words: list[str]) -> None:
+    index = index_of(cache)
+    with pytest.raises(TrainingError) as caught:
+        stream_of(index, **change).load_state_dict(stream_of(index).state_dict())
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_state_of_other_records_is_refused(cache: str, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("pair-0000\n")
+    state = stream_of(index_of(cache)).state_dict()
+    with pytest.raises(TrainingError, match="selection of pairs has changed"):
+        stream_of(index_of(cache, excluded=tmp_path / "list")).load_state_dict(state)
+
+
+def test_held_out_prompts_are_never_trained_on(cache: str) -> None:
+    index = index_of(cache, held_out=0.4)
+
+    def prompts(shards: Any) -> set[int]:
+        return {int(row) for part in shards for row in part.shard.read("prompt_index")[part.rows]}
+
+    assert prompts(index.training)
+    assert prompts(index.held_out)
+    assert not prompts(index.training) & prompts(index.held_out)
+    batches = held_out_batches(index, Needs(), batch_size=2, most_records=5, seed=0)
+    assert [batch.num_records for batch in batches] == [2, 2, 1]
+
+
+def test_lists_choose_pairs(cache: str, tmp_path: Path) -> None:
+    chosen = tmp_path / "list"
+    chosen.write_text("pair-0001\n\n# a comment\npair-0007\n")
+    assert index_of(cache, only=chosen).num_pairs == 2
+    assert index_of(cache, excluded=chosen).num_pairs == 7
+    chosen.write_text("another\n")
+    with pytest.raises(CacheIncomplete, match="No pair is left to train on"):
+        index_of(cache, only=chosen)
+    with pytest.raises(UsageError, match="--only"):
+        index_of(cache, only=tmp_path / "nothing")
+
+
+def test_labels_of_one_half_are_dropped_by_hard_objectives_only(world: Any, tmp_path: Path) -> None:
+    location = world.cache(tmp_path / "c", shards=(4,), label=lambda pair: [1.0, 0.5, 0.2, 0.5][pair])
+    assert index_of(location).num_pairs == 2
+    assert index_of(location, soft=True).num_pairs == 4
+
+
+def test_a_label_set_replaces_the_sources_labels(world: Any, tmp_path: Path) -> None:
+    location = world.cache(tmp_path / "c", shards=(3,))
+    cache = open_cache(location)
+    with pytest.raises(CacheIncomplete, match="relabel"):
+        index_of(location, labels="soft")
+    given_labels = {f"pair-{pair:04d}": 0.1 + pair / 10 for pair in range(3)}
+    (shard,) = cache
+    write_labels(
+        cache.store, "soft", shard.name,
+        LabelSet(
+            attempt=shard.commit.attempt, scorer="s", temperature=1.0, source="x",
+            pairs={name: PairLabel(scores=(0.0, 0.0), label=label) for name, label in given_labels.items()},
+        ),
+    )
+    (part,) = index_of(location, labels="soft", soft=True).training
+    np.testing.assert_allclose(part.label, list(given_labels.values()), rtol=1e-6)
+
+
+def test_several_caches_are_one_table(world: Any, cache: str, tmp_path: Path) -> None:
+    other = world.cache(tmp_path / "other", shards=(3,), timesteps_per_pair=3, seed=1)
+    index = index_of(cache, other)
+    assert index.num_records == 9 * 2 + 3 * 3
+    batches = take(stream_of(index, batch_size=3, window_shards=3), 9)
+    assert len({float(value) for batch in batches for value in batch.reference_error[:, 0]}) == 27
+
+
+def test_caches_of_two_models_are_refused(make_world: Callable[..., Any], cache: str, tmp_path: Path) -> None:
+    other = make_world(seed=1).cache(tmp_path / "other", shards=(2,))
+    with pytest.raises(CacheMismatch, match="not made by the same reference"):
+        index_of(cache, other)
+
+
+@pytest.mark.parametrize(("name", "where"), [("target", (1, 0, 1, 0, 2, 3)), ("reference_error", (1, 1, 0))])
+def test_a_number_that_is_not_finite_is_refused_by_name(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: tuple[int, ...]
+) -> None:
+    """Our own writer refuses such a shard; here another one wrote it."""
+    monkeypatch.setattr(CacheWriter, "_check", lambda self, name, data: None)
+
+    def spoil(shard: int, arrays: dict[str, np.ndarray]) -> None:
+        if shard == 1:
+            arrays[name][where] = np.nan
+
+    location = world.cache(tmp_path / "c", change=spoil)
+    with pytest.raises(CacheCorrupt) as caught:
+        take(stream_of(index_of(location)), 9)
+    message = str(caught.value)
+    assert name in message
+    assert "shard-001" in message
+    assert "pair-0006" in message
+    assert "--except" in message
+    (tmp_path / "list").write_text("pair-0006\n")
+    assert len(take(stream_of(index_of(location, excluded=tmp_path / "list")), 9)) == 9
+
+
+def test_only_the_arrays_that_are_needed_are_read(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(cache)
+    read: set[str] = set()
+    original = Shard.read
+
+    def spy(self: Shard, path: str, pairs: Any = None) -> np.ndarray:
+        read.add(path)
+        return original(self, path, pairs)
+
+    monkeypatch.setattr(Shard, "read", spy)
+    take(stream_of(index), 3)
+    assert read == {
+        "x_t", "target", "timestep", "reference_error", "caption_dropped", "prompt_index", "prompt/embedding",
+    }
