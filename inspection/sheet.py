@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from fontTools.ttLib import TTFont, TTLibError
 from jaxtyping import Float, UInt8
+from matplotlib.font_manager import findSystemFonts
 from PIL import Image, ImageDraw, ImageFont
 
 from inspection.pair_view import PairView
@@ -55,7 +57,8 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     left = _MARGIN + _ROW_LABEL
     per_line = max(1, min(len(blocks), (_MAX_WIDTH - left - tile - _MARGIN) // (block_width + _BLOCK_GAP)))
     width = max(left + tile + per_line * (_BLOCK_GAP + block_width) + _MARGIN, 900)
-    title = _wrap(_title(view), _font(26, bold=True), width - 2 * _MARGIN, most=3)
+    title_font = _font_for(_title(view), 26)
+    title = _wrap(_title(view), title_font, width - 2 * _MARGIN, most=3)
     head = _MARGIN + len(title) * 36 + 58
     line_height = _BLOCK_HEAD + 2 * (tile + _CAPTION) + 6
     num_lines = -(-len(blocks) // per_line)
@@ -64,7 +67,7 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     for index, text in enumerate(title):
-        draw.text((_MARGIN, _MARGIN - 6 + 36 * index), text, INK, _font(26, bold=True))
+        draw.text((_MARGIN, _MARGIN - 6 + 36 * index), text, INK, title_font)
     subtitle = _cut(facts, _font(15), width - 2 * _MARGIN)
     draw.text((_MARGIN, _MARGIN + 36 * len(title) + 4), subtitle, GREY, _font(15))
     y = head
@@ -184,7 +187,7 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
         lines += [
             ("|δ|", "the inverting model's noise at xₜ, RMS over channels; a unit Gaussian gives about 1"),
             ("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the caption, "
-                        "the mean of its square is E_ref"),
+                        "the mean of its square is E_ref; square-root scale"),
         ]
     lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))
     return lines
@@ -230,6 +233,28 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: the same on every machine, with the signs that the sheet needs."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
+
+
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans Bold, or for a prompt in a script that it lacks, the installed font that has most of its signs."""
+    own = _font(size, bold=True)
+    most, best = _num_lacking(str(own.path), text), own
+    if most:
+        for path in sorted(findSystemFonts()):
+            lacking = most if "emoji" in path.lower() else _num_lacking(path, text)  # colour bitmaps cannot be scaled
+            if lacking < most:
+                most, best = lacking, ImageFont.truetype(path, size)
+    return best
+
+
+def _num_lacking(path: str, text: str) -> int:
+    """How many of the text's signs a font file has no glyph for; all of them if it cannot be read."""
+    signs = {ord(sign) for sign in text if not sign.isspace()}
+    try:
+        with TTFont(path, fontNumber=0, lazy=True) as font:
+            return len(signs - set(font.getBestCmap() or {}))
+    except (TTLibError, OSError, AssertionError):
+        return len(signs)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, *, most: int) -> list[str]:
