@@ -7,6 +7,7 @@ is never made twice.
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,9 @@ class _Run:
         self._remote = ray.remote(max_concurrency=_CALLS_AT_ONCE, max_restarts=0, **needs)(RayWorker)
         self.assignment = Assignment(self._tasks)
         self._workers: dict[str, _Worker] = {}
+        self._inputs: dict[str, Any] = {}
+        """Input shards in Ray's object store, while any of their shards is to be made."""
+        self._open_shards = Counter(task.input_shard.name for task in tasks)
         self._timings: dict[str, Timing] = {}
         self._node_deaths: dict[str, int] = {}
         self._next_poll = 0.0
@@ -118,7 +122,7 @@ class _Run:
             self._next_poll = time.monotonic() + _POLL_SECONDS
         for worker in self._workers.values():
             while worker.ready and (name := self.assignment.take(worker.name, time.monotonic())) is not None:
-                worker.calls[worker.actor.make.remote(self._tasks[name])] = self._tasks[name]
+                self._hand_out(self._tasks[name], worker)
         owners = {call: worker for worker in self._workers.values() for call in worker.calls}
         if not owners:
             time.sleep(min(1.0, _POLL_SECONDS))
@@ -127,6 +131,17 @@ class _Run:
         for call in done:
             if owners[call].name in self._workers:  # not lost by another answer of this turn
                 self._answer(owners[call], call)
+
+    def _hand_out(self, task: ShardTask, worker: _Worker) -> None:
+        import ray
+
+        shard = task.input_shard
+        if shard.name not in self._inputs:
+            self._inputs[shard.name] = ray.put(shard)
+        call = worker.actor.make.remote(
+            self._inputs[shard.name], name=task.name, location=task.location, start=task.start, stop=task.stop
+        )
+        worker.calls[call] = task
 
     def _match_cluster(self) -> None:
         """Start workers where there is room, forget those whose node has gone."""
@@ -190,6 +205,9 @@ class _Run:
             if reply.outcome.lost_race:
                 self.assignment.shuffle()
             self._on_outcome(reply.outcome)
+            self._open_shards[task.input_shard.name] -= 1
+            if not self._open_shards[task.input_shard.name]:
+                self._inputs.pop(task.input_shard.name, None)
 
     def _lose(self, worker: _Worker, trouble: str) -> None:
         """Hand out again what a worker had; `_match_cluster` starts another in its place."""

@@ -16,6 +16,7 @@ from common.cache import CacheWriter, Manifest
 from common.cache.store import CacheStore
 from common.cache.writer import MANIFEST, check_identity
 from common.errors import CacheMismatch, CacheMissing, InpoError
+from common.pairs import InputShard
 from common.recipe import ModelSection
 from precompute.engines.watchdog import Watchdog
 from precompute.pipeline import Outcome, Timing, run_tasks
@@ -76,8 +77,12 @@ class RayWorker:
         threading.Thread(target=self._run, args=(worker,), name="pipeline", daemon=True).start()
         return None
 
-    def make(self, task: ShardTask) -> Reply:
-        """Make one shard and wait for its commit. Raises what no user can mend (a device that failed)."""
+    def make(self, input_shard: InputShard, *, name: str, location: str, start: int, stop: int) -> Reply:
+        """Make one shard and wait for its commit. Raises what no user can mend (a device that failed).
+
+        The parts of a ShardTask: the input shard, which may hold an index of many rows, travels to a node only once.
+        """
+        task = ShardTask(name=name, location=location, input_shard=input_shard, start=start, stop=stop)
         promise: Future[Outcome] = Future()
         with self._lock:
             if self._failure is None:
