@@ -1,7 +1,7 @@
 """Latents as pictures: through the VAE, or fast and without a model through a linear map to RGB."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ _SDXL_WEIGHT = np.array([[60, 60, 60], [-60, -5, 10], [25, 15, -5], [-70, -50, -
 _SDXL_BIAS = np.array([150, 140, 130]) / 255
 
 
+@runtime_checkable
 class Preview(Protocol):
     """Turns latents into RGB. `note` says how, in words for the sheet."""
 

@@ -2,22 +2,49 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
 from common.denoiser import Condition, Denoiser
+from common.errors import InpoError
 from common.inversion import invert
 from common.models import open_model
 from common.testing import save_tiny_pipeline
+from inspection.cli import app
 
 STATES = ("healthy", "empty", "writing", "corrupt", "lean", "sdxl")
 PROMPTS = ("", "a red cat", "a blue house on the sky", "the dog & <b>a</b> \"cat\"")
 STEPS, KEPT = 4, 2
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+
+
+@pytest.fixture
+def inspect() -> Callable[..., Done]:
+    """inspect("summary", folder, ...): run a command as the front door does, errors printed and turned into codes."""
+
+    def run(*words: object, answer: str | None = None) -> Done:
+        done = CliRunner().invoke(app, [str(word) for word in words], input=answer)
+        if isinstance(done.exception, InpoError):
+            return Done(done.exception.exit_code, f"{done.output}error: {done.exception}")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Done(done.exit_code, done.output)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +62,15 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def write_cache(tiny) -> Callable[..., Path]:
-    """write_cache(folder, kind=..., pairs=(3, 2), **manifest changes): invert random latents and commit them."""
+    """write_cache(folder, kind=..., pairs=(3, 2), **manifest changes): invert random latents and commit them.
 
-    def write(folder: Path, *, kind: str = "sd15", pairs: tuple[int, ...] = (3, 2), **changes: Any) -> Path:
+    `tamper` changes the last shard's arrays before they are written: whole bytes with wrong numbers.
+    """
+
+    def write(
+        folder: Path, *, kind: str = "sd15", pairs: tuple[int, ...] = (3, 2),
+        tamper: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None, **changes: Any,
+    ) -> Path:
         model = open_model(str(tiny(kind)))
         inverter = {"name": "ddim", "steps": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
         values = {
@@ -52,7 +85,10 @@ def write_cache(tiny) -> Callable[..., Path]:
         writer = CacheWriter.open(str(folder), manifest)
         denoiser = Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule)
         for index, num_pairs in enumerate(pairs):
-            assert writer.write(f"s{index}", _shard(manifest, denoiser, index, num_pairs)) is not None
+            data = _shard(manifest, denoiser, index, num_pairs)
+            if index == len(pairs) - 1:
+                tamper(data.arrays)
+            assert writer.write(f"s{index}", data) is not None
         return folder
 
     return write

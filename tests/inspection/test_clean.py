@@ -1,0 +1,91 @@
+"""`clean`: orphans go, committed attempts and young ones stay."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from common.cache.store import CacheStore
+from inspection.leftovers import find_leftovers, remove_leftover
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def grow_old(folder: Path) -> None:
+    old = time.time() - 2 * 3600
+    for file in folder.rglob("*"):
+        os.utime(file, (old, old))
+
+
+def with_orphan(folder: Path, *, old: bool) -> dict[Path, bytes]:
+    """A second attempt beside the committed one of s0. Returns the files that must survive."""
+    survivors = files(folder)
+    (committed,) = (folder / "shards" / "s0").iterdir()
+    orphan = Path(shutil.copytree(committed, committed.with_name("feedfeedfeedfeed")))
+    if old:
+        grow_old(orphan)
+    return survivors
+
+
+def test_an_orphan_goes_after_yes_and_nothing_else_does(fresh, inspect):
+    folder = fresh("healthy")
+    survivors = with_orphan(folder, old=True)
+    refused = inspect("clean", folder, answer="n\n")
+    assert refused.code == 1
+    assert "nothing was removed" in refused.out
+    assert len(files(folder)) > len(survivors)
+    done = inspect("clean", folder, answer="y\n")
+    assert done.code == 0
+    assert "shards/s0/feedfeedfeedfeed" in done.out
+    assert files(folder) == survivors
+    assert inspect("verify", folder).code == 0
+
+
+def test_committed_attempts_stay_however_old(fresh, inspect):
+    folder = fresh("healthy")
+    grow_old(folder)
+    before = files(folder)
+    done = inspect("clean", folder, "--yes", "--all")
+    assert done.code == 0
+    assert "nothing to remove" in done.out
+    assert files(folder) == before
+
+
+def test_a_young_attempt_is_left_to_its_writer_unless_all_is_said(fresh, inspect):
+    folder = fresh("healthy")
+    survivors = with_orphan(folder, old=False)
+    done = inspect("clean", folder, "--yes")
+    assert done.code == 0
+    assert "1 younger than an hour" in done.out
+    assert len(files(folder)) > len(survivors)
+    assert inspect("clean", folder, "--yes", "--all").code == 0
+    assert files(folder) == survivors
+
+
+def test_an_attempt_committed_in_the_meantime_stays(fresh):
+    folder = fresh("writing")
+    whole = fresh("healthy")
+    store = CacheStore(str(folder))
+    (leftover,) = find_leftovers(store)
+    commit = (whole / "commits" / "s1.json").read_text()
+    (attempt,) = (whole / "shards" / "s1").iterdir()
+    # `writing` and `healthy` were written apart: give the leftover the name that the commit says.
+    (folder / "shards" / "s1" / leftover.attempt).rename(folder / "shards" / "s1" / attempt.name)
+    (folder / "skipped" / "s1" / f"{leftover.attempt}.jsonl").rename(folder / "skipped" / "s1" / f"{attempt.name}.jsonl")
+    (leftover,) = find_leftovers(store)
+    (folder / "commits" / "s1.json").write_text(commit)
+    before = files(folder)
+    assert remove_leftover(store, leftover) is False
+    assert files(folder) == before
+
+
+def test_attempts_of_a_shard_whose_commit_cannot_be_read_stay(fresh, inspect):
+    folder = fresh("healthy")
+    with_orphan(folder, old=True)
+    grow_old(folder)
+    (folder / "commits" / "s0.json").write_text("{")
+    before = files(folder)
+    inspect("clean", folder, "--yes", "--all")
+    assert files(folder) == before

@@ -1,0 +1,85 @@
+"""`filter`: conditions against numpy's answer; what is not measured is counted; nothing is ever run as code."""
+
+import numpy as np
+import pytest
+
+from common.cache import open_cache
+
+
+def arrays(folder):
+    shards = list(open_cache(str(folder)))
+    return {
+        name: np.concatenate([shard.read(name) for shard in shards])
+        for name in ("pair_id", "reference_error", "inversion_error", "label")
+    }
+
+
+
+def test_conditions_give_what_numpy_gives_and_missing_values_are_counted(states, inspect, tmp_path):
+    found = arrays(states("healthy"))
+    mean = found["reference_error"].mean((1, 2), dtype=np.float64)
+    worst = found["inversion_error"].max(1)
+    middle = float(np.median(mean))
+    out = tmp_path / "new" / "list.txt"
+    done = inspect("filter", states("healthy"), "--where", f"reference_error <= {middle}", "--out", out)
+    assert done.code == 0
+    assert out.read_text().splitlines() == found["pair_id"][mean <= middle].tolist()
+
+    unmeasured = int(np.isnan(worst).sum())
+    assert 0 < unmeasured < 5
+    condition = f"inversion_error < 1e9 and reference_error <= {middle}"
+    done = inspect("filter", states("healthy"), "--where", condition, "--out", out)
+    expected = found["pair_id"][(mean <= middle) & ~np.isnan(worst)].tolist()
+    assert out.read_text().splitlines() == expected
+    assert f"{unmeasured} pairs lack inversion_error" in done.out
+    assert f"{len(expected)} of 5 pairs" in done.out
+
+    # Kleene: the rest decides where it can, and only there.
+    done = inspect("filter", states("healthy"), "--where", "inversion_error < 0 or label > 0.5", "--out", out)
+    assert len(out.read_text().splitlines()) == 5
+    done = inspect("filter", states("healthy"), "--where", "not inversion_error < 0", "--out", out)
+    assert len(out.read_text().splitlines()) == 5 - unmeasured
+
+
+def test_text_and_flags(states, inspect, tmp_path):
+    out = tmp_path / "list.txt"
+    inspect("filter", states("healthy"), "--where", '"house" in prompt', "--out", out)
+    assert out.read_text().split() == ["pair-0-1", "pair-1-1"]
+    inspect("filter", states("healthy"), "--where", "label == 0.75", "--out", out)
+    assert out.read_text().split() == ["pair-0-2"]
+    inspect("filter", states("healthy"), "--where", "not caption_dropped and 0 < timestep_min < 1000", "--out", out)
+    assert "pair-0-1" not in out.read_text().split()
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "__import__('os').system('touch owned')", "label.__class__ == 1", "(lambda: 1)() == 1", "label", "1 +", "",
+        "[x for x in (1,)] == 1", "unknown_column < 1", "label < 'a'", "label if label else label", "label := 2",
+    ],
+)
+def test_anything_but_a_condition_is_refused(states, inspect, tmp_path, monkeypatch, condition):
+    monkeypatch.chdir(tmp_path)
+    done = inspect("filter", states("healthy"), "--where", condition, "--out", "list.txt")
+    assert done.code == 2, done.out
+    assert "--where" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("state", "code", "count"), [("writing", 0, 3), ("lean", 0, 5), ("sdxl", 0, 5)])
+def test_other_states(states, inspect, tmp_path, state, code, count):
+    out = tmp_path / "list.txt"
+    assert inspect("filter", states(state), "--where", "label > 0", "--out", out).code == code
+    assert len(out.read_text().split()) == count
+
+
+def test_an_empty_cache_and_a_damaged_shard(states, fresh, inspect, tmp_path):
+    out = tmp_path / "list.txt"
+    assert "no committed pair yet" in inspect("filter", states("empty"), "--where", "label > 0").out
+    folder = fresh("healthy")
+    label = next(file for file in (folder / "shards" / "s1").rglob("label/c/*") if file.is_file())
+    label.write_bytes(b"")
+    done = inspect("filter", folder, "--where", "label > 0", "--out", out)
+    assert done.code == 1
+    assert "damaged, left out: s1" in done.out
+    assert out.read_text().split() == ["pair-0-0", "pair-0-1", "pair-0-2"]

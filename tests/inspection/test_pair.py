@@ -1,0 +1,73 @@
+"""`pair`: the sheet holds the pictures it should, and says what it cannot show."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from common.cache import open_cache
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def places(page, tile):
+    """Where `tile` stands in `page`, to one grey level."""
+    corner = (np.abs(page[: -len(tile) + 1, : -tile.shape[1] + 1] - tile[0, 0]) <= 1).all(-1)
+    return [
+        (y, x) for y, x in np.argwhere(corner)
+        if np.abs(page[y : y + len(tile), x : x + tile.shape[1]] - tile).max() <= 1
+    ]
+
+
+def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(states, inspect, tiny, tmp_path):
+    cache = states("healthy")
+    done = inspect("pair", cache, "pair-1-1", "--out", tmp_path / "p.png", "--model", tiny())
+    assert done.code == 0, done.out
+    page = pixels(tmp_path / "p.png")
+    assert (page[:10] == 255).all()
+    assert (page[-10:] == 255).all()
+    vae = AutoencoderKL.from_pretrained(tiny() / "vae")
+    shard = open_cache(str(cache)).shards["s1"]
+    found = []
+    for side in (0, 1):
+        latent = torch.from_numpy(shard.read("x0")[1, side]).float()
+        with torch.no_grad():
+            image = vae.decode(latent[None] / 0.18215).sample[0].clamp(-1, 1)
+        levels = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
+        found.append(places(page, levels.repeat(5, 0).repeat(5, 1)))
+    (win, *_), (lose, *_) = found
+    assert win[1] == lose[1]
+    assert lose[0] > win[0] + 160
+
+
+@pytest.mark.parametrize("state", ["healthy", "writing", "lean", "sdxl", "corrupt"])
+def test_the_first_pair_of_every_kind_of_cache_makes_a_sheet(states, inspect, tmp_path, state):
+    out = tmp_path / "folder" / "p.png"
+    done = inspect("pair", states(state), "--first", "--out", out)
+    assert done.code == 0, done.out
+    assert "pair-0-0" in done.out
+    page = pixels(out)
+    assert page.shape[1] > page.shape[0] > 400
+    assert 0.3 < (page == 255).all(-1).mean() < 0.95
+
+
+def test_what_cannot_be_shown_is_told(states, inspect, tiny, tmp_path):
+    out = tmp_path / "p.png"
+    assert inspect("pair", states("healthy"), "--out", out).code == 2
+    assert inspect("pair", states("healthy"), "pair-0-0", "--first", "--out", out).code == 2
+    unknown = inspect("pair", states("healthy"), "nobody", "--out", out)
+    assert unknown.code == 1
+    assert "No committed pair has the id 'nobody'" in unknown.out
+    damaged = inspect("pair", states("corrupt"), "pair-1-0", "--out", out)
+    assert damaged.code == 1
+    assert "array target of shard s1" in damaged.out
+    assert "no committed pair yet" in inspect("pair", states("empty"), "--first", "--out", out).out
+    other = inspect("pair", states("healthy"), "--first", "--out", out, "--model", tiny("sdxl"))
+    assert other.code == 1
+    assert "VAE" in other.out
+    assert not out.exists()

@@ -1,0 +1,122 @@
+"""`summary`: its figures against the files themselves, in every state of a cache."""
+
+import json
+import os
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import zarr
+
+
+def attempt_of(folder, shard):
+    return json.loads((folder / "commits" / f"{shard}.json").read_bytes())["attempt"]
+
+
+def columns(folder, name):
+    """One small array of all shards, by plain zarr."""
+    return np.concatenate(
+        [zarr.open_array(folder / "shards" / s / attempt_of(folder, s) / name, mode="r")[...] for s in ("s0", "s1")]
+    )
+
+
+def test_the_figures_equal_a_count_of_the_files_and_a_plain_reading_of_the_arrays(states, inspect):
+    folder = states("healthy")
+    done = inspect("summary", folder, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert (found["num_shards"], found["num_pairs"], found["num_records"]) == (2, 5, 10)
+    assert found["skipped"] == {"tie": 2}
+    assert found["counts"] == {"cut_prompt": 2}
+    assert found["num_soft_labels"] == 1
+    assert found["num_captions_dropped"] == 2
+    assert found["num_orphaned"] == found["num_pending"] == 0
+    sizes = Counter()
+    for file in (folder / "shards").rglob("*"):
+        if file.is_file():
+            parts = file.relative_to(folder / "shards").parts[2:]
+            sizes["prompt/embedding" if parts[:2] == ("prompt", "embedding") else parts[0]] += file.stat().st_size
+    assert found["total_bytes"] == sizes.total()
+    for name in ("x0", "x_t", "delta", "x0_t", "target", "prompt/embedding"):
+        assert found["array_bytes"][name] == sizes[name]
+
+    timestep, error = columns(folder, "timestep"), columns(folder, "reference_error")
+    for each in found["timesteps"]:
+        inside = error[(timestep >= each["low"]) & (timestep < each["high"])]
+        assert each["num_records"] == len(inside)
+        if len(inside):
+            assert [each["reference_error_win"], each["reference_error_lose"]] == pytest.approx(
+                inside.astype(np.float64).mean(0).tolist(), rel=1e-6
+            )
+    assert sum(each["num_records"] for each in found["timesteps"]) == 10
+    inversion = columns(folder, "inversion_error")
+    measured = inversion[np.isfinite(inversion)]
+    assert 0 < len(measured) < 10
+    assert found["inversion_error"]["num_measured"] == len(measured)
+    assert found["inversion_error"]["median"] == pytest.approx(float(np.median(measured)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"),
+    [
+        ("healthy", 0, ["2 shards", "5 (10 records", "tie", "E_ref win", "ddim"]),
+        ("empty", 0, ["0 shards", "Nothing is committed yet"]),
+        ("writing", 0, ["1 shards", "being written", "1 attempts"]),
+        ("corrupt", 0, ["2 shards"]),
+        ("lean", 0, ["lean", "target"]),
+        ("sdxl", 0, ["text_encoder_2", "prompt/pooled"]),
+    ],
+)
+def test_every_state_is_shown(states, inspect, state, code, words):
+    done = inspect("summary", states(state))
+    assert done.code == code, done.out
+    for word in words:
+        assert word in done.out
+
+
+def test_a_damaged_shard_is_named_and_the_rest_is_shown(fresh, inspect):
+    folder = fresh("healthy")
+    chunk = next(
+        file for file in (folder / "shards" / "s1" / attempt_of(folder, "s1") / "label" / "c").rglob("*")
+        if file.is_file()
+    )
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    done = inspect("summary", folder)
+    assert done.code == 1
+    assert "1 damaged shard" in done.out
+    assert "array label of shard s1" in done.out
+    assert "E_ref win" in done.out
+    document = json.loads(inspect("summary", folder, "--json").out)
+    assert list(document["damaged"]) == ["s1"]
+    assert sum(each["num_records"] for each in document["timesteps"]) == 6
+
+
+def test_old_attempts_without_a_commit_are_orphans_and_young_ones_pending(fresh, inspect):
+    folder = fresh("writing")
+    assert json.loads(inspect("summary", folder, "--json").out)["num_pending"] == 1
+    old = time.time() - 2 * 3600
+    for file in (folder / "shards" / "s1").rglob("*"):
+        os.utime(file, (old, old))
+    for file in (folder / "skipped" / "s1").rglob("*"):
+        os.utime(file, (old, old))
+    found = json.loads(inspect("summary", folder, "--json").out)
+    assert (found["num_pending"], found["num_orphaned"]) == (0, 1)
+    assert found["orphaned_bytes"] == sum(
+        file.stat().st_size for part in ("shards", "skipped") for file in (folder / part / "s1").rglob("*")
+        if file.is_file()
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("summary",), ("pair", "x"), ("verify",), ("clean",), ("report",), ("filter", "--where", "label == 1")],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_is_no_cache_is_told(tmp_path, inspect, words):
+    command, *rest = words
+    for folder in (tmp_path / "nothing", tmp_path):
+        done = inspect(command, folder, *rest)
+        assert done.code == 1
+        assert "There is no cache here." in done.out
+        assert "to do:" in done.out

@@ -1,0 +1,144 @@
+"""`verify`: damaged bytes and wrong numbers are found and named; sound caches of every kind pass."""
+
+import json
+
+import numpy as np
+import pytest
+
+def one_step_up(values, at):
+    """The next float16, at one place."""
+    flat = values.reshape(-1)
+    flat[at] = np.nextafter(flat[at], np.float16(np.inf))
+
+
+def change(name):
+    """Whole bytes with one wrong number: how, and what verify must say."""
+
+    def tamper(arrays):
+        if name == "x_t":
+            one_step_up(arrays["x_t"], 7)
+        elif name == "target":
+            one_step_up(arrays["target"], int(np.abs(arrays["target"].reshape(-1)).argmax()))
+        elif name == "x0_t":
+            arrays["x0_t"].reshape(-1)[5] += np.float16(0.05)
+        elif name == "delta":
+            arrays["delta"].reshape(-1)[5] += np.float16(0.1)
+        elif name == "reference_error":
+            arrays["reference_error"][1, 0, 1] *= np.float32(1.01)
+        elif name == "timestep":
+            arrays["timestep"][1] = arrays["timestep"][1][::-1].copy()
+        elif name == "pair_id":
+            arrays["pair_id"][1] = arrays["pair_id"][0]
+        elif name == "label":
+            arrays["label"][0] = 1.5
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("x_t", "x_t"), ("target", "x_t"), ("x0_t", "x0_t"), ("delta", "x0_t"),
+        ("reference_error", "reference_error"), ("timestep", "timestep"), ("pair_id", "rows"), ("label", "rows"),
+    ],
+)
+def test_one_wrong_number_in_whole_bytes_is_found_and_named(write_cache, inspect, tmp_path, name, check):
+    folder = write_cache(tmp_path / "cache", tamper=change(name))
+    done = inspect("verify", folder)
+    assert done.code == 1
+    assert "1 bad: s1" in done.out
+    assert f"s1  {check}: " in done.out
+
+
+@pytest.mark.parametrize("state", ["healthy", "writing", "lean", "sdxl", "empty"])
+def test_sound_caches_pass(states, inspect, state):
+    done = inspect("verify", states(state))
+    assert done.code == 0, done.out
+    assert "all sound" in done.out
+
+
+@pytest.mark.parametrize("kind", ["sd2-v", "sample"])
+def test_the_tolerances_hold_for_other_predictions_and_guidance(write_cache, inspect, tmp_path, kind):
+    folder = write_cache(tmp_path / "cache", kind=kind, pairs=(3,), timesteps_per_pair=4)
+    assert inspect("verify", folder).code == 0
+    guided = write_cache(tmp_path / "guided", kind=kind, pairs=(2,), inverter={"guidance": 2.0})
+    done = inspect("verify", guided)
+    assert done.code == 0
+    assert "needs delta as the reference's prediction" in " ".join(done.out.split())
+
+
+def test_a_flipped_bit_is_named_and_quarantine_moves_that_commit_alone(fresh, inspect):
+    folder = fresh("corrupt")
+    done = inspect("verify", folder, "--quarantine")
+    assert done.code == 1
+    assert "array target of shard s1" in done.out
+    assert "moved 1 commits" in done.out
+    assert [file.name for file in (folder / "commits").iterdir()] == ["s0.json"]
+    assert [file.name for file in (folder / "quarantine").iterdir()] == ["s1.json"]
+    assert inspect("verify", folder).code == 0
+    assert json.loads(inspect("summary", folder, "--json").out)["num_quarantined"] == 1
+
+
+def test_an_edited_manifest_moves_nothing(fresh, inspect):
+    folder = fresh("healthy")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"seed": 5}))
+    done = inspect("verify", folder, "--quarantine")
+    assert done.code == 1
+    assert "it is the manifest that was edited" in done.out
+    assert not (folder / "quarantine").exists()
+
+
+def test_an_edited_commit_is_found(fresh, inspect):
+    folder = fresh("healthy")
+    file = folder / "commits" / "s0.json"
+    file.write_text(file.read_text().replace('"num_pairs": 3', '"num_pairs": 2'))
+    done = inspect("verify", folder)
+    assert done.code == 1
+    assert "s0  commit: " in done.out
+
+
+def test_the_same_pair_in_two_shards_is_found_and_not_quarantined(write_cache, inspect, tmp_path):
+    def repeat(arrays):
+        arrays["pair_id"][0] = "pair-0-0"
+
+    folder = write_cache(tmp_path / "cache", tamper=repeat)
+    done = inspect("verify", folder, "--quarantine")
+    assert done.code == 1
+    assert "pair-0-0" in done.out
+    assert len(list((folder / "commits").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl")])
+def test_the_model_that_made_the_cache_inverts_to_the_same_points(states, inspect, tiny, state, kind):
+    done = inspect("verify", states(state), "--model", tiny(kind), "--sample", "3")
+    assert done.code == 0, done.out
+    assert "largest relative change on re-inversion" in done.out
+
+
+def test_another_model_is_refused_and_other_latents_are_found(write_cache, states, inspect, tiny, tmp_path):
+    other = inspect("verify", states("healthy"), "--model", tiny("sd15", seed=1))
+    assert other.code == 1
+    assert "unet is not the one that this cache was made with" in other.out
+
+    def another_x0(arrays):  # every identity holds, but no inversion of this x0 gives these points
+        from common.cache import open_cache
+        from common.cache.derive import derive_x_t
+
+        schedule = open_cache(str(states("lean"))).schedule
+        t = arrays["timestep"].astype(int)
+        arrays["x0"] += np.float16(0.25)
+        arrays["x_t"] = derive_x_t(arrays["x0"], arrays["target"], schedule.a.numpy()[t], schedule.s.numpy()[t])
+
+    folder = write_cache(tmp_path / "cache", profile="lean", tamper=another_x0)
+    assert inspect("verify", folder).code == 0
+    done = inspect("verify", folder, "--model", tiny(), "--sample", "5")
+    assert done.code == 1
+    assert "s1  re-inversion: " in done.out
+
+
+def test_verify_changes_nothing(fresh, inspect):
+    folder = fresh("corrupt")
+    before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    inspect("verify", folder)
+    assert before == {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
