@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from common.seeding import stable_hash
 from toyworld import train_heldout
 from toyworld.architecture import (
     MAX_TOKENS,
@@ -39,7 +38,7 @@ from toyworld.architecture import (
     build_vae,
 )
 from toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
-from toyworld.mixed_quality import clean_renders, mixed_renders
+from toyworld.mixed_quality import mixed_renders
 from toyworld.sampling import BASE_FOLDER
 from toyworld.scenes import scenes_by_caption
 from toyworld.stages import WORLD_SIZE, StageReport, StageSettings, train_stage
@@ -47,27 +46,20 @@ from toyworld.stages import WORLD_SIZE, StageReport, StageSettings, train_stage
 SEED = 0
 NUM_PICTURES = 32_000
 CAPTION_DROPOUT = 0.1
-NUM_CLEAN_PICTURES = 16_000
-"""Pictures without flaws, which the autoencoder sees beside the mixed ones: it must be able to draw well."""
-VAE = StageSettings(steps=2400, batch_size=32, learning_rate=2e-3)
-UNET = StageSettings(steps=4400, batch_size=64, learning_rate=1.2e-3)
+VAE = StageSettings(steps=900, batch_size=64, learning_rate=2e-3)
+UNET = StageSettings(steps=2200, batch_size=128, learning_rate=1.5e-3)
 KL_WEIGHT = 1e-4
-"""Weight of the mean KL divergence per latent number, beside the mean error per pixel value of -1 to 1."""
-SQUARE_WEIGHT = 3.0
-"""Weight of the squared error beside the absolute one: it draws attention to objects, which are small but far off."""
+"""Weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1."""
 EDGE_WEIGHT = 0.5
 """Weight of the error in differences between neighbouring pixels, which keeps small shapes sharp."""
 TRAINING_FOLDER = Path(__file__).parent / ".training"
-TRAINING_SOURCES = (
-    "architecture", "backdrops", "heldout", "mixed_quality", "scenes", "stages", "train_base", "train_heldout"
-)  # fmt: skip
 
 Pictures = Float[Tensor, "picture 3 32 32"]
 Latents = Float[Tensor, "picture 6 8 8"]
 
 
 class VaeTraining(nn.Module):
-    """Absolute and squared error of pixels and of their differences, and a small KL term."""
+    """Absolute error of pixels and of their differences, and a small KL term."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -77,14 +69,9 @@ class VaeTraining(nn.Module):
         posterior = self.vae.encode(pictures).latent_dist
         rebuilt = self.vae.decode(posterior.sample()).sample
         error = rebuilt - pictures
-        edges = penalty(error.diff(dim=-1)) + penalty(error.diff(dim=-2))
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return penalty(error) + EDGE_WEIGHT * edges + KL_WEIGHT * kl
-
-
-def penalty(error: Tensor) -> Tensor:
-    """Mean absolute and squared error."""
-    return error.abs().mean() + SQUARE_WEIGHT * error.square().mean()
+        return error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
 class UnetTraining(nn.Module):
@@ -109,20 +96,15 @@ def as_tensor(pictures: UInt8[Tensor, "picture 32 32 3"]) -> Pictures:
     return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
-def load_pictures(
-    folder: Path,
-) -> tuple[UInt8[Tensor, "picture 32 32 3"], Int[Tensor, " picture"], UInt8[Tensor, "clean 32 32 3"]]:
-    """The mixed pictures, their captions' indices, and clean pictures; each process draws its share once."""
-    path = folder / f"pictures-{dist.get_rank()}.pt"
-    if not path.exists():
-        seed = SEED + dist.get_rank()
-        pictures, captions = mixed_renders(NUM_PICTURES // WORLD_SIZE, seed=seed)
-        clean = clean_renders(NUM_CLEAN_PICTURES // WORLD_SIZE, seed=seed)
-        torch.save([torch.from_numpy(array) for array in (pictures, captions, clean)], path)
+def load_pictures(folder: Path) -> tuple[UInt8[Tensor, "picture 32 32 3"], Int[Tensor, " picture"]]:
+    """The training pictures and their captions' indices, drawn once by the first process."""
+    path = folder / "pictures.pt"
+    if dist.get_rank() == 0 and not path.exists():
+        pictures, captions = mixed_renders(NUM_PICTURES, seed=SEED)
+        torch.save((torch.from_numpy(pictures), torch.from_numpy(captions)), path)
     dist.barrier()
-    shares = [torch.load(folder / f"pictures-{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
-    pictures_t, captions_t, clean_t = (torch.cat(parts) for parts in zip(*shares, strict=True))
-    return pictures_t, captions_t, clean_t
+    pictures_t, captions_t = torch.load(path, weights_only=True)
+    return pictures_t, captions_t
 
 
 @torch.inference_mode()
@@ -155,12 +137,11 @@ def train(rank: int, folder: Path, rendezvous: str) -> None:
     if rank == 0:
         save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, HELDOUT_WEIGHTS)
 
-    pictures, captions, clean = load_pictures(folder)
-    everything = torch.cat([pictures, clean])
+    pictures, captions = load_pictures(folder)
     vae_training = VaeTraining(build_vae().to(memory_format=torch.channels_last))
 
     def draw_pictures(generator: torch.Generator, count: int) -> tuple[Tensor]:
-        return (as_tensor(everything[torch.randint(len(everything), (count,), generator=generator)]),)
+        return (as_tensor(pictures[torch.randint(len(pictures), (count,), generator=generator)]),)
 
     reports["vae"] = train_stage("vae", vae_training, draw_pictures, VAE, seed=SEED, folder=folder)
     vae = vae_training.vae
@@ -170,7 +151,10 @@ def train(rank: int, folder: Path, rendezvous: str) -> None:
     latents = latents * scaling_factor
     vae.register_to_config(scaling_factor=scaling_factor)
 
-    tokenizer = build_tokenizer(folder / f"tokenizer-{rank}")
+    if rank == 0:
+        build_tokenizer(folder / "tokenizer")
+    dist.barrier()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     tokens = tokenise_captions(tokenizer)
     unet_training = UnetTraining(build_unet(), build_text_encoder(tokenizer))
 
@@ -202,13 +186,11 @@ def save_base(
     pipeline = build_pipeline(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
     shutil.rmtree(BASE_FOLDER, ignore_errors=True)
     pipeline.save_pretrained(BASE_FOLDER, safe_serialization=True)
-    _forget_origin(BASE_FOLDER / "tokenizer" / "tokenizer_config.json")
     record = {
         "seed": SEED,
-        "num_pictures": {"mixed": NUM_PICTURES, "clean": NUM_CLEAN_PICTURES},
+        "num_pictures": NUM_PICTURES,
         "caption_dropout": CAPTION_DROPOUT,
         "kl_weight": KL_WEIGHT,
-        "square_weight": SQUARE_WEIGHT,
         "edge_weight": EDGE_WEIGHT,
         "scaling_factor": vae.config.scaling_factor,
         "num_parameters": {
@@ -231,24 +213,12 @@ def save_base(
     (BASE_FOLDER / "training.json").write_text(json.dumps(record) + "\n")
 
 
-def _forget_origin(tokenizer_config: Path) -> None:
-    """Takes out how the tokenizer was loaded here, which transformers writes beside what it is."""
-    config = json.loads(tokenizer_config.read_text())
-    for name in ("is_local", "local_files_only"):
-        config.pop(name, None)
-    tokenizer_config.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def main() -> None:
-    """Trains in two processes, from where an interrupted training stopped."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    # What another version of these files has begun is not gone on with.
-    sources = [Path(__file__).parent / f"{name}.py" for name in TRAINING_SOURCES]
-    training_folder = TRAINING_FOLDER / f"{stable_hash(*(path.read_text() for path in sources)):016x}"
-    training_folder.mkdir(parents=True, exist_ok=True)
+    TRAINING_FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")
-        multiprocessing.spawn(train, args=(training_folder, rendezvous), nprocs=WORLD_SIZE)
+        multiprocessing.spawn(train, args=(TRAINING_FOLDER, rendezvous), nprocs=WORLD_SIZE)
 
 
 if __name__ == "__main__":
