@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
-DEMO_PAIRS   := 1500
+DEMO_PAIRS   := 1024
 DEMO_PROMPTS := 200
 INSTALLED := .venv/.installed
 INPO := .venv/bin/python -m inpo

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -189,6 +190,7 @@ def open_model(
 
     Raises ModelError, saying what is supported, for anything else.
     """
+    _quiet_loading()
     path = Path(location)
     vae_folder = None if vae is None else _vae_folder(vae)
     if path.is_file():
@@ -210,6 +212,12 @@ def open_model(
         return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
     folder = _folder_of(location, variant=variant)
     return _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
+
+
+def _quiet_loading() -> None:
+    """The libraries draw a bar for every component they load; a run's own progress would drown in them."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _folder_of(location: str, *, variant: str | None) -> Path:
