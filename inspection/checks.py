@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from common.cache import Shard
 from common.cache.derive import derive_x_t
-from common.errors import CacheCorrupt, InpoError
+from common.errors import InpoError
 
 _PAIRS_AT_ONCE = 8
 _HALF_ULP, _TINY = 2.0**-11, 2.0**-25
@@ -114,9 +114,8 @@ def _read(shard: Shard, path: str, result: ShardResult, rows: slice | None = Non
     try:
         return shard.read(path, rows)
     except InpoError as error:
-        where = f" [{error.where}]" if isinstance(error, CacheCorrupt) and error.where else ""
-        got = f": {error.got}" if error.got is not None else ""
-        result.bad("bytes", f"{error.what}{got}{where}")
+        parts = [f"{name} {value}" for name, value in (("got", error.got), ("in", error.where)) if value is not None]
+        result.bad("bytes", " ".join([error.what, "; ".join(parts)]).strip())
         return None
 
 
