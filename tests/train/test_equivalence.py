@@ -1,4 +1,4 @@
-"""Different ways to the same weights: inversion on the fly, accumulation, lean caches; and a trace kept over versions."""
+"""Different ways to the same weights: inversion on the fly, accumulation, lean caches; and a trace of the loss."""
 
 import json
 import platform

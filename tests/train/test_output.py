@@ -1,0 +1,142 @@
+"""What a run leaves behind, read by diffusers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train.export import export_single_file
+
+
+def image(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), height=16, width=16,
+        output_type="np",
+    ).images[0]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_pipeline_loads_and_differs_in_the_unet_alone(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    world = make_world(kind)
+    location = world.cache(tmp_path / "c", shards=(4,))
+    output = run(model=str(world.model.folder), caches=[location], steps=3, learning_rate=1e-3)
+    trained = DiffusionPipeline.from_pretrained(output / "pipeline")
+    base = DiffusionPipeline.from_pretrained(world.model.folder)
+    assert not np.allclose(image(trained), image(base))
+    for name in ("vae", "text_encoder"):
+        left, right = getattr(trained, name).state_dict(), getattr(base, name).state_dict()
+        assert all(torch.equal(left[key], right[key]) for key in right)
+    assert not list((output / "pipeline").rglob("*.bin"))
+    card = (output / "pipeline" / "README.md").read_text()
+    assert world.model.fingerprints["unet"] in card
+    assert "learning_rate = 0.001" in card
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("sd15", "float32"), ("sd15", "bfloat16"), ("sdxl", "float32")])
+def test_lora_weights_load_into_the_base(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    world = make_world(kind)
+    location = world.cache(tmp_path / "c", shards=(4,), network_dtype=dtype)
+    output = run(
+        model=str(world.model.folder), caches=[location], steps=3, lora_rank=2, learning_rate=1e-1,
+    )
+    assert not (output / "pipeline").exists()
+    base = DiffusionPipeline.from_pretrained(world.model.folder)
+    before = image(base)
+    base.load_lora_weights(output / "lora")
+    after = image(base)
+    assert not np.allclose(before, after)
+    (tmp_path / "export").mkdir()
+    file = export_single_file(output, tmp_path / "export" / "merged.safetensors", dtype="float32")
+    cls = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
+    extra = {} if kind == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
+    merged = cls.from_single_file(str(file), config=str(world.model.folder), **extra)
+    np.testing.assert_allclose(image(merged), after, atol=1e-3)
+
+
+def test_the_moving_average_is_what_is_written(run: Callable[..., Path], tmp_path: Path) -> None:
+    """One step with decay: shadow = start + (1 - decay) * (weights - start), diffusers' decay of the first step."""
+    plain = run(steps=1, learning_rate=1e-3, output=tmp_path / "plain")
+    averaged = run(steps=1, learning_rate=1e-3, ema=0.99, output=tmp_path / "averaged")
+    start = run(steps=1, learning_rate=1e-12, weight_decay=0.0, output=tmp_path / "start")
+    left, right, base = (
+        UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
+        for output in (plain, averaged, start)
+    )
+    moved = max(float((left[name] - base[name]).abs().max()) for name in base)
+    kept = max(float((right[name] - base[name]).abs().max()) for name in base)
+    assert moved > 1e-4
+    assert kept < moved
+
+
+def test_sgd_like_options_reach_the_optimiser(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Adafactor and gradient checkpointing run; checkpointing changes no number beyond rounding."""
+    adafactor = run(steps=2, optimizer="adafactor", output=tmp_path / "adafactor")
+    assert (adafactor / "pipeline").is_dir()
+    plain = run(steps=2, output=tmp_path / "plain")
+    saved = run(steps=2, gradient_checkpointing=True, output=tmp_path / "saved")
+    losses = [
+        [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+        for output in (plain, saved)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_init_from_starts_elsewhere_and_says_so(
+    make_world: Callable[..., Any], run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_world(seed=1)
+    output = run(steps=1, init_from=str(other.model.folder))
+    text = capsys.readouterr().out
+    assert "the zero-step proof does not apply" in text
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["margin"]) > 1e-3
+
+
+def test_samples_are_drawn_and_do_not_disturb_training(run: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"steps": 2, "learning_rate": 1e-3}
+    plain = run(output=tmp_path / "plain", **options)
+    sampled = run(
+        output=tmp_path / "sampled", sample_every=1, sample_steps=2, sample_prompts=["a cat", "a dog"], **options
+    )
+    images = sorted((sampled / "samples").iterdir())
+    assert [path.name for path in images] == ["step-00000001.png", "step-00000002.png"]
+    assert Image.open(images[0]).size == (32, 16)
+    left, right = (
+        UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
+        for output in (plain, sampled)
+    )
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_metrics_say_whether_it_learns(run: Callable[..., Path]) -> None:
+    output = run(
+        steps=12, log_every=6, evaluate_every=6, held_out=0.3, learning_rate=1e-4, tracker="tensorboard", batch_size=4
+    )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 6, 12]
+    last = lines[-1]
+    assert last["margin"] > 0.1
+    assert last["implicit_accuracy"] > 0.6
+    assert last["loss"] < 0.69
+    assert last["margin"] == pytest.approx(1000 * (last["win_advantage"] - last["lose_advantage"]), rel=1e-3)
+    assert last["gradient_norm"] > 0
+    assert last["pairs_per_second"] > 0
+    assert {"held_out_loss", "held_out_implicit_accuracy", "held_out_margin"} <= last.keys()
+    assert sum(part["records"] for part in last["by_timestep"]) == 24
+    weighted = sum(part["loss"] * part["records"] for part in last["by_timestep"]) / 24
+    assert weighted == pytest.approx(last["loss"], rel=1e-6)
+    board = EventAccumulator(str(output / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [0, 6, 12]

@@ -1,0 +1,83 @@
+"""Two processes through accelerate: the weights of one process with twice the accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+SETTINGS = """
+[model]
+model = "{model}"
+[data]
+cache = "{cache}"
+[train]
+output = "{output}"
+steps = {steps}
+batch_size = 2
+accumulate = {accumulate}
+log_every = 2
+held_out = 0.3
+evaluate_every = 2
+tracker = "none"
+learning_rate = 1e-4
+adam_eps = 1e-2
+"""
+
+
+def launch(recipe: Path, *options: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "-m", "inpo", "train", "--recipe", str(recipe), *options,
+        ],
+        capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(
+        SETTINGS.format(model=world.model.folder, cache=cache, output=tmp_path / "two", steps=4, accumulate=1)
+    )
+    done = launch(recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x 1 accumulated x 2 processes" in done.stdout
+    one = run(
+        output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.3, evaluate_every=2,
+    )
+    left, right = (
+        UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
+        for output in (tmp_path / "two", one)
+    )
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-6
+    assert any(not torch.equal(left[name], value) for name, value in world.model.load_unet().state_dict().items())
+    mine, theirs = (
+        [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+        for output in (one, tmp_path / "two")
+    )
+    assert [line["step"] for line in theirs] == [2, 4]
+    for name in ("loss", "implicit_accuracy", "margin", "win_advantage", "held_out_loss", "epoch"):
+        for here, there in zip(mine, theirs, strict=True):
+            assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_refused_on_resume(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = run(held_out=0.3, adam_eps=1e-2)
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(SETTINGS.format(model=world.model.folder, cache=cache, output=output, steps=8, accumulate=1))
+    done = launch(recipe)
+    assert done.returncode != 0
+    assert "world_size" in done.stderr

@@ -1,0 +1,186 @@
+"""What a run refuses before it computes anything wrong, and what it says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.cache import CacheWriter
+from common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
+from common.recipe import read_recipe, resolve, to_toml
+from train.loop import Trainer
+from train.settings import TrainSettings
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def test_another_model_is_refused_by_fingerprint(make_world: Callable[..., Any], run: Callable[..., Path]) -> None:
+    other = make_world(seed=1)
+    with pytest.raises(CacheMismatch) as caught:
+        run(model=str(other.model.folder))
+    message = str(caught.value)
+    assert "made by another model: its unet differ" in message
+    assert other.model.fingerprints["unet"] in message
+    assert "--init-from" in message
+
+
+def test_other_numbers_under_the_right_fingerprint_fail_the_proof(
+    world: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The stored errors are off by 1e-4 in one record: 0.1 on the logit at beta 2000."""
+
+    def shift(shard: int, arrays: dict[str, np.ndarray]) -> None:
+        arrays["reference_error"][0, 0, 1] += 1e-4
+
+    location = world.cache(tmp_path / "c", shards=(4,), change=shift)
+    with pytest.raises(CacheMismatch) as caught:
+        run(caches=[location])
+    message = str(caught.value)
+    assert "Zero-step proof failed" in message
+    assert "logit off by 0.1" in message
+    assert "at most 0.02" in message
+    assert "mean E_ref" in message
+    assert "mean E_theta" in message
+    assert "inpo inspect verify" in message
+
+
+def test_an_error_that_both_sides_share_fails_the_proof_too(
+    world: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    def shift(shard: int, arrays: dict[str, np.ndarray]) -> None:
+        arrays["reference_error"][0, 0] += 1e-4
+
+    with pytest.raises(CacheMismatch, match="Zero-step proof failed"):
+        run(caches=[world.cache(tmp_path / "c", shards=(4,), change=shift)])
+
+
+@pytest.mark.parametrize(("made", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_another_dtype_fails_the_proof(
+    world: Any, run: Callable[..., Path], tmp_path: Path, made: str, used: str
+) -> None:
+    location = world.cache(tmp_path / "c", shards=(4,), network_dtype=made)
+    with pytest.raises(CacheMismatch, match=f"another dtype \\(cache {made}, here {used}\\)"):
+        run(caches=[location], dtype=used)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sample", "sdxl"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_proof_holds_for_the_caches_own_model_and_dtype(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    world = make_world(kind)
+    location = world.cache(tmp_path / "c", shards=(3,), network_dtype=dtype)
+    assert (run(model=str(world.model.folder), caches=[location], steps=1) / "pipeline").is_dir()
+
+
+def test_no_cache_and_an_empty_cache(world: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CacheMissing, match="There is no cache here"):
+        run(caches=[str(tmp_path / "nothing")])
+    location = world.cache(tmp_path / "empty", shards=())
+    with pytest.raises(CacheMissing, match="inpo precompute"):
+        run(caches=[location])
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "words"),
+    [
+        ("inversion_dpo", {}, ["delta_prev", "--extra delta_prev"]),
+        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev",)}, ["eps_ref", "--profile full"]),
+        ("inversion_dpo", {"guidance": 0.0, "extra": ("delta_prev",)}, ["eps_ref", "--extra eps_ref"]),
+        ("dpo", {}, ["noised latents", "--inverter noise"]),
+        ("smpo", {}, ["soft labels", "inpo relabel", "--labels"]),
+        ("inpo", {"label": lambda pair: 0.5}, ["No pair is left to train on"]),
+    ],
+)
+def test_an_objective_that_the_cache_cannot_serve(
+    world: Any, run: Callable[..., Path], tmp_path: Path, objective: str, options: dict[str, Any], words: list[str]
+) -> None:
+    location = world.cache(tmp_path / "c", shards=(3,), **options)
+    with pytest.raises(CacheIncomplete) as caught:
+        run(caches=[location], objective=objective)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("inversion_dpo", {"extra": ("delta_prev",)}),
+        ("inversion_dpo", {"guidance": 0.0, "extra": ("delta_prev", "eps_ref")}),
+        ("dpo", {"inverter": "noise"}),
+        ("smpo", {"label": lambda pair: 0.2 + pair / 10}),
+        ("kto", {"profile": "lean"}),
+        ("inpo", {"guidance": 0.0}),
+    ],
+)
+def test_an_objective_that_the_cache_serves(
+    world: Any, run: Callable[..., Path], tmp_path: Path, objective: str, options: dict[str, Any]
+) -> None:
+    location = world.cache(tmp_path / "c", shards=(3,), **options)
+    assert (run(caches=[location], objective=objective, steps=1) / "pipeline").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimise = Trainer._optimise
+
+    def poisoned(self: Trainer, batches: Any) -> int:
+        if self.step == 3:
+            with torch.no_grad():
+                next(iter(self.trained)).fill_(float("nan"))
+        return optimise(self, batches)
+
+    monkeypatch.setattr(Trainer, "_optimise", poisoned)
+    with pytest.raises(TrainingError) as caught:
+        run(steps=6, save_every=2, log_every=100)
+    assert "not finite" in str(caught.value)
+    assert "last good checkpoint" in str(caught.value)
+    assert "step-00000002" in str(caught.value)
+
+
+def test_nan_in_a_record_stops_the_run_with_its_pair(
+    world: Any, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheWriter, "_check", lambda self, name, data: None)
+
+    def spoil(shard: int, arrays: dict[str, np.ndarray]) -> None:
+        arrays["x_t"][2, 1, 0, 0, 0, 0] = np.inf
+
+    location = world.cache(tmp_path / "c", shards=(4,), change=spoil)
+    with pytest.raises(OSError, match="pair-0002"):
+        run(caches=[location])
+    (tmp_path / "list").write_text("pair-0002\n")
+    assert (run(caches=[location], steps=1, **{"except": tmp_path / "list"}) / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"objective": "ppo"}, ["unknown objective 'ppo'", "inpo"]),
+        ({"steps": 0}, ["steps", "greater than or equal to 1"]),
+        ({"schedule": "nonsense"}, ["schedule"]),
+        ({"optimizer": "sgd"}, ["optimizer", "adamw"]),
+        ({"dtype": "int8"}, ["dtype", "float32"]),
+    ],
+)
+def test_options_out_of_range(run: Callable[..., Path], flags: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(**flags)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
+    flags = {"output": tmp_path, "except": tmp_path / "list", "caches": ["a", "b"], "sample_prompts": ['a "b"']}
+    settings = resolve(TrainSettings, "train", {}, flags)
+    (tmp_path / "recipe.toml").write_text(to_toml({"train": settings}))
+    assert resolve(TrainSettings, "train", read_recipe(tmp_path / "recipe.toml"), {}) == settings
+
+
+@pytest.mark.parametrize("name", ["demo", "sd15", "sdxl"])
+def test_the_recipes_train_section_is_valid(name: str) -> None:
+    assert resolve(TrainSettings, "train", read_recipe(RECIPES / f"{name}.toml"), {}).output is not None

@@ -1,0 +1,201 @@
+"""Interrupted and resumed runs end at the same weights, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from common.errors import TrainingError, UsageError
+from train import checkpoint
+from train.loop import Trainer
+from train.records import Batch
+
+STEPS = 9
+OPTIONS: dict[str, Any] = {"steps": STEPS, "save_every": 2, "accumulate": 2, "ema": 0.9, "warmup_steps": 5}
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return dict(UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict())
+
+
+def trained(output: Path) -> dict[str, torch.Tensor]:
+    """The raw weights of the last checkpoint; the pipeline holds the moving average."""
+    return load_file(checkpoint.list_checkpoints(output / "checkpoints")[-1] / "model.safetensors")
+
+
+def steps_of(output: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, str], None]:
+    """kill_at(step, "optimise" or "save"): the run dies in the middle of that step, or of the save after it."""
+    optimise, save = Trainer._optimise, checkpoint.save
+
+    def arm(step: int | None, where: str = "optimise") -> None:
+        def dying(self: Trainer, batches: Iterator[Batch]) -> int:
+            if where == "optimise" and self.step == step:
+                raise Killed
+            return optimise(self, batches)
+
+        def dying_save(accelerator: Any, folder: Path, *, step: int, **rest: Any) -> Path:
+            if where == "save" and step == victim:
+                accelerator.save_state(str(folder / f".step-{step:08d}.partial"))
+                raise Killed
+            return save(accelerator, folder, step=step, **rest)
+
+        victim = step
+        monkeypatch.setattr(Trainer, "_optimise", dying)
+        monkeypatch.setattr(checkpoint, "save", dying_save)
+
+    return arm
+
+
+def test_ten_kills_leave_no_trace(
+    run: Callable[..., Path], kill_at: Callable[..., None], tmp_path: Path
+) -> None:
+    """Runs killed at ten random places, in a step or in a save, against one that was left alone."""
+    whole = run(output=tmp_path / "whole", **OPTIONS)
+    places = random.Random(0)
+    kills = 0
+    for attempt in range(3):
+        output = tmp_path / f"killed-{attempt}"
+        # Places in ascending order within an attempt: later ones are met only after the earlier ones.
+        for step in sorted(places.sample(range(1, STEPS), 3 if attempt else 4)):
+            where = places.choice(["optimise", "save"]) if step % 2 == 0 else "optimise"
+            kill_at(step, where)
+            with pytest.raises(Killed):
+                run(output=output, **OPTIONS)
+            kills += 1
+        kill_at(None)
+        run(output=output, **OPTIONS)
+        assert equal(trained(whole), trained(output))
+        assert equal(weights(whole), weights(output))
+        assert steps_of(output) == steps_of(whole)
+    assert kills == 10
+
+
+def test_a_finished_run_takes_no_step_and_can_be_prolonged(run: Callable[..., Path], tmp_path: Path) -> None:
+    longer = run(steps=4, output=tmp_path / "longer")
+    output = run(steps=2)
+    before = weights(output)
+    assert equal(before, weights(run(steps=2)))
+    assert equal(weights(longer), weights(run(steps=4)))
+    assert steps_of(output) == [0, 2, 4]
+
+
+def test_the_last_checkpoints_are_kept(run: Callable[..., Path]) -> None:
+    output = run(steps=5, save_every=1, keep_last=2)
+    names = sorted(entry.name for entry in (output / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005"]
+
+
+def test_resume_from_a_path(run: Callable[..., Path], tmp_path: Path) -> None:
+    whole = run(steps=4, save_every=2, keep_last=3, output=tmp_path / "whole")
+    other = run(steps=4, resume=str(whole / "checkpoints" / "step-00000002"), output=tmp_path / "other")
+    assert equal(weights(whole), weights(other))
+    with pytest.raises(UsageError, match="no checkpoint here"):
+        run(resume=str(tmp_path), output=tmp_path / "third")
+
+
+def test_never_resume_does_not_touch_a_run(run: Callable[..., Path]) -> None:
+    output = run(steps=2)
+    before = (output / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(steps=2, resume="never")
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_are_refused_by_name(run: Callable[..., Path]) -> None:
+    run(steps=2)
+    with pytest.raises(TrainingError) as caught:
+        run(steps=4, beta=500.0, batch_size=3)
+    assert "batch_size = 2" in str(caught.value)
+    assert "beta = 500.0" in str(caught.value)
+    assert "another --output" in str(caught.value)
+
+
+def test_lora_checkpoints_hold_the_trained_layers_only(
+    run: Callable[..., Path], kill_at: Callable[..., None], tmp_path: Path
+) -> None:
+    options = {"steps": 4, "save_every": 2, "lora_rank": 2, "learning_rate": 1e-3}
+    whole = run(output=tmp_path / "whole", **options)
+    kill_at(3)
+    with pytest.raises(Killed):
+        run(output=tmp_path / "killed", **options)
+    kill_at(None)
+    resumed = run(output=tmp_path / "killed", **options)
+    (folder,) = checkpoint.list_checkpoints(whole / "checkpoints")[-1:]
+    assert not (folder / "model.safetensors").exists()
+    assert all("lora" in name for name in load_file(folder / checkpoint.TRAINED))
+    left, right = (load_file(output / "lora" / "pytorch_lora_weights.safetensors") for output in (whole, resumed))
+    assert equal(left, right)
+
+
+def command(model: Path, cache: str, output: Path, steps: int) -> list[str]:
+    return [
+        sys.executable, "-m", "inpo", "train", "--model", str(model), "--cache", cache, "--output", str(output),
+        "--steps", str(steps), "--batch-size", "2", "--held-out", "0", "--tracker", "none", "--log-every", "1",
+        "--save-every", "2", "--learning-rate", "1e-4",
+    ]
+
+
+def start_and_signal(arguments: list[str], output: Path, number: int) -> subprocess.Popen[str]:
+    """Start a run and send a signal once it has logged its third step."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    while process.poll() is None:
+        metrics = output / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 4:
+            process.send_signal(number)
+            break
+        time.sleep(0.05)
+    return process
+
+
+def test_sigterm_saves_and_ends_with_zero(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A real process, far too many steps, SIGTERM in the middle; resumed here to the step after it."""
+    output = tmp_path / "terminated"
+    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "run the same command again to go on" in text
+    (last,) = checkpoint.list_checkpoints(output / "checkpoints")[-1:]
+    step = int(last.name.removeprefix("step-"))
+    assert step >= 3
+    options = {"steps": step + 1, "log_every": 1, "save_every": 2}
+    assert equal(
+        weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options))
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_in_a_real_process(world: Any, cache: str, run: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    for _ in range(2):
+        process = start_and_signal(command(world.model.folder, cache, output, 40), output, signal.SIGKILL)
+        process.communicate(timeout=120)
+        assert process.returncode in (-signal.SIGKILL, 0)
+    options = {"steps": 40, "log_every": 1, "save_every": 2}
+    resumed = run(output=output, **options)
+    assert equal(weights(resumed), weights(run(output=tmp_path / "whole", **options)))
