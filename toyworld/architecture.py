@@ -66,7 +66,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer where each word of the captions is one token; other words fall into letters.
 
-    Writes vocab.json and merges.txt into `folder`. Each word's merges join its letters from the left; long words come
+    Writes the tokenizer into `folder`. Each word's merges join its letters from the left; long words come
     first, else a short word's merge ("at") would tear the letters out of a longer one.
     """
     vocabulary_words = {word for caption in scenes_by_caption() for word in caption.split()}
@@ -85,7 +85,10 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token=END, unk_token=END)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS, pad_token=END, unk_token=END)
+    # Else whoever loads the folder gets no maximum length, and the pipeline cannot pad.
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def build_scheduler() -> DDIMScheduler:

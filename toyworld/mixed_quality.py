@@ -52,11 +52,3 @@ def mixed_renders(count: int, *, seed: int) -> tuple[UInt8[np.ndarray, "picture 
     caption_index = np.arange(count) % len(scenes)
     rng = np.random.default_rng(seed)
     return np.stack([mixed_render(scenes[index], rng) for index in caption_index]), caption_index
-
-
-def clean_renders(count: int, *, seed: int) -> UInt8[np.ndarray, "picture 32 32 3"]:
-    """`count` pictures over all captions in turn, jittered by a pixel and without flaws."""
-    scenes = list(scenes_by_caption().values())
-    rng = np.random.default_rng(seed)
-    shifts, scales = rng.uniform(-1, 1, (count, 2)).tolist(), rng.uniform(0.93, 1.07, count).tolist()
-    return np.stack([render(scenes[i % len(scenes)], shift=tuple(shifts[i]), scale=scales[i]) for i in range(count)])

@@ -1,0 +1,106 @@
+"""The committed base model: small, loadable by anybody, imperfect, and it follows captions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+import toyworld
+from toyworld.architecture import build_tokenizer
+from toyworld.heldout import HeldoutScorer
+from toyworld.oracle import OracleScorer
+from toyworld.sampling import BASE_FOLDER, LATENT_SHAPE, generate
+from toyworld.scenes import captions, render, scenes_by_caption
+
+SIZE_LIMIT = 8_000_000
+
+
+@pytest.fixture(scope="module")
+def samples():
+    prompts = list(captions("test")[:24])
+    noise = torch.randn((len(prompts), *LATENT_SHAPE), generator=torch.Generator().manual_seed(5))
+    return prompts, generate(prompts, noise, steps=10)
+
+
+def test_the_folder_is_small_and_holds_no_pickle():
+    files = [path for path in BASE_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < SIZE_LIMIT
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert Path(toyworld.__file__).parent in BASE_FOLDER.parents
+
+
+def test_diffusers_loads_it_as_stable_diffusion():
+    pipeline = DiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
+    assert type(pipeline) is StableDiffusionPipeline
+    assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == LATENT_SHAPE[0]
+    scheduler = pipeline.scheduler.config
+    assert (scheduler.beta_start, scheduler.beta_end, scheduler.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (scheduler.prediction_type, scheduler.num_train_timesteps) == ("epsilon", 1000)
+    assert (scheduler.clip_sample, scheduler.set_alpha_to_one, scheduler.steps_offset) == (False, False, 1)
+    # The pipeline's own default size is the toyworld's.
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 32
+
+
+def test_every_caption_fits_the_tokenizer_with_one_token_per_word():
+    tokenizer = CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer", local_files_only=True)
+    assert tokenizer.model_max_length == 16
+    for caption, tokens in zip(scenes_by_caption(), tokenizer(list(scenes_by_caption())).input_ids, strict=True):
+        assert len(tokens) == len(caption.split()) + 2 <= tokenizer.model_max_length
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == caption
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_a_rebuilt_tokenizer_is_the_committed_one(tmp_path):
+    build_tokenizer(tmp_path)
+    rebuilt = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    committed = CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer", local_files_only=True)
+    assert rebuilt.model_max_length == committed.model_max_length == 16
+    assert rebuilt.get_vocab() == committed.get_vocab()
+    some = [*captions("test")[:20], "", "a zebra"]
+    assert rebuilt(some, padding="max_length").input_ids == committed(some, padding="max_length").input_ids
+
+
+def test_the_vae_redraws_recognisable_pictures_and_its_latents_have_unit_scale():
+    pipeline = DiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
+    prompts = captions("validation")[:32]
+    pictures = np.stack([render(scenes_by_caption()[caption]) for caption in prompts])
+    with torch.inference_mode():
+        latents = pipeline.vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        rebuilt = pipeline.vae.decode(latents).sample
+    assert 0.7 < float(latents.std()) * pipeline.vae.config.scaling_factor < 1.4
+    # No channel collapsed to the prior: each varies.
+    assert float(latents.std(dim=(0, 2, 3)).min()) * pipeline.vae.config.scaling_factor > 0.2
+    images = pipeline.image_processor.postprocess(rebuilt)
+    assert HeldoutScorer().score(images, prompts).mean() > -2
+    # It blurs small shapes (clean renders score 5.75), yet what it draws is far better than what the base samples.
+    assert OracleScorer().score(images, prompts).mean() > 3.8
+
+
+def test_samples_follow_their_captions(samples):
+    prompts, images = samples
+    for scorer in (OracleScorer(), HeldoutScorer()):
+        own = scorer.score(images, prompts)
+        # Every picture against every other caption of the sample: chance would be a half.
+        others = np.stack([scorer.score(images, prompts[shift:] + prompts[:shift]) for shift in range(1, 6)])
+        assert (own > others).mean() > 0.9
+
+
+def test_samples_differ_in_quality(samples):
+    prompts, images = samples
+    scores = OracleScorer().score(images, prompts)
+    assert scores.std() > 0.4
+    assert scores.mean() < 5.3
+
+
+def test_the_training_record_lies_beside_the_weights():
+    record = json.loads((BASE_FOLDER / "training.json").read_text())
+    for stage in ("heldout", "vae", "unet"):
+        steps, losses = zip(*record["loss"][stage], strict=True)
+        assert list(steps) == sorted(steps)
+        assert steps[-1] == record["settings"][stage]["steps"]
+        assert losses[-1] < losses[0] / 2
+        assert record["minutes"][stage]["cpu"] > 0
