@@ -33,7 +33,7 @@ class Verification:
     """Pairs by check; a check that this cache does not allow is missing."""
     findings: list[Finding]
     reinverted: dict[str, float] = field(default_factory=dict)
-    """Largest relative change of reference_error, x_t and target, where --model was given."""
+    """Largest relative change of x_t, target and reference_error, where --model was given."""
 
     @property
     def bad_shards(self) -> list[str]:
@@ -122,6 +122,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
     if not len(chosen):
         return
     dtype = cache.manifest.network_dtype
+    verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
     for again in reinvert(cache, table, chosen, load_denoiser(cache, model)):
         findings = verification.findings
         if not np.array_equal(again.timestep, again.inverted.timestep.numpy()):
@@ -134,7 +135,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
             ("re-inversion", "target", again.change("target"), PATH_TOLERANCE[dtype]),
         ):
             largest = float(values.max())
-            verification.reinverted[name] = max(verification.reinverted.get(name, 0.0), largest)
+            verification.reinverted[name] = max(verification.reinverted[name], largest)
             wrong = ~(values <= limit)
             if wrong.any():
                 pair = again.pair_ids[int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))[0])]

@@ -9,7 +9,7 @@ from inspection.summary_view import readable_bytes
 from inspection.verify import Verification
 
 _WHY_NOT = {
-    "x_t": "not stored (lean): it is derived",
+    "x_t": "not stored (lean): readers derive it",
     "x0_t": "not stored (lean)",
     "reference_error": "needs delta as the reference's prediction, or --extra eps_ref",
     "reference": "only with --model",
@@ -30,14 +30,21 @@ def show(verification: Verification, console: Console) -> None:
         if bad:
             result = f"[bold red]{len(bad)} bad shard{'s' if len(bad) > 1 else ''}[/bold red]"
         elif count is None:
-            result = f"[dim]{_WHY_NOT.get(name, 'nothing to check')}[/dim]"
+            result = "[dim]not checked[/dim]"
         else:
             result = "[green]ok[/green]"
         table.add_row(name, meaning, "-" if count is None else f"{count:,}", result)
     console.print(table)
-    if verification.reinverted:
-        changes = ", ".join(f"{name} {value:.2g}" for name, value in verification.reinverted.items())
-        console.print(f"largest relative change with --model: {changes}", highlight=False)
+    for name in CHECKS:
+        if name not in verification.num_checked and verification.num_pairs and name in _WHY_NOT:
+            console.print(f"[dim]not checked: {name}, {_WHY_NOT[name]}[/dim]", highlight=False, soft_wrap=True)
+    change = verification.reinverted
+    if change:
+        console.print(
+            f"largest relative change on re-inversion: x_t {change['x_t']:.2g}, target {change['target']:.2g}; "
+            f"of the reference error at the stored points: {change['reference_error']:.2g}",
+            highlight=False, soft_wrap=True,
+        )
     for finding in verification.findings:
         console.print(f"[bold red]{finding.shard}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+
 def one_step_up(values, at):
     """The next float16, at one place."""
     flat = values.reshape(-1)
@@ -121,14 +122,8 @@ def test_another_model_is_refused_and_other_latents_are_found(write_cache, state
     assert other.code == 1
     assert "unet is not the one that this cache was made with" in other.out
 
-    def another_x0(arrays):  # every identity holds, but no inversion of this x0 gives these points
-        from common.cache import open_cache
-        from common.cache.derive import derive_x_t
-
-        schedule = open_cache(str(states("lean"))).schedule
-        t = arrays["timestep"].astype(int)
+    def another_x0(arrays):  # a lean cache derives x_t, so every identity holds; but no inversion gives these points
         arrays["x0"] += np.float16(0.25)
-        arrays["x_t"] = derive_x_t(arrays["x0"], arrays["target"], schedule.a.numpy()[t], schedule.s.numpy()[t])
 
     folder = write_cache(tmp_path / "cache", profile="lean", tamper=another_x0)
     assert inspect("verify", folder).code == 0
