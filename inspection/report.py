@@ -144,7 +144,7 @@ def _plots(
             "Reference error by timestep",
             curves(middles, {"win": [each.reference_error_win for each in bins],
                              "lose": [each.reference_error_lose for each in bins]},
-                   x_range=(0, total), x_label="timestep", y_label="mean E_ref"),
+                   x_range=(0.0, float(total)), x_label="timestep", y_label="mean E_ref"),
             "How far the frozen model is from each side's target. A gap between the sides is what training starts from.",
         ),
         _figure(
@@ -192,9 +192,9 @@ def _inversion_figures(table: PairTable, total: int) -> list[str]:
         ),
         _figure(
             "Inversion error by timestep",
-            curves([(low + high) / 2 for low, high, _ in inside],
+            curves([float(low + high) / 2 for low, high, _ in inside],
                    {"both": [float(np.median(part)) if len(part) else None for *_, part in inside]},
-                   x_range=(0, total), x_label="last timestep of the pair", y_label="median round trip"),
+                   x_range=(0.0, float(total)), x_label="last timestep of the pair", y_label="median round trip"),
             "The longer the way, the more is lost.",
         ),
     ]

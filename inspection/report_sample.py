@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 from PIL import Image
 
 from common.cache import Cache
@@ -156,8 +156,8 @@ def _error_top(view: PairView) -> float:
     return 1.0 if view.error_map is None else max(float(np.quantile(view.error_map, 0.995)), 1e-6)
 
 
-def _sprite(cells: list[tuple[UInt8[np.ndarray, "y x 3"], UInt8[np.ndarray, "y x 3"]]]) -> str:
-    """Every cell at one size, side by side; small latents keep their pixels, large pictures shrink."""
+def _sprite(cells: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Every cell, RGB of 8 bits and of any size, at x0's size, side by side; small latents keep their pixels, large pictures shrink."""
     height, width = cells[0][0].shape[:2]
     width, height = (width, height) if width <= _CELL else (_CELL, max(1, round(_CELL * height / width)))
     sprite = Image.new("RGB", (width * len(cells), 2 * height))

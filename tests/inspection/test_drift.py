@@ -1,0 +1,62 @@
+"""`drift`: nothing for the model that made the cache; for another, what inverting with it gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from common.cache import open_cache
+from common.conditions import pair_condition
+from common.denoiser import Denoiser
+from common.inversion import invert
+from common.models import open_model
+
+
+@pytest.mark.parametrize(("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl")])
+def test_the_model_that_made_the_cache_has_not_drifted(states, inspect, tiny, state, kind):
+    done = inspect("drift", states(state), "--model", tiny(kind), "--json")
+    assert done.code == 0, done.out
+    found = json.loads(done.out)
+    assert found["same_weights"] is True
+    assert found["num_sampled"] == 5
+    assert max(found["x_t"], found["target"]) < 1e-3
+    assert found["verdict"] == "keep"
+
+
+def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, tiny):
+    cache = open_cache(str(states("healthy")))
+    found = json.loads(inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1), "--json").out)
+    unet = UNet2DConditionModel.from_pretrained(tiny("sd15", seed=1) / "unet")
+    squares = []
+    for shard in cache:
+        rows = np.arange(shard.num_pairs)
+        again = invert(
+            Denoiser(unet, open_model(str(tiny())).schedule), torch.from_numpy(shard.read("x0")),
+            [str(name) for name in shard.read("pair_id")], identity=cache.manifest.inverter, seed=0,
+            timesteps_per_pair=2, caption=pair_condition(shard, rows),
+        )
+        old, new = shard.read("target").astype(np.float64), again.target.double().numpy()
+        squares.append(((new - old) ** 2).mean((-3, -2, -1)) / (old**2).mean((-3, -2, -1)))
+    expected = float(np.sqrt(np.concatenate(squares).mean()))
+    assert expected > 0.2
+    assert found["target"] == pytest.approx(expected, rel=1e-3)
+    assert found["verdict"] == "refresh"
+    assert "inpo precompute --pairs /pairs" in found["advice"]
+    assert sum(each["num_records"] for each in found["bins"]) == 10
+    assert "Refresh" in inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1)).out
+
+
+def test_what_cannot_be_compared_is_told(states, inspect, tiny, tmp_path):
+    assert "cannot walk this cache's latents" in inspect("drift", states("healthy"), "--model", tiny("sd2-v")).out
+    assert "no committed pair yet" in inspect("drift", states("empty"), "--model", tiny()).out
+    assert "There is no cache here" in inspect("drift", tmp_path, "--model", tiny()).out
+    nobody = inspect("drift", states("healthy"), "--model", tmp_path / "nobody")
+    assert nobody.code == 1
+    assert "There is no model here" in nobody.out
+
+
+def test_a_damaged_shard_is_named_or_left_out(states, inspect, tiny):
+    done = inspect("drift", states("corrupt"), "--model", tiny())
+    assert "s1" in done.out

@@ -1,0 +1,92 @@
+"""The report in a real browser, from file://: no error, no request; it sorts, filters, and opens sheets by keyboard."""
+
+import json
+import shutil
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
+
+
+@pytest.fixture(params=SIZES)
+def browser(request, states, inspect, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no chromedriver here")
+    page = tmp_path / "r.html"
+    assert inspect("report", states("healthy"), "--out", page).code == 0
+    width, height = SIZES[request.param]
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}"):
+        options.add_argument(flag)
+    if request.param == "phone":
+        metrics = {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 1.0}}
+        options.add_experimental_option("mobileEmulation", metrics)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        chrome.get(page.as_uri())
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def test_the_page_sorts_filters_and_opens_sheets_without_error_or_request(browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    def find(selector):
+        return browser.find_element(By.CSS_SELECTOR, selector)
+
+    def prompts():
+        return [card.text for card in browser.find_elements(By.CSS_SELECTOR, ".card .prompt")]
+
+    def press(*keys):
+        ActionChains(browser).send_keys(*keys).perform()
+
+    assert len(prompts()) == 5
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    data = json.loads(find("#data").get_attribute("textContent"))["pairs"]
+    Select(find("#sort")).select_by_value("error")
+    by_error = sorted(data, key=lambda pair: -pair["reference_error"])
+    assert prompts() == [pair["prompt"] for pair in by_error]
+    Select(find("#sort")).select_by_value("inversion")
+    by_trip = sorted(data, key=lambda pair: -(pair["inversion_error"] or -1))
+    assert prompts() == [pair["prompt"] for pair in by_trip]
+
+    browser.execute_script("document.activeElement.blur()")
+    press("/", "house")
+    assert prompts() == ["a blue house on the sky"] * 2
+    assert find("#count").text == "2 of 5 shown"
+    press(Keys.TAB, Keys.TAB, Keys.TAB, Keys.ENTER)  # past the two lists to the first card
+    assert find("#sheet").is_displayed()
+    assert find("#sheet-name").text == "a blue house on the sky"
+    assert find("#place").text == "1 of 2"
+    press(Keys.ARROW_RIGHT)
+    assert find("#place").text == "2 of 2"
+    cells = browser.find_elements(By.CSS_SELECTOR, "#steps .cell")
+    assert len(cells) == 2 + 2 * 2 * 4
+    assert min(cell.size["width"] for cell in cells) > 50
+    assert len({cell.value_of_css_property("background-position") for cell in cells}) == len(cells)
+    assert browser.execute_script("return document.querySelector('#sheet').scrollWidth <= innerWidth")
+    press(Keys.ESCAPE)
+    assert not find("#sheet").is_displayed()
+    assert "card" in browser.switch_to.active_element.get_attribute("class")
+
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    # The browser's own start page asks for things too; what counts is what our page asks for.
+    ours = [each["request"]["url"] for each in sent if each["documentURL"] == browser.current_url]
+    assert [url for url in ours if not url.startswith("data:")] == [browser.current_url]
