@@ -43,7 +43,6 @@ def test_a_process_that_fails_fails_the_launch_and_keeps_what_is_committed(
 ) -> None:
     """A file where a shard's folder should be: the rank that owns the shard cannot write it."""
     cache = tmp_path / "cache"
-    (cache / "shards").mkdir(parents=True)
     zygote.run(world.arguments(cache, "--limit", "8"))
     before = attempts(cache)
     blocked = cache / "shards" / "0007-00000000"
