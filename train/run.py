@@ -1,6 +1,7 @@
 """A training run from resolved settings to the written pipeline."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,9 @@ def run_train(
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
     accelerator = Accelerator(
-        mixed_precision=_PRECISION[network_dtype], gradient_accumulation_steps=settings.accumulate
+        mixed_precision=_PRECISION[network_dtype], gradient_accumulation_steps=settings.accumulate,
+        # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
     )
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)

@@ -154,6 +154,8 @@ def cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def run(world: World, cache: str, tmp_path: Path) -> Callable[..., Path]:
     """run(steps=..., ...): train in this process and return the output folder."""
+    from accelerate.state import AcceleratorState
+
     from train.run import run_train
 
     def call(*, resume: str = "auto", output: Path | None = None, caches: list[str] | None = None,
@@ -163,6 +165,7 @@ def run(world: World, cache: str, tmp_path: Path) -> Callable[..., Path]:
             "output": folder, "steps": 4, "batch_size": 2, "log_every": 2, "held_out": 0.0, "tracker": "none",
             "learning_rate": 1e-4,
         } | flags
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process, runs of several dtypes
         assert run_train(
             None, {"model": model or str(world.model.folder)}, caches or [cache], settings, resume=resume
         ) == code

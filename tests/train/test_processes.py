@@ -23,7 +23,7 @@ steps = {steps}
 batch_size = 2
 accumulate = {accumulate}
 log_every = 2
-held_out = 0.3
+held_out = 0.4
 evaluate_every = 2
 tracker = "none"
 learning_rate = 1e-4
@@ -32,9 +32,10 @@ adam_eps = 1e-2
 
 
 def launch(recipe: Path, *options: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """--multi_gpu starts so many processes, with gloo where there is no GPU; --cpu would start one."""
     return subprocess.run(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
             "-m", "inpo", "train", "--recipe", str(recipe), *options,
         ],
@@ -53,7 +54,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x 1 accumulated x 2 processes" in done.stdout
     one = run(
-        output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.3, evaluate_every=2,
+        output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2,
     )
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
@@ -75,7 +76,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
 def test_another_number_of_processes_is_refused_on_resume(
     world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    output = run(held_out=0.3, adam_eps=1e-2)
+    output = run(held_out=0.4, adam_eps=1e-2)
     recipe = tmp_path / "two.toml"
     recipe.write_text(SETTINGS.format(model=world.model.folder, cache=cache, output=output, steps=8, accumulate=1))
     done = launch(recipe)
