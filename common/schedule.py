@@ -141,4 +141,6 @@ def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.nd
             got=steps,
             fix="the paper uses 10",
         )
+    # Nearer to 1 than 2^-32, i + u would round up to i + 1 and leave its cell.
+    offset = min(offset, 1.0 - 2.0**-32)
     return np.floor((np.arange(steps) + offset) * num_train_timesteps / steps).astype(np.int64)

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import InpoError
-
 Recipe = Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.")]
 Pairs = Annotated[str | None, typer.Option(help="Pair source: webdataset tars, Pick-a-Pic v2 parquet, or a folder.")]
 ModelName = Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or one .safetensors file.")]
@@ -72,8 +70,7 @@ def precompute(
     }
     model_flags = {"model": model, "variant": variant, "model_config_dir": model_config, "vae": vae}
     ray_options = RayOptions(address=ray_address, gpus_per_worker=gpus_per_worker, workers=ray_workers)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = run_precompute(
             recipe, model_flags, {"pairs": pairs, "cache": cache}, flags, ray_options=ray_options, dry_run=dry_run
@@ -84,8 +81,9 @@ def precompute(
             file=sys.stderr, flush=True,
         )
         code = 1
-    except InpoError:
-        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     raise typer.Exit(code)
 
 
