@@ -3,6 +3,7 @@
 Figures and plots cover every committed pair; the gallery and the norms of delta a sample, as the page says.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def _plots(
             curves(middles, {"win": [each.reference_error_win for each in bins],
                              "lose": [each.reference_error_lose for each in bins]},
                    x_range=(0.0, float(total)), x_label="timestep", y_label="mean E_ref"),
-            "How far the frozen model is from each side's target. A gap between the sides is what training starts from.",
+            "How far the frozen model is from each side's target; training starts from the gap between them.",
         ),
         _figure(
             "Timesteps",
@@ -160,7 +161,7 @@ def _plots(
         figures.append(_figure(
             f"Size of {name}", histogram(norms, _edges(norms, 1.0), x_label=f"RMS of {name}", y_label="latents",
                                          mark=1.0, mark_label="unit Gaussian"),
-            f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. Noise that a diffusion model expects has RMS 1.",
+            f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. The noise a diffusion model expects has RMS 1.",
         ))
     figures.append(_figure(
         "Labels", histogram(table.label.astype(np.float64), np.linspace(0, 1, 21), x_label="P(win preferred)",
@@ -183,7 +184,7 @@ def _inversion_figures(table: PairTable, total: int) -> list[str]:
         return []
     last = np.repeat(table.timestep[:, -1:], 2, axis=1)[measured]
     edges = np.unique(np.linspace(0, total, 11).round().astype(int))
-    inside = [(low, high, values[(last >= low) & (last < high)]) for low, high in zip(edges, edges[1:], strict=False)]
+    inside = [(low, high, values[(last >= low) & (last < high)]) for low, high in itertools.pairwise(edges.tolist())]
     return [
         _figure(
             "Inversion error", histogram(values, _edges(values, 0.0), x_label="relative RMS of the round trip",
@@ -266,9 +267,9 @@ def _sampling(num_readable: int, summary: Summary, sampled: list[SampledPair]) -
     counts = Counter(group for pair in sampled for group in pair.groups)
     parts = ", ".join(f"{counts[group]} {words}" for group, words in GROUPS.items() if counts[group])
     shown = f"all {len(sampled):,}" if len(sampled) == summary.num_pairs else f"{len(sampled):,} of {num_readable:,}"
-    text = f"Pictures of {shown} pairs ({parts}; a pair may be several). Figures and plots above cover all readable pairs."
+    text = f"Pictures of {shown} pairs ({parts}; one may be several). Figures and plots above cover all readable pairs."
     if summary.identity["timesteps_per_pair"] > MOST_TIMESTEPS:
-        text += f" Of {summary.identity['timesteps_per_pair']} timesteps, {MOST_TIMESTEPS} evenly spread ones are shown."
+        text += f" {MOST_TIMESTEPS} of {summary.identity['timesteps_per_pair']} timesteps are shown, evenly spread."
     if summary.identity["profile"] == "lean":
         text += " This lean cache stores neither delta nor x0(t); precompute with --profile full to see them."
     return text + " Open one with a click or Enter; arrow keys go on, Escape closes."

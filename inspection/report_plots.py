@@ -31,9 +31,8 @@ class _Axes:
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
         for value in _ticks(*self.x):
-            parts.append(
-                f'<text x="{self.px(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>'
-            )
+            x, y = self.px(value), HEIGHT - _BOTTOM + 16
+            parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{_number(value)}</text>')
         middle = (_LEFT + WIDTH - _RIGHT) / 2
         parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
         parts.append(
@@ -96,8 +95,8 @@ def curves(
             )
         parts.append(_polyline(name, run))
     key = "".join(
-        f'<g transform="translate({WIDTH - _RIGHT - 58 * (len(series) - index)} {_TOP + 2})"><circle class="{name}" r="4"/>'
-        f'<text x="9" y="4">{name}</text></g>'
+        f'<g transform="translate({WIDTH - _RIGHT - 58 * (len(series) - index)} {_TOP + 2})">'
+        f'<circle class="{name}" r="4"/><text x="9" y="4">{name}</text></g>'
         for index, name in enumerate(series) if len(series) > 1
     )
     return _svg(axes.frame(x_label, y_label) + "".join(parts) + key, f"{y_label} by {x_label}")

@@ -157,7 +157,10 @@ def _error_top(view: PairView) -> float:
 
 
 def _sprite(cells: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Every cell, RGB of 8 bits and of any size, at x0's size, side by side; small latents keep their pixels, large pictures shrink."""
+    """Every cell (RGB, 8 bits, any size) at x0's size, side by side.
+
+    Small latents keep their pixels, large pictures shrink.
+    """
     height, width = cells[0][0].shape[:2]
     width, height = (width, height) if width <= _CELL else (_CELL, max(1, round(_CELL * height / width)))
     sprite = Image.new("RGB", (width * len(cells), 2 * height))

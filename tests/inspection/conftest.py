@@ -94,7 +94,8 @@ def write_cache(tiny) -> Callable[..., Path]:
             "prediction_type": model.schedule.prediction_type, "profile": "full", "seed": 0,
             "timesteps_per_pair": KEPT, "resolution": 32, "crop": "center", "flip": False, "vae_latent": "mean",
             "vae_dtype": "float32", "network_dtype": "float32", "measure_inversion": 0.6,
-            "inverter": InverterIdentity(**inverter), "fingerprints": model.fingerprints, "versions": {"inpo-cache": "0"},
+            "inverter": InverterIdentity(**inverter), "fingerprints": model.fingerprints,
+            "versions": {"inpo-cache": "0"},
         }
         manifest = Manifest(**values | changes)
         writer = CacheWriter.open(str(folder), manifest)

@@ -72,8 +72,9 @@ def test_an_attempt_committed_in_the_meantime_stays(fresh):
     commit = (whole / "commits" / "s1.json").read_text()
     (attempt,) = (whole / "shards" / "s1").iterdir()
     # `writing` and `healthy` were written apart: give the leftover the name that the commit says.
-    (folder / "shards" / "s1" / leftover.attempt).rename(folder / "shards" / "s1" / attempt.name)
-    (folder / "skipped" / "s1" / f"{leftover.attempt}.jsonl").rename(folder / "skipped" / "s1" / f"{attempt.name}.jsonl")
+    shards, skipped = folder / "shards" / "s1", folder / "skipped" / "s1"
+    (shards / leftover.attempt).rename(shards / attempt.name)
+    (skipped / f"{leftover.attempt}.jsonl").rename(skipped / f"{attempt.name}.jsonl")
     (leftover,) = find_leftovers(store)
     (folder / "commits" / "s1.json").write_text(commit)
     before = files(folder)

@@ -65,7 +65,8 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     assert not re.search(r"https?://|@import|url\((?!\$\{pair\.sprite\})", html)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert "default-src 'none'" in policy
-    assert [pair["pair_id"] for pair in page.data["pairs"]] == ["pair-0-0", "pair-0-1", "pair-0-2", "pair-1-0", "pair-1-1"]
+    ids = [pair["pair_id"] for pair in page.data["pairs"]]
+    assert ids == ["pair-0-0", "pair-0-1", "pair-0-2", "pair-1-0", "pair-1-1"]
     cache = open_cache(str(states("healthy")))
     first = page.data["pairs"][0]
     shard = cache.shards["s0"]
@@ -108,7 +109,8 @@ def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, ins
     folder = fresh("healthy")
     cache = open_cache(str(folder))
     for shard in cache:
-        labels = {str(name): PairLabel(scores=(2.0, 1.0 + row), label=0.7) for row, name in enumerate(shard.read("pair_id"))}
+        ids = shard.read("pair_id")
+        labels = {str(name): PairLabel(scores=(2.0, 1.0 + row), label=0.7) for row, name in enumerate(ids)}
         labels = LabelSet(attempt=shard.commit.attempt, scorer="x", temperature=1.0, source="/pairs", pairs=labels)
         assert write_labels(cache.store, "better", shard.name, labels)
     page = page_of(inspect, folder, tmp_path / "r.html", "--model", tiny())
@@ -135,7 +137,8 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
     assert {name: len(rows) for name, rows in by_group.items()} == {"inversion": 40, "error": 40, "random": 40}
     worst = np.nanmax(np.where(np.isnan(inversion), -1, inversion), 1)
     assert by_group["inversion"] == set(np.argsort(-worst, kind="stable")[:40].tolist())
-    assert by_group["error"] == set(np.argsort(-table.reference_error.mean((1, 2), dtype=float), kind="stable")[:40].tolist())
+    mean = table.reference_error.mean((1, 2), dtype=float)
+    assert by_group["error"] == set(np.argsort(-mean, kind="stable")[:40].tolist())
     assert report_sample.MOST_PICTURE_BYTES < 15e6  # of the 20 MB that a page may have
 
 
