@@ -21,7 +21,7 @@ from precompute.tasks import ShardTask, list_tasks
 from precompute.worker import ShardWorker, load_components
 from train.index import Index, build_index
 
-PROMPTS = [f"a {size} {colour} circle on a blue background" for size in ("small", "big") for colour in ("red", "green")]
+PROMPTS = [f"a {size} {colour} ball in the middle over a meadow" for size in ("small", "big") for colour in ("red", "pink")]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,7 +82,7 @@ class Setting:
         return open_cache(str(location))
 
     def index(self, cache: Cache) -> Index:
-        return build_index([cache], soft=False, held_out=0.0, seed=0)
+        return build_index([cache], soft=False, held_out=0.0)
 
     def trained(self) -> tuple[Denoiser, torch.optim.Optimizer]:
         """A trainable network and its optimiser."""

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _write(folder, options.shards, options.pairs, options.kept)
     cache = open_cache(str(folder))
-    index = build_index([cache], soft=False, held_out=0.0, seed=0)
+    index = build_index([cache], soft=False, held_out=0.0)
     files = [
         Path(shard.location) / name for shard in cache for name in shard.commit.files
         if name.startswith(("x_t/c", "target/c"))
