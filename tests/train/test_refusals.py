@@ -66,8 +66,10 @@ def test_another_dtype_fails_the_proof(
         run(caches=[location], dtype=used)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sample", "sdxl"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("sd15", "float32"), ("sd2-v", "float32"), ("sample", "float32"), ("sdxl", "float32"), ("sd2-v", "bfloat16")],
+)
 def test_the_proof_holds_for_the_caches_own_model_and_dtype(
     make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path, kind: str, dtype: str
 ) -> None:
