@@ -61,9 +61,10 @@ def histogram(
     marked = ""
     if mark is not None and edges[0] <= mark <= edges[-1]:
         x = axes.px(mark)
+        side, anchor = (5, "start") if x < 0.6 * WIDTH else (-5, "end")
         marked = (
             f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-            f'<text class="mark-name" x="{x + 5:.1f}" y="{_TOP + 10}">{escape(mark_label)}</text>'
+            f'<text class="mark-name" x="{x + side:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">{escape(mark_label)}</text>'
         )
     return _svg(axes.frame(x_label, y_label) + "".join(bars) + marked, f"{x_label}: histogram")
 

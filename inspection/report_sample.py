@@ -172,5 +172,5 @@ def _sprite(cells: list[tuple[np.ndarray, np.ndarray]]) -> str:
                 image = image.resize((width, height), smooth)
             sprite.paste(image, (column * width, side * height))
     data = io.BytesIO()
-    sprite.save(data, "WEBP", lossless=width <= 16, quality=78, method=4)
+    sprite.save(data, "WEBP", lossless=width <= 32, quality=78, method=4)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
