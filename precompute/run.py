@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from common.cache import CacheWriter, Manifest
+from common.cache import CacheWriter, Commit, Manifest
 from common.cache.store import CacheStore, is_remote
 from common.cache.writer import MANIFEST, check_identity
 from common.denoiser import Condition
-from common.errors import CacheMismatch, DataError, UsageError
+from common.errors import CacheMismatch, DataError, InpoError, UsageError
 from common.models import Model
 from common.pairs import open_source
 from common.progress import ProgressReport
@@ -180,22 +180,22 @@ def _committed(cache: str, manifest: Manifest) -> set[str]:
 
 
 def _changed_inputs(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
-    """One line per committed shard whose input file is not what it was."""
-    from common.cache import Commit
-
+    """One line per committed shard whose input file is not what it was, and per input that cannot be read any more."""
     lines: list[str] = []
-    fingerprints: dict[str, str] = {}
-    for task in tasks:
-        if task.name not in committed:
-            continue
-        data = writer.store.get(f"commits/{task.name}.json")
+    fingerprints: dict[str, str | None] = {}
+    made = [task for task in tasks if task.name in committed]
+    for task, data in zip(made, writer.store.get_many([f"commits/{task.name}.json" for task in made]), strict=True):
         if data is None:
             continue
         commit: Commit = Commit.from_json(data, task.name)
         name = task.input_shard.name
         if name not in fingerprints:
-            fingerprints[name] = task.input_shard.fingerprint()
-        if commit.source.fingerprint != fingerprints[name]:
+            try:
+                fingerprints[name] = task.input_shard.fingerprint()
+            except InpoError as error:
+                fingerprints[name] = None
+                lines.append(f"input {name} cannot be compared with what its shards were made from: {error}")
+        if fingerprints[name] is not None and commit.source.fingerprint != fingerprints[name]:
             lines.append(
                 f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
                 f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"

@@ -89,6 +89,7 @@ class _Run:
         import ray
 
         self._tasks = {task.name: task for task in tasks}
+        self._writer = writer
         self._options = options
         self._on_outcome = on_outcome
         self._arguments = {
@@ -200,14 +201,19 @@ class _Run:
         if reply.error is not None:
             raise reply.error
         self._node_deaths.pop(worker.node, None)
-        first = self.assignment.finished(worker.name, task.name, now)
-        if first and reply.outcome is not None:
+        if reply.outcome is not None:
             if reply.outcome.lost_race:
                 self.assignment.shuffle()
-            self._on_outcome(reply.outcome)
-            self._open_shards[task.input_shard.name] -= 1
-            if not self._open_shards[task.input_shard.name]:
-                self._inputs.pop(task.input_shard.name, None)
+            self._finished(worker, reply.outcome, now)
+
+    def _finished(self, worker: _Worker, outcome: Outcome, now: float) -> None:
+        if not self.assignment.finished(worker.name, outcome.task.name, now):
+            return
+        self._on_outcome(outcome)
+        shard = outcome.task.input_shard.name
+        self._open_shards[shard] -= 1
+        if not self._open_shards[shard]:
+            self._inputs.pop(shard, None)
 
     def _lose(self, worker: _Worker, trouble: str) -> None:
         """Hand out again what a worker had; `_match_cluster` starts another in its place."""
@@ -223,7 +229,11 @@ class _Run:
             _say(f"node {worker.node[:8]} is not used any more")
         if not worker.ready:
             return
-        loss = self.assignment.lost(worker.name, time.monotonic())
+        now = time.monotonic()
+        for name in self.assignment.line(worker.name):
+            if self._writer.is_committed(name):  # before it could tell
+                self._finished(worker, Outcome(task=self._tasks[name]), now)
+        loss = self.assignment.lost(worker.name, now)
         self._num_retried += len(loss.retried)
         self._lost_seconds += loss.seconds
         self._given_up |= {name: trouble for name in loss.given_up}

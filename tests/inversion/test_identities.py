@@ -115,7 +115,9 @@ def test_the_identities_hold_for_every_inverter(
         # identity 3: with guidance 1 also MSE(x0(t) - x0) / sigma_t^2
         if guidance == 1.0:
             also = np.mean(np.square(clean_t - clean)) / SIGMA[t] ** 2
-            assert also == pytest.approx(error, rel=0.02, abs=4 * (HALF_STEP * spread) ** 2 + 1e-9)
+            # The two differ by the rounding of x_t over s_t; that is a bound on the difference of the roots.
+            rounding = 1.01 * HALF_STEP * np.abs(x_t).max() / S[t] + 1e-6
+            assert abs(np.sqrt(also) - np.sqrt(error)) <= rounding
 
 
 @pytest.mark.parametrize("name", ["ddim", "ab2"])
