@@ -1,18 +1,28 @@
 """The record stream against what the trainer consumes and against raw reads: `python -m benchmarks.stream`.
 
-The cache holds SD1.5-sized latents (random numbers: only their bytes matter here), 4 x 64 x 64 at 512 px.
+The cache holds SD1.5-sized latents (random numbers: only their bytes matter here), 4 x 64 x 64 at 512 px. Every figure
+is of a stream that is under way: an epoch of records is drawn while the next window is read.
 """
 
 import argparse
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import obstore
 import torch
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
 from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from common.cache.derive import point_from_target
+from common.cache.store import CacheStore
 from common.schedule import NoiseSchedule
 from train.index import build_index
 from train.records import Needs
@@ -20,53 +30,108 @@ from train.stream import RecordStream
 
 CONSUMED_PAIRS_PER_SECOND = 66.0
 """SD1.5 records per second that one H200 would train on at 40% of its bf16 matmul rate: a calculation, see docs."""
+FOLDER = Path("runs/bench/stream")
+OURS = "stream, window of 4 shards"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=256, help="pairs per shard")
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--kept", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    folder = Path("runs/bench/stream")
-    shutil.rmtree(folder, ignore_errors=True)
-    _write(folder, options.shards, options.pairs, options.kept)
-    cache = open_cache(str(folder))
-    index = build_index([cache], soft=False, held_out=0.0)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    _write(FOLDER, options.shards, options.pairs, options.kept)
+    cache = open_cache(str(FOLDER))
     files = [
         Path(shard.location) / name for shard in cache for name in shard.commit.files
         if name.startswith(("x_t/c", "target/c"))
     ]
-
-    def epoch(window_shards: int) -> None:
-        stream = RecordStream(index, Needs(), batch_size=options.batch_size, window_shards=window_shards, seed=0)
-        batches = iter(stream)
-        for _ in range(cache.num_records // options.batch_size):
-            next(batches)
-        stream.close()
+    size = sum(file.stat().st_size for file in files)
 
     def raw() -> None:
         for file in files:
             file.read_bytes()
 
-    contestants = {"stream, window of 1 shard": lambda: epoch(1), "stream, window of 4 shards": lambda: epoch(4),
-                   "raw reads of the same bytes": raw}
-    timings = interleaved(contestants, rounds=options.rounds)
-    size = sum(file.stat().st_size for file in files)
-    rate = cache.num_records / timings["stream, window of 4 shards"].median
-    print(f"record stream, SD1.5 latents, {cache.num_records} records, {size / 1e6:.0f} MB, warm, {machine()}\n")
-    print(ratio_table(timings, ours="stream, window of 4 shards", unit="s per epoch"))
+    with contextlib.ExitStack() as stack:
+        def epoch(location: str, window_shards: int, ranks: int = 1) -> Callable[[], None]:
+            index = build_index([open_cache(location)], soft=False, held_out=0.0)
+            streams = [
+                RecordStream(
+                    index, Needs(), batch_size=options.batch_size, window_shards=window_shards, seed=0, rank=rank,
+                    world_size=ranks,
+                )
+                for rank in range(ranks)
+            ]
+            for stream in streams:
+                stack.callback(stream.close)
+            sources = [iter(stream) for stream in streams]
+            count = index.num_records // options.batch_size
+
+            def draw() -> None:
+                for number in range(count):
+                    next(sources[number % ranks])
+
+            return draw
+
+        contestants = {
+            OURS: epoch(str(FOLDER), 4),
+            "the same, files not in memory": (lambda draw=epoch(str(FOLDER), 4): (_forget(files), draw())),
+            "stream, window of 1 shard": epoch(str(FOLDER), 1),
+            "two ranks of one process": epoch(str(FOLDER), 4, ranks=2),
+            "S3 on loopback": epoch(stack.enter_context(_on_s3()), 4),
+            "raw reads of the latents": raw,
+            "raw reads, files not in memory": lambda: (_forget(files), raw()),
+        }
+        timings = interleaved(contestants, rounds=options.rounds)
+    rates = {name: cache.num_records / timing.median for name, timing in timings.items()}
+    print(f"record stream, SD1.5 latents, {cache.num_records} records, {size / 1e6:.0f} MB of them, {machine()}\n")
+    print(ratio_table(timings, ours=OURS, unit="s per epoch"))
     print(
-        f"\n{rate:.0f} records/s with one worker: {rate / CONSUMED_PAIRS_PER_SECOND:.1f} times the "
+        f"\n{rates[OURS]:.0f} records/s: {rates[OURS] / CONSUMED_PAIRS_PER_SECOND:.1f} times the "
         f"{CONSUMED_PAIRS_PER_SECOND:.0f} pairs/s that one H200 would consume (calculated, not measured)"
     )
-    record(
-        "stream",
-        {"records_per_second": rate, "bytes": size,
-         "median_seconds": {name: timing.median for name, timing in timings.items()}},
-    )
+    record("stream", {"records_per_second": rates, "bytes": size})
+
+
+def _forget(files: list[Path]) -> None:
+    """Drop the files' pages from memory, so that the next read goes to the disk."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def _on_s3() -> Iterator[str]:
+    """The same cache behind a real S3 API in a process of its own; yields its address."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    os.environ |= {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bench")
+        store = CacheStore("s3://bench/cache", create=True)
+        for file in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+            obstore.put(store.client, str(file.relative_to(FOLDER)), file.read_bytes())
+        yield store.location
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:

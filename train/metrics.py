@@ -1,6 +1,7 @@
 """Is it learning? Sums on the device, one synchronisation per logging interval, one JSON object a line."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Accumulator:
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means over everything added, and by timestep bin; `reduce` sums over processes. Synchronises, then resets."""
-        sums = reduce(self._sums).cpu()
+        sums = reduce(self._sums).cpu().numpy()  # the one wait: all that follows is arithmetic here
         self._sums = torch.zeros_like(self._sums)
         total = sums.sum(0)
         result = {name: float(total[column] / total[0]) for column, name in enumerate(_COLUMNS) if column}
@@ -117,6 +118,6 @@ def _jsonable(value: Any) -> Any:
         return {key: _jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_jsonable(inner) for inner in value]
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -18,7 +18,7 @@ from common.denoiser import Denoiser
 from common.errors import CacheMismatch
 from common.models import Model
 from train.index import Index
-from train.records import Batch, LoadedShard, Needs
+from train.records import Batch, LoadedShard, Needs, gather
 
 PROOF_BETA = 2000.0
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}
@@ -108,4 +108,4 @@ def _sample(index: Index) -> Batch:
     # A stride through the records would meet few steps; walk through them instead.
     step = np.arange(len(records)) % steps
     loaded = LoadedShard(shard, np.unique(pairs), Needs())
-    return loaded.gather(pairs.tolist(), step.tolist())
+    return gather([(loaded, int(pair), int(number)) for pair, number in zip(pairs, step, strict=True)])

@@ -1,7 +1,7 @@
 """Records in memory: what is read of a shard, and how micro-batches are gathered from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from train.index import IndexedShard
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """A micro-batch of records, both sides: win first."""
+    """A micro-batch of records, both sides: win first. The sides share a caption, which is held once."""
 
     x_t: Float16[Tensor, "record side c h w"]
     aim: Float16[Tensor, "record side c h w"]
@@ -25,12 +25,23 @@ class Batch:
     reference_error: Float32[Tensor, "record side"]
     timestep: Int[Tensor, "record"]
     label: Float32[Tensor, "record"]
-    condition: Condition
-    """One row per image: record 0 win, record 0 lose, record 1 win, ..."""
+    embedding: Float16[Tensor, "record token width"]
+    pooled: Float16[Tensor, "record pooled"] | None = None
+    """SDXL's, as are the time ids."""
+    time_ids: Float[Tensor, "record side 6"] | None = None
 
     @property
     def num_records(self) -> int:
         return self.x_t.shape[0]
+
+    @property
+    def condition(self) -> Condition:
+        """One row per image: record 0 win, record 0 lose, record 1 win, ... Expanded where the batch is: on the GPU."""
+        return Condition(
+            embedding=self.embedding.repeat_interleave(2, dim=0),
+            pooled=None if self.pooled is None else self.pooled.repeat_interleave(2, dim=0),
+            time_ids=None if self.time_ids is None else self.time_ids.flatten(0, 1),
+        )
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, so that the copy to the GPU overlaps with compute."""
@@ -40,19 +51,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        condition = self.condition
-        return Batch(
-            x_t=function(self.x_t),
-            aim=function(self.aim),
-            reference_error=function(self.reference_error),
-            timestep=function(self.timestep),
-            label=function(self.label),
-            condition=Condition(
-                embedding=function(condition.embedding),
-                pooled=None if condition.pooled is None else function(condition.pooled),
-                time_ids=None if condition.time_ids is None else function(condition.time_ids),
-            ),
-        )
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Batch(**{name: None if tensor is None else function(tensor) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class LoadedShard:
         self._label = indexed.label[used]
         dropped = shard.read("caption_dropped", rows)
         self._prompt = np.where(dropped, 0, shard.read("prompt_index", rows)).astype(np.int64)
-        self._embedding = torch.from_numpy(shard.read("prompt/embedding"))
+        self._embedding = shard.read("prompt/embedding")
         is_sdxl = "prompt/pooled" in shard.stored
-        self._pooled = torch.from_numpy(shard.read("prompt/pooled")) if is_sdxl else None
-        self._time_ids = torch.from_numpy(shard.read("time_ids", rows)) if is_sdxl else None
+        self._pooled = shard.read("prompt/pooled") if is_sdxl else None
+        self._time_ids = shard.read("time_ids", rows) if is_sdxl else None
 
     def _x_t(
         self, shard: Shard, selection: Int[np.ndarray, "row"] | None, needs: Needs
@@ -109,57 +109,54 @@ class LoadedShard:
         error = self.aim.astype(np.float32) - shard.read("eps_ref", selection).astype(np.float32)
         return np.square(error).mean((-3, -2, -1))
 
-    def gather(self, pairs: Sequence[int], steps: Sequence[int]) -> Batch:
-        """Records by (position in the indexed rows, step)."""
-        number = np.array([self._where[pair] for pair in pairs])
-        local, step = self._local[number], np.asarray(steps)
-        record = (local, step)
-        prompt = torch.from_numpy(self._prompt[number]).repeat_interleave(2)
-        time_ids = None
-        if self._time_ids is not None:
-            time_ids = self._time_ids[torch.from_numpy(number)].reshape(-1, 6)
-        return Batch(
-            x_t=torch.from_numpy(self.x_t[record]),
-            aim=torch.from_numpy(self.aim[record]),
-            reference_error=torch.from_numpy(self.reference_error[record]).float(),
-            timestep=torch.from_numpy(self.timestep[local, step].astype(np.int64)),
-            label=torch.from_numpy(self._label[number]),
-            condition=Condition(
-                embedding=self._embedding[prompt],
-                pooled=None if self._pooled is None else self._pooled[prompt],
-                time_ids=time_ids,
-            ),
-        )
+    def copy_record(self, pair: int, step: int, batch: dict[str, np.ndarray], place: int) -> None:
+        """Copy the record of (position in the indexed rows, step) into row `place` of a batch's arrays."""
+        number = self._where[pair]
+        local, prompt = self._local[number], self._prompt[number]
+        batch["x_t"][place] = self.x_t[local, step]
+        batch["aim"][place] = self.aim[local, step]
+        batch["reference_error"][place] = self.reference_error[local, step]
+        batch["timestep"][place] = self.timestep[local, step]
+        batch["label"][place] = self._label[number]
+        batch["embedding"][place] = self._embedding[prompt]
+        if self._pooled is not None and self._time_ids is not None:
+            batch["pooled"][place] = self._pooled[prompt]
+            batch["time_ids"][place] = self._time_ids[number]
+
+    def empty_batch(self, num_records: int) -> dict[str, np.ndarray]:
+        """Arrays for a batch of records like these, to be filled."""
+        like = {
+            "x_t": self.x_t[0, 0], "aim": self.aim[0, 0], "reference_error": np.zeros(2, np.float32),
+            "timestep": np.zeros((), np.int64), "label": np.zeros((), np.float32), "embedding": self._embedding[0],
+        }
+        if self._pooled is not None and self._time_ids is not None:
+            like |= {"pooled": self._pooled[0], "time_ids": self._time_ids[0]}
+        return {name: np.empty((num_records, *value.shape), value.dtype) for name, value in like.items()}
 
 
-def concatenate(parts: Sequence[Batch], order: Int[np.ndarray, "record"]) -> Batch:
-    """Batches joined, then brought into `order`."""
-    index = torch.from_numpy(order)
-    per_image = torch.stack([2 * index, 2 * index + 1], dim=1).flatten()
+RecordPlace = tuple[LoadedShard, int, int]
+"""A record in memory: shard, pair (a position in the indexed rows), step."""
 
-    def records(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])[index]
 
-    def images(name: str) -> Tensor | None:
-        values = [getattr(part.condition, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)[per_image]
+def gather(places: Sequence[RecordPlace]) -> Batch:
+    """Records in the given order, from any shards of one model. Every number is copied once."""
+    arrays = places[0][0].empty_batch(len(places))
+    for row, (shard, pair, step) in enumerate(places):
+        shard.copy_record(pair, step, arrays, row)
+    return Batch(**{name: torch.from_numpy(values) for name, values in arrays.items()})
 
-    embedding = images("embedding")
-    assert embedding is not None
-    return Batch(
-        x_t=records("x_t"),
-        aim=records("aim"),
-        reference_error=records("reference_error"),
-        timestep=records("timestep"),
-        label=records("label"),
-        condition=Condition(embedding=embedding, pooled=images("pooled"), time_ids=images("time_ids")),
-    )
+
+_BLOCK = 1 << 18
+"""Values looked at together: they fit into a processor's cache."""
 
 
 def _all_finite(values: Float[np.ndarray, "..."]) -> bool:
     if values.dtype == np.float16:
         # All bits of the exponent set means NaN or infinity; numpy converts float16 one by one otherwise.
-        return not bool(((values.view(np.uint16) & 0x7C00) == 0x7C00).any())
+        bits = values.reshape(-1).view(np.uint16)
+        return not any(
+            bool(((bits[start : start + _BLOCK] & 0x7C00) == 0x7C00).any()) for start in range(0, bits.size, _BLOCK)
+        )
     return bool(np.isfinite(values).all())
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from common.errors import TrainingError
 from train.index import Index
 from train.order import GlobalOrder, Place, WindowKey
-from train.records import Batch, LoadedShard, Needs, concatenate
+from train.records import Batch, LoadedShard, Needs, RecordPlace, gather
 
 STATE_VERSION = 1
 _BATCHES_AHEAD = 4
@@ -149,16 +149,7 @@ class WindowLoader:
             if key not in self._windows:
                 self._windows[key] = self._pool.submit(Window, self._stream, key)
         self._windows = {key: self._windows[key] for key in [*keys, following]}
-        parts: list[Batch] = []
-        order: list[np.ndarray] = []
-        for key in keys:
-            numbers = np.array([number for number, place in enumerate(places) if place.key == key])
-            window_parts, window_order = self._windows[key].result().gather(
-                np.array([places[number].position for number in numbers])
-            )
-            parts += window_parts
-            order += [numbers[each] for each in window_order]
-        return concatenate(parts, np.argsort(np.concatenate(order)))
+        return gather([self._windows[place.key].result().place(place.position) for place in places])
 
     def _next(self, key: WindowKey) -> WindowKey:
         order = self._stream.order
@@ -185,17 +176,10 @@ class Window:
             pairs = np.unique(mine[mine[:, 0] == shard, 1] // self._steps[int(shard)])
             self._shards[int(shard)] = LoadedShard(stream.index.training[shard], pairs, stream.needs)
 
-    def gather(self, positions: Int[np.ndarray, "record"]) -> tuple[list[Batch], list[np.ndarray]]:
-        """One batch per shard, and for each the numbers (into `positions`) of its records."""
-        records = self._records[positions]
-        parts: list[Batch] = []
-        order: list[np.ndarray] = []
-        for shard in np.unique(records[:, 0]):
-            where = np.flatnonzero(records[:, 0] == shard)
-            pairs, steps = np.divmod(records[where, 1], self._steps[int(shard)])
-            parts.append(self._shards[int(shard)].gather(pairs.tolist(), steps.tolist()))
-            order.append(where)
-        return parts, order
+    def place(self, position: int) -> RecordPlace:
+        """Where in memory the record at `position` of the window is."""
+        shard, record = self._records[position].tolist()
+        return (self._shards[shard], *divmod(record, self._steps[shard]))
 
 
 def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, "position"]:
@@ -218,16 +202,10 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):
         by_shard.setdefault(records[each][0], []).append(records[each][1])
-    parts: list[Batch] = []
+    places: list[RecordPlace] = []
     for number, wanted in by_shard.items():
         shard = index.held_out[number]
-        pairs, steps = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
-        parts.append(LoadedShard(shard, np.unique(pairs), needs).gather(pairs.tolist(), steps.tolist()))
-    everything = concatenate(parts, np.arange(sum(part.num_records for part in parts)))
-    total = everything.num_records
-    return [
-        concatenate([everything], np.arange(start, min(start + batch_size, total)))
-        for start in range(0, total, batch_size)
-    ]
-
-
+        steps = shard.shard.cache.manifest.timesteps_per_pair
+        loaded = LoadedShard(shard, np.unique(np.array(wanted) // steps), needs)
+        places += [(loaded, *divmod(record, steps)) for record in wanted]
+    return [gather(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]

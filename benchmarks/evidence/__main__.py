@@ -1,0 +1,257 @@
+"""`python -m benchmarks.evidence`: make what is missing, then write docs/evidence.json, the plots, and the tables."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import conditions as c
+from benchmarks.evidence import results as r
+from benchmarks.evidence.conditions import Run
+from benchmarks.evidence.jobs import Job, run_jobs
+from benchmarks.evidence.online import train_online
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
+    phases = {
+        "world": _world, "grid": _grid, "seeds": _seeds, "ablation-caches": _ablation_caches, "ablations": _ablations,
+        "same-calls": _same_calls, "head-to-head": _head_to_head, "results": _results,
+    }
+    parser.add_argument("--until", choices=list(phases), default="results", help="the last phase to run")
+    options = parser.parse_args()
+    for name, phase in phases.items():
+        phase(options.processes)
+        if name == options.until:
+            return
+
+
+def chosen() -> dict[str, dict[str, Any]]:
+    """Per method the learning rate and beta with the highest oracle win rate on validation captions, at the grid's seed."""
+    found = {}
+    for method in c.METHODS:
+        runs = _grid_runs(method)
+        rates = [r.read_comparison(run.images("grid"))["toyworld-oracle"]["win_rate"] for run in runs]
+        best = runs[max(range(len(runs)), key=rates.__getitem__)]
+        found[method.name] = {
+            "learning_rate": best.learning_rate, "beta": best.beta,
+            "grid": [
+                {
+                    "learning_rate": run.learning_rate, "beta": run.beta,
+                    **{name: r.read_comparison(run.images("grid"))[name]["win_rate"] for name in c.SCORERS},
+                }
+                for run in runs
+            ],
+        }
+    return found
+
+
+def _world(at_once: int) -> None:
+    run_jobs("pairs", [Job(name="pairs", folder=c.ROOT, steps=[
+        ["toyworld", "pairs", "--out", str(c.PAIRS), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
+        *(
+            ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(name))]
+            + ([] if limit is None else ["--limit", str(limit)])
+            for name, (split, limit) in c.PROMPTS.items()
+        ),
+    ])], at_once=1)
+    relabel = ["relabel", str(c.CLEAN.folder), "--pairs", c.SOURCE, "--scorer", "toyworld-oracle", "--set", c.LABELS]
+    run_jobs("caches", [
+        Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"),
+            steps=[cache.command(), *([relabel] if cache is c.CLEAN else [])])
+        for cache in (c.CLEAN, c.NOISE, c.NOISED)
+    ], at_once=at_once)
+    run_jobs("base", [
+        Job(name="images", folder=c.base_images(name).with_name(f"{name}-log"),
+            steps=c.picture_commands(c.BASE, c.base_images(name), name))
+        for name in c.PROMPTS
+    ], at_once=at_once)
+
+
+def _grid_runs(method: c.Method) -> list[Run]:
+    return [
+        Run(
+            label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta,
+            seed=c.GRID_SEED, extra=method.extra,
+        )
+        for rate, beta in itertools.product(c.LEARNING_RATES, method.betas)
+    ]
+
+
+def _job(run: Run, prompts: str) -> Job:
+    """Train, if that is not done yet, and compare with the base on `prompts`."""
+    return Job(name=run.images(prompts).name, folder=run.folder, steps=[
+        run.train_command(), *c.picture_commands(run.pipeline, run.images(prompts), prompts),
+    ])
+
+
+def _grid(at_once: int) -> None:
+    jobs = [_job(run, "grid") for method in c.METHODS for run in _grid_runs(method)]
+    run_jobs("grid", jobs, at_once=at_once)
+
+
+def final_runs(method: c.Method, *, steps: int = c.STEPS) -> list[Run]:
+    """The runs of the main table: the method's chosen setting, every test seed."""
+    best = chosen()[method.name]
+    return [
+        Run(
+            label=method.name, objective=method.objective, cache=method.cache, learning_rate=best["learning_rate"],
+            beta=best["beta"], seed=seed, steps=steps, extra=method.extra,
+        )
+        for seed in c.TEST_SEEDS
+    ]
+
+
+def _seeds(at_once: int) -> None:
+    runs = [run for group in zip(*(final_runs(method) for method in c.METHODS), strict=True) for run in group]
+    run_jobs("seeds", [_job(run, "test") for run in runs], at_once=at_once)
+
+
+def _sft_reference() -> c.CacheChoice:
+    """InPO's cache made by the first SFT model, which is then start and reference."""
+    return c.CacheChoice(name="reference-sft", model=str(final_runs(c.SFT)[0].pipeline))
+
+
+def _ablation_caches(at_once: int) -> None:
+    caches = [cache for cache in (*c.ABLATIONS.values(), _sft_reference()) if cache not in (c.CLEAN, c.NOISE, c.NOISED)]
+    run_jobs("ablation caches", [
+        Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"), steps=[cache.command()])
+        for cache in caches
+    ], at_once=at_once)
+
+
+def ablation_runs() -> dict[str, list[Run]]:
+    """Every ablation's runs, the seeds in order."""
+    best = chosen()[c.INPO.name]
+    rate, beta = best["learning_rate"], best["beta"]
+    caches = c.ABLATIONS | {c.SFT_REFERENCE: _sft_reference()}
+    return {
+        name: [
+            Run(
+                label=c.INPO.name if cache is c.CLEAN else f"ablation {name}", objective="inpo", cache=cache,
+                learning_rate=rate, beta=beta, seed=seed,
+            )
+            for seed in c.ABLATION_SEEDS
+        ]
+        for name, cache in caches.items()
+    }
+
+
+def online_runs() -> list[Run]:
+    """Placeholders for folders: the online runs read no cache."""
+    best = chosen()[c.INPO.name]
+    return [
+        Run(
+            label=f"ablation {c.ONLINE}", objective="inpo", cache=c.ABLATIONS["faithful grid"],
+            learning_rate=best["learning_rate"], beta=best["beta"], seed=seed,
+        )
+        for seed in c.ABLATION_SEEDS
+    ]
+
+
+def _ablations(at_once: int) -> None:
+    by_seed = [runs for runs in zip(*ablation_runs().values(), strict=True)]
+    jobs = [_job(run, "validation") for runs in by_seed for run in runs]
+    for run in online_runs():
+        jobs.append(Job(name="validation", folder=run.folder, steps=[
+            lambda run=run: train_online(
+                run.pipeline, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps, seed=run.seed
+            ),
+            *c.picture_commands(run.pipeline, run.images("validation"), "validation"),
+        ]))
+    run_jobs("ablations", jobs, at_once=at_once)
+    trained = final_runs(c.INPO)[0].pipeline
+    drift = c.ROOT / "drift.log"
+    run_jobs("drift", [Job(name="drift", folder=drift.parent, steps=[
+        ["inspect", "drift", str(c.CLEAN.folder), "--model", str(trained), "--sample", "64", "--json"],
+    ])], at_once=1)
+
+
+def same_calls_steps() -> dict[str, int]:
+    """Steps that cost as many network calls as InPO's cache and training; a backward pass counts as two calls.
+
+    Per image: InPO's cache 1 + n calls a pair's side, a cache of noise K; a trained record 3 (SFT trains one side).
+    """
+    whole = 2 * c.NUM_PAIRS * 11 + c.STEPS * c.BATCH * 2 * 3
+    rest = whole - 2 * c.NUM_PAIRS * 4
+    return {method.name: rest // (c.BATCH * (1 if method is c.SFT else 2) * 3) for method in c.SAME_CALLS}
+
+
+def same_calls_runs() -> dict[str, list[Run]]:
+    """The prolonged runs: the finished ones go on from their checkpoints."""
+    steps = same_calls_steps()
+    return {method.name: final_runs(method, steps=steps[method.name]) for method in c.SAME_CALLS}
+
+
+def _same_calls(at_once: int) -> None:
+    run_jobs("same calls", [_job(run, "test") for runs in same_calls_runs().values() for run in runs], at_once=at_once)
+
+
+def _head_to_head(at_once: int) -> None:
+    """Every method against Diffusion-DPO with the same seed, and the ablations against cached noise."""
+    pairs: list[tuple[Path, Path, Path]] = []
+    for method in c.METHODS:
+        if method is not c.DPO:
+            for ours, theirs in zip(final_runs(method), final_runs(c.DPO), strict=True):
+                pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo"))
+    noise = ablation_runs()["noise at every point (DPO on cached noise)"]
+    for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]:
+        if not name.startswith("noise at every"):
+            for ours, theirs in zip(runs, noise, strict=True):
+                pairs.append(
+                    (theirs.images("validation"), ours.images("validation"), ours.folder / "validation-against-noise")
+                )
+    run_jobs("head to head", [
+        Job(name=out.name, folder=out.parent, steps=[c.compare_command(a, b, out)])
+        for a, b, out in pairs if not (out / "comparison.json").exists()
+    ], at_once=at_once)
+
+
+def _results(at_once: int) -> None:
+    """docs/evidence.json, the plots, and the tables as Markdown on the terminal."""
+    best = chosen()
+    main_rows = {
+        method.name: {
+            "learning_rate": best[method.name]["learning_rate"], "beta": best[method.name]["beta"],
+            "base": r.against_base(final_runs(method), "test"),
+            "dpo": None if method is c.DPO else r.head_to_head(final_runs(method), "test-against-dpo"),
+        }
+        for method in c.METHODS
+    }
+    same_calls = {}
+    for name, runs in same_calls_runs().items():
+        row = main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
+        same_calls[f"{name}, {runs[0].steps} steps"] = row
+    noise = "noise at every point (DPO on cached noise)"
+    ablations = {
+        name: {
+            "base": r.against_base(runs, "validation"),
+            "noise": None if name == noise else r.head_to_head(runs, "validation-against-noise"),
+        }
+        for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]
+    }
+    accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
+    values = {
+        "steps": c.STEPS, "batch": c.BATCH, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
+        "ablation_seeds": c.ABLATION_SEEDS, "chosen": best, "main": main_rows, "same_calls": same_calls,
+        "ablations": ablations, "accuracy": accuracy, "drift": (c.ROOT / "drift.log").read_text().split("\n", 1)[1],
+    }
+    Path("docs/evidence.json").write_text(json.dumps(values, indent=1) + "\n")
+    r.draw_wins(main_rows, Path("docs/images/evidence.png"), title="Test captions, five seeds, 95% intervals")
+    r.draw_wins(ablations, Path("docs/images/evidence-ablations.png"), title="Variations of InPO, validation captions")
+    for title, text in {
+        "Main table": r.main_table(main_rows), "Same network calls": r.main_table(same_calls),
+        "Ablations": r.ablation_table(ablations), "Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best),
+    }.items():
+        print(f"\n{title}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

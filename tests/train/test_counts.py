@@ -1,0 +1,175 @@
+"""What a training step costs, counted: network calls, waits for the device, bytes read, bytes held. No clock."""
+
+import functools
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextModel
+
+from common.cache import open_cache
+from common.cache.arrays import CommittedStore
+from common.denoiser import Denoiser
+from train.index import build_index
+from train.records import Needs
+from train.stream import RecordStream
+
+WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.item")
+"""Operators whose answer the CPU must wait for when the numbers are on a GPU."""
+
+
+class Watch(TorchDispatchMode):
+    """Counts the waits, and the bytes of the tensors that are alive, made since it was entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).rsplit(".", 1)[0]
+        if name in WAITS:
+            self.waits[name] += 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._hold(leaf.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+
+def test_one_network_call_per_micro_batch_and_one_network(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    made: Counter[str] = Counter()
+    predict = Denoiser.predict
+    monkeypatch.setattr(
+        Denoiser, "predict", lambda self, x, *rest: (calls.append(len(x)), predict(self, x, *rest))[1]
+    )
+    for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
+        start = kind.__init__
+
+        @functools.wraps(start)
+        def counted(self: Any, *args: Any, _start: Any = start, **kwargs: Any) -> None:
+            made[type(self).__name__] += 1
+            _start(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+
+    def train(steps: int, output: Path) -> list[int]:
+        calls.clear()
+        run(steps=steps, accumulate=3, batch_size=2, log_every=100, output=output)
+        return list(calls)
+
+    folder = Path(run(steps=1, output=None)).parent
+    made.clear()
+    short, long = train(2, folder / "short"), train(7, folder / "long")
+    # Five steps more are 15 calls more, each of the 2 x 2 images of a micro-batch, win and lose together.
+    assert Counter(long) - Counter(short) == Counter({4: 15})
+    # Two runs: each one network to train; the pipelines that they write at the end hold theirs and the base's parts.
+    assert made["UNet2DConditionModel"] <= 2 * 2
+    assert made["AutoencoderKL"] <= 2
+    assert made["CLIPTextModel"] <= 2
+
+
+def test_micro_batches_wait_for_nothing_and_the_device_is_asked_once_per_log(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    def waits(**flags: Any) -> int:
+        settings = {"steps": 6, "accumulate": 1, "log_every": 100, "save_every": 100} | flags
+        name = "-".join(map(str, flags.values())) or "plain"
+        with Watch() as watch:
+            run(output=tmp_path / name, **settings)
+        return watch.waits.total()
+
+    plain = waits()
+    # On a CPU AdamW keeps its step numbers as tensors beside the weights and asks for them; a micro-batch does not.
+    assert waits(accumulate=4) == plain
+    # Two logs and three instead of one: each asks whether all was finite, and for the gradient's norm.
+    assert waits(log_every=3) - plain == 2
+    assert waits(log_every=2) - plain == 4
+
+
+def test_an_epoch_reads_every_needed_byte_once_and_no_other(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+    original = CommittedStore.get
+
+    async def get(self: CommittedStore, key: str, *args: Any, **kwargs: Any) -> Any:
+        found = await original(self, key, *args, **kwargs)
+        if not key.endswith("zarr.json"):
+            read[key.split("/c/")[0].removesuffix("/c")] += len(found) if found is not None else 0
+        return found
+
+    monkeypatch.setattr(CommittedStore, "get", get)
+    opened = open_cache(cache)
+    stream = RecordStream(
+        build_index([opened], soft=False, held_out=0.0), Needs(), batch_size=3, window_shards=len(opened.shards), seed=0
+    )
+    batches = iter(stream)
+    for _ in range(opened.num_records // 3):  # one window; the next ones are read ahead meanwhile
+        next(batches)
+    stream.close()  # lets a window that is being read be read to its end
+    sizes: Counter[str] = Counter()
+    for shard in opened:
+        for file, size in shard.commit.files.items():
+            if not file.endswith("zarr.json"):
+                sizes[file.split("/c/")[0].removesuffix("/c")] += size
+    windows = read["x_t"] // sizes["x_t"]
+    assert 2 <= windows <= 3
+    for name in ("x_t", "target"):
+        # Data once per window; the sharding codec's index is read apart from its chunks.
+        assert windows * sizes[name] <= read[name] <= 1.05 * windows * sizes[name], name
+    assert not {"x0", "delta", "x0_t"} & read.keys()
+
+
+def test_no_more_is_held_than_one_network_in_training_needs(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    def peak(**flags: Any) -> int:
+        with Watch() as watch:
+            run(output=tmp_path / "-".join(map(str, flags.values())), steps=3, save_every=100, **flags)
+        return watch.peak
+
+    weights = sum(p.numel() * p.element_size() for p in world.model.load_unet().parameters())
+    unet = world.model.load_unet().train()
+    one = _inputs(world, cache, 4)
+    with Watch() as alone:
+        unet(**one).sample.square().mean().backward()
+    # Beside one forward and backward: the weights as loaded, two moments, and what AdamW works with.
+    whole = peak(batch_size=2)
+    assert whole <= 1.1 * (alone.peak + 4 * weights)
+    # Accumulating holds the gradients while the next graph is built, and no second graph.
+    assert peak(batch_size=2, accumulate=4) <= 1.02 * (whole + weights)
+    assert json.loads((tmp_path / "2" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def _inputs(world: Any, cache: str, images: int) -> dict[str, torch.Tensor]:
+    shard = next(iter(open_cache(cache)))
+    embedding = torch.from_numpy(shard.read("prompt/embedding")).float()
+    return {
+        "sample": torch.from_numpy(shard.read("x_t")).float().flatten(0, 2)[:images],
+        "timestep": torch.full((images,), 500),
+        "encoder_hidden_states": embedding[:1].expand(images, -1, -1),
+    }
