@@ -1,10 +1,10 @@
 """`python -m benchmarks`: every benchmark once, at this machine's default size."""
 
-from benchmarks import recipe, stream, train_step
+from benchmarks import precompute, recipe, scaling, stream, train_step
 
 
 def main() -> None:
-    for benchmark in (train_step, recipe, stream):
+    for benchmark in (train_step, recipe, precompute, scaling, stream):
         benchmark.main([])
         print(flush=True)
 

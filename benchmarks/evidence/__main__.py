@@ -187,7 +187,8 @@ def same_calls_steps() -> dict[str, int]:
 def same_calls_runs() -> dict[str, list[Run]]:
     """The prolonged runs: the finished ones go on from their checkpoints."""
     steps = same_calls_steps()
-    return {method.name: final_runs(method, steps=steps[method.name]) for method in c.SAME_CALLS}
+    runs = {method.name: final_runs(method, steps=steps[method.name]) for method in c.SAME_CALLS}
+    return {name: [run for run in each if run.seed in c.SAME_CALLS_SEEDS] for name, each in runs.items()}
 
 
 def _same_calls(at_once: int) -> None:

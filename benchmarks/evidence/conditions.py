@@ -10,13 +10,14 @@ BASE = "toyworld/base"
 NUM_PAIRS = 1024
 BATCH = 32
 STEPS = 100
-LEARNING_RATES = (1e-5, 2e-5, 4e-5)
+LEARNING_RATES = (5e-6, 1e-5, 2e-5, 4e-5)
 BETA_SHARES = (0.25, 1.0)
 """Of each objective's default beta: the same grid for methods whose betas mean different things."""
 DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
 GRID_SEED = 0
 TEST_SEEDS = (1, 2, 3, 4, 5)
 ABLATION_SEEDS = (1, 2)
+SAME_CALLS_SEEDS = (1, 2, 3)
 PROMPTS = {"grid": ("validation", 200), "validation": ("validation", None), "test": ("test", None)}
 """Prompt files: split and how many of its captions. `grid` is a part of `validation`; `test` chooses nothing."""
 SCORERS = ("toyworld-oracle", "toyworld-heldout")
