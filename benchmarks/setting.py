@@ -89,7 +89,7 @@ class Setting:
         unet = self.model.load_unet().to(self.device).train()
         if self.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=self.device.type == "cuda" or None)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=True)
         return Denoiser(unet, self.model.schedule, network_dtype=self.dtype), optimizer
 
     def online(self) -> OnlineLoop:

@@ -62,7 +62,7 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSetting
                 "8-bit AdamW needs bitsandbytes.", where="--optimizer adamw8bit", fix="pip install bitsandbytes"
             ) from None
         return AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda or None, **adam)
+    return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **adam)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:
