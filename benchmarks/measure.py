@@ -4,13 +4,15 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from common.tensor_watch import TensorWatch
 
 RESULTS = Path("runs/bench/results.jsonl")
 
@@ -48,6 +50,27 @@ def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, wa
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], object], holds: Iterable[torch.nn.Module | torch.optim.Optimizer]) -> int:
+    """Bytes of the modules and optimisers that a contestant holds, and the most that one run takes beside them."""
+    resident = 0
+    for each in holds:
+        tensors = (
+            [*each.parameters(), *each.buffers()] if isinstance(each, torch.nn.Module)
+            else [value for state in each.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        )
+        resident += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if torch.cuda.is_available():
+        synchronise()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronise()
+        return resident + torch.cuda.max_memory_allocated() - before
+    with TensorWatch() as watch:
+        run()
+    return resident + watch.peak
 
 
 def machine() -> str:

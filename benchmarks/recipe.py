@@ -8,14 +8,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-
 from benchmarks.measure import interleaved, machine, record
 from benchmarks.setting import PROMPTS, setting
-from train.objectives import inpo
-from train.proof import record_errors
-from train.records import Needs
-from train.stream import RecordStream
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,20 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
     here = setting(options.arch)
     kept = (1, 2, 5, 10)
     cache = here.cache(num_pairs=options.pairs, steps=10, kept=4, batch_size=options.batch_size)
-    stream = RecordStream(here.index(cache), Needs(), batch_size=options.batch_size, window_shards=4, seed=0)
-    batches = iter(stream)
-    denoiser, optimizer = here.trained()
+    ours = here.cached(cache, batch_size=options.batch_size)
     online = here.online()
     pixels = here.pixels(options.batch_size)
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(options.batch_size)]
-
-    def cached_step() -> None:
-        batch = next(batches).to(here.device)
-        error = record_errors(denoiser, batch)
-        inpo(error, batch.reference_error, batch.label, 2000.0).loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     task = here.tasks(options.pairs)[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,12 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
             worker = workers[number]
             worker.write(f"{task.name}-{written}", worker.compute(worker.read(task)))
 
-        contestants = {"cached step": cached_step, "online step": lambda: online.inpo_step(pixels, prompts)}
+        contestants = {"cached step": ours.step, "online step": lambda: online.inpo_step(pixels, prompts)}
         contestants |= {f"precompute K={number}": (lambda k=number: precompute(k)) for number in kept}
         timings = interleaved(contestants, rounds=options.rounds)
         for worker in workers.values():
             worker.close()
-    stream.close()
+    ours.stream.close()
     train = timings["cached step"].median / options.batch_size
     alternative = timings["online step"].median / options.batch_size
     print(f"recipe, {here.architecture}, n = 10, {here.dtype}, {machine()}; milliseconds per record\n")

@@ -20,6 +20,10 @@ from precompute.settings import PrecomputeSettings, build_manifest
 from precompute.tasks import ShardTask, list_tasks
 from precompute.worker import ShardWorker, load_components
 from train.index import Index, build_index
+from train.objectives import inpo
+from train.proof import record_errors
+from train.records import Needs
+from train.stream import RecordStream
 
 PROMPTS = [f"a {size} {colour} ball in the middle over a meadow" for size in ("small", "big") for colour in ("red", "pink")]
 
@@ -92,6 +96,14 @@ class Setting:
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=True)
         return Denoiser(unet, self.model.schedule, network_dtype=self.dtype), optimizer
 
+    def cached(self, cache: Cache, *, batch_size: int) -> "CachedLoop":
+        """Ours: the real record stream of a cache, and one network."""
+        denoiser, optimizer = self.trained()
+        stream = RecordStream(
+            self.index(cache), Needs(), batch_size=batch_size, window_shards=4, seed=0, pin=self.device.type == "cuda"
+        )
+        return CachedLoop(denoiser=denoiser, optimizer=optimizer, stream=stream, device=self.device)
+
     def online(self) -> OnlineLoop:
         """The alternative, complete."""
         trained, optimizer = self.trained()
@@ -107,6 +119,25 @@ class Setting:
 
     def pixels(self, num_pairs: int) -> torch.Tensor:
         return torch.rand(num_pairs, 2, 3, self.resolution, self.resolution) * 2 - 1
+
+
+@dataclass(kw_only=True, eq=False)
+class CachedLoop:
+    """What the trainer does for a micro-batch, without its logging."""
+
+    denoiser: Denoiser
+    optimizer: torch.optim.Optimizer
+    stream: RecordStream
+    device: torch.device
+
+    def step(self) -> None:
+        """One micro-batch from the cache, and the optimiser's step."""
+        batch = next(iter(self.stream)).to(self.device)
+        error = record_errors(self.denoiser, batch)
+        inpo(error, batch.reference_error, batch.label, 2000.0).loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.denoiser.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def setting(architecture: Architecture | None, folder: Path = Path("runs/bench")) -> Setting:

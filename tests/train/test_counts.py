@@ -2,7 +2,6 @@
 
 import functools
 import json
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,52 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
 from common.cache import open_cache
 from common.cache.arrays import CommittedStore
 from common.denoiser import Denoiser
+from common.tensor_watch import TensorWatch
 from train.index import build_index
 from train.records import Needs
 from train.stream import RecordStream
-
-WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.item")
-"""Operators whose answer the CPU must wait for when the numbers are on a GPU."""
-
-
-class Watch(TorchDispatchMode):
-    """Counts the waits, and the bytes of the tensors that are alive, made since it was entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: Counter[str] = Counter()
-        self.held = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = str(func).rsplit(".", 1)[0]
-        if name in WAITS:
-            self.waits[name] += 1
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._hold(leaf.untyped_storage())
-        return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.held -= size
 
 
 def test_one_network_call_per_micro_batch_and_one_network(
@@ -100,7 +62,7 @@ def test_micro_batches_wait_for_nothing_and_the_device_is_asked_once_per_log(
     def waits(**flags: Any) -> int:
         settings = {"steps": 6, "accumulate": 1, "log_every": 100, "save_every": 100} | flags
         name = "-".join(map(str, flags.values())) or "plain"
-        with Watch() as watch:
+        with TensorWatch() as watch:
             run(output=tmp_path / name, **settings)
         return watch.waits.total()
 
@@ -148,14 +110,14 @@ def test_no_more_is_held_than_one_network_in_training_needs(
     world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     def peak(**flags: Any) -> int:
-        with Watch() as watch:
+        with TensorWatch() as watch:
             run(output=tmp_path / "-".join(map(str, flags.values())), steps=3, save_every=100, **flags)
         return watch.peak
 
     weights = sum(p.numel() * p.element_size() for p in world.model.load_unet().parameters())
     unet = world.model.load_unet().train()
     one = _inputs(world, cache, 4)
-    with Watch() as alone:
+    with TensorWatch() as alone:
         unet(**one).sample.square().mean().backward()
     # Beside one forward and backward: the weights as loaded, two moments, and what AdamW works with.
     whole = peak(batch_size=2)
