@@ -130,7 +130,8 @@ class Run:
     def folder(self) -> Path:
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.label).strip("-")
         beta = "" if self.beta is None else f"-beta-{self.beta:g}"
-        return ROOT / "runs" / f"{slug}-lr-{self.learning_rate:g}{beta}-seed-{self.seed}"
+        longer = "" if self.steps == STEPS else f"-{self.steps}-steps"
+        return ROOT / "runs" / f"{slug}-lr-{self.learning_rate:g}{beta}-seed-{self.seed}{longer}"
 
     @property
     def pipeline(self) -> Path:
@@ -147,8 +148,8 @@ class Run:
         ]
 
     def images(self, prompts: str) -> Path:
-        """`prompts` names a file of prompts; runs of other lengths have folders of their own."""
-        return self.folder / (prompts if self.steps == STEPS else f"{prompts}-{self.steps}-steps")
+        """`prompts` names a file of prompts."""
+        return self.folder / prompts
 
 
 def base_images(prompts: str) -> Path:

@@ -129,9 +129,12 @@ def grid_table(choices: Mapping[str, Mapping[str, Any]]) -> str:
             best = (cell["learning_rate"], cell["beta"]) == (choice["learning_rate"], choice["beta"])
             numbers = [f"{cell[scorer]:.3f}" for scorer in SCORERS]
             beta = "-" if cell["beta"] is None else f"{cell['beta']:g}"
-            row = [name, f"{cell['learning_rate']:g}", beta, *numbers]
+            row = [name, f"{cell['learning_rate']:g}", beta, f"{cell['improvement']:+.3f}", f"{cell['sureness']:.1f}", *numbers]
             rows.append([f"**{each}**" if best else each for each in row])
-    return table(["method", "lr", "beta", "wins over base: oracle", "held-out"], rows)
+    return table(
+        ["method", "lr", "beta", "mean improvement, oracle", "over its standard error", "wins over base: oracle", "held-out"],
+        rows,
+    )
 
 
 def draw_wins(rows: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) -> None:
