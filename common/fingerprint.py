@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from common.errors import ModelError
+
 _VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_commit_hash"}
 _BLOCK_BYTES = 1 << 24
 
@@ -27,6 +31,7 @@ def of_files(files: Iterable[Path], *, config: dict[str, Any] | None = None, pre
     """Digest of a component: its weight files in name order, and its configuration if given.
 
     With `prefix` only the tensors of a safetensors file whose names start so are read (one file, many components).
+    Raises ModelError for a file that cannot be read, is damaged or cut, or has no tensor under `prefix`.
     """
     total = hashlib.blake2b(digest_size=16)
     for file in sorted(files, key=lambda path: path.name):
@@ -37,6 +42,26 @@ def of_files(files: Iterable[Path], *, config: dict[str, Any] | None = None, pre
 
 
 def _of_file(file: Path, prefix: tuple[str, ...]) -> str:
+    try:
+        return _known_or_read(file, prefix)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            "A file of the model cannot be read: it is damaged, cut or not what its name says.",
+            where=file,
+            expected="a whole safetensors file" if file.suffix == ".safetensors" else "a readable file",
+            got=f"{_bytes_of(file)}; {error}",
+            fix="download or copy the file again",
+        ) from error
+
+
+def _bytes_of(file: Path) -> str:
+    try:
+        return f"{file.stat().st_size} bytes"
+    except OSError:  # a link to nothing, as an interrupted download leaves it
+        return "no such file"
+
+
+def _known_or_read(file: Path, prefix: tuple[str, ...]) -> str:
     status = file.stat()
     key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{','.join(prefix)}"
     known = _load_known()
@@ -57,14 +82,25 @@ def _digest_bytes(file: Path) -> str:
 
 def _digest_safetensors(file: Path, prefix: tuple[str, ...]) -> str:
     """Digest over tensors in name order; the header's free metadata does not count."""
+    with safe_open(file, framework="numpy"):
+        pass  # the library checks that header and offsets fit the file: nothing below can run astray
     total = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         (header_bytes,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(header_bytes))
         start = 8 + header_bytes
-        for name in sorted(header):
-            if name == "__metadata__" or (prefix and not name.startswith(prefix)):
-                continue
+        names = [name for name in sorted(header) if name != "__metadata__" and name.startswith(prefix or "")]
+        if not names:
+            # Its digest would be that of every other file without them.
+            raise ModelError(
+                "A file of the model lacks the weights that are looked for in it.",
+                where=file,
+                expected=f"tensors whose names begin with {' or '.join(prefix)}" if prefix else "tensors",
+                got=", ".join([name for name in sorted(header) if name != "__metadata__"][:3]) or "none",
+                fix="a single file must be a whole checkpoint (UNet, VAE and text encoder in the original layout); "
+                "put one component alone into a pipeline folder instead",
+            )
+        for name in names:
             entry = header[name]
             total.update(f"{name}|{entry['dtype']}|{entry['shape']}".encode())
             first, last = entry["data_offsets"]
@@ -73,7 +109,7 @@ def _digest_safetensors(file: Path, prefix: tuple[str, ...]) -> str:
             while left:
                 block = stream.read(min(left, _BLOCK_BYTES))
                 if not block:
-                    raise ValueError(f"{file} is shorter than its header says")
+                    raise OSError(f"{file} is shorter than its header says")
                 total.update(block)
                 left -= len(block)
     return total.hexdigest()

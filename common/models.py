@@ -5,10 +5,12 @@ Stable Diffusion 1.x and 2.x (noise, v- and sample-prediction) and SDXL. Everyth
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import diffusers
 import torch
@@ -61,15 +63,18 @@ class Model:
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
-        return dict(json.loads((self.folder / "model_index.json").read_text()))
+        return _read_json(self.folder / "model_index.json")
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration file."""
         folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
         for name in ("scheduler_config.json", "config.json"):
             if (folder / name).is_file():
-                return dict(json.loads((folder / name).read_text()))
-        raise ModelError(f"The model has no {component} configuration.", where=folder, fix=f"supported: {SUPPORTED}")
+                return _read_json(folder / name)
+        raise ModelError(
+            f"The model has no {component} configuration.", where=folder, expected="config.json", got="no such file",
+            fix=f"download the model again; supported: {SUPPORTED}",
+        )
 
     @cached_property
     def scheduler(self) -> Any:
@@ -77,8 +82,12 @@ class Model:
         name = self.index["scheduler"][1]
         cls = getattr(diffusers, name, None)
         if cls is None:
-            raise ModelError("Unknown scheduler class.", where=self.name, got=name, fix="update diffusers")
-        return cls.from_pretrained(self.folder, subfolder="scheduler")
+            raise ModelError(
+                "Unknown scheduler class.", where=self.folder / "model_index.json",
+                expected="a scheduler of the installed diffusers", got=name, fix="update diffusers, or correct the name",
+            )
+        with _loading("scheduler", self.folder / "scheduler"):
+            return cls.from_pretrained(self.folder, subfolder="scheduler")
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -127,30 +136,32 @@ class Model:
 
     def load_unet(self) -> UNet2DConditionModel:
         """The UNet in float32 on the CPU."""
-        if self.file is not None:
-            return UNet2DConditionModel.from_single_file(
-                str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
+        with _loading("unet", self.file or self.folder / "unet"):
+            if self.file is not None:
+                return UNet2DConditionModel.from_single_file(
+                    str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
+                )
+            return _whole(
+                UNet2DConditionModel.from_pretrained(
+                    self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
+                    variant=self._has_variant(self.folder / "unet"), output_loading_info=True,
+                )
             )
-        return UNet2DConditionModel.from_pretrained(
-            self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
-            variant=self._has_variant(self.folder / "unet"),
-        )
 
     def load_vae(self) -> AutoencoderKL:
         """The VAE in float32 on the CPU."""
-        if self.vae_folder is not None:
-            return AutoencoderKL.from_pretrained(
-                self.vae_folder, dtype=torch.float32, use_safetensors=True,
-                variant=self._has_variant(self.vae_folder),
+        with _loading("vae", self.vae_folder or self.file or self.folder / "vae"):
+            if self.file is not None and self.vae_folder is None:
+                return AutoencoderKL.from_single_file(
+                    str(self.file), config=str(self.folder), subfolder="vae", dtype=torch.float32
+                )
+            folder = self.vae_folder or self.folder / "vae"
+            return _whole(
+                AutoencoderKL.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, variant=self._has_variant(folder),
+                    output_loading_info=True,
+                )
             )
-        if self.file is not None:
-            return AutoencoderKL.from_single_file(
-                str(self.file), config=str(self.folder), subfolder="vae", dtype=torch.float32
-            )
-        return AutoencoderKL.from_pretrained(
-            self.folder, subfolder="vae", dtype=torch.float32, use_safetensors=True,
-            variant=self._has_variant(self.folder / "vae"),
-        )
 
     def load_text_pipeline(self) -> DiffusionPipeline:
         """A pipeline that holds only tokenizers and text encoders, in float32: for `encode_prompt`."""
@@ -166,15 +177,60 @@ class Model:
         if self.family == "sd":
             components |= {"safety_checker": None, "requires_safety_checker": False}
         cls = StableDiffusionPipeline if self.family == "sd" else StableDiffusionXLPipeline
-        if self.file is not None:
-            return cls.from_single_file(
-                str(self.file), config=str(self.folder), dtype=torch.float32, **components
+        with _loading("pipeline", self.file or self.folder):
+            if self.file is not None:
+                return cls.from_single_file(
+                    str(self.file), config=str(self.folder), dtype=torch.float32, **components
+                )
+            any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
+            return cls.from_pretrained(
+                self.folder, dtype=torch.float32, use_safetensors=True,
+                variant=self.variant if any_variant else None, **components,
             )
-        any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
-        return cls.from_pretrained(
-            self.folder, dtype=torch.float32, use_safetensors=True,
-            variant=self.variant if any_variant else None, **components,
-        )
+
+
+_Loaded = TypeVar("_Loaded")
+
+
+def _whole(loaded: tuple[_Loaded, dict[str, Any]]) -> _Loaded:
+    """The model. Raises ValueError if its files lack a weight: diffusers would draw it at random and go on."""
+    model, information = loaded
+    missing = sorted(information["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
+    return model
+
+
+@contextmanager
+def _loading(what: str, where: Path) -> Iterator[None]:
+    """Whatever the libraries raise for files that are damaged or do not fit becomes one ModelError."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            f"The model's {what} cannot be loaded.",
+            where=where,
+            expected="whole files, weights that fit their configuration",
+            got=(lines[0] if lines else type(error).__name__)[:200],
+            fix="download or convert the model again; it should load with diffusers' own DiffusionPipeline",
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A configuration file. Raises ModelError if it is no JSON object."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"{type(document).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "A configuration file of the model cannot be read.", where=file, expected="a JSON object", got=str(error),
+            fix="download the model again",
+        ) from error
+    return document
 
 
 def _is_variant(file: Path) -> bool:
@@ -206,7 +262,8 @@ def open_model(
                 "A single-file model needs its configuration.",
                 where=path,
                 expected="--model-config DIR, a pipeline folder (weights not needed) of the same architecture",
-                fix="pass --model-config; online, `hf download MODEL --include '*.json' '*.txt'` makes one",
+                got="weights alone: a single file holds no configuration, and none is guessed, online or offline",
+                fix="`hf download MODEL --include '*.json' '*.txt' --local-dir DIR` makes one, where there is a network",
             )
         folder = _folder_of(model_config, variant=None)
         return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
@@ -233,9 +290,15 @@ def _folder_of(location: str, *, variant: str | None) -> Path:
             fix="check the path",
         )
     tag = f".{variant}" if variant else ""
-    weights = [f"*/{stem}{tag}*.safetensors" for stem in ("model", "diffusion_pytorch_model")]
+    # Whole, or in numbered parts; of one variant; the last pattern is a repository that is a VAE alone.
+    stems = ("*/model", "*/diffusion_pytorch_model", "diffusion_pytorch_model")
+    weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights]))
+        return Path(
+            snapshot_download(
+                location, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights], ignore_patterns="safety_checker/*"
+            )
+        )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(
             "The model is no local folder, and could not be fetched from the hub.",
@@ -265,7 +328,7 @@ def _family(folder: Path) -> Family:
             got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
             fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
         )
-    name = json.loads(index_file.read_text()).get("_class_name", "?")
+    name = _read_json(index_file).get("_class_name", "?")
     if name not in _FAMILIES:
         raise ModelError(
             f"A model of class {name} is not supported.", where=folder, expected=SUPPORTED, got=name,
@@ -287,5 +350,16 @@ def _checked(model: Model) -> Model:
         )
     if model.index.get("scheduler", [None, None])[1] is None:
         raise ModelError("The pipeline has no scheduler.", where=model.name, fix=f"supported: {SUPPORTED}")
-    _ = model.schedule
+    for component in ("tokenizer", "tokenizer_2") if model.family == "sdxl" else ("tokenizer",):
+        # The libraries make an empty tokenizer of an empty folder, and fail much later.
+        if not any((model.folder / component / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ModelError(
+                f"The model has no {component}.", where=model.folder / component,
+                expected="tokenizer.json, or vocab.json and merges.txt", got="neither", fix="download the model again",
+            )
+    try:
+        _ = model.schedule
+    except ModelError as error:
+        error.where = f"{model.name}: {error.where}"
+        raise
     return model

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import fingerprint
+from common.errors import ModelError
 from common.fingerprint import of_config, of_files
 from common.models import open_model
 
@@ -77,11 +78,59 @@ def test_a_home_that_cannot_be_written_or_is_damaged_only_costs_time(weights, ow
     assert of_files([file]) == before
 
 
-def test_a_cut_file_is_no_fingerprint(weights):
+def _header(data: bytes, header: bytes) -> bytes:
+    """The file with another header of its own length."""
+    old = int.from_bytes(data[:8], "little")
+    return len(header).to_bytes(8, "little") + header + data[8 + old :]
+
+
+DAMAGES = {
+    "cut": lambda data: data[:-4],
+    "cut in the header": lambda data: data[:20],
+    "three bytes": lambda data: data[:3],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"\0",
+    "a header of exabytes": lambda data: data[:6] + b"\x7f" + data[7:],
+    "a header that is no text": lambda data: data[:12] + b"\xff" + data[13:],
+    "a header that is no JSON": lambda data: _header(data, b"{" * 64),
+    "a header that is no object": lambda data: _header(data, b"[1, 2]"),
+    "no offsets": lambda data: _header(data, b'{"a": {"dtype": "F32", "shape": [1]}}'),
+    "offsets that run backwards": lambda data: _header(
+        data, b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'
+    ),
+    "offsets beyond the end": lambda data: _header(
+        data, b'{"a": {"dtype": "F32", "shape": [99], "data_offsets": [0, 396]}}'
+    ),
+    "no safetensors at all": lambda data: b"PK\3\4" + bytes(400),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_one_clear_error(weights, name):
     _, file = weights
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="shorter than its header"):
+    file.write_bytes(DAMAGES[name](file.read_bytes()))
+    with pytest.raises(ModelError) as caught:
         of_files([file])
+    message = str(caught.value)
+    for part in (str(file), f"{file.stat().st_size} bytes", "to do:"):
+        assert part in message
+
+
+def test_a_link_to_nothing_is_one_clear_error(tmp_path):
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(ModelError, match="no such file"):
+        of_files([link])
+
+
+def test_a_file_without_the_component_has_no_fingerprint(weights):
+    """Nothing read would be one digest for every such file."""
+    _, file = weights
+    with pytest.raises(ModelError) as caught:
+        of_files([file], prefix=("model.diffusion_model.",))
+    message = str(caught.value)
+    for part in ("model.diffusion_model.", "a.bias", "whole checkpoint"):
+        assert part in message
 
 
 def test_one_component_of_a_single_file(weights, tmp_path):

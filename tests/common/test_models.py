@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
 from common.models import open_model
@@ -111,6 +112,75 @@ def test_weights_that_are_missing_or_of_another_variant(model_copy):
     with pytest.raises(ModelError, match=r"(?s)no weights in safetensors(.*)fp16(.*)--variant"):
         _ = model.fingerprints
     assert "unet" in open_model(str(model_copy), variant="fp16").fingerprints
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "vae/config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "\0"])
+def test_a_configuration_that_cannot_be_read(model_copy, file, text):
+    (model_copy / file).write_text(text)
+    assert str(model_copy / file) in refusal(model_copy)
+
+
+def test_a_lost_tokenizer_and_an_unknown_scheduler(model_copy):
+    change(model_copy / "model_index.json", scheduler=["diffusers", "NoSuchScheduler"])
+    assert "NoSuchScheduler" in refusal(model_copy)
+    for file in (model_copy / "tokenizer").iterdir():
+        file.unlink()
+    assert str(model_copy / "tokenizer") in refusal(model_copy)
+
+
+@pytest.mark.parametrize(("part", "load"), [("unet", "load_unet"), ("vae", "load_vae")])
+def test_a_lost_weight_is_never_drawn_at_random(model_copy, part, load):
+    (file,) = (model_copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        getattr(open_model(str(model_copy)), load)()
+    for word in (str(model_copy / part), f"1 weights are missing: {lost}", "to do:"):
+        assert word in str(caught.value)
+
+
+def test_weights_that_do_not_fit_their_configuration(model_copy):
+    change(model_copy / "unet/config.json", cross_attention_dim=64)
+    with pytest.raises(ModelError, match="unet cannot be loaded") as caught:
+        open_model(str(model_copy)).load_unet()
+    assert "to_k.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        (None, {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                "vae/diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors"}),
+        ("fp16", {"unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
+                  "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}),
+    ],
+)
+def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, variant, expected):
+    """File names as hub repositories have them; the selection is the hub client's own."""
+    names = [
+        "model_index.json", "unet/config.json", "tokenizer/merges.txt", "v1-5-pruned.safetensors", "README.md",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors", "safety_checker/model.fp16.safetensors",
+        "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors",  # a repository that is a VAE alone
+    ]
+    fetched: set[str] = set()
+
+    def download(location, *, allow_patterns, ignore_patterns):
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.update(kept)
+        return str(model_copy)
+
+    monkeypatch.setattr("common.models.snapshot_download", download)
+    open_model("owner/name", variant=variant)
+    assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == expected
+    assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= fetched
 
 
 def test_a_replacement_vae(tiny, model_copy):
