@@ -215,25 +215,28 @@ def test_batch_size_and_order_change_nothing_but_rounding(
         assert torch.equal(one.x_t, eight.x_t)
 
 
-def test_bfloat16_networks_agree_to_their_own_rounding(
-    tiny_unet: nn.Module, latents: Callable, inverted: Callable
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 1e-3, 0.05), ("float16", 1e-4, 0.01)])
+def test_half_precision_networks_agree_to_their_own_rounding(
+    tiny_unet: nn.Module, latents: Callable, inverted: Callable, dtype: str, least: float, most: float
 ) -> None:
-    """State in float32 under autocast: batch sizes differ by bfloat16's rounding of the network, and no more."""
+    """State in float32 under autocast: batch sizes differ by the network's rounding, and no more."""
     import copy
 
     unet = copy.deepcopy(tiny_unet)
-    prepare_for_inference(unet, network_dtype="bfloat16", device=torch.device("cpu"))
+    prepare_for_inference(unet, network_dtype=dtype, device=torch.device("cpu"))
     schedule = NoiseSchedule.from_scheduler(SCHEDULER)
     x0 = latents(6, (4, 8, 8))
-    half = Denoiser(unet, schedule, network_dtype="bfloat16")
+    half = Denoiser(unet, schedule, network_dtype=dtype)
+    seen: set[torch.dtype] = set()
+    unet.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
     one, eight = inverted(half, x0, pairs_per_batch=1), inverted(half, x0, pairs_per_batch=8)
     exact = inverted(Denoiser(tiny_unet, schedule), x0)
+    assert seen == {torch.float32}, "the state enters the network in float32; autocast rounds inside"
     assert torch.equal(one.timestep, eight.timestep)
-    batches, dtype = _compare(eight, one), _compare(one, exact)
-    print("bfloat16, batch 8 against 1:", batches, "against float32:", dtype)
+    batches, rounding = _compare(eight, one), _compare(one, exact)
+    print(f"{dtype}, batch 8 against 1:", batches, "against float32:", rounding)
     assert max(batches.values()) < 0.02
-    assert dtype["x_t"] < 0.05
-    assert dtype["x_t"] > 1e-3  # it did run in bfloat16
+    assert least < rounding["x_t"] < most  # it did run in this dtype
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
     signal = schedule.a[axes].numpy() * x0[:, None].double().numpy()

@@ -1,0 +1,107 @@
+"""What runs before the network: the VAE in which dtype, and every distinct prompt of a shard once."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.models import open_model
+from precompute.settings import PrecomputeSettings, build_manifest
+from precompute.worker import Components
+
+
+def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) -> Path:
+    """A copy of a pipeline whose VAE says so; None: it says nothing, like those saved before there was a word for it."""
+    shutil.copytree(pipeline, folder)
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("force_upcast", None)
+    file.write_text(json.dumps(config | ({} if force_upcast is None else {"force_upcast": force_upcast})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("force_upcast", "dtype", "expected"),
+    [
+        (True, "bfloat16", "float32"),
+        (None, "bfloat16", "float32"),
+        (False, "bfloat16", "bfloat16"),
+        (False, "fp16", "float16"),
+        (False, "float32", "float32"),
+    ],
+)
+def test_the_vae_is_in_float32_unless_its_configuration_says_otherwise(
+    pipelines: Callable, tmp_path: Path, force_upcast: bool | None, dtype: str, expected: str
+) -> None:
+    model = open_model(str(_with_vae_config(pipelines("sdxl"), tmp_path / "model", force_upcast)))
+    manifest = build_manifest(PrecomputeSettings(resolution=32, dtype=dtype), model, device_type="cpu")
+    assert manifest.vae_dtype == expected
+
+
+def test_a_replacement_vae_speaks_for_itself(pipelines: Callable, tmp_path: Path) -> None:
+    """The repaired SDXL VAE beside a model whose own VAE needs float32."""
+    repaired = _with_vae_config(pipelines("sdxl"), tmp_path / "repaired", False)
+    model = open_model(str(pipelines("sdxl")), vae=str(repaired / "vae"))
+    manifest = build_manifest(PrecomputeSettings(resolution=32, dtype="bfloat16"), model, device_type="cpu")
+    assert manifest.vae_dtype == "bfloat16"
+
+
+def test_the_vae_of_a_bfloat16_run_computes_in_float32(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable
+) -> None:
+    """The dtype in which its last layer ran, and latents bit for bit those of a float32 run; with `force_upcast: false`
+    the same layer runs in bfloat16."""
+    source = write_tars(tmp_path / "pairs", examples(2), 2)
+    ran: list[torch.dtype] = []
+
+    def watch(components: Components) -> None:
+        layer = components.images.vae.quant_conv
+        layer.register_forward_hook(lambda module, inputs, output: ran.append(output.dtype))
+
+    run.prepare = watch
+    settings = {"steps": 1, "timesteps_per_pair": 1}
+    single = by_id(run.cache(source, pipelines("sdxl"), tmp_path / "a", dtype="float32", **settings), "x0")
+    mixed = by_id(run.cache(source, pipelines("sdxl"), tmp_path / "b", dtype="bfloat16", **settings), "x0")
+    assert set(ran) == {torch.float32}
+    for pair_id, x0 in single.items():
+        np.testing.assert_array_equal(mixed[pair_id], x0)
+    ran.clear()
+    repaired = _with_vae_config(pipelines("sdxl"), tmp_path / "repaired", False)
+    half = by_id(run.cache(source, repaired, tmp_path / "c", dtype="bfloat16", **settings), "x0")
+    assert set(ran) == {torch.bfloat16}
+    for pair_id, x0 in single.items():
+        assert 0 < np.abs(half[pair_id].astype(float) - x0).max() < 0.05 * np.abs(x0.astype(float)).max()
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_each_distinct_prompt_of_a_shard_is_encoded_once(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, kind: str
+) -> None:
+    asked: list[str] = []
+
+    def watch(components: Components) -> None:
+        encode = components.text.pipeline.encode_prompt
+
+        def counted(*, prompt: list[str], **rest: Any) -> Any:
+            asked.extend(prompt)
+            return encode(prompt=prompt, **rest)
+
+        components.text.pipeline.encode_prompt = counted
+
+    run.prepare = watch
+    pairs = examples(6)  # four prompts in turn: two of them twice
+    source = write_tars(tmp_path / "pairs", pairs, 6)
+    cache = run.cache(source, pipelines(kind), tmp_path / "cache", steps=1, timesteps_per_pair=1)
+    prompts = ["", *sorted({pair.prompt for pair in pairs})]
+    assert asked == prompts
+    (shard,) = cache
+    assert shard.read("prompt/text").tolist() == prompts
+    assert len(shard.read("prompt/embedding")) == len(prompts)
+    assert [prompts[index] for index in shard.read("prompt_index")] == [pair.prompt for pair in pairs]
+    if kind == "sdxl":
+        assert len(shard.read("prompt/pooled")) == len(prompts)
