@@ -37,6 +37,7 @@ CHECKS: Mapping[str, str] = {
     "x_t": "float16(a x0 + s target), bit for bit",
     "x0_t": "(x_t - s delta) / a, to the rounding of float16",
     "reference_error": "mean (target - eps_ref)^2, to the rounding of delta",
+    "labels": "label sets: every document whole, for the committed attempt and all its pairs",
     "reference": "a sample of pairs: --model at the stored x_t gives the stored error",
     "re-inversion": "a sample of pairs, inverted again by --model",
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.cache import Cache, Commit, open_cache
+from common.cache.labels import label_sets, read_shard_labels
 from common.errors import CacheCorrupt, CacheError, CacheMismatch, InpoError
 from common.models import Model
 from inspection.checks import CHECKS, Finding, ShardResult, check_shard
@@ -67,6 +68,10 @@ def verify(
         for name, count in result.num_checked.items():
             num_checked[name] = num_checked.get(name, 0) + count
     findings += _duplicates(results)
+    labelled, label_findings = _check_labels(cache)
+    findings += label_findings
+    if labelled:
+        num_checked["labels"] = labelled
     verification = Verification(
         location=cache.location,
         num_shards=len(cache.commits) + len(unreadable),
@@ -97,6 +102,27 @@ def _duplicates(results: list[ShardResult]) -> list[Finding]:
             )
         seen.update(dict.fromkeys(result.pair_ids, result.shard))
     return findings
+
+
+def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
+    """(labels looked at, findings) over every label set. Making a shard again cures no label, so none is `remake`."""
+    num_checked, findings = 0, []
+    for name in label_sets(cache.store):
+        for shard in cache:
+            try:
+                labels = read_shard_labels(cache.store, name, shard.name)
+                if labels is None:  # a set may be begun and not finished
+                    continue
+                num_checked += len(labels.pairs)
+                if labels.attempt == shard.commit.attempt and set(labels.pairs) == set(shard.read("pair_id").tolist()):
+                    continue
+                detail = "not the labels of the committed pairs; run the same `inpo relabel` again"
+            except CacheCorrupt as error:
+                detail = f"{error.what} In {error.where}; {error.fix}"
+            except CacheError as error:
+                detail = f"{error.what} Got {error.got}, in {error.where}; {error.fix}"
+            findings.append(Finding(shard=shard.name, check="labels", detail=f"set {name}: {detail}", remake=False))
+    return num_checked, findings
 
 
 def _check_model(cache: Cache, model: Model) -> None:

@@ -1,9 +1,10 @@
 """Label sets: P(win preferred) given to committed pairs later, beside the shards, which stay as they are.
 
     CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source,
-                                         pairs: {pair id: {scores: [win, lose], label}}}
+                                         pairs: {pair id: {scores: [win, lose], label}}, checksum}
 
-One document per shard, keyed by the attempt it was made for. A set is complete when every committed shard has one.
+One document per shard, keyed by the attempt it was made for, and sealed: zarr's checksums do not reach here. A set is
+complete when every committed shard has one.
 """
 
 import re
@@ -12,9 +13,9 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 
 from common.cache.reader import Cache
-from common.cache.schema import _Document
+from common.cache.schema import _Document, check_seal, load, sealed
 from common.cache.store import CacheStore
-from common.errors import CacheIncomplete, CacheMismatch, UsageError
+from common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
 
 
 class PairLabel(_Document):
@@ -37,6 +38,29 @@ class LabelSet(_Document):
     source: str
     """Location of the pair source whose images were scored."""
     pairs: dict[str, PairLabel]
+    checksum: str = ""
+    """As in a commit. Sets from before there was one have none, and are read without."""
+
+    def to_json(self) -> bytes:
+        return sealed(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "LabelSet":
+        """Parse; raises CacheSchemaError for what is no label set, CacheCorrupt for one that was edited or damaged."""
+        try:
+            document = load(data, where)
+            labels = cls._parse(document, where)
+            if "checksum" in document:
+                check_seal(document, where, what="A label set", fix=_REMAKE)
+        except CacheError as error:
+            error.fix = _REMAKE
+            raise
+        return labels
+
+
+_REMAKE = (
+    "the file was edited or damaged; restore it from a copy, or remove it: the same `inpo relabel` makes it again"
+)
 
 
 def check_set_name(name: str) -> str:

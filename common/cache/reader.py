@@ -221,10 +221,7 @@ class Cache:
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """The reference's noise schedule, from the manifest."""
-        import torch
-
-        table = torch.tensor(self.manifest.alphas_cumprod, dtype=torch.float64)
-        return NoiseSchedule.from_alphas_cumprod(table, self.manifest.prediction_type)  # type: ignore[arg-type]
+        return self.manifest.schedule()
 
     @property
     def num_pairs(self) -> int:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.cache.store import digest
 from common.errors import CacheCorrupt, CacheSchemaError
+from common.schedule import NoiseSchedule
 
 SCHEMA_VERSION = 1
 MAX_PAIRS_PER_SHARD = 256
@@ -167,7 +169,7 @@ class _Document(BaseModel):
     @classmethod
     def from_json(cls: type[_DocumentType], data: bytes, where: str) -> _DocumentType:
         """Parse; raises CacheSchemaError naming the first bad field, the value found and what to do."""
-        return cls._parse(_load(data, where), where)
+        return cls._parse(load(data, where), where)
 
     @classmethod
     def _parse(cls: type[_DocumentType], document: dict[str, Any], where: str) -> _DocumentType:
@@ -183,7 +185,7 @@ class _Document(BaseModel):
             ) from None
 
 
-def _load(data: bytes, where: str) -> dict[str, Any]:
+def load(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object, or CacheSchemaError."""
     try:
         document = json.loads(data)
@@ -249,7 +251,7 @@ class Manifest(_Document):
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":
         """Parse; another schema version, or none, is refused before any other field is looked at."""
-        document = _load(data, where)
+        document = load(data, where)
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise CacheSchemaError(
@@ -277,11 +279,17 @@ class Manifest(_Document):
             "time_id": 6,
         }
 
+    def schedule(self) -> NoiseSchedule:
+        """The reference's noise schedule from the table here, so that writers and readers walk the very same numbers
+        even where another version of the libraries would round the scheduler's table differently."""
+        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        return NoiseSchedule.from_alphas_cumprod(table, self.prediction_type)  # type: ignore[arg-type]
+
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""
         flat: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
-            if name in ("versions", "alphas_cumprod"):  # the table is covered by fingerprints.scheduler
+            if name in ("versions", "alphas_cumprod"):  # check_identity compares the table, to rounding
                 continue
             if isinstance(value, dict):
                 flat.update({f"{name}.{key}": inner for key, inner in value.items()})
@@ -322,25 +330,38 @@ class Commit(_Document):
     """blake2b digest of all other fields (sorted keys, no white space): any edit of a commit is found."""
 
     def to_json(self) -> bytes:
-        document = self.model_dump(mode="json")
-        sealed = document | {"checksum": _checksum(document)}
-        return (json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        return sealed(self.model_dump(mode="json"))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Commit":
         """Parse; raises CacheCorrupt if any value is not the one that was written."""
-        document = _load(data, where)
+        document = load(data, where)
         commit = cls._parse(document, where)
-        if commit.checksum != _checksum(document):
-            raise CacheCorrupt(
-                "A commit is not the one that was written.",
-                where=where,
-                expected=f"checksum {commit.checksum or '(none in the file)'}",
-                got=_checksum(document),
-                fix="the file was edited or damaged; restore it from a copy, or remove it: the next `inpo precompute` "
-                "makes this shard again",
-            )
+        check_seal(
+            document, where, what="A commit",
+            fix="the file was edited or damaged; restore it from a copy, or remove it: the next `inpo precompute` "
+            "makes this shard again",
+        )
         return commit
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """A document with the checksum of its other fields."""
+    whole = document | {"checksum": _checksum(document)}
+    return (json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def check_seal(document: dict[str, Any], where: str, *, what: str, fix: str) -> None:
+    """Raise CacheCorrupt unless the document's checksum is that of its other fields."""
+    written, found = document.get("checksum"), _checksum(document)
+    if written != found:
+        raise CacheCorrupt(
+            f"{what} is not the one that was written.",
+            where=where,
+            expected=f"checksum {written or '(none in the file)'}",
+            got=found,
+            fix=fix,
+        )
 
 
 def _checksum(document: dict[str, Any]) -> str:

@@ -154,6 +154,9 @@ class CacheWriter:
 def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:
     """Raise CacheMismatch, with both values of every difference, unless the two manifests are one identity."""
     have, want = existing.identity(), wanted.identity()
+    if not _same_table(existing.alphas_cumprod, wanted.alphas_cumprod):
+        # One fingerprint of the scheduler, two tables: another version of the library reads its settings otherwise.
+        have["alphas_cumprod"], want["alphas_cumprod"] = map(_ends, (existing.alphas_cumprod, wanted.alphas_cumprod))
     names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
     if names:
         raise CacheMismatch(
@@ -163,3 +166,16 @@ def check_identity(existing: Manifest, wanted: Manifest, location: object) -> No
             got="; ".join(f"{name} = {want.get(name)!r} (this run)" for name in names),
             fix="give this run its own --cache folder, or repeat the cache's settings",
         )
+
+
+_TABLE_TOLERANCE = 1e-6
+"""Relative. The table is float32 in its library; writers take the cache's own (Manifest.schedule), to the last bit."""
+
+
+def _same_table(left: Sequence[float], right: Sequence[float]) -> bool:
+    return len(left) == len(right) and np.allclose(left, right, rtol=_TABLE_TOLERANCE, atol=0)
+
+
+def _ends(table: Sequence[float]) -> str:
+    digits = digest(json.dumps(list(table)).encode())[:8]
+    return f"{table[0]:.9g} to {table[-1]:.9g}, {len(table)} values, digest {digits}"
