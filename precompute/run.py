@@ -18,7 +18,7 @@ from common.cache.writer import MANIFEST, check_identity
 from common.denoiser import Condition
 from common.errors import CacheMismatch, DataError, InpoError, UsageError
 from common.models import Model
-from common.pairs import open_source
+from common.pairs import SKIP_REASONS, open_source
 from common.progress import ProgressReport
 from common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from precompute.engines.local import process_state, run_local
@@ -77,7 +77,10 @@ def run_precompute(
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
-    tasks, unreadable = list_tasks(open_source(resolved.data.need("pairs")), limit=settings.limit)
+    pairs = resolved.data.need("pairs")
+    tasks, unreadable = list_tasks(open_source(pairs), limit=settings.limit)
+    if not tasks:  # before there is a cache: the next try may have other settings
+        raise _nothing_to_read(pairs, unreadable)
     committed = _committed(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
@@ -91,7 +94,7 @@ def run_precompute(
         writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
-        for line in _changed_inputs(writer, tasks, committed):
+        for line in _input_warnings(writer, tasks, committed):
             print(f"warning: {line}", file=sys.stderr)
     failures: list[DataError] = list(unreadable)
     total = sum(task.stop - task.start for task in tasks if task.name not in committed)
@@ -114,7 +117,7 @@ def run_precompute(
                 on_outcome=on_outcome,
             )
         else:
-            report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome).report()
+            report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
         _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
     return 1 if failures else 0
@@ -135,7 +138,10 @@ def run_plan(
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
-    tasks, _ = list_tasks(open_source(resolved.data.need("pairs")), limit=resolved.settings.limit)
+    pairs = resolved.data.need("pairs")
+    tasks, unreadable = list_tasks(open_source(pairs), limit=resolved.settings.limit)
+    if not tasks:
+        raise _nothing_to_read(pairs, unreadable)
     plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
     if as_json:
@@ -143,6 +149,16 @@ def run_plan(
     else:
         print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
+
+
+def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
+    """Why a source gives no work at all: what is wrong with its first file, or that its files hold no rows."""
+    if not unreadable:
+        return DataError("The pair source has no rows.", where=pairs, expected="at least one pair", got="0 rows",
+                         fix="`inpo data check` shows what a source holds; docs/data.md shows the three kinds")
+    if len(unreadable) > 1:
+        print(f"none of {len(unreadable)} input shards can be read; the first:", file=sys.stderr, flush=True)
+    return unreadable[0]
 
 
 def _device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:
@@ -175,30 +191,47 @@ def _committed(cache: str, manifest: Manifest) -> set[str]:
             )
         return set()
     existing: Manifest = Manifest.from_json(data, store.path(MANIFEST))
-    check_identity(existing, manifest, cache)
-    return CacheWriter(store, existing).committed()
+    committed = CacheWriter(store, existing).committed()
+    try:
+        check_identity(existing, manifest, cache)
+    except CacheMismatch as error:
+        if not committed:  # what a first try leaves that failed for its model or its pairs
+            error.fix = "nothing is committed here yet: remove this cache and run again, or repeat its settings"
+        raise
+    return committed
 
 
-def _changed_inputs(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
-    """One line per committed shard whose input file is not what it was, and per input that cannot be read any more."""
+def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
+    """What a user should know about inputs before days of work: a line per committed shard whose input file is not
+    what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
+    paths = [f"commits/{name}.json" for name in sorted(committed)]
+    documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
+    commits = {name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None}
+    made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
     fingerprints: dict[str, str | None] = {}
-    made = [task for task in tasks if task.name in committed]
-    for task, data in zip(made, writer.store.get_many([f"commits/{task.name}.json" for task in made]), strict=True):
-        if data is None:
-            continue
-        commit: Commit = Commit.from_json(data, task.name)
-        name = task.input_shard.name
-        if name not in fingerprints:
+    for task in tasks if commits else []:
+        name, commit = task.input_shard.name, commits.get(task.name)
+        is_first = name not in fingerprints
+        if is_first:
             try:
                 fingerprints[name] = task.input_shard.fingerprint()
-            except InpoError as error:
+            except InpoError as error:  # the run itself meets and reports it where there is work to do
                 fingerprints[name] = None
-                lines.append(f"input {name} cannot be compared with what its shards were made from: {error}")
-        if fingerprints[name] is not None and commit.source.fingerprint != fingerprints[name]:
+                if commit is not None:
+                    lines.append(f"input {name} cannot be compared with what its shards were made from: {error}")
+        found = fingerprints[name]
+        if found is None:
+            continue
+        if commit is not None and commit.source.fingerprint != found:
             lines.append(
                 f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
                 f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
+            )
+        if commit is None and is_first and made_from.get(found, name) != name:
+            lines.append(
+                f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs come into "
+                f"the cache twice. If the file was renamed or moved, stop and give it back its name"
             )
     return lines
 
@@ -248,9 +281,15 @@ def _print_summary(
     )
     print(f"time: {report}")
     for reason, count in sorted(skipped.items()):
-        print(f"skipped: {count} x {reason} (listed in {writer.store.path('skipped')})")
+        meaning = SKIP_REASONS.get(reason, "a number that would be stored is NaN or infinite")  # type: ignore[call-overload]
+        print(f"skipped: {count} x {reason}: {meaning}")
+    if skipped:
+        print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
     for what, count in sorted(counts.items()):
         print(f"counted: {count} x {what}")
     if failures:
         print(f"unreadable input shards: {len(failures)}; the others are done")
+    if cache.num_pairs == 0:
+        print(f"no pair was kept, so there is nothing to train on: `inpo data check {tasks[0].location}` counts the reasons")
+        return
     print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)

@@ -42,8 +42,8 @@ def run_local(
     writer: CacheWriter,
     settings: PrecomputeSettings,
     on_outcome: Callable[[Outcome], None],
-) -> Timing:
-    """Make this process's share of `tasks` on its own device, then wait for the other processes.
+) -> str:
+    """Make this process's share of `tasks` on its own device, then wait for the others; returns the time report of all.
 
     The split covers all tasks of the source, done or not, so it does not depend on when a process looked.
     """
@@ -69,8 +69,10 @@ def run_local(
                     on_outcome(outcome)
         finally:
             worker.close()
-    waiting_room.wait()
-    return timing
+    whole = Timing()
+    for each in waiting_room.meet(timing):
+        whole.merge(each)
+    return whole.report() + (f", over {state.num_processes} processes" if state.num_processes > 1 else "")
 
 
 class _WaitingRoom:
@@ -85,18 +87,21 @@ class _WaitingRoom:
             torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
         )
 
-    def wait(self) -> None:
-        """Raises InpoError if another process has gone."""
+    def meet(self, timing: Timing) -> list[Timing]:
+        """Wait for the others; everybody's timing. Raises InpoError if another process has gone."""
         if self._group is None:
-            return
+            return [timing]
+        timings = [timing] * torch.distributed.get_world_size(self._group)
         try:
             barrier = torch.distributed.barrier(group=self._group, async_op=True)
             while not barrier.is_completed():
                 time.sleep(0.1)
             barrier.wait()
+            torch.distributed.all_gather_object(timings, timing, group=self._group)
         except RuntimeError as error:  # gloo: a connection was closed
             raise InpoError(
                 "Another process of this run has ended before its work was done.",
                 got=str(error).splitlines()[0][:200],
                 fix="see that process's own message, then run the same command again: what is committed stays",
             ) from error
+        return timings

@@ -1,5 +1,6 @@
 """One cache, tensor for tensor, whoever makes it: two runs at once, two processes of one run, an object store."""
 
+import re
 import signal
 import socket
 from pathlib import Path
@@ -48,13 +49,14 @@ def _ranks(count: int) -> list[dict[str, str]]:
 
 
 def test_two_processes_of_one_run(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
-    """A static split, a shard in one hand only, and one summary, by rank 0, when both are done."""
+    """A static split, a shard in one hand only, and one summary of both, by rank 0, when both are done."""
     cache = tmp_path / "cache"
     ranks = [zygote.start(world.arguments(cache), environment) for environment in _ranks(2)]
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS, "no shard was made twice"
     assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in ranks[0].text()
+    assert re.search(r"^time: network and VAE \d+%.*, over 2 processes$", ranks[0].text(), re.MULTILINE)
     assert "committed:" not in ranks[1].text()
 
 
