@@ -43,14 +43,14 @@ def pair(
     model: Annotated[
         str | None, typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.")
     ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Take the cache's first pair.")] = False,
+    first: Annotated[bool, typer.Option("--first", help="Take the cache's first readable pair.")] = False,
 ) -> None:
     """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|."""
     from common.cache import open_cache
     from common.cache.store import storage_errors
     from common.errors import UsageError
     from common.models import open_model
-    from inspection.pair_view import view_pair
+    from inspection.pair_view import find_pair
     from inspection.preview import linear_preview, vae_preview
     from inspection.sheet import draw_sheet
     from inspection.words import cache_facts, pair_facts
@@ -60,15 +60,17 @@ def pair(
             "Say which pair.", where="inpo inspect pair", expected="a PAIR_ID, or --first",
             got="neither" if pair_id is None else "both", fix="`inpo inspect filter` lists pair ids",
         )
-    opened = open_cache(cache)
-    shard, row = (next(iter(opened)), 0) if pair_id is None else opened.find(pair_id)
-    view = view_pair(opened, shard, row)
+    damaged: dict[str, Any] = {}
+    opened = open_cache(cache, damaged=damaged)
+    view = find_pair(opened, pair_id, damaged)
     preview = linear_preview(opened) if model is None else vae_preview(opened, open_model(model))
     sheet = draw_sheet(view, preview, facts=f"{pair_facts(view)}   ·   {cache_facts(opened.manifest)}")
     with storage_errors("write the sheet", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out, format="PNG", optimize=True)
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
+    for name, error in sorted(damaged.items()):
+        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
 
 
 @app.command()
@@ -212,6 +214,8 @@ def drift(
         print(json.dumps(found.to_json(), indent=1))
     else:
         show(found, Console())
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

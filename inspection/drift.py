@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from common.cache import Cache, open_cache
-from common.errors import CacheMissing, InpoError
+from common.errors import InpoError
 from common.models import Model
-from inspection.pair_table import read_pair_table
+from inspection.pair_table import nothing_readable, read_pair_table
 from inspection.reinvert import choose_pairs, load_denoiser, reinvert
 from inspection.summary import NUM_BINS
 
@@ -62,7 +62,7 @@ class Drift:
 def measure_drift(
     location: str, model: Model, *, num_sampled: int = 64, on_pairs: Callable[[int], None] = lambda count: None
 ) -> Drift:
-    """Invert a sample of the cached pairs with `model` and compare.
+    """Invert a sample of the cached pairs with `model` and compare. Damaged shards are named and left out.
 
     Raises CacheMismatch if the model cannot walk the cache's latents, CacheMissing if there is no readable pair.
     """
@@ -71,27 +71,27 @@ def measure_drift(
     damaged: dict[str, InpoError] = dict(bad)
     table = read_pair_table(cache, damaged)
     if not len(table):
-        raise CacheMissing(
-            "This cache has no readable pair.", where=cache.location, got=f"{len(damaged)} damaged shards",
-            fix="`inpo inspect verify --quarantine`, then `inpo precompute` again",
-        )
+        raise nothing_readable(cache, damaged)
     denoiser = load_denoiser(cache, model)
     chosen = choose_pairs(table, num_sampled)
     timesteps, changes = [], {"x_t": [], "target": []}
-    num_not_finite = 0
-    for again in reinvert(cache, table, chosen, denoiser, on_pairs):
+    num_sampled_pairs = num_not_finite = 0
+    for again in reinvert(cache, table, chosen, denoiser, on_pairs, damaged):
         finite = again.inverted.finite.numpy()
+        num_sampled_pairs += len(finite)
         num_not_finite += int((~finite).sum())
         timesteps.append(np.repeat(again.timestep[finite][..., None], 2, axis=-1).ravel())
         for name, values in changes.items():
             values.append(again.change(name)[finite].ravel())
+    if not timesteps:
+        raise nothing_readable(cache, damaged)
     timestep = np.concatenate(timesteps)
     x_t, target = np.concatenate(changes["x_t"]), np.concatenate(changes["target"])
     overall = float(np.sqrt((target.astype(np.float64) ** 2).mean())) if len(target) else float("inf")
     same = cache.manifest.fingerprints.get("unet") == model.fingerprints.get("unet")
     verdict = "refresh" if overall > REFRESH_ABOVE else "watch" if overall > KEEP_BELOW else "keep"
     return Drift(
-        location=cache.location, model=model.name, num_pairs=cache.num_pairs, num_sampled=len(chosen),
+        location=cache.location, model=model.name, num_pairs=cache.num_pairs, num_sampled=num_sampled_pairs,
         num_not_finite=num_not_finite, same_weights=same,
         x_t=float(np.sqrt((x_t.astype(np.float64) ** 2).mean())) if len(x_t) else float("inf"), target=overall,
         bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps), damaged=sorted(damaged),

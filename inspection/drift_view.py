@@ -22,7 +22,7 @@ def show(drift: Drift, console: Console) -> None:
     for each in drift.bins:
         table.add_row(
             f"{each.low}..{each.high - 1}", f"{each.num_records:,}", number(each.x_t), number(each.target),
-            bar((each.target or 0.0) / most, 24),
+            bar((each.target or 0.0) / most, 24, ascii_only=console.options.ascii_only),
         )
     console.print(table)
     if drift.num_not_finite:

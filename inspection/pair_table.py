@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from common.cache import Cache, Shard
-from common.errors import InpoError
+from common.errors import CacheMissing, InpoError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +71,16 @@ def read_pair_table(
         }]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return PairTable(shard_names=tuple(names), damaged=damaged, **joined)
+
+
+def nothing_readable(cache: Cache, damaged: dict[str, InpoError]) -> CacheMissing:
+    """The error for a cache whose every shard is damaged: each with what is wrong."""
+    return CacheMissing(
+        "This cache has no readable pair.",
+        where=cache.location,
+        got="; ".join(f"{name}: {error.what}" for name, error in sorted(damaged.items())),
+        fix=f"`inpo inspect verify {cache.location} --quarantine`, then `inpo precompute` again",
+    )
 
 
 def _columns(shard: Shard) -> dict[str, np.ndarray]:

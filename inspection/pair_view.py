@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from common.cache import Cache, Shard
+from common.errors import CacheIncomplete, InpoError
+from inspection.pair_table import nothing_readable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +44,36 @@ class PairView:
     def error_map(self) -> Float[np.ndarray, "step side h w"] | None:
         """|target - delta|: RMS over channels. Where delta is the reference's, its mean square is E_ref."""
         return None if self.delta is None else np.sqrt(((self.target - self.delta) ** 2).mean(2))
+
+
+def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) -> PairView:
+    """The pair of this id, or the first readable one. Shards that cannot be searched for it land in `damaged`.
+
+    Raises CacheIncomplete if no readable shard has it, CacheCorrupt if its own latents are damaged, and CacheMissing if
+    no pair is readable at all.
+    """
+    example: str | None = None
+    for shard in cache:
+        try:
+            if pair_id is None:
+                return view_pair(cache, shard, 0)
+            names = shard.read("pair_id")
+        except InpoError as error:
+            damaged[shard.name] = error
+            continue
+        rows = np.flatnonzero(names == pair_id)
+        if len(rows):
+            return view_pair(cache, shard, int(rows[0]))
+        example = example or str(names[0])
+    if example is None:
+        raise nothing_readable(cache, damaged)
+    raise CacheIncomplete(
+        f"No committed pair has the id {pair_id!r}.",
+        where=cache.location,
+        expected=f"an id like {example!r}",
+        got=f"damaged and not searched: {', '.join(sorted(damaged))}" if damaged else None,
+        fix="`inpo inspect filter` lists pair ids, and CACHE/skipped names the pairs that were left out",
+    )
 
 
 def view_pair(cache: Cache, shard: Shard, row: int) -> PairView:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from common.cache import Cache, Shard
 from common.conditions import pair_condition
 from common.denoiser import Condition, Denoiser, prepare_for_inference
-from common.errors import CacheMismatch
+from common.errors import CacheError, CacheMismatch, InpoError
 from common.inversion import Inverted, invert
 from common.models import Model
 from common.seeding import stable_hash
@@ -97,38 +97,53 @@ def reinvert(
     chosen: Int[np.ndarray, "chosen"],
     denoiser: Denoiser,
     on_pairs: Callable[[int], None] = lambda count: None,
+    damaged: dict[str, InpoError] | None = None,
 ) -> Iterator[Again]:
-    """Invert the chosen pairs with `denoiser` under the cache's own settings, shard by shard."""
-    manifest = cache.manifest
+    """Invert the chosen pairs with `denoiser` under the cache's own settings, shard by shard.
+
+    A shard that cannot be read lands in `damaged` and is left out; without `damaged` its error is raised.
+    """
     for index in np.unique(table.shard[chosen]):
         shard = cache.shards[table.shard_names[index]]
         rows = table.row[chosen[table.shard[chosen] == index]]
-        pair_ids = [str(name) for name in shard.read("pair_id")[rows]]
-        inverted = invert(
-            denoiser,
-            torch.from_numpy(shard.read("x0", rows)),
-            pair_ids,
-            identity=manifest.inverter,
-            seed=manifest.seed,
-            timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=pair_condition(shard, rows),
-            empty=_empty_condition(shard, rows),
-        )
-        timestep = shard.read("timestep", rows).astype(np.int64)
-        x_t, target = (shard.read(path, rows).astype(np.float32) for path in ("x_t", "target"))
-        error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
-        yield Again(
-            shard=shard.name,
-            pair_ids=pair_ids,
-            timestep=timestep,
-            cached_x_t=x_t,
-            cached_target=target,
-            cached_error=shard.read("reference_error")[rows],
-            error_at_stored=error,
-            prediction_rms=rms,
-            inverted=inverted,
-        )
+        try:
+            again = _again(shard, rows, denoiser)
+        except CacheError as error:
+            if damaged is None:
+                raise
+            damaged[shard.name] = error
+            continue
+        yield again
         on_pairs(len(rows))
+
+
+def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> Again:
+    manifest = shard.cache.manifest
+    pair_ids = [str(name) for name in shard.read("pair_id")[rows]]
+    timestep = shard.read("timestep", rows).astype(np.int64)
+    x_t, target = (shard.read(path, rows).astype(np.float32) for path in ("x_t", "target"))
+    inverted = invert(
+        denoiser,
+        torch.from_numpy(shard.read("x0", rows)),
+        pair_ids,
+        identity=manifest.inverter,
+        seed=manifest.seed,
+        timesteps_per_pair=manifest.timesteps_per_pair,
+        caption=pair_condition(shard, rows),
+        empty=_empty_condition(shard, rows),
+    )
+    error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
+    return Again(
+        shard=shard.name,
+        pair_ids=pair_ids,
+        timestep=timestep,
+        cached_x_t=x_t,
+        cached_target=target,
+        cached_error=shard.read("reference_error")[rows],
+        error_at_stored=error,
+        prediction_rms=rms,
+        inverted=inverted,
+    )
 
 
 @torch.inference_mode()

@@ -112,7 +112,8 @@ def _svg(content: str, label: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    return [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if low <= tick <= high * (1 + 1e-9)]
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low <= tick <= high * (1 + 1e-9)]
 
 
 def _round_up(value: float) -> float:

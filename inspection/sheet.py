@@ -189,7 +189,8 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
             ("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the caption, "
                         "the mean of its square is E_ref; square-root scale"),
         ]
-    lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))
+    if np.isfinite(view.inversion_error).any():
+        lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))
     return lines
 
 

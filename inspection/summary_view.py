@@ -20,9 +20,10 @@ def show(summary: Summary, console: Console) -> None:
     if summary.skipped or summary.counts:
         _section(console, "skipped pairs" if summary.skipped else "kept pairs of note", _skipped(summary))
     if summary.array_bytes:
-        _section(console, "bytes by array", _bytes(summary))
+        _section(console, "bytes by array", _bytes(summary, ascii_only=console.options.ascii_only))
     if summary.num_pairs:
-        _section(console, "timesteps and mean reference error", _timesteps(summary))
+        timesteps = _timesteps(summary, ascii_only=console.options.ascii_only)
+        _section(console, "timesteps and mean reference error", timesteps)
         _section(console, "errors", _statistics(summary))
     console.print()
     _advice(summary, console)
@@ -93,7 +94,7 @@ def _skipped(summary: Summary) -> Table:
     return table
 
 
-def _bytes(summary: Summary) -> Table:
+def _bytes(summary: Summary, *, ascii_only: bool) -> Table:
     table = _table(headers=True)
     table.add_column("array")
     table.add_column("bytes", justify="right")
@@ -102,14 +103,14 @@ def _bytes(summary: Summary) -> Table:
     large = [item for item in summary.array_bytes.items() if item[1] >= 0.001 * summary.total_bytes]
     for name, size in large:
         share = size / summary.total_bytes
-        table.add_row(name, readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24))
+        table.add_row(name, readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24, ascii_only=ascii_only))
     rest = summary.total_bytes - sum(size for _, size in large)
     if rest:
         table.add_row("(the rest)", readable_bytes(rest), f"{100 * rest / summary.total_bytes:.1f}%", "")
     return table
 
 
-def _timesteps(summary: Summary) -> Table:
+def _timesteps(summary: Summary, *, ascii_only: bool) -> Table:
     table = _table(headers=True)
     table.add_column("timestep")
     table.add_column("records", justify="right")
@@ -119,7 +120,8 @@ def _timesteps(summary: Summary) -> Table:
     most = max(each.num_records for each in summary.timesteps) or 1
     for each in summary.timesteps:
         table.add_row(
-            f"{each.low}..{each.high - 1}", f"{each.num_records:,}", bar(each.num_records / most, 24),
+            f"{each.low}..{each.high - 1}", f"{each.num_records:,}",
+            bar(each.num_records / most, 24, ascii_only=ascii_only),
             number(each.reference_error_win), number(each.reference_error_lose),
         )
     return table
@@ -152,6 +154,9 @@ def _advice(summary: Summary, console: Console) -> None:
     if summary.num_orphaned:
         console.print(f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
                       soft_wrap=True, highlight=False)
+    if summary.num_pairs:
+        console.print(f"[dim]No latent was read here: `inpo inspect verify {summary.location}` reads and checks every byte.[/dim]",
+                      soft_wrap=True, highlight=False)
     if summary.damaged:
         console.print(f"[bold red]{len(summary.damaged)} damaged shard{'s' if len(summary.damaged) > 1 else ''}, "
                       "left out of the statistics above:[/bold red]")
@@ -160,8 +165,10 @@ def _advice(summary: Summary, console: Console) -> None:
             console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def bar(share: float, width: int) -> str:
-    """A horizontal bar in eighths of a character."""
+def bar(share: float, width: int, *, ascii_only: bool) -> str:
+    """A horizontal bar in eighths of a character; whole ones where the output's encoding has no others."""
+    if ascii_only:
+        return "#" * round(share * width)
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
     return "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")

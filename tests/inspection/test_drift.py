@@ -57,6 +57,11 @@ def test_what_cannot_be_compared_is_told(states, inspect, tiny, tmp_path):
     assert "There is no model here" in nobody.out
 
 
-def test_a_damaged_shard_is_named_or_left_out(states, inspect, tiny):
-    done = inspect("drift", states("corrupt"), "--model", tiny())
-    assert "s1" in done.out
+def test_a_damaged_shard_is_named_and_the_rest_is_measured(states, inspect, tiny):
+    done = inspect("drift", states("corrupt"), "--model", tiny(), "--json")
+    assert done.code == 1
+    found = json.loads(done.out)
+    assert found["damaged"] == ["s1"]
+    assert found["num_sampled"] == 3
+    assert found["target"] < 1e-3
+    assert "damaged shards left out: s1" in inspect("drift", states("corrupt"), "--model", tiny()).out

@@ -56,6 +56,25 @@ def test_the_first_pair_of_every_kind_of_cache_makes_a_sheet(states, inspect, tm
     assert 0.3 < (page == 255).all(-1).mean() < 0.95
 
 
+def test_damage_elsewhere_hides_no_pair(fresh, inspect, tmp_path):
+    """s0's ids are damaged, or its latents, or its commit: s1's pairs are found and shown, and s0 is named."""
+    for number, spoil in enumerate(("shards/s0/*/pair_id/c/*", "shards/s0/*/x0/c/**/*", "commits/s0.json")):
+        folder = fresh("healthy").rename(tmp_path / f"cache-{number}")
+        file = next(path for path in folder.glob(spoil) if path.is_file())
+        file.write_bytes(b"{" if file.suffix else b"")
+        out = tmp_path / f"{number}.png"
+        done = inspect("pair", folder, "pair-1-1", "--out", out)
+        assert done.code == 0, done.out
+        assert "pair-1-1" in done.out
+        first = inspect("pair", folder, "--first", "--out", out)
+        assert first.code == 0, first.out
+        assert "pair-1-0" in first.out
+        assert "damaged, left out: s0" in first.out
+    nobody = inspect("pair", tmp_path / "cache-0", "nobody", "--out", out)
+    assert nobody.code == 1
+    assert "damaged and not searched: s0" in nobody.out
+
+
 def test_what_cannot_be_shown_is_told(states, inspect, tiny, tmp_path):
     out = tmp_path / "p.png"
     assert inspect("pair", states("healthy"), "--out", out).code == 2

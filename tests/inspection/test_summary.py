@@ -1,13 +1,19 @@
 """`summary`: its figures against the files themselves, in every state of a cache."""
 
+import io
 import json
 import os
+import re
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import zarr
+from rich.console import Console
+
+from inspection.summary import summarise
+from inspection.summary_view import show
 
 
 def attempt_of(folder, shard):
@@ -63,7 +69,7 @@ def test_the_figures_equal_a_count_of_the_files_and_a_plain_reading_of_the_array
         ("healthy", 0, ["2 shards", "5 (10 records", "tie", "E_ref win", "ddim"]),
         ("empty", 0, ["0 shards", "Nothing is committed yet"]),
         ("writing", 0, ["1 shards", "being written", "1 attempts"]),
-        ("corrupt", 0, ["2 shards"]),
+        ("corrupt", 0, ["2 shards", "No latent was read here", "inpo inspect verify"]),
         ("lean", 0, ["lean", "target"]),
         ("sdxl", 0, ["text_encoder_2", "prompt/pooled"]),
     ],
@@ -90,6 +96,20 @@ def test_a_damaged_shard_is_named_and_the_rest_is_shown(fresh, inspect):
     document = json.loads(inspect("summary", folder, "--json").out)
     assert list(document["damaged"]) == ["s1"]
     assert sum(each["num_records"] for each in document["timesteps"]) == 6
+
+
+def test_a_terminal_without_unicode_gets_the_same_figures(states):
+    def shown(encoding):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        show(summarise(str(states("healthy"))), Console(file=stream, width=100))
+        stream.flush()
+        return stream.buffer.getvalue().decode(encoding)
+
+    plain, rich = shown("ascii"), shown("utf-8")
+    assert "#####" in plain
+    assert "█" in rich
+    words = re.compile(r"[\w.%]+")
+    assert words.findall(plain) == words.findall(rich)
 
 
 def test_old_attempts_without_a_commit_are_orphans_and_young_ones_pending(fresh, inspect):
