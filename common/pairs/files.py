@@ -6,7 +6,8 @@ Shards keep the location as a string and open it when they read, so they can be 
 import fnmatch
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -74,6 +75,37 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
+@contextmanager
+def _reaching(location: str) -> Iterator[None]:
+    """Whatever a file system raises before anything is read: a host without an address, a refused key, no permission."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # every file system has exceptions of its own
+        raise DataError(
+            "this location cannot be reached",
+            where=location,
+            got=one_line(error)[:300],
+            fix="check the address, the network and the credentials (AWS_ACCESS_KEY_ID and the like; "
+            "AWS_SKIP_SIGNATURE=true for a public bucket)",
+        ) from error
+
+
+def exists(location: str) -> bool:
+    """Whether there is a file or folder. Raises DataError when that cannot be told."""
+    fs, path = filesystem(location)
+    with _reaching(location):
+        return bool(fs.exists(path))
+
+
+def is_folder(location: str) -> bool:
+    """Whether there is a folder. Raises DataError when that cannot be told."""
+    fs, path = filesystem(location)
+    with _reaching(location):
+        return bool(fs.isdir(path))
+
+
 def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
     """An open binary file. `sequential` keeps read-ahead for remote files; without it each read is one range request.
 
@@ -110,8 +142,7 @@ def expand_pattern(location: str) -> list[str]:
     """
     if not re.search(r"[{*?\[]", location):
         return [location]
-    fs, path = filesystem(location)
-    if is_local(fs) and fs.exists(path):
+    if is_local(filesystem(location)[0]) and exists(location):
         return [location]
     expanded: list[str] = []
     for one in braceexpand.braceexpand(location) if "{" in location else [location]:
@@ -123,11 +154,12 @@ def _glob(pattern: str) -> list[str]:
     folder, _, name = pattern.rpartition("/")
     if folder and not re.search(r"[*?\[]", folder):
         # Listing one folder works on every file system and keeps the scheme; not every one can glob.
-        found = list_folder(folder) if filesystem(folder)[0].exists(filesystem(folder)[1]) else []
+        found = list_folder(folder) if exists(folder) else []
         return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
-    return [prefix + str(file) for file in fs.glob(path)]
+    with _reaching(pattern):
+        return [prefix + str(file) for file in fs.glob(path)]
 
 
 def list_folder(location: str) -> list[str]:
@@ -136,7 +168,10 @@ def list_folder(location: str) -> list[str]:
     try:
         entries = fs.ls(path, detail=True)
     except Exception as error:
-        raise DataError("this folder cannot be listed", where=location, got=one_line(error)) from error
+        raise DataError(
+            "this folder cannot be listed", where=location, got=one_line(error)[:300],
+            fix="check its owner and mode, or the address and the credentials",
+        ) from error
     base = location.rstrip("/")
     names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
     return sorted(f"{base}/{name}" for name in names if not name.startswith("."))

@@ -83,6 +83,7 @@ class ListShard:
                 where=self.file,
                 expected="a first line that names the columns win, lose, prompt and perhaps label, id",
                 got=", ".join(header) or "an empty file",
+                fix="put the names into the first line, separated by commas",
             )
         return _Lines(offsets=np.array(offsets, dtype=np.int64), header=header, fingerprint=reader.digest.hexdigest())
 

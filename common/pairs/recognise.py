@@ -4,7 +4,7 @@ import re
 from pathlib import PurePosixPath
 
 from common.errors import DataError
-from common.pairs.files import expand_pattern, filesystem, list_folder
+from common.pairs.files import exists, expand_pattern, is_folder, list_folder
 from common.pairs.folder import ListSource
 from common.pairs.pair import PairSource
 from common.pairs.parquet import ParquetSource
@@ -20,19 +20,20 @@ LIST_NAMES = ("pairs.jsonl", "pairs.csv")
 def open_source(location: str) -> PairSource:
     """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
 
-    Raises DataError when nothing recognisable is there, or when it is not clear which of several things is meant.
+    Raises DataError when nothing recognisable is there, when it cannot be reached, or when it is not clear which of
+    several things is meant.
     """
     files = expand_pattern(location)
     if not files:
         raise _nothing_there(location, "no file matches the pattern")
     if len(files) > 1:
         return _from_files(location, files)
-    if not _exists(files[0]):
+    if not exists(files[0]):
         raise _nothing_there(location, "nothing of that name")
-    fs, path = filesystem(files[0])
-    if _kind(files[0]) is not None and not fs.isdir(path):
+    folder = is_folder(files[0])
+    if _kind(files[0]) is not None and not folder:
         return _from_files(location, files)
-    if not fs.isdir(path):
+    if not folder:
         raise _not_recognised(location, f"a file named {PurePosixPath(files[0]).name}")
     return _from_folder(location)
 
@@ -62,7 +63,7 @@ def _from_files(location: str, files: list[str]) -> PairSource:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise _not_recognised(location, ", ".join(PurePosixPath(file).name for file in files[:8]))
-    if not any(_exists(file) for file in files):
+    if not any(exists(file) for file in files):
         raise _nothing_there(location, f"none of {len(files)} names is there, from {files[0]}")
     kind = kinds.pop()
     if kind == "list":
@@ -95,11 +96,6 @@ def _refuse_mixed_splits(location: str, files: list[str]) -> None:
 def _kind(location: str) -> str | None:
     suffix = PurePosixPath(location).suffix.lower()
     return {".tar": "tar", ".parquet": "parquet", ".jsonl": "list", ".csv": "list"}.get(suffix)
-
-
-def _exists(location: str) -> bool:
-    fs, path = filesystem(location)
-    return bool(fs.exists(path))
 
 
 def _nothing_there(location: str, got: str) -> DataError:

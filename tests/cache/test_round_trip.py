@@ -217,6 +217,26 @@ def test_another_identity_is_refused_with_both_values(tmp_path, build):
         assert part in str(caught.value)
 
 
+def test_another_noise_table_under_one_fingerprint_is_refused(tmp_path, build):
+    """The scheduler's settings may be read otherwise by another version of its library."""
+    table = np.array(build.cache(tmp_path, pairs=(1,)).alphas_cumprod)
+    for other in (table * (1 + 1e-4), table[:-1], np.concatenate([table[:500], table[500:] * 0.999])):
+        manifest = build.manifest(alphas_cumprod=tuple(other.tolist()))
+        with pytest.raises(CacheMismatch, match="alphas_cumprod") as caught:
+            CacheWriter.open(str(tmp_path), manifest)
+        for words in (f"{table[0]:.9g} to {table[-1]:.9g}, 1000 values", f"{len(other)} values"):
+            assert words in str(caught.value)
+
+
+def test_a_table_that_differs_in_the_last_bit_gives_way_to_the_caches_own(tmp_path, build):
+    table = build.cache(tmp_path, pairs=(1,)).alphas_cumprod
+    rounded = tuple(np.array(table, np.float32).astype(np.float64).tolist())
+    assert rounded != table
+    writer = CacheWriter.open(str(tmp_path), build.manifest(alphas_cumprod=rounded))
+    assert writer.manifest.alphas_cumprod == table
+    assert torch.equal(writer.manifest.schedule().a, torch.tensor(table, dtype=torch.float64).sqrt())
+
+
 def test_what_changes_no_number_is_no_identity(tmp_path, build):
     build.cache(tmp_path, pairs=(1,))
     writer = CacheWriter.open(str(tmp_path), build.manifest(versions={"inpo-cache": "9", "torch": "3"}))
