@@ -12,6 +12,7 @@ _WHY_NOT = {
     "x_t": "not stored (lean): readers derive it",
     "x0_t": "not stored (lean)",
     "reference_error": "needs delta as the reference's prediction, or --extra eps_ref",
+    "labels": "this cache has no label set",
     "reference": "only with --model",
     "re-inversion": "only with --model",
 }
