@@ -1,4 +1,4 @@
-"""`accelerate launch` itself, with two processes on CPUs."""
+"""`accelerate launch -m inpo precompute` itself, with two processes on CPUs."""
 
 import subprocess
 import sys
@@ -12,17 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def launch(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    script = (
-        "import sys, typer; from precompute.cli import precompute; from common.errors import InpoError\n"
-        "app = typer.Typer(); app.command()(precompute)\n"
-        "try: app()\n"
-        "except InpoError as error: print(f'error: {error}', file=sys.stderr); sys.exit(error.exit_code)\n"
-    )
-    file = Path(arguments[arguments.index("--cache") + 1]).parent / "driver.py"
-    file.write_text(script)
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(file), *arguments],
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "inpo", "precompute", *arguments],
         env=environment, cwd=ROOT, capture_output=True, text=True,
     )
 
@@ -34,6 +26,7 @@ def test_two_processes(
     done = launch(world.arguments(cache), child_environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("committed:") == 1
+    assert done.stdout.count("over 2 processes") == 1
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS
 

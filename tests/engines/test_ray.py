@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from common.errors import UsageError
-from precompute.engines.ray_cluster import connect
+from precompute.engines.ray_cluster import connect, has_gpus, places
 from precompute.run import RayOptions
 from tests.engines.runs import (
     NUM_SHARDS,
@@ -151,3 +151,18 @@ def test_impossible_options_are_refused(options: RayOptions, name: str) -> None:
     with pytest.raises(UsageError) as error:
         connect(options)
     assert error.value.where == name
+
+
+def test_a_gpu_has_a_place_for_each_worker_that_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    nodes = [
+        {"NodeID": "two GPUs", "Alive": True, "Resources": {"GPU": 2.0, "CPU": 8.0}},
+        {"NodeID": "none", "Alive": True, "Resources": {"CPU": 4.0}},
+        {"NodeID": "gone", "Alive": False, "Resources": {"GPU": 8.0, "CPU": 8.0}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert has_gpus()
+    assert places(RayOptions(), use_gpus=True) == {"two GPUs": 2}
+    assert places(RayOptions(gpus_per_worker=0.5), use_gpus=True) == {"two GPUs": 4}
+    assert places(RayOptions(), use_gpus=False) == {"two GPUs": 8, "none": 4}
