@@ -7,6 +7,7 @@ wins over the recipe, the recipe over the default. The resolved configuration is
 import json
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,13 +94,19 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or section
-        known = name in kind.model_fields
+        if first["type"] == "extra_forbidden":
+            known = [field.alias or each for each, field in kind.model_fields.items()]
+            close = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"Unknown setting {name!r} in [{section}].", where=f"[{section}] of the recipe",
+                expected=", ".join(known), got=name,
+                fix=f"did you mean {close[0]}?" if close else "correct the name",
+            ) from None
         raise UsageError(
-            f"Bad value for {name}: {first['msg']}." if known else f"Unknown setting {name!r} in [{section}].",
+            f"Bad value for {name}: {first['msg'].removeprefix('Value error, ')}.",
             where=f"--{name.replace('_', '-')} or [{section}] of the recipe",
-            expected=None if known else ", ".join(kind.model_fields),
             got=repr(first.get("input")),
-            fix="see --help for the meaning and range" if known else "correct the name",
+            fix="see --help for the meaning and range",
         ) from None
 
 

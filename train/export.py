@@ -70,7 +70,9 @@ def _open(run: Path) -> tuple[Model, Any]:
         return model, model.load_pipeline()
     if (run / "lora").is_dir() and (run / "recipe.toml").is_file():
         sections = tomllib.loads((run / "recipe.toml").read_text())
-        model = resolve(ModelSection, "model", sections, {}).open()
+        # Layers that were trained on top of --init-from belong to that model, not to the reference.
+        start = sections.get("train", {}).get("init_from")
+        model = open_model(start) if start else resolve(ModelSection, "model", sections, {}).open()
         pipeline: Any = model.load_pipeline()
         pipeline.load_lora_weights(str(run / "lora"))
         pipeline.fuse_lora()

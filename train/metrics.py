@@ -78,11 +78,10 @@ class MetricsWriter:
         with self.path.open("a") as stream:
             stream.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
-        for part in values.get("by_timestep", []):
-            low, high = part["timesteps"]
-            scalars |= {
-                f"by_timestep/{name}_{low}-{high}": part[name] for name in ("loss", "implicit_accuracy", "margin")
-            }
+        for group in ("by_timestep", "held_out_by_timestep"):
+            for part in values.get(group, []):
+                low, high = part["timesteps"]
+                scalars |= {f"{group}/{name}_{low}-{high}": part[name] for name in _COLUMNS if name != "records"}
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, values["step"])

@@ -24,12 +24,19 @@ def prepare_unet(
     """
     if settings.lora_rank:
         prepare_for_inference(unet, network_dtype=network_dtype, device=device)
-        unet.add_adapter(
-            LoraConfig(
-                r=settings.lora_rank, lora_alpha=settings.lora_alpha or settings.lora_rank,
-                init_lora_weights="gaussian", target_modules=list(settings.lora_targets),
-            )
+        layers = LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha or settings.lora_rank,
+            init_lora_weights="gaussian", target_modules=list(settings.lora_targets),
         )
+        try:
+            unet.add_adapter(layers)
+        except ValueError as error:
+            raise UsageError(
+                "LoRA layers cannot be added to these modules.", where="--lora-targets",
+                expected="ends of names of linear or convolution layers of the UNet, such as to_q or ff.net.2",
+                got=f"{', '.join(settings.lora_targets)}: {str(error).splitlines()[0]}",
+                fix="correct the names, or leave --lora-targets out for the attention's projections",
+            ) from None
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
@@ -44,7 +51,7 @@ def prepare_unet(
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW, Adafactor with the paper's settings for SDXL, or 8-bit AdamW where bitsandbytes is installed."""
+    """AdamW, Adafactor with the paper's settings for SDXL, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
         "lr": settings.learning_rate, "betas": settings.adam_betas, "eps": settings.adam_eps,
         "weight_decay": settings.weight_decay,
@@ -55,12 +62,8 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSetting
             scale_parameter=False, relative_step=False,
         )
     if settings.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UsageError(
-                "8-bit AdamW needs bitsandbytes.", where="--optimizer adamw8bit", fix="pip install bitsandbytes"
-            ) from None
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **adam)
     return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **adam)
 

@@ -32,14 +32,18 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
     return final
 
 
-def model_card(model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
-    """A model card with the resolved configuration and the caches' fingerprints."""
+def model_card(
+    start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool
+) -> str:
+    """A model card with the resolved configuration and the caches' fingerprints. `start`: whose weights were trained,
+    the reference's or those of --init-from."""
     tags = "lora" if lora else "stable-diffusion-xl" if model.family == "sdxl" else "stable-diffusion"
     lines = [
-        "---", "library_name: diffusers", f"base_model: {model.name}",
+        "---", "library_name: diffusers", f"base_model: {start}",
         f"tags: [text-to-image, preference-alignment, inpo, {tags}]", "---", "",
         f"# {Path(model.name).name}, aligned with InPO cache", "",
-        f"Trained for {step} optimiser steps from `{model.name}` on cached inversions (DDIM-InPO, arXiv 2503.18454).",
+        f"Trained for {step} optimiser steps from `{start}` on cached inversions (DDIM-InPO, arXiv 2503.18454);",
+        f"the reference is `{model.name}`.",
         "", "## Caches", "",
     ]
     for cache in caches:

@@ -49,7 +49,7 @@ def check_fingerprints(cache: Cache, model: Model) -> None:
     wrong = [name for name in ("unet", "scheduler") if stored.get(name) != found.get(name)]
     if wrong:
         raise CacheMismatch(
-            f"The cache was made by another model: its {' and '.join(wrong)} differ.",
+            f"The cache was made by another model: its {' and '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}.",
             where=f"{cache.location} against {model.name}",
             expected=", ".join(f"{name} {stored.get(name)}" for name in wrong) + " (in the cache)",
             got=", ".join(f"{name} {found.get(name)}" for name in wrong) + " (in the model)",

@@ -1,14 +1,44 @@
-"""Refusals before anything is loaded: what an objective asks of its caches and labels."""
+"""Refusals before anything is loaded: what the options ask of the installation, and an objective of its caches."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
+from accelerate.utils import DistributedType
 
 from common.cache import Cache
-from common.errors import CacheIncomplete
+from common.errors import CacheIncomplete, UsageError
 from train.index import Index
 from train.objectives import Objective
 from train.records import Needs
+from train.settings import TrainSettings
+
+
+def check_installed(settings: TrainSettings) -> None:
+    """Raise UsageError for an option whose package is not installed, with the command that installs it."""
+    for asked, option, package in (
+        (settings.optimizer == "adamw8bit", "--optimizer adamw8bit", "bitsandbytes"),
+        (settings.tracker == "wandb", "--tracker wandb", "wandb"),
+        (settings.tracker == "tensorboard", "--tracker tensorboard", "tensorboard"),
+    ):
+        if asked and find_spec(package) is None:
+            raise UsageError(
+                f"{option} needs the package {package}, which is not installed.", where=option,
+                fix=f"`pip install {package}`, or choose another",
+            )
+
+
+def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
+    """Raise UsageError for options that need whole weights in every process, which FSDP splits."""
+    if kind != DistributedType.FSDP:
+        return
+    for asked, option in ((settings.ema, "--ema"), (settings.lora_rank, "--lora-rank")):
+        if asked:
+            raise UsageError(
+                f"{option} does not work under FSDP: no process has whole weights.", where=f"{option} {asked:g}",
+                expected="0 under FSDP",
+                fix="leave it out, or launch with DDP: `accelerate launch --multi_gpu -m inpo train ...`",
+            )
 
 
 def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:

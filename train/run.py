@@ -26,7 +26,7 @@ from train.objectives import OBJECTIVES, Objective
 from train.optim import build_optimizer, build_schedule, prepare_unet
 from train.output import model_card, write_output
 from train.proof import check_fingerprints, refuse, run_proof
-from train.requirements import check_needs, refuse_hard_labels
+from train.requirements import check_distribution, check_installed, check_needs, refuse_hard_labels
 from train.samples import Sampler, sample_images
 from train.settings import TrainSettings
 from train.stream import RecordStream, held_out_batches
@@ -56,6 +56,7 @@ def run_train(
     """Train; returns the exit code (0 also after SIGTERM, which leaves a checkpoint)."""
     resolved = _resolve(recipe, model_flags, caches, flags)
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
+    check_installed(settings)
     objective = OBJECTIVES[settings.objective]
     needs = check_needs(opened, objective)
     for cache in opened:
@@ -73,6 +74,7 @@ def run_train(
         # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
     )
+    check_distribution(accelerator.distributed_type, settings)
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
@@ -158,8 +160,6 @@ def _moving_average(
 ) -> EMAModel | None:
     if not settings.ema:
         return None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("EMA does not work with FSDP: no process has whole weights.", where="--ema", fix="drop one")
     ema = EMAModel(trained, decay=settings.ema)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
@@ -217,7 +217,8 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             trainer.ema.copy_to(trainer.trained)
         lora = bool(resolved.settings.lora_rank)
         card = model_card(
-            resolved.model, resolved.caches, configuration=resolved.toml, step=trainer.step, lora=lora
+            resolved.settings.init_from or resolved.model.name, resolved.model, resolved.caches,
+            configuration=resolved.toml, step=trainer.step, lora=lora,
         )
         say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, lora=lora)}")
     accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """Every objective against a transcription in numpy, float64, written from the equations alone."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -112,6 +113,27 @@ def test_gradient_is_the_transcriptions(name: str) -> None:
         expected[index] = difference.sum() / (2 * step)
     assert leaf.grad is not None
     np.testing.assert_allclose(leaf.grad.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "kto"])
+@given(seed=st.integers(0, 2**31), cuts=st.sets(st.integers(1, 11)))
+@settings(max_examples=15, deadline=None)
+def test_a_batch_may_be_split_anywhere(name: str, seed: int, cuts: set[int]) -> None:
+    """Accumulation: the parts' gradients, weighted by their records, are the batch's. kto's z0 is a batch's mean."""
+    error, reference = records(seed, batch=12)
+    label = np.random.default_rng(seed).uniform(0.51, 1.0, 12)
+
+    def gradient(edges: list[int]) -> Tensor:
+        leaf, rest, p = tensors(error.copy(), reference, label)
+        leaf.requires_grad_()
+        for start, end in itertools.pairwise(edges):
+            part = slice(start, end)
+            result = OBJECTIVES[name].function(leaf[part], rest[part], p[part], OBJECTIVES[name].beta)
+            (result.loss.mean() * (end - start) / 12).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    np.testing.assert_allclose(gradient([0, *sorted(cuts), 12]), gradient([0, 12]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

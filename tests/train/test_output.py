@@ -66,6 +66,19 @@ def test_lora_weights_load_into_the_base(
     np.testing.assert_allclose(image(merged), after, atol=1e-3)
 
 
+def test_lora_on_top_of_another_start_belongs_to_that_model(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_world(seed=1).model.folder
+    output = run(steps=1, lora_rank=2, init_from=str(other), learning_rate=1e-1)
+    assert f"base_model: {other}" in (output / "lora" / "README.md").read_text()
+    file = export_single_file(output, tmp_path / "merged.safetensors", dtype="float32")
+    merged, base = (load_file(file), load_file(export_single_file(other, tmp_path / "base.safetensors", dtype="float32")))
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert changed
+    assert all(".attn" in name for name in changed)
+
+
 def test_the_moving_average_is_what_is_written(run: Callable[..., Path], tmp_path: Path) -> None:
     """Recomputed from the raw weights of every step; diffusers' decay is 0, then min(decay, (1 + n) / (10 + n))."""
     output = run(steps=4, learning_rate=1e-3, ema=0.15, save_every=1, keep_last=9, output=tmp_path / "averaged")

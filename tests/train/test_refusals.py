@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
 from common.cache import CacheWriter
 from common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
 from common.recipe import read_recipe, resolve, to_toml
+from train import requirements
 from train.loop import Trainer
 from train.settings import TrainSettings
 
@@ -166,6 +169,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),
+        ({"lora_rank": 2, "lora_targets": ["nosuch"]}, ["--lora-targets", "nosuch"]),
         ({"dtype": "int8"}, ["dtype", "float32"]),
     ],
 )
@@ -174,6 +178,44 @@ def test_options_out_of_range(run: Callable[..., Path], flags: dict[str, Any], w
         run(**flags)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"), [({"optimizer": "adamw8bit"}, "bitsandbytes"), ({"tracker": "wandb"}, "wandb")]
+)
+def test_a_package_that_is_not_installed_is_named(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], package: str
+) -> None:
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"pip install {package}"):
+        run(**flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "option"), [({"ema": 0.9}, "--ema"), ({"lora_rank": 4}, "--lora-rank")])
+def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], option: str) -> None:
+    chosen = resolve(TrainSettings, "train", {}, flags)
+    requirements.check_distribution(DistributedType.MULTI_GPU, chosen)
+    with pytest.raises(UsageError, match=f"{option} does not work under FSDP"):
+        requirements.check_distribution(DistributedType.FSDP, chosen)
+
+
+def test_the_fsdp_file_is_accelerates_and_wraps_layers_that_sdxl_has(make_world: Callable[..., Any]) -> None:
+    config = load_config_from_file(str(RECIPES / "sdxl_fsdp.yaml"))
+    assert config.distributed_type == "FSDP"
+    layers = {type(layer).__name__ for layer in make_world("sdxl").model.load_unet().modules()}
+    assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= layers
+    requirements.check_distribution(
+        DistributedType.FSDP, resolve(TrainSettings, "train", read_recipe(RECIPES / "sdxl.toml"), {})
+    )
+
+
+def test_a_misspelt_setting_is_answered_with_the_right_name() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(TrainSettings, "train", {"train": {"learnrate": 1e-5}}, {})
+    assert "Unknown setting 'learnrate' in [train]" in str(caught.value)
+    assert "did you mean learning_rate?" in str(caught.value)
+    assert "only, except, held_out" in str(caught.value)
 
 
 def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
