@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def launch(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """--multi_gpu starts two processes, with gloo where there is no GPU; --cpu would start one."""
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "inpo", "precompute", *arguments],
         env=environment, cwd=ROOT, capture_output=True, text=True,
     )

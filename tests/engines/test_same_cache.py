@@ -35,7 +35,7 @@ def test_object_store(
 
 
 def _ranks(count: int) -> list[dict[str, str]]:
-    """The environment that `accelerate launch --cpu` gives each of its processes."""
+    """The environment that a launcher gives each of its processes on CPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
