@@ -121,3 +121,32 @@ def test_images_on_a_web_server(web: str, tmp_path: Path) -> None:
     assert isinstance(good, Pair)
     assert (good.win, good.lose) == (b"A", b"A")
     assert [item.reason for item in others if isinstance(item, Skipped)] == ["missing_image", "missing_image"]
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A host that lets nobody in."""
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["pairs.tar", "pairs-*.tar", "pairs-{0..1}.tar", "folder"])
+def test_a_host_that_refuses_is_one_clear_error(name: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with pytest.raises(DataError, match="cannot be reached") as caught:
+            open_source(f"{address}/{name}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    for words in (address, "403", "credentials"):
+        assert words in str(caught.value)
