@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
 from common.errors import CacheCorrupt, CacheError, CacheMissing, CacheSchemaError
+from inspection.checks import check_shard
 
 PATHS = [spec.path for spec in ARRAYS]
 
@@ -97,6 +98,23 @@ def test_every_damage_to_an_arrays_files_is_detected_and_named(whole, tmp_path, 
     assert not missed
     assert len(row) == 20
     assert found(folder, path) is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_verify_finds_every_damage_and_names_shard_and_array(whole, tmp_path, path):
+    """The same damages as above, by `inpo inspect verify`, which must look at arrays that no training run reads, too."""
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    shards = [Path(shard_of(folder, name).location) / path for name in ("s0", "s1")]
+    (chunk,) = [file.relative_to(shards[0]) for file in (shards[0] / "c").rglob("*") if file.is_file()] or [Path("c")]
+    files = [shard / chunk for shard in shards]
+    before = [file.read_bytes() for file in files]
+    for name in ("middle byte flipped", "cut in half", "missing", "empty", "swapped with another shard's"):
+        DAMAGES[name](files[0], files[1])
+        found_bytes = [finding for finding in check_shard(shard_of(folder)).findings if finding.check == "bytes"]
+        assert any(f"rray {path} of shard s0" in finding.detail for finding in found_bytes), name
+        for file, data in zip(files, before, strict=True):
+            file.write_bytes(data)
 
 
 @pytest.mark.parametrize(("left", "right"), [("x_t", "delta"), ("delta", "eps_ref"), ("x0_t", "target")])
