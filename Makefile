@@ -54,7 +54,7 @@ train: $(INSTALLED) ## train from the recipe's cache (RECIPE=...)
 	$(INPO) train --recipe $(RECIPE)
 
 inspect: $(INSTALLED) ## look at the recipe's cache (RECIPE=...)
-	$(INPO) inspect summary $$(.venv/bin/python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["data"]["cache"])' $(RECIPE))
+	$(INPO) inspect summary --recipe $(RECIPE)
 
 test: $(INSTALLED) ## the tests: CPU only, no network
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile

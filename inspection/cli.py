@@ -16,17 +16,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 
 @app.command()
-def summary(cache: Cache, as_json: Json = False) -> None:
+def summary(
+    cache: Annotated[str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe whose [data] names the cache.")] = None,
+    as_json: Json = False,
+) -> None:
     """Identity, settings, what is committed, skipped and orphaned, bytes, timesteps and errors.
 
     Exit code 1 if a shard is damaged: it is named, and the rest is shown.
     """
     from rich.console import Console
 
+    from common.errors import UsageError
+    from common.recipe import DataSection, read_recipe, resolve
     from inspection.summary import summarise
     from inspection.summary_view import show
 
-    found = summarise(cache)
+    location = resolve(DataSection, "data", read_recipe(recipe), {"cache": cache}).cache
+    if location is None:
+        raise UsageError(
+            "No cache given.", where="inpo inspect summary", fix="name its folder, or pass --recipe with one in [data]"
+        )
+    found = summarise(location)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:

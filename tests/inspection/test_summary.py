@@ -140,3 +140,14 @@ def test_a_path_that_is_no_cache_is_told(tmp_path, inspect, words):
         assert done.code == 1
         assert "There is no cache here." in done.out
         assert "to do:" in done.out
+
+
+def test_a_recipe_names_the_cache_and_nothing_is_told_how_to_name_one(states, inspect, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[data]\ncache = "{states("healthy")}"\n')
+    named, by_recipe = inspect("summary", str(states("healthy")), "--json"), inspect("summary", "--recipe", str(recipe), "--json")
+    assert (named.code, by_recipe.code) == (0, 0)
+    assert json.loads(named.out) == json.loads(by_recipe.out)
+    nothing = inspect("summary")
+    assert nothing.code == 2
+    assert "--recipe" in nothing.out
