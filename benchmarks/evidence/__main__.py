@@ -170,7 +170,7 @@ def online_runs() -> list[Run]:
 def _ablations(at_once: int) -> None:
     for number, online in enumerate(online_runs()):
         jobs = [_job(runs[number], "validation") for runs in ablation_runs().values()]
-        jobs.append(Job(name="validation", folder=online.folder, steps=[
+        jobs.insert(9, Job(name="validation", folder=online.folder, steps=[
             lambda run=online: train_online(
                 run.pipeline, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps, seed=run.seed
             ),
@@ -215,7 +215,7 @@ def _head_to_head(at_once: int) -> None:
     noise = ablation_runs()["noise at every point (DPO on cached noise)"]
     for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]:
         if not name.startswith("noise at every"):
-            for ours, theirs in zip(runs, noise, strict=True):
+            for ours, theirs in zip(_finished(runs, "validation"), noise, strict=False):
                 pairs.append(
                     (theirs.images("validation"), ours.images("validation"), ours.folder / "validation-against-noise")
                 )
@@ -223,6 +223,11 @@ def _head_to_head(at_once: int) -> None:
         Job(name=out.name, folder=out.parent, steps=[c.compare_command(a, b, out)])
         for a, b, out in pairs if not (out / "comparison.json").exists()
     ], at_once=at_once)
+
+
+def _finished(runs: list[Run], prompts: str) -> list[Run]:
+    """Those whose images have been compared with the base's."""
+    return [run for run in runs if Job(name=prompts, folder=run.folder, steps=()).mark.exists()]
 
 
 def _results(at_once: int) -> None:
@@ -237,7 +242,8 @@ def _results(at_once: int) -> None:
         for method in c.METHODS
     }
     same_calls = {}
-    for name, runs in same_calls_runs().items():
+    for name, every in same_calls_runs().items():
+        runs = _finished(every, "test")
         row = main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
         same_calls[f"{name}, {runs[0].steps} steps"] = row
     noise = "noise at every point (DPO on cached noise)"
@@ -246,7 +252,8 @@ def _results(at_once: int) -> None:
             "base": r.against_base(runs, "validation"),
             "noise": None if name == noise else r.head_to_head(runs, "validation-against-noise"),
         }
-        for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]
+        for name, every in [*ablation_runs().items(), (c.ONLINE, online_runs())]
+        if (runs := _finished(every, "validation"))
     }
     accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
     values = {
