@@ -230,6 +230,12 @@ def _finished(runs: list[Run], prompts: str) -> list[Run]:
     return [run for run in runs if Job(name=prompts, folder=run.folder, steps=()).mark.exists()]
 
 
+def _drift() -> dict[str, Any]:
+    """What `inpo inspect drift --json` printed."""
+    text = (c.ROOT / "drift.log").read_text()
+    return json.loads(text[text.index("{") :])
+
+
 def _results(at_once: int) -> None:
     """docs/evidence.json, the plots, and the tables as Markdown on the terminal."""
     best = chosen()
@@ -259,7 +265,7 @@ def _results(at_once: int) -> None:
     values = {
         "steps": c.STEPS, "batch": c.BATCH, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
         "ablation_seeds": c.ABLATION_SEEDS, "chosen": best, "main": main_rows, "same_calls": same_calls,
-        "ablations": ablations, "accuracy": accuracy, "drift": (c.ROOT / "drift.log").read_text().split("\n", 1)[1],
+        "ablations": ablations, "accuracy": accuracy, "drift": _drift(),
     }
     Path("docs/evidence.json").write_text(json.dumps(values, indent=1) + "\n")
     r.draw_wins(main_rows, Path("docs/images/evidence.png"), title="Test captions, five seeds, 95% intervals")

@@ -28,7 +28,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean over seeds with its 95% t-interval; the seeds' own values."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return {"mean": mean, "half": math.nan, "seeds": list(values)}
+        return {"mean": mean, "half": None, "seeds": list(values)}
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return {"mean": mean, "half": half, "seeds": list(values)}
 
@@ -68,7 +68,7 @@ def accuracies(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 def interval(value: Mapping[str, Any], digits: int = 3) -> str:
     """`0.781 ± 0.012`, the half width of the 95% interval over seeds."""
-    if math.isnan(value["half"]):
+    if value["half"] is None:
         return f"{value['mean']:.{digits}f}"
     return f"{value['mean']:.{digits}f} ± {value['half']:.{digits}f}"
 
@@ -149,14 +149,14 @@ def draw_wins(rows: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) 
     for scorer, shift, colour in zip(SCORERS, (0.13, -0.13), ("#2a5db0", "#d9822b"), strict=True):
         values = [row["base"][scorer]["win_rate"] for row in rows.values()]
         axes.errorbar(
-            [value["mean"] for value in values], places + shift, xerr=[value["half"] for value in values], fmt="o",
+            [value["mean"] for value in values], places + shift, xerr=[value["half"] or 0.0 for value in values], fmt="o",
             color=colour, capsize=3, markersize=5, linewidth=1.5, label=scorer.removeprefix("toyworld-"),
         )
     axes.axvline(0.5, color="0.6", linewidth=1)
     axes.set_yticks(places, list(rows))
     axes.set_xlabel("share of captions on which it beats the base")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140, facecolor="white")
     pyplot.close(figure)
