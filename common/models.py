@@ -1,7 +1,6 @@
 """Finding a model and loading just the components a stage needs.
 
-A model is a pipeline folder, a hub id, or one .safetensors file with a configuration folder beside it. Supported:
-Stable Diffusion 1.x and 2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
+A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). Supported: Stable Diffusion 1.x and 2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
 """
 
 import json
@@ -24,7 +23,7 @@ from diffusers import (
 )
 from huggingface_hub import snapshot_download
 
-from common import fingerprint
+from common import fingerprint, single_file
 from common.errors import ModelError
 from common.schedule import NoiseSchedule
 
@@ -38,12 +37,6 @@ _FAMILIES: dict[str, Family] = {
 }
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 SUPPORTED = "Stable Diffusion 1.x, 2.x (noise, v- or sample-prediction) and SDXL, as a diffusers pipeline"
-_SINGLE_FILE_PREFIXES = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class Model:
     def _fingerprint(self, component: str) -> str:
         config = self.config(component)
         if self.file is not None and not (component == "vae" and self.vae_folder):
-            return fingerprint.of_files([self.file], config=config, prefix=_SINGLE_FILE_PREFIXES[component])
+            return fingerprint.of_files([self.file], config=config, prefix=single_file.PREFIXES[component])
         return fingerprint.of_files(self.weight_files(component), config=config)
 
     def weight_files(self, component: str) -> list[Path]:
@@ -182,11 +175,29 @@ class Model:
                 return cls.from_single_file(
                     str(self.file), config=str(self.folder), dtype=torch.float32, **components
                 )
+            components = self._text_encoders() | components
             any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
             return cls.from_pretrained(
                 self.folder, dtype=torch.float32, use_safetensors=True,
                 variant=self.variant if any_variant else None, **components,
             )
+
+
+    def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
+        """Loaded here because the pipeline would load them without telling which weights are missing."""
+        encoders = {}
+        for part in ("text_encoder", "text_encoder_2"):
+            library, name = self.index.get(part, (None, None))
+            if library == "transformers":
+                folder = self.folder / part
+                with _loading(part, folder):
+                    encoders[part] = _whole(
+                        getattr(transformers, name).from_pretrained(
+                            folder, dtype=torch.float32, use_safetensors=True, variant=self._has_variant(folder),
+                            output_loading_info=True,
+                        )
+                    )
+        return encoders
 
 
 _Loaded = TypeVar("_Loaded")
@@ -241,8 +252,8 @@ def _is_variant(file: Path) -> bool:
 def open_model(
     location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
 ) -> Model:
-    """Find a model: a pipeline folder, a hub id, or one .safetensors file (with `model_config`, a pipeline folder
-    that has its configurations). `vae` names a replacement VAE: its folder, or a pipeline folder with vae/ in it.
+    """Find a model: a pipeline folder, a hub id, or one .safetensors file (`model_config` is a pipeline folder with
+    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement VAE: its folder, or a pipeline folder with vae/ in it.
 
     Raises ModelError, saying what is supported, for anything else.
     """
@@ -257,15 +268,7 @@ def open_model(
                 got=path.suffix or "no suffix",
                 fix="convert it first: pickled checkpoints can run code when loaded",
             )
-        if model_config is None:
-            raise ModelError(
-                "A single-file model needs its configuration.",
-                where=path,
-                expected="--model-config DIR, a pipeline folder (weights not needed) of the same architecture",
-                got="weights alone: a single file holds no configuration, and none is guessed, online or offline",
-                fix="`hf download MODEL --include '*.json' '*.txt' --local-dir DIR` makes one, where there is a network",
-            )
-        folder = _folder_of(model_config, variant=None)
+        folder = _folder_of(model_config, variant=None) if model_config else single_file.fetch_configuration(path)
         return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
     folder = _folder_of(location, variant=variant)
     return _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))

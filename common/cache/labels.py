@@ -101,7 +101,8 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
         raise CacheIncomplete(
             f"This cache has no label set {set_name!r}.",
             where=cache.location,
-            expected=", ".join(have) or "no set has been made yet",
+            expected="a set that exists",
+            got=f"sets here: {', '.join(have) or 'none'}",
             fix=f"`inpo relabel {cache.location} --pairs SRC --scorer NAME --set {set_name}` makes it",
         )
     found: dict[str, dict[str, float]] = {}

@@ -1,6 +1,7 @@
 """What can be opened, and a clear refusal for everything else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,9 +91,50 @@ def test_single_files(model_copy, tmp_path):
     pickled.write_bytes(b"")
     assert "safetensors" in refusal(pickled)
     single = tmp_path / "model.safetensors"
+    single.write_bytes(b"no safetensors")
+    assert "cannot be read" in refusal(single)
     save_file({"model.diffusion_model.x": torch.ones(1)}, single)
-    assert "--model-config" in refusal(single)
     assert open_model(str(single), model_config=str(model_copy)).file == single
+
+
+@pytest.mark.parametrize(
+    ("weight", "shape", "taken_for"),
+    [
+        ("model.diffusion_model.x", (1,), "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (1280,),
+         "stabilityai/stable-diffusion-xl-base-1.0"),
+    ],
+)
+def test_a_single_file_without_configuration_asks_the_hub(
+    monkeypatch, model_copy, tmp_path, capsys, weight, shape, taken_for
+):
+    single = tmp_path / "model.safetensors"
+    save_file({weight: torch.ones(shape)}, single)
+    message = refusal(single)  # offline
+    assert "--model-config" in message
+    assert taken_for in message
+    assert "HF_HUB_OFFLINE" in message
+    asked = []
+
+    def download(location, *, allow_patterns):
+        asked.append(location)
+        assert not list(filter_repo_objects(["unet/model.safetensors"], allow_patterns=allow_patterns))
+        return str(model_copy)
+
+    monkeypatch.setattr("common.single_file.snapshot_download", download)
+    model = open_model(str(single))
+    assert (asked, model.folder, model.file) == ([taken_for], model_copy, single)
+    assert taken_for in capsys.readouterr().err
+
+
+def test_a_single_file_of_stable_diffusion_2_is_never_guessed(tmp_path):
+    single = tmp_path / "model.safetensors"
+    save_file(
+        {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(1, 1024)}, single
+    )
+    message = refusal(single)
+    assert "noise or v" in message
+    assert "--model-config" in message
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
@@ -127,19 +169,6 @@ def test_a_lost_tokenizer_and_an_unknown_scheduler(model_copy):
     for file in (model_copy / "tokenizer").iterdir():
         file.unlink()
     assert str(model_copy / "tokenizer") in refusal(model_copy)
-
-
-@pytest.mark.parametrize(("part", "load"), [("unet", "load_unet"), ("vae", "load_vae")])
-def test_a_lost_weight_is_never_drawn_at_random(model_copy, part, load):
-    (file,) = (model_copy / part).glob("*.safetensors")
-    tensors = load_file(file)
-    lost = sorted(tensors)[0]
-    del tensors[lost]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
-        getattr(open_model(str(model_copy)), load)()
-    for word in (str(model_copy / part), f"1 weights are missing: {lost}", "to do:"):
-        assert word in str(caught.value)
 
 
 def test_weights_that_do_not_fit_their_configuration(model_copy):
@@ -188,3 +217,20 @@ def test_a_replacement_vae(tiny, model_copy):
     other = open_model(str(model_copy), vae=str(tiny("sdxl"))).fingerprints
     assert {name for name in plain if plain[name] != other[name]} == {"vae"}
     assert "no VAE" in refusal(model_copy, vae=str(model_copy / "unet" / ".."  / "tokenizer"))
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_weight_that_is_missing_is_never_drawn_at_random(tiny, tmp_path, component):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("sdxl"), folder)
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    model = open_model(str(folder))
+    load = {"unet": model.load_unet, "vae": model.load_vae}.get(component, model.load_text_pipeline)
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load()
+    for word in (str(folder / component), "1 weights are missing: ", lost.removeprefix("text_model."), "to do:"):
+        assert word in str(caught.value)

@@ -1,0 +1,59 @@
+"""Configurations for a model in one .safetensors file, which holds weights and nothing else."""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from common.errors import ModelError
+
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+"""Where the original layout keeps each component's weights."""
+_STABLE_DIFFUSION_2 = "stabilityai/stable-diffusion-2"
+_MAKE_ONE = "`hf download MODEL --include '*.json' '*.txt' --local-dir DIR` makes one, where there is a network"
+_EXPECTED = "--model-config DIR, a pipeline folder (weights not needed) of the same architecture"
+
+
+def fetch_configuration(file: Path) -> Path:
+    """The folder with the configurations of the hub model that diffusers takes `file` for, by its weights' names and shapes.
+
+    Raises ModelError if the file cannot be read, if it is a Stable Diffusion 2 (the hub has two, noise and v-prediction,
+    that look alike in their weights), or if the hub cannot be reached.
+    """
+    location = _hub_id(file)
+    if location.startswith(_STABLE_DIFFUSION_2):
+        raise ModelError(
+            "A single file of Stable Diffusion 2 needs its configuration.", where=file, expected=_EXPECTED,
+            got="weights that do not say whether they predict noise or v", fix=_MAKE_ONE,
+        )
+    try:
+        folder = Path(snapshot_download(location, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
+    except Exception as error:  # the hub client raises many kinds; each means the configuration could not be fetched
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            "A single-file model needs its configuration, and the hub's could not be fetched.", where=file,
+            expected=f"{_EXPECTED}, or a network to fetch that of {location}",
+            got=lines[0][:200] if lines else type(error).__name__, fix=f"{_MAKE_ONE}; check HF_HUB_OFFLINE",
+        ) from error
+    print(f"note: {file.name} is taken for {location} by its weights; --model-config DIR names another", file=sys.stderr)
+    return folder
+
+
+def _hub_id(file: Path) -> str:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            shapes = {name: torch.empty(weights.get_slice(name).get_shape(), device="meta") for name in weights.keys()}
+    except Exception as error:  # SafetensorError, OSError
+        raise ModelError(
+            "The model file cannot be read.", where=file, expected="a whole .safetensors file", got=str(error)[:200],
+            fix="download it again",
+        ) from error
+    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
