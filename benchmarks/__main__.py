@@ -1,10 +1,10 @@
 """`python -m benchmarks`: every benchmark once, at this machine's default size."""
 
-from benchmarks import precompute, recipe, scaling, stream, train_step
+from benchmarks import precompute, recipe, roofline, scaling, stream, train_step
 
 
 def main() -> None:
-    for benchmark in (train_step, recipe, precompute, scaling, stream):
+    for benchmark in (train_step, recipe, precompute, scaling, stream, roofline):
         benchmark.main([])
         print(flush=True)
 

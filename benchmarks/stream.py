@@ -6,6 +6,7 @@ is of a few epochs from opening to closing, with the window that is read ahead a
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         for stream in streams:
             stream.close()
 
+    gc.collect()
+    gc.freeze()  # as the trainer does
     with _on_s3() as s3:
         contestants = {
             OURS: lambda: epochs(str(FOLDER), 4),

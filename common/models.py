@@ -1,6 +1,7 @@
 """Finding a model and loading just the components a stage needs.
 
-A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). Supported: Stable Diffusion 1.x and 2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
+A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). Supported: Stable Diffusion 1.x and
+2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
 """
 
 import json
@@ -253,7 +254,8 @@ def open_model(
     location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
 ) -> Model:
     """Find a model: a pipeline folder, a hub id, or one .safetensors file (`model_config` is a pipeline folder with
-    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement VAE: its folder, or a pipeline folder with vae/ in it.
+    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement VAE: its
+    folder, or a pipeline folder with vae/ in it.
 
     Raises ModelError, saying what is supported, for anything else.
     """

@@ -12,6 +12,7 @@ from common.cache.derive import derive_x_t
 from common.cache.reader import Shard
 from common.denoiser import Condition
 from common.errors import CacheCorrupt
+from train.buffers import Buffers
 from train.index import IndexedShard
 
 
@@ -67,8 +68,10 @@ class Needs:
 class LoadedShard:
     """The rows of one shard that some micro-batches ask for, in memory."""
 
-    def __init__(self, indexed: IndexedShard, used: Int[np.ndarray, "row"], needs: Needs) -> None:
-        """`used` numbers positions in `indexed.rows`, ascending and distinct."""
+    def __init__(
+        self, indexed: IndexedShard, used: Int[np.ndarray, "row"], needs: Needs, buffers: Buffers | None = None
+    ) -> None:
+        """`used` numbers positions in `indexed.rows`, ascending and distinct. The big arrays lie in `buffers`' memory."""
         shard = indexed.shard
         rows = indexed.rows[used]
         # Reading single pairs costs a little more per byte than the whole array; reading what is not asked for, more.
@@ -76,7 +79,8 @@ class LoadedShard:
         self._where = {int(position): number for number, position in enumerate(used)}
         self._local = rows if selection is None else np.arange(len(rows))
         self._rows = rows
-        self.aim = shard.read(needs.aim, selection)
+        self._allocate = None if buffers is None else buffers.take
+        self.aim = shard.read(needs.aim, selection, allocate=self._allocate)
         self.timestep = shard.read("timestep", selection)
         self.x_t = self._x_t(shard, selection, needs)
         self.reference_error = self._reference_error(shard, selection, needs)
@@ -96,7 +100,7 @@ class LoadedShard:
     ) -> Float16[np.ndarray, "pair step side c h w"]:
         """x_t; of a lean cache from the target that has been read already."""
         if "x_t" in shard.stored or needs.aim != "target":
-            return shard.read("x_t", selection)
+            return shard.read("x_t", selection, allocate=self._allocate)
         schedule, timestep = shard.cache.schedule, self.timestep.astype(np.int64)
         a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
         return derive_x_t(shard.read("x0", selection), self.aim, a, s)
@@ -122,6 +126,11 @@ class LoadedShard:
         if self._pooled is not None and self._time_ids is not None:
             batch["pooled"][place] = self._pooled[prompt]
             batch["time_ids"][place] = self._time_ids[number]
+
+    def give_back(self, buffers: Buffers) -> None:
+        """The end of this object: its big arrays' memory is another's now."""
+        for array in (self.x_t, self.aim):
+            buffers.give(array)
 
     def empty_batch(self, num_records: int) -> dict[str, np.ndarray]:
         """Arrays for a batch of records like these, to be filled."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from common.errors import TrainingError
+from train.buffers import Buffers
 from train.index import Index
 from train.order import GlobalOrder, Place, WindowKey
 from train.records import Batch, LoadedShard, Needs, RecordPlace, gather
@@ -140,15 +141,17 @@ class WindowLoader:
         self._stream = stream
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._windows: dict[WindowKey, Future[Window]] = {}
+        self._buffers = Buffers()
 
     def batch(self, places: list[Place]) -> Batch:
         """Gather a micro-batch; starts reading the window after its last one."""
         keys = list(dict.fromkeys(place.key for place in places))
         following = self._next(keys[-1])
+        for done in self._windows.keys() - {*keys, following}:
+            self._windows.pop(done).result().give_back(self._buffers)
         for key in [*keys, following]:
             if key not in self._windows:
-                self._windows[key] = self._pool.submit(Window, self._stream, key)
-        self._windows = {key: self._windows[key] for key in [*keys, following]}
+                self._windows[key] = self._pool.submit(Window, self._stream, key, self._buffers)
         return gather([self._windows[place.key].result().place(place.position) for place in places])
 
     def _next(self, key: WindowKey) -> WindowKey:
@@ -164,7 +167,7 @@ class WindowLoader:
 class Window:
     """The records of one window that this rank will be asked for, in memory."""
 
-    def __init__(self, stream: RecordStream, key: WindowKey) -> None:
+    def __init__(self, stream: RecordStream, key: WindowKey, buffers: Buffers) -> None:
         self._records = stream.order.shuffled(key)
         mine = self._records[_positions_of_rank(stream, key, len(self._records))]
         self._steps = {
@@ -174,7 +177,12 @@ class Window:
         self._shards: dict[int, LoadedShard] = {}
         for shard in np.unique(mine[:, 0]):
             pairs = np.unique(mine[mine[:, 0] == shard, 1] // self._steps[int(shard)])
-            self._shards[int(shard)] = LoadedShard(stream.index.training[shard], pairs, stream.needs)
+            self._shards[int(shard)] = LoadedShard(stream.index.training[shard], pairs, stream.needs, buffers)
+
+    def give_back(self, buffers: Buffers) -> None:
+        """The end of this window: nothing may be gathered from it any more."""
+        for shard in self._shards.values():
+            shard.give_back(buffers)
 
     def place(self, position: int) -> RecordPlace:
         """Where in memory the record at `position` of the window is."""

@@ -1,12 +1,13 @@
 """Reading a cache: committed shards only, checked against their commits before the first byte is trusted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import zarr
 from jaxtyping import Float, Int, Shaped
+from zarr.core.buffer.cpu import NDBuffer
 
 from common.cache.arrays import CommittedStore, open_array
 from common.cache.derive import derive_x_t
@@ -115,8 +116,16 @@ class Shard:
     def _is_delta(self, path: str) -> bool:
         return path == "eps_ref" and self.cache.delta_is_reference and "delta" in self.stored
 
-    def read(self, path: str, pairs: "Int[np.ndarray, 'pair'] | slice | None" = None) -> Shaped[np.ndarray, "..."]:
+    def read(
+        self,
+        path: str,
+        pairs: "Int[np.ndarray, 'pair'] | slice | None" = None,
+        *,
+        allocate: Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray] | None = None,
+    ) -> Shaped[np.ndarray, "..."]:
         """Array `path` as numpy, whole or for some pairs (the first axis).
+
+        `allocate` gives the memory (by shape and dtype) that a whole stored array is read into.
 
         What is not stored but follows from what is stored is derived: x_t of a lean cache (bit-identical to a full
         one's), eps_ref where it is delta. Raises CacheIncomplete, naming the option that would store it, for the
@@ -135,7 +144,13 @@ class Shard:
                 if path not in self._arrays:
                     self._arrays[path] = self._open(path)
                 array = self._arrays[path]
-                values = array[selection] if isinstance(selection, slice) else _read_rows(array, selection, path)
+                if allocate is not None and pairs is None:
+                    values = allocate(array.shape, array.dtype)
+                    array.get_basic_selection(..., out=NDBuffer.from_numpy_array(values))
+                elif isinstance(selection, slice):
+                    values = array[selection]
+                else:
+                    values = _read_rows(array, selection, path)
             except InpoError:
                 raise
             except _Unreadable as error:

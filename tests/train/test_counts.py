@@ -16,6 +16,7 @@ from common.cache import open_cache
 from common.cache.arrays import CommittedStore
 from common.denoiser import Denoiser
 from common.tensor_watch import TensorWatch
+from train.buffers import Buffers
 from train.index import build_index
 from train.records import Needs
 from train.stream import RecordStream
@@ -104,6 +105,30 @@ def test_an_epoch_reads_every_needed_byte_once_and_no_other(cache: str, monkeypa
         # Data once per window; the sharding codec's index is read apart from its chunks.
         assert windows * sizes[name] <= read[name] <= 1.05 * windows * sizes[name], name
     assert not {"x0", "delta", "x0_t"} & read.keys()
+
+
+def test_windows_are_read_into_the_memory_of_earlier_ones(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take = Buffers.take
+
+    def counted(self: Buffers, *args: Any) -> Any:
+        array = take(self, *args)
+        taken.append(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr(Buffers, "take", counted)
+    opened = open_cache(cache)
+    stream = RecordStream(
+        build_index([opened], soft=False, held_out=0.0), Needs(), batch_size=3, window_shards=len(opened.shards), seed=0
+    )
+    batches = iter(stream)
+    for _ in range(4 * opened.num_records // 3):
+        next(batches)
+    stream.close()
+    # Each window takes x_t and target of each shard; memory there is for the current window and the one read ahead.
+    each = 2 * len(opened.shards)
+    assert len(taken) >= 4 * each
+    assert len(set(taken)) <= 3 * each
 
 
 def test_no_more_is_held_than_one_network_in_training_needs(

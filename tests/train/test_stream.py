@@ -268,9 +268,9 @@ def test_only_the_arrays_that_are_needed_are_read(
     read: set[str] = set()
     original = Shard.read
 
-    def spy(self: Shard, path: str, pairs: Any = None) -> np.ndarray:
+    def spy(self: Shard, path: str, *args: Any, **options: Any) -> np.ndarray:
         read.add(path)
-        return original(self, path, pairs)
+        return original(self, path, *args, **options)
 
     monkeypatch.setattr(Shard, "read", spy)
     take(stream_of(index), 3)
