@@ -139,6 +139,7 @@ class Shard:
             raise self._incomplete(path)
         self._verified  # noqa: B018  (a cached check, not a value)
         selection = slice(None) if pairs is None else pairs
+        values: Any
         with storage_errors("read the cache", f"{self.location}/{path}"):
             try:
                 if path not in self._arrays:
