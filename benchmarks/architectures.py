@@ -75,7 +75,7 @@ def _sd15(*, width: int) -> StableDiffusionPipeline:
         vae=_vae(width, 0.18215), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=64, block_out_channels=channels, cross_attention_dim=768 // width,
-            attention_head_dim=8 // min(width, 2), norm_num_groups=min(32, channels[0] // 5 * 2),
+            attention_head_dim=8 // min(width, 2), norm_num_groups=32 // width,
         ),
         scheduler=_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )

@@ -44,7 +44,9 @@ def train(
     reference_guard: Annotated[bool | None, typer.Option(help="Stop when loss or gradient is not finite.")] = None,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb or none.")] = None,
     sample_every: Annotated[int | None, typer.Option(help="Steps between sample images; 0: none.")] = None,
-    sample_prompts: Annotated[list[str] | None, typer.Option(help="Prompt of a sample image; repeatable.")] = None,
+    sample_prompts: Annotated[
+        list[str] | None, typer.Option(help="Prompt of a sample image; repeatable. Unset: the cache's first four.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the order and of new weights.")] = None,
 ) -> None:

@@ -27,7 +27,7 @@ from train.optim import build_optimizer, build_schedule, prepare_unet
 from train.output import model_card, write_output
 from train.proof import check_fingerprints, refuse, run_proof
 from train.requirements import check_distribution, check_installed, check_needs, refuse_hard_labels
-from train.samples import Sampler, sample_images
+from train.samples import Sampler, cached_prompts, sample_images
 from train.settings import TrainSettings
 from train.stream import RecordStream, held_out_batches
 
@@ -107,7 +107,7 @@ def run_train(
         )
         if settings.sample_every:
             draw = partial(
-                sample_images, accelerator.unwrap_model(wrapped), model, settings.sample_prompts or ("",),
+                sample_images, accelerator.unwrap_model(wrapped), model, settings.sample_prompts or cached_prompts(opened[0]),
                 steps=settings.sample_steps, guidance=settings.sample_guidance, seed=settings.seed,
                 resolution=opened[0].manifest.resolution, network_dtype=network_dtype,
             )

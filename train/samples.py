@@ -10,9 +10,16 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import UInt8
 from PIL import Image
 
+from common.cache import Cache
 from common.denoiser import DTYPES
 from common.models import Model
 from train.metrics import MetricsWriter
+
+
+def cached_prompts(cache: Cache) -> tuple[str, ...]:
+    """The first four prompts of a cache, without the empty one that every shard begins with; that one if all are empty."""
+    texts = next(iter(cache)).read("prompt/text")[1:5]
+    return tuple(str(text) for text in texts) or ("",)
 
 
 @torch.no_grad()

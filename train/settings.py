@@ -67,7 +67,7 @@ class TrainSettings(Section):
     sample_every: int = Field(0, ge=0)
     """Sample images every N steps; 0: none."""
     sample_prompts: tuple[str, ...] = ()
-    """unset: one image of the empty prompt."""
+    """unset: the first four of the cache."""
     sample_steps: int = Field(20, ge=1)
     sample_guidance: float = Field(7.5, ge=0)
     seed: int = 0

@@ -16,7 +16,7 @@ BETA_SHARES = (0.25, 1.0)
 DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
 GRID_SEED = 0
 TEST_SEEDS = (1, 2, 3, 4, 5)
-ABLATION_SEEDS = (1,)
+ABLATION_SEEDS = (1, 2, 3)
 SAME_CALLS_SEEDS = (1, 2, 3)
 PROMPTS = {"grid": ("validation", 200), "validation": ("validation", None), "test": ("test", None)}
 """Prompt files: split and how many of its captions. `grid` is a part of `validation`; `test` chooses nothing."""

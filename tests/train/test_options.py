@@ -1,4 +1,4 @@
-"""Options that change how a run is made: several caches, the paper's two steps, W&B."""
+"""Options that change how a run is made: several caches, a compiled network, the paper's two steps, W&B."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from common.errors import CacheMismatch
 from common.models import open_model
@@ -42,6 +44,27 @@ def test_the_two_steps_of_the_paper(world: Any, run: Callable[..., Path], tmp_pa
     assert str(tuned) in (output / "pipeline" / "README.md").read_text()
     with pytest.raises(CacheMismatch, match="another model"):  # the base model is not this cache's reference
         run(caches=[inverted], output=tmp_path / "base")
+
+
+def test_a_compiled_network_trains_alike(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is captured as ever; PyTorch runs it instead of generated code, because no compiler may be here."""
+    plain = run(steps=2, output=tmp_path / "plain")
+    compiled: list[torch.nn.Module] = []
+    compile_ = torch.compile
+
+    def watched(network: torch.nn.Module) -> Any:
+        compiled.append(network)
+        return compile_(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", watched)
+    again = run(steps=2, compile=True, output=tmp_path / "compiled")
+    assert len(compiled) == 1
+    np.testing.assert_allclose(losses(again), losses(plain), rtol=1e-4)
+    for name, values in load_file(next((plain / "pipeline/unet").glob("*.safetensors"))).items():
+        other = load_file(next((again / "pipeline/unet").glob("*.safetensors")))[name]
+        np.testing.assert_allclose(other.numpy(), values.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.cache import open_cache
 from train.export import export_single_file
 
 
@@ -131,6 +132,13 @@ def test_samples_are_drawn_and_do_not_disturb_training(run: Callable[..., Path],
         for output in (plain, sampled)
     )
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_samples_are_of_the_caches_own_prompts_unless_others_are_named(run: Callable[..., Path], cache: str) -> None:
+    output = run(steps=1, sample_every=1, sample_steps=1)
+    texts = {str(text) for text in next(iter(open_cache(cache))).read("prompt/text")} - {""}
+    with Image.open(output / "samples/step-00000001.png") as picture:
+        assert picture.size == (16 * min(4, len(texts)), 16)
 
 
 def test_metrics_say_whether_it_learns(run: Callable[..., Path]) -> None:
