@@ -17,6 +17,9 @@ from common.errors import UsageError
 from common.models import Model, open_model
 
 SECTIONS = ("model", "data", "precompute", "train", "evaluate")
+_NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
+_OPTIONS = {"model_config_dir": "--model-config", "caches": "--cache"}
+"""Options that are not their setting's name with dashes."""
 
 
 class Section(BaseModel):
@@ -66,10 +69,16 @@ class DataSection(Section):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
-    """The recipe's sections as plain dicts; {} without a recipe. Raises UsageError for a bad file or section."""
+class Recipe(dict[str, dict[str, Any]]):
+    """A recipe's sections as plain dicts, and the file they come from, which messages name."""
+
+    path: Path | None = None
+
+
+def read_recipe(path: Path | None) -> Recipe:
+    """The recipe's sections; none without a recipe. Raises UsageError for a bad file or section."""
     if path is None:
-        return {}
+        return Recipe()
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,11 +86,21 @@ def read_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
     for name, section in document.items():
-        if name not in SECTIONS or not isinstance(section, dict):
+        if not isinstance(section, dict):
             raise UsageError(
-                f"Unknown section [{name}] in the recipe.", where=path, expected=", ".join(SECTIONS), fix="rename it"
+                f"The setting {name!r} stands outside the recipe's sections.", where=path,
+                expected=f"every setting below one of {_NAMED}", got=f"{name} = {section!r}",
+                fix="move it below its section's name",
             )
-    return document
+        if name not in SECTIONS:
+            close = get_close_matches(name, SECTIONS, n=1)
+            raise UsageError(
+                f"Unknown section [{name}] in the recipe.", where=path, expected=_NAMED, got=f"[{name}]",
+                fix=f"did you mean [{close[0]}]?" if close else "rename it",
+            )
+    recipe = Recipe(document)
+    recipe.path = path
+    return recipe
 
 
 def resolve(
@@ -94,19 +113,26 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or section
+        file = getattr(recipe, "path", None) or "the recipe"
         if first["type"] == "extra_forbidden":
             known = [field.alias or each for each, field in kind.model_fields.items()]
             close = get_close_matches(name, known, n=1)
             raise UsageError(
-                f"Unknown setting {name!r} in [{section}].", where=f"[{section}] of the recipe",
+                f"Unknown setting {name!r} in [{section}].", where=f"[{section}] of {file}",
                 expected=", ".join(known), got=name,
                 fix=f"did you mean {close[0]}?" if close else "correct the name",
             ) from None
+        setting = str(first["loc"][0]) if first["loc"] else section
+        is_flag = flags.get(setting) is not None
+        # pydantic words a range as a sentence, our own checks say what there is instead.
+        rule = first["msg"].removeprefix("Input should be ")
+        is_range = rule != first["msg"]
         raise UsageError(
-            f"Bad value for {name}: {first['msg'].removeprefix('Value error, ')}.",
-            where=f"--{name.replace('_', '-')} or [{section}] of the recipe",
+            f"Bad value for {name}." if is_range else f"Bad value for {name}: {rule.removeprefix('Value error, ')}.",
+            where=_OPTIONS.get(setting, f"--{setting.replace('_', '-')}") if is_flag else f"[{section}] of {file}",
+            expected=rule if is_range else None,
             got=repr(first.get("input")),
-            fix="see --help for the meaning and range",
+            fix="correct the value; --help says what each option means",
         ) from None
 
 

@@ -37,9 +37,9 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[train]\nstpes = 3\n", ("stpes", "[train]", "steps")),
-        ('[train]\nsteps = "many"\n', ("steps", "many")),
-        ("[train]\nsteps = 1.5\n", ("steps", "1.5")),
+        ("[train]\nstpes = 3\n", ("stpes", "[train] of", "r.toml", "did you mean steps?")),
+        ('[train]\nsteps = "many"\n', ("steps", "many", "expected: a valid integer", "[train] of", "r.toml")),
+        ("[train]\nsteps = 1.5\n", ("steps", "1.5", "r.toml")),
     ],
 )
 def test_a_bad_setting_is_named(tmp_path, text, words):
@@ -53,14 +53,25 @@ def test_a_bad_setting_is_named(tmp_path, text, words):
     ("text", "words"),
     [
         ("[train\nsteps = 3\n", ("not valid TOML", "line 1")),
-        ("[trian]\nsteps = 3\n", ("trian", "precompute")),
-        ("steps = 3\n", ("steps", "precompute")),
+        ("[trian]\nsteps = 3\n", ("Unknown section [trian]", "precompute", "did you mean [train]?")),
+        ("steps = 3\n", ("'steps' stands outside", "[precompute]", "steps = 3")),
+        ('model = "x"\n', ("'model' stands outside", "[model]")),
     ],
 )
 def test_a_bad_recipe_is_named(tmp_path, text, words):
     with pytest.raises(UsageError) as caught:
         recipe(tmp_path, text)
     assert all(word in str(caught.value) for word in (*words, "r.toml"))
+
+
+def test_a_message_names_the_option_or_the_file_that_the_value_came_from(tmp_path):
+    sections = recipe(tmp_path, "[train]\nsteps = 3\n")
+    with pytest.raises(UsageError) as caught:
+        resolve(Numbers, "train", sections, {"steps": "many"})
+    assert caught.value.where == "--steps"
+    with pytest.raises(UsageError) as caught:
+        resolve(ModelSection, "model", {}, {"model_config_dir": 1})
+    assert caught.value.where == "--model-config"
 
 
 def test_a_recipe_in_another_encoding(tmp_path):
