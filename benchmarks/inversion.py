@@ -191,6 +191,7 @@ def plot(rows: list[Row], path: Path) -> None:
     """Left: error against calls. Middle: error by timestep at n = 10. Right: reference error by timestep at n = 10."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     middles = [(low + high) / 2 for low, high in itertools.pairwise(BINS)]
@@ -209,6 +210,10 @@ def plot(rows: list[Row], path: Path) -> None:
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    for axis in (left.xaxis, left.yaxis, middle.yaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
