@@ -57,10 +57,12 @@ def pair(
     first: Annotated[bool, typer.Option("--first", help="Take the cache's first readable pair.")] = False,
 ) -> None:
     """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|."""
+    from io import BytesIO
+
     from common.cache import open_cache
-    from common.cache.store import storage_errors
     from common.errors import UsageError
     from common.models import open_model
+    from inspection.output import refuse_output, write_output
     from inspection.pair_view import find_pair
     from inspection.preview import linear_preview, vae_preview
     from inspection.sheet import draw_sheet
@@ -71,14 +73,15 @@ def pair(
             "Say which pair.", where="inpo inspect pair", expected="a PAIR_ID, or --first",
             got="neither" if pair_id is None else "both", fix="`inpo inspect filter` lists pair ids",
         )
+    refuse_output(out, what="sheet", suffix=".png")
     damaged: dict[str, Any] = {}
     opened = open_cache(cache, damaged=damaged)
     view = find_pair(opened, pair_id, damaged)
     preview = linear_preview(opened) if model is None else vae_preview(opened, open_model(model))
     sheet = draw_sheet(view, preview, facts=f"{pair_facts(view)}   ·   {cache_facts(opened.manifest)}")
-    with storage_errors("write the sheet", out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out, format="PNG", optimize=True)
+    content = BytesIO()
+    sheet.save(content, format="PNG", optimize=True)
+    write_output(out, content.getvalue(), what="sheet")
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
     for name, error in sorted(damaged.items()):
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
@@ -90,7 +93,9 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="The model that made the cache: inverts a sample again and compares.")
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Pairs inverted again with --model.")] = 16,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Pairs inverted again with --model. [default: 16]")
+    ] = None,
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
     ] = False,
@@ -99,16 +104,22 @@ def verify(
     from rich.console import Console
 
     from common.cache import open_cache
+    from common.errors import UsageError
     from common.models import open_model
     from common.progress import ProgressReport
     from inspection.verify import quarantine as move_commits
     from inspection.verify import verify as verify_cache
     from inspection.verify_view import show
 
+    if sample is not None and model is None:
+        raise UsageError(
+            "A sample is inverted again by a model, and none is given.", where="--sample", expected="--model too",
+            got=f"--sample {sample} alone", fix="pass the --model that made the cache, or leave out --sample",
+        )
     total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
     with ProgressReport("verify", total=total, unit="shards") as progress:
         found = verify_cache(
-            cache, model=None if model is None else open_model(model), num_sampled=sample, on_shard=progress.advance
+            cache, model=None if model is None else open_model(model), num_sampled=sample or 16, on_shard=progress.advance
         )
     show(found, Console())
     if quarantine and found.findings:
@@ -174,10 +185,12 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from common.cache import open_cache
-    from common.cache.store import storage_errors
+    from inspection.output import refuse_output, write_output
     from inspection.pair_table import read_pair_table
     from inspection.where import select
 
+    if out is not None:
+        refuse_output(out, what="list")
     bad: dict[str, Any] = {}
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
@@ -187,9 +200,7 @@ def filter_pairs(
     if out is None:
         sys.stdout.write(text)
     else:
-        with storage_errors("write the list", out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text, encoding="utf-8")
+        write_output(out, text, what="list")
     say = print if out is not None else partial(print, file=sys.stderr)
     unknown = int(selection.truth.unknown.sum())
     say(f"{len(chosen):,} of {len(table):,} pairs, {int(selection.truth.no.sum()):,} fail, {unknown:,} undecided")
@@ -239,18 +250,17 @@ def report(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read."""
-    from common.cache.store import storage_errors
     from common.models import open_model
     from common.progress import ProgressReport
+    from inspection.output import refuse_output, write_output
     from inspection.report import make_report
 
+    refuse_output(out, what="report")
     with ProgressReport("report", total=None, unit="pairs") as progress:
         made = make_report(
             cache, model=None if model is None else open_model(model), per_group=pairs, on_pair=progress.advance
         )
-    with storage_errors("write the report", out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(made.html, encoding="utf-8")
+    write_output(out, made.html, what="report")
     size = out.stat().st_size / 1e6
     print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
     for name, error in sorted(made.damaged.items()):

@@ -5,6 +5,7 @@ measured here: the same pairs, settings and randomness, another network.
 """
 
 import itertools
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,9 +129,10 @@ def refresh_command(cache: Cache, model: Model) -> str:
     """The precompute command that makes this cache anew with another model."""
     manifest, inverter = cache.manifest, cache.manifest.inverter
     sources = sorted({commit.source.location for commit in cache.commits.values()})
+    pairs = shlex.quote(sources[0]) if sources else "SRC"
     words = [
-        "inpo precompute", f"--pairs {sources[0] if sources else 'SRC'}", f"--model {model.name}",
-        f"--cache {cache.location}-refreshed", f"--resolution {manifest.resolution}", f"--steps {inverter.steps}",
+        "inpo precompute", f"--pairs {pairs}", f"--model {shlex.quote(model.name)}",
+        f"--cache {shlex.quote(f'{cache.location}-refreshed')}", f"--resolution {manifest.resolution}", f"--steps {inverter.steps}",
         f"--timesteps-per-pair {manifest.timesteps_per_pair}", f"--inverter {inverter.name}",
         f"--profile {manifest.profile}", f"--seed {manifest.seed}", f"--dtype {manifest.network_dtype}",
     ]
@@ -146,4 +148,5 @@ def refresh_command(cache: Cache, model: Model) -> str:
     if inverter.iterations is not None:
         words += [f"--iterations {inverter.iterations}", f"--tolerance {inverter.tolerance:g}"]
     words += [f"--extra {name}" for name in manifest.extra]
+    words.append(f"--measure-inversion {manifest.measure_inversion:g}")
     return " ".join(words)

@@ -33,6 +33,8 @@ class Verification:
     num_checked: dict[str, int]
     """Pairs by check; a check that this cache does not allow is missing."""
     findings: list[Finding]
+    impossible: dict[str, str]
+    """Checks that this cache, or this call, does not allow, and why."""
     reinverted: dict[str, float] = field(default_factory=dict)
     """Largest relative change of x_t, target and reference_error, where --model was given."""
 
@@ -79,10 +81,26 @@ def verify(
         bytes_read=sum(result.bytes_read for result in results),
         num_checked={name: num_checked[name] for name in CHECKS if name in num_checked},
         findings=findings,
+        impossible=_impossible(cache, has_model=model is not None),
     )
     if model is not None:
         _reinvert(cache, model, num_sampled, verification)
     return verification
+
+
+def _impossible(cache: Cache, *, has_model: bool) -> dict[str, str]:
+    """{check: why it cannot be made on a healthy cache with this manifest}."""
+    manifest = cache.manifest
+    reasons = {}
+    if manifest.profile == "lean":
+        reasons |= {"x_t": "not stored (lean): readers derive it", "x0_t": "not stored (lean)"}
+    if "eps_ref" not in manifest.extra and (manifest.profile == "lean" or not cache.delta_is_reference):
+        reasons["reference_error"] = "needs delta as the reference's prediction, or --extra eps_ref"
+    if not label_sets(cache.store):
+        reasons["labels"] = "this cache has no label set"
+    if not has_model:
+        reasons |= {"reference": "only with --model", "re-inversion": "only with --model"}
+    return reasons
 
 
 def _duplicates(results: list[ShardResult]) -> list[Finding]:

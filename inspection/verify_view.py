@@ -8,15 +8,6 @@ from inspection.checks import CHECKS
 from inspection.summary_view import readable_bytes
 from inspection.verify import Verification
 
-_WHY_NOT = {
-    "x_t": "not stored (lean): readers derive it",
-    "x0_t": "not stored (lean)",
-    "reference_error": "needs delta as the reference's prediction, or --extra eps_ref",
-    "labels": "this cache has no label set",
-    "reference": "only with --model",
-    "re-inversion": "only with --model",
-}
-
 
 def show(verification: Verification, console: Console) -> None:
     """Print one line per check, then one per finding."""
@@ -36,9 +27,11 @@ def show(verification: Verification, console: Console) -> None:
             result = "[green]ok[/green]"
         table.add_row(name, meaning, "-" if count is None else f"{count:,}", result)
     console.print(table)
+    found = {finding.check for finding in verification.findings}
     for name in CHECKS:
-        if name not in verification.num_checked and verification.num_pairs and name in _WHY_NOT:
-            console.print(f"[dim]not checked: {name}, {_WHY_NOT[name]}[/dim]", highlight=False, soft_wrap=True)
+        if name not in verification.num_checked and verification.num_pairs and name not in found:
+            why = verification.impossible.get(name, "what it needs is damaged")
+            console.print(f"[dim]not checked: {name}, {why}[/dim]", highlight=False, soft_wrap=True)
     change = verification.reinverted
     if change:
         console.print(
@@ -50,6 +43,9 @@ def show(verification: Verification, console: Console) -> None:
         console.print(f"[bold red]{finding.shard}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
     bad_shards = verification.bad_shards
+    if not verification.num_shards:
+        console.print("nothing is committed yet: there was nothing to read", highlight=False)
+        return
     console.print(
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
         f"{readable_bytes(verification.bytes_read)} read: "

@@ -71,8 +71,9 @@ def select(table: PairTable, condition: str) -> Selection:
     try:
         tree = ast.parse(condition.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else error  # its text would name a file that is not there
         raise UsageError(
-            "The condition cannot be parsed.", where="--where", got=f"{condition!r}: {error}",
+            "The condition cannot be parsed.", where="--where", got=f"{condition!r}: {why}",
             expected='something like "inversion_error < 0.2 and reference_error < 3"',
             fix="put the whole condition into quotes",
         ) from None

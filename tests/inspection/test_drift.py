@@ -1,6 +1,7 @@
 """`drift`: nothing for the model that made the cache; for another, what inverting with it gives."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common.conditions import pair_condition
 from common.denoiser import Denoiser
 from common.inversion import invert
 from common.models import open_model
+from inspection.drift import refresh_command
 
 
 @pytest.mark.parametrize(("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl")])
@@ -65,3 +67,13 @@ def test_a_damaged_shard_is_named_and_the_rest_is_measured(states, inspect, tiny
     assert found["num_sampled"] == 3
     assert found["target"] < 1e-3
     assert "damaged shards left out: s1" in inspect("drift", states("corrupt"), "--model", tiny()).out
+
+
+def test_the_refreshing_command_makes_the_same_kind_of_cache_from_any_path(write_cache, tiny, tmp_path):
+    folder = write_cache(tmp_path / "my caches", pairs=(1,), flip=True, inverter={"guidance": 0.0})
+    words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(tiny()))))
+    assert words[words.index("--cache") + 1] == f"{folder}-refreshed"
+    assert words[words.index("--model") + 1] == str(tiny())
+    assert words[words.index("--measure-inversion") + 1] == "0.6"
+    assert words[words.index("--guidance") + 1] == "0"
+    assert "--flip" in words

@@ -63,6 +63,7 @@ def test_anything_but_a_condition_is_refused(states, inspect, tmp_path, monkeypa
     done = inspect("filter", states("healthy"), "--where", condition, "--out", "list.txt")
     assert done.code == 2, done.out
     assert "--where" in done.out
+    assert "<unknown>" not in done.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,8 @@ CASES = {
         "verify": (0, "all sound"),
     },
     "empty": {
-        "summary": (0, "Nothing is committed yet"), "report": (0, "0 of 0 pairs"), "verify": (0, "all sound"),
+        "summary": (0, "Nothing is committed yet"), "report": (0, "0 of 0 pairs"),
+        "verify": (0, "nothing is committed yet"),
         "pair": (1, "no committed pair yet"), "filter": (1, "no committed pair yet"),
         "drift": (1, "no committed pair yet"),
     },

@@ -1,0 +1,41 @@
+"""The file a command writes: refused before the work, if it cannot be written, and written whole."""
+
+import errno
+import os
+from pathlib import Path
+
+from common.cache.store import storage_errors
+from common.errors import UsageError
+
+
+def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
+    """Raise StorageError if `out` cannot be written (a folder, below a file, no permission), so that nobody waits for it.
+
+    Raises UsageError for a name that promises another format than `suffix`. Nothing is made or changed.
+    """
+    if suffix is not None and out.suffix and out.suffix.lower() != suffix:
+        raise UsageError(
+            f"The {what} is written as {suffix.removeprefix('.').upper()}.", where="--out", expected=f"*{suffix}",
+            got=out, fix=f"--out {out.with_suffix(suffix)}",
+        )
+    with storage_errors(f"write the {what}", out):
+        if out.is_dir():
+            raise _refusal(errno.EISDIR, out)
+        parent = out.absolute().parent
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise _refusal(errno.ENOTDIR, parent)
+        if not os.access(out if out.exists() else parent, os.W_OK):
+            raise _refusal(errno.EACCES, out)
+
+
+def write_output(out: Path, content: str | bytes, *, what: str) -> None:
+    """Write `content` (a text as UTF-8), with the folders above it. Raises StorageError."""
+    with storage_errors(f"write the {what}", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _refusal(code: int, path: Path) -> OSError:
+    return OSError(code, os.strerror(code), str(path))
