@@ -98,8 +98,10 @@ def _job(run: Run, prompts: str) -> Job:
     """Train, if that is not done yet, and compare with the base on `prompts`. A longer run goes on from the usual one."""
     shorter = replace(run, steps=c.STEPS)
     begin = [lambda: shutil.copytree(shorter.folder / "train", run.folder / "train", dirs_exist_ok=True)]
+    listed = [run.cache.write_only] if run.cache.first else []
     return Job(name=prompts, folder=run.folder, steps=[
-        *(begin if run.steps != c.STEPS else []), run.train_command(), *c.picture_commands(run.pipeline, run.images(prompts), prompts),
+        *(begin if run.steps != c.STEPS else []), *listed, run.train_command(),
+        *c.picture_commands(run.pipeline, run.images(prompts), prompts),
     ])
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cache import open_cache
+
 ROOT = Path("runs/evidence")
 PAIRS = ROOT / "pairs"
 SOURCE = str(PAIRS / "webdataset")
@@ -31,12 +33,24 @@ class CacheChoice:
     name: str
     options: tuple[str, ...] = ()
     limit: int | None = None
-    """Only the first so many pairs."""
+    """Only the shards with the first so many pairs."""
+    first: int | None = None
+    """Trained on the first so many committed pairs only."""
     model: str = BASE
 
     @property
     def folder(self) -> Path:
         return ROOT / "caches" / self.name
+
+    @property
+    def only(self) -> Path:
+        """The list of those pairs."""
+        return self.folder.with_name(f"{self.name}-only.txt")
+
+    def write_only(self) -> None:
+        shards = open_cache(str(self.folder))
+        ids = [str(pair_id) for shard in shards for pair_id in shard.read("pair_id")]
+        self.only.write_text("".join(f"{pair_id}\n" for pair_id in ids[: self.first]))
 
     def command(self) -> list[str]:
         shared = ["--steps", "10", "--timesteps-per-pair", "4", "--resolution", "32", "--batch-size", "32"]
@@ -105,10 +119,11 @@ ABLATIONS: dict[str, CacheChoice] = {
     "n = 3, K = 3": CacheChoice(name="n-3", options=("--steps", "3", "--timesteps-per-pair", "3")),
     "n = 5": CacheChoice(name="n-5", options=("--steps", "5")),
     "n = 30": CacheChoice(name="n-30", options=("--steps", "30")),
-    "K = 1, 1,024 pairs": CacheChoice(name="k-1", options=("--timesteps-per-pair", "1")),
-    "K = 2, 512 pairs": CacheChoice(name="k-2", options=("--timesteps-per-pair", "2"), limit=512),
-    "K = 4, 256 pairs": CacheChoice(name="k-4", limit=256),
-    "K = 10, 102 pairs": CacheChoice(name="k-10", options=("--timesteps-per-pair", "10"), limit=102),
+    # All with as many records: pairs that are ties have left 958 of 1,024.
+    "K = 1, 958 pairs": CacheChoice(name="k-1", options=("--timesteps-per-pair", "1")),
+    "K = 2, 483 pairs": CacheChoice(name="k-2", options=("--timesteps-per-pair", "2"), limit=512),
+    "K = 4, 245 pairs": CacheChoice(name="k-4", limit=256),
+    "K = 10, 98 pairs": CacheChoice(name="k-10", options=("--timesteps-per-pair", "10"), limit=102, first=98),
 }
 """InPO's objective, learning rate and beta on other caches."""
 
@@ -139,12 +154,13 @@ class Run:
 
     def train_command(self) -> list[str]:
         beta = [] if self.beta is None else ["--beta", f"{self.beta:g}"]
+        only = [] if self.cache.first is None else ["--only", str(self.cache.only)]
         return [
             "train", "--cache", str(self.cache.folder), "--model", self.cache.model, "--output",
             str(self.folder / "train"), "--objective", self.objective, "--learning-rate", f"{self.learning_rate:g}",
             *beta, "--steps", str(self.steps), "--batch-size", str(BATCH), "--seed", str(self.seed), "--held-out",
             "0.05", "--evaluate-every", str(STEPS), "--save-every", str(STEPS), "--keep-last", "1",
-            "--tracker", "none", *self.extra,
+            "--tracker", "none", *only, *self.extra,
         ]
 
     def images(self, prompts: str) -> Path:
