@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
-RecipeOption = Annotated[Path | None, typer.Option(help="TOML recipe; its [evaluate] section gives what no flag does.")]
+RecipeOption = Annotated[Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.")]
 ScorerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -29,17 +29,17 @@ def generate_command(
             "a hub dataset as OWNER/NAME[:SPLIT[:COLUMN]]."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal noise. [default: 0]")] = None,
-    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Images for each prompt. [default: 1]")] = None,
-    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 50]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal noise. \\[default: 0]")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Images for each prompt. \\[default: 1]")] = None,
+    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. \\[default: 50]")] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance scale. [default: 7.5]")
+        float | None, typer.Option(min=0, help="Classifier-free guidance scale. \\[default: 7.5]")
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. [default: ddim]")
+        str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. \\[default: ddim]")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. [default: float16 on a GPU, float32 on a CPU]")
+        str | None, typer.Option(help="float32, float16 or bfloat16. \\[default: float16 on a GPU, float32 on a CPU]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; changes no noise.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
@@ -82,7 +82,7 @@ def generate_command(
 def score_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.")],
     scorer: ScorerOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. [default: 32]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. \\[default: 32]")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
@@ -110,16 +110,20 @@ def compare_command(
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
     from common.scorer import load_scorer
-    from evaluation.compare import compare_folders, comparison_json
+    from evaluation.compare import compare_folders, comparison_json, shared_keys
     from evaluation.image_folder import ImageFolder, write_atomically
+    from evaluation.processes import processes
     from evaluation.score import score_folder
 
     settings = _settings(recipe, scorer, None)
     folders = ImageFolder(a), ImageFolder(b)
+    shared_keys(*folders)  # before hours of scoring
     for name in settings.scorers:
         for images in folders:
             if not images.has_scores(name):
                 score_folder(images, load_scorer(name), batch_size=settings.batch_size)
+    if not processes().is_main_process:
+        return
     comparison = compare_folders(*folders, settings.scorers)
     print(comparison.to_markdown(), end="")
     if out is not None:
@@ -135,7 +139,7 @@ def _settings(recipe: Path | None, scorer: list[str] | None, batch_size: int | N
     from common.recipe import read_recipe, resolve
     from evaluation.settings import EvaluateSettings
 
-    flags = {"scorers": tuple(scorer) if scorer else None, "batch_size": batch_size}
+    flags = {"scorers": tuple(dict.fromkeys(scorer)) if scorer else None, "batch_size": batch_size}
     return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), flags)
 
 

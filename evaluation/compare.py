@@ -83,15 +83,7 @@ def compare_folders(a: ImageFolder, b: ImageFolder, scorers: Sequence[str] = ())
 
     Raises DataError if no image of one has the prompt and seed of an image of the other, or scores are missing.
     """
-    shared = [key for key in a.by_key if key in b.by_key]
-    if not shared:
-        raise DataError(
-            "No image of one folder has the prompt and seed of an image of the other.",
-            where=f"{a.path} and {b.path}",
-            expected="images made for the same prompts with the same --seed",
-            got=_example(a, b),
-            fix="make both with the same --prompts and --seed",
-        )
+    shared = shared_keys(a, b)
     if not scorers:
         scorers = [name for name in a.scorer_names() if name in b.scorer_names()]
         if not scorers:
@@ -117,6 +109,20 @@ def compare_folders(a: ImageFolder, b: ImageFolder, scorers: Sequence[str] = ())
         scored=tuple(scored),
         notes=tuple(_notes(a, b, len(shared))),
     )
+
+
+def shared_keys(a: ImageFolder, b: ImageFolder) -> list[tuple[str, int]]:
+    """(prompt, seed) of the images that both have, in A's order. Raises DataError if there is none."""
+    shared = [key for key in a.by_key if key in b.by_key]
+    if not shared:
+        raise DataError(
+            "No image of one folder has the prompt and seed of an image of the other.",
+            where=f"{a.path} and {b.path}",
+            expected="images made for the same prompts with the same --seed",
+            got=_example(a, b),
+            fix="make both with the same --prompts and --seed",
+        )
+    return shared
 
 
 def _names(a: ImageFolder, b: ImageFolder) -> tuple[str, str]:

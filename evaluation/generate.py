@@ -13,22 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from common import fingerprint
-from common.errors import ModelError, TrainingError, UsageError
+from common.errors import TrainingError, UsageError
 from common.models import Model
 from common.progress import ProgressReport
 from common.seeding import stable_hash
-from evaluation.image_folder import SETTINGS, ImageEntry, write_atomically, write_listing
+from evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
+from evaluation.lora import load_lora, lora_file
 from evaluation.processes import processes
 from evaluation.settings import EvaluateSettings
 
 _BATCH_PIXELS = 8 * 512 * 512
 _MAX_BATCH = 32
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +71,16 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     state = processes()
     dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
     identity = _identity(model, prompts, settings, dtype)
-    with state.main_process_first():
-        _claim(out, identity)
+    _check_folder(out, identity)
     entries = plan_images(prompts, settings)
     mine = entries[state.process_index :: state.num_processes]
     left = [entry for entry in mine if not _is_done(out / entry.file)]
     num_cut = 0
     if left:
         pipeline = load_pipeline(model, settings).to(state.device)
+        # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
+        with state.main_process_first():
+            _claim(out, identity)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
         num_cut = len({entry.prompt for entry in entries if _is_cut(pipeline.tokenizer, entry.prompt)})
@@ -99,23 +103,25 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
 
 
 def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline:
-    """The whole pipeline on the CPU in float32, with the chosen scheduler and LoRA weights."""
+    """The whole pipeline on the CPU in float32, with the chosen scheduler and LoRA weights.
+
+    Raises UsageError for a number of steps that the scheduler does not take, ModelError for LoRA weights that do not fit.
+    """
     pipeline = model.load_pipeline()
     if settings.scheduler == "ddim":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    try:
+        pipeline.scheduler.set_timesteps(settings.inference_steps)
+    except ValueError as error:
+        raise UsageError(
+            "The scheduler does not take this number of steps.",
+            where="--inference-steps",
+            expected=f"at most {pipeline.scheduler.config.num_train_timesteps} (the model's timesteps)",
+            got=settings.inference_steps,
+            fix="pass fewer steps, 50 for instance",
+        ) from error
     if settings.lora is not None:
-        file = _lora_file(settings.lora)
-        try:
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-        except Exception as error:  # diffusers and peft raise many kinds; each means the weights do not fit
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(
-                "The LoRA weights do not fit the model.",
-                where=file,
-                expected=f"LoRA weights for {model.name}",
-                got=lines[0][:200],
-                fix="check --lora and --model",
-            ) from error
+        load_lora(pipeline, lora_file(settings.lora), model.name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -124,12 +130,12 @@ def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: Ev
     generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
     try:
         with torch.inference_mode():
-            return pipeline(
+            pixels = pipeline(
                 [entry.prompt for entry in batch],
                 num_inference_steps=settings.inference_steps,
                 guidance_scale=settings.guidance,
                 generator=generators,
-                output_type="pil",
+                output_type="np",
             ).images
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -138,12 +144,23 @@ def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: Ev
             got=str(error).splitlines()[0][:200],
             fix="pass a smaller --batch-size; what is done stays",
         ) from error
+    for entry, picture in zip(batch, pixels, strict=True):
+        if not np.isfinite(picture).all():
+            # Turned into a picture it would be black, and be scored as if the model had drawn it so.
+            raise TrainingError(
+                "The model gave an image that is not finite.",
+                where=f"prompt {entry.prompt[:80]!r}, seed {entry.seed}",
+                expected="finite pixels",
+                got="NaN or infinity",
+                fix="try --dtype float32; if it stays, the model's weights are broken",
+            )
+    return pipeline.image_processor.numpy_to_pil(pixels)
 
 
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    lora = None if settings.lora is None else fingerprint.of_files([_lora_file(settings.lora)])
+    lora = None if settings.lora is None else fingerprint.of_files([lora_file(settings.lora)])
     return {
         "fingerprints": dict(model.fingerprints),
         "lora": lora,
@@ -166,8 +183,17 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make `out` this run's folder, or check that it is one of the same settings."""
+    """Make `out` this run's folder, or check again that it is one of the same settings."""
+    _check_folder(out, identity)
+    if not (out / SETTINGS).is_file():
+        write_atomically(out / SETTINGS, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _check_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Raise UsageError if `out` is neither free nor a folder of the same settings."""
     file = out / SETTINGS
+    if out.exists() and not out.is_dir():
+        raise UsageError("The output folder is a file.", where=out, expected="a folder", fix="choose another --out")
     if not file.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise UsageError(
@@ -177,12 +203,8 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
                 got=", ".join(sorted(entry.name for entry in out.iterdir())[:5]),
                 fix="choose another --out",
             )
-        write_atomically(file, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
         return
-    try:
-        existing = json.loads(file.read_text())
-    except ValueError:
-        existing = {}
+    existing = read_settings(file)
     names = [name for name in identity if name != "names" and existing.get(name) != identity[name]]
     if names:
         raise UsageError(
@@ -194,31 +216,6 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _lora_file(location: str) -> Path:
-    path = Path(location)
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if len(found) != 1 or not found[0].is_file() or found[0].suffix != ".safetensors":
-        raise ModelError(
-            "There are no LoRA weights here.",
-            where=location,
-            expected="one .safetensors file, or a folder with one",
-            got=", ".join(file.name for file in found) if path.exists() else "nothing",
-            fix="check --lora",
-        )
-    try:
-        with safe_open(found[0], "pt") as tensors:
-            tensors.keys()
-    except SafetensorError as error:
-        raise ModelError(
-            "The LoRA weights are damaged, or in another format.",
-            where=found[0],
-            expected="a safetensors file",
-            got=str(error),
-            fix="save or copy them again",
-        ) from None
-    return found[0]
-
-
 def _is_cut(tokenizer: Any, prompt: str) -> bool:
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
 
@@ -228,4 +225,9 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 
 
 def _is_done(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
+    """Whether the PNG is there to its end: a machine that lost its power may leave an empty or a cut file."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - len(_PNG_END)))
+        return stream.read() == _PNG_END

@@ -21,6 +21,7 @@ from PIL import Image
 
 from common.cache.store import storage_errors
 from common.errors import DataError
+from common.pairs import ImageError, decode_image
 
 SETTINGS = "generate.json"
 LISTING = "images.jsonl"
@@ -59,11 +60,31 @@ def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
+_REMAKE = "correct it, or remove the file and run the command that wrote it again"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """generate.json. Raises DataError if it is no JSON object."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{type(settings).__name__}, not an object")
+    except ValueError as error:
+        raise DataError(
+            "The folder's settings cannot be read.", where=file, expected="a JSON object, as `generate` wrote it",
+            got=str(error), fix="restore the file from a copy, or make the images in a new --out",
+        ) from None  # fmt: skip
+    return settings
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file. Raises DataError naming the first bad line."""
     rows: list[dict[str, Any]] = []
     # By "\n" alone: str.splitlines would also cut at signs such as U+2028, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError("The file is not UTF-8 text.", where=path, got=str(error), fix=_REMAKE) from None
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, start=1):
@@ -72,7 +93,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise DataError("A line is no JSON object.", where=f"{path}, line {number}", got=line[:120])
+            raise DataError("A line is no JSON object.", where=f"{path}, line {number}", got=line[:120], fix=_REMAKE)
         rows.append(row)
     return rows
 
@@ -108,7 +129,7 @@ class ImageFolder:
                 where=path,
                 expected=f"{len(self.entries)} images of {LISTING}",
                 got=f"{len(missing)} missing, the first {missing[0]}",
-                fix=f"remove {LISTING} and run the same `inpo evaluate generate` again",
+                fix="run the same `inpo evaluate generate` again: it makes what is missing",
             )
 
     def _entry(self, row: Mapping[str, Any], number: int) -> ImageEntry:
@@ -119,6 +140,7 @@ class ImageFolder:
                 where=f"{self.path / LISTING}, line {number}",
                 expected="prompt (text), seed (integer), file (path relative to the folder)",
                 got=str(dict(row))[:200],
+                fix=_REMAKE,
             )
         return ImageEntry(prompt=prompt, seed=seed, file=file)
 
@@ -126,19 +148,19 @@ class ImageFolder:
     def settings(self) -> dict[str, Any]:
         """generate.json; {} for a folder made otherwise."""
         file = self.path / SETTINGS
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_settings(file) if file.is_file() else {}
 
     def open(self, entry: ImageEntry) -> Image.Image:
-        """One image as RGB. Raises DataError for a damaged file."""
+        """One image as RGB, of any mode and format that pairs may have. Raises DataError for a damaged file."""
         try:
-            with Image.open(self.path / entry.file) as image:
-                return image.convert("RGB")
-        except OSError as error:
+            return decode_image((self.path / entry.file).read_bytes())
+        except (OSError, ImageError) as error:
             raise DataError(
                 "An image cannot be read.",
                 where=self.path / entry.file,
+                expected="a whole image file",
                 got=str(error),
-                fix=f"remove it and {LISTING}, then run the same `inpo evaluate generate` again",
+                fix="remove it, and run the same `inpo evaluate generate` again: it makes what is missing",
             ) from None
 
     def scorer_names(self) -> list[str]:
@@ -172,13 +194,20 @@ class ImageFolder:
 
 
 def parse_scores(rows: Iterable[Mapping[str, Any]], where: Path) -> dict[tuple[str, int], float]:
-    """{(prompt, seed): score}; raises DataError for a row without a finite score."""
+    """{(prompt, seed): score}. Raises DataError for a row that has no finite score of a prompt and a seed."""
     found: dict[tuple[str, int], float] = {}
     for number, row in enumerate(rows, start=1):
-        score = row.get("score")
-        if not isinstance(score, int | float) or not math.isfinite(score) or "prompt" not in row or "seed" not in row:
-            raise DataError("A line has no finite score.", where=f"{where}, line {number}", got=str(dict(row))[:200])
-        found[row["prompt"], row["seed"]] = float(score)
+        prompt, seed, score = row.get("prompt"), row.get("seed"), row.get("score")
+        known = isinstance(prompt, str) and isinstance(seed, int)
+        if not known or not isinstance(score, int | float) or not math.isfinite(score):
+            raise DataError(
+                "A line is no score of an image.",
+                where=f"{where}, line {number}",
+                expected="prompt (text), seed (integer), score (finite number)",
+                got=str(dict(row))[:200],
+                fix=_REMAKE,
+            )
+        found[prompt, seed] = float(score)
     return found
 
 

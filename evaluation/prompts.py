@@ -23,6 +23,11 @@ def read_prompts(location: str) -> list[str]:
     path = Path(location)
     if path.is_file():
         reader = _READERS.get(path.suffix.lower(), _read_lines)
+        if path.suffix.lower() in _NOT_LINES:
+            raise DataError(
+                "Prompts are not read from this kind of file.", where=path, expected=EXPECTED, got=path.suffix,
+                fix="its lines are no prompts: save them in one of these forms",
+            )  # fmt: skip
         try:
             found = reader(path)
         except UnicodeDecodeError as error:
@@ -38,7 +43,10 @@ def read_prompts(location: str) -> list[str]:
         found = _read_hub(location)
     prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
-        raise DataError("No prompt found.", where=location, expected=EXPECTED, got="only blank entries")
+        raise DataError(
+            "No prompt found.", where=location, expected=EXPECTED, got="nothing, or only blank entries",
+            fix="check --prompts",
+        )  # fmt: skip
     return prompts
 
 
@@ -54,7 +62,11 @@ def _read_tsv(path: Path) -> list[str]:
         found = []
         for row in rows:
             if row[column] is None:
-                raise DataError("A row has too few columns.", where=f"{path}, line {rows.line_num}", got=row)
+                raise DataError(
+                    "A row has too few columns.", where=f"{path}, line {rows.line_num}",
+                    expected=f"{len(rows.fieldnames or ())}, with {column}", got=sum(v is not None for v in row.values()),
+                    fix="correct that line; columns are separated by tabs",
+                )  # fmt: skip
             found.append(row[column])
     return found
 
@@ -63,13 +75,16 @@ def _read_json(path: Path) -> list[str]:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DataError("The prompts are not valid JSON.", where=path, got=str(error)) from None
+        raise DataError(
+            "The prompts are not valid JSON.", where=path, expected="a list", got=str(error), fix="correct the file"
+        ) from None
     if not isinstance(document, list):
         raise DataError(
             "The JSON file is no list.",
             where=path,
             expected='["a prompt", ...] or [{"prompt": "..."}, ...]',
             got=type(document).__name__,
+            fix="put the prompts into a list",
         )
     return [_json_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(document)]
 
@@ -77,7 +92,10 @@ def _read_json(path: Path) -> list[str]:
 def _json_entry(entry: Any, where: str) -> str:
     prompt = entry.get("prompt") if isinstance(entry, dict) else entry
     if not isinstance(prompt, str):
-        raise DataError("No prompt in this entry.", where=where, expected="text, or an object with prompt", got=entry)
+        raise DataError(
+            "No prompt in this entry.", where=where, expected="text, or an object with prompt", got=str(entry)[:200],
+            fix="correct or remove the entry",
+        )  # fmt: skip
     return prompt
 
 
@@ -116,7 +134,9 @@ def _read_hub(location: str) -> list[str]:
     if column is None:
         chosen = _column(table.column_names, location)
     if chosen is None:
-        raise DataError("No such column.", where=location, expected=", ".join(table.column_names), got=column)
+        raise DataError(
+            "No such column.", where=location, expected=", ".join(table.column_names), got=column, fix="choose one"
+        )
     return [str(value) for value in table[chosen] if value is not None]
 
 
@@ -126,8 +146,11 @@ def _column(names: Iterable[str], where: object) -> str:
         if name in names:
             return name
     raise DataError(
-        "No column of prompts.", where=where, expected=" or ".join(_COLUMNS), got=", ".join(names) or "none"
-    )
+        "No column of prompts.", where=where, expected=" or ".join(_COLUMNS), got=", ".join(names) or "none",
+        fix="name the column so; for a hub dataset give it as OWNER/NAME:SPLIT:COLUMN",
+    )  # fmt: skip
 
 
+_NOT_LINES = (".csv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html")
+"""Files with a structure that a reader of lines would take for prompts."""
 _READERS: dict[str, Callable[[Path], list[str]]] = {".tsv": _read_tsv, ".json": _read_json}

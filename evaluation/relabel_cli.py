@@ -1,5 +1,6 @@
 """`inpo relabel`: label a cache's pairs anew by a scorer."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -12,13 +13,13 @@ def relabel(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. [default: the scorer's "
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. \\[default: the scorer's "
             "own: 0.01 for cosines, else 1]"
         ),
     ] = None,
     set_name: Annotated[
         str | None,
-        typer.Option("--set", help="Name of the label set, for `inpo train --labels`. [default: the scorer's]"),
+        typer.Option("--set", help="Name of the label set, for `inpo train --labels`. \\[default: the scorer's]"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
@@ -31,8 +32,11 @@ def relabel(
     from evaluation.processes import processes
     from evaluation.relabel import default_temperature, relabel_cache
 
-    if temperature is not None and not temperature > 0:
-        raise UsageError("The temperature must be above 0.", where="--temperature", got=temperature)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(
+            "The temperature must be above 0 and finite.", where="--temperature", expected="for instance 0.01",
+            got=temperature, fix="leave it out for the scorer's own",
+        )  # fmt: skip
     judge = load_scorer(scorer)
     used = default_temperature(judge) if temperature is None else temperature
     name = check_set_name(set_name or scorer)

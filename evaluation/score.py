@@ -35,7 +35,6 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
         quiet = not state.is_main_process
         with (
             storage_errors("write scores", part),
-            part.open("ab") as stream,
             ProgressReport(scorer.name, total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar,
         ):
             for start in range(0, len(left), batch_size or DEFAULT_BATCH):
@@ -46,8 +45,9 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
                     [entry.prompt for entry in batch],
                     [entry.file for entry in batch],
                 )
-                stream.write(to_lines(_row(entry, score) for entry, score in zip(batch, scores, strict=True)))
-                stream.flush()
+                # Opened for each batch: a scorer that cannot be loaded leaves no empty file.
+                with part.open("ab") as stream:
+                    stream.write(to_lines(_row(entry, score) for entry, score in zip(batch, scores, strict=True)))
                 bar.advance(len(batch))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -63,12 +63,16 @@ def checked_scores(scorer: Scorer, images: Sequence, prompts: Sequence[str], nam
     """The scorer's numbers as floats. Raises DataError, naming the image, for one that is not finite."""
     scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):
-        raise DataError("The scorer does not give one number per image.", where=scorer.name, got=scores.shape)
+        raise DataError(
+            "The scorer does not give one number per image.", where=scorer.name, expected=(len(images),),
+            got=scores.shape, fix="correct the scorer's package",
+        )  # fmt: skip
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise DataError(
-            "The scorer gave a number that is not finite.", where=f"{scorer.name}, {names[bad[0]]}", got=scores[bad[0]]
-        )
+            "The scorer gave a number that is not finite.", where=f"{scorer.name}, {names[bad[0]]}",
+            expected="a finite number", got=scores[bad[0]], fix="look at that image; check the scorer's weights",
+        )  # fmt: skip
     return [float(score) for score in scores]
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -14,7 +17,7 @@ from common.errors import DataError, UsageError
 from evaluation.cli import app
 from evaluation.compare import ScoredPairs, compare_folders
 from evaluation.image_folder import ImageFolder
-from evaluation.picture import choose_pairs, draw_picture
+from evaluation.picture import choose_pairs, draw_picture, font_names
 from evaluation.score import score_folder
 from evaluation.statistics import compare_scores
 
@@ -67,6 +70,15 @@ def test_the_same_folder_twice_is_a_tie_and_no_error(folders: tuple[ImageFolder,
 
 
 @pytest.mark.usefixtures("plugin")
+def test_folders_of_other_prompts_are_refused_before_any_scoring(save_images: SaveImages, tmp_path: Path) -> None:
+    a, b = save_images(tmp_path / "a", [1, 2]), save_images(tmp_path / "b", [1, 2], seed=5)
+    result = CliRunner().invoke(app, ["compare", str(a), str(b), "--scorer", "red"])
+    assert isinstance(result.exception, DataError)
+    assert "same --prompts and --seed" in str(result.exception)
+    assert not list(tmp_path.rglob("scores-*"))
+
+
+@pytest.mark.usefixtures("plugin")
 def test_scores_that_are_not_there_are_made(folders: tuple[ImageFolder, ImageFolder]) -> None:
     result = CliRunner().invoke(app, ["compare", *(str(folder.path) for folder in folders), "--scorer", "red"])
     assert result.exit_code == 0, result.output
@@ -96,6 +108,43 @@ def test_nothing_to_compare_is_refused(save_images: SaveImages, counting, tmp_pa
         compare_folders(ImageFolder(a), ImageFolder(c))
     with pytest.raises(DataError, match=f"inpo evaluate score {c}"):
         compare_folders(ImageFolder(a), ImageFolder(c), ["counting"])
+
+
+def test_prompts_of_any_script_are_drawn_without_complaint(
+    save_images: SaveImages, counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings are errors here: matplotlib warns for every sign that it has no glyph for."""
+    block = TTGlyphPen(None)
+    for number, point in enumerate(((0, 0), (0, 900), (900, 900), (900, 0))):
+        (block.lineTo if number else block.moveTo)(point)
+    block.closePath()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": block.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Cats Only", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "cats.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    folders = [ImageFolder(save_images(tmp_path / name, [0, 0])) for name in "ab"]
+    for folder in folders:
+        listing = folder.path / "images.jsonl"
+        listing.write_text(listing.read_text().replace("number 0", "猫" * 20).replace("number 1", "قطة 🐱 тёмный"))
+        score_folder(ImageFolder(folder.path), counting)
+    comparison = compare_folders(*(ImageFolder(folder.path) for folder in folders))
+
+    def darkness() -> int:
+        drawn = Image.open(io.BytesIO(draw_picture(comparison, comparison.scored[0]))).convert("L")
+        return int((np.asarray(drawn) < 90).sum())
+
+    boxes = darkness()
+    font_manager.fontManager.addfont(tmp_path / "cats.ttf")
+    assert font_names("a 猫") == ["DejaVu Sans", "Cats Only"]
+    assert font_names("a cat") == ["DejaVu Sans"]
+    assert darkness() > boxes + 20 * 50  # twenty full blocks
 
 
 def scored(differences: list[float]) -> ScoredPairs:

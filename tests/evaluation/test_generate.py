@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from common.errors import InpoError, ModelError, UsageError
+from common.errors import InpoError, ModelError, TrainingError, UsageError
 from common.models import open_model
 from evaluation.cli import app
 from evaluation.generate import generate
@@ -64,14 +66,15 @@ def test_noise_does_not_depend_on_batch_or_order(tiny_model: Path, tmp_path: Pat
     assert not pixels(tmp_path / "one").keys() & pixels(tmp_path / "seed").keys()
 
 
-def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, tmp_path: Path, left: int) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     make(tiny_model, whole)
     assert make(tiny_model, out, limit=2).num_images == 2
     before = (out / "images" / "00000-0.png").stat().st_mtime_ns
-    # As a kill leaves it: one image gone, one empty, no listing.
+    # As a kill or a lost power leaves it: one image not there yet, one empty or cut, no listing.
     (out / "images.jsonl").unlink()
-    (out / "images" / "00001-0.png").write_bytes(b"")
+    (out / "images" / "00001-0.png").write_bytes((out / "images" / "00001-0.png").read_bytes()[:left])
     with pytest.raises(InpoError, match="not complete"):
         ImageFolder(out)
     assert make(tiny_model, out).num_new == 2
@@ -129,6 +132,96 @@ def test_bad_lora_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="do not fit"):
         make(tiny_model, tmp_path / "out", lora=str(tmp_path / "other.safetensors"))
+    # None of it claimed the folder for settings that gave no image.
+    assert make(tiny_model, tmp_path / "out", PROMPTS[:1]).num_new == 1
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path) -> dict[str, torch.Tensor]:
+    """LoRA weights of the tiny model, as diffusers saves them."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    return {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(pipeline.unet).items()}
+
+
+def of_no_network_here(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("unet.", "transformer."): weight for name, weight in lora.items()}
+
+
+def of_a_deeper_model(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    deeper = {name.replace("transformer_blocks.0", "transformer_blocks.7"): w.clone() for name, w in lora.items()}
+    return lora | deeper
+
+
+def with_one_matrix_less(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in lora.items() if name != next(n for n in lora if "lora_B" in n)}
+
+
+def of_a_wider_model(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(w.shape[0] + 8 * ("lora_B" in name), w.shape[1]) for name, w in lora.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_no_network_here, "takes 0; the first of the others: transformer"),
+        (of_a_deeper_model, r"the first of the others: unet\.\S*transformer_blocks\.7"),
+        (with_one_matrix_less, r"the first of the others: unet\.\S*lora_B"),
+        (of_a_wider_model, "size mismatch for"),
+    ],
+)
+def test_lora_weights_fit_whole_or_not_at_all(
+    tiny_model: Path, lora: dict[str, torch.Tensor], tmp_path: Path, change: Callable, message: str
+) -> None:
+    save_file(change(lora), tmp_path / "lora.safetensors")
+    with pytest.raises(ModelError, match=message):
+        make(tiny_model, tmp_path / "out", PROMPTS[:1], lora=str(tmp_path / "lora.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_in_another_projects_names_are_laid_over_too(
+    tiny_model: Path, lora: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    kohya = {}
+    for name, weight in lora.items():
+        module, kind = name.removeprefix("unet.").rsplit(".lora_", 1)
+        kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[kind]
+        strong = torch.full_like(weight, 0.7) if "up" in kind else weight
+        kohya[f"lora_unet_{module.replace('.', '_')}.{kind}"] = strong
+        kohya[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(2.0)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    make(tiny_model, tmp_path / "plain", PROMPTS[:1])
+    make(tiny_model, tmp_path / "out", PROMPTS[:1], lora=str(tmp_path / "kohya.safetensors"))
+    assert not same(pixels(tmp_path / "plain"), pixels(tmp_path / "out"))
+
+
+def test_more_steps_than_the_model_has_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--inference-steps\n.*at most 1000.*\n.*5000"):
+        generate(open_model(str(tiny_model)), PROMPTS[:1], EvaluateSettings(inference_steps=5000), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_not_finite_is_no_black_picture(tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    (file,) = (broken / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], torch.nan)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"not finite(.|\n)*a red cat(.|\n)*--dtype float32"):
+        make(broken, tmp_path / "out", PROMPTS[:1])
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["out", "pairs"])
+def test_an_output_that_is_a_file_or_has_damaged_settings_is_refused(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "generate.json").write_text('{"seed": ')
+    with pytest.raises(InpoError, match=r"is a file|generate\.json"):
+        make(tiny_model, tmp_path / name, PROMPTS[:1])
 
 
 def test_the_command_reads_a_recipe_and_flags_win(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from common.errors import DataError
 from evaluation.prompts import read_prompts
 
+REAL_PARTI = Path(__file__).parents[3] / "shared" / "data" / "PartiPrompts.tsv"
+
 
 def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
     (folder / name).write_text(text, encoding=encoding, newline="")
@@ -43,11 +45,30 @@ def test_hpd_json_is_a_list_of_texts_or_objects(tmp_path: Path, entries: list[ob
         ("p.json", '{"prompt": "a"}', "no list"),
         ("p.json", '["a", 3]', "entry 1"),
         ("p.json", '["a"', "not valid JSON"),
+        ("p.tsv", "Note\tPrompt\nx\ta cat\ny\n", "too few columns(.|\n)*line 3"),
+        ("p.csv", "prompt,note\na cat,x\n", "not read from this kind of file"),
+        ("p.jsonl", '{"prompt": "a cat"}\n', "not read from this kind of file"),
+        ("p.txt", "", "No prompt found"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_prompts(write(tmp_path, name, text))
+
+
+def test_prompts_of_any_script_are_read_once(tmp_path: Path) -> None:
+    text = "海の上の赤い猫\nقطة حمراء\n\tтёмный лес \n🐱 émoji\n海の上の赤い猫\n"
+    assert read_prompts(write(tmp_path, "p.txt", text)) == ["海の上の赤い猫", "قطة حمراء", "тёмный лес", "🐱 émoji"]
+
+
+@pytest.mark.skipif(not REAL_PARTI.is_file(), reason=f"the published file is not at {REAL_PARTI}")
+def test_the_published_parti_prompts_are_read_whole() -> None:
+    prompts = read_prompts(str(REAL_PARTI))
+    # By hand, with nothing of csv: the first column of every line but the head's.
+    columns = [line.split("\t")[0].strip() for line in REAL_PARTI.read_text(encoding="utf-8").split("\n")[1:] if line]
+    assert len(columns) == 1632
+    assert prompts == list(dict.fromkeys(columns))
+    assert "bond" in prompts
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:

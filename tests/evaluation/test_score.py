@@ -57,6 +57,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_image(save_images: Save
     with pytest.raises(DataError, match=r"broken, images/0\.png"):
         score_folder(folder, load_scorer("broken"))
     assert folder.scorer_names() == []
+    assert not list((tmp_path / "a").glob("scores-*"))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_image(save_images: Save
             ),
             "same prompt and seed",
         ),
+        (lambda folder: (folder / "images.jsonl").write_bytes(b'{"prompt": "gr\xfcn"}\n'), "not UTF-8"),
     ],
 )  # fmt: skip
 def test_a_bad_folder_is_refused(
@@ -84,11 +86,38 @@ def test_a_bad_folder_is_refused(
         ImageFolder(folder)
 
 
-def test_a_damaged_image_is_named(save_images: SaveImages, counting, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:4],
+        lambda data: data[:50],
+        lambda data: data[:45] + b"\xff\xff" + data[47:],
+        lambda data: data[:16] + b"\0\1\0\0\0\1\0\0" + data[24:],
+    ],
+    ids=["empty", "no header", "cut", "flipped", "says 65536 x 65536"],
+)
+def test_a_damaged_image_is_named(
+    save_images: SaveImages, counting, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     folder = save_images(tmp_path / "a", REDS)
-    (folder / "images" / "3.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match=r"images/3\.png"):
+    file = folder / "images" / "3.png"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=r"images/3\.png(.|\n)*evaluate generate"):
         score_folder(ImageFolder(folder), counting)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"prompt": "p", "seed": 0}', '{"prompt": ["p"], "seed": 0, "score": 1}', '{"prompt": "p", "seed": 0, "score": NaN}'],
+)
+def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, tmp_path: Path, line: str) -> None:
+    folder = ImageFolder(save_images(tmp_path / "a", REDS))
+    score_folder(folder, counting)
+    file = tmp_path / "a" / "scores-counting.jsonl"
+    file.write_text(file.read_text() + line + "\n")
+    with pytest.raises(DataError, match=r"scores-counting\.jsonl, line 6(.|\n)*to do"):
+        folder.scores("counting")
 
 
 @pytest.mark.usefixtures("plugin")
