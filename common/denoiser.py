@@ -20,7 +20,7 @@ def dtype_name(name: str) -> str:
     """The canonical name of a network dtype; accepts fp32, bf16 and fp16 too."""
     canonical = _ALIASES.get(name, name)
     if canonical not in DTYPES:
-        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name)
+        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name, fix="name one of them")
     return canonical
 
 

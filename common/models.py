@@ -5,6 +5,7 @@ A model is a pipeline folder, a hub id, or one .safetensors file (common/single_
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +274,11 @@ def open_model(
         folder = _folder_of(model_config, variant=None) if model_config else single_file.fetch_configuration(path)
         return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
     folder = _folder_of(location, variant=variant)
-    return _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
+    model = _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
+    if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
+        # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
+        print(f"note: {location} has no {variant} weights; its plain ones are used", file=sys.stderr)
+    return model
 
 
 def _quiet_loading() -> None:
@@ -319,7 +324,8 @@ def _vae_folder(location: str) -> Path:
         if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
             return folder
     raise ModelError(
-        "There is no VAE here.", where=location, expected="config.json and *.safetensors", fix="check --vae"
+        "There is no VAE here.", where=location, expected="config.json and *.safetensors, there or in vae/",
+        got=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder", fix="check --vae",
     )
 
 

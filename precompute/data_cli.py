@@ -38,7 +38,10 @@ def pack_command(
 ) -> None:
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
     if "://" in output:
-        raise UsageError("tars are packed to a local folder", got=output, fix="pack locally, then copy the folder")
+        raise UsageError(
+            "tars are packed to a local folder", where="OUT", expected="a path", got=output,
+            fix="pack locally, then copy the folder",
+        )
     refuse_occupied(Path(output))
     console = Console(stderr=True)
     walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
@@ -104,7 +107,10 @@ def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
     try:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
-        raise StorageError("the list cannot be written", where=path, got=error.strerror) from error
+        raise StorageError(
+            "the list cannot be written", where=path, expected="a file in a folder that is there", got=error.strerror,
+            fix="choose another --out, or make its folder first",
+        ) from error
 
 
 def _error_line(console: Console) -> Callable[[str, DataError], None]:

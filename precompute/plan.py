@@ -141,7 +141,7 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table.add_row("pairs to make", f"{plan.num_pairs:,} at most")
     table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
-        if size >= plan.cache_bytes / 1000:
+        if size and size >= plan.cache_bytes / 1000:
             table.add_row(f"bytes of {name}", human_bytes(size))
     table.add_row("bytes in all", human_bytes(plan.cache_bytes))
     free = "object store" if plan.free_bytes is None else human_bytes(plan.free_bytes)

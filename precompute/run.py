@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from common.cache import CacheWriter, Commit, Manifest
+from common.cache import CacheWriter, Commit, Manifest, open_cache
 from common.cache.store import CacheStore, is_remote
 from common.cache.writer import MANIFEST, check_identity
 from common.denoiser import Condition
@@ -72,7 +72,8 @@ def run_precompute(
     resolved = _resolve(recipe, model_flags, data_flags, flags)
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
-        raise UsageError("Ray options without the ray engine.", where="--engine", expected="ray", got=settings.engine)
+        raise UsageError("Ray options without the ray engine.", where="--engine", expected="ray", got=settings.engine,
+                         fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers")
     state = process_state()
     is_main = state.is_main_process
     model = resolved.model_section.open()
@@ -184,8 +185,10 @@ def _committed(cache: str, manifest: Manifest) -> set[str]:
         # A manifest that another process is writing at this moment is no foreign file.
         foreign = [] if is_remote(cache) else [e.name for e in Path(cache).iterdir() if not e.name.startswith(MANIFEST)]
         if foreign and store.get(MANIFEST) is None:
+            if "commits" in foreign:
+                open_cache(cache)  # raises CacheMissing, which tells a cache that has lost its manifest
             raise CacheMismatch(
-                "The folder is not empty and holds no cache.", where=cache,
+                "The folder is not empty and holds no cache.", where=cache, expected="a cache, or a new or empty folder",
                 got=", ".join(sorted(foreign)[:6]),
                 fix="choose another --cache, so that nothing of yours is mixed with the cache",
             )
@@ -262,8 +265,6 @@ def _print_summary(
     writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
 ) -> None:
     """The final table: what is committed now, what was skipped and why."""
-    from common.cache import open_cache
-
     cache = open_cache(writer.store.location, allow_empty=True)
     names = {task.name for task in tasks}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}

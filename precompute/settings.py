@@ -108,7 +108,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     if settings.resolution % factor:
         raise UsageError(
             "The resolution does not fit the VAE.", where="--resolution", expected=f"a multiple of {factor}",
-            got=settings.resolution,
+            got=settings.resolution, fix=f"round it to {round(settings.resolution / factor) * factor}",
         )
     side = settings.resolution // factor
     return Manifest(

@@ -282,6 +282,15 @@ def open_cache(
     store = CacheStore(location)
     data = store.get(MANIFEST)
     if data is None:
+        commits_left = [name for name in store.listing("commits") if name.endswith(".json")]
+        if commits_left:
+            raise CacheMissing(
+                "The cache has lost its manifest.",
+                where=store.path(MANIFEST),
+                expected="the file that its shards were committed under",
+                got=f"no such file beside {len(commits_left)} commits",
+                fix="restore it from a copy of the cache; without one, `inpo precompute` into another folder",
+            )
         raise CacheMissing(
             "There is no cache here.",
             where=store.location,

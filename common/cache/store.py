@@ -41,6 +41,9 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; choose a folder you can write to",
     errno.EACCES: "check the owner and mode of the folder",
     errno.EPERM: "check the owner and mode of the folder",
+    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
+    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
+    errno.EEXIST: "a file lies where a folder is needed: choose another path",
 }
 _client_process: int | None = None
 """The process in which obstore's threads were started."""

@@ -135,6 +135,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--timestep-range",
             expected=f"0 <= low < high <= {num_train_timesteps}",
             got=f"{low} {high}",
+            fix="give the first timestep and the one after the last; leave the option out for all",
         )
     # The count of grid points in the range changes with u only where a point crosses an end of the range.
     offsets = [0.0] + [
@@ -157,6 +158,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
     ):
         raise UsageError(
             "--faithful reproduces the released code and fixes the inverter.",
+            where="--faithful",
             expected="--inverter ddim without refined or noised start and timestep range",
             fix="drop the other options",
         )

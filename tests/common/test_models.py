@@ -147,13 +147,17 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
     assert "HF_HUB_OFFLINE" in message
 
 
-def test_weights_that_are_missing_or_of_another_variant(model_copy):
+def test_weights_that_are_missing_or_of_another_variant(model_copy, capsys):
     (file,) = (model_copy / "unet").glob("*.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     model = open_model(str(model_copy))
     with pytest.raises(ModelError, match=r"(?s)no weights in safetensors(.*)fp16(.*)--variant"):
         _ = model.fingerprints
     assert "unet" in open_model(str(model_copy), variant="fp16").fingerprints
+    assert not capsys.readouterr().err
+    plain = open_model(str(model_copy), variant="bf16")
+    assert f"{model_copy} has no bf16 weights; its plain ones are used" in capsys.readouterr().err
+    assert [file.name for file in plain.weight_files("vae")] == ["diffusion_pytorch_model.safetensors"]
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "vae/config.json"])

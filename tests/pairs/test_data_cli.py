@@ -278,8 +278,15 @@ def test_check_prints_a_table_with_the_same_counts(bad: Path) -> None:
 
 
 def test_check_says_where_its_list_cannot_be_written(tmp_path: Path, bad: Path) -> None:
-    with pytest.raises(StorageError, match="the list cannot be written"):
-        run("check", bad, "--out", tmp_path / "none" / "list.jsonl")
+    with pytest.raises(StorageError, match=r"(?s)missing.*a folder that is there.*make its folder first"):
+        run("check", bad, "--out", tmp_path / "missing" / "bad.jsonl")
+
+
+def test_pack_says_where_its_folder_cannot_be_made(tmp_path: Path, parquet: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match=r"(?s)cannot be made.*file/out.*to do: +name another folder"):
+        run("pack", parquet, tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_check_refuses_what_is_no_source(tmp_path: Path) -> None:

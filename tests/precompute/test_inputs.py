@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from common.cache import CacheWriter, open_cache
-from common.errors import CacheMismatch, DataError, ModelError
+from common.errors import CacheMismatch, CacheMissing, DataError, ModelError
 from common.models import open_model
 from common.testing import save_tiny_pipeline
 from precompute.settings import PrecomputeSettings, build_manifest
@@ -181,6 +181,16 @@ def test_a_renamed_input_is_reported_before_its_pairs_come_twice(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert "input renamed holds what 00001 held" in line
     assert "twice" in line
+
+
+def test_a_cache_that_lost_its_manifest_is_no_foreign_folder(
+    pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = write_list([{"prompt": "a cat"}])
+    run.cache(source, pipelines(), tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").unlink()
+    with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*1 commits.*restore it from a copy"):
+        run(source, pipelines(), tmp_path / "cache")
 
 
 def test_a_first_try_that_failed_says_that_its_cache_may_go(

@@ -25,7 +25,8 @@ from precompute.worker import Components
 
 
 def test_resume_makes_no_committed_shard_again(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(3), 1)
     whole = run.cache(source, pipelines(), tmp_path / "whole")
@@ -44,8 +45,12 @@ def test_resume_makes_no_committed_shard_again(
             np.testing.assert_array_equal(shard.read(spec.path), done.shards[name].read(spec.path), err_msg=spec.path)
     # Once more: nothing is left, and no model is even loaded.
     loaded = len(run.components)
+    assert "bytes of x_t" in capsys.readouterr().out
     assert run(source, pipelines(), tmp_path / "parts") == 0
     assert len(run.components) == loaded
+    said = capsys.readouterr().out
+    assert "3 (3 committed already)" in said
+    assert "bytes of" not in said
 
 
 def test_a_run_that_dies_between_shards_is_completed(
