@@ -3,21 +3,32 @@
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
 from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from common.cache.labels import LabelSet, read_labels, write_labels
-from common.errors import CacheIncomplete, CacheMismatch, DataError, UsageError
+from common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
 from common.pairs import open_source
 from evaluation.relabel import relabel_cache
 from evaluation.relabel_cli import relabel
+from train.index import build_index
+from train.objectives import OBJECTIVES
+from train.records import Needs
+from train.stream import RecordStream
+
+ROOT = Path(__file__).parents[2]
 
 REDS = {"first": (200, 100), "second": (50, 150), "third": (80, 80), "fourth": (255, 0), "fifth": (10, 20)}
 """Red values of (win, lose) by pair id."""
@@ -122,6 +133,70 @@ def test_a_stopped_run_goes_on(cache: Path, source: Path, counting) -> None:
     assert len(by_name(read_labels(open_cache(str(cache)), "reds"))) == 4
 
 
+KILLED = """
+import os, signal, sys
+from common.cache import open_cache
+from evaluation.relabel import relabel_cache
+
+class Dying:
+    name = "counting"
+    def score(self, images, prompts):
+        if "a fifth" in prompts:  # the last pair of the second shard
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [image.getpixel((0, 0))[0] for image in images]
+
+relabel_cache(open_cache(sys.argv[1]), sys.argv[2], Dying(), set_name="reds", temperature=50.0, pairs_per_batch=1)
+"""
+
+
+def test_a_killed_run_leaves_whole_shards_and_goes_on(cache: Path, source: Path, counting) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(cache), str(source)], env=environment, timeout=200)
+    assert done.returncode == -signal.SIGKILL
+    (kept,) = (cache / "labels" / "reds").iterdir()
+    before = kept.read_bytes()
+    with pytest.raises(CacheIncomplete, match=r"none for 1(.|\n)*goes on where it stopped"):
+        read_labels(open_cache(str(cache)), "reds")
+    run(cache, source, counting)
+    assert {*counting.asked} == {"a third", "a fifth"}
+    assert kept.read_bytes() == before
+    labels = by_name(read_labels(open_cache(str(cache)), "reds"))
+    assert labels == pytest.approx(
+        {name: 1 / (1 + math.exp((lose - win) / 50)) for name, (win, lose) in REDS.items() if name != "fourth"}
+    )
+
+
+def test_training_swaps_the_sides_of_a_pair_that_the_scorer_turns_round(cache: Path, source: Path, counting) -> None:
+    run(cache, source, counting)
+    index = build_index([open_cache(str(cache))], soft=False, held_out=0.0, labels="reds")
+    assert index.num_pairs == 3  # the tie is left out
+    stream = RecordStream(index, Needs(), batch_size=3, window_shards=2, seed=0)
+    label = next(iter(stream)).label
+    stream.close()
+    win, lose = 0.3, 0.7
+    error, reference = torch.tensor([[win, lose]] * 3), torch.full((3, 2), 0.5)
+    # The model is better than the reference on the side called win: right where the label is above one half.
+    margin = OBJECTIVES["inpo"].function(error, reference, label, 10.0).margin
+    assert sorted(zip(label.tolist(), margin.tolist(), strict=True)) == [
+        (pytest.approx(1 / (1 + math.exp(100 / 50))), pytest.approx(-2.0)),  # second
+        (pytest.approx(1 / (1 + math.exp(10 / 50))), pytest.approx(-2.0)),  # fifth
+        (pytest.approx(1 / (1 + math.exp(-100 / 50))), pytest.approx(2.0)),  # first
+    ]
+    soft = build_index([open_cache(str(cache))], soft=True, held_out=0.0, labels="reds")
+    assert soft.num_pairs == 4
+
+
+def test_an_image_lost_or_damaged_since_is_named(cache: Path, source: Path, counting) -> None:
+    (source / "third-lose.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"third(.|\n)*to do"):
+        run(cache, source, counting)
+    (source / "third-lose.png").unlink()
+    with pytest.raises(InpoError, match=r"third(.|\n)*to do"):
+        run(cache, source, counting)
+    # What was labelled before it stays.
+    assert len(list((cache / "labels" / "reds").iterdir())) == 1
+
+
 def test_labels_of_other_shards_are_refused_and_made_anew(cache: Path, source: Path, counting, tmp_path: Path) -> None:
     run(cache, source, counting)
     again = write_cache(tmp_path / "again", source)
@@ -169,5 +244,9 @@ def test_the_command(cache: Path, source: Path) -> None:
     assert "label set red: 4 pairs in 2 shards, temperature 50" in result.output
     assert "25.0% of them, and neither in 1" in result.output
     assert len(by_name(read_labels(open_cache(str(cache)), "red"))) == 4
-    bad = CliRunner().invoke(app, [str(cache), "--pairs", str(source), "--scorer", "red", "--temperature", "0"])
-    assert isinstance(bad.exception, UsageError)
+    for temperature in ("0", "-1", "nan", "inf"):
+        bad = CliRunner().invoke(
+            app, [str(cache), "--pairs", str(source), "--scorer", "red", "--temperature", temperature]
+        )
+        assert isinstance(bad.exception, UsageError)
+        assert "--temperature" in str(bad.exception)

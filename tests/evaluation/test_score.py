@@ -120,6 +120,15 @@ def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, 
         folder.scores("counting")
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [("generate", "[default: 7.5]"), ("score", "[default: 32]"), ("compare", "[evaluate] section")],
+)
+def test_help_shows_what_stands_in_brackets(command: str, shown: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert shown in " ".join(result.output.replace("│", " ").split())
+
+
 @pytest.mark.usefixtures("plugin")
 def test_the_command_finds_installed_scorers(save_images: SaveImages, tmp_path: Path) -> None:
     folder = save_images(tmp_path / "a", REDS)
