@@ -50,7 +50,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """A table with one row per scorer, a verdict for each, and the notes."""
-        head = ["scorer", "pairs", "win rate of B", "mean A", "mean B", "mean of B - A", "median of B - A", "verdict"]
+        head = ["scorer", "pairs", "win rate of B", "mean A", "mean B", "mean of B - A"]
+        head += ["median A", "median B", "median of B - A", "verdict"]
         lines = [
             f"A: {self.name_a}, B: {self.name_b}. Brackets: 95% intervals.",
             "",
@@ -69,6 +70,8 @@ class Comparison:
                         f"{s.mean_a:.4g}",
                         f"{s.mean_b:.4g}",
                         _number(s.mean_difference, s.mean_difference_interval, signed=True),
+                        f"{s.median_a:.4g}",
+                        f"{s.median_b:.4g}",
                         _number(s.median_difference, s.median_difference_interval, signed=True),
                         s.verdict,
                     ]

@@ -43,6 +43,15 @@ def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> No
     text = comparison.to_markdown()
     assert "A: base, B: tuned" in text
     assert "| counting | 20 | 0.925 [" in text
+    # Means and medians by hand: A is 40, 50, ... 230; B is 50, ... 220, then 220 again, and 200.
+    a, b = list(range(40, 240, 10)), [*range(50, 230, 10), 220, 200]
+    cells = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
+    head = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+    row = dict(zip(head, cells, strict=True))
+    shown = [float(row[name]) for name in ("mean A", "mean B", "median A", "median B")]
+    assert shown == [float(f"{statistic(s):.4g}") for statistic in (np.mean, np.median) for s in (a, b)]
+    assert float(row["mean of B - A"].split()[0]) == np.mean(b) - np.mean(a)
+    assert float(row["median of B - A"].split()[0]) == 10
     assert "| B wins |" in text
     back = compare_folders(folders[1], folders[0]).to_markdown()
     assert "B does not win: it loses" in back
