@@ -1,24 +1,27 @@
-"""`inpo data`: pack pairs into webdataset tars, and check a source without a model."""
+"""`inpo data`: pack pairs into webdataset tars, and check a source without a model. Nothing heavy is imported before a
+command runs: the front door mounts this, and every command would wait for it."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from common.errors import DataError, StorageError, UsageError
-from common.pairs import SKIP_REASONS, InputShard, Pair, Skipped, open_source
-from common.pairs.pair import SkipReason
-from common.pairs.walk import Walk
 from common.progress import ProgressReport
-from precompute.check import CheckReport, check_source
-from precompute.pack import PackReport, pack, refuse_occupied, skipped_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from common.pairs import InputShard, Pair, Skipped
+    from common.pairs.pair import SkipReason
+    from common.pairs.walk import Walk
+    from precompute.check import CheckReport
+    from precompute.pack import PackReport
 
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 
@@ -37,6 +40,12 @@ def pack_command(
     ] = 1024,
 ) -> None:
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
+    from rich.console import Console
+
+    from common.pairs import open_source
+    from common.pairs.walk import Walk
+    from precompute.pack import pack, refuse_occupied
+
     if "://" in output:
         raise UsageError(
             "tars are packed to a local folder", where="OUT", expected="a path", got=output,
@@ -48,7 +57,7 @@ def pack_command(
     shards = _counted(walk)
     with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
 
-        def rows() -> Iterator[tuple[str, Pair | Skipped]]:
+        def rows() -> "Iterator[tuple[str, Pair | Skipped]]":
             for name, item in walk.rows(shards):
                 yield name, item
                 progress.advance()
@@ -68,13 +77,20 @@ def check_command(
     ] = None,
 ) -> None:
     """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
+    from rich.console import Console
+
+    from common.pairs import Skipped, open_source
+    from common.pairs.walk import Walk
+    from precompute.check import check_source
+    from precompute.pack import skipped_line
+
     console = Console(stderr=True)
     walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
 
-        def on_row(name: str, item: Pair | Skipped) -> None:
+        def on_row(name: str, item: "Pair | Skipped") -> None:
             progress.advance()
             if bad is not None and isinstance(item, Skipped):
                 bad.write(skipped_line(name, item))
@@ -88,12 +104,12 @@ def check_command(
         raise typer.Exit(1)
 
 
-def _counted(walk: Walk) -> list[tuple[InputShard, int]]:
+def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
     """The readable shards with their rows; the headers of many tars take a while, so this has its own progress."""
     found = walk.source.input_shards()
     with ProgressReport("count", total=len(found), unit="shards", quiet=len(found) < 10) as progress:
 
-        def counting() -> Iterator[InputShard]:
+        def counting() -> "Iterator[InputShard]":
             for shard in found:
                 yield shard
                 progress.advance()
@@ -113,7 +129,7 @@ def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
         ) from error
 
 
-def _error_line(console: Console) -> Callable[[str, DataError], None]:
+def _error_line(console: "Console") -> Callable[[str, DataError], None]:
     def show(name: str, error: DataError) -> None:
         line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -121,7 +137,10 @@ def _error_line(console: Console) -> Callable[[str, DataError], None]:
     return show
 
 
-def _check_table(report: CheckReport) -> Table:
+def _check_table(report: "CheckReport") -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=f"{escape(report.location)} ({report.kind})", title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right")
@@ -139,7 +158,10 @@ def _check_table(report: CheckReport) -> Table:
     return table
 
 
-def _pack_table(report: PackReport, output: str, num_unreadable: int) -> Table:
+def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=escape(output), title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right")
@@ -152,7 +174,9 @@ def _pack_table(report: PackReport, output: str, num_unreadable: int) -> Table:
     return table
 
 
-def _add_reasons(table: Table, skipped: dict[SkipReason, int]) -> None:
+def _add_reasons(table: "Table", skipped: "dict[SkipReason, int]") -> None:
+    from common.pairs import SKIP_REASONS
+
     for reason, meaning in SKIP_REASONS.items():
         if reason in skipped:
             table.add_row(f"skipped: {reason}", f"{skipped[reason]:,}", meaning)

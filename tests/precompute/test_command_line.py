@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,3 +78,13 @@ def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path) -> No
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--calibrate", "--json", "--gpus", "2"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output[result.output.index("{") :])["device_hours"] > 0
+
+
+def test_the_front_door_opens_without_the_heavy_libraries() -> None:
+    """Every command, and --help, would wait for them; a Ctrl-C meanwhile falls into the middle of an import."""
+    heavy = "torch diffusers transformers accelerate pyarrow webdataset zarr"
+    code = f"import sys, inpo; print(*(name for name in '{heavy}'.split() if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.split() == []
