@@ -18,7 +18,7 @@ PREFIXES = {
 }
 """Where the original layout keeps each component's weights."""
 _STABLE_DIFFUSION_2 = "stabilityai/stable-diffusion-2"
-_MAKE_ONE = "`hf download MODEL --include '*.json' '*.txt' --local-dir DIR` makes one, where there is a network"
+_MAKE_ONE = "`hf download MODEL --include '*.json' --include '*.txt' --local-dir DIR` makes one, where there is a network"
 _EXPECTED = "--model-config DIR, a pipeline folder (weights not needed) of the same architecture"
 
 

@@ -57,6 +57,16 @@ def test_the_fields_are_those_of_the_code(column, model):
     assert all(len(row) == 3 and row[2] for row in rows)
 
 
+def test_the_layout_names_every_place_that_the_code_writes_to():
+    layout = set(re.findall(r"^    CACHE/([\w.]+)", DOCUMENT, re.MULTILINE))
+    root = Path(__file__).parents[2]
+    sources = [file for stage in ("common", "precompute", "inspection", "evaluation") for file in (root / stage).rglob("*.py")]
+    calls = re.findall(r"""(?:put_new|move)\(\s*(.+)""", "\n".join(file.read_text() for file in sources))
+    places = {place for call in calls for place in re.findall(r"""f"([a-z]+)/""", call)}
+    assert {"commits", "configurations", "quarantine"} <= places <= layout
+    assert {entry.name for cache in GOLDEN.iterdir() for entry in cache.iterdir()} <= layout
+
+
 def test_the_version_is_that_of_the_code():
     assert DOCUMENT.startswith(f"# The cache: schema version {SCHEMA_VERSION}\n")
 

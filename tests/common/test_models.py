@@ -1,7 +1,14 @@
 """What can be opened, and a clear refusal for everything else."""
 
+import itertools
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +134,22 @@ def test_a_single_file_without_configuration_asks_the_hub(
     assert taken_for in capsys.readouterr().err
 
 
+def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_takes_whole(tmp_path):
+    """Its client ignores every --include, with a warning, as soon as a pattern stands without one."""
+    document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    (command,) = re.findall(r"^hf (download .+)$", document, re.MULTILINE)
+    words = shlex.split(command)
+    patterns = [after for word, after in itertools.pairwise(words) if word == "--include"]
+    assert patterns == ["*.json", "*.txt"]
+    client = "from huggingface_hub.cli.hf import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", client, *words], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False, cwd=tmp_path,
+    )
+    assert "Ignoring" not in done.stderr
+    assert "offline mode" in done.stderr
+
+
 def test_a_single_file_of_stable_diffusion_2_is_never_guessed(tmp_path):
     single = tmp_path / "model.safetensors"
     save_file(
@@ -135,6 +158,7 @@ def test_a_single_file_of_stable_diffusion_2_is_never_guessed(tmp_path):
     message = refusal(single)
     assert "noise or v" in message
     assert "--model-config" in message
+    assert "--include '*.json' --include '*.txt'" in message
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
