@@ -72,15 +72,16 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
+    state.wait_for_everyone()  # nobody writes before everybody has looked
     entries = plan_images(prompts, settings)
     mine = entries[state.process_index :: state.num_processes]
     left = [entry for entry in mine if not _is_done(out / entry.file)]
     num_cut = 0
-    if left:
-        pipeline = load_pipeline(model, settings).to(state.device)
-        # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
-        with state.main_process_first():
-            _claim(out, identity)
+    pipeline = load_pipeline(model, settings).to(state.device) if left else None
+    # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
+    with state.main_process_first():
+        _claim(out, identity)
+    if pipeline is not None:
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
         num_cut = len({entry.prompt for entry in entries if _is_cut(pipeline.tokenizer, entry.prompt)})

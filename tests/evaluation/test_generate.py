@@ -269,4 +269,10 @@ def test_two_processes_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr[-2000:]
         # Said once, by the first process.
         assert done.stdout.count("3 images in") == 1
-    assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
+    whole = pixels(tmp_path / "one")
+    assert same(whole, pixels(tmp_path / "two"))
+    # Resumed where only the first of the two has anything left to make.
+    (tmp_path / "two" / "images" / "00000-0.png").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(whole, pixels(tmp_path / "two"))
