@@ -45,6 +45,11 @@ def _of_file(file: Path, prefix: tuple[str, ...]) -> str:
     try:
         return _known_or_read(file, prefix)
     except (OSError, SafetensorError) as error:
+        if file.exists() and not os.access(file, os.R_OK):  # safetensors calls such a file missing
+            raise ModelError(
+                "A file of the model may not be read.", where=file, expected="read permission", got="permission denied",
+                fix="check the owner and mode of the file",
+            ) from error
         raise ModelError(
             "A file of the model cannot be read: it is damaged, cut or not what its name says.",
             where=file,

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common import fingerprint
@@ -114,6 +115,22 @@ def test_a_damaged_file_is_one_clear_error(weights, name):
     message = str(caught.value)
     for part in (str(file), f"{file.stat().st_size} bytes", "to do:"):
         assert part in message
+
+
+def test_weights_without_read_permission_are_not_called_damaged(weights, monkeypatch):
+    _, file = weights
+    file.chmod(0)
+    if os.access(file, os.R_OK):  # the superuser may read everything: be somebody else
+
+        def refused(*_: object) -> str:
+            raise SafetensorError(f"No such file or directory: {file}")
+
+        monkeypatch.setattr(fingerprint, "_digest_safetensors", refused)
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ModelError) as caught:
+        of_files([file])
+    for part in ("may not be read", str(file), "permission denied", "owner and mode"):
+        assert part in str(caught.value)
 
 
 def test_a_link_to_nothing_is_one_clear_error(tmp_path):
