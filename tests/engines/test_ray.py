@@ -47,10 +47,11 @@ def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(
 ) -> None:
     cache = tmp_path / "cache"
     run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
-    # Both hold shards then: a worker gets its first ones as soon as it is ready.
-    until(lambda: run.text().count("is ready") == 2 and (cache / "commits").is_dir() and attempts(cache), seconds=300)
+    # Not once both are ready: the first may have made everything by then.
+    until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
     before = attempts(cache)
-    workers_of(run)[0].kill()
+    working = [worker for worker in workers_of(run) if "load" not in " ".join(worker.cmdline())]
+    working[0].kill()
     assert run.wait() == 0, run.text()
     assert before.items() <= attempts(cache).items(), "a committed shard was made again"
     assert_same(tensors(cache), uninterrupted)
