@@ -95,6 +95,7 @@ def parse_caption(caption: str) -> Scene:
         example = next(iter(scenes_by_caption()))
         raise UsageError(
             "this prompt is no caption of the toyworld",
+            where="the toyworld's scorers and pairs know its captions only",
             expected=f"a sentence like {example!r}",
             got=repr(caption),
             fix="list the captions with `inpo toyworld prompts`",

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.cache.store import storage_errors
 from common.errors import ModelError, UsageError
 from common.models import Model, open_model
 from common.recipe import ModelSection, resolve
 from train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
+from train.output import make_readable
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -24,7 +27,8 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     """
     if file.suffix != ".safetensors":
         raise UsageError(
-            "A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file
+            "A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file,
+            fix=f"--single-file {file.with_suffix('.safetensors')}",
         )
     if dtype not in DTYPES:
         raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=dtype)
@@ -33,10 +37,15 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
         name: value.detach().to(DTYPES[dtype]).contiguous().clone()
         for name, value in original_layout(pipeline, model).items()
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    with storage_errors("write the single file", file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, a read-only folder
+            raise OSError(str(error)) from error
+        make_readable(partial)
+        os.replace(partial, file)
     return file
 
 

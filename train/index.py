@@ -1,6 +1,6 @@
 """Which pairs of which caches are trained on, and which are held out: known before any tensor is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,15 @@ class Index:
     held_out: tuple[IndexedShard, ...]
     fingerprint: str
     """Changes with any pair, label or selection: a stream's position is worth nothing under another index."""
+    unknown: tuple[str, ...] = ()
+    """A line for each list of pair ids that names pairs which no cache has."""
 
     def of(self, cache: Cache) -> "Index":
         """The part of the index that belongs to one of its caches."""
         return Index(
             training=tuple(shard for shard in self.training if shard.shard.cache is cache),
             held_out=tuple(shard for shard in self.held_out if shard.shard.cache is cache),
-            fingerprint=self.fingerprint,
+            fingerprint=self.fingerprint, unknown=self.unknown,
         )
 
     @property
@@ -68,7 +70,8 @@ def build_index(
     """Read the small arrays of every shard and decide what is used.
 
     Held-out pairs are chosen by the hash of the prompt alone, so that a prompt is never on both sides and runs of other
-    seeds hold out the same ones. With hard labels a pair at 0.5 is left out.
+    seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises UsageError for a list of pair ids that
+    cannot be read or names no pair of the caches.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -76,7 +79,7 @@ def build_index(
     shards = [shard for cache in caches for shard in cache]
     label_sets = {id(cache): read_labels(cache, labels) if labels else None for cache in caches}
 
-    def index_one(shard: Shard) -> tuple[IndexedShard, IndexedShard, int]:
+    def index_one(shard: Shard) -> tuple[IndexedShard, IndexedShard, int, list[str]]:
         ids = [str(pair_id) for pair_id in shard.read("pair_id")]
         prompts = shard.read("prompt/text")[shard.read("prompt_index")]
         label_set = label_sets[id(shard.cache)]
@@ -104,14 +107,15 @@ def build_index(
         digest = stable_hash(
             shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist()
         )
-        return part(use & ~aside), part(use & aside), digest
+        return part(use & ~aside), part(use & aside), digest, ids
 
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(index_one, shards))
     index = Index(
-        training=tuple(training for training, _, _ in parts if len(training.rows)),
-        held_out=tuple(aside for _, aside, _ in parts if len(aside.rows)),
-        fingerprint=f"{stable_hash(held_out, *(digest for _, _, digest in parts)):016x}",
+        training=tuple(training for training, _, _, _ in parts if len(training.rows)),
+        held_out=tuple(aside for _, aside, _, _ in parts if len(aside.rows)),
+        fingerprint=f"{stable_hash(held_out, *(digest for _, _, digest, _ in parts)):016x}",
+        unknown=_unknown({"--only": (only, wanted), "--except": (excluded, unwanted)}, [each[3] for each in parts]),
     )
     if index.num_records == 0:
         raise CacheIncomplete(
@@ -147,7 +151,30 @@ def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UsageError("The list of pair ids cannot be read.", where=f"{option} {path}", got=error.strerror) from None
-    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "The list of pair ids cannot be read.", where=f"{option} {path}", expected="a UTF-8 text, one pair id a line",
+            got=getattr(error, "strerror", None) or error, fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+        ) from None
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def _unknown(
+    lists: Mapping[str, tuple[Path | None, frozenset[str] | None]], ids: Sequence[Sequence[str]]
+) -> tuple[str, ...]:
+    """A line for each list with ids that no cache has; UsageError if it has no other ids."""
+    lines = []
+    for option, (path, listed) in lists.items():
+        if not listed:
+            continue
+        foreign = sorted(listed.difference(*ids))
+        if len(foreign) == len(listed):
+            raise UsageError(
+                "No pair of the list is in the caches.", where=f"{option} {path}",
+                expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs", got=repr(foreign[0]),
+                fix="`inpo inspect filter CACHE --where ... --out LIST` makes a list of this cache's ids",
+            )
+        if foreign:
+            lines.append(f"{len(foreign)} of {len(listed)} ids in {option} {path} are in no cache, {foreign[0]!r} first")
+    return tuple(lines)

@@ -92,8 +92,8 @@ class Trainer:
         return values
 
     def run(self) -> bool:
-        """Train to `settings.steps`. Returns False if SIGTERM ended it early (a checkpoint was written)."""
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
+        """Train to `settings.steps`. Returns False if SIGTERM or Ctrl-C ended it early (a checkpoint was written)."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         settings, quiet = self.settings, not self.accelerator.is_main_process
         batches = iter(self.stream)
         started, records = time.perf_counter(), 0
@@ -114,6 +114,7 @@ class Trainer:
                         self.sample(self.step)
                     if self.step % settings.save_every == 0 or last or stopping:
                         self._guard()
+                        self._guard_weights()
                         self.save()
                     started += time.perf_counter() - before  # what logs, samples and checkpoints took is no training
                     progress.advance(note=note)
@@ -123,7 +124,8 @@ class Trainer:
         finally:
             gc.unfreeze()
             self.stream.close()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _optimise(self, batches: Iterator[Batch]) -> int:
         """One optimiser step over `accumulate` micro-batches. Returns the records this process used."""
@@ -211,6 +213,17 @@ class Trainer:
                 fix=f"{last_good}; lower --learning-rate or --beta, or train with a float32 cache",
             )
 
+    def _guard_weights(self) -> None:
+        """Stop before weights that are not finite are written: the last update's are in no loss yet."""
+        bad = torch.stack([~parameter.detach().isfinite().all() for parameter in self.trained]).any()
+        if float(self._reduce(bad.float())) > 0:
+            kept = checkpoint.list_checkpoints(self.output / "checkpoints")
+            raise TrainingError(
+                "The trained weights are not finite, and were not written.", where=f"at step {self.step}",
+                got="NaN or infinity",
+                fix=f"{f'the last good checkpoint is {kept[-1]}; ' if kept else ''}lower --learning-rate",
+            )
+
     def _new_sums(self) -> Accumulator:
         return Accumulator(
             device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
@@ -227,9 +240,10 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
     def _stop_requested(self) -> bool:
-        """True once any process has had SIGTERM: all of them must leave at the same step."""
+        """True once any process has had SIGTERM or Ctrl-C: all of them must leave at the same step."""
         if self._control is None:
             return self._stopping
         flag = torch.tensor(float(self._stopping))

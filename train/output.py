@@ -1,5 +1,6 @@
 """What a run leaves behind: a pipeline folder or LoRA weights that diffusers loads, and a model card."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,30 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
 from common.cache import Cache
+from common.cache.store import storage_errors
+from common.errors import UsageError
 from common.models import Model
+
+
+def claim_output(output: Path) -> None:
+    """Make the run's folder. Raises StorageError if that is impossible, and UsageError if it is a cache."""
+    if (output / "manifest.json").is_file():
+        raise UsageError(
+            "The output folder is a cache.", where=f"--output {output}", expected="a folder of the run's own",
+            got="manifest.json in it", fix="choose another --output",
+        )
+    with storage_errors("write the run", output):
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+
+
+def make_readable(*files: Path) -> None:
+    """Permissions as any new file has them: safetensors writes files that nobody else may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        file.chmod(0o666 & ~mask)
 
 
 def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
@@ -26,6 +50,7 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
         # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
         model.load_pipeline(unet=unet).save_pretrained(str(partial), safe_serialization=True)
     (partial / "README.md").write_text(card)
+    make_readable(*(file for file in partial.rglob("*") if file.is_file()))
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)

@@ -28,6 +28,17 @@ def check_installed(settings: TrainSettings) -> None:
             )
 
 
+def check_lora(settings: TrainSettings) -> None:
+    """Raise UsageError for an option of LoRA layers that nobody asked for."""
+    default = TrainSettings.model_fields["lora_targets"].default
+    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets != default, "--lora-targets")):
+        if asked and not settings.lora_rank:
+            raise UsageError(
+                f"{option} does nothing in full fine-tuning.", where=option, expected="--lora-rank, above 0", got="0",
+                fix="pass --lora-rank as well, or leave it out",
+            )
+
+
 def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
     """Raise UsageError for options that need whole weights in every process, which FSDP splits."""
     if kind != DistributedType.FSDP:

@@ -24,9 +24,9 @@ from train.loop import Trainer
 from train.metrics import MetricsWriter
 from train.objectives import OBJECTIVES, Objective
 from train.optim import build_optimizer, build_schedule, prepare_unet
-from train.output import model_card, write_output
+from train.output import claim_output, model_card, write_output
 from train.proof import check_fingerprints, refuse, run_proof
-from train.requirements import check_distribution, check_installed, check_needs, refuse_hard_labels
+from train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
 from train.samples import Sampler, cached_prompts, sample_images
 from train.settings import TrainSettings
 from train.stream import RecordStream, held_out_batches
@@ -53,10 +53,12 @@ def run_train(
     *,
     resume: str,
 ) -> int:
-    """Train; returns the exit code (0 also after SIGTERM, which leaves a checkpoint)."""
+    """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
     resolved = _resolve(recipe, model_flags, caches, flags)
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
     check_installed(settings)
+    check_lora(settings)
+    claim_output(resolved.output)
     objective = OBJECTIVES[settings.objective]
     needs = check_needs(opened, objective)
     for cache in opened:
@@ -79,6 +81,11 @@ def run_train(
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     step = checkpoint.read_state(chosen, identity)["step"] if chosen else 0
+    if step > settings.steps:
+        raise UsageError(
+            "This run has made more steps already.", where="--steps", expected=f"at least {step}", got=settings.steps,
+            fix="ask for as many steps or more, or start another run with another --output",
+        )
     say(resolved.toml)
 
     unet = (open_model(settings.init_from) if settings.init_from else model).load_unet()
@@ -100,7 +107,6 @@ def run_train(
     )
     metrics = sample = None
     if accelerator.is_main_process:
-        resolved.output.mkdir(parents=True, exist_ok=True)
         (resolved.output / "recipe.toml").write_text(resolved.toml)
         metrics = MetricsWriter(
             resolved.output, tracker=settings.tracker, resumed_step=step, config=settings.model_dump(mode="json")
@@ -146,11 +152,18 @@ def _resolve(
     settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
+    opened = [open_cache(location) for location in settings.caches or (data.need("cache"),)]
+    doubled = [cache.location for number, cache in enumerate(opened) if cache.location in [one.location for one in opened[:number]]]
+    if doubled:
+        raise UsageError(
+            "A cache is given twice: its pairs would count twice.", where="--cache", expected="each cache once",
+            got=doubled[0], fix="leave one out",
+        )
     return Resolved(
         settings=settings,
         output=settings.output,
         model=model_section.open(),
-        caches=[open_cache(location) for location in settings.caches or (data.need("cache"),)],
+        caches=opened,
         toml=to_toml({"model": model_section, "data": data, "train": settings}),
     )
 
@@ -259,3 +272,5 @@ def _say_effective(
         f"{sum(len(shard.rows) for shard in index.held_out)} pairs held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
+    for line in index.unknown:
+        say(f"note: {line}")

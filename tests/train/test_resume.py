@@ -171,12 +171,13 @@ def start_and_signal(arguments: list[str], output: Path, number: int) -> subproc
     return process
 
 
-def test_sigterm_saves_and_ends_with_zero(
-    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_zero(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path, stop: signal.Signals
 ) -> None:
-    """A real process, far too many steps, SIGTERM in the middle; resumed here to the step after it."""
+    """A real process, far too many steps, SIGTERM or Ctrl-C in the middle; resumed here to the step after it."""
     output = tmp_path / "terminated"
-    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, signal.SIGTERM)
+    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, stop)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert "run the same command again to go on" in text

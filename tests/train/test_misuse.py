@@ -1,0 +1,106 @@
+"""What a slip of the hand asks for, refused in words before anything is trained or overwritten."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.cache import open_cache
+from common.errors import StorageError, TrainingError, UsageError
+from train.export import export_single_file
+
+
+def test_an_output_that_cannot_be_a_folder(run: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for output in (file, file / "below"):
+        with pytest.raises(StorageError, match="Could not write the run") as caught:
+            run(output=output)
+        assert str(file) in str(caught.value)
+    assert file.read_text() == "mine"
+
+
+def test_the_cache_is_no_output(world: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+    location = world.cache(tmp_path / "c", shards=(3,))
+    before = sorted((tmp_path / "c").rglob("*"))
+    with pytest.raises(UsageError, match="The output folder is a cache"):
+        run(caches=[location], output=tmp_path / "c")
+    assert sorted((tmp_path / "c").rglob("*")) == before
+
+
+def test_a_cache_given_twice(run: Callable[..., Path], cache: str) -> None:
+    with pytest.raises(UsageError, match="count twice"):
+        run(caches=[cache, f"{cache}/"])
+
+
+@pytest.mark.parametrize("option", ["only", "except"])
+def test_a_list_with_ids_that_no_cache_has(
+    run: Callable[..., Path], cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    known = [str(pair_id) for shard in open_cache(cache) for pair_id in shard.read("pair_id")]
+    listed = tmp_path / "list"
+    listed.write_text("\n".join([*known[:4], "nobody", "#-and-nothing"]))
+    run(steps=1, **{option: listed})
+    assert f"2 of 6 ids in --{option} {listed} are in no cache, '#-and-nothing' first" in capsys.readouterr().out
+    listed.write_text("nobody\n")
+    with pytest.raises(UsageError, match="No pair of the list is in the caches") as caught:
+        run(output=tmp_path / "other", **{option: listed})
+    assert repr(known[0]) in str(caught.value)
+
+
+def test_a_list_that_is_no_text(run: Callable[..., Path], tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_bytes(b"\xff\xfe\x00")
+    for path in (listed, tmp_path / "none"):
+        with pytest.raises(UsageError, match="The list of pair ids cannot be read") as caught:
+            run(only=path)
+        assert "inpo inspect filter" in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [{"learning_rate": float("inf")}, {"beta": float("nan")}, {"clip": float("inf")}])
+def test_numbers_that_are_none(run: Callable[..., Path], flags: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="finite number"):
+        run(**flags)
+
+
+def test_weights_that_the_last_update_spoilt_are_not_written(run: Callable[..., Path], tmp_path: Path) -> None:
+    """The loss was finite, and nothing is computed after the last update."""
+    with pytest.raises(TrainingError, match="The trained weights are not finite"):
+        run(steps=1, learning_rate=1e39)
+    assert not (tmp_path / "run/pipeline").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("flags", [{"lora_alpha": 8.0}, {"lora_targets": ("to_q",)}])
+def test_lora_options_without_lora(run: Callable[..., Path], flags: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="does nothing in full fine-tuning"):
+        run(**flags)
+    run(steps=1, lora_rank=2, **flags)
+
+
+def test_fewer_steps_than_a_run_has_made(run: Callable[..., Path]) -> None:
+    output = run(steps=4)
+    recipe = (output / "recipe.toml").read_text()
+    with pytest.raises(UsageError, match="more steps already") as caught:
+        run(steps=2)
+    assert "at least 4" in str(caught.value)
+    assert (output / "recipe.toml").read_text() == recipe
+
+
+def test_what_is_written_can_be_read_by_whom_the_mask_lets(run: Callable[..., Path], tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        output = run(steps=1)
+        single = export_single_file(output, tmp_path / "one.safetensors", dtype="float32")
+    finally:
+        os.umask(mask)
+    files = [single, *(file for file in (output / "pipeline").rglob("*") if file.is_file())]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+
+
+def test_a_single_file_that_cannot_be_written(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="Could not write the single file"):
+        export_single_file(run(steps=1), tmp_path / "file" / "one.safetensors", dtype="float32")
