@@ -163,18 +163,22 @@ def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
 def _unknown(
     lists: Mapping[str, tuple[Path | None, frozenset[str] | None]], ids: Sequence[Sequence[str]]
 ) -> tuple[str, ...]:
-    """A line for each list with ids that no cache has; UsageError if it has no other ids."""
+    """A line for each list with ids that no cache has; UsageError if it has no other ids.
+
+    A line that begins with # is a comment, unless a pair is called so.
+    """
     lines = []
     for option, (path, listed) in lists.items():
-        if not listed:
+        missing = sorted((listed or frozenset()).difference(*ids))
+        foreign = [pair_id for pair_id in missing if not pair_id.startswith("#")]
+        if not listed or not foreign:
             continue
-        foreign = sorted(listed.difference(*ids))
-        if len(foreign) == len(listed):
+        named = len(listed) - len(missing) + len(foreign)
+        if len(foreign) == named:
             raise UsageError(
                 "No pair of the list is in the caches.", where=f"{option} {path}",
                 expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs", got=repr(foreign[0]),
                 fix="`inpo inspect filter CACHE --where ... --out LIST` makes a list of this cache's ids",
             )
-        if foreign:
-            lines.append(f"{len(foreign)} of {len(listed)} ids in {option} {path} are in no cache, {foreign[0]!r} first")
+        lines.append(f"{len(foreign)} of {named} ids in {option} {path} are in no cache, {foreign[0]!r} first")
     return tuple(lines)

@@ -193,9 +193,9 @@ def test_lists_choose_pairs(cache: str, tmp_path: Path) -> None:
     chosen.write_text("pair-0001\n\n# a comment\npair-0007\n")
     assert index_of(cache, only=chosen).num_pairs == 2
     assert index_of(cache, excluded=chosen).num_pairs == 7
-    chosen.write_text("another\n")
+    chosen.write_text("".join(f"pair-{number:04d}\n" for number in range(9)))
     with pytest.raises(CacheIncomplete, match="No pair is left to train on"):
-        index_of(cache, only=chosen)
+        index_of(cache, excluded=chosen)
     with pytest.raises(UsageError, match="--only"):
         index_of(cache, only=tmp_path / "nothing")
 
