@@ -184,7 +184,6 @@ class Model:
                 variant=self.variant if any_variant else None, **components,
             )
 
-
     def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
         """Loaded here because the pipeline would load them without telling which weights are missing."""
         encoders = {}

@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 @app.command()
 def summary(
     cache: Annotated[str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe whose [data] names the cache.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe whose \\[data] names the cache.")] = None,
     as_json: Json = False,
 ) -> None:
     """Identity, settings, what is committed, skipped and orphaned, bytes, timesteps and errors.
@@ -94,7 +94,7 @@ def verify(
         str | None, typer.Option(help="The model that made the cache: inverts a sample again and compares.")
     ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Pairs inverted again with --model. [default: 16]")
+        int | None, typer.Option(min=1, help="Pairs inverted again with --model. \\[default: 16]")
     ] = None,
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
@@ -177,7 +177,7 @@ def filter_pairs(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The list to write, one pair id a line. [default: standard output]")
+        Path | None, typer.Option(help="The list to write, one pair id a line. \\[default: standard output]")
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.

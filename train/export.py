@@ -5,19 +5,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.cache.store import storage_errors
+from common.denoiser import DTYPES, dtype_name
 from common.errors import ModelError, UsageError
 from common.models import Model, open_model
 from common.recipe import ModelSection, resolve
 from train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
 from train.output import make_readable
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
@@ -30,11 +28,10 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
             "A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file,
             fix=f"--single-file {file.with_suffix('.safetensors')}",
         )
-    if dtype not in DTYPES:
-        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=dtype)
+    number = DTYPES[dtype_name(dtype)]
     model, pipeline = _open(run)
     tensors = {
-        name: value.detach().to(DTYPES[dtype]).contiguous().clone()
+        name: value.detach().to(number).contiguous().clone()
         for name, value in original_layout(pipeline, model).items()
     }
     with storage_errors("write the single file", file):

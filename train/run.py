@@ -153,11 +153,10 @@ def _resolve(
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
     opened = [open_cache(location) for location in settings.caches or (data.need("cache"),)]
-    doubled = [cache.location for number, cache in enumerate(opened) if cache.location in [one.location for one in opened[:number]]]
-    if doubled:
+    if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
             "A cache is given twice: its pairs would count twice.", where="--cache", expected="each cache once",
-            got=doubled[0], fix="leave one out",
+            got=", ".join(cache.location for cache in opened), fix="leave one out",
         )
     return Resolved(
         settings=settings,

@@ -172,7 +172,7 @@ def online_runs() -> list[Run]:
 def _ablations(at_once: int) -> None:
     for number, online in enumerate(online_runs()):
         jobs = [_job(runs[number], "validation") for runs in ablation_runs().values()]
-        jobs.insert(9, Job(name="validation", folder=online.folder, steps=[
+        jobs.append(Job(name="validation", folder=online.folder, steps=[
             lambda run=online: train_online(
                 run.pipeline, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps, seed=run.seed
             ),
@@ -214,13 +214,12 @@ def _head_to_head(at_once: int) -> None:
         if method is not c.DPO:
             for ours, theirs in zip(final_runs(method), final_runs(c.DPO), strict=True):
                 pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo"))
-    noise = ablation_runs()["noise at every point (DPO on cached noise)"]
+    noise = {run.seed: run for run in ablation_runs()["noise at every point (DPO on cached noise)"]}
     for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]:
         if not name.startswith("noise at every"):
-            for ours, theirs in zip(_finished(runs, "validation"), noise, strict=False):
-                pairs.append(
-                    (theirs.images("validation"), ours.images("validation"), ours.folder / "validation-against-noise")
-                )
+            for ours in _finished(runs, "validation"):
+                theirs = noise[ours.seed].images("validation")
+                pairs.append((theirs, ours.images("validation"), ours.folder / "validation-against-noise"))
     run_jobs("head to head", [
         Job(name=out.name, folder=out.parent, steps=[c.compare_command(a, b, out)])
         for a, b, out in pairs if not (out / "comparison.json").exists()

@@ -1,6 +1,7 @@
 """Prompts from every kind of file."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from common.errors import DataError
 from evaluation.prompts import read_prompts
 
-REAL_PARTI = Path(__file__).parents[3] / "shared" / "data" / "PartiPrompts.tsv"
+REAL_PARTI = Path(os.environ.get("INPO_PUBLISHED", "published")) / "PartiPrompts.tsv"
 
 
 def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:

@@ -1,5 +1,6 @@
 """The field's scorers equal their projects' own computing for the same (tiny, random) weights."""
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -20,7 +21,7 @@ from evaluation.scorers.imagereward import ImageRewardScorer
 from evaluation.scorers.pickscore import PickScorer
 
 PROMPTS = ["a red cat", "a photo of the blue dog on the house under the green sky and then very much more of it", ""]
-REAL_HEAD = Path(__file__).parents[3] / "shared" / "data" / HEAD_FILE
+REAL_HEAD = Path(os.environ.get("INPO_PUBLISHED", "published")) / HEAD_FILE
 
 
 @pytest.fixture(scope="module")
