@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 
 from common import fingerprint, single_file
 from common.errors import ModelError
+from common.prediction import check_prediction
 from common.schedule import NoiseSchedule
 
 Family = Literal["sd", "sdxl"]
@@ -54,6 +55,8 @@ class Model:
     file: Path | None = None
     variant: str | None = None
     vae_folder: Path | None = None
+    guessed_from: str | None = None
+    """The hub model whose configurations were taken for a single file because its weights look like that."""
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -130,18 +133,23 @@ class Model:
         return None
 
     def load_unet(self) -> UNet2DConditionModel:
-        """The UNet in float32 on the CPU."""
+        """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says (common/prediction.py)."""
         with _loading("unet", self.file or self.folder / "unet"):
-            if self.file is not None:
-                return UNet2DConditionModel.from_single_file(
-                    str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
-                )
-            return _whole(
-                UNet2DConditionModel.from_pretrained(
-                    self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
-                    variant=self._has_variant(self.folder / "unet"), output_loading_info=True,
-                )
+            unet = self._load_unet()
+            check_prediction(unet, self.schedule, where=self.name, guessed_from=self.guessed_from)
+        return unet
+
+    def _load_unet(self) -> UNet2DConditionModel:
+        if self.file is not None:
+            return UNet2DConditionModel.from_single_file(
+                str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
             )
+        return _whole(
+            UNet2DConditionModel.from_pretrained(
+                self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
+                variant=self._has_variant(self.folder / "unet"), output_loading_info=True,
+            )
+        )
 
     def load_vae(self) -> AutoencoderKL:
         """The VAE in float32 on the CPU."""
@@ -164,6 +172,8 @@ class Model:
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
         """The whole pipeline in float32, with any component replaced (for instance unet=the trained one)."""
+        if "unet" not in components:
+            components["unet"] = self.load_unet()
         if self.vae_folder is not None and "vae" not in components:
             components["vae"] = self.load_vae()
         return self._load_pipeline(**components)
@@ -270,8 +280,14 @@ def open_model(
                 got=path.suffix or "no suffix",
                 fix="convert it first: pickled checkpoints can run code when loaded",
             )
-        folder = _folder_of(model_config, variant=None) if model_config else single_file.fetch_configuration(path)
-        return _checked(Model(location, folder, _family(folder), file=path, vae_folder=vae_folder))
+        guessed_from = None
+        if model_config:
+            folder = _folder_of(model_config, variant=None)
+        else:
+            folder, guessed_from = single_file.fetch_configuration(path)
+        return _checked(
+            Model(location, folder, _family(folder), file=path, vae_folder=vae_folder, guessed_from=guessed_from)
+        )
     folder = _folder_of(location, variant=variant)
     model = _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):

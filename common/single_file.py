@@ -17,23 +17,17 @@ PREFIXES = {
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
 """Where the original layout keeps each component's weights."""
-_STABLE_DIFFUSION_2 = "stabilityai/stable-diffusion-2"
 _MAKE_ONE = "`hf download MODEL --include '*.json' --include '*.txt' --local-dir DIR` makes one, where there is a network"
 _EXPECTED = "--model-config DIR, a pipeline folder (weights not needed) of the same architecture"
 
 
-def fetch_configuration(file: Path) -> Path:
-    """The folder with the configurations of the hub model that diffusers takes `file` for, by its weights' names and shapes.
+def fetch_configuration(file: Path) -> tuple[Path, str]:
+    """The folder with the configurations of the hub model that diffusers takes `file` for, by its weights' names and shapes,
+    and that model's name. What it says of the prediction type is a guess (common/prediction.py proves it).
 
-    Raises ModelError if the file cannot be read, if it is a Stable Diffusion 2 (the hub has two, noise and v-prediction,
-    that look alike in their weights), or if the hub cannot be reached.
+    Raises ModelError if the file cannot be read, or the hub cannot be reached.
     """
     location = _hub_id(file)
-    if location.startswith(_STABLE_DIFFUSION_2):
-        raise ModelError(
-            "A single file of Stable Diffusion 2 needs its configuration.", where=file, expected=_EXPECTED,
-            got="weights that do not say whether they predict noise or v", fix=_MAKE_ONE,
-        )
     try:
         folder = Path(snapshot_download(location, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
     except Exception as error:  # the hub client raises many kinds; each means the configuration could not be fetched
@@ -44,7 +38,7 @@ def fetch_configuration(file: Path) -> Path:
             got=lines[0][:200] if lines else type(error).__name__, fix=f"{_MAKE_ONE}; check HF_HUB_OFFLINE",
         ) from error
     print(f"note: {file.name} is taken for {location} by its weights; --model-config DIR names another", file=sys.stderr)
-    return folder
+    return folder, location
 
 
 def _hub_id(file: Path) -> str:

@@ -110,6 +110,8 @@ def test_single_files(model_copy, tmp_path):
         ("model.diffusion_model.x", (1,), "stable-diffusion-v1-5/stable-diffusion-v1-5"),
         ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (1280,),
          "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", (1, 1024),
+         "stabilityai/stable-diffusion-2-1"),
     ],
 )
 def test_a_single_file_without_configuration_asks_the_hub(
@@ -148,17 +150,6 @@ def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_ta
     )
     assert "Ignoring" not in done.stderr
     assert "offline mode" in done.stderr
-
-
-def test_a_single_file_of_stable_diffusion_2_is_never_guessed(tmp_path):
-    single = tmp_path / "model.safetensors"
-    save_file(
-        {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(1, 1024)}, single
-    )
-    message = refusal(single)
-    assert "noise or v" in message
-    assert "--model-config" in message
-    assert "--include '*.json' --include '*.txt'" in message
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
