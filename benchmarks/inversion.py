@@ -85,9 +85,8 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     text: TextEncoder = components.text
 
     def levels(data: bytes) -> torch.Tensor:
-        return prepare_image(
-            decode_image(data), resolution=arguments.resolution, crop="center", flip=False
-        ).levels
+        image = prepare_image(decode_image(data), resolution=arguments.resolution, crop="center", flip=False)
+        return torch.from_numpy(image.levels)
 
     ids = [pair.pair_id for pair in pairs]
     x0 = images([torch.stack([levels(pair.win), levels(pair.lose)]) for pair in pairs], ids)

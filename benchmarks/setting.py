@@ -15,6 +15,7 @@ from common.cache import Cache, CacheWriter, open_cache
 from common.denoiser import Denoiser
 from common.models import Model
 from common.pairs import open_source
+from precompute.decode import DecodePool
 from precompute.encode import ImageEncoder, TextEncoder
 from precompute.settings import PrecomputeSettings, build_manifest
 from precompute.tasks import ShardTask, list_tasks
@@ -69,7 +70,7 @@ class Setting:
         manifest = build_manifest(settings, self.model, device_type=self.device.type)
         return ShardWorker(
             components=load_components(self.model, manifest, self.device),
-            writer=CacheWriter.open(str(cache), manifest), pairs_per_batch=settings.batch_size, decode_threads=4,
+            writer=CacheWriter.open(str(cache), manifest), pairs_per_batch=settings.batch_size, decode=DecodePool(4),
         )
 
     def tasks(self, num_pairs: int) -> list[ShardTask]:

@@ -44,7 +44,7 @@ def precompute(
     vae_latent: Annotated[str | None, typer.Option(help="mean or sample of the VAE's posterior.")] = None,
     measure_inversion: Annotated[float | None, typer.Option(help="Share of pairs with a measured round trip.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs per network batch.")] = None,
-    decode_threads: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
+    decode_workers: Annotated[int | None, typer.Option(help="Processes that decode images, for each device; 0: none.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 network.")] = None,
     engine: Annotated[str | None, typer.Option(help="local (also under accelerate launch) or ray.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="ray: join this cluster instead of a local one.")] = None,
@@ -65,7 +65,7 @@ def precompute(
         "noised_start": noised_start, "guidance": guidance, "iterations": iterations, "tolerance": tolerance,
         "caption_dropout": caption_dropout, "faithful": faithful, "timestep_range": timestep_range,
         "profile": profile, "extra": extra, "resolution": resolution, "flip": flip, "vae_latent": vae_latent,
-        "measure_inversion": measure_inversion, "batch_size": batch_size, "decode_threads": decode_threads,
+        "measure_inversion": measure_inversion, "batch_size": batch_size, "decode_workers": decode_workers,
         "dtype": dtype, "engine": engine, "seed": seed, "limit": limit,
     }
     model_flags = {"model": model, "variant": variant, "model_config_dir": model_config, "vae": vae}

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from jaxtyping import Bool, Float16, UInt8
+from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
 from common.denoiser import DTYPES
-from common.pairs.images import pixels_from_levels
 from common.seeding import normal
 
 _IMAGES_PER_VAE_CALL = 16
 _PROMPTS_PER_TEXT_CALL = 64
+
+
+def pixels_from_levels(levels: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
+    """8-bit levels to what a VAE takes: float32 in [-1, 1]."""
+    return levels.to(torch.float32) / 127.5 - 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -51,8 +51,8 @@ class PrecomputeSettings(Section):
 
     batch_size: int = Field(16, ge=1)
     """Pairs per network batch."""
-    decode_threads: int = Field(4, ge=1)
-    """Threads that decode and resize images (Pillow works outside the interpreter lock)."""
+    decode_workers: int = Field(4, ge=0)
+    """Processes that decode and resize images, for each device; 0: the reading thread does it."""
     engine: Literal["local", "ray"] = "local"
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N rows."""

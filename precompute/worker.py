@@ -1,14 +1,14 @@
 """The shard worker: the one function behind every engine.
 
-    read (CPU threads)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
+    read (CPU workers)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
     compute (device)    pixels -> x0, prompts -> embeddings, inversion -> the shard's arrays
     write               attempt folder, fsync, commit
 """
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,10 @@ from common.errors import DataError
 from common.inversion import Inverted, invert
 from common.models import Model
 from common.pairs import Pair, Skipped, mark_duplicates
-from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
 from common.seeding import uniform
+from precompute.decode import DecodePool, PreparedPair, prepare_pair
 from precompute.encode import ImageEncoder, PromptTable, TextEncoder
 from precompute.tasks import ShardTask
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedPair:
-    """A pair whose two images are decoded and resized."""
-
-    pair: Pair
-    win: PreparedImage
-    lose: PreparedImage
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,11 +69,7 @@ class ShardWorker:
     components: Components
     writer: CacheWriter
     pairs_per_batch: int
-    decode_threads: int
-    _pool: ThreadPoolExecutor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._pool = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
+    decode: DecodePool
 
     @property
     def manifest(self) -> Manifest:
@@ -93,9 +80,11 @@ class ShardWorker:
         start = time.perf_counter()
         fingerprint = task.input_shard.fingerprint()
         rows = mark_duplicates(task.input_shard.rows(task.start, task.stop), set())
+        manifest = self.manifest
         pairs: list[PreparedPair] = []
         skipped: list[dict[str, Any]] = []
-        for item in self._pool.map(self._prepare, _with_shard(rows, task)):
+        prepare = partial(prepare_pair, resolution=manifest.resolution)
+        for _, item in self.decode.map(prepare, _with_shard(rows, task), self._flip):
             if isinstance(item, PreparedPair):
                 pairs.append(item)
             else:
@@ -104,24 +93,9 @@ class ShardWorker:
             task=task, pairs=pairs, skipped=skipped, fingerprint=fingerprint, seconds=time.perf_counter() - start
         )
 
-    def _prepare(self, item: Pair | Skipped) -> PreparedPair | Skipped:
-        if isinstance(item, Skipped):
-            return item
-        manifest = self.manifest
-        # One draw for both sides: a flip that differs between them would change what the pair compares.
-        flip = manifest.flip and uniform(manifest.seed, item.pair_id, "flip") < 0.5
-        sides: list[PreparedImage] = []
-        for side, data in (("win", item.win), ("lose", item.lose)):
-            try:
-                image = decode_image(data)
-                sides.append(
-                    prepare_image(image, resolution=manifest.resolution, crop="center", flip=flip)
-                )
-            except ImageError as error:
-                return Skipped(
-                    pair_id=item.pair_id, reason=error.reason, detail=f"{side}: {error.detail}", row=item.row
-                )
-        return PreparedPair(pair=item, win=sides[0], lose=sides[1])
+    def _flip(self, pair: Pair) -> tuple[bool]:
+        """One draw for both sides: a flip that differs between them would change what the pair compares."""
+        return (self.manifest.flip and uniform(self.manifest.seed, pair.pair_id, "flip") < 0.5,)
 
     def compute(self, prepared: PreparedShard) -> ShardData:
         """Encode and invert; pairs with any number that is not finite are quarantined with the reason."""
@@ -132,29 +106,29 @@ class ShardWorker:
         arrays: dict[str, np.ndarray] = {}
         counts: dict[str, int] = {}
         if pairs:
-            prompts = components.text([each.pair.prompt for each in pairs])
+            prompts = components.text([each.prompt for each in pairs])
             x0 = components.images(
-                [torch.stack([each.win.levels, each.lose.levels]) for each in pairs],
-                [each.pair.pair_id for each in pairs],
+                [torch.from_numpy(np.stack([each.win.levels, each.lose.levels])) for each in pairs],
+                [each.pair_id for each in pairs],
             ).cpu()
             keep = _finite_inputs(pairs, x0, prompts, skipped)
             pairs, x0 = [pairs[index] for index in keep], x0[keep]
-            prompts = prompts.only({each.pair.prompt for each in pairs})
+            prompts = prompts.only({each.prompt for each in pairs})
             seconds["encode"] = time.perf_counter() - clock
             clock = time.perf_counter()
         if pairs:
             dropped = [
-                uniform(manifest.seed, each.pair.pair_id, "dropout") < manifest.inverter.caption_dropout
+                uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout
                 for each in pairs
             ]
             time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
             training_rows = [
-                0 if drop else prompts.row(each.pair.prompt) for each, drop in zip(pairs, dropped, strict=True)
+                0 if drop else prompts.row(each.prompt) for each, drop in zip(pairs, dropped, strict=True)
             ]
             inverted = invert(
                 components.denoiser,
                 x0,
-                [each.pair.pair_id for each in pairs],
+                [each.pair_id for each in pairs],
                 identity=manifest.inverter,
                 seed=manifest.seed,
                 timesteps_per_pair=manifest.timesteps_per_pair,
@@ -175,7 +149,7 @@ class ShardWorker:
             if not finite.any():
                 arrays = {}
             counts["cut_prompt"] = sum(
-                each.pair.prompt in prompts.cut for each, fine in zip(pairs, finite, strict=True) if fine
+                each.prompt in prompts.cut for each, fine in zip(pairs, finite, strict=True) if fine
             )
             if inverted.residual is not None:
                 missed = (inverted.residual > (manifest.inverter.tolerance or 0.0)).flatten(1).any(1)
@@ -198,7 +172,7 @@ class ShardWorker:
         return self.writer.write(name, data)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.decode.close()
 
 
 def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pair | Skipped]:
@@ -219,7 +193,7 @@ def _skipped(pair_id: str, reason: str, detail: str, row: int) -> dict[str, Any]
 
 
 def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
-    return _skipped(each.pair.pair_id, "not_finite", f"{what} is NaN or infinite", each.pair.row)
+    return _skipped(each.pair_id, "not_finite", f"{what} is NaN or infinite", each.row)
 
 
 def _finite_inputs(
@@ -236,7 +210,7 @@ def _finite_inputs(
             skipped.append(_not_finite(each, "a VAE latent"))
         elif not texts[0]:  # every shard stores it
             skipped.append(_not_finite(each, "the empty prompt's embedding"))
-        elif not texts[prompts.row(each.pair.prompt)]:
+        elif not texts[prompts.row(each.prompt)]:
             skipped.append(_not_finite(each, "the text embedding"))
         else:
             keep.append(index)
@@ -275,10 +249,10 @@ def _arrays(
     """Every array that could be stored, by path; the manifest chooses."""
     arrays: dict[str, np.ndarray] = {
         "x0": x0.numpy(),
-        "pair_id": np.array([each.pair.pair_id for each in pairs], dtype=object),
-        "prompt_index": np.array([prompts.row(each.pair.prompt) for each in pairs], dtype=np.int32),
+        "pair_id": np.array([each.pair_id for each in pairs], dtype=object),
+        "prompt_index": np.array([prompts.row(each.prompt) for each in pairs], dtype=np.int32),
         "caption_dropped": np.array(dropped, dtype=bool),
-        "label": np.array([each.pair.label for each in pairs], dtype=np.float32),
+        "label": np.array([each.label for each in pairs], dtype=np.float32),
         "prompt/text": np.array(prompts.text, dtype=object),
         "prompt/embedding": prompts.embedding.numpy(),
     }

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
     phases = {
-        "world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls,
+        "world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls, "same-rate": _same_rate,
         "ablation-caches": _ablation_caches, "ablations": _ablations, "head-to-head": _head_to_head, "results": _results,
     }
     parser.add_argument("--until", choices=list(phases), default="results", help="the last phase to run")
@@ -75,7 +75,7 @@ def _world(at_once: int) -> None:
     run_jobs("caches", [
         Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"),
             steps=[cache.command(), *([relabel] if cache is c.CLEAN else [])])
-        for cache in (c.CLEAN, c.NOISE, c.NOISED)
+        for cache in c.MAIN_CACHES
     ], at_once=at_once)
     run_jobs("base", [
         Job(name="images", folder=c.base_images(name).with_name(f"{name}-log"),
@@ -113,10 +113,14 @@ def _grid(at_once: int) -> None:
 def final_runs(method: c.Method, *, steps: int = c.STEPS) -> list[Run]:
     """The runs of the main table: the method's chosen setting, every test seed."""
     best = chosen()[method.name]
+    return _test_runs(method, best["learning_rate"], best["beta"], steps=steps)
+
+
+def _test_runs(method: c.Method, rate: float, beta: float | None, *, steps: int = c.STEPS) -> list[Run]:
     return [
         Run(
-            label=method.name, objective=method.objective, cache=method.cache, learning_rate=best["learning_rate"],
-            beta=best["beta"], seed=seed, steps=steps, extra=method.extra,
+            label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta, seed=seed,
+            steps=steps, extra=method.extra,
         )
         for seed in c.TEST_SEEDS
     ]
@@ -133,7 +137,7 @@ def _sft_reference() -> c.CacheChoice:
 
 
 def _ablation_caches(at_once: int) -> None:
-    caches = [cache for cache in (*c.ABLATIONS.values(), _sft_reference()) if cache not in (c.CLEAN, c.NOISE, c.NOISED)]
+    caches = [cache for cache in (*c.ABLATIONS.values(), _sft_reference()) if cache not in c.MAIN_CACHES]
     run_jobs("ablation caches", [
         Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"), steps=[cache.command()])
         for cache in caches
@@ -207,6 +211,22 @@ def _same_calls(at_once: int) -> None:
     run_jobs("same calls", [_job(run, "test") for runs in same_calls_runs().values() for run in runs], at_once=at_once)
 
 
+def same_rate_runs() -> dict[float, tuple[list[Run], dict[str, list[Run]]]]:
+    """By learning rate: Diffusion-DPO's runs, and InPO's by method."""
+    return {
+        rate: (
+            _test_runs(c.DPO, rate, c.SAME_RATE_BETA),
+            {method.name: _test_runs(method, rate, c.SAME_RATE_BETA) for method in methods},
+        )
+        for rate, methods in c.SAME_RATE.items()
+    }
+
+
+def _same_rate(at_once: int) -> None:
+    groups = [group for dpo, ours in same_rate_runs().values() for group in (dpo, *ours.values())]
+    run_jobs("same rate", [_job(run, "test") for runs in zip(*groups, strict=True) for run in runs], at_once=at_once)
+
+
 def _head_to_head(at_once: int) -> None:
     """Every method against Diffusion-DPO with the same seed, and the ablations against cached noise."""
     pairs: list[tuple[Path, Path, Path]] = []
@@ -214,6 +234,10 @@ def _head_to_head(at_once: int) -> None:
         if method is not c.DPO:
             for ours, theirs in zip(final_runs(method), final_runs(c.DPO), strict=True):
                 pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo"))
+    for dpo, groups in same_rate_runs().values():
+        for runs in groups.values():
+            for ours, theirs in zip(runs, dpo, strict=True):
+                pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo-same-rate"))
     noise = {run.seed: run for run in ablation_runs()["noise at every point (DPO on cached noise)"]}
     for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]:
         if not name.startswith("noise at every"):
@@ -253,6 +277,13 @@ def _results(at_once: int) -> None:
         runs = _finished(every, "test")
         row = main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
         same_calls[f"{name}, {runs[0].steps} steps"] = row
+    same_rate = {}
+    for dpo, groups in same_rate_runs().values():
+        for name, runs in {c.DPO.name: dpo, **groups}.items():
+            same_rate[f"{name}, {runs[0].learning_rate:g}"] = {
+                "learning_rate": runs[0].learning_rate, "beta": runs[0].beta, "base": r.against_base(runs, "test"),
+                "dpo": None if runs is dpo else r.head_to_head(runs, "test-against-dpo-same-rate"),
+            }
     noise = "noise at every point (DPO on cached noise)"
     ablations = {
         name: {
@@ -265,7 +296,7 @@ def _results(at_once: int) -> None:
     accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
     values = {
         "steps": c.STEPS, "batch": c.BATCH, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
-        "ablation_seeds": c.ABLATION_SEEDS, "chosen": best, "main": main_rows, "same_calls": same_calls,
+        "ablation_seeds": c.ABLATION_SEEDS, "chosen": best, "main": main_rows, "same_calls": same_calls, "same_rate": same_rate,
         "ablations": ablations, "accuracy": accuracy, "drift": _drift(),
     }
     Path("docs/evidence.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -273,6 +304,7 @@ def _results(at_once: int) -> None:
     r.draw_wins(ablations, Path("docs/images/evidence-ablations.png"), title="Variations of InPO, validation captions")
     for title, text in {
         "Main table": r.main_table(main_rows), "Same network calls": r.main_table(same_calls),
+        "Same learning rate": r.main_table(same_rate),
         "Ablations": r.ablation_table(ablations), "Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best),
     }.items():
         print(f"\n{title}\n\n{text}")

@@ -67,7 +67,10 @@ class CacheChoice:
 
 CLEAN = CacheChoice(name="clean", options=("--extra", "delta_prev"))
 NOISE = CacheChoice(name="noise", options=("--inverter", "noise"))
-NOISED = CacheChoice(name="start-0.3", options=("--noised-start", "0.3"))
+NOISED = {
+    share: CacheChoice(name=f"start-{share}", options=("--noised-start", share)) for share in ("0.1", "0.3", "0.5")
+}
+"""By f, the share of the schedule whose points are noised instead of inverted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class Method:
 DPO = Method(name="Diffusion-DPO", objective="dpo", cache=NOISE)
 SFT = Method(name="SFT", objective="sft", cache=NOISE)
 INPO = Method(name="InPO", objective="inpo", cache=CLEAN)
-INPO_NOISED = Method(name="InPO, noised start 0.3", objective="inpo", cache=NOISED)
+STARTS = tuple(Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache) for share, cache in NOISED.items())
 METHODS = (
     SFT,
     DPO,
@@ -96,19 +99,21 @@ METHODS = (
     Method(name="SmPO", objective="smpo", cache=CLEAN, extra=("--labels", LABELS)),
     Method(name="Inversion-DPO", objective="inversion_dpo", cache=CLEAN),
     INPO,
-    INPO_NOISED,
+    *STARTS,
 )
+MAIN_CACHES = (CLEAN, NOISE, *NOISED.values())
 SAME_CALLS = (SFT, DPO, METHODS[2])
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
+SAME_RATE: dict[float, tuple[Method, ...]] = {2e-5: (INPO, *STARTS), 4e-5: STARTS[:1]}
+"""Compared with Diffusion-DPO at the same learning rate and beta, whatever the grid chose for them."""
+SAME_RATE_BETA = 500.0
 
 SFT_REFERENCE = "reference from SFT"
 ONLINE = "online inversion, released grid"
 ABLATIONS: dict[str, CacheChoice] = {
     "n = 10 (InPO as above)": CLEAN,
     "noise at every point (DPO on cached noise)": NOISE,
-    "noised start 0.1": CacheChoice(name="start-0.1", options=("--noised-start", "0.1")),
-    "noised start 0.3": NOISED,
-    "noised start 0.5": CacheChoice(name="start-0.5", options=("--noised-start", "0.5")),
+    **{f"noised start {share}": cache for share, cache in NOISED.items()},
     "ab2, refined start": CacheChoice(name="ab2", options=("--inverter", "ab2", "--refine-start", "3")),
     "ab2, refined start, noised start 0.3": CacheChoice(
         name="ab2-start-0.3", options=("--inverter", "ab2", "--refine-start", "3", "--noised-start", "0.3")

@@ -1,22 +1,20 @@
-"""From an encoded image file to the pixels a VAE takes.
+"""From an encoded image file to 8-bit pixels of the right size.
 
     bytes --decode_image--> PIL image, RGB 8 bit, upright --prepare_image--> levels uint8 [3, h, w]
-                                                                        .pixels float32 in [-1, 1]
 
 ICC profiles are not applied. Pixels of the two sides go through here with the same crop and the same flip.
 """
 
 import io
+import re
 import struct
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile
-from torch import Tensor
 
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
 """Reasons of an ImageError; the same words as in `common.pairs.pair.SKIP_REASONS`."""
@@ -52,22 +50,12 @@ class ImageError(Exception):
 class PreparedImage:
     """Pixels for the VAE and what SDXL's time ids need."""
 
-    levels: UInt8[Tensor, "3 h w"]
+    levels: UInt8[np.ndarray, "3 h w"]
     """8-bit RGB, h = w = resolution: a quarter of the memory while a shard's images wait for the VAE."""
     original_size: tuple[int, int]
     """(height, width) of the decoded image, after EXIF rotation, before resizing."""
     crop_top_left: tuple[int, int]
     """(top, left) of the crop in the resized image, as shown: mirrored when the image is flipped."""
-
-    @property
-    def pixels(self) -> Float[Tensor, "3 h w"]:
-        """float32 in [-1, 1]."""
-        return pixels_from_levels(self.levels)
-
-
-def pixels_from_levels(levels: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
-    """8-bit levels to what a VAE takes: float32 in [-1, 1]."""
-    return levels.to(torch.float32) / 127.5 - 1.0
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -118,7 +106,7 @@ def prepare_image(image: Image.Image, *, resolution: int, crop: Crop, flip: bool
     if flip:
         cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         left = resized_width - resolution - left
-    levels = torch.from_numpy(np.array(cropped, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    levels = np.ascontiguousarray(np.array(cropped, dtype=np.uint8).transpose(2, 0, 1))
     return PreparedImage(levels=levels, original_size=(height, width), crop_top_left=(top, left))
 
 
@@ -161,7 +149,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _classify(data: bytes, error: Exception) -> ImageError:
-    detail = f"{type(error).__name__}: {error}"
+    # Pillow prints its file object with the place in memory, which no two runs share.
+    detail = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
     if "Decompressed data too large" in str(error):  # compressed text chunks of a PNG
         return ImageError("decompression_bomb", detail)
     if "truncated" in str(error).lower() or _ends_early(data):

@@ -7,8 +7,6 @@ from common.errors import DataError
 from common.pairs.files import exists, expand_pattern, is_folder, list_folder
 from common.pairs.folder import ListSource
 from common.pairs.pair import PairSource
-from common.pairs.parquet import ParquetSource
-from common.pairs.tars import TarSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
@@ -71,8 +69,13 @@ def _from_files(location: str, files: list[str]) -> PairSource:
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
         return ListSource(location=location, file=files[0])
     _refuse_mixed_splits(location, files)
+    # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":
+        from common.pairs.tars import TarSource
+
         return TarSource(location=location, files=tuple(files))
+    from common.pairs.parquet import ParquetSource
+
     return ParquetSource(location=location, files=tuple(files))
 
 

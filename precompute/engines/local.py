@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from common.cache import CacheWriter
 from common.errors import InpoError
 from common.models import Model
+from precompute.decode import DecodePool
 from precompute.engines.task_queue import TaskQueue
 from precompute.engines.watchdog import Watchdog
 from precompute.pipeline import Outcome, Timing, run_tasks
@@ -58,7 +59,7 @@ def run_local(
             components=load_components(model, writer.manifest, state.device),
             writer=writer,
             pairs_per_batch=settings.batch_size,
-            decode_threads=settings.decode_threads,
+            decode=DecodePool(settings.decode_workers),
         )
         try:
             order = TaskQueue(mine)

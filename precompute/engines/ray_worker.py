@@ -18,6 +18,7 @@ from common.cache.writer import MANIFEST, check_identity
 from common.errors import CacheMismatch, CacheMissing, InpoError
 from common.pairs import InputShard
 from common.recipe import ModelSection
+from precompute.decode import DecodePool
 from precompute.engines.watchdog import Watchdog
 from precompute.pipeline import Outcome, Timing, run_tasks
 from precompute.settings import PrecomputeSettings
@@ -72,7 +73,7 @@ class RayWorker:
             components=load_components(model, writer.manifest, device),
             writer=writer,
             pairs_per_batch=self._settings.batch_size,
-            decode_threads=self._settings.decode_threads,
+            decode=DecodePool(self._settings.decode_workers),
         )
         threading.Thread(target=self._run, args=(worker,), name="pipeline", daemon=True).start()
         return None

@@ -13,6 +13,7 @@ from common.cache import CacheWriter, Commit, ShardData
 from common.errors import DataError, StorageError
 from common.models import open_model
 from common.pairs import open_source
+from precompute.decode import DecodePool
 from precompute.engines.task_queue import TaskQueue
 from precompute.engines.watchdog import Watchdog
 from precompute.pipeline import Timing, run_tasks
@@ -58,7 +59,7 @@ def worker(world: World, components: Components, tmp_path: Path) -> Iterator[Wat
     manifest = build_manifest(_SETTINGS, open_model(str(world.model)), device_type="cpu")
     made = WatchedWorker(
         components=components, writer=CacheWriter.open(str(tmp_path / "cache"), manifest), pairs_per_batch=4,
-        decode_threads=1,
+        decode=DecodePool(0),
     )
     yield made
     made.close()

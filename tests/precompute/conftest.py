@@ -100,7 +100,7 @@ class Runs:
 
     def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
         settings = {
-            "resolution": 32, "steps": 3, "timesteps_per_pair": 3, "batch_size": 4, "decode_threads": 1,
+            "resolution": 32, "steps": 3, "timesteps_per_pair": 3, "batch_size": 4, "decode_workers": 0,
             "measure_inversion": 0.0, **flags,
         }
         return run_precompute(

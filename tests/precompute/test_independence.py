@@ -28,7 +28,7 @@ def test_batch_size_tars_and_order(
     )
     second = run.cache(
         write_tars(tmp_path / "three", pairs[::-1], 3), pipelines(), tmp_path / "second", batch_size=8,
-        decode_threads=4, **settings,
+        decode_workers=2, **settings,
     )
     assert (len(first.shards), len(second.shards)) == (1, 3)
     for name in ("timestep", "caption_dropped", "label"):

@@ -194,7 +194,7 @@ def test_another_model_or_settings_are_refused_with_both_values(
         run(source, other, tmp_path / "cache", steps=3)
     assert len(run.components) == loaded  # before any model work
     # What does not change the numbers may change.
-    assert run(source, pipelines(), tmp_path / "cache", steps=3, batch_size=1, decode_threads=2) == 0
+    assert run(source, pipelines(), tmp_path / "cache", steps=3, batch_size=1, decode_workers=2) == 0
 
 
 @pytest.mark.parametrize(
