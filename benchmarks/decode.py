@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import interleaved, ratio_table, record
-from common.pairs import Pair
+from common.pairs import Pair, Skipped
 from precompute.decode import DecodePool, prepare_pair
 
 OURS = "2 processes"
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     pools = {"the reading thread": DecodePool(0), "1 process": DecodePool(1), OURS: DecodePool(2)}
 
     def by_pool(pool: DecodePool) -> None:
-        for _ in pool.map(work, pairs, lambda pair: (False,)):
+        for _ in pool.map(work, pairs, arguments=lambda pair: (False,), on_crash=_crashed):
             pass
 
     def by_threads(number: int) -> None:
@@ -82,6 +82,10 @@ def _pair(row: int) -> Pair:
         Image.fromarray(levels).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return Pair(pair_id=str(row), prompt="", win=files[0], lose=files[1], label=1.0, row=row)
+
+
+def _crashed(pair: Pair) -> Skipped:
+    raise RuntimeError(f"a worker died over pair {pair.pair_id}")
 
 
 @contextmanager

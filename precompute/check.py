@@ -1,6 +1,5 @@
 """Read and decode every pair of a source, without a model, and count what is there."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ def check_source(
     shards: list[tuple[InputShard, int]],
     *,
     on_row: Callable[[str, Pair | Skipped], None] = lambda name, item: None,
-    workers: int | None = None,
+    workers: int = 0,
 ) -> CheckReport:
     """Read and decode the rows of these shards, which `walk` has counted. `on_row` gets every row in order.
 
@@ -44,7 +43,7 @@ def check_source(
     """
     report = CheckReport(location=walk.source.location, kind=walk.source.kind)
     report.num_input_shards = len(shards) + len(walk.unreadable)
-    pool = DecodePool((os.cpu_count() or 1) if workers is None else workers)
+    pool = DecodePool(workers)
     try:
         for name, item, sides in _decoded(walk.rows(shards), pool):
             report.num_rows += 1
@@ -74,8 +73,14 @@ def _decoded(
             names.append(name)
             yield item
 
-    for item, found in pool.map(measure_pair, items()):
+    for item, found in pool.map(measure_pair, items(), on_crash=_crashed):
         if isinstance(found, Skipped):
             yield names.popleft(), found, []
         else:
             yield names.popleft(), item, found
+
+
+def _crashed(pair: Pair) -> Skipped:
+    return Skipped(
+        pair_id=pair.pair_id, reason="unreadable", detail="two processes died over its images, one after the other", row=pair.row
+    )

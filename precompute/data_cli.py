@@ -75,6 +75,7 @@ def check_command(
     out: Annotated[
         Path | None, typer.Option(help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.")
     ] = None,
+    decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
 ) -> None:
     """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
     from rich.console import Console
@@ -95,7 +96,7 @@ def check_command(
             if bad is not None and isinstance(item, Skipped):
                 bad.write(skipped_line(name, item))
 
-        report = check_source(walk, shards, on_row=on_row)
+        report = check_source(walk, shards, on_row=on_row, workers=decode_workers)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:

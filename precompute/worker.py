@@ -84,7 +84,8 @@ class ShardWorker:
         pairs: list[PreparedPair] = []
         skipped: list[dict[str, Any]] = []
         prepare = partial(prepare_pair, resolution=manifest.resolution)
-        for _, item in self.decode.map(prepare, _with_shard(rows, task), self._flip):
+        rows = _with_shard(rows, task)
+        for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):
                 pairs.append(item)
             else:
@@ -186,6 +187,17 @@ def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pai
             "The input shard cannot be read.", where=f"{task.location}: {task.input_shard.name}",
             got=f"{type(error).__name__}: {error}", fix="restore the file, then run the same command again",
         ) from error
+
+
+def _crashed(task: ShardTask, pair: Pair) -> Skipped:
+    """Not quarantined: memory that ran out would leave pairs out by chance."""
+    raise DataError(
+        "A process that decodes images died twice over the same pair.",
+        where=f"{task.location}: {task.input_shard.name}, pair {pair.pair_id}",
+        expected="images, or bytes that are refused", got="the end of the process",
+        fix="if the machine ran out of memory, take fewer --decode-workers; if not, the images crash the decoder: remove "
+        "the pair from the source. The same command then makes this shard",
+    )
 
 
 def _skipped(pair_id: str, reason: str, detail: str, row: int) -> dict[str, Any]:

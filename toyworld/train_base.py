@@ -156,7 +156,7 @@ def train(rank: int, folder: Path, rendezvous: str) -> None:
     dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     tokens = tokenise_captions(tokenizer)
-    unet_training = UnetTraining(build_unet(), build_text_encoder(tokenizer))
+    unet_training = UnetTraining(build_unet().to(memory_format=torch.channels_last), build_text_encoder(tokenizer))
 
     def draw_latents(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = torch.randint(len(latents), (count,), generator=generator)
@@ -215,6 +215,8 @@ def save_base(
 
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Read by glibc when the two processes start: memory that a step frees stays theirs, instead of being fetched anew.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     TRAINING_FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")

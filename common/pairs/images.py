@@ -30,7 +30,7 @@ RESIZE_FILTER = "lanczos"
 
 Crop = Literal["center"]
 
-# `decode_image` has its own limit. Set once here and not around each call, because threads decode.
+# `decode_image` has its own limit. Set once here and not around each call: filters belong to the process, threads included.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -150,7 +150,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _classify(data: bytes, error: Exception) -> ImageError:
     # Pillow prints its file object with the place in memory, which no two runs share.
-    detail = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+    detail = re.sub(r" <_io\.BytesIO object at 0x[0-9A-Fa-f]+>", "", f"{type(error).__name__}: {error}")
     if "Decompressed data too large" in str(error):  # compressed text chunks of a PNG
         return ImageError("decompression_bomb", detail)
     if "truncated" in str(error).lower() or _ends_early(data):

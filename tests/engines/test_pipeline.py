@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from common.cache import CacheWriter, Commit, ShardData
 from common.errors import DataError, StorageError
 from common.models import open_model
-from common.pairs import open_source
+from common.pairs import InputShard, Pair, Skipped, open_source
 from precompute.decode import DecodePool
 from precompute.engines.task_queue import TaskQueue
 from precompute.engines.watchdog import Watchdog
@@ -74,6 +75,51 @@ def _threads() -> list[str]:
 @pytest.fixture
 def tasks(world: World) -> list[ShardTask]:
     return list_tasks(open_source(str(world.pairs)))[0][:5]
+
+
+class Deadly(bytes):
+    """Ends the process that takes it out of a pickle, as a crashing decoder would."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os._exit, (139,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadlyShard:
+    """An input shard whose third row ends decoding processes."""
+
+    shard: InputShard
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+    @property
+    def num_rows(self) -> int:
+        return self.shard.num_rows
+
+    def fingerprint(self) -> str:
+        return self.shard.fingerprint()
+
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+        for item in self.shard.rows(start, stop):
+            yield replace(item, win=Deadly(b"x")) if isinstance(item, Pair) and item.row == start + 2 else item
+
+
+def test_a_shard_whose_images_end_two_processes_is_an_error_that_names_the_pair(
+    worker: WatchedWorker, tasks: list[ShardTask]
+) -> None:
+    """No quarantine: memory that ran out would leave pairs out by chance. The other shards are made."""
+    worker.decode = DecodePool(1)
+    tasks[1] = replace(tasks[1], input_shard=DeadlyShard(shard=tasks[1].input_shard))
+    pair = list(tasks[1].input_shard.rows(tasks[1].start, tasks[1].stop))[2].pair_id
+    outcomes = {outcome.task.name: outcome for outcome in run_tasks(worker, tasks[:3], Timing())}
+    error = outcomes.pop(tasks[1].name).error
+    assert error is not None
+    assert f"{tasks[1].input_shard.name}, pair {pair}" in str(error)
+    assert "--decode-workers" in str(error)
+    assert all(outcome.commit is not None for outcome in outcomes.values())
+    assert len(outcomes) == 2
 
 
 def test_reading_computing_and_writing_overlap(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
