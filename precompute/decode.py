@@ -1,7 +1,7 @@
 """Images decoded and resized in worker processes.
 
-The main process keeps its interpreter lock for the thread that feeds the device, and a decoder that crashes takes down a worker,
-not the run. This module and what it imports leave torch out, so that a worker starts fast and stays small.
+A decoder that crashes takes down a worker, not the run, and no decoder holds the interpreter lock of the main process. This module and
+what it imports leave torch out, so that a worker starts fast and stays small.
 
 Every worker has a pipe of its own. The standard library's pool has one for the results of all: a worker that is killed while it
 writes leaves half a message there, and the pool waits for the rest for ever.
