@@ -70,7 +70,7 @@ bench: $(INSTALLED) ## measure the ratios of docs/performance.md
 evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (some three hours on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
 
-toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (took 46 core-minutes)
+toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
 	.venv/bin/python -m toyworld.train_base
 
 clean: ## remove .venv, runs and everything generated

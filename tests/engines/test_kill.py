@@ -83,7 +83,7 @@ def _kill(zygote: Zygote, world: World, observer: Observer, *, writers: int, kil
     running: list[tuple[Process, float]] = []
 
     def start() -> None:
-        process = zygote.start(world.arguments(observer.cache))
+        process = zygote.start(world.arguments(observer.cache, "--decode-workers", "1"))
         running.append((process, time.monotonic() + random.uniform(0.0, within)))
 
     for _ in range(writers):

@@ -46,7 +46,7 @@ def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(
     zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
+    run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2", "--decode-workers", "1"))
     # Not once both are ready: the first may have made everything by then.
     until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
     before = attempts(cache)

@@ -51,7 +51,7 @@ def _ranks(count: int) -> list[dict[str, str]]:
 def test_two_processes_of_one_run(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
     """A static split, a shard in one hand only, and one summary of both, by rank 0, when both are done."""
     cache = tmp_path / "cache"
-    ranks = [zygote.start(world.arguments(cache), environment) for environment in _ranks(2)]
+    ranks = [zygote.start(world.arguments(cache, "--decode-workers", "1"), environment) for environment in _ranks(2)]
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS, "no shard was made twice"
@@ -81,7 +81,7 @@ def test_when_one_of_two_processes_dies_the_other_says_so_and_keeps_its_shards(
 def test_sigterm_ends_in_order(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
     """Exit code 1, one sentence, no half-written attempt, and the rest is made later."""
     cache = tmp_path / "cache"
-    run = zygote.start(world.arguments(cache))
+    run = zygote.start(world.arguments(cache, "--decode-workers", "1"))
     until(lambda: (cache / "commits").is_dir() and attempts(cache))
     run.terminate()
     assert run.wait() == 1

@@ -204,9 +204,9 @@ def test_more_steps_than_the_model_has_are_refused(tiny_model: Path, tmp_path: P
 def test_an_image_that_is_not_finite_is_no_black_picture(tiny_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     shutil.copytree(tiny_model, broken)
-    (file,) = (broken / "unet").glob("*.safetensors")
+    (file,) = (broken / "vae").glob("*.safetensors")
     weights = load_file(file)
-    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], torch.nan)
+    weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], torch.nan)
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(TrainingError, match=r"not finite(.|\n)*a red cat(.|\n)*--dtype float32"):
         make(broken, tmp_path / "out", PROMPTS[:1])

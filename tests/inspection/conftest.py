@@ -30,6 +30,8 @@ class Done:
 
     code: int
     out: str
+    stdout: str = ""
+    """Without what went to stderr."""
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def inspect() -> Callable[..., Done]:
             return Done(done.exception.exit_code, f"{done.output}error: {done.exception}")
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
-        return Done(done.exit_code, done.output)
+        return Done(done.exit_code, done.output, done.stdout)
 
     return run
 

@@ -29,7 +29,7 @@ def test_the_model_that_made_the_cache_has_not_drifted(states, inspect, tiny, st
 
 def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, tiny):
     cache = open_cache(str(states("healthy")))
-    found = json.loads(inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1), "--json").out)
+    found = json.loads(inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1), "--json").stdout)
     unet = UNet2DConditionModel.from_pretrained(tiny("sd15", seed=1) / "unet")
     squares = []
     for shard in cache:
