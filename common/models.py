@@ -1,17 +1,16 @@
 """Finding a model and loading just the components a stage needs.
 
-A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). Supported: Stable Diffusion 1.x and
-2.x (noise, v- and sample-prediction) and SDXL. Everything else is refused by name.
+A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). What is not supported (common/supported.py) is
+refused by name.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -29,17 +28,9 @@ from common import fingerprint, single_file
 from common.errors import ModelError
 from common.prediction import check_prediction
 from common.schedule import NoiseSchedule
+from common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
 
-Family = Literal["sd", "sdxl"]
-
-_FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-}
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
-SUPPORTED = "Stable Diffusion 1.x, 2.x (noise, v- or sample-prediction) and SDXL, as a diffusers pipeline"
 
 
 @dataclass(frozen=True)
@@ -61,14 +52,14 @@ class Model:
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
-        return _read_json(self.folder / "model_index.json")
+        return read_json(self.folder / "model_index.json")
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration file."""
         folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
         for name in ("scheduler_config.json", "config.json"):
             if (folder / name).is_file():
-                return _read_json(folder / name)
+                return read_json(folder / name)
         raise ModelError(
             f"The model has no {component} configuration.", where=folder, expected="config.json", got="no such file",
             fix=f"download the model again; supported: {SUPPORTED}",
@@ -244,20 +235,6 @@ def _loading(what: str, where: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A configuration file. Raises ModelError if it is no JSON object."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError(f"{type(document).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            "A configuration file of the model cannot be read.", where=file, expected="a JSON object", got=str(error),
-            fix="download the model again",
-        ) from error
-    return document
-
-
 def _is_variant(file: Path) -> bool:
     """True for names like diffusion_pytorch_model.fp16.safetensors."""
     return len(file.name.split(".")) > 2 and "-of-" not in file.name.split(".")[-2]
@@ -289,10 +266,10 @@ def open_model(
         else:
             folder, guessed_from = single_file.fetch_configuration(path)
         return _checked(
-            Model(location, folder, _family(folder), file=path, vae_folder=vae_folder, guessed_from=guessed_from)
+            Model(location, folder, family_of(folder), file=path, vae_folder=vae_folder, guessed_from=guessed_from)
         )
     folder = _folder_of(location, variant=variant)
-    model = _checked(Model(location, folder, _family(folder), variant=variant, vae_folder=vae_folder))
+    model = _checked(Model(location, folder, family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
         print(f"note: {location} has no {variant} weights; its plain ones are used", file=sys.stderr)
@@ -347,56 +324,12 @@ def _vae_folder(location: str) -> Path:
     )
 
 
-def _family(folder: Path) -> Family:
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise ModelError(
-            "This folder is no diffusers pipeline.",
-            where=folder,
-            expected="model_index.json",
-            got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
-            fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
-        )
-    name = _read_json(index_file).get("_class_name", "?")
-    if name not in _FAMILIES:
-        raise ModelError(
-            f"A model of class {name} is not supported.", where=folder, expected=SUPPORTED, got=name,
-            fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
-        )
-    return _FAMILIES[name]
-
-
 def _checked(model: Model) -> Model:
     """Refuse early, from the configuration files alone, what later equations would not hold for."""
-    unet, vae = model.config("unet"), model.config("vae")
-    if unet.get("in_channels") != vae.get("latent_channels"):
-        raise ModelError(
-            "The UNet does not take plain latents of this VAE.",
-            where=model.name,
-            expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
-            got=f"in_channels {unet.get('in_channels')}",
-            fix=f"inpainting and depth models are not supported; supported: {SUPPORTED}",
-        )
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
-        if unet.get(name) is not None:
-            raise ModelError(
-                "The UNet takes other conditions than text.", where=f"{model.name}: unet/config.json, {name}", expected="null",
-                got=unet[name], fix=f"supported: {SUPPORTED}",
-            )
-    if not isinstance(unet.get("cross_attention_dim"), int):
-        raise ModelError(
-            "The UNet's text conditions have no single width.", where=f"{model.name}: unet/config.json, cross_attention_dim",
-            expected="a number", got=unet.get("cross_attention_dim"), fix=f"supported: {SUPPORTED}",
-        )
-    if model.index.get("scheduler", [None, None])[1] is None:
-        raise ModelError("The pipeline has no scheduler.", where=model.name, fix=f"supported: {SUPPORTED}")
-    for component in ("tokenizer", "tokenizer_2") if model.family == "sdxl" else ("tokenizer",):
-        # The libraries make an empty tokenizer of an empty folder, and fail much later.
-        if not any((model.folder / component / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise ModelError(
-                f"The model has no {component}.", where=model.folder / component,
-                expected="tokenizer.json, or vocab.json and merges.txt", got="neither", fix="download the model again",
-            )
+    check_configuration(
+        name=model.name, folder=model.folder, family=model.family, index=model.index, unet=model.config("unet"),
+        vae=model.config("vae"),
+    )
     try:
         _ = model.schedule
     except ModelError as error:

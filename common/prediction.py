@@ -5,6 +5,7 @@ worthless cache. Where the last label leaves almost pure noise, a trained networ
 that predicts v or the sample gives something like a picture.
 """
 
+import math
 import os
 import sys
 from functools import cache
@@ -38,7 +39,7 @@ def check_prediction(
     configuration, the latter is a note: weights that are not trained look the same.
     """
     likeness = noise_likeness(unet, schedule)
-    if likeness != likeness:
+    if math.isnan(likeness):
         raise ModelError(
             "The UNet gives numbers that are not finite.", where=where, expected="finite weights", got="NaN or infinity from "
             "standard normal latents, in float32", fix="download or convert the model again",

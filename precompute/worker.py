@@ -80,10 +80,9 @@ class ShardWorker:
         start = time.perf_counter()
         fingerprint = task.input_shard.fingerprint()
         rows = mark_duplicates(task.input_shard.rows(task.start, task.stop), set())
-        manifest = self.manifest
         pairs: list[PreparedPair] = []
         skipped: list[dict[str, Any]] = []
-        prepare = partial(prepare_pair, resolution=manifest.resolution)
+        prepare = partial(prepare_pair, resolution=self.manifest.resolution)
         rows = _with_shard(rows, task)
         for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):

@@ -182,7 +182,7 @@ def test_closing_ends_workers_that_are_stuck() -> None:
             list(workers.map(measure_pair, rows(1), on_crash=crashed))
 
 
-def test_workers_hold_no_torch_and_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
+def test_workers_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
     """From the command line, in a folder whose names are those of our packages."""
     for name in ("common", "precompute"):
         (tmp_path / name).mkdir()
@@ -218,7 +218,7 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_main_process_that_is_killed(tmp_path: Path) -> None:
+def test_workers_hold_no_torch_and_end_with_a_main_process_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(_KILLED)
     root = Path(__file__).parents[2]
