@@ -9,12 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UsageError
-from common.models import Model, open_model
+
+if TYPE_CHECKING:
+    import common.models
 
 SECTIONS = ("model", "data", "precompute", "train", "evaluate")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
@@ -40,7 +42,10 @@ class ModelSection(Section):
     vae: str | None = None
     """A replacement VAE."""
 
-    def open(self) -> Model:
+    def open(self) -> "common.models.Model":
+        # diffusers takes seconds to import, and most commands that read a recipe open no model.
+        from common.models import open_model
+
         if self.model is None:
             raise UsageError(
                 "No model given.", where="--model", fix="pass --model, or set model in [model] of the recipe"

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import diffusers
 
 BASE_FOLDER = Path(__file__).parent / "base"
 LATENT_SHAPE = (6, 8, 8)
@@ -17,8 +20,11 @@ GUIDANCE = 2.5
 
 
 @cache
-def load_base() -> StableDiffusionPipeline:
+def load_base() -> "diffusers.StableDiffusionPipeline":
     """The base model in float32 on the CPU, without a progress bar."""
+    # Seconds to import, for which the process that only hands out the work need not wait.
+    from diffusers import StableDiffusionPipeline
+
     pipeline = StableDiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
