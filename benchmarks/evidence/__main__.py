@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,24 @@ from benchmarks.evidence.conditions import Run
 from benchmarks.evidence.jobs import Job, run_jobs
 from benchmarks.evidence.online import train_online
 
+AGAINST_DPO, AGAINST_NOISE = "test-against-dpo", "test-against-noise"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
-    phases = {
-        "world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls, "same-rate": _same_rate,
-        "ablation-caches": _ablation_caches, "ablations": _ablations, "head-to-head": _head_to_head, "results": _results,
-    }
-    parser.add_argument("--until", choices=list(phases), default="results", help="the last phase to run")
+    phases = {"world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls, "variations": _variations}
+    parser.add_argument("--until", choices=list(phases)[2:], default="variations", help="the last kind of runs to make")
+    parser.add_argument("--long", action="store_true", help="three times the training, every test caption; some three hours")
     options = parser.parse_args()
+    if options.long:
+        c.length = c.LONG
     for name, phase in phases.items():
         phase(options.processes)
         if name == options.until:
-            return
+            break
+    _head_to_head(options.processes)
+    _results()
 
 
 def chosen() -> dict[str, dict[str, Any]]:
@@ -52,7 +57,7 @@ def chosen() -> dict[str, dict[str, Any]]:
 
 def _cell(run: Run) -> dict[str, Any]:
     """A run of the grid in numbers."""
-    scores = r.read_comparison(run.images("grid"))
+    scores = r.read_comparison(run.images("validation"))
     oracle = scores["toyworld-oracle"]
     low, high = oracle["mean_difference_interval"]
     return {
@@ -63,25 +68,28 @@ def _cell(run: Run) -> dict[str, Any]:
 
 
 def _world(at_once: int) -> None:
-    run_jobs("pairs", [Job(name="pairs", folder=c.ROOT, steps=[
-        ["toyworld", "pairs", "--out", str(c.PAIRS), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
+    run_jobs("pairs", [Job(name="pairs", folder=c.length.root, steps=[
+        ["toyworld", "pairs", "--out", str(c.length.pairs), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
         *(
-            ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(name))]
+            ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(split))]
             + ([] if limit is None else ["--limit", str(limit)])
-            for name, (split, limit) in c.PROMPTS.items()
+            for split, limit in c.length.captions.items()
         ),
     ])], at_once=1)
-    relabel = ["relabel", str(c.CLEAN.folder), "--pairs", c.SOURCE, "--scorer", "toyworld-oracle", "--set", c.LABELS]
-    run_jobs("caches", [
-        Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"),
-            steps=[cache.command(), *([relabel] if cache is c.CLEAN else [])])
-        for cache in c.MAIN_CACHES
-    ], at_once=at_once)
-    run_jobs("base", [
+    relabel = ["relabel", str(c.CLEAN.folder), "--pairs", c.length.source, "--scorer", "toyworld-oracle", "--set", c.LABELS]
+    caches = [_cache_job(cache) for cache in (c.NOISE, *c.NOISED.values(), *c.OTHER_CACHES.values())]
+    caches.append(_cache_job(c.CLEAN, [relabel]))
+    images = [
         Job(name="images", folder=c.base_images(name).with_name(f"{name}-log"),
             steps=c.picture_commands(c.BASE, c.base_images(name), name))
-        for name in c.PROMPTS
-    ], at_once=at_once)
+        for name in c.length.captions
+    ]
+    run_jobs("caches and the base's images", [*caches, *images], at_once=at_once)
+
+
+def _cache_job(cache: c.CacheChoice, more: Sequence[list[str]] = ()) -> Job:
+    folder = cache.folder.with_name(f"{cache.name}-log")
+    return Job(name="cache", folder=folder, steps=[cache.command(), *more])
 
 
 def _grid_runs(method: c.Method) -> list[Run]:
@@ -90,37 +98,37 @@ def _grid_runs(method: c.Method) -> list[Run]:
             label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta,
             seed=c.GRID_SEED, extra=method.extra,
         )
-        for rate, beta in itertools.product(c.LEARNING_RATES, method.betas)
+        for rate, beta in itertools.product(c.length.learning_rates, method.betas)
     ]
 
 
 def _job(run: Run, prompts: str) -> Job:
     """Train, if that is not done yet, and compare with the base on `prompts`. A longer run goes on from the usual one."""
-    shorter = replace(run, steps=c.STEPS)
+    shorter = replace(run, longer=None)
     begin = [lambda: shutil.copytree(shorter.folder / "train", run.folder / "train", dirs_exist_ok=True)]
     listed = [run.cache.write_only] if run.cache.first else []
     return Job(name=prompts, folder=run.folder, steps=[
-        *(begin if run.steps != c.STEPS else []), *listed, run.train_command(),
+        *(begin if run.longer else []), *listed, run.train_command(),
         *c.picture_commands(run.pipeline, run.images(prompts), prompts),
     ])
 
 
 def _grid(at_once: int) -> None:
-    jobs = [_job(run, "grid") for method in c.METHODS for run in _grid_runs(method)]
+    jobs = [_job(run, "validation") for method in c.METHODS for run in _grid_runs(method)]
     run_jobs("grid", jobs, at_once=at_once)
 
 
-def final_runs(method: c.Method, *, steps: int = c.STEPS) -> list[Run]:
+def final_runs(method: c.Method, *, longer: int | None = None) -> list[Run]:
     """The runs of the main table: the method's chosen setting, every test seed."""
     best = chosen()[method.name]
-    return _test_runs(method, best["learning_rate"], best["beta"], steps=steps)
+    return _test_runs(method, best["learning_rate"], best["beta"], longer=longer)
 
 
-def _test_runs(method: c.Method, rate: float, beta: float | None, *, steps: int = c.STEPS) -> list[Run]:
+def _test_runs(method: c.Method, rate: float, beta: float | None, *, longer: int | None = None) -> list[Run]:
     return [
         Run(
             label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta, seed=seed,
-            steps=steps, extra=method.extra,
+            longer=longer, extra=method.extra,
         )
         for seed in c.TEST_SEEDS
     ]
@@ -136,58 +144,47 @@ def _sft_reference() -> c.CacheChoice:
     return c.CacheChoice(name="reference-sft", model=str(final_runs(c.SFT)[0].pipeline))
 
 
-def _ablation_caches(at_once: int) -> None:
-    caches = [cache for cache in (*c.ABLATIONS.values(), _sft_reference()) if cache not in c.MAIN_CACHES]
-    run_jobs("ablation caches", [
-        Job(name="cache", folder=cache.folder.with_name(f"{cache.name}-log"), steps=[cache.command()])
-        for cache in caches
-    ], at_once=at_once)
+def variation_runs() -> dict[str, list[Run]]:
+    """InPO on every cache, all with the learning rate and beta chosen for InPO, the seeds in order.
 
-
-def ablation_runs() -> dict[str, list[Run]]:
-    """Every ablation's runs, the seeds in order."""
+    The starts, noise at every point among them, have all test seeds. Online runs read no cache; the one given here is
+    there for the folder's name.
+    """
     best = chosen()[c.INPO.name]
     rate, beta = best["learning_rate"], best["beta"]
-    caches = c.ABLATIONS | {c.SFT_REFERENCE: _sft_reference()}
-    return {
+    starts = {c.ONLY_NOISE: c.DPO, "clean start, n = 10": c.INPO} | {
+        f"noised start {share}": method for share, method in c.STARTS.items()
+    }
+    others = {**c.OTHER_CACHES, c.SFT_REFERENCE: _sft_reference(), c.ONLINE: c.OTHER_CACHES["faithful grid"]}
+    return {name: _test_runs(method, rate, beta) for name, method in starts.items()} | {
         name: [
             Run(
-                label=c.INPO.name if cache is c.CLEAN else f"ablation {name}", objective="inpo", cache=cache,
-                learning_rate=rate, beta=beta, seed=seed,
+                label=f"variation {name}", objective="inpo", cache=cache, learning_rate=rate, beta=beta, seed=seed
             )
-            for seed in c.ABLATION_SEEDS
+            for seed in c.FEWER_SEEDS
         ]
-        for name, cache in caches.items()
+        for name, cache in others.items()
     }
 
 
-def online_runs() -> list[Run]:
-    """Placeholders for folders: the online runs read no cache."""
-    best = chosen()[c.INPO.name]
-    return [
-        Run(
-            label=f"ablation {c.ONLINE}", objective="inpo", cache=c.ABLATIONS["faithful grid"],
-            learning_rate=best["learning_rate"], beta=best["beta"], seed=seed,
-        )
-        for seed in c.ABLATION_SEEDS
-    ]
+def _online_job(run: Run) -> Job:
+    return Job(name="test", folder=run.folder, steps=[
+        lambda: train_online(
+            run.pipeline, source=c.length.source, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps,
+            batch=c.length.batch, seed=run.seed,
+        ),
+        *c.picture_commands(run.pipeline, run.images("test"), "test"),
+    ])
 
 
-def _ablations(at_once: int) -> None:
-    for number, online in enumerate(online_runs()):
-        jobs = [_job(runs[number], "validation") for runs in ablation_runs().values()]
-        jobs.append(Job(name="validation", folder=online.folder, steps=[
-            lambda run=online: train_online(
-                run.pipeline, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps, seed=run.seed
-            ),
-            *c.picture_commands(online.pipeline, online.images("validation"), "validation"),
-        ]))
-        run_jobs(f"ablations, seed {online.seed}", jobs, at_once=at_once)
-    trained = final_runs(c.INPO)[0].pipeline
-    drift = c.ROOT / "drift.log"
-    run_jobs("drift", [Job(name="drift", folder=drift.parent, steps=[
-        ["inspect", "drift", str(c.CLEAN.folder), "--model", str(trained), "--sample", "64", "--json"],
-    ])], at_once=1)
+def _variations(at_once: int) -> None:
+    groups = variation_runs()
+    jobs = [_online_job(run) for run in groups[c.ONLINE]]
+    jobs += [_job(run, "test") for name, runs in groups.items() if name != c.ONLINE for run in runs]
+    jobs.append(Job(name="drift", folder=c.length.root, steps=[
+        ["inspect", "drift", str(c.CLEAN.folder), "--model", str(final_runs(c.INPO)[0].pipeline), "--sample", "64", "--json"],
+    ]))
+    run_jobs("variations", jobs, at_once=at_once)
 
 
 def same_calls_steps() -> dict[str, int]:
@@ -195,119 +192,104 @@ def same_calls_steps() -> dict[str, int]:
 
     Per image: InPO's cache 1 + n calls a pair's side, a cache of noise K; a trained record 3 (SFT trains one side).
     """
-    whole = 2 * c.NUM_PAIRS * 11 + c.STEPS * c.BATCH * 2 * 3
+    whole = 2 * c.NUM_PAIRS * 11 + c.length.steps * c.length.batch * 2 * 3
     rest = whole - 2 * c.NUM_PAIRS * 4
-    return {method.name: rest // (c.BATCH * (1 if method is c.SFT else 2) * 3) for method in c.SAME_CALLS}
+    return {method.name: rest // (c.length.batch * (1 if method is c.SFT else 2) * 3) for method in c.SAME_CALLS}
 
 
 def same_calls_runs() -> dict[str, list[Run]]:
     """The finished runs, prolonged."""
     steps = same_calls_steps()
-    runs = {method.name: final_runs(method, steps=steps[method.name]) for method in c.SAME_CALLS}
-    return {name: [run for run in each if run.seed in c.SAME_CALLS_SEEDS] for name, each in runs.items()}
+    runs = {method.name: final_runs(method, longer=steps[method.name]) for method in c.SAME_CALLS}
+    return {name: [run for run in each if run.seed in c.FEWER_SEEDS] for name, each in runs.items()}
 
 
 def _same_calls(at_once: int) -> None:
-    run_jobs("same calls", [_job(run, "test") for runs in same_calls_runs().values() for run in runs], at_once=at_once)
+    prolonged = [_job(run, "test") for runs in same_calls_runs().values() for run in runs]
+    run_jobs("same calls, and SFT's cache", [*prolonged, _cache_job(_sft_reference())], at_once=at_once)
 
 
-def same_rate_runs() -> dict[float, tuple[list[Run], dict[str, list[Run]]]]:
-    """By learning rate: Diffusion-DPO's runs, and InPO's by method."""
+def _finished(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The groups of which every run has been compared with the base."""
     return {
-        rate: (
-            _test_runs(c.DPO, rate, c.SAME_RATE_BETA),
-            {method.name: _test_runs(method, rate, c.SAME_RATE_BETA) for method in methods},
-        )
-        for rate, methods in c.SAME_RATE.items()
+        name: runs for name, runs in groups.items()
+        if all(Job(name="test", folder=run.folder, steps=()).mark.exists() for run in runs)
     }
 
 
-def _same_rate(at_once: int) -> None:
-    groups = [group for dpo, ours in same_rate_runs().values() for group in (dpo, *ours.values())]
-    run_jobs("same rate", [_job(run, "test") for runs in zip(*groups, strict=True) for run in runs], at_once=at_once)
-
-
 def _head_to_head(at_once: int) -> None:
-    """Every method against Diffusion-DPO with the same seed, and the ablations against cached noise."""
-    pairs: list[tuple[Path, Path, Path]] = []
-    for method in c.METHODS:
-        if method is not c.DPO:
-            for ours, theirs in zip(final_runs(method), final_runs(c.DPO), strict=True):
-                pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo"))
-    for dpo, groups in same_rate_runs().values():
-        for runs in groups.values():
-            for ours, theirs in zip(runs, dpo, strict=True):
-                pairs.append((theirs.images("test"), ours.images("test"), ours.folder / "test-against-dpo-same-rate"))
-    noise = {run.seed: run for run in ablation_runs()["noise at every point (DPO on cached noise)"]}
-    for name, runs in [*ablation_runs().items(), (c.ONLINE, online_runs())]:
-        if not name.startswith("noise at every"):
-            for ours in _finished(runs, "validation"):
-                theirs = noise[ours.seed].images("validation")
-                pairs.append((theirs, ours.images("validation"), ours.folder / "validation-against-noise"))
-    run_jobs("head to head", [
-        Job(name=out.name, folder=out.parent, steps=[c.compare_command(a, b, out)])
-        for a, b, out in pairs if not (out / "comparison.json").exists()
-    ], at_once=at_once)
-
-
-def _finished(runs: list[Run], prompts: str) -> list[Run]:
-    """Those whose images have been compared with the base's."""
-    return [run for run in runs if Job(name=prompts, folder=run.folder, steps=()).mark.exists()]
+    """Every method against Diffusion-DPO with the same seed, and the variations against noise at every point."""
+    methods = [run for method in c.METHODS if method is not c.DPO for run in final_runs(method)]
+    pairs = [(AGAINST_DPO, methods, final_runs(c.DPO))]
+    variations = _finished(variation_runs())
+    if noise := variations.pop(c.ONLY_NOISE, None):
+        pairs.append((AGAINST_NOISE, [run for runs in variations.values() for run in runs], noise))
+    jobs = []
+    for name, ours, theirs in pairs:
+        images = {run.seed: run.images("test") for run in theirs}
+        for run in ours:
+            compare = c.compare_command(images[run.seed], run.images("test"), run.folder / name)
+            jobs.append(Job(name=name, folder=run.folder, steps=[compare]))
+    run_jobs("head to head", jobs, at_once=at_once)
 
 
 def _drift() -> dict[str, Any]:
     """What `inpo inspect drift --json` printed."""
-    text = (c.ROOT / "drift.log").read_text()
+    text = (c.length.root / "drift.log").read_text()
     return json.loads(text[text.index("{") :])
 
 
-def _results(at_once: int) -> None:
-    """docs/evidence.json, the plots, and the tables as Markdown on the terminal."""
+def _hours() -> dict[str, float]:
+    """Hours that the jobs took, each one thread but the making of pairs, by kind of job."""
+    kinds = {
+        "pairs": [c.length.root / "pairs.done"], "caches": sorted((c.length.root / "caches").glob("*/*.done")),
+        "grid": sorted((c.length.root / "runs").glob("*/validation.done")),
+        "other runs": [*(c.length.root / "base").glob("*/*.done"), *(c.length.root / "runs").glob("*/test.done")],
+        "comparisons": [c.length.root / "drift.done", *(c.length.root / "runs").glob("*/test-against-*.done")],
+    }
+    return {kind: round(sum(float(mark.read_text()) for mark in marks) / 3600, 3) for kind, marks in kinds.items()}
+
+
+def _results() -> None:
+    """docs/evidence.json, or docs/evidence-long.json, the plots, and the tables as Markdown on the terminal."""
     best = chosen()
     main_rows = {
         method.name: {
             "learning_rate": best[method.name]["learning_rate"], "beta": best[method.name]["beta"],
             "base": r.against_base(final_runs(method), "test"),
-            "dpo": None if method is c.DPO else r.head_to_head(final_runs(method), "test-against-dpo"),
+            "dpo": None if method is c.DPO else r.head_to_head(final_runs(method), AGAINST_DPO),
         }
         for method in c.METHODS
     }
-    same_calls = {}
-    for name, every in same_calls_runs().items():
-        runs = _finished(every, "test")
-        row = main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
-        same_calls[f"{name}, {runs[0].steps} steps"] = row
-    same_rate = {}
-    for dpo, groups in same_rate_runs().values():
-        for name, runs in {c.DPO.name: dpo, **groups}.items():
-            same_rate[f"{name}, {runs[0].learning_rate:g}"] = {
-                "learning_rate": runs[0].learning_rate, "beta": runs[0].beta, "base": r.against_base(runs, "test"),
-                "dpo": None if runs is dpo else r.head_to_head(runs, "test-against-dpo-same-rate"),
-            }
-    noise = "noise at every point (DPO on cached noise)"
-    ablations = {
+    same_calls = {
+        f"{name}, {runs[0].steps} steps": main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
+        for name, runs in _finished(same_calls_runs()).items()
+    }
+    finished = _finished(variation_runs())
+    variations = {} if c.ONLY_NOISE not in finished else {
         name: {
-            "base": r.against_base(runs, "validation"),
-            "noise": None if name == noise else r.head_to_head(runs, "validation-against-noise"),
+            "base": r.against_base(runs, "test"),
+            "noise": None if name == c.ONLY_NOISE else r.head_to_head(runs, AGAINST_NOISE),
         }
-        for name, every in [*ablation_runs().items(), (c.ONLINE, online_runs())]
-        if (runs := _finished(every, "validation"))
+        for name, runs in finished.items()
     }
     accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
     values = {
-        "steps": c.STEPS, "batch": c.BATCH, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
-        "ablation_seeds": c.ABLATION_SEEDS, "chosen": best, "main": main_rows, "same_calls": same_calls, "same_rate": same_rate,
-        "ablations": ablations, "accuracy": accuracy, "drift": _drift(),
+        "steps": c.length.steps, "batch": c.length.batch, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
+        "fewer_seeds": c.FEWER_SEEDS, "hours": _hours(), "chosen": best, "main": main_rows, "same_calls": same_calls,
+        "variations": variations, "accuracy": accuracy, "drift": _drift() if variations else None,
     }
-    Path("docs/evidence.json").write_text(json.dumps(values, indent=1) + "\n")
-    r.draw_wins(main_rows, Path("docs/images/evidence.png"), title="Test captions, five seeds, 95% intervals")
-    r.draw_wins(ablations, Path("docs/images/evidence-ablations.png"), title="Variations of InPO, validation captions")
+    name = c.length.root.name
+    Path(f"docs/{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    r.draw_wins(main_rows, Path(f"docs/images/{name}.png"), title="Test captions, five seeds, 95% intervals")
+    if variations:
+        r.draw_wins(variations, Path(f"docs/images/{name}-variations.png"), title="Variations of InPO, test captions")
     for title, text in {
         "Main table": r.main_table(main_rows), "Same network calls": r.main_table(same_calls),
-        "Same learning rate": r.main_table(same_rate),
-        "Ablations": r.ablation_table(ablations), "Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best),
+        "Variations": r.variation_table(variations), "Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best),
     }.items():
         print(f"\n{title}\n\n{text}")
+    print(f"\nhours: {values['hours']}")
 
 
 if __name__ == "__main__":

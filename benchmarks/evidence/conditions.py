@@ -1,27 +1,53 @@
-"""What is compared: caches, methods, the grid, the ablations. Pure data."""
+"""What is compared: caches, methods, the grid, the variations, in an hour or at length. Pure data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cache import open_cache
 
-ROOT = Path("runs/evidence")
-PAIRS = ROOT / "pairs"
-SOURCE = str(PAIRS / "webdataset")
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How much is spent on every run of the evidence."""
+
+    root: Path
+    steps: int
+    batch: int
+    learning_rates: tuple[float, ...]
+    beta_shares: tuple[float, ...]
+    """Of each objective's default beta: the same grid for methods whose betas mean different things."""
+    captions: Mapping[str, int | None]
+    """Prompt files: how many captions of the split of that name. `test` chooses nothing."""
+    inference_steps: int
+    """DDIM steps of every image. Ten score the base 0.07 of 6 lower than twenty, and take half the time."""
+
+    @property
+    def pairs(self) -> Path:
+        return self.root / "pairs"
+
+    @property
+    def source(self) -> str:
+        return str(self.pairs / "webdataset")
+
+
+HOUR = Length(
+    root=Path("runs/evidence"), steps=64, batch=16, learning_rates=(1.5e-5, 3e-5, 6e-5), beta_shares=(0.1, 0.25),
+    captions={"validation": 200, "test": 400}, inference_steps=10,
+)
+LONG = Length(
+    root=Path("runs/evidence-long"), steps=100, batch=32, learning_rates=(5e-6, 1e-5, 2e-5, 4e-5), beta_shares=(0.25, 1.0),
+    captions={"validation": 200, "test": None}, inference_steps=20,
+)
+length = HOUR
+"""The one in use."""
 BASE = "toyworld/base"
 NUM_PAIRS = 1024
-BATCH = 32
-STEPS = 100
-LEARNING_RATES = (5e-6, 1e-5, 2e-5, 4e-5)
-BETA_SHARES = (0.25, 1.0)
-"""Of each objective's default beta: the same grid for methods whose betas mean different things."""
 DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
 GRID_SEED = 0
 TEST_SEEDS = (1, 2, 3, 4, 5)
-ABLATION_SEEDS = (1, 2, 3)
-SAME_CALLS_SEEDS = (1, 2, 3)
-PROMPTS = {"grid": ("validation", 200), "validation": ("validation", None), "test": ("test", None)}
-"""Prompt files: split and how many of its captions. `grid` is a part of `validation`; `test` chooses nothing."""
+FEWER_SEEDS = (1, 2, 3)
+"""For variations and prolonged runs."""
 SCORERS = ("toyworld-oracle", "toyworld-heldout")
 LABELS = "oracle"
 
@@ -40,7 +66,7 @@ class CacheChoice:
 
     @property
     def folder(self) -> Path:
-        return ROOT / "caches" / self.name
+        return length.root / "caches" / self.name
 
     @property
     def only(self) -> Path:
@@ -53,14 +79,17 @@ class CacheChoice:
         self.only.write_text("".join(f"{pair_id}\n" for pair_id in ids[: self.first]))
 
     def command(self) -> list[str]:
-        shared = ["--steps", "10", "--timesteps-per-pair", "4", "--resolution", "32", "--batch-size", "32"]
+        shared = [
+            "--steps", "10", "--timesteps-per-pair", "4", "--resolution", "32", "--batch-size", "32",
+            "--decode-workers", "0",
+        ]
         for name in shared[::2]:
             if name in self.options:
                 place = shared.index(name)
                 del shared[place : place + 2]
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         return [
-            "precompute", "--pairs", SOURCE, "--model", self.model, "--cache", str(self.folder), *shared,
+            "precompute", "--pairs", length.source, "--model", self.model, "--cache", str(self.folder), *shared,
             *self.options, *limit,
         ]
 
@@ -85,13 +114,15 @@ class Method:
     @property
     def betas(self) -> tuple[float | None, ...]:
         default = DEFAULT_BETA.get(self.objective)
-        return (None,) if default is None else tuple(share * default for share in BETA_SHARES)
+        return (None,) if default is None else tuple(share * default for share in length.beta_shares)
 
 
 DPO = Method(name="Diffusion-DPO", objective="dpo", cache=NOISE)
 SFT = Method(name="SFT", objective="sft", cache=NOISE)
 INPO = Method(name="InPO", objective="inpo", cache=CLEAN)
-STARTS = tuple(Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache) for share, cache in NOISED.items())
+STARTS = {
+    share: Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache) for share, cache in NOISED.items()
+}
 METHODS = (
     SFT,
     DPO,
@@ -99,21 +130,16 @@ METHODS = (
     Method(name="SmPO", objective="smpo", cache=CLEAN, extra=("--labels", LABELS)),
     Method(name="Inversion-DPO", objective="inversion_dpo", cache=CLEAN),
     INPO,
-    *STARTS,
+    STARTS["0.1"],
+    STARTS["0.3"],
 )
-MAIN_CACHES = (CLEAN, NOISE, *NOISED.values())
 SAME_CALLS = (SFT, DPO, METHODS[2])
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
-SAME_RATE: dict[float, tuple[Method, ...]] = {2e-5: (INPO, *STARTS), 4e-5: STARTS[:1]}
-"""Compared with Diffusion-DPO at the same learning rate and beta, whatever the grid chose for them."""
-SAME_RATE_BETA = 500.0
 
+ONLY_NOISE = "noise at every point (Diffusion-DPO)"
 SFT_REFERENCE = "reference from SFT"
 ONLINE = "online inversion, released grid"
-ABLATIONS: dict[str, CacheChoice] = {
-    "n = 10 (InPO as above)": CLEAN,
-    "noise at every point (DPO on cached noise)": NOISE,
-    **{f"noised start {share}": cache for share, cache in NOISED.items()},
+OTHER_CACHES: dict[str, CacheChoice] = {
     "ab2, refined start": CacheChoice(name="ab2", options=("--inverter", "ab2", "--refine-start", "3")),
     "ab2, refined start, noised start 0.3": CacheChoice(
         name="ab2-start-0.3", options=("--inverter", "ab2", "--refine-start", "3", "--noised-start", "0.3")
@@ -130,7 +156,7 @@ ABLATIONS: dict[str, CacheChoice] = {
     "K = 4, 245 pairs": CacheChoice(name="k-4", limit=256),
     "K = 10, 98 pairs": CacheChoice(name="k-10", options=("--timesteps-per-pair", "10"), limit=102, first=98),
 }
-"""InPO's objective, learning rate and beta on other caches."""
+"""What InPO's objective is trained on in the variations, beside CLEAN and NOISED."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +169,20 @@ class Run:
     learning_rate: float
     beta: float | None
     seed: int
-    steps: int = STEPS
+    longer: int | None = None
+    """Steps of a prolonged run; the others have the usual number."""
     extra: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.longer or length.steps
 
     @property
     def folder(self) -> Path:
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.label).strip("-")
         beta = "" if self.beta is None else f"-beta-{self.beta:g}"
-        longer = "" if self.steps == STEPS else f"-{self.steps}-steps"
-        return ROOT / "runs" / f"{slug}-lr-{self.learning_rate:g}{beta}-seed-{self.seed}{longer}"
+        longer = "" if self.longer is None else f"-{self.longer}-steps"
+        return length.root / "runs" / f"{slug}-lr-{self.learning_rate:g}{beta}-seed-{self.seed}{longer}"
 
     @property
     def pipeline(self) -> Path:
@@ -163,8 +194,8 @@ class Run:
         return [
             "train", "--cache", str(self.cache.folder), "--model", self.cache.model, "--output",
             str(self.folder / "train"), "--objective", self.objective, "--learning-rate", f"{self.learning_rate:g}",
-            *beta, "--steps", str(self.steps), "--batch-size", str(BATCH), "--seed", str(self.seed), "--held-out",
-            "0.05", "--evaluate-every", str(STEPS), "--save-every", str(STEPS), "--keep-last", "1",
+            *beta, "--steps", str(self.steps), "--batch-size", str(length.batch), "--seed", str(self.seed), "--held-out",
+            "0.05", "--evaluate-every", str(length.steps), "--save-every", str(length.steps), "--keep-last", "1",
             "--tracker", "none", *only, *self.extra,
         ]
 
@@ -174,11 +205,11 @@ class Run:
 
 
 def base_images(prompts: str) -> Path:
-    return ROOT / "base" / prompts
+    return length.root / "base" / prompts
 
 
 def prompts_file(prompts: str) -> Path:
-    return ROOT / f"{prompts}-prompts.txt"
+    return length.root / f"{prompts}-prompts.txt"
 
 
 def picture_commands(model: str | Path, folder: Path, prompts: str) -> list[list[str]]:
@@ -186,7 +217,7 @@ def picture_commands(model: str | Path, folder: Path, prompts: str) -> list[list
     commands = [
         [
             "evaluate", "generate", "--model", str(model), "--prompts", str(prompts_file(prompts)), "--out", str(folder),
-            "--inference-steps", "20", "--guidance", "2.5", "--seed", "1000", "--batch-size", "32",
+            "--inference-steps", str(length.inference_steps), "--guidance", "2.5", "--seed", "1000", "--batch-size", "32",
         ]
     ]
     scorers = [part for name in SCORERS for part in ("--scorer", name)]

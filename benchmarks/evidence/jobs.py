@@ -20,7 +20,7 @@ from common.errors import InpoError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Steps in order: a command of `inpo`, or a function. Done when its folder says so."""
+    """Steps in order: a command of `inpo`, or a function. Done when its folder has its mark, which holds its seconds."""
 
     name: str
     folder: Path
@@ -81,7 +81,7 @@ def _work(job: Job) -> None:
     log = os.open(_log(job), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    commands = []
+    commands, start = [], time.perf_counter()
     for step in job.steps:
         if isinstance(step, list):
             commands.append("inpo " + " ".join(step))
@@ -90,7 +90,7 @@ def _work(job: Job) -> None:
         if os.waitpid(pid, 0)[1]:
             raise SystemExit(1)
     (job.folder / f"{job.name}.commands.txt").write_text("\n".join(commands) + "\n")
-    job.mark.touch()
+    job.mark.write_text(f"{time.perf_counter() - start:.1f}\n")
 
 
 def _step(step: list[str] | Callable[[], None]) -> None:

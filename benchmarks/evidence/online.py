@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence.conditions import BASE, BATCH, SOURCE
+from benchmarks.evidence.conditions import BASE
 from benchmarks.online import OnlineLoop
 from common.denoiser import Denoiser
 from common.models import open_model
@@ -13,7 +13,9 @@ from common.pairs import Pair, decode_image, open_source, prepare_image
 from precompute.encode import ImageEncoder, TextEncoder
 
 
-def train_online(output: Path, *, learning_rate: float, beta: float, steps: int, seed: int) -> None:
+def train_online(
+    output: Path, *, source: str, learning_rate: float, beta: float, steps: int, batch: int, seed: int
+) -> None:
     """Train the base with online inversion and write a pipeline folder. Winner and loser as the labels say."""
     model = open_model(BASE)
     device = torch.device("cpu")
@@ -25,13 +27,13 @@ def train_online(output: Path, *, learning_rate: float, beta: float, steps: int,
         text=TextEncoder(model.load_text_pipeline(), device=device),
         optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2), beta=beta,
     )
-    pairs = _training_pairs()
+    pairs = _training_pairs(source)
     torch.manual_seed(seed)
     order: list[int] = []
     for step in range(steps):
-        while len(order) < BATCH:
+        while len(order) < batch:
             order += torch.randperm(len(pairs)).tolist()
-        chosen, order = [pairs[row] for row in order[:BATCH]], order[BATCH:]
+        chosen, order = [pairs[row] for row in order[:batch]], order[batch:]
         pixels = torch.stack([torch.stack([_levels(pair.win), _levels(pair.lose)]) for pair in chosen])
         loop.inpo_step(pixels, [pair.prompt for pair in chosen])
         if step % 10 == 0:
@@ -41,10 +43,10 @@ def train_online(output: Path, *, learning_rate: float, beta: float, steps: int,
     pipeline.save_pretrained(output)
 
 
-def _training_pairs() -> list[Pair]:
+def _training_pairs(source: str) -> list[Pair]:
     """All pairs but a twentieth, by a hash of the prompt, as many as the cached runs train on."""
     found = []
-    for shard in open_source(SOURCE).input_shards():
+    for shard in open_source(source).input_shards():
         for item in shard.rows(0, shard.num_rows):
             if isinstance(item, Pair) and hashlib.blake2b(item.prompt.encode()).digest()[0] >= 256 / 20:
                 found.append(item)

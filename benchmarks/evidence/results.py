@@ -96,14 +96,17 @@ def main_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def ablation_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """InPO's variations against the base and against cached noise, on validation captions."""
+def variation_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """InPO's variations against the base and against noise at every point, all with one setting, on test captions."""
     return table(
-        ["variation", "wins over base: oracle", "held-out", "wins over cached noise: oracle", "held-out"],
+        ["variation", "seeds", "wins over base: oracle", "held-out", "wins over only noise: oracle", "held-out",
+         "mean oracle", "mean held-out"],
         [
             [
-                name, *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
+                name, str(len(row["base"][SCORERS[0]]["win_rate"]["seeds"])),
+                *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
                 *(interval(row["noise"][scorer]) if row["noise"] else "-" for scorer in SCORERS),
+                *(interval(row["base"][scorer]["mean_score"]) for scorer in SCORERS),
             ]
             for name, row in rows.items()
         ],
