@@ -68,7 +68,7 @@ check: $(INSTALLED) ## ruff, mypy, import-linter
 bench: $(INSTALLED) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
 
-evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (about an hour on 2 cores)
+evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
