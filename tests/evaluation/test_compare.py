@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +197,17 @@ def test_the_picture_holds_the_images_in_their_places(
     assert abs(len(dark) - len(bright)) < 0.05 * len(dark)
     assert dark[:, 1].min() < bright[:, 1].min()
     assert {*dark[:, 0]} == {*bright[:, 0]}
+
+
+def test_a_comparison_by_recipe_does_not_wait_for_diffusers(
+    folders: tuple[ImageFolder, ImageFolder], tmp_path: Path
+) -> None:
+    """It opens no model, though a recipe can name one; the import takes as long as comparing thousands of scores."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\nmodel = "some/model"\n[evaluate]\nscorers = ["counting"]\n')
+    command = ["evaluate", "compare", "--recipe", str(recipe), *(str(folder.path) for folder in folders)]
+    code = f"import sys, inpo; inpo.app({command}, standalone_mode=False); print('diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "| counting | 20 |" in done.stdout
+    assert done.stdout.split()[-1] == "False"
