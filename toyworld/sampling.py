@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -23,9 +22,9 @@ GUIDANCE = 2.5
 def load_base() -> "diffusers.StableDiffusionPipeline":
     """The base model in float32 on the CPU, without a progress bar."""
     # Seconds to import, for which the process that only hands out the work need not wait.
-    from diffusers import StableDiffusionPipeline
+    from common.models import open_model
 
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
+    pipeline = open_model(str(BASE_FOLDER)).load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
