@@ -13,9 +13,9 @@ INPO := .venv/bin/python -m inpo
 
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
 demo test bench evidence: export HF_HUB_OFFLINE = 1
-# Memory that a step frees stays with the process instead of being given back and fetched anew: a tenth of the time.
-demo evidence: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-demo evidence: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+# Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
+demo evidence toyworld-base: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo evidence toyworld-base: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

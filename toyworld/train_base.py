@@ -215,8 +215,6 @@ def save_base(
 
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Read by glibc when the two processes start: memory that a step frees stays theirs, instead of being fetched anew.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     TRAINING_FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.evidence`: make what is missing, then write docs/evidence.json, the plots, and the tables."""
+"""`python -m benchmarks.evidence [--long]`: make what is missing, then write docs/evidence[-long].json, plots and tables."""
 
 import os
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
     phases = {"world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls, "variations": _variations}
     parser.add_argument("--until", choices=list(phases)[2:], default="variations", help="the last kind of runs to make")
-    parser.add_argument("--long", action="store_true", help="three times the training, every test caption; some three hours")
+    parser.add_argument("--long", action="store_true", help="three times the training, every test caption")
     options = parser.parse_args()
     if options.long:
         c.length = c.LONG
@@ -233,9 +233,12 @@ def _head_to_head(at_once: int) -> None:
     run_jobs("head to head", jobs, at_once=at_once)
 
 
-def _drift() -> dict[str, Any]:
-    """What `inpo inspect drift --json` printed."""
-    text = (c.length.root / "drift.log").read_text()
+def _drift() -> dict[str, Any] | None:
+    """What `inpo inspect drift --json` printed, if it ran."""
+    log = c.length.root / "drift.log"
+    if not log.exists():
+        return None
+    text = log.read_text()
     return json.loads(text[text.index("{") :])
 
 
@@ -277,7 +280,7 @@ def _results() -> None:
     values = {
         "steps": c.length.steps, "batch": c.length.batch, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
         "fewer_seeds": c.FEWER_SEEDS, "hours": _hours(), "chosen": best, "main": main_rows, "same_calls": same_calls,
-        "variations": variations, "accuracy": accuracy, "drift": _drift() if variations else None,
+        "variations": variations, "accuracy": accuracy, "drift": _drift(),
     }
     name = c.length.root.name
     Path(f"docs/{name}.json").write_text(json.dumps(values, indent=1) + "\n")

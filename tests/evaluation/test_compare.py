@@ -202,7 +202,7 @@ def test_the_picture_holds_the_images_in_their_places(
 def test_a_comparison_by_recipe_does_not_wait_for_diffusers(
     folders: tuple[ImageFolder, ImageFolder], tmp_path: Path
 ) -> None:
-    """It opens no model, though a recipe can name one; the import takes as long as comparing thousands of scores."""
+    """It opens no model, though a recipe can name one."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[model]\nmodel = "some/model"\n[evaluate]\nscorers = ["counting"]\n')
     command = ["evaluate", "compare", "--recipe", str(recipe), *(str(folder.path) for folder in folders)]

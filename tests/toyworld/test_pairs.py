@@ -2,7 +2,10 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -189,3 +192,12 @@ def test_prompts_are_the_splits_captions(tmp_path):
     assert (tmp_path / "some.txt").read_text().splitlines() == lines[:7]
     with pytest.raises(UsageError, match="fewer captions"):
         run("prompts", "--out", tmp_path / "more.txt", "--limit", 100_000)
+
+
+def test_who_hands_out_the_pairs_does_not_wait_for_diffusers():
+    """The processes that make them load the model; the one that was typed does not."""
+    code = "import sys, toyworld.pairs; print('diffusers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.split() == ["False"]
