@@ -62,6 +62,7 @@ test: $(INSTALLED) ## the tests: CPU only, no network
 
 check: $(INSTALLED) ## ruff, mypy, import-linter
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 

@@ -45,24 +45,40 @@ def _tokenizer() -> CLIPTokenizer:
 
 def _text_config(tokenizer: CLIPTokenizer, hidden: int, layers: int, heads: int) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=77, projection_dim=hidden,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=hidden,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
 def _vae(width: int, scaling_factor: float) -> AutoencoderKL:
     channels = tuple(size // width for size in (128, 256, 512, 512))
     return AutoencoderKL(
-        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
-        norm_num_groups=min(32, channels[0]), sample_size=512, scaling_factor=scaling_factor,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=min(32, channels[0]),
+        sample_size=512,
+        scaling_factor=scaling_factor,
     )
 
 
 def _scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
     )
 
@@ -72,12 +88,20 @@ def _sd15(*, width: int) -> StableDiffusionPipeline:
     text = _text_config(tokenizer, 768 // width, 12, 12 // width)
     channels = tuple(size // width for size in (320, 640, 1280, 1280))
     return StableDiffusionPipeline(
-        vae=_vae(width, 0.18215), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer,
+        vae=_vae(width, 0.18215),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=64, block_out_channels=channels, cross_attention_dim=768 // width,
-            attention_head_dim=8 // min(width, 2), norm_num_groups=32 // width,
+            sample_size=64,
+            block_out_channels=channels,
+            cross_attention_dim=768 // width,
+            attention_head_dim=8 // min(width, 2),
+            norm_num_groups=32 // width,
         ),
-        scheduler=_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -85,15 +109,25 @@ def _sdxl() -> StableDiffusionXLPipeline:
     tokenizer = _tokenizer()
     first, second = _text_config(tokenizer, 768, 12, 12), _text_config(tokenizer, 1280, 32, 20)
     return StableDiffusionXLPipeline(
-        vae=_vae(1, 0.13025), text_encoder=CLIPTextModel(first).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(second).eval(), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        vae=_vae(1, 0.13025),
+        text_encoder=CLIPTextModel(first).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=6 * 256 + 1280,
         ),
-        scheduler=_scheduler(), force_zeros_for_empty_prompt=True,
+        scheduler=_scheduler(),
+        force_zeros_for_empty_prompt=True,
     )

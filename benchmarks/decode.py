@@ -1,7 +1,8 @@
 """Decoding in worker processes against threads: `python -m benchmarks.decode`.
 
-Two questions: how many pairs are prepared in a second, and how much the thread that feeds the device is held up meanwhile. The
-latter is measured by a loop of small tensor operations in the main thread, as the launching of a network's kernels is one.
+Two questions: how many pairs are prepared in a second, and how much the thread that feeds the device is held up
+meanwhile. The latter is measured by a loop of small tensor operations in the main thread, as the launching of a
+network's kernels is one.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     ways: dict[str, Callable[[], None]] = {
         **{name: partial(by_pool, pool) for name, pool in pools.items()},
-        "1 thread": partial(by_threads, 1), "2 threads": partial(by_threads, 2),
+        "1 thread": partial(by_threads, 1),
+        "2 threads": partial(by_threads, 2),
     }
     timings = interleaved(ways, rounds=options.rounds)
     print(f"decoding {options.pairs} pairs of {SIDE} px JPEG to {RESOLUTION} px\n")
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     held_up = interleaved(
         {
-            "alone": partial(feeding, None), "beside 1 process": partial(feeding, ways["1 process"]),
+            "alone": partial(feeding, None),
+            "beside 1 process": partial(feeding, ways["1 process"]),
             "beside 1 thread": partial(feeding, ways["1 thread"]),
         },
         rounds=options.rounds,
@@ -65,10 +68,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(ratio_table(held_up, ours="alone", unit="s"))
     for pool in pools.values():
         pool.close()
-    record("decode", {
-        "pairs": options.pairs, "seconds": {name: timing.median for name, timing in timings.items()},
-        "feeding": {name: timing.median for name, timing in held_up.items()},
-    })
+    record(
+        "decode",
+        {
+            "pairs": options.pairs,
+            "seconds": {name: timing.median for name, timing in timings.items()},
+            "feeding": {name: timing.median for name, timing in held_up.items()},
+        },
+    )
 
 
 def _pair(row: int) -> Pair:

@@ -68,8 +68,15 @@ class World:
 
     def run(self, identity: InverterIdentity, *, measure: float) -> Inverted:
         return invert(
-            self.denoiser, self.x0, self.pair_ids, identity=identity, seed=0, timesteps_per_pair=identity.steps,
-            caption=self.caption, measure_inversion=measure, pairs_per_batch=16,
+            self.denoiser,
+            self.x0,
+            self.pair_ids,
+            identity=identity,
+            seed=0,
+            timesteps_per_pair=identity.steps,
+            caption=self.caption,
+            measure_inversion=measure,
+            pairs_per_batch=16,
         )
 
 
@@ -159,10 +166,13 @@ def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Ten
 
     is_noise = name == "noise"
     return Row(
-        name=name, steps=steps, network_calls=calls / (2 * len(world.pair_ids)),
+        name=name,
+        steps=steps,
+        network_calls=calls / (2 * len(world.pair_ids)),
         inversion_error=float(made.inversion_error.mean()),
         tau_error=math.nan if is_noise else math.sqrt(float(np.mean(squares))),
-        seconds=seconds / len(world.pair_ids), reference_error=by_bin(references),
+        seconds=seconds / len(world.pair_ids),
+        reference_error=by_bin(references),
         tau_error_by_bin=tuple(math.nan if is_noise else math.sqrt(value) for value in by_bin(squares)),
     )
 
@@ -179,8 +189,13 @@ def table(rows: list[Row]) -> str:
 
     for row in rows:
         cells = [
-            row.name, str(row.steps), f"{row.network_calls:.1f}", shown(row.tau_error), shown(row.inversion_error),
-            f"{row.seconds / unit:.2f}", *[shown(value, 4) for value in row.reference_error],
+            row.name,
+            str(row.steps),
+            f"{row.network_calls:.1f}",
+            shown(row.tau_error),
+            shown(row.inversion_error),
+            f"{row.seconds / unit:.2f}",
+            *[shown(value, 4) for value in row.reference_error],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -236,17 +251,27 @@ def main(arguments: list[str] | None = None) -> None:
             grids[pair].extend(row)
     exact = exact_targets(world, grids)
     check = exact_targets(world, grids, points=150)
-    apart = torch.stack([
-        (exact[pair][t] - check[pair][t]).square().mean() for pair, mine in enumerate(grids) for t in mine
-    ])
+    apart = torch.stack(
+        [(exact[pair][t] - check[pair][t]).square().mean() for pair, mine in enumerate(grids) for t in mine]
+    )
     rows = [measure(world, name, steps, exact) for steps in chosen.steps for name in CHOICES]
     print(f"{machine()}; {len(world.pair_ids)} pairs of {chosen.pairs}; model {chosen.model}; float32")
     print(f"the oracle with half its points is {apart.mean().sqrt():.4f} away (RMS of tau)\n")
     print(table(rows))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.with_suffix(".json").write_text(json.dumps(
-        {"machine": machine(), "pairs": len(world.pair_ids), "bins": BINS, "oracle_halved": float(apart.mean().sqrt()),
-         "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    chosen.out.with_suffix(".json").write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "pairs": len(world.pair_ids),
+                "bins": BINS,
+                "oracle_halved": float(apart.mean().sqrt()),
+                "rows": [asdict(row) for row in rows],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     plot(rows, chosen.out.with_suffix(".png"))
 
 

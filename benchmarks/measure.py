@@ -40,9 +40,7 @@ def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, wa
                 seconds[name].append(time.perf_counter() - start)
     timings = {}
     for name, values in seconds.items():
-        low, median, high = (
-            statistics.quantiles(values, n=4) if len(values) > 1 else (values[0], values[0], values[0])
-        )
+        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0], values[0], values[0])
         timings[name] = Timing(name=name, median=median, low=low, high=high)
     return timings
 
@@ -57,7 +55,8 @@ def peak_bytes(run: Callable[[], object], holds: Iterable[torch.nn.Module | torc
     resident = 0
     for each in holds:
         tensors = (
-            [*each.parameters(), *each.buffers()] if isinstance(each, torch.nn.Module)
+            [*each.parameters(), *each.buffers()]
+            if isinstance(each, torch.nn.Module)
             else [value for state in each.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
         )
         resident += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -96,7 +95,9 @@ def record(benchmark: str, values: dict[str, Any]) -> None:
     """Append one JSON line to runs/bench/results.jsonl."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     line = {
-        "benchmark": benchmark, "machine": machine(), "torch": torch.__version__,
+        "benchmark": benchmark,
+        "machine": machine(),
+        "torch": torch.__version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with RESULTS.open("a") as stream:

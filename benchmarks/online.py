@@ -46,7 +46,8 @@ class OnlineLoop:
             time_ids = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(rows), 6)
         condition = Condition(
             embedding=table.embedding[rows].float(),
-            pooled=None if table.pooled is None else table.pooled[rows].float(), time_ids=time_ids,
+            pooled=None if table.pooled is None else table.pooled[rows].float(),
+            time_ids=time_ids,
         )
         return x0.to(self.trained.device), condition.to(self.trained.device)
 
@@ -103,8 +104,10 @@ class OnlineLoop:
         error = mean_square(target - self.trained(x_t, timestep, condition))
         pairs = len(x_t) // 2
         result = inpo(
-            error.unflatten(0, (pairs, 2)), reference_error.unflatten(0, (pairs, 2)),
-            torch.ones(pairs, device=x_t.device), self.beta,
+            error.unflatten(0, (pairs, 2)),
+            reference_error.unflatten(0, (pairs, 2)),
+            torch.ones(pairs, device=x_t.device),
+            self.beta,
         )
         result.loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.trained.unet.parameters(), 1.0)

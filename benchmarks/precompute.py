@@ -1,4 +1,5 @@
-"""Pairs per second of precompute, by batch size, against one trajectory per kept timestep: `python -m benchmarks.precompute`.
+"""Pairs per second of precompute, by batch size, against one trajectory per kept timestep: `python -m
+benchmarks.precompute`.
 
 The alternative is what a script does that inverts up to a drawn timestep: every record is a run of its own, with the
 images encoded again. Ours takes K records from one trajectory. The same worker does both, so that only this differs.
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     here = setting(options.arch)
     task = here.tasks(options.pairs)[0]
     with tempfile.TemporaryDirectory() as scratch:
+
         def worker(kept: int, batch_size: int) -> ShardWorker:
             settings = here.settings(steps=10, kept=kept, batch_size=batch_size)
             return here.worker(Path(scratch) / f"{kept}-{batch_size}", settings)

@@ -1,7 +1,7 @@
 """The whole recipe, precompute and train, per record against online InPO: `python -m benchmarks.recipe`.
 
-Over K kept timesteps per pair at n = 10; every K with its distinct pairs per 1,000 records, the number of passes over the
-cache at which it breaks even with the online loop, and the hours that 400 steps of 1,024 records would take here.
+Over K kept timesteps per pair at n = 10; every K with its distinct pairs per 1,000 records, the number of passes over
+the cache at which it breaks even with the online loop, and the hours that 400 steps of 1,024 records would take here.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     train = timings["cached step"].median / options.batch_size
     alternative = timings["online step"].median / options.batch_size
     print(f"recipe, {here.architecture}, n = 10, {here.dtype}, {machine()}; milliseconds per record\n")
-    print("| K | precompute | train | together | online | ratio | pairs per 1,000 records | break-even passes | hours |")
+    print(
+        "| K | precompute | train | together | online | ratio | pairs per 1,000 records | break-even passes | hours |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     rows = {}
     for number in kept:
@@ -64,7 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
         passes = once / (alternative - train)
         hours = (once + train) * PAPER_RECORDS / 3600
         rows[number] = {
-            "precompute": once, "train": train, "online": alternative, "ratio": ratio, "break_even": passes, "hours": hours,
+            "precompute": once,
+            "train": train,
+            "online": alternative,
+            "ratio": ratio,
+            "break_even": passes,
+            "hours": hours,
         }
         print(
             f"| {number} | {1e3 * once:.1f} | {1e3 * train:.1f} | {1e3 * (once + train):.1f} | {1e3 * alternative:.1f} "
@@ -72,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     print(
         f"\nhours: {PAPER_RECORDS:,} records, extrapolated, on one device; K = 10 has a tenth as many distinct pairs.\n"
-        f"The online step here: {alternative * PAPER_RECORDS / 3600:.2f}. The paper: 57.6 H800-hours for Stable Diffusion 1.5, a new "
+        f"The online step here: {alternative * PAPER_RECORDS / 3600:.2f}. The paper: 57.6 H800-hours for Stable "
+        f"Diffusion 1.5, a new "
         "pair for every record"
     )
     record("recipe", {"architecture": here.architecture, "batch_size": options.batch_size, "by_kept": rows})

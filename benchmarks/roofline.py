@@ -1,4 +1,5 @@
-"""Useful FLOP per second of train and precompute, as a share of this machine's matmul rate: `python -m benchmarks.roofline`.
+"""Useful FLOP per second of train and precompute, as a share of this machine's matmul rate: `python -m
+benchmarks.roofline`.
 
 FLOP are counted by PyTorch on the operations that run (convolutions, matrix products, attention); no activation is
 recomputed here, so all of them are useful, but for the scores that fused attention forms again in its backward pass.
@@ -31,7 +32,9 @@ def count_flops(run: Callable[[], object], device: torch.device) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=["toyworld", "sd15-narrow", "sd15", "sdxl"])
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step of train, and per batch of precompute")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="pairs per step of train, and per batch of precompute"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     here = setting(options.arch)
@@ -64,7 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"| {name} | {each} | {rate / 1e12:.3g} | {rate / full:.0%} |")
     record(
         "roofline",
-        {"architecture": here.architecture, "batch_size": options.batch_size, "flops": flops, "flops_per_second": rates},
+        {
+            "architecture": here.architecture,
+            "batch_size": options.batch_size,
+            "flops": flops,
+            "flops_per_second": rates,
+        },
     )
 
 

@@ -1,4 +1,5 @@
-"""Cost per pair as pairs, K, n, resolution and workers grow: `python -m benchmarks.scaling`. It should be flat per pair.
+"""Cost per pair as pairs, K, n, resolution and workers grow: `python -m benchmarks.scaling`. It should be flat per
+pair.
 
 Each row changes one thing of the first. Milliseconds are of one process making whole shards, from reading the images to
 the commit; the last column divides by the network calls of the inversion, which is what should decide.
@@ -46,11 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
             calls = shards.num_calls / shards.num_made / row["pairs"] / 2
             found.append(row | {"ms_per_pair": per_pair, "calls_per_image": calls})
             print(
-                f"| {row['pairs']} | {row['kept']} | {row['steps']} | {row['resolution']} | {per_pair:.1f} | {calls:.1f} "
+                f"| {row['pairs']} | {row['kept']} | {row['steps']} | {row['resolution']} | {per_pair:.1f} | "
+                f"{calls:.1f} "
                 f"| {per_pair / calls:.2f} |"
             )
         workers = {number: _in_processes(options.arch, number, options.rounds) for number in (1, 2)}
-    print("\nworkers of one thread each: " + ", ".join(f"{number}: {rate:.3g} pairs/s" for number, rate in workers.items()))
+    print(
+        "\nworkers of one thread each: "
+        + ", ".join(f"{number}: {rate:.3g} pairs/s" for number, rate in workers.items())
+    )
     print(f"two workers make {workers[2] / workers[1]:.2f} times the pairs of one")
     record("scaling", {"architecture": here.architecture, "rows": found, "pairs_per_second_by_workers": workers})
 

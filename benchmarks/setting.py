@@ -26,7 +26,9 @@ from train.proof import record_errors
 from train.records import Needs
 from train.stream import RecordStream
 
-PROMPTS = [f"a {size} {colour} ball in the middle over a meadow" for size in ("small", "big") for colour in ("red", "pink")]
+PROMPTS = [
+    f"a {size} {colour} ball in the middle over a meadow" for size in ("small", "big") for colour in ("red", "pink")
+]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,15 +64,21 @@ class Setting:
 
     def settings(self, *, steps: int, kept: int, batch_size: int) -> PrecomputeSettings:
         return PrecomputeSettings(
-            steps=steps, timesteps_per_pair=kept, resolution=self.resolution, batch_size=batch_size,
-            dtype=self.dtype, measure_inversion=0.0,
+            steps=steps,
+            timesteps_per_pair=kept,
+            resolution=self.resolution,
+            batch_size=batch_size,
+            dtype=self.dtype,
+            measure_inversion=0.0,
         )
 
     def worker(self, cache: Path, settings: PrecomputeSettings) -> ShardWorker:
         manifest = build_manifest(settings, self.model, device_type=self.device.type)
         return ShardWorker(
             components=load_components(self.model, manifest, self.device),
-            writer=CacheWriter.open(str(cache), manifest), pairs_per_batch=settings.batch_size, decode=DecodePool(4),
+            writer=CacheWriter.open(str(cache), manifest),
+            pairs_per_batch=settings.batch_size,
+            decode=DecodePool(4),
         )
 
     def tasks(self, num_pairs: int) -> list[ShardTask]:
@@ -110,11 +118,10 @@ class Setting:
         trained, optimizer = self.trained()
         frozen = self.model.load_unet().requires_grad_(False).eval().to(self.device)
         return OnlineLoop(
-            trained=trained, optimizer=optimizer,
+            trained=trained,
+            optimizer=optimizer,
             reference=Denoiser(frozen, self.model.schedule, network_dtype=self.dtype),
-            images=ImageEncoder(
-                self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device
-            ),
+            images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
             text=TextEncoder(self.model.load_text_pipeline(), device=self.device),
         )
 
@@ -149,6 +156,8 @@ def setting(architecture: Architecture | None, folder: Path = Path("runs/bench")
 
         disable_progress_bar()
     return Setting(
-        architecture=architecture or ("sd15" if device.type == "cuda" else "toyworld"), folder=folder, device=device,
+        architecture=architecture or ("sd15" if device.type == "cuda" else "toyworld"),
+        folder=folder,
+        device=device,
         dtype="bfloat16" if device.type == "cuda" else "float32",
     )

@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     _write(FOLDER, options.shards, options.pairs, options.kept)
     cache = open_cache(str(FOLDER))
     files = [
-        Path(shard.location) / name for shard in cache for name in shard.commit.files
+        Path(shard.location) / name
+        for shard in cache
+        for name in shard.commit.files
         if name.startswith(("x_t/c", "target/c"))
     ]
     size = sum(file.stat().st_size for file in files)
@@ -62,7 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
         index = build_index([open_cache(location)], soft=False, held_out=0.0)
         streams = [
             RecordStream(
-                index, Needs(), batch_size=options.batch_size, window_shards=window_shards, seed=0, rank=rank,
+                index,
+                Needs(),
+                batch_size=options.batch_size,
+                window_shards=window_shards,
+                seed=0,
+                rank=rank,
                 world_size=ranks,
             )
             for rank in range(ranks)
@@ -114,8 +121,12 @@ def _on_s3() -> Iterator[str]:
         port = free.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
     os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
     }
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -139,10 +150,21 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
     abar = torch.linspace(0.9991**0.5, 0.0047**0.5, 1000, dtype=torch.float64) ** 2
     schedule = NoiseSchedule.from_alphas_cumprod(abar)
     manifest = Manifest(
-        latent_shape=shape, num_train_timesteps=1000, alphas_cumprod=tuple(abar.tolist()), prediction_type="epsilon",
-        profile="full", seed=0, timesteps_per_pair=kept, resolution=512, crop="center", flip=False, vae_latent="mean",
-        vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)), fingerprints={"unet": "random"},
+        latent_shape=shape,
+        num_train_timesteps=1000,
+        alphas_cumprod=tuple(abar.tolist()),
+        prediction_type="epsilon",
+        profile="full",
+        seed=0,
+        timesteps_per_pair=kept,
+        resolution=512,
+        crop="center",
+        flip=False,
+        vae_latent="mean",
+        vae_dtype="float32",
+        network_dtype="float32",
+        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        fingerprints={"unet": "random"},
     )
     writer = CacheWriter.open(str(folder), manifest)
     rng = np.random.default_rng(0)
@@ -153,12 +175,19 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
     x_t = point_from_target(x0[:, None], target, a, s)
     for shard in range(shards):
         arrays = {
-            "x0": x0.numpy(), "x_t": x_t.numpy(), "delta": target.numpy(), "x0_t": x_t.numpy(),
-            "target": target.numpy(), "reference_error": np.zeros((pairs, kept, 2), np.float32),
-            "inversion_error": np.full((pairs, 2), np.nan, np.float32), "timestep": timestep.astype(np.int16),
+            "x0": x0.numpy(),
+            "x_t": x_t.numpy(),
+            "delta": target.numpy(),
+            "x0_t": x_t.numpy(),
+            "target": target.numpy(),
+            "reference_error": np.zeros((pairs, kept, 2), np.float32),
+            "inversion_error": np.full((pairs, 2), np.nan, np.float32),
+            "timestep": timestep.astype(np.int16),
             "pair_id": np.array([f"{shard}-{number}" for number in range(pairs)], dtype=object),
-            "prompt_index": np.ones(pairs, np.int32), "caption_dropped": np.zeros(pairs, bool),
-            "label": np.ones(pairs, np.float32), "prompt/text": np.array(["", "a prompt"], dtype=object),
+            "prompt_index": np.ones(pairs, np.int32),
+            "caption_dropped": np.zeros(pairs, bool),
+            "label": np.ones(pairs, np.float32),
+            "prompt/text": np.array(["", "a prompt"], dtype=object),
             "prompt/embedding": rng.standard_normal((2, 77, 768)).astype(np.float16),
         }
         source = ShardSource(location="random", input_shard=f"{shard:04d}", rows=(0, pairs), fingerprint="random")

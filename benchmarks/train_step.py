@@ -27,15 +27,24 @@ def main(arguments: list[str] | None = None) -> None:
         "online InPO": lambda: online.inpo_step(pixels, prompts),
         "online DPO": lambda: dpo.dpo_step(pixels, prompts),
     }
-    networks = {"cached": [ours.denoiser], "online InPO": [online.trained, online.reference],
-                "online DPO": [dpo.trained, dpo.reference]}
+    networks = {
+        "cached": [ours.denoiser],
+        "online InPO": [online.trained, online.reference],
+        "online DPO": [dpo.trained, dpo.reference],
+    }
     timings = interleaved(contestants, rounds=options.rounds)
     images = 2 * options.batch_size * (options.rounds + 1)
     calls = {name: sum(network.num_calls for network in used) / images for name, used in networks.items()}
     held = {
         "cached": [ours.denoiser.unet, ours.optimizer],
         **{
-            name: [loop.trained.unet, loop.optimizer, loop.reference.unet, loop.images.vae, loop.text.pipeline.text_encoder]
+            name: [
+                loop.trained.unet,
+                loop.optimizer,
+                loop.reference.unet,
+                loop.images.vae,
+                loop.text.pipeline.text_encoder,
+            ]
             for name, loop in {"online InPO": online, "online DPO": dpo}.items()
         },
     }
@@ -48,8 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
     record(
         "train_step",
         {
-            "architecture": here.architecture, "batch_size": options.batch_size, "dtype": here.dtype,
-            "median_seconds": {name: timing.median for name, timing in timings.items()}, "calls_per_image": calls,
+            "architecture": here.architecture,
+            "batch_size": options.batch_size,
+            "dtype": here.dtype,
+            "median_seconds": {name: timing.median for name, timing in timings.items()},
+            "calls_per_image": calls,
             "peak_bytes": memory,
         },
     )

@@ -20,7 +20,9 @@ def dtype_name(name: str) -> str:
     """The canonical name of a network dtype; accepts fp32, bf16 and fp16 too."""
     canonical = _ALIASES.get(name, name)
     if canonical not in DTYPES:
-        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name, fix="name one of them")
+        raise UsageError(
+            "Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name, fix="name one of them"
+        )
     return canonical
 
 
@@ -73,7 +75,10 @@ class Denoiser:
             added = {"text_embeds": condition.pooled.float(), "time_ids": condition.time_ids}
         with self.autocast():
             output = self.unet(
-                x, timestep, encoder_hidden_states=condition.embedding.float(), added_cond_kwargs=added,
+                x,
+                timestep,
+                encoder_hidden_states=condition.embedding.float(),
+                added_cond_kwargs=added,
                 return_dict=False,
             )[0]
         return output.float()

@@ -26,13 +26,7 @@ class InpoError(Exception):
     exit_code = 1
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        expected: object = None,
-        got: object = None,
-        fix: str | None = None,
+        self, what: str, *, where: object = None, expected: object = None, got: object = None, fix: str | None = None
     ) -> None:
         self.what = what
         self.where = where

@@ -47,7 +47,10 @@ def _of_file(file: Path, prefix: tuple[str, ...]) -> str:
     except (OSError, SafetensorError) as error:
         if file.exists() and not os.access(file, os.R_OK):  # safetensors calls such a file missing
             raise ModelError(
-                "A file of the model may not be read.", where=file, expected="read permission", got="permission denied",
+                "A file of the model may not be read.",
+                where=file,
+                expected="read permission",
+                got="permission denied",
                 fix="check the owner and mode of the file",
             ) from error
         raise ModelError(

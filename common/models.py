@@ -1,7 +1,7 @@
 """Finding a model and loading just the components a stage needs.
 
-A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). What is not supported (common/supported.py) is
-refused by name.
+A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). What is not supported
+(common/supported.py) is refused by name.
 """
 
 import sys
@@ -61,7 +61,10 @@ class Model:
             if (folder / name).is_file():
                 return read_json(folder / name)
         raise ModelError(
-            f"The model has no {component} configuration.", where=folder, expected="config.json", got="no such file",
+            f"The model has no {component} configuration.",
+            where=folder,
+            expected="config.json",
+            got="no such file",
             fix=f"download the model again; supported: {SUPPORTED}",
         )
 
@@ -72,8 +75,11 @@ class Model:
         cls = getattr(diffusers, name, None)
         if cls is None:
             raise ModelError(
-                "Unknown scheduler class.", where=self.folder / "model_index.json",
-                expected="a scheduler of the installed diffusers", got=name, fix="update diffusers, or correct the name",
+                "Unknown scheduler class.",
+                where=self.folder / "model_index.json",
+                expected="a scheduler of the installed diffusers",
+                got=name,
+                fix="update diffusers, or correct the name",
             )
         with _loading("scheduler", self.folder / "scheduler"):
             return cls.from_pretrained(self.folder, subfolder="scheduler")
@@ -124,11 +130,16 @@ class Model:
         return None
 
     def load_unet(self) -> UNet2DConditionModel:
-        """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says (common/prediction.py)."""
+        """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says
+        (common/prediction.py).
+        """
         with _loading("unet", self.file or self.folder / "unet"):
             unet = self._load_unet()
         check_prediction(
-            unet, self.schedule, where=self.name, scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
+            unet,
+            self.schedule,
+            where=self.name,
+            scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
             guessed_from=self.guessed_from,
         )
         return unet
@@ -140,8 +151,12 @@ class Model:
             )
         return _whole(
             UNet2DConditionModel.from_pretrained(
-                self.folder, subfolder="unet", dtype=torch.float32, use_safetensors=True,
-                variant=self._has_variant(self.folder / "unet"), output_loading_info=True,
+                self.folder,
+                subfolder="unet",
+                dtype=torch.float32,
+                use_safetensors=True,
+                variant=self._has_variant(self.folder / "unet"),
+                output_loading_info=True,
             )
         )
 
@@ -155,7 +170,10 @@ class Model:
             folder = self.vae_folder or self.folder / "vae"
             return _whole(
                 AutoencoderKL.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, variant=self._has_variant(folder),
+                    folder,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    variant=self._has_variant(folder),
                     output_loading_info=True,
                 )
             )
@@ -178,14 +196,15 @@ class Model:
         cls = StableDiffusionPipeline if self.family == "sd" else StableDiffusionXLPipeline
         with _loading("pipeline", self.file or self.folder):
             if self.file is not None:
-                return cls.from_single_file(
-                    str(self.file), config=str(self.folder), dtype=torch.float32, **components
-                )
+                return cls.from_single_file(str(self.file), config=str(self.folder), dtype=torch.float32, **components)
             components = self._text_encoders() | components
             any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
             return cls.from_pretrained(
-                self.folder, dtype=torch.float32, use_safetensors=True,
-                variant=self.variant if any_variant else None, **components,
+                self.folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                variant=self.variant if any_variant else None,
+                **components,
             )
 
     def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
@@ -198,7 +217,10 @@ class Model:
                 with _loading(part, folder):
                     encoders[part] = _whole(
                         getattr(transformers, name).from_pretrained(
-                            folder, dtype=torch.float32, use_safetensors=True, variant=self._has_variant(folder),
+                            folder,
+                            dtype=torch.float32,
+                            use_safetensors=True,
+                            variant=self._has_variant(folder),
                             output_loading_info=True,
                         )
                     )
@@ -244,8 +266,8 @@ def open_model(
     location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
 ) -> Model:
     """Find a model: a pipeline folder, a hub id, or one .safetensors file (`model_config` is a pipeline folder with
-    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement VAE: its
-    folder, or a pipeline folder with vae/ in it.
+    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement
+    VAE: its folder, or a pipeline folder with vae/ in it.
 
     Raises ModelError, saying what is supported, for anything else.
     """
@@ -319,15 +341,22 @@ def _vae_folder(location: str) -> Path:
         if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
             return folder
     raise ModelError(
-        "There is no VAE here.", where=location, expected="config.json and *.safetensors, there or in vae/",
-        got=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder", fix="check --vae",
+        "There is no VAE here.",
+        where=location,
+        expected="config.json and *.safetensors, there or in vae/",
+        got=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder",
+        fix="check --vae",
     )
 
 
 def _checked(model: Model) -> Model:
     """Refuse early, from the configuration files alone, what later equations would not hold for."""
     check_configuration(
-        name=model.name, folder=model.folder, family=model.family, index=model.index, unet=model.config("unet"),
+        name=model.name,
+        folder=model.folder,
+        family=model.family,
+        index=model.index,
+        unet=model.config("unet"),
         vae=model.config("vae"),
     )
     try:

@@ -1,8 +1,8 @@
 """Whether a network's weights predict what its configuration says they do.
 
 The scheduler's configuration names the prediction type, the weights do not, and a wrong name gives finite latents and a
-worthless cache. Where the last label leaves almost pure noise, a trained network that predicts noise gives its input back, and one
-that predicts v or the sample gives something like a picture.
+worthless cache. Where the last label leaves almost pure noise, a trained network that predicts noise gives its input
+back, and one that predicts v or the sample gives something like a picture.
 """
 
 import math
@@ -23,7 +23,9 @@ from common.schedule import NoiseSchedule
 _LATENTS = 2
 _TOKENS = 77
 _ALIKE = 0.9
-"""With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a cosine of 0.99."""
+"""With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a
+cosine of 0.99.
+"""
 _LARGEST_A = 0.1
 """At a larger a_T, v = (a x - x0) / s is itself like x, and nothing can be told."""
 
@@ -31,18 +33,21 @@ _LARGEST_A = 0.1
 def check_prediction(
     unet: UNet2DConditionModel, schedule: NoiseSchedule, *, where: str, scheduler_file: str, guessed_from: str | None
 ) -> None:
-    """Compare one network call with the configured prediction type; says nothing of schedules that keep more than a tenth
-    of the image at the last label.
+    """Compare one network call with the configured prediction type; says nothing of schedules that keep more than a
+    tenth of the image at the last label.
 
-    Raises ModelError if the output is not finite, if it is the noise that went in although v or the sample is configured, or if it is
-    not although noise is configured by `guessed_from`, a hub model that the file merely looks like. Where the user has named the
-    configuration, the latter is a note: weights that are not trained look the same.
+    Raises ModelError if the output is not finite, if it is the noise that went in although v or the sample is
+    configured, or if it is not although noise is configured by `guessed_from`, a hub model that the file merely looks
+    like. Where the user has named the configuration, the latter is a note: weights that are not trained look the same.
     """
     likeness = noise_likeness(unet, schedule)
     if math.isnan(likeness):
         raise ModelError(
-            "The UNet gives numbers that are not finite.", where=where, expected="finite weights", got="NaN or infinity from "
-            "standard normal latents, in float32", fix="download or convert the model again",
+            "The UNet gives numbers that are not finite.",
+            where=where,
+            expected="finite weights",
+            got="NaN or infinity from standard normal latents, in float32",
+            fix="download or convert the model again",
         )
     if schedule.a[-1] > _LARGEST_A:
         return
@@ -53,18 +58,26 @@ def check_prediction(
             fix = f"set prediction_type to epsilon in {scheduler_file}, if that is what the model was trained for"
         else:
             got += f"; configured as {guessed_from}, which its weights look like"
-            fix = "--model-config DIR, a pipeline folder whose scheduler has prediction_type epsilon, as that of Stable Diffusion 2 base"
+            fix = (
+                "--model-config DIR, a pipeline folder whose scheduler has prediction_type epsilon, "
+                "as that of Stable Diffusion 2 base"
+            )
         raise ModelError(
-            f"The configuration says {configured}, and the weights predict noise.", where=where,
-            expected="at the last timestep, an output unlike the noisy input", got=got, fix=fix,
+            f"The configuration says {configured}, and the weights predict noise.",
+            where=where,
+            expected="at the last timestep, an output unlike the noisy input",
+            got=got,
+            fix=fix,
         )
     if configured == "epsilon" and likeness <= _ALIKE:
         if guessed_from is not None:
             raise ModelError(
-                "The configuration says epsilon, and the weights do not predict noise.", where=where,
+                "The configuration says epsilon, and the weights do not predict noise.",
+                where=where,
                 expected="at the last timestep, the noisy input given back",
                 got=f"{got}; configured as {guessed_from}, which its weights look like",
-                fix="--model-config DIR, a pipeline folder whose scheduler has the prediction_type that the model was trained for, "
+                fix="--model-config DIR, a pipeline folder whose scheduler has the prediction_type that the "
+                "model was trained for, "
                 "probably v_prediction; if that is noise all the same, the configuration of the model named above",
             )
         _note(

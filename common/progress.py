@@ -25,9 +25,15 @@ class ProgressReport:
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=Console(stderr=True),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
             )
             self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="")
 
@@ -55,9 +61,7 @@ class ProgressReport:
         if note is not None:
             self._note = note
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", note=self._note
-            )
+            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", note=self._note)
         elif not self._quiet and time.monotonic() - self._last_line >= _PLAIN_INTERVAL_SECONDS:
             self._line()
 
@@ -70,7 +74,8 @@ class ProgressReport:
         note = f", {self._note}" if self._note else ""
         print(
             f"{self.label}: {self.done}{of} {self.unit}, {self.rate:.3g} {self.unit}/s{left}{note}",
-            file=sys.stderr, flush=True,
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -93,14 +93,19 @@ def read_recipe(path: Path | None) -> Recipe:
     for name, section in document.items():
         if not isinstance(section, dict):
             raise UsageError(
-                f"The setting {name!r} stands outside the recipe's sections.", where=path,
-                expected=f"every setting below one of {_NAMED}", got=f"{name} = {section!r}",
+                f"The setting {name!r} stands outside the recipe's sections.",
+                where=path,
+                expected=f"every setting below one of {_NAMED}",
+                got=f"{name} = {section!r}",
                 fix="move it below its section's name",
             )
         if name not in SECTIONS:
             close = get_close_matches(name, SECTIONS, n=1)
             raise UsageError(
-                f"Unknown section [{name}] in the recipe.", where=path, expected=_NAMED, got=f"[{name}]",
+                f"Unknown section [{name}] in the recipe.",
+                where=path,
+                expected=_NAMED,
+                got=f"[{name}]",
                 fix=f"did you mean [{close[0]}]?" if close else "rename it",
             )
     recipe = Recipe(document)
@@ -123,8 +128,10 @@ def resolve(
             known = [field.alias or each for each, field in kind.model_fields.items()]
             close = get_close_matches(name, known, n=1)
             raise UsageError(
-                f"Unknown setting {name!r} in [{section}].", where=f"[{section}] of {file}",
-                expected=", ".join(known), got=name,
+                f"Unknown setting {name!r} in [{section}].",
+                where=f"[{section}] of {file}",
+                expected=", ".join(known),
+                got=name,
                 fix=f"did you mean {close[0]}?" if close else "correct the name",
             ) from None
         setting = str(first["loc"][0]) if first["loc"] else section

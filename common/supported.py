@@ -25,7 +25,10 @@ def read_json(file: Path) -> dict[str, Any]:
             raise ValueError(f"{type(document).__name__}, not an object")
     except (OSError, ValueError) as error:
         raise ModelError(
-            "A configuration file of the model cannot be read.", where=file, expected="a JSON object", got=str(error),
+            "A configuration file of the model cannot be read.",
+            where=file,
+            expected="a JSON object",
+            got=str(error),
             fix="download the model again",
         ) from error
     return document
@@ -45,7 +48,10 @@ def family_of(folder: Path) -> Family:
     name = read_json(index_file).get("_class_name", "?")
     if name not in _FAMILIES:
         raise ModelError(
-            f"A model of class {name} is not supported.", where=folder, expected=SUPPORTED, got=name,
+            f"A model of class {name} is not supported.",
+            where=folder,
+            expected=SUPPORTED,
+            got=name,
             fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
         )
     return _FAMILIES[name]
@@ -69,13 +75,19 @@ def check_configuration(
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
         if unet.get(key) is not None:
             raise ModelError(
-                "The UNet takes other conditions than text.", where=f"{name}: unet/config.json, {key}", expected="null",
-                got=unet[key], fix=f"supported: {SUPPORTED}",
+                "The UNet takes other conditions than text.",
+                where=f"{name}: unet/config.json, {key}",
+                expected="null",
+                got=unet[key],
+                fix=f"supported: {SUPPORTED}",
             )
     if not isinstance(unet.get("cross_attention_dim"), int):
         raise ModelError(
-            "The UNet's text conditions have no single width.", where=f"{name}: unet/config.json, cross_attention_dim",
-            expected="a number", got=unet.get("cross_attention_dim"), fix=f"supported: {SUPPORTED}",
+            "The UNet's text conditions have no single width.",
+            where=f"{name}: unet/config.json, cross_attention_dim",
+            expected="a number",
+            got=unet.get("cross_attention_dim"),
+            fix=f"supported: {SUPPORTED}",
         )
     if index.get("scheduler", [None, None])[1] is None:
         raise ModelError("The pipeline has no scheduler.", where=name, fix=f"supported: {SUPPORTED}")
@@ -83,6 +95,9 @@ def check_configuration(
         # The libraries make an empty tokenizer of an empty folder, and fail much later.
         if not any((folder / component / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise ModelError(
-                f"The model has no {component}.", where=folder / component,
-                expected="tokenizer.json, or vocab.json and merges.txt", got="neither", fix="download the model again",
+                f"The model has no {component}.",
+                where=folder / component,
+                expected="tokenizer.json, or vocab.json and merges.txt",
+                got="neither",
+                fix="download the model again",
             )

@@ -30,7 +30,9 @@ class TensorWatch(TorchDispatchMode):
         name = str(func).rsplit(".", 1)[0]
         if name in WAITS:
             self.waits[name] += 1
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
                 self._hold(leaf.untyped_storage())

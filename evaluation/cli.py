@@ -7,7 +7,9 @@ import typer
 
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
-RecipeOption = Annotated[Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.")
+]
 ScorerOption = Annotated[
     list[str] | None,
     typer.Option(

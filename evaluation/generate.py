@@ -106,7 +106,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
 def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline:
     """The whole pipeline on the CPU in float32, with the chosen scheduler and LoRA weights.
 
-    Raises UsageError for a number of steps that the scheduler does not take, ModelError for LoRA weights that do not fit.
+    Raises UsageError for a number of steps that the scheduler does not take, ModelError for LoRA weights that do not
+    fit.
     """
     pipeline = model.load_pipeline()
     if settings.scheduler == "ddim":

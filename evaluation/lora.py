@@ -62,7 +62,10 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, model_name: str) -> None:
     if len(given) != len(placed):
         leftover = sorted(given - placed) + sorted(placed - given)
         raise _misfit(
-            file, model_name, f"{len(given)} LoRA tensors, of which the model takes {len(placed)}; the first of the others: {leftover[0]}"
+            file,
+            model_name,
+            f"{len(given)} LoRA tensors, of which the model takes {len(placed)}; the first of the others: "
+            f"{leftover[0]}",
         )
 
 

@@ -64,7 +64,8 @@ def _read_tsv(path: Path) -> list[str]:
             if row[column] is None:
                 raise DataError(
                     "A row has too few columns.", where=f"{path}, line {rows.line_num}",
-                    expected=f"{len(rows.fieldnames or ())}, with {column}", got=sum(v is not None for v in row.values()),
+                    expected=f"{len(rows.fieldnames or ())}, with "
+                    f"{column}", got=sum(v is not None for v in row.values()),
                     fix="correct that line; columns are separated by tabs",
                 )  # fmt: skip
             found.append(row[column])

@@ -13,7 +13,8 @@ def relabel(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. \\[default: the scorer's "
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. \\[default: the "
+            "scorer's "
             "own: 0.01 for cosines, else 1]"
         ),
     ] = None,

@@ -87,8 +87,11 @@ def check_shard(shard: Shard) -> ShardResult:
         rows = slice(start, min(start + _PAIRS_AT_ONCE, shard.num_pairs))
         arrays = {path: _read(shard, path, result, rows) for path in sorted(_big(shard))}
         present = {path: values for path, values in arrays.items() if values is not None}
-        present |= {path: values[rows] for path, values in small.items()
-                    if values is not None and path in ("timestep", "reference_error")}
+        present |= {
+            path: values[rows]
+            for path, values in small.items()
+            if values is not None and path in ("timestep", "reference_error")
+        }
         _check_finite(present, ids[rows], result)
         # Damaged arrays were not looked at: a check that needs them has not held.
         if not any(values is None for values in (*arrays.values(), *small.values())):
@@ -100,8 +103,11 @@ def check_shard(shard: Shard) -> ShardResult:
 
 
 def _big(shard: Shard) -> set[str]:
-    return {path for path in shard.stored if _is_array(shard, path) and "step" in _axes(shard, path)[:2]
-            and len(_axes(shard, path)) > 3} | ({"x0"} & shard.stored)
+    return {
+        path
+        for path in shard.stored
+        if _is_array(shard, path) and "step" in _axes(shard, path)[:2] and len(_axes(shard, path)) > 3
+    } | ({"x0"} & shard.stored)
 
 
 def _is_array(shard: Shard, path: str) -> bool:

@@ -17,7 +17,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 @app.command()
 def summary(
-    cache: Annotated[str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")] = None,
+    cache: Annotated[
+        str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe whose \\[data] names the cache.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -70,8 +72,11 @@ def pair(
 
     if (pair_id is None) == (not first):
         raise UsageError(
-            "Say which pair.", where="inpo inspect pair", expected="a PAIR_ID, or --first",
-            got="neither" if pair_id is None else "both", fix="`inpo inspect filter` lists pair ids",
+            "Say which pair.",
+            where="inpo inspect pair",
+            expected="a PAIR_ID, or --first",
+            got="neither" if pair_id is None else "both",
+            fix="`inpo inspect filter` lists pair ids",
         )
     refuse_output(out, what="sheet", suffix=".png")
     damaged: dict[str, Any] = {}
@@ -113,13 +118,19 @@ def verify(
 
     if sample is not None and model is None:
         raise UsageError(
-            "A sample is inverted again by a model, and none is given.", where="--sample", expected="--model too",
-            got=f"--sample {sample} alone", fix="pass the --model that made the cache, or leave out --sample",
+            "A sample is inverted again by a model, and none is given.",
+            where="--sample",
+            expected="--model too",
+            got=f"--sample {sample} alone",
+            fix="pass the --model that made the cache, or leave out --sample",
         )
     total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
     with ProgressReport("verify", total=total, unit="shards") as progress:
         found = verify_cache(
-            cache, model=None if model is None else open_model(model), num_sampled=sample or 16, on_shard=progress.advance
+            cache,
+            model=None if model is None else open_model(model),
+            num_sampled=sample or 16,
+            on_shard=progress.advance,
         )
     show(found, Console())
     if quarantine and found.findings:

@@ -92,11 +92,18 @@ def measure_drift(
     same = cache.manifest.fingerprints.get("unet") == model.fingerprints.get("unet")
     verdict = "refresh" if overall > REFRESH_ABOVE else "watch" if overall > KEEP_BELOW else "keep"
     return Drift(
-        location=cache.location, model=model.name, num_pairs=cache.num_pairs, num_sampled=num_sampled_pairs,
-        num_not_finite=num_not_finite, same_weights=same,
-        x_t=float(np.sqrt((x_t.astype(np.float64) ** 2).mean())) if len(x_t) else float("inf"), target=overall,
-        bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps), damaged=sorted(damaged),
-        verdict=verdict, advice=_advice(cache, model, verdict),
+        location=cache.location,
+        model=model.name,
+        num_pairs=cache.num_pairs,
+        num_sampled=num_sampled_pairs,
+        num_not_finite=num_not_finite,
+        same_weights=same,
+        x_t=float(np.sqrt((x_t.astype(np.float64) ** 2).mean())) if len(x_t) else float("inf"),
+        target=overall,
+        bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps),
+        damaged=sorted(damaged),
+        verdict=verdict,
+        advice=_advice(cache, model, verdict),
     )
 
 
@@ -106,11 +113,15 @@ def _bins(timestep: np.ndarray, x_t: np.ndarray, target: np.ndarray, num_train_t
     for low, high in itertools.pairwise(edges):
         inside = (timestep >= low) & (timestep < high)
         some = bool(inside.any())
-        bins.append(DriftBin(
-            low=low, high=high, num_records=int(inside.sum()) // 2,
-            x_t=float(np.median(x_t[inside])) if some else None,
-            target=float(np.median(target[inside])) if some else None,
-        ))
+        bins.append(
+            DriftBin(
+                low=low,
+                high=high,
+                num_records=int(inside.sum()) // 2,
+                x_t=float(np.median(x_t[inside])) if some else None,
+                target=float(np.median(target[inside])) if some else None,
+            )
+        )
     return bins
 
 
@@ -131,10 +142,17 @@ def refresh_command(cache: Cache, model: Model) -> str:
     sources = sorted({commit.source.location for commit in cache.commits.values()})
     pairs = shlex.quote(sources[0]) if sources else "SRC"
     words = [
-        "inpo precompute", f"--pairs {pairs}", f"--model {shlex.quote(model.name)}",
-        f"--cache {shlex.quote(f'{cache.location}-refreshed')}", f"--resolution {manifest.resolution}", f"--steps {inverter.steps}",
-        f"--timesteps-per-pair {manifest.timesteps_per_pair}", f"--inverter {inverter.name}",
-        f"--profile {manifest.profile}", f"--seed {manifest.seed}", f"--dtype {manifest.network_dtype}",
+        "inpo precompute",
+        f"--pairs {pairs}",
+        f"--model {shlex.quote(model.name)}",
+        f"--cache {shlex.quote(f'{cache.location}-refreshed')}",
+        f"--resolution {manifest.resolution}",
+        f"--steps {inverter.steps}",
+        f"--timesteps-per-pair {manifest.timesteps_per_pair}",
+        f"--inverter {inverter.name}",
+        f"--profile {manifest.profile}",
+        f"--seed {manifest.seed}",
+        f"--dtype {manifest.network_dtype}",
     ]
     words += [f"--refine-start {inverter.refine_start}"] if inverter.refine_start else []
     words += [f"--noised-start {inverter.noised_start:g}"] if 0 < inverter.noised_start < 1 else []

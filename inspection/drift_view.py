@@ -13,7 +13,8 @@ def show(drift: Drift, console: Console) -> None:
     console.print(
         f"{drift.num_sampled:,} of {drift.num_pairs:,} pairs inverted again by {drift.model}"
         + (" (the very weights that made the cache)" if drift.same_weights else ""),
-        highlight=False, soft_wrap=True,
+        highlight=False,
+        soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="median relative RMS change", caption_justify="left")
     for name in ("timestep", "records", "x_t", "target", ""):
@@ -21,7 +22,10 @@ def show(drift: Drift, console: Console) -> None:
     most = max((each.target or 0.0 for each in drift.bins), default=0.0) or 1.0
     for each in drift.bins:
         table.add_row(
-            f"{each.low}..{each.high - 1}", f"{each.num_records:,}", number(each.x_t), number(each.target),
+            f"{each.low}..{each.high - 1}",
+            f"{each.num_records:,}",
+            number(each.x_t),
+            number(each.target),
             bar((each.target or 0.0) / most, 24, ascii_only=console.options.ascii_only),
         )
     console.print(table)

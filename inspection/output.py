@@ -9,14 +9,18 @@ from common.errors import UsageError
 
 
 def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
-    """Raise StorageError if `out` cannot be written (a folder, below a file, no permission), so that nobody waits for it.
+    """Raise StorageError if `out` cannot be written (a folder, below a file, no permission), so that nobody waits for
+    it.
 
     Raises UsageError for a name that promises another format than `suffix`. Nothing is made or changed.
     """
     if suffix is not None and out.suffix and out.suffix.lower() != suffix:
         raise UsageError(
-            f"The {what} is written as {suffix.removeprefix('.').upper()}.", where="--out", expected=f"*{suffix}",
-            got=out, fix=f"--out {out.with_suffix(suffix)}",
+            f"The {what} is written as {suffix.removeprefix('.').upper()}.",
+            where="--out",
+            expected=f"*{suffix}",
+            got=out,
+            fix=f"--out {out.with_suffix(suffix)}",
         )
     with storage_errors(f"write the {what}", out):
         if out.is_dir():

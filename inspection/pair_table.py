@@ -63,12 +63,19 @@ def read_pair_table(
         on_shard()
     if not parts:
         steps = cache.manifest.timesteps_per_pair
-        parts = [{
-            "shard": np.zeros(0, np.int64), "row": np.zeros(0, np.int64), "pair_id": np.zeros(0, object),
-            "prompt": np.zeros(0, object), "caption_dropped": np.zeros(0, bool), "label": np.zeros(0, np.float32),
-            "timestep": np.zeros((0, steps), np.int64), "reference_error": np.zeros((0, steps, 2), np.float32),
-            "inversion_error": np.zeros((0, 2), np.float32),
-        }]
+        parts = [
+            {
+                "shard": np.zeros(0, np.int64),
+                "row": np.zeros(0, np.int64),
+                "pair_id": np.zeros(0, object),
+                "prompt": np.zeros(0, object),
+                "caption_dropped": np.zeros(0, bool),
+                "label": np.zeros(0, np.float32),
+                "timestep": np.zeros((0, steps), np.int64),
+                "reference_error": np.zeros((0, steps, 2), np.float32),
+                "inversion_error": np.zeros((0, 2), np.float32),
+            }
+        ]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return PairTable(shard_names=tuple(names), damaged=damaged, **joined)
 

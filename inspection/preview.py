@@ -16,9 +16,9 @@ _LATENTS_PER_VAE_CALL = 8
 
 # One row per channel, columns red, green, blue; output 0..1 after `bias`. For latents scaled by the VAE factor.
 # SD1.x: "Decoding latents to RGB without upscaling", discuss.huggingface.co (output -1..1 there, halved here).
-_SD_WEIGHT = np.array(
-    [[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]]
-) / 2
+_SD_WEIGHT = (
+    np.array([[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]]) / 2
+)
 _SD_BIAS = np.full(3, 0.5)
 # SDXL: "Explaining the SDXL latent space", huggingface.co/blog (output 0..255 there).
 _SDXL_WEIGHT = np.array([[60, 60, 60], [-60, -5, 10], [25, 15, -5], [-70, -50, -35]]) / 255

@@ -71,8 +71,10 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     same_table = len(table) == manifest.num_train_timesteps and np.allclose(
         table, manifest.alphas_cumprod, rtol=1e-6, atol=0
     )
-    if channels != manifest.latent_shape[0] or not same_table or (
-        model.schedule.prediction_type != manifest.prediction_type
+    if (
+        channels != manifest.latent_shape[0]
+        or not same_table
+        or (model.schedule.prediction_type != manifest.prediction_type)
     ):
         raise CacheMismatch(
             "The model cannot walk this cache's latents.",
@@ -85,8 +87,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
         )
     unet = model.load_unet()
     prepare_for_inference(
-        unet, network_dtype=manifest.network_dtype,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        unet, network_dtype=manifest.network_dtype, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     return Denoiser(unet, model.schedule, network_dtype=manifest.network_dtype)
 

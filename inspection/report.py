@@ -98,8 +98,11 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("bytes", readable_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
         ("prompts", f"{summary.num_prompts:,}", f"captions dropped: {summary.num_captions_dropped:,}"),
         ("skipped pairs", f"{skipped:,}", ", ".join(list(summary.skipped)[:2]) or "none"),
-        ("inversion error", number(error.median),
-         f"median of {error.num_measured:,} images" if error.num_measured else "not measured"),
+        (
+            "inversion error",
+            number(error.median),
+            f"median of {error.num_measured:,} images" if error.num_measured else "not measured",
+        ),
         ("NaN or infinity", f"{sum(summary.num_nan.values()):,}", "in the small arrays"),
     ]
     if summary.num_pending:
@@ -116,7 +119,8 @@ def _tile(name: str, value: str, detail: str) -> str:
 def _settings(summary: Summary) -> str:
     return "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(_short(value))}</dd></div>"
-        for name, value in summary.identity.items() if value is not None
+        for name, value in summary.identity.items()
+        if value is not None
     )
 
 
@@ -134,45 +138,70 @@ def _damaged(damaged: dict[str, InpoError]) -> str:
     )
 
 
-def _plots(
-    cache: Cache, table: PairTable, summary: Summary, norms: Float[np.ndarray, "value"]
-) -> str:
+def _plots(cache: Cache, table: PairTable, summary: Summary, norms: Float[np.ndarray, "value"]) -> str:
     total = cache.manifest.num_train_timesteps
     bins = timestep_bins(table, total)
     middles = [(each.low + each.high) / 2 for each in bins]
     figures = [
         _figure(
             "Reference error by timestep",
-            curves(middles, {"win": [each.reference_error_win for each in bins],
-                             "lose": [each.reference_error_lose for each in bins]},
-                   x_range=(0.0, float(total)), x_label="timestep", y_label="mean E_ref"),
+            curves(
+                middles,
+                {
+                    "win": [each.reference_error_win for each in bins],
+                    "lose": [each.reference_error_lose for each in bins],
+                },
+                x_range=(0.0, float(total)),
+                x_label="timestep",
+                y_label="mean E_ref",
+            ),
             "How far the frozen model is from each side's target; training starts from the gap between them.",
         ),
         _figure(
             "Timesteps",
-            histogram(table.timestep.ravel().astype(np.float64), np.linspace(0, total, min(total, 40) + 1),
-                      x_label="timestep", y_label="records"),
+            histogram(
+                table.timestep.ravel().astype(np.float64),
+                np.linspace(0, total, min(total, 40) + 1),
+                x_label="timestep",
+                y_label="records",
+            ),
             "Every timestep of the range should be covered about equally.",
         ),
         *_inversion_figures(table, total),
     ]
     if len(norms):
         name = "delta" if cache.manifest.profile == "full" else "target"
-        figures.append(_figure(
-            f"Size of {name}", histogram(norms, _edges(norms, 1.0), x_label=f"RMS of {name}", y_label="latents",
-                                         mark=1.0, mark_label="unit Gaussian"),
-            f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. The noise a diffusion model expects has RMS 1.",
-        ))
-    figures.append(_figure(
-        "Labels", histogram(table.label.astype(np.float64), np.linspace(0, 1, 21), x_label="P(win preferred)",
-                            y_label="pairs"), "From the source of the pairs; hard labels are 1.",
-    ))
+        figures.append(
+            _figure(
+                f"Size of {name}",
+                histogram(
+                    norms,
+                    _edges(norms, 1.0),
+                    x_label=f"RMS of {name}",
+                    y_label="latents",
+                    mark=1.0,
+                    mark_label="unit Gaussian",
+                ),
+                f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. The noise a diffusion model "
+                f"expects has RMS 1.",
+            )
+        )
+    figures.append(
+        _figure(
+            "Labels",
+            histogram(
+                table.label.astype(np.float64), np.linspace(0, 1, 21), x_label="P(win preferred)", y_label="pairs"
+            ),
+            "From the source of the pairs; hard labels are 1.",
+        )
+    )
     figures += _label_set_figures(cache)
     prompts = Counter(table.prompt.tolist()).most_common(_MOST_FREQUENT)
     figures.append(_figure("Most frequent prompts", _ranks([(text or "(empty prompt)", n) for text, n in prompts]), ""))
     if summary.skipped:
-        figures.append(_figure("Skipped pairs", _ranks(list(summary.skipped.items())),
-                               "By reason; CACHE/skipped names each pair."))
+        figures.append(
+            _figure("Skipped pairs", _ranks(list(summary.skipped.items())), "By reason; CACHE/skipped names each pair.")
+        )
     return f'<h2>In figures</h2><div class="plots">{"".join(figures)}</div>'
 
 
@@ -187,15 +216,19 @@ def _inversion_figures(table: PairTable, total: int) -> list[str]:
     inside = [(low, high, values[(last >= low) & (last < high)]) for low, high in itertools.pairwise(edges.tolist())]
     return [
         _figure(
-            "Inversion error", histogram(values, _edges(values, 0.0), x_label="relative RMS of the round trip",
-                                         y_label="images"),
+            "Inversion error",
+            histogram(values, _edges(values, 0.0), x_label="relative RMS of the round trip", y_label="images"),
             f"From the last x_t back to x0 by DDIM, against x0; {len(values):,} images measured.",
         ),
         _figure(
             "Inversion error by timestep",
-            curves([float(low + high) / 2 for low, high, _ in inside],
-                   {"both": [float(np.median(part)) if len(part) else None for *_, part in inside]},
-                   x_range=(0.0, float(total)), x_label="last timestep of the pair", y_label="median round trip"),
+            curves(
+                [float(low + high) / 2 for low, high, _ in inside],
+                {"both": [float(np.median(part)) if len(part) else None for *_, part in inside]},
+                x_range=(0.0, float(total)),
+                x_label="last timestep of the pair",
+                y_label="median round trip",
+            ),
             "The longer the way, the more is lost.",
         ),
     ]
@@ -221,13 +254,20 @@ def _label_set_figures(cache: Cache) -> list[str]:
             continue
         spread = np.array(margins)
         edge = max(float(np.quantile(np.abs(spread), 0.99)), 1e-9)
-        figures.append(_figure(
-            f"Scores of label set {name}",
-            histogram(spread, np.linspace(-edge, edge, 31), x_label="score of win minus score of lose",
-                      y_label="pairs", mark=0.0),
-            f"The scorer agrees with the source on {np.mean(spread > 0):.0%} of {len(labels):,} pairs; "
-            f"mean P(win preferred) {np.mean(labels):.3f}.",
-        ))
+        figures.append(
+            _figure(
+                f"Scores of label set {name}",
+                histogram(
+                    spread,
+                    np.linspace(-edge, edge, 31),
+                    x_label="score of win minus score of lose",
+                    y_label="pairs",
+                    mark=0.0,
+                ),
+                f"The scorer agrees with the source on {np.mean(spread > 0):.0%} of {len(labels):,} pairs; "
+                f"mean P(win preferred) {np.mean(labels):.3f}.",
+            )
+        )
     return figures
 
 
@@ -255,10 +295,14 @@ def _figure(title: str, content: str, caption: str) -> str:
 
 def _ranks(items: list[tuple[str, int]]) -> str:
     most = max(count for _, count in items)
-    return '<ol class="ranks">' + "".join(
-        f'<li><i style="width:{100 * count / most:.1f}%"></i><span>{escape(text)}</span><b>{count:,}</b></li>'
-        for text, count in items
-    ) + "</ol>"
+    return (
+        '<ol class="ranks">'
+        + "".join(
+            f'<li><i style="width:{100 * count / most:.1f}%"></i><span>{escape(text)}</span><b>{count:,}</b></li>'
+            for text, count in items
+        )
+        + "</ol>"
+    )
 
 
 def _sampling(num_readable: int, summary: Summary, sampled: list[SampledPair]) -> str:

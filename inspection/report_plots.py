@@ -45,8 +45,13 @@ class _Axes:
 
 
 def histogram(
-    values: Float[np.ndarray, "value"], edges: Float[np.ndarray, "edge"], *, x_label: str, y_label: str,
-    mark: float | None = None, mark_label: str = "",
+    values: Float[np.ndarray, "value"],
+    edges: Float[np.ndarray, "edge"],
+    *,
+    x_label: str,
+    y_label: str,
+    mark: float | None = None,
+    mark_label: str = "",
 ) -> str:
     """Counts per bin. Values outside the edges fall into the outer bins. `mark`: a dashed line at this value."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
@@ -64,14 +69,20 @@ def histogram(
         side, anchor = (5, "start") if x < 0.6 * WIDTH else (-5, "end")
         marked = (
             f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-            f'<text class="mark-name" x="{x + side:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">{escape(mark_label)}</text>'
+            f'<text class="mark-name" x="{x + side:.1f}" y="{_TOP + 10}" '
+            f'text-anchor="{anchor}">{escape(mark_label)}</text>'
         )
     return _svg(axes.frame(x_label, y_label) + "".join(bars) + marked, f"{x_label}: histogram")
 
 
 def curves(
-    x: Sequence[float], series: Mapping[str, Sequence[float | None]], *, x_range: tuple[float, float], x_label: str,
-    y_label: str, mark: float | None = None,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    x_range: tuple[float, float],
+    x_label: str,
+    y_label: str,
+    mark: float | None = None,
 ) -> str:
     """Lines with points, one per series; None breaks a line. Series names are CSS classes: win, lose, both."""
     present = [value for values in series.values() for value in values if value is not None]
@@ -98,7 +109,8 @@ def curves(
     key = "".join(
         f'<g transform="translate({WIDTH - _RIGHT - 58 * (len(series) - index)} {_TOP + 2})">'
         f'<circle class="{name}" r="4"/><text x="9" y="4">{name}</text></g>'
-        for index, name in enumerate(series) if len(series) > 1
+        for index, name in enumerate(series)
+        if len(series) > 1
     )
     return _svg(axes.frame(x_label, y_label) + "".join(parts) + key, f"{y_label} by {x_label}")
 

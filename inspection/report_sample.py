@@ -18,9 +18,7 @@ from inspection.preview import Preview
 from inspection.reinvert import choose_pairs
 from inspection.sheet import DELTA_COLOURS, ERROR_COLOURS, coloured
 
-GROUPS = {
-    "inversion": "worst inversion", "error": "largest reference error", "random": "random",
-}
+GROUPS = {"inversion": "worst inversion", "error": "largest reference error", "random": "random"}
 """Why a pair was taken, and in which words."""
 MOST_TIMESTEPS = 10
 MOST_PICTURE_BYTES = 14_000_000
@@ -73,7 +71,12 @@ def choose(table: PairTable, per_group: int) -> dict[int, list[str]]:
 
 
 def sample_pairs(
-    cache: Cache, table: PairTable, preview: Preview, *, per_group: int, damaged: dict[str, InpoError],
+    cache: Cache,
+    table: PairTable,
+    preview: Preview,
+    *,
+    per_group: int,
+    damaged: dict[str, InpoError],
     on_pair: Callable[[], None] = lambda: None,
 ) -> list[SampledPair]:
     """Draw the chosen pairs, random ones first, until all are there or their pictures fill the page's share.
@@ -102,20 +105,25 @@ def sample_pairs(
     return sampled
 
 
-def _draw(
-    view: PairView, preview: Preview, shard: str, groups: list[str], table: PairTable, row: int
-) -> SampledPair:
+def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table: PairTable, row: int) -> SampledPair:
     steps = _shown_steps(len(view.timestep))
     inversion = float(table.worst_inversion_error[row])
     columns, cells = _cells(view, preview, steps)
     return SampledPair(
-        pair_id=view.pair_id, prompt=view.prompt, shard=shard, groups=groups, caption_dropped=view.caption_dropped,
-        label=round(view.label, 4), reference_error=round(float(table.mean_reference_error[row]), 6),
+        pair_id=view.pair_id,
+        prompt=view.prompt,
+        shard=shard,
+        groups=groups,
+        caption_dropped=view.caption_dropped,
+        label=round(view.label, 4),
+        reference_error=round(float(table.mean_reference_error[row]), 6),
         inversion_error=round(inversion, 6) if np.isfinite(inversion) else None,
         timesteps=view.timestep[steps].tolist(),
         errors=[(round(float(win), 6), round(float(lose), 6)) for win, lose in view.reference_error[steps]],
-        columns=columns, error_top=None if view.error_map is None else float(f"{_error_top(view):.3g}"),
-        shuffled=stable_hash("report", view.pair_id) % 2**32, sprite=_sprite(cells),
+        columns=columns,
+        error_top=None if view.error_map is None else float(f"{_error_top(view):.3g}"),
+        shuffled=stable_hash("report", view.pair_id) % 2**32,
+        sprite=_sprite(cells),
     )
 
 

@@ -186,8 +186,11 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
     else:
         lines += [
             ("|δ|", "the inverting model's noise at xₜ, RMS over channels; a unit Gaussian gives about 1"),
-            ("|τ − δ|", "target minus prediction, RMS over channels; where the reference inverts under the caption, "
-                        "the mean of its square is E_ref; square-root scale"),
+            (
+                "|τ − δ|",
+                "target minus prediction, RMS over channels; where the reference inverts under the caption, "
+                "the mean of its square is E_ref; square-root scale",
+            ),
         ]
     if np.isfinite(view.inversion_error).any():
         lines.append(("round trip", "relative RMS between x₀ and where DDIM lands from the last xₜ"))

@@ -150,7 +150,10 @@ def timestep_bins(table: PairTable, num_train_timesteps: int) -> list[TimestepBi
         win, lose = inside.mean(0).tolist() if len(inside) else (None, None)
         bins.append(
             TimestepBin(
-                low=low, high=high, num_records=len(inside), reference_error_win=_finite(win),
+                low=low,
+                high=high,
+                num_records=len(inside),
+                reference_error_win=_finite(win),
                 reference_error_lose=_finite(lose),
             )
         )

@@ -7,8 +7,20 @@ from rich.table import Table
 from inspection.summary import Summary
 
 _SETTINGS = (
-    "profile", "extra", "resolution", "latent_shape", "prediction_type", "num_train_timesteps", "timesteps_per_pair",
-    "seed", "network_dtype", "vae_dtype", "vae_latent", "crop", "flip", "measure_inversion",
+    "profile",
+    "extra",
+    "resolution",
+    "latent_shape",
+    "prediction_type",
+    "num_train_timesteps",
+    "timesteps_per_pair",
+    "seed",
+    "network_dtype",
+    "vae_dtype",
+    "vae_latent",
+    "crop",
+    "flip",
+    "measure_inversion",
 )
 
 
@@ -36,8 +48,13 @@ def _section(console: Console, title: str, table: Table) -> None:
 
 
 def _table(*, headers: bool = False) -> Table:
-    return Table(box=box.SIMPLE_HEAD if headers else None, show_header=headers, show_edge=False, pad_edge=False,
-                 padding=(0, 2, 0, 0))
+    return Table(
+        box=box.SIMPLE_HEAD if headers else None,
+        show_header=headers,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
 
 
 def _state(summary: Summary) -> Table:
@@ -120,9 +137,11 @@ def _timesteps(summary: Summary, *, ascii_only: bool) -> Table:
     most = max(each.num_records for each in summary.timesteps) or 1
     for each in summary.timesteps:
         table.add_row(
-            f"{each.low}..{each.high - 1}", f"{each.num_records:,}",
+            f"{each.low}..{each.high - 1}",
+            f"{each.num_records:,}",
             bar(each.num_records / most, 24, ascii_only=ascii_only),
-            number(each.reference_error_win), number(each.reference_error_lose),
+            number(each.reference_error_win),
+            number(each.reference_error_lose),
         )
     return table
 
@@ -152,14 +171,23 @@ def _advice(summary: Summary, console: Console) -> None:
     if not summary.num_shards and not summary.damaged:
         console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
-        console.print(f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
-                      soft_wrap=True, highlight=False)
+        console.print(
+            f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
+            soft_wrap=True,
+            highlight=False,
+        )
     if summary.num_pairs:
-        console.print(f"[dim]No latent was read here: `inpo inspect verify {summary.location}` reads and checks every byte.[/dim]",
-                      soft_wrap=True, highlight=False)
+        console.print(
+            f"[dim]No latent was read here: `inpo inspect verify {summary.location}` reads and checks every "
+            f"byte.[/dim]",
+            soft_wrap=True,
+            highlight=False,
+        )
     if summary.damaged:
-        console.print(f"[bold red]{len(summary.damaged)} damaged shard{'s' if len(summary.damaged) > 1 else ''}, "
-                      "left out of the statistics above:[/bold red]")
+        console.print(
+            f"[bold red]{len(summary.damaged)} damaged shard{'s' if len(summary.damaged) > 1 else ''}, "
+            "left out of the statistics above:[/bold red]"
+        )
         for name, text in summary.damaged.items():
             console.print(f"[bold]{name}[/bold]", highlight=False)
             console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)

@@ -55,8 +55,10 @@ def verify(
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
     if model is not None:
         _check_model(cache, model)
-    findings = [Finding(shard=name, check="commit", detail=f"{error.what} Got: {error.got}")
-                for name, error in sorted(unreadable.items())]
+    findings = [
+        Finding(shard=name, check="commit", detail=f"{error.what} Got: {error.got}")
+        for name, error in sorted(unreadable.items())
+    ]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def checked(result: ShardResult) -> ShardResult:
@@ -113,7 +115,9 @@ def _duplicates(results: list[ShardResult]) -> list[Finding]:
             others = ", ".join(sorted({seen[name] for name in repeated})[:3])
             findings.append(
                 Finding(
-                    shard=result.shard, check="rows", remake=False,
+                    shard=result.shard,
+                    check="rows",
+                    remake=False,
                     detail=f"{len(repeated)} pair ids, {repeated[0]} first, stand in {others} too: the source has them "
                     "twice",
                 )

@@ -37,7 +37,8 @@ def show(verification: Verification, console: Console) -> None:
         console.print(
             f"largest relative change on re-inversion: x_t {change['x_t']:.2g}, target {change['target']:.2g}; "
             f"of the reference error at the stored points: {change['reference_error']:.2g}",
-            highlight=False, soft_wrap=True,
+            highlight=False,
+            soft_wrap=True,
         )
     for finding in verification.findings:
         console.print(f"[bold red]{finding.shard}[/bold red]  {finding.check}: ", end="", highlight=False)
@@ -50,5 +51,6 @@ def show(verification: Verification, console: Console) -> None:
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
         f"{readable_bytes(verification.bytes_read)} read: "
         + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
-        highlight=False, soft_wrap=True,
+        highlight=False,
+        soft_wrap=True,
     )

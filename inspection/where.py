@@ -31,11 +31,18 @@ COLUMNS: Mapping[str, tuple[str, Callable[[PairTable], np.ndarray]]] = {
     "pair_id": ("text", lambda table: table.pair_id),
 }
 _COMPARE: Mapping[type[ast.cmpop], Callable[..., np.ndarray]] = {
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
 _ARITHMETIC: Mapping[type[ast.operator], Callable[..., np.ndarray]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
 }
 _MOST_CHARACTERS = 2000
 
@@ -73,7 +80,9 @@ def select(table: PairTable, condition: str) -> Selection:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = error.msg if isinstance(error, SyntaxError) else error  # its text would name a file that is not there
         raise UsageError(
-            "The condition cannot be parsed.", where="--where", got=f"{condition!r}: {why}",
+            "The condition cannot be parsed.",
+            where="--where",
+            got=f"{condition!r}: {why}",
             expected='something like "inversion_error < 0.2 and reference_error < 3"',
             fix="put the whole condition into quotes",
         ) from None
@@ -154,7 +163,9 @@ class _Evaluation:
 
     def _refuse(self, node: ast.expr, expected: str) -> UsageError:
         return UsageError(
-            "The condition says something else than a comparison of columns.", where="--where", expected=expected,
+            "The condition says something else than a comparison of columns.",
+            where="--where",
+            expected=expected,
             got=ast.get_source_segment(self.condition.strip(), node) or type(node).__name__,
             fix="`inpo inspect filter --help` lists the columns",
         )

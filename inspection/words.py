@@ -18,6 +18,12 @@ def cache_facts(manifest: Manifest) -> str:
     options += [f"noised start {inverter.noised_start:g}"] if 0 < inverter.noised_start < 1 else []
     options += ["faithful to the released code"] if inverter.faithful else []
     return ", ".join(
-        [f"{inverter.name}, {inverter.steps} steps", condition, *options, manifest.network_dtype,
-         f"{manifest.prediction_type} prediction", manifest.profile]
+        [
+            f"{inverter.name}, {inverter.steps} steps",
+            condition,
+            *options,
+            manifest.network_dtype,
+            f"{manifest.prediction_type} prediction",
+            manifest.profile,
+        ]
     )

@@ -39,7 +39,8 @@ def check_source(
 ) -> CheckReport:
     """Read and decode the rows of these shards, which `walk` has counted. `on_row` gets every row in order.
 
-    An image that does not decode turns its pair into a Skipped. Memory: a few pairs for each worker process, and the ids.
+    An image that does not decode turns its pair into a Skipped. Memory: a few pairs for each worker process, and the
+    ids.
     """
     report = CheckReport(location=walk.source.location, kind=walk.source.kind)
     report.num_input_shards = len(shards) + len(walk.unreadable)
@@ -82,5 +83,8 @@ def _decoded(
 
 def _crashed(pair: Pair) -> Skipped:
     return Skipped(
-        pair_id=pair.pair_id, reason="unreadable", detail="two processes died over its images, one after the other", row=pair.row
+        pair_id=pair.pair_id,
+        reason="unreadable",
+        detail="two processes died over its images, one after the other",
+        row=pair.row,
     )

@@ -44,7 +44,9 @@ def precompute(
     vae_latent: Annotated[str | None, typer.Option(help="mean or sample of the VAE's posterior.")] = None,
     measure_inversion: Annotated[float | None, typer.Option(help="Share of pairs with a measured round trip.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs per network batch.")] = None,
-    decode_workers: Annotated[int | None, typer.Option(help="Processes that decode images, for each device; 0: none.")] = None,
+    decode_workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images, for each device; 0: none.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 network.")] = None,
     engine: Annotated[str | None, typer.Option(help="local (also under accelerate launch) or ray.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="ray: join this cluster instead of a local one.")] = None,
@@ -61,12 +63,29 @@ def precompute(
     from precompute.run import RayOptions, run_precompute
 
     flags: dict[str, Any] = {
-        "steps": steps, "timesteps_per_pair": timesteps_per_pair, "inverter": inverter, "refine_start": refine_start,
-        "noised_start": noised_start, "guidance": guidance, "iterations": iterations, "tolerance": tolerance,
-        "caption_dropout": caption_dropout, "faithful": faithful, "timestep_range": timestep_range,
-        "profile": profile, "extra": extra, "resolution": resolution, "flip": flip, "vae_latent": vae_latent,
-        "measure_inversion": measure_inversion, "batch_size": batch_size, "decode_workers": decode_workers,
-        "dtype": dtype, "engine": engine, "seed": seed, "limit": limit,
+        "steps": steps,
+        "timesteps_per_pair": timesteps_per_pair,
+        "inverter": inverter,
+        "refine_start": refine_start,
+        "noised_start": noised_start,
+        "guidance": guidance,
+        "iterations": iterations,
+        "tolerance": tolerance,
+        "caption_dropout": caption_dropout,
+        "faithful": faithful,
+        "timestep_range": timestep_range,
+        "profile": profile,
+        "extra": extra,
+        "resolution": resolution,
+        "flip": flip,
+        "vae_latent": vae_latent,
+        "measure_inversion": measure_inversion,
+        "batch_size": batch_size,
+        "decode_workers": decode_workers,
+        "dtype": dtype,
+        "engine": engine,
+        "seed": seed,
+        "limit": limit,
     }
     model_flags = {"model": model, "variant": variant, "model_config_dir": model_config, "vae": vae}
     ray_options = RayOptions(address=ray_address, gpus_per_worker=gpus_per_worker, workers=ray_workers)
@@ -78,7 +97,8 @@ def precompute(
     except Stopped:
         print(
             "stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on",
-            file=sys.stderr, flush=True,
+            file=sys.stderr,
+            flush=True,
         )
         code = 1
     finally:
@@ -102,8 +122,13 @@ def plan(
     from precompute.run import run_plan
 
     run_plan(
-        recipe, {"model": model}, {"pairs": pairs, "cache": cache},
-        {"timesteps_per_pair": timesteps_per_pair, "profile": profile}, gpus=gpus, calibrate=calibrate, as_json=as_json,
+        recipe,
+        {"model": model},
+        {"pairs": pairs, "cache": cache},
+        {"timesteps_per_pair": timesteps_per_pair, "profile": profile},
+        gpus=gpus,
+        calibrate=calibrate,
+        as_json=as_json,
     )
 
 

@@ -48,7 +48,10 @@ def pack_command(
 
     if "://" in output:
         raise UsageError(
-            "tars are packed to a local folder", where="OUT", expected="a path", got=output,
+            "tars are packed to a local folder",
+            where="OUT",
+            expected="a path",
+            got=output,
             fix="pack locally, then copy the folder",
         )
     refuse_occupied(Path(output))
@@ -125,7 +128,10 @@ def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
         raise StorageError(
-            "the list cannot be written", where=path, expected="a file in a folder that is there", got=error.strerror,
+            "the list cannot be written",
+            where=path,
+            expected="a file in a folder that is there",
+            got=error.strerror,
             fix="choose another --out, or make its folder first",
         ) from error
 

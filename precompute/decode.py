@@ -1,10 +1,10 @@
 """Images decoded and resized in worker processes.
 
-A decoder that crashes takes down a worker, not the run, and no decoder holds the interpreter lock of the main process. This module and
-what it imports leave torch out, so that a worker starts fast and stays small.
+A decoder that crashes takes down a worker, not the run, and no decoder holds the interpreter lock of the main process.
+This module and what it imports leave torch out, so that a worker starts fast and stays small.
 
-Every worker has a pipe of its own. The standard library's pool has one for the results of all: a worker that is killed while it
-writes leaves half a message there, and the pool waits for the rest for ever.
+Every worker has a pipe of its own. The standard library's pool has one for the results of all: a worker that is killed
+while it writes leaves half a message there, and the pool waits for the rest for ever.
 """
 
 import contextlib
@@ -120,10 +120,11 @@ class DecodePool:
         arguments: Callable[[Pair], tuple[Any, ...]] = lambda pair: (),
         on_crash: Callable[[Pair], Skipped],
     ) -> Iterator[tuple[Pair | Skipped, Result | Skipped]]:
-        """(row, work(pair, *arguments(pair))) for every row, in order, a bounded number ahead; a Skipped row is its own result.
+        """(row, work(pair, *arguments(pair))) for every row, in order, a bounded number ahead; a Skipped row is its
+        own result.
 
-        `work` is a function of a module. A pair over which a worker dies goes to another; when that dies too, `on_crash` says what
-        becomes of it. Raises what `work` raises, and InpoError if no worker can start.
+        `work` is a function of a module. A pair over which a worker dies goes to another; when that dies too,
+        `on_crash` says what becomes of it. Raises what `work` raises, and InpoError if no worker can start.
         """
         waiting: deque[_Waiting[Result]] = deque()
         ahead = _AHEAD_PER_WORKER * self.workers
@@ -148,7 +149,10 @@ class DecodePool:
             worker.end()
 
     def _first(
-        self, work: Callable[..., Result | Skipped], waiting: deque[_Waiting[Result]], on_crash: Callable[[Pair], Skipped]
+        self,
+        work: Callable[..., Result | Skipped],
+        waiting: deque[_Waiting[Result]],
+        on_crash: Callable[[Pair], Skipped],
     ) -> tuple[Pair | Skipped, Result | Skipped]:
         """The first row's result, when it is there."""
         head = waiting[0]
@@ -163,7 +167,9 @@ class DecodePool:
         return head.row, cast(Any, head.result)
 
     def _hand_out(self, work: Callable[..., Result | Skipped], waiting: deque[_Waiting[Result]]) -> None:
-        """Give every idle worker the first pair that none has, one at a time: two could block each other in a full pipe."""
+        """Give every idle worker the first pair that none has, one at a time: two could block each other in a full
+        pipe.
+        """
         if not self.workers:
             return
         given = {id(worker.entry) for worker in self._started}
@@ -204,7 +210,11 @@ class DecodePool:
     def _start(self) -> _Worker:
         try:
             worker = _Worker()
-        except (OSError, EOFError, RuntimeError) as error:  # the system's, the fork server's, a thread's that cannot start
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+        ) as error:  # the system's, the fork server's, a thread's that cannot start
             fix = "allow more processes (ulimit -u), or a TMPDIR with a short name"
             raise _cannot_start(f"{type(error).__name__}: {error}", fix) from error
         try:
@@ -215,7 +225,9 @@ class DecodePool:
             raise _cannot_start("its end before it had begun", fix) from error
         if not ready:
             worker.end()
-            raise _cannot_start(f"no sign of life in {_SECONDS_TO_START:.0f} s", "see whether the machine is overloaded")
+            raise _cannot_start(
+                f"no sign of life in {_SECONDS_TO_START:.0f} s", "see whether the machine is overloaded"
+            )
         with self._lock:
             if not self._closed:
                 self._started.append(worker)
@@ -236,7 +248,9 @@ class DecodePool:
 
 def _cannot_start(got: str, fix: str) -> InpoError:
     return InpoError(
-        "The processes that decode images cannot start.", where="--decode-workers", got=got,
+        "The processes that decode images cannot start.",
+        where="--decode-workers",
+        got=got,
         fix=f"{fix}; --decode-workers 0 does without them",
     )
 

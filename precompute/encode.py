@@ -1,7 +1,7 @@
 """From prepared images and prompts to what the network takes.
 
-    levels uint8 --> pixels [-1, 1] --VAE--> latent --scale--> x0 float16
-    prompts --text encoders--> embeddings float16
+levels uint8 --> pixels [-1, 1] --VAE--> latent --scale--> x0 float16
+prompts --text encoders--> embeddings float16
 """
 
 from collections.abc import Collection, Sequence

@@ -49,8 +49,11 @@ def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_
         building = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     except OSError as error:
         raise StorageError(
-            "the output folder cannot be made", where=output, expected="a path below folders that you may write to",
-            got=error.strerror, fix="name another folder; a file may lie where one is needed",
+            "the output folder cannot be made",
+            where=output,
+            expected="a path below folders that you may write to",
+            got=error.strerror,
+            fix="name another folder; a file may lie where one is needed",
         ) from error
     try:
         _write(rows, building, pairs_per_tar, report)

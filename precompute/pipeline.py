@@ -70,7 +70,8 @@ class Timing:
         if total <= 0:
             return "no time spent"
         parts = (
-            ("network and VAE", self.computing), ("waiting for images", self.waiting_for_input),
+            ("network and VAE", self.computing),
+            ("waiting for images", self.waiting_for_input),
             ("waiting for the disk", self.waiting_for_writing),
         )
         line = ", ".join(f"{name} {value / total:.0%}" for name, value in parts) + f" of {total:.1f} s"

@@ -49,15 +49,18 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "num_shards": self.num_shards, "num_committed": self.num_committed, "num_pairs": self.num_pairs,
-            "network_calls_per_image": self.network_calls_per_image, "network_calls": self.network_calls,
-            "bytes_by_array": self.bytes_by_array, "cache_bytes": self.cache_bytes, "free_bytes": self.free_bytes,
+            "num_shards": self.num_shards,
+            "num_committed": self.num_committed,
+            "num_pairs": self.num_pairs,
+            "network_calls_per_image": self.network_calls_per_image,
+            "network_calls": self.network_calls,
+            "bytes_by_array": self.bytes_by_array,
+            "cache_bytes": self.cache_bytes,
+            "free_bytes": self.free_bytes,
         }
 
 
-def make_plan(
-    tasks: Sequence[ShardTask], committed: set[str], manifest: Manifest, model: Model, *, cache: str
-) -> Plan:
+def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifest, model: Model, *, cache: str) -> Plan:
     """Estimate what the tasks that are not committed yet will cost."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
@@ -68,8 +71,11 @@ def make_plan(
         _JSON_BYTES_PER_ARRAY * len(manifest.arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
     )
     return Plan(
-        num_shards=len(tasks), num_committed=len(tasks) - len(remaining), num_pairs=num_pairs,
-        network_calls_per_image=calls_per_image(manifest, model), bytes_by_array=bytes_by_array,
+        num_shards=len(tasks),
+        num_committed=len(tasks) - len(remaining),
+        num_pairs=num_pairs,
+        network_calls_per_image=calls_per_image(manifest, model),
+        bytes_by_array=bytes_by_array,
         free_bytes=None if is_remote(cache) else shutil.disk_usage(_existing(Path(cache))).free,
     )
 
@@ -81,8 +87,15 @@ def bytes_per_pair(spec: ArraySpec, manifest: Manifest, token_width: tuple[int, 
     if spec.is_text:
         return 16 if spec.path == "pair_id" else 80
     sizes = {
-        "pair": 1, "side": 2, "step": manifest.timesteps_per_pair, "C": channels, "H": height, "W": width,
-        "prompt": 1, "token": tokens, "time_id": 6,
+        "pair": 1,
+        "side": 2,
+        "step": manifest.timesteps_per_pair,
+        "C": channels,
+        "H": height,
+        "W": width,
+        "prompt": 1,
+        "token": tokens,
+        "time_id": 6,
         "width": pooled_width if spec.path == "prompt/pooled" else embedding_width,
     }
     return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
@@ -102,18 +115,18 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
     total = 0.0
     for index in range(_SAMPLED_PATHS):
         path = build_path(
-            identity, model.schedule, seed=manifest.seed, pair_id=f"plan-{index}",
+            identity,
+            model.schedule,
+            seed=manifest.seed,
+            pair_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,
         )
         points = path.points
         records = sum(len(point.records) for point in points)
         pass_through = sum(
-            1 for here, after in itertools.pairwise(points)
-            if not here.records and not (here.noised and after.noised)
+            1 for here, after in itertools.pairwise(points) if not here.records and not (here.noised and after.noised)
         )
-        off_level = sum(
-            1 for point in points[:-1] if point.records and point.level not in point.records
-        )
+        off_level = sum(1 for point in points[:-1] if point.records and point.level not in point.records)
         inverted = sum(not point.noised for point in points)
         visits = path.starts_clean + records + pass_through + off_level + inverted * (identity.iterations or 0)
         total += guided * visits + (records if identity.guidance == 0.0 else 0)
@@ -126,7 +139,8 @@ def check_disk(plan: Plan, cache: str) -> None:
     if plan.free_bytes is not None and plan.cache_bytes > plan.free_bytes:
         worst = max(plan.bytes_by_array, key=lambda name: plan.bytes_by_array[name])
         raise StorageError(
-            "The disk is too small for this cache.", where=cache,
+            "The disk is too small for this cache.",
+            where=cache,
             expected=f"{human_bytes(plan.cache_bytes)} free (largest array: {worst}, "
             f"{human_bytes(plan.bytes_by_array[worst])})",
             got=f"{human_bytes(plan.free_bytes)} free",

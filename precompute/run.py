@@ -72,8 +72,13 @@ def run_precompute(
     resolved = _resolve(recipe, model_flags, data_flags, flags)
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
-        raise UsageError("Ray options without the ray engine.", where="--engine", expected="ray", got=settings.engine,
-                         fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers")
+        raise UsageError(
+            "Ray options without the ray engine.",
+            where="--engine",
+            expected="ray",
+            got=settings.engine,
+            fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
+        )
     state = process_state()
     is_main = state.is_main_process
     model = resolved.model_section.open()
@@ -114,7 +119,11 @@ def run_precompute(
 
             remaining = [task for task in tasks if task.name not in committed]
             report = run_ray(
-                remaining, model=resolved.model_section, writer=writer, settings=settings, options=ray_options,
+                remaining,
+                model=resolved.model_section,
+                writer=writer,
+                settings=settings,
+                options=ray_options,
                 on_outcome=on_outcome,
             )
         else:
@@ -155,8 +164,13 @@ def run_plan(
 def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
     """Why a source gives no work at all: what is wrong with its first file, or that its files hold no rows."""
     if not unreadable:
-        return DataError("The pair source has no rows.", where=pairs, expected="at least one pair", got="0 rows",
-                         fix="`inpo data check` shows what a source holds; docs/data.md shows the three kinds")
+        return DataError(
+            "The pair source has no rows.",
+            where=pairs,
+            expected="at least one pair",
+            got="0 rows",
+            fix="`inpo data check` shows what a source holds; docs/data.md shows the three kinds",
+        )
     if len(unreadable) > 1:
         print(f"none of {len(unreadable)} input shards can be read; the first:", file=sys.stderr, flush=True)
     return unreadable[0]
@@ -188,7 +202,9 @@ def _committed(cache: str, manifest: Manifest) -> set[str]:
             if "commits" in foreign:
                 open_cache(cache)  # raises CacheMissing, which tells a cache that has lost its manifest
             raise CacheMismatch(
-                "The folder is not empty and holds no cache.", where=cache, expected="a cache, or a new or empty folder",
+                "The folder is not empty and holds no cache.",
+                where=cache,
+                expected="a cache, or a new or empty folder",
                 got=", ".join(sorted(foreign)[:6]),
                 fix="choose another --cache, so that nothing of yours is mixed with the cache",
             )
@@ -209,7 +225,9 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
     what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
     paths = [f"commits/{name}.json" for name in sorted(committed)]
     documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
-    commits = {name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None}
+    commits = {
+        name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None
+    }
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
     fingerprints: dict[str, str | None] = {}
@@ -233,7 +251,8 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
             )
         if commit is None and is_first and made_from.get(found, name) != name:
             lines.append(
-                f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs come into "
+                f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs "
+                f"come into "
                 f"the cache twice. If the file was renamed or moved, stop and give it back its name"
             )
     return lines
@@ -291,6 +310,9 @@ def _print_summary(
     if failures:
         print(f"unreadable input shards: {len(failures)}; the others are done")
     if cache.num_pairs == 0:
-        print(f"no pair was kept, so there is nothing to train on: `inpo data check {tasks[0].location}` counts the reasons")
+        print(
+            f"no pair was kept, so there is nothing to train on: `inpo data check {tasks[0].location}` counts "
+            f"the reasons"
+        )
         return
     print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)

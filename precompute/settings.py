@@ -98,17 +98,18 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     identity = settings.inverter_identity(schedule.num_train_timesteps)
     check_settings(
-        identity,
-        num_train_timesteps=schedule.num_train_timesteps,
-        timesteps_per_pair=settings.timesteps_per_pair,
+        identity, num_train_timesteps=schedule.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
     network_dtype = dtype_name(settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
     # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.resolution % factor:
         raise UsageError(
-            "The resolution does not fit the VAE.", where="--resolution", expected=f"a multiple of {factor}",
-            got=settings.resolution, fix=f"round it to {round(settings.resolution / factor) * factor}",
+            "The resolution does not fit the VAE.",
+            where="--resolution",
+            expected=f"a multiple of {factor}",
+            got=settings.resolution,
+            fix=f"round it to {round(settings.resolution / factor) * factor}",
         )
     side = settings.resolution // factor
     return Manifest(

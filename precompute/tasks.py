@@ -43,8 +43,11 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
             rows += stop - start
             tasks.append(
                 ShardTask(
-                    name=f"{input_shard.name}-{start:08d}", location=source.location, input_shard=input_shard,
-                    start=start, stop=stop,
+                    name=f"{input_shard.name}-{start:08d}",
+                    location=source.location,
+                    input_shard=input_shard,
+                    start=start,
+                    stop=stop,
                 )
             )
     return tasks, unreadable

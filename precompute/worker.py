@@ -1,8 +1,8 @@
 """The shard worker: the one function behind every engine.
 
-    read (CPU workers)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
-    compute (device)    pixels -> x0, prompts -> embeddings, inversion -> the shard's arrays
-    write               attempt folder, fsync, commit
+read (CPU workers)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
+compute (device)    pixels -> x0, prompts -> embeddings, inversion -> the shard's arrays
+write               attempt folder, fsync, commit
 """
 
 import time
@@ -55,8 +55,11 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     return Components(
         denoiser=Denoiser(unet, manifest.schedule(), network_dtype=manifest.network_dtype),
         images=ImageEncoder(
-            model.load_vae(), vae_dtype=manifest.vae_dtype, sample=manifest.vae_latent == "sample",
-            seed=manifest.seed, device=device,
+            model.load_vae(),
+            vae_dtype=manifest.vae_dtype,
+            sample=manifest.vae_latent == "sample",
+            seed=manifest.seed,
+            device=device,
         ),
         text=TextEncoder(model.load_text_pipeline(), device=device),
     )
@@ -118,13 +121,10 @@ class ShardWorker:
             clock = time.perf_counter()
         if pairs:
             dropped = [
-                uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout
-                for each in pairs
+                uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout for each in pairs
             ]
             time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
-            training_rows = [
-                0 if drop else prompts.row(each.prompt) for each, drop in zip(pairs, dropped, strict=True)
-            ]
+            training_rows = [0 if drop else prompts.row(each.prompt) for each, drop in zip(pairs, dropped, strict=True)]
             inverted = invert(
                 components.denoiser,
                 x0,
@@ -159,7 +159,9 @@ class ShardWorker:
         return ShardData(
             arrays=arrays,
             source=ShardSource(
-                location=task.location, input_shard=task.input_shard.name, rows=(task.start, task.stop),
+                location=task.location,
+                input_shard=task.input_shard.name,
+                rows=(task.start, task.stop),
                 fingerprint=prepared.fingerprint,
             ),
             skipped=sorted(skipped, key=lambda row: int(row["row"])),
@@ -183,8 +185,10 @@ def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pai
         raise
     except Exception as error:  # whatever a damaged file makes a parser raise
         raise DataError(
-            "The input shard cannot be read.", where=f"{task.location}: {task.input_shard.name}",
-            got=f"{type(error).__name__}: {error}", fix="restore the file, then run the same command again",
+            "The input shard cannot be read.",
+            where=f"{task.location}: {task.input_shard.name}",
+            got=f"{type(error).__name__}: {error}",
+            fix="restore the file, then run the same command again",
         ) from error
 
 
@@ -193,8 +197,10 @@ def _crashed(task: ShardTask, pair: Pair) -> Skipped:
     raise DataError(
         "A process that decodes images died twice over the same pair.",
         where=f"{task.location}: {task.input_shard.name}, pair {pair.pair_id}",
-        expected="images, or bytes that are refused", got="the end of the process",
-        fix="if the machine ran out of memory, take fewer --decode-workers; if not, the images crash the decoder: remove "
+        expected="images, or bytes that are refused",
+        got="the end of the process",
+        fix="if the machine ran out of memory, take fewer --decode-workers; if not, the images crash the "
+        "decoder: remove "
         "the pair from the source. The same command then makes this shard",
     )
 

@@ -69,7 +69,11 @@ def train_stage(
     rank = dist.get_rank()
     replica = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+        module.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     checkpoint, report, first_step = folder / f"{name}.pt", StageReport(), 0

@@ -41,7 +41,12 @@ def _bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def save(
-    accelerator: Accelerator, folder: Path, *, step: int, stream: dict[str, Any], identity: dict[str, Any],
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    step: int,
+    stream: dict[str, Any],
+    identity: dict[str, Any],
     keep_last: int,
 ) -> Path:
     """Write `folder`/step-N: everything goes into a hidden folder, is flushed, then renamed. Old ones go last.
@@ -82,14 +87,19 @@ def choose(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         if found:
             raise UsageError(
-                "The output folder holds a run already.", where=folder, expected="no checkpoint, for --resume never",
-                got=found[-1].name, fix="choose another --output, or --resume auto to go on",
+                "The output folder holds a run already.",
+                where=folder,
+                expected="no checkpoint, for --resume never",
+                got=found[-1].name,
+                fix="choose another --output, or --resume auto to go on",
             )
         return None
     path = Path(resume)
     if not (path / STATE).is_file():
         raise UsageError(
-            "There is no checkpoint here.", where=f"--resume {path}", expected=f"a folder with {STATE}",
+            "There is no checkpoint here.",
+            where=f"--resume {path}",
+            expected=f"a folder with {STATE}",
             got=", ".join(each.name for each in found) or "no checkpoint in the output folder either",
             fix="pass auto, never, or one of the checkpoint folders",
         )

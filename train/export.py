@@ -25,14 +25,16 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     """
     if file.suffix != ".safetensors":
         raise UsageError(
-            "A single file is written as safetensors.", where="--single-file", expected="*.safetensors", got=file,
+            "A single file is written as safetensors.",
+            where="--single-file",
+            expected="*.safetensors",
+            got=file,
             fix=f"--single-file {file.with_suffix('.safetensors')}",
         )
     number = DTYPES[dtype_name(dtype)]
     model, pipeline = _open(run)
     tensors = {
-        name: value.detach().to(number).contiguous().clone()
-        for name, value in original_layout(pipeline, model).items()
+        name: value.detach().to(number).contiguous().clone() for name, value in original_layout(pipeline, model).items()
     }
     with storage_errors("write the single file", file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,9 @@ def original_layout(pipeline: Any, model: Model) -> dict[str, Tensor]:
     layers = pipeline.unet.config.layers_per_block
     if not isinstance(layers, int):
         raise ModelError(
-            "The original layout needs the same number of layers in every block.", where=model.name, got=layers,
+            "The original layout needs the same number of layers in every block.",
+            where=model.name,
+            got=layers,
             fix="use the pipeline folder instead of a single file",
         )
     tensors = unet_keys(pipeline.unet.state_dict(), layers_per_block=layers) | vae_keys(pipeline.vae.state_dict())
@@ -85,7 +89,9 @@ def _open(run: Path) -> tuple[Model, Any]:
         pipeline.unload_lora_weights()
         return model, pipeline
     raise UsageError(
-        "There is nothing to export here.", where=run, expected="a finished run's output folder, or a pipeline folder",
+        "There is nothing to export here.",
+        where=run,
+        expected="a finished run's output folder, or a pipeline folder",
         got=", ".join(sorted(entry.name for entry in run.iterdir())[:8]) if run.is_dir() else "no folder",
         fix="let `inpo train` finish: it writes pipeline/ or lora/ at its end",
     )

@@ -46,7 +46,8 @@ class Index:
         return Index(
             training=tuple(shard for shard in self.training if shard.shard.cache is cache),
             held_out=tuple(shard for shard in self.held_out if shard.shard.cache is cache),
-            fingerprint=self.fingerprint, unknown=self.unknown,
+            fingerprint=self.fingerprint,
+            unknown=self.unknown,
         )
 
     @property
@@ -70,8 +71,8 @@ def build_index(
     """Read the small arrays of every shard and decide what is used.
 
     Held-out pairs are chosen by the hash of the prompt alone, so that a prompt is never on both sides and runs of other
-    seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises UsageError for a list of pair ids that
-    cannot be read or names no pair of the caches.
+    seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises UsageError for a list of pair ids
+    that cannot be read or names no pair of the caches.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -90,8 +91,10 @@ def build_index(
             missing = [pair_id for pair_id in ids if pair_id not in found]
             if missing:
                 raise CacheIncomplete(
-                    f"The label set {labels!r} lacks pairs.", where=f"{shard.cache.location}, shard {shard.name}",
-                    expected=f"{len(ids)} labels", got=f"{len(found)}; missing {missing[0]!r}, ...",
+                    f"The label set {labels!r} lacks pairs.",
+                    where=f"{shard.cache.location}, shard {shard.name}",
+                    expected=f"{len(ids)} labels",
+                    got=f"{len(found)}; missing {missing[0]!r}, ...",
                     fix="run `inpo relabel` again with the same --set: it completes the set",
                 )
             label = np.array([found[pair_id] for pair_id in ids], dtype=np.float64)
@@ -104,9 +107,7 @@ def build_index(
             rows = np.flatnonzero(mask)
             return IndexedShard(shard=shard, rows=rows, label=label[rows].astype(np.float32))
 
-        digest = stable_hash(
-            shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist()
-        )
+        digest = stable_hash(shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist())
         return part(use & ~aside), part(use & aside), digest, ids
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -134,15 +135,20 @@ def _check_same_reference(caches: Sequence[Cache]) -> None:
     def reference(cache: Cache) -> tuple[object, ...]:
         manifest = cache.manifest
         return (
-            manifest.fingerprints["unet"], manifest.fingerprints["scheduler"], manifest.latent_shape,
-            manifest.network_dtype, manifest.prediction_type,
+            manifest.fingerprints["unet"],
+            manifest.fingerprints["scheduler"],
+            manifest.latent_shape,
+            manifest.network_dtype,
+            manifest.prediction_type,
         )
 
     for cache in caches[1:]:
         if reference(cache) != reference(caches[0]):
             raise CacheMismatch(
                 "The caches were not made by the same reference.",
-                where=cache.location, expected=reference(caches[0]), got=reference(cache),
+                where=cache.location,
+                expected=reference(caches[0]),
+                got=reference(cache),
                 fix="train on caches of one model, latent shape and network dtype",
             )
 
@@ -154,8 +160,11 @@ def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            "The list of pair ids cannot be read.", where=f"{option} {path}", expected="a UTF-8 text, one pair id a line",
-            got=getattr(error, "strerror", None) or error, fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+            "The list of pair ids cannot be read.",
+            where=f"{option} {path}",
+            expected="a UTF-8 text, one pair id a line",
+            got=getattr(error, "strerror", None) or error,
+            fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
         ) from None
     return frozenset(line.strip() for line in lines if line.strip())
 
@@ -176,8 +185,10 @@ def _unknown(
         named = len(listed) - len(missing) + len(foreign)
         if len(foreign) == named:
             raise UsageError(
-                "No pair of the list is in the caches.", where=f"{option} {path}",
-                expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs", got=repr(foreign[0]),
+                "No pair of the list is in the caches.",
+                where=f"{option} {path}",
+                expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs",
+                got=repr(foreign[0]),
                 fix="`inpo inspect filter CACHE --where ... --out LIST` makes a list of this cache's ids",
             )
         lines.append(f"{len(foreign)} of {named} ids in {option} {path} are in no cache, {foreign[0]!r} first")

@@ -177,8 +177,12 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this step."""
         return checkpoint.save(
-            self.accelerator, self.output / "checkpoints", step=self.step, stream=self.stream.state_dict(),
-            identity=self.identity, keep_last=self.settings.keep_last,
+            self.accelerator,
+            self.output / "checkpoints",
+            step=self.step,
+            stream=self.stream.state_dict(),
+            identity=self.identity,
+            keep_last=self.settings.keep_last,
         )
 
     def load(self, folder: Path) -> None:
@@ -219,7 +223,8 @@ class Trainer:
         if float(self._reduce(bad.float())) > 0:
             kept = checkpoint.list_checkpoints(self.output / "checkpoints")
             raise TrainingError(
-                "The trained weights are not finite, and were not written.", where=f"at step {self.step}",
+                "The trained weights are not finite, and were not written.",
+                where=f"at step {self.step}",
                 got="NaN or infinity",
                 fix=f"{f'the last good checkpoint is {kept[-1]}; ' if kept else ''}lower --learning-rate",
             )

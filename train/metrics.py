@@ -27,8 +27,12 @@ class Accumulator:
         """Add one micro-batch; no synchronisation."""
         columns = torch.stack(
             [
-                torch.ones_like(result.loss), result.loss, result.implicit_accuracy, result.margin,
-                result.win_advantage, result.lose_advantage,
+                torch.ones_like(result.loss),
+                result.loss,
+                result.implicit_accuracy,
+                result.margin,
+                result.win_advantage,
+                result.lose_advantage,
             ],
             dim=1,
         ).double()
@@ -43,11 +47,15 @@ class Accumulator:
         result = {name: float(total[column] / total[0]) for column, name in enumerate(_COLUMNS) if column}
         result["by_timestep"] = [
             {
-                "timesteps": [bin_ * self._num_train_timesteps // NUM_BINS,
-                              (bin_ + 1) * self._num_train_timesteps // NUM_BINS],
+                "timesteps": [
+                    bin_ * self._num_train_timesteps // NUM_BINS,
+                    (bin_ + 1) * self._num_train_timesteps // NUM_BINS,
+                ],
                 "records": int(sums[bin_, 0]),
-            } | {name: float(sums[bin_, column] / sums[bin_, 0]) for column, name in enumerate(_COLUMNS) if column}
-            for bin_ in range(NUM_BINS) if sums[bin_, 0] > 0
+            }
+            | {name: float(sums[bin_, column] / sums[bin_, 0]) for column, name in enumerate(_COLUMNS) if column}
+            for bin_ in range(NUM_BINS)
+            if sums[bin_, 0] > 0
         ]
         return result
 

@@ -25,14 +25,17 @@ def prepare_unet(
     if settings.lora_rank:
         prepare_for_inference(unet, network_dtype=network_dtype, device=device)
         layers = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_alpha or settings.lora_rank,
-            init_lora_weights="gaussian", target_modules=list(settings.lora_targets),
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha or settings.lora_rank,
+            init_lora_weights="gaussian",
+            target_modules=list(settings.lora_targets),
         )
         try:
             unet.add_adapter(layers)
         except ValueError as error:
             raise UsageError(
-                "LoRA layers cannot be added to these modules.", where="--lora-targets",
+                "LoRA layers cannot be added to these modules.",
+                where="--lora-targets",
                 expected="ends of names of linear or convolution layers of the UNet, such as to_q or ff.net.2",
                 got=f"{', '.join(settings.lora_targets)}: {str(error).splitlines()[0]}",
                 fix="correct the names, or leave --lora-targets out for the attention's projections",
@@ -53,13 +56,19 @@ def prepare_unet(
 def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW, Adafactor with the paper's settings for SDXL, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
-        "lr": settings.learning_rate, "betas": settings.adam_betas, "eps": settings.adam_eps,
+        "lr": settings.learning_rate,
+        "betas": settings.adam_betas,
+        "eps": settings.adam_eps,
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adafactor":
         return Adafactor(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, clip_threshold=1.0,
-            scale_parameter=False, relative_step=False,
+            parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            clip_threshold=1.0,
+            scale_parameter=False,
+            relative_step=False,
         )
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -18,22 +18,36 @@ State = Mapping[str, Tensor]
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 _UNET_TOP = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
 }
 _UNET_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP = (
-    ("encoder.layers.", "transformer.resblocks."), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-    (".fc1.", ".c_fc."), (".fc2.", ".c_proj."), (".self_attn.", ".attn."),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    (".fc1.", ".c_fc."),
+    (".fc2.", ".c_proj."),
+    (".self_attn.", ".attn."),
     ("embeddings.position_embedding.weight", "positional_embedding"),
-    ("embeddings.token_embedding.weight", "token_embedding.weight"), ("final_layer_norm.", "ln_final."),
+    ("embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("final_layer_norm.", "ln_final."),
 )
 
 
@@ -59,8 +73,10 @@ def _unet_name(name: str, period: int, state: State) -> str:
         has_attention = any(other.startswith(f"up_blocks.{block}.attentions.") for other in state)
         return f"output_blocks.{block * period + period - 1}.{1 + has_attention}.conv.{found[2]}"
     raise ModelError(
-        "This UNet has a layer that the original layout has no name for.", where=name,
-        expected="the UNet of SD 1.x, 2.x or SDXL", fix="use the pipeline folder instead of a single file",
+        "This UNet has a layer that the original layout has no name for.",
+        where=name,
+        expected="the UNet of SD 1.x, 2.x or SDXL",
+        fix="use the pipeline folder instead of a single file",
     )
 
 

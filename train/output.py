@@ -19,8 +19,11 @@ def claim_output(output: Path) -> None:
     """Make the run's folder. Raises StorageError if that is impossible, and UsageError if it is a cache."""
     if (output / "manifest.json").is_file():
         raise UsageError(
-            "The output folder is a cache.", where=f"--output {output}", expected="a folder of the run's own",
-            got="manifest.json in it", fix="choose another --output",
+            "The output folder is a cache.",
+            where=f"--output {output}",
+            expected="a folder of the run's own",
+            got="manifest.json in it",
+            fix="choose another --output",
         )
     with storage_errors("write the run", output):
         output.mkdir(parents=True, exist_ok=True)
@@ -57,19 +60,24 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
     return final
 
 
-def model_card(
-    start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool
-) -> str:
+def model_card(start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
     """A model card with the resolved configuration and the caches' fingerprints. `start`: whose weights were trained,
     the reference's or those of --init-from."""
     tags = "lora" if lora else "stable-diffusion-xl" if model.family == "sdxl" else "stable-diffusion"
     lines = [
-        "---", "library_name: diffusers", f"base_model: {start}",
-        f"tags: [text-to-image, preference-alignment, inpo, {tags}]", "---", "",
-        f"# {Path(model.name).name}, aligned with InPO cache", "",
+        "---",
+        "library_name: diffusers",
+        f"base_model: {start}",
+        f"tags: [text-to-image, preference-alignment, inpo, {tags}]",
+        "---",
+        "",
+        f"# {Path(model.name).name}, aligned with InPO cache",
+        "",
         f"Trained for {step} optimiser steps from `{start}` on cached inversions (DDIM-InPO, arXiv 2503.18454);",
         f"the reference is `{model.name}`.",
-        "", "## Caches", "",
+        "",
+        "## Caches",
+        "",
     ]
     for cache in caches:
         lines.append(f"- `{cache.location}`: {cache.num_pairs} pairs, {cache.num_records} records")

@@ -71,7 +71,9 @@ class LoadedShard:
     def __init__(
         self, indexed: IndexedShard, used: Int[np.ndarray, "row"], needs: Needs, buffers: Buffers | None = None
     ) -> None:
-        """`used` numbers positions in `indexed.rows`, ascending and distinct. The big arrays lie in `buffers`' memory."""
+        """`used` numbers positions in `indexed.rows`, ascending and distinct. The big arrays lie in `buffers`'
+        memory.
+        """
         shard = indexed.shard
         rows = indexed.rows[used]
         # Reading single pairs costs a little more per byte than the whole array; reading what is not asked for, more.
@@ -135,8 +137,12 @@ class LoadedShard:
     def empty_batch(self, num_records: int) -> dict[str, np.ndarray]:
         """Arrays for a batch of records like these, to be filled."""
         like = {
-            "x_t": self.x_t[0, 0], "aim": self.aim[0, 0], "reference_error": np.zeros(2, np.float32),
-            "timestep": np.zeros((), np.int64), "label": np.zeros((), np.float32), "embedding": self._embedding[0],
+            "x_t": self.x_t[0, 0],
+            "aim": self.aim[0, 0],
+            "reference_error": np.zeros(2, np.float32),
+            "timestep": np.zeros((), np.int64),
+            "label": np.zeros((), np.float32),
+            "embedding": self._embedding[0],
         }
         if self._pooled is not None and self._time_ids is not None:
             like |= {"pooled": self._pooled[0], "time_ids": self._time_ids[0]}

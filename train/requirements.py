@@ -23,7 +23,8 @@ def check_installed(settings: TrainSettings) -> None:
     ):
         if asked and find_spec(package) is None:
             raise UsageError(
-                f"{option} needs the package {package}, which is not installed.", where=option,
+                f"{option} needs the package {package}, which is not installed.",
+                where=option,
                 fix=f"`pip install {package}`, or choose another",
             )
 
@@ -34,7 +35,10 @@ def check_lora(settings: TrainSettings) -> None:
     for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets != default, "--lora-targets")):
         if asked and not settings.lora_rank:
             raise UsageError(
-                f"{option} does nothing in full fine-tuning.", where=option, expected="--lora-rank, above 0", got="0",
+                f"{option} does nothing in full fine-tuning.",
+                where=option,
+                expected="--lora-rank, above 0",
+                got="0",
                 fix="pass --lora-rank as well, or leave it out",
             )
 
@@ -46,7 +50,8 @@ def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
     for asked, option in ((settings.ema, "--ema"), (settings.lora_rank, "--lora-rank")):
         if asked:
             raise UsageError(
-                f"{option} does not work under FSDP: no process has whole weights.", where=f"{option} {asked:g}",
+                f"{option} does not work under FSDP: no process has whole weights.",
+                where=f"{option} {asked:g}",
                 expected="0 under FSDP",
                 fix="leave it out, or launch with DDP: `accelerate launch --multi_gpu -m inpo train ...`",
             )

@@ -65,14 +65,19 @@ def run_train(
         check_fingerprints(cache, model)
     network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
     index = build_index(
-        opened, soft=objective.labels == "soft", held_out=settings.held_out, labels=settings.labels,
-        only=settings.only, excluded=settings.except_,
+        opened,
+        soft=objective.labels == "soft",
+        held_out=settings.held_out,
+        labels=settings.labels,
+        only=settings.only,
+        excluded=settings.except_,
     )
     refuse_hard_labels(index, objective)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
     accelerator = Accelerator(
-        mixed_precision=_PRECISION[network_dtype], gradient_accumulation_steps=settings.accumulate,
+        mixed_precision=_PRECISION[network_dtype],
+        gradient_accumulation_steps=settings.accumulate,
         # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
         cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
     )
@@ -83,7 +88,10 @@ def run_train(
     step = checkpoint.read_state(chosen, identity)["step"] if chosen else 0
     if step > settings.steps:
         raise UsageError(
-            "This run has made more steps already.", where="--steps", expected=f"at least {step}", got=settings.steps,
+            "This run has made more steps already.",
+            where="--steps",
+            expected=f"at least {step}",
+            got=settings.steps,
             fix="ask for as many steps or more, or start another run with another --output",
         )
     say(resolved.toml)
@@ -101,8 +109,13 @@ def run_train(
     denoiser = Denoiser(called, model.schedule, network_dtype=network_dtype)
 
     stream = RecordStream(
-        index, needs, batch_size=settings.batch_size, window_shards=settings.window_shards, seed=settings.seed,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
+        index,
+        needs,
+        batch_size=settings.batch_size,
+        window_shards=settings.window_shards,
+        seed=settings.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
         pin=accelerator.device.type == "cuda",
     )
     metrics = sample = None
@@ -113,18 +126,35 @@ def run_train(
         )
         if settings.sample_every:
             draw = partial(
-                sample_images, accelerator.unwrap_model(wrapped), model, settings.sample_prompts or cached_prompts(opened[0]),
-                steps=settings.sample_steps, guidance=settings.sample_guidance, seed=settings.seed,
-                resolution=opened[0].manifest.resolution, network_dtype=network_dtype,
+                sample_images,
+                accelerator.unwrap_model(wrapped),
+                model,
+                settings.sample_prompts or cached_prompts(opened[0]),
+                steps=settings.sample_steps,
+                guidance=settings.sample_guidance,
+                seed=settings.seed,
+                resolution=opened[0].manifest.resolution,
+                network_dtype=network_dtype,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(
-        settings=settings, output=resolved.output, objective=objective, accelerator=accelerator, unet=wrapped,
-        trained=trained, denoiser=denoiser, optimizer=optimizer, schedule=schedule, ema=ema, stream=stream,
+        settings=settings,
+        output=resolved.output,
+        objective=objective,
+        accelerator=accelerator,
+        unet=wrapped,
+        trained=trained,
+        denoiser=denoiser,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        stream=stream,
         held_out=held_out_batches(
             index, needs, batch_size=settings.batch_size, most_records=settings.held_out_records, seed=settings.seed
         ),
-        identity=identity, metrics=metrics, sample=sample,
+        identity=identity,
+        metrics=metrics,
+        sample=sample,
     )
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype)
     try:
@@ -155,8 +185,11 @@ def _resolve(
     opened = [open_cache(location) for location in settings.caches or (data.need("cache"),)]
     if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
-            "A cache is given twice: its pairs would count twice.", where="--cache", expected="each cache once",
-            got=", ".join(cache.location for cache in opened), fix="leave one out",
+            "A cache is given twice: its pairs would count twice.",
+            where="--cache",
+            expected="each cache once",
+            got=", ".join(cache.location for cache in opened),
+            fix="leave one out",
         )
     return Resolved(
         settings=settings,
@@ -178,9 +211,7 @@ def _moving_average(
     return ema
 
 
-def _start(
-    trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | None, say: Callable[[str], None]
-) -> None:
+def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | None, say: Callable[[str], None]) -> None:
     """Resume, or prove that the caches belong to the weights; then the line before the first update."""
     settings, unet = resolved.settings, trainer.unet
     if chosen is not None:
@@ -229,8 +260,12 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             trainer.ema.copy_to(trainer.trained)
         lora = bool(resolved.settings.lora_rank)
         card = model_card(
-            resolved.settings.init_from or resolved.model.name, resolved.model, resolved.caches,
-            configuration=resolved.toml, step=trainer.step, lora=lora,
+            resolved.settings.init_from or resolved.model.name,
+            resolved.model,
+            resolved.caches,
+            configuration=resolved.toml,
+            step=trainer.step,
+            lora=lora,
         )
         say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, lora=lora)}")
     accelerator.wait_for_everyone()
@@ -241,15 +276,33 @@ def run_identity(
 ) -> dict[str, Any]:
     """Settings that a checkpoint must share to be resumed: all that change the trajectory."""
     free = {
-        "output", "steps", "log_every", "save_every", "keep_last", "evaluate_every", "tracker", "sample_every",
-        "sample_prompts", "sample_steps", "sample_guidance", "held_out_records", "compile", "only", "except_",
-        "gradient_checkpointing", "reference_guard", "dtype", "caches",
+        "output",
+        "steps",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "evaluate_every",
+        "tracker",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance",
+        "held_out_records",
+        "compile",
+        "only",
+        "except_",
+        "gradient_checkpointing",
+        "reference_guard",
+        "dtype",
+        "caches",
     }
     values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps
     values |= {
-        "beta": settings.resolved_beta, "network_dtype": network_dtype, "world_size": world_size,
+        "beta": settings.resolved_beta,
+        "network_dtype": network_dtype,
+        "world_size": world_size,
         "index": index.fingerprint,
         "caches": [{name: cache.manifest.fingerprints[name] for name in ("unet", "scheduler")} for cache in caches],
     }

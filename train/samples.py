@@ -17,15 +17,24 @@ from train.metrics import MetricsWriter
 
 
 def cached_prompts(cache: Cache) -> tuple[str, ...]:
-    """The first four prompts of a cache, without the empty one that every shard begins with; that one if all are empty."""
+    """The first four prompts of a cache, without the empty one that every shard begins with; that one if all are
+    empty.
+    """
     texts = next(iter(cache)).read("prompt/text")[1:5]
     return tuple(str(text) for text in texts) or ("",)
 
 
 @torch.no_grad()
 def sample_images(
-    unet: UNet2DConditionModel, model: Model, prompts: Sequence[str], *, steps: int, guidance: float, seed: int,
-    resolution: int, network_dtype: str,
+    unet: UNet2DConditionModel,
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    resolution: int,
+    network_dtype: str,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
     own seed. VAE and text encoders are loaded for this and freed again."""
@@ -43,8 +52,13 @@ def sample_images(
         for number, prompt in enumerate(prompts):
             images += list(
                 pipeline(
-                    prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-                    height=resolution, width=resolution, generator=torch.Generator().manual_seed(seed + number),
+                    prompt,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    output_type="np",
+                    height=resolution,
+                    width=resolution,
+                    generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )
     unet.train(was_training)

@@ -62,8 +62,12 @@ class RecordStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "version": STATE_VERSION, "consumed": self.consumed, "world_size": self.world_size,
-            "batch_size": self.batch_size, "window_shards": self.order.window_shards, "seed": self.order.seed,
+            "version": STATE_VERSION,
+            "consumed": self.consumed,
+            "world_size": self.world_size,
+            "batch_size": self.batch_size,
+            "window_shards": self.order.window_shards,
+            "seed": self.order.seed,
             "index": self.index.fingerprint,
         }
 
@@ -81,7 +85,9 @@ class RecordStream:
             if name != "consumed" and state.get(name) != value:
                 raise TrainingError(
                     f"The checkpoint's record stream has another {name}.",
-                    where="--resume", expected=state.get(name), got=value,
+                    where="--resume",
+                    expected=state.get(name),
+                    got=value,
                     fix=advice.get(name, f"resume with the same {name}, or start a new run in another --output"),
                 )
         self.consumed = int(state["consumed"])
@@ -203,9 +209,7 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     """A fixed sample of the held-out records, in batches of `batch_size`, on the CPU; [] if there are none."""
     if not index.held_out:
         return []
-    records = [
-        (number, record) for number, shard in enumerate(index.held_out) for record in range(shard.num_records)
-    ]
+    records = [(number, record) for number, shard in enumerate(index.held_out) for record in range(shard.num_records)]
     chosen = np.random.default_rng(seed).permutation(len(records))[:most_records]
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):

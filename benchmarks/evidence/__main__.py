@@ -1,4 +1,6 @@
-"""`python -m benchmarks.evidence [--long]`: make what is missing, then write docs/evidence[-long].json, plots and tables."""
+"""`python -m benchmarks.evidence [--long]`: make what is missing, then write docs/evidence[-long].json, plots and
+tables.
+"""
 
 import os
 
@@ -61,27 +63,51 @@ def _cell(run: Run) -> dict[str, Any]:
     oracle = scores["toyworld-oracle"]
     low, high = oracle["mean_difference_interval"]
     return {
-        "learning_rate": run.learning_rate, "beta": run.beta, "improvement": oracle["mean_difference"],
+        "learning_rate": run.learning_rate,
+        "beta": run.beta,
+        "improvement": oracle["mean_difference"],
         "sureness": oracle["mean_difference"] / ((high - low) / (2 * 1.96)),
         **{name: scores[name]["win_rate"] for name in c.SCORERS},
     }
 
 
 def _world(at_once: int) -> None:
-    run_jobs("pairs", [Job(name="pairs", folder=c.length.root, steps=[
-        ["toyworld", "pairs", "--out", str(c.length.pairs), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
-        *(
-            ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(split))]
-            + ([] if limit is None else ["--limit", str(limit)])
-            for split, limit in c.length.captions.items()
-        ),
-    ])], at_once=1)
-    relabel = ["relabel", str(c.CLEAN.folder), "--pairs", c.length.source, "--scorer", "toyworld-oracle", "--set", c.LABELS]
+    run_jobs(
+        "pairs",
+        [
+            Job(
+                name="pairs",
+                folder=c.length.root,
+                steps=[
+                    ["toyworld", "pairs", "--out", str(c.length.pairs), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
+                    *(
+                        ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(split))]
+                        + ([] if limit is None else ["--limit", str(limit)])
+                        for split, limit in c.length.captions.items()
+                    ),
+                ],
+            )
+        ],
+        at_once=1,
+    )
+    relabel = [
+        "relabel",
+        str(c.CLEAN.folder),
+        "--pairs",
+        c.length.source,
+        "--scorer",
+        "toyworld-oracle",
+        "--set",
+        c.LABELS,
+    ]
     caches = [_cache_job(cache) for cache in (c.NOISE, *c.NOISED.values(), *c.OTHER_CACHES.values())]
     caches.append(_cache_job(c.CLEAN, [relabel]))
     images = [
-        Job(name="images", folder=c.base_images(name).with_name(f"{name}-log"),
-            steps=c.picture_commands(c.BASE, c.base_images(name), name))
+        Job(
+            name="images",
+            folder=c.base_images(name).with_name(f"{name}-log"),
+            steps=c.picture_commands(c.BASE, c.base_images(name), name),
+        )
         for name in c.length.captions
     ]
     run_jobs("caches and the base's images", [*caches, *images], at_once=at_once)
@@ -95,22 +121,35 @@ def _cache_job(cache: c.CacheChoice, more: Sequence[list[str]] = ()) -> Job:
 def _grid_runs(method: c.Method) -> list[Run]:
     return [
         Run(
-            label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta,
-            seed=c.GRID_SEED, extra=method.extra,
+            label=method.name,
+            objective=method.objective,
+            cache=method.cache,
+            learning_rate=rate,
+            beta=beta,
+            seed=c.GRID_SEED,
+            extra=method.extra,
         )
         for rate, beta in itertools.product(c.length.learning_rates, method.betas)
     ]
 
 
 def _job(run: Run, prompts: str) -> Job:
-    """Train, if that is not done yet, and compare with the base on `prompts`. A longer run goes on from the usual one."""
+    """Train, if that is not done yet, and compare with the base on `prompts`. A longer run goes on from the usual
+    one.
+    """
     shorter = replace(run, longer=None)
     begin = [lambda: shutil.copytree(shorter.folder / "train", run.folder / "train", dirs_exist_ok=True)]
     listed = [run.cache.write_only] if run.cache.first else []
-    return Job(name=prompts, folder=run.folder, steps=[
-        *(begin if run.longer else []), *listed, run.train_command(),
-        *c.picture_commands(run.pipeline, run.images(prompts), prompts),
-    ])
+    return Job(
+        name=prompts,
+        folder=run.folder,
+        steps=[
+            *(begin if run.longer else []),
+            *listed,
+            run.train_command(),
+            *c.picture_commands(run.pipeline, run.images(prompts), prompts),
+        ],
+    )
 
 
 def _grid(at_once: int) -> None:
@@ -127,8 +166,14 @@ def final_runs(method: c.Method, *, longer: int | None = None) -> list[Run]:
 def _test_runs(method: c.Method, rate: float, beta: float | None, *, longer: int | None = None) -> list[Run]:
     return [
         Run(
-            label=method.name, objective=method.objective, cache=method.cache, learning_rate=rate, beta=beta, seed=seed,
-            longer=longer, extra=method.extra,
+            label=method.name,
+            objective=method.objective,
+            cache=method.cache,
+            learning_rate=rate,
+            beta=beta,
+            seed=seed,
+            longer=longer,
+            extra=method.extra,
         )
         for seed in c.TEST_SEEDS
     ]
@@ -158,9 +203,7 @@ def variation_runs() -> dict[str, list[Run]]:
     others = {**c.OTHER_CACHES, c.SFT_REFERENCE: _sft_reference(), c.ONLINE: c.OTHER_CACHES["faithful grid"]}
     return {name: _test_runs(method, rate, beta) for name, method in starts.items()} | {
         name: [
-            Run(
-                label=f"variation {name}", objective="inpo", cache=cache, learning_rate=rate, beta=beta, seed=seed
-            )
+            Run(label=f"variation {name}", objective="inpo", cache=cache, learning_rate=rate, beta=beta, seed=seed)
             for seed in c.FEWER_SEEDS
         ]
         for name, cache in others.items()
@@ -168,22 +211,46 @@ def variation_runs() -> dict[str, list[Run]]:
 
 
 def _online_job(run: Run) -> Job:
-    return Job(name="test", folder=run.folder, steps=[
-        lambda: train_online(
-            run.pipeline, source=c.length.source, learning_rate=run.learning_rate, beta=run.beta or 0.0, steps=run.steps,
-            batch=c.length.batch, seed=run.seed,
-        ),
-        *c.picture_commands(run.pipeline, run.images("test"), "test"),
-    ])
+    return Job(
+        name="test",
+        folder=run.folder,
+        steps=[
+            lambda: train_online(
+                run.pipeline,
+                source=c.length.source,
+                learning_rate=run.learning_rate,
+                beta=run.beta or 0.0,
+                steps=run.steps,
+                batch=c.length.batch,
+                seed=run.seed,
+            ),
+            *c.picture_commands(run.pipeline, run.images("test"), "test"),
+        ],
+    )
 
 
 def _variations(at_once: int) -> None:
     groups = variation_runs()
     jobs = [_online_job(run) for run in groups[c.ONLINE]]
     jobs += [_job(run, "test") for name, runs in groups.items() if name != c.ONLINE for run in runs]
-    jobs.append(Job(name="drift", folder=c.length.root, steps=[
-        ["inspect", "drift", str(c.CLEAN.folder), "--model", str(final_runs(c.INPO)[0].pipeline), "--sample", "64", "--json"],
-    ]))
+    jobs.append(
+        Job(
+            name="drift",
+            folder=c.length.root,
+            steps=[
+                [
+                    "inspect",
+                    "drift",
+                    str(c.CLEAN.folder),
+                    "--model",
+                    str(final_runs(c.INPO)[0].pipeline),
+                    "--sample",
+                    "64",
+                    "--json",
+                ]
+            ],
+        )
+    )
     run_jobs("variations", jobs, at_once=at_once)
 
 
@@ -212,7 +279,8 @@ def _same_calls(at_once: int) -> None:
 def _finished(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
     """The groups of which every run has been compared with the base."""
     return {
-        name: runs for name, runs in groups.items()
+        name: runs
+        for name, runs in groups.items()
         if all(Job(name="test", folder=run.folder, steps=()).mark.exists() for run in runs)
     }
 
@@ -245,7 +313,8 @@ def _drift() -> dict[str, Any] | None:
 def _hours() -> dict[str, float]:
     """Hours that the jobs took, each one thread but the making of pairs, by kind of job."""
     kinds = {
-        "pairs": [c.length.root / "pairs.done"], "caches": sorted((c.length.root / "caches").glob("*/*.done")),
+        "pairs": [c.length.root / "pairs.done"],
+        "caches": sorted((c.length.root / "caches").glob("*/*.done")),
         "grid": sorted((c.length.root / "runs").glob("*/validation.done")),
         "other runs": [*(c.length.root / "base").glob("*/*.done"), *(c.length.root / "runs").glob("*/test.done")],
         "comparisons": [c.length.root / "drift.done", *(c.length.root / "runs").glob("*/test-against-*.done")],
@@ -258,7 +327,8 @@ def _results() -> None:
     best = chosen()
     main_rows = {
         method.name: {
-            "learning_rate": best[method.name]["learning_rate"], "beta": best[method.name]["beta"],
+            "learning_rate": best[method.name]["learning_rate"],
+            "beta": best[method.name]["beta"],
             "base": r.against_base(final_runs(method), "test"),
             "dpo": None if method is c.DPO else r.head_to_head(final_runs(method), AGAINST_DPO),
         }
@@ -269,18 +339,31 @@ def _results() -> None:
         for name, runs in _finished(same_calls_runs()).items()
     }
     finished = _finished(variation_runs())
-    variations = {} if c.ONLY_NOISE not in finished else {
-        name: {
-            "base": r.against_base(runs, "test"),
-            "noise": None if name == c.ONLY_NOISE else r.head_to_head(runs, AGAINST_NOISE),
+    variations = (
+        {}
+        if c.ONLY_NOISE not in finished
+        else {
+            name: {
+                "base": r.against_base(runs, "test"),
+                "noise": None if name == c.ONLY_NOISE else r.head_to_head(runs, AGAINST_NOISE),
+            }
+            for name, runs in finished.items()
         }
-        for name, runs in finished.items()
-    }
+    )
     accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
     values = {
-        "steps": c.length.steps, "batch": c.length.batch, "pairs": c.NUM_PAIRS, "test_seeds": c.TEST_SEEDS,
-        "fewer_seeds": c.FEWER_SEEDS, "hours": _hours(), "chosen": best, "main": main_rows, "same_calls": same_calls,
-        "variations": variations, "accuracy": accuracy, "drift": _drift(),
+        "steps": c.length.steps,
+        "batch": c.length.batch,
+        "pairs": c.NUM_PAIRS,
+        "test_seeds": c.TEST_SEEDS,
+        "fewer_seeds": c.FEWER_SEEDS,
+        "hours": _hours(),
+        "chosen": best,
+        "main": main_rows,
+        "same_calls": same_calls,
+        "variations": variations,
+        "accuracy": accuracy,
+        "drift": _drift(),
     }
     name = c.length.root.name
     Path(f"docs/{name}.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -288,8 +371,11 @@ def _results() -> None:
     if variations:
         r.draw_wins(variations, Path(f"docs/images/{name}-variations.png"), title="Variations of InPO, test captions")
     for title, text in {
-        "Main table": r.main_table(main_rows), "Same network calls": r.main_table(same_calls),
-        "Variations": r.variation_table(variations), "Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best),
+        "Main table": r.main_table(main_rows),
+        "Same network calls": r.main_table(same_calls),
+        "Variations": r.variation_table(variations),
+        "Accuracy": r.accuracy_table(accuracy),
+        "Grid": r.grid_table(best),
     }.items():
         print(f"\n{title}\n\n{text}")
     print(f"\nhours: {values['hours']}")

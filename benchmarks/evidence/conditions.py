@@ -32,12 +32,22 @@ class Length:
 
 
 HOUR = Length(
-    root=Path("runs/evidence"), steps=64, batch=16, learning_rates=(1.5e-5, 3e-5, 6e-5), beta_shares=(0.1, 0.25),
-    captions={"validation": 200, "test": 400}, inference_steps=10,
+    root=Path("runs/evidence"),
+    steps=64,
+    batch=16,
+    learning_rates=(1.5e-5, 3e-5, 6e-5),
+    beta_shares=(0.1, 0.25),
+    captions={"validation": 200, "test": 400},
+    inference_steps=10,
 )
 LONG = Length(
-    root=Path("runs/evidence-long"), steps=100, batch=32, learning_rates=(5e-6, 1e-5, 2e-5, 4e-5), beta_shares=(0.25, 1.0),
-    captions={"validation": 200, "test": None}, inference_steps=20,
+    root=Path("runs/evidence-long"),
+    steps=100,
+    batch=32,
+    learning_rates=(5e-6, 1e-5, 2e-5, 4e-5),
+    beta_shares=(0.25, 1.0),
+    captions={"validation": 200, "test": None},
+    inference_steps=20,
 )
 length = HOUR
 """The one in use."""
@@ -80,8 +90,16 @@ class CacheChoice:
 
     def command(self) -> list[str]:
         shared = [
-            "--steps", "10", "--timesteps-per-pair", "4", "--resolution", "32", "--batch-size", "32",
-            "--decode-workers", "0",
+            "--steps",
+            "10",
+            "--timesteps-per-pair",
+            "4",
+            "--resolution",
+            "32",
+            "--batch-size",
+            "32",
+            "--decode-workers",
+            "0",
         ]
         for name in shared[::2]:
             if name in self.options:
@@ -89,8 +107,16 @@ class CacheChoice:
                 del shared[place : place + 2]
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
         return [
-            "precompute", "--pairs", length.source, "--model", self.model, "--cache", str(self.folder), *shared,
-            *self.options, *limit,
+            "precompute",
+            "--pairs",
+            length.source,
+            "--model",
+            self.model,
+            "--cache",
+            str(self.folder),
+            *shared,
+            *self.options,
+            *limit,
         ]
 
 
@@ -192,11 +218,36 @@ class Run:
         beta = [] if self.beta is None else ["--beta", f"{self.beta:g}"]
         only = [] if self.cache.first is None else ["--only", str(self.cache.only)]
         return [
-            "train", "--cache", str(self.cache.folder), "--model", self.cache.model, "--output",
-            str(self.folder / "train"), "--objective", self.objective, "--learning-rate", f"{self.learning_rate:g}",
-            *beta, "--steps", str(self.steps), "--batch-size", str(length.batch), "--seed", str(self.seed), "--held-out",
-            "0.05", "--evaluate-every", str(length.steps), "--save-every", str(length.steps), "--keep-last", "1",
-            "--tracker", "none", *only, *self.extra,
+            "train",
+            "--cache",
+            str(self.cache.folder),
+            "--model",
+            self.cache.model,
+            "--output",
+            str(self.folder / "train"),
+            "--objective",
+            self.objective,
+            "--learning-rate",
+            f"{self.learning_rate:g}",
+            *beta,
+            "--steps",
+            str(self.steps),
+            "--batch-size",
+            str(length.batch),
+            "--seed",
+            str(self.seed),
+            "--held-out",
+            "0.05",
+            "--evaluate-every",
+            str(length.steps),
+            "--save-every",
+            str(length.steps),
+            "--keep-last",
+            "1",
+            "--tracker",
+            "none",
+            *only,
+            *self.extra,
         ]
 
     def images(self, prompts: str) -> Path:
@@ -216,8 +267,22 @@ def picture_commands(model: str | Path, folder: Path, prompts: str) -> list[list
     """Images of a model and both scorers' scores, and the comparison with the base if this is not the base."""
     commands = [
         [
-            "evaluate", "generate", "--model", str(model), "--prompts", str(prompts_file(prompts)), "--out", str(folder),
-            "--inference-steps", str(length.inference_steps), "--guidance", "2.5", "--seed", "1000", "--batch-size", "32",
+            "evaluate",
+            "generate",
+            "--model",
+            str(model),
+            "--prompts",
+            str(prompts_file(prompts)),
+            "--out",
+            str(folder),
+            "--inference-steps",
+            str(length.inference_steps),
+            "--guidance",
+            "2.5",
+            "--seed",
+            "1000",
+            "--batch-size",
+            "32",
         ]
     ]
     scorers = [part for name in SCORERS for part in ("--scorer", name)]

@@ -20,7 +20,8 @@ from common.errors import InpoError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Steps in order: a command of `inpo`, or a function. Done when its folder has its mark, which holds its seconds."""
+    """Steps in order: a command of `inpo`, or a function. Done when its folder has its mark, which holds its
+    seconds."""
 
     name: str
     folder: Path

@@ -25,7 +25,8 @@ def train_online(
         reference=Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule, network_dtype="float32"),
         images=ImageEncoder(model.load_vae(), vae_dtype="float32", sample=False, seed=0, device=device),
         text=TextEncoder(model.load_text_pipeline(), device=device),
-        optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2), beta=beta,
+        optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2),
+        beta=beta,
     )
     pairs = _training_pairs(source)
     torch.manual_seed(seed)

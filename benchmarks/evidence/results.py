@@ -52,7 +52,9 @@ def head_to_head(runs: Sequence[Run], folder: str) -> dict[str, Any]:
 
 
 def accuracies(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Implicit accuracy by timestep bin, in training (the last half) and on held-out pairs at the end; means of seeds."""
+    """Implicit accuracy by timestep bin, in training (the last half) and on held-out pairs at the end; means of
+    seeds.
+    """
     training, held_out = np.zeros((len(runs), BINS)), np.zeros((len(runs), BINS))
     for row, run in enumerate(runs):
         lines = [json.loads(line) for line in (run.folder / "train" / "metrics.jsonl").read_text().splitlines()]
@@ -82,11 +84,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Methods against the base and against Diffusion-DPO, on test captions."""
     return table(
-        ["method", "lr", "beta", "wins over base: oracle", "held-out", "wins over DPO: oracle", "held-out",
-         "mean oracle", "mean held-out"],
+        [
+            "method",
+            "lr",
+            "beta",
+            "wins over base: oracle",
+            "held-out",
+            "wins over DPO: oracle",
+            "held-out",
+            "mean oracle",
+            "mean held-out",
+        ],
         [
             [
-                name, f"{row['learning_rate']:g}", "-" if row["beta"] is None else f"{row['beta']:g}",
+                name,
+                f"{row['learning_rate']:g}",
+                "-" if row["beta"] is None else f"{row['beta']:g}",
                 *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
                 *(interval(row["dpo"][scorer]) if row["dpo"] else "-" for scorer in SCORERS),
                 *(interval(row["base"][scorer]["mean_score"]) for scorer in SCORERS),
@@ -99,11 +112,20 @@ def main_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def variation_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """InPO's variations against the base and against noise at every point, all with one setting, on test captions."""
     return table(
-        ["variation", "seeds", "wins over base: oracle", "held-out", "wins over only noise: oracle", "held-out",
-         "mean oracle", "mean held-out"],
+        [
+            "variation",
+            "seeds",
+            "wins over base: oracle",
+            "held-out",
+            "wins over only noise: oracle",
+            "held-out",
+            "mean oracle",
+            "mean held-out",
+        ],
         [
             [
-                name, str(len(row["base"][SCORERS[0]]["win_rate"]["seeds"])),
+                name,
+                str(len(row["base"][SCORERS[0]]["win_rate"]["seeds"])),
                 *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
                 *(interval(row["noise"][scorer]) if row["noise"] else "-" for scorer in SCORERS),
                 *(interval(row["base"][scorer]["mean_score"]) for scorer in SCORERS),
@@ -119,7 +141,8 @@ def accuracy_table(rows: Mapping[str, Mapping[str, list[float]]]) -> str:
         ["method", "pairs", *(f"t {200 * part} to {200 * part + 199}" for part in range(BINS))],
         [
             [name, kind, *(f"{value:.2f}" for value in row[key])]
-            for name, row in rows.items() for key, kind in (("training", "in training"), ("held_out", "held out"))
+            for name, row in rows.items()
+            for key, kind in (("training", "in training"), ("held_out", "held out"))
         ],
     )
 
@@ -132,10 +155,25 @@ def grid_table(choices: Mapping[str, Mapping[str, Any]]) -> str:
             best = (cell["learning_rate"], cell["beta"]) == (choice["learning_rate"], choice["beta"])
             numbers = [f"{cell[scorer]:.3f}" for scorer in SCORERS]
             beta = "-" if cell["beta"] is None else f"{cell['beta']:g}"
-            row = [name, f"{cell['learning_rate']:g}", beta, f"{cell['improvement']:+.3f}", f"{cell['sureness']:.1f}", *numbers]
+            row = [
+                name,
+                f"{cell['learning_rate']:g}",
+                beta,
+                f"{cell['improvement']:+.3f}",
+                f"{cell['sureness']:.1f}",
+                *numbers,
+            ]
             rows.append([f"**{each}**" if best else each for each in row])
     return table(
-        ["method", "lr", "beta", "mean improvement, oracle", "over its standard error", "wins over base: oracle", "held-out"],
+        [
+            "method",
+            "lr",
+            "beta",
+            "mean improvement, oracle",
+            "over its standard error",
+            "wins over base: oracle",
+            "held-out",
+        ],
         rows,
     )
 
@@ -152,8 +190,15 @@ def draw_wins(rows: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) 
     for scorer, shift, colour in zip(SCORERS, (0.13, -0.13), ("#2a5db0", "#d9822b"), strict=True):
         values = [row["base"][scorer]["win_rate"] for row in rows.values()]
         axes.errorbar(
-            [value["mean"] for value in values], places + shift, xerr=[value["half"] or 0.0 for value in values], fmt="o",
-            color=colour, capsize=3, markersize=5, linewidth=1.5, label=scorer.removeprefix("toyworld-"),
+            [value["mean"] for value in values],
+            places + shift,
+            xerr=[value["half"] or 0.0 for value in values],
+            fmt="o",
+            color=colour,
+            capsize=3,
+            markersize=5,
+            linewidth=1.5,
+            label=scorer.removeprefix("toyworld-"),
         )
     axes.axvline(0.5, color="0.6", linewidth=1)
     axes.set_yticks(places, list(rows))

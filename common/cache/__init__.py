@@ -5,6 +5,15 @@ from common.cache.schema import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity
 from common.cache.writer import CacheWriter, ShardData
 
 __all__ = [
-    "ARRAYS", "SCHEMA_VERSION", "Cache", "CacheWriter", "Commit", "InverterIdentity", "Manifest", "Shard", "ShardData",
-    "ShardSource", "open_cache",
+    "ARRAYS",
+    "SCHEMA_VERSION",
+    "Cache",
+    "CacheWriter",
+    "Commit",
+    "InverterIdentity",
+    "Manifest",
+    "Shard",
+    "ShardData",
+    "ShardSource",
+    "open_cache",
 ]

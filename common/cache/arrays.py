@@ -41,9 +41,7 @@ class CommittedStore(WrapperStore[Store]):
     def _with_store(self, store: Store) -> "CommittedStore":
         return type(self)(store, self._files, remote=self._remote)
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         if self._remote:
             check_process(key)
         found = await self._store.get(key, prototype, byte_range)

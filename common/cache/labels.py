@@ -58,17 +58,17 @@ class LabelSet(_Document):
         return labels
 
 
-_REMAKE = (
-    "the file was edited or damaged; restore it from a copy, or remove it: the same `inpo relabel` makes it again"
-)
+_REMAKE = "the file was edited or damaged; restore it from a copy, or remove it: the same `inpo relabel` makes it again"
 
 
 def check_set_name(name: str) -> str:
     """The name itself, or UsageError: it becomes a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(
-            "Bad name of a label set.", where="relabel --set, train --labels",
-            expected="letters, digits, dot, dash, underscore, the first a letter or digit", got=repr(name),
+            "Bad name of a label set.",
+            where="relabel --set, train --labels",
+            expected="letters, digits, dot, dash, underscore, the first a letter or digit",
+            got=repr(name),
             fix="choose another name; it becomes a folder",
         )
     return name

@@ -270,9 +270,7 @@ class Cache:
         )
 
 
-def open_cache(
-    location: str, *, allow_empty: bool = False, damaged: dict[str, CacheError] | None = None
-) -> Cache:
+def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, CacheError] | None = None) -> Cache:
     """Open a cache for reading.
 
     Raises CacheMissing if there is no manifest, or (unless `allow_empty`) no committed pair yet, CacheSchemaError if

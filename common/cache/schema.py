@@ -47,7 +47,6 @@ class ArraySpec:
     def numpy_dtype(self) -> np.dtype[Any]:
         return np.dtype("O") if self.is_text else np.dtype(self.dtype)
 
-
     def problem(self, shape: tuple[int, ...], dtype: object, lengths: Mapping[str, int]) -> str | None:
         """What is wrong with an array of this shape and dtype, or None. `lengths` gives known axes their length."""
         found = f"{dtype} {list(shape)}"
@@ -65,80 +64,161 @@ _BOTH: tuple[Profile, ...] = ("full", "lean")
 
 ARRAYS: tuple[ArraySpec, ...] = (
     ArraySpec(
-        path="x0", dtype="float16", axes=("pair", "side", *_LATENT), chunking="pair", profiles=_BOTH,
+        path="x0",
+        dtype="float16",
+        axes=("pair", "side", *_LATENT),
+        chunking="pair",
+        profiles=_BOTH,
         meaning="clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
     ),
     ArraySpec(
-        path="x_t", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        path="x_t",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=("full",),
         meaning="latent at level t: float16 rounding of a_t * x0 + s_t * target, computed in float64",
     ),
     ArraySpec(
-        path="delta", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        path="delta",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=("full",),
         meaning="noise prediction of the inverting model at the stored x_t",
     ),
     ArraySpec(
-        path="x0_t", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=("full",),
+        path="x0_t",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=("full",),
         meaning="x0(t) = (x_t - s_t * delta) / a_t, from the unrounded prediction (Eq. 8)",
     ),
     ArraySpec(
-        path="target", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
+        path="target",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=_BOTH,
         meaning="tau: what the loss aims at (Eq. 18), rounded to float16 before x_t is formed from it",
     ),
     ArraySpec(
-        path="reference_error", dtype="float32", axes=_RECORD, chunking="whole", profiles=_BOTH,
+        path="reference_error",
+        dtype="float32",
+        axes=_RECORD,
+        chunking="whole",
+        profiles=_BOTH,
         meaning="E_ref: mean over channel, height, width of (target - eps_ref(x_t, t, caption))^2",
     ),
     ArraySpec(
-        path="inversion_error", dtype="float32", axes=("pair", "side"), chunking="whole", profiles=_BOTH,
+        path="inversion_error",
+        dtype="float32",
+        axes=("pair", "side"),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="relative RMS between x0 and where deterministic DDIM lands from the last x_t; NaN: not measured",
     ),
     ArraySpec(
-        path="timestep", dtype="int16", axes=("pair", "step"), chunking="whole", profiles=_BOTH,
+        path="timestep",
+        dtype="int16",
+        axes=("pair", "step"),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="kept timesteps, ascending, 0..T-1",
     ),
     ArraySpec(
-        path="pair_id", dtype="string", axes=("pair",), chunking="whole", profiles=_BOTH,
+        path="pair_id",
+        dtype="string",
+        axes=("pair",),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="the pair's identity in its source",
     ),
     ArraySpec(
-        path="prompt_index", dtype="int32", axes=("pair",), chunking="whole", profiles=_BOTH,
+        path="prompt_index",
+        dtype="int32",
+        axes=("pair",),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="row of prompt/text and prompt/embedding with the original caption, also where it was dropped",
     ),
     ArraySpec(
-        path="caption_dropped", dtype="bool", axes=("pair",), chunking="whole", profiles=_BOTH,
+        path="caption_dropped",
+        dtype="bool",
+        axes=("pair",),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="true: inverted, and to be trained, under the empty prompt (row 0)",
     ),
     ArraySpec(
-        path="label", dtype="float32", axes=("pair",), chunking="whole", profiles=_BOTH,
+        path="label",
+        dtype="float32",
+        axes=("pair",),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="P(win preferred) from the source, 1.0 when hard",
     ),
     ArraySpec(
-        path="prompt/text", dtype="string", axes=("prompt",), chunking="whole", profiles=_BOTH,
+        path="prompt/text",
+        dtype="string",
+        axes=("prompt",),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="distinct prompts of the shard; row 0 is the empty prompt",
     ),
     ArraySpec(
-        path="prompt/embedding", dtype="float16", axes=("prompt", "token", "width"), chunking="whole", profiles=_BOTH,
+        path="prompt/embedding",
+        dtype="float16",
+        axes=("prompt", "token", "width"),
+        chunking="whole",
+        profiles=_BOTH,
         meaning="text encoder states, one row per distinct prompt",
     ),
     ArraySpec(
-        path="prompt/pooled", dtype="float16", axes=("prompt", "width"), chunking="whole", profiles=_BOTH,
-        option="sdxl", meaning="pooled text embedding (SDXL)",
+        path="prompt/pooled",
+        dtype="float16",
+        axes=("prompt", "width"),
+        chunking="whole",
+        profiles=_BOTH,
+        option="sdxl",
+        meaning="pooled text embedding (SDXL)",
     ),
     ArraySpec(
-        path="time_ids", dtype="float32", axes=("pair", "side", "time_id"), chunking="whole", profiles=_BOTH,
-        option="sdxl", meaning="original height, width, crop top, left, target height, width (SDXL)",
+        path="time_ids",
+        dtype="float32",
+        axes=("pair", "side", "time_id"),
+        chunking="whole",
+        profiles=_BOTH,
+        option="sdxl",
+        meaning="original height, width, crop top, left, target height, width (SDXL)",
     ),
     ArraySpec(
-        path="delta_prev", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
-        option="delta_prev", meaning="delta of the previous point of the inversion path",
+        path="delta_prev",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=_BOTH,
+        option="delta_prev",
+        meaning="delta of the previous point of the inversion path",
     ),
     ArraySpec(
-        path="eps_ref", dtype="float16", axes=(*_RECORD, *_LATENT), chunking="pair_step", profiles=_BOTH,
-        option="eps_ref", meaning="reference noise prediction at x_t under the training caption, where it is not delta",
+        path="eps_ref",
+        dtype="float16",
+        axes=(*_RECORD, *_LATENT),
+        chunking="pair_step",
+        profiles=_BOTH,
+        option="eps_ref",
+        meaning="reference noise prediction at x_t under the training caption, where it is not delta",
     ),
     ArraySpec(
-        path="residual", dtype="float32", axes=_RECORD, chunking="whole", profiles=_BOTH,
-        option="fixed_point", meaning="relative RMS change of the last fixed-point iteration",
+        path="residual",
+        dtype="float32",
+        axes=_RECORD,
+        chunking="whole",
+        profiles=_BOTH,
+        option="fixed_point",
+        meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
 SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
@@ -275,7 +355,12 @@ class Manifest(_Document):
         """Lengths of the axes of a shard with so many pairs; token, width and prompt are free."""
         channel, height, width = self.latent_shape
         return {
-            "pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width,
+            "pair": num_pairs,
+            "step": self.timesteps_per_pair,
+            "side": 2,
+            "C": channel,
+            "H": height,
+            "W": width,
             "time_id": 6,
         }
 
@@ -338,7 +423,9 @@ class Commit(_Document):
         document = load(data, where)
         commit = cls._parse(document, where)
         check_seal(
-            document, where, what="A commit",
+            document,
+            where,
+            what="A commit",
             fix="the file was edited or damaged; restore it from a copy, or remove it: the next `inpo precompute` "
             "makes this shard again",
         )

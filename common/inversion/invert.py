@@ -73,8 +73,14 @@ def invert(
             identity, denoiser.schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair
         )
         return trajectory(
-            clean[pair], path, identity=identity, denoiser=denoiser, seed=seed, pair_id=pair_id,
-            measure=uniform(seed, pair_id, "measure") < measure_inversion, extra=extra,
+            clean[pair],
+            path,
+            identity=identity,
+            denoiser=denoiser,
+            seed=seed,
+            pair_id=pair_id,
+            measure=uniform(seed, pair_id, "measure") < measure_inversion,
+            extra=extra,
         )
 
     results = run_trajectories(

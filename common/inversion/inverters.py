@@ -97,9 +97,9 @@ def ab2(history: list[State], timestep: int, stepper: Stepper) -> Calls:
         return math.hypot(sigma, floor)
 
     sigma = s / a
-    weight = (
-        sigma * (stretched(sigma) - stretched(last.sigma)) - (radius(sigma) - radius(last.sigma))
-    ) / (stretched(last.sigma) - stretched(before.sigma))
+    weight = (sigma * (stretched(sigma) - stretched(last.sigma)) - (radius(sigma) - radius(last.sigma))) / (
+        stretched(last.sigma) - stretched(before.sigma)
+    )
     drift = last.clean + sigma * last.delta
     return a * (drift + weight * (last.delta - before.delta))
 

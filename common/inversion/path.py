@@ -138,9 +138,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             fix="give the first timestep and the one after the last; leave the option out for all",
         )
     # The count of grid points in the range changes with u only where a point crosses an end of the range.
-    offsets = [0.0] + [
-        shifted for end in (low, high) for shifted in _around((end * n / num_train_timesteps) % 1.0)
-    ]
+    offsets = [0.0] + [shifted for end in (low, high) for shifted in _around((end * n / num_train_timesteps) % 1.0)]
     fewest = min(
         int(((grid := exact_grid(u, n, num_train_timesteps)) >= low).sum() - (grid >= high).sum()) for u in offsets
     )
@@ -153,7 +151,9 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             fix="widen the range, raise --steps, or lower --timesteps-per-pair",
         )
     if identity.faithful and (
-        identity.name != "ddim" or identity.refine_start or identity.noised_start
+        identity.name != "ddim"
+        or identity.refine_start
+        or identity.noised_start
         or identity.timestep_range != (0, num_train_timesteps)
     ):
         raise UsageError(

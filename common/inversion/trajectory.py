@@ -155,9 +155,7 @@ def trajectory(
     return records
 
 
-def _round_trip(
-    clean: Tensor, last: State, path: Path, schedule: NoiseSchedule, visit: Visit
-) -> Calls:
+def _round_trip(clean: Tensor, last: State, path: Path, schedule: NoiseSchedule, visit: Visit) -> Calls:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):

@@ -1,21 +1,13 @@
 """Where preference pairs come from: webdataset tars, Pick-a-Pic v2 parquet, or a folder with a list of pairs.
 
-    source = open_source("pairs-{0000..0003}.tar")
-    for shard in source.input_shards():
-        for item in shard.rows(0, shard.num_rows):   # Pair or Skipped
-            ...
+source = open_source("pairs-{0000..0003}.tar")
+for shard in source.input_shards():
+    for item in shard.rows(0, shard.num_rows):   # Pair or Skipped
+        ...
 """
 
 from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
-from common.pairs.pair import (
-    SKIP_REASONS,
-    InputShard,
-    Pair,
-    PairSource,
-    Skipped,
-    SkipReason,
-    mark_duplicates,
-)
+from common.pairs.pair import SKIP_REASONS, InputShard, Pair, PairSource, Skipped, SkipReason, mark_duplicates
 from common.pairs.recognise import open_source
 
 __all__ = [

@@ -77,7 +77,9 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 @contextmanager
 def _reaching(location: str) -> Iterator[None]:
-    """Whatever a file system raises before anything is read: a host without an address, a refused key, no permission."""
+    """Whatever a file system raises before anything is read: a host without an address, a refused key, no
+    permission.
+    """
     try:
         yield
     except DataError:
@@ -169,7 +171,9 @@ def list_folder(location: str) -> list[str]:
         entries = fs.ls(path, detail=True)
     except Exception as error:
         raise DataError(
-            "this folder cannot be listed", where=location, got=one_line(error)[:300],
+            "this folder cannot be listed",
+            where=location,
+            got=one_line(error)[:300],
             fix="check its owner and mode, or the address and the credentials",
         ) from error
     base = location.rstrip("/")

@@ -30,7 +30,8 @@ RESIZE_FILTER = "lanczos"
 
 Crop = Literal["center"]
 
-# `decode_image` has its own limit. Set once here and not around each call: filters belong to the process, threads included.
+# `decode_image` has its own limit. Set once here and not around each call: filters belong to the process, threads
+# included.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

@@ -58,8 +58,11 @@ def run_ray(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            "The ray engine starts its own workers.", where="--engine", expected="one process",
-            got=f"{os.environ['WORLD_SIZE']} by accelerate launch", fix="run `inpo precompute --engine ray` by itself",
+            "The ray engine starts its own workers.",
+            where="--engine",
+            expected="one process",
+            got=f"{os.environ['WORLD_SIZE']} by accelerate launch",
+            fix="run `inpo precompute --engine ray` by itself",
         )
     connect(options)
     with deferred_stop() as stop:
@@ -93,7 +96,10 @@ class _Run:
         self._options = options
         self._on_outcome = on_outcome
         self._arguments = {
-            "folder": os.getcwd(), "model": model, "location": writer.store.location, "manifest": writer.manifest,
+            "folder": os.getcwd(),
+            "model": model,
+            "location": writer.store.location,
+            "manifest": writer.manifest,
             "settings": settings,
         }
         self._use_gpus = has_gpus()
@@ -155,7 +161,8 @@ class _Run:
         usable = {node: number for node, number in room.items() if not self._is_bad(node)}
         if room and not usable:
             raise InpoError(
-                "No node of the cluster can do the work.", got=self._last_trouble,
+                "No node of the cluster can do the work.",
+                got=self._last_trouble,
                 fix="see the workers' messages above, then run the same command again: what is committed stays",
             )
         most = min(self._options.workers or sys.maxsize, self.assignment.num_unfinished)
@@ -246,7 +253,8 @@ class _Run:
             raise InpoError(
                 f"{len(self._given_up)} shards could not be made: each was in the hands of four workers that died. "
                 "All others are committed.",
-                where=", ".join(sorted(self._given_up)[:8]), got=next(iter(self._given_up.values())),
+                where=", ".join(sorted(self._given_up)[:8]),
+                got=next(iter(self._given_up.values())),
                 fix="look for what these shards have in common (memory, an image), then run the same command again",
             )
         whole = Timing()

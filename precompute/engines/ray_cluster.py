@@ -26,7 +26,10 @@ def connect(options: "RayOptions") -> None:
     share = options.gpus_per_worker
     if share is not None and not 0 < share <= 1:
         raise UsageError(
-            "Bad share of a GPU.", where="--gpus-per-worker", expected="more than 0, at most 1", got=share,
+            "Bad share of a GPU.",
+            where="--gpus-per-worker",
+            expected="more than 0, at most 1",
+            got=share,
             fix="a worker uses one device or a part of it; several workers use several",
         )
     if options.workers is not None and options.workers < 1:
@@ -42,16 +45,17 @@ def connect(options: "RayOptions") -> None:
         if options.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cpus = max(len(os.sched_getaffinity(0)), options.workers or 1)
-            ray.init(
-                "local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet
-            )
+            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
             return
         try:
             ray.init(options.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(
-                "The Ray cluster does not answer.", where="--ray-address", expected="host:port of a running cluster",
-                got=f"{options.address}: {str(error).splitlines()[0][:200]}", fix="check it with `ray status`",
+                "The Ray cluster does not answer.",
+                where="--ray-address",
+                expected="host:port of a running cluster",
+                got=f"{options.address}: {str(error).splitlines()[0][:200]}",
+                fix="check it with `ray status`",
             ) from error
 
 

@@ -61,7 +61,9 @@ class RayWorker:
             if model.fingerprints != self._manifest.fingerprints:
                 raise CacheMismatch(
                     f"The model on node {socket.gethostname()} is not the one that this run began with.",
-                    where=model.folder, expected=self._manifest.fingerprints, got=model.fingerprints,
+                    where=model.folder,
+                    expected=self._manifest.fingerprints,
+                    got=model.fingerprints,
                     fix="put the same files at this path on every node",
                 )
             writer = _open_writer(self._location, self._manifest)
@@ -128,7 +130,10 @@ def _open_writer(location: str, manifest: Manifest) -> CacheWriter:
     if data is None:
         raise CacheMissing(
             f"Node {socket.gethostname()} sees another folder at the cache's address.",
-            where=location, expected=MANIFEST, got="no such file", fix=fix,
+            where=location,
+            expected=MANIFEST,
+            got="no such file",
+            fix=fix,
         )
     existing = Manifest.from_json(data, store.path(MANIFEST))
     check_identity(existing, manifest, location)

@@ -52,6 +52,7 @@ class Watchdog:
                 print(
                     f"warning: {self.name} has been {self.timing.activity} for {seconds / 60:.0f} min. If it hangs, "
                     "stop it and run the same command again: committed shards stay",
-                    file=sys.stderr, flush=True,
+                    file=sys.stderr,
+                    flush=True,
                 )
                 limit = 2 * seconds

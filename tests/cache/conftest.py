@@ -29,11 +29,23 @@ def manifest_of(
     if sdxl:
         fingerprints["text_encoder_2"] = "w" * 32
     values: dict[str, Any] = {
-        "latent_shape": latent, "num_train_timesteps": 1000, "alphas_cumprod": ALPHAS_CUMPROD,
-        "prediction_type": "epsilon", "profile": profile, "extra": extra, "seed": 0, "timesteps_per_pair": steps,
-        "resolution": 64, "crop": "center", "flip": False, "vae_latent": "mean", "vae_dtype": "float32",
-        "network_dtype": "float32", "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
-        "fingerprints": fingerprints, "versions": {"inpo-cache": "0"},
+        "latent_shape": latent,
+        "num_train_timesteps": 1000,
+        "alphas_cumprod": ALPHAS_CUMPROD,
+        "prediction_type": "epsilon",
+        "profile": profile,
+        "extra": extra,
+        "seed": 0,
+        "timesteps_per_pair": steps,
+        "resolution": 64,
+        "crop": "center",
+        "flip": False,
+        "vae_latent": "mean",
+        "vae_dtype": "float32",
+        "network_dtype": "float32",
+        "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        "fingerprints": fingerprints,
+        "versions": {"inpo-cache": "0"},
     }
     return Manifest(**values | changes)
 
@@ -53,7 +65,10 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str,
     x_t = (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
     num_prompts = num_pairs + 1
     made = {
-        "x0": x0, "x_t": x_t, "delta": delta, "target": target,
+        "x0": x0,
+        "x_t": x_t,
+        "delta": delta,
+        "target": target,
         "x0_t": ((x_t - np.sqrt(1 - abar) * delta) / np.sqrt(abar)).clip(-60000, 60000).astype(np.float16),
         "reference_error": rng.random((num_pairs, steps, 2)).astype(np.float32),
         "inversion_error": np.where(rng.random((num_pairs, 2)) < 0.5, np.nan, seed).astype(np.float32),
@@ -67,7 +82,8 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str,
         "prompt/embedding": rng.standard_normal((num_prompts, 5, 6)).astype(np.float16),
         "prompt/pooled": rng.standard_normal((num_prompts, 7)).astype(np.float16),
         "time_ids": rng.random((num_pairs, 2, 6)).astype(np.float32),
-        "delta_prev": latents(num_pairs, steps, 2), "eps_ref": latents(num_pairs, steps, 2),
+        "delta_prev": latents(num_pairs, steps, 2),
+        "eps_ref": latents(num_pairs, steps, 2),
     }
     return {spec.path: made[spec.path] for spec in manifest.arrays}
 
@@ -86,7 +102,8 @@ class Build:
 
     everything: Any = field(
         default_factory=lambda: {
-            "sdxl": True, "extra": ("delta_prev", "eps_ref"),
+            "sdxl": True,
+            "extra": ("delta_prev", "eps_ref"),
             "inverter": InverterIdentity(name="fixed_point", steps=10, timestep_range=(0, 1000), iterations=3),
         }
     )
@@ -161,8 +178,12 @@ def s3(s3_server: tuple[S3, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     control, endpoint = s3_server
     for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
     bucket = "b" + tmp_path.name.replace("_", "-").lower()[:40]

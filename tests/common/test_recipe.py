@@ -98,8 +98,12 @@ def test_what_is_missing_is_asked_for_by_name():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    steps=st.integers(-(2**53), 2**53), rate=st.floats(allow_nan=False, allow_infinity=False), name=st.text(), on=st.booleans(),
-    kept=st.lists(st.integers(0, 999)).map(tuple), maybe=st.none() | st.text(),
+    steps=st.integers(-(2**53), 2**53),
+    rate=st.floats(allow_nan=False, allow_infinity=False),
+    name=st.text(),
+    on=st.booleans(),
+    kept=st.lists(st.integers(0, 999)).map(tuple),
+    maybe=st.none() | st.text(),
 )
 def test_a_written_configuration_is_a_recipe_that_gives_it_again(tmp_path_factory, **values):
     resolved = Numbers(**values)

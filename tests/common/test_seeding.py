@@ -25,7 +25,11 @@ def test_it_is_the_same_in_another_process_with_another_hash_seed():
         "generator(3, 'ä').integers(1 << 40, size=3).tolist())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True, capture_output=True, check=True,
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+        check=True,
         env={"PYTHONHASHSEED": "1", "PATH": ""},
     )
     here = (

@@ -26,7 +26,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def child_environment() -> dict[str, str]:
     """For processes of the tests: this repository, one thread each, no network."""
     return os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -36,8 +39,13 @@ def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str
     folder = tmp_path_factory.mktemp("zygote")
     with (folder / "stderr.log").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=child_environment, cwd=ROOT,
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=child_environment,
+            cwd=ROOT,
         )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n", (folder / "stderr.log").read_text()
@@ -73,11 +81,17 @@ def s3() -> Iterator[dict[str, str]]:
     server.start()
     host, port = server.get_host_and_port()
     environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
     }
     boto3.client(
-        "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", aws_access_key_id="key",
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id="key",
         aws_secret_access_key="secret",
     ).create_bucket(Bucket="bucket")
     yield environment

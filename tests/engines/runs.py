@@ -30,9 +30,25 @@ class World:
 
     def arguments(self, cache: object, *more: str) -> list[str]:
         return [
-            "--pairs", str(self.pairs), "--model", str(self.model), "--cache", str(cache), "--resolution", "32",
-            "--steps", "4", "--timesteps-per-pair", "2", "--batch-size", "4", "--decode-workers", "0",
-            "--measure-inversion", "0.2", *more,
+            "--pairs",
+            str(self.pairs),
+            "--model",
+            str(self.model),
+            "--cache",
+            str(cache),
+            "--resolution",
+            "32",
+            "--steps",
+            "4",
+            "--timesteps-per-pair",
+            "2",
+            "--batch-size",
+            "4",
+            "--decode-workers",
+            "0",
+            "--measure-inversion",
+            "0.2",
+            *more,
         ]
 
 

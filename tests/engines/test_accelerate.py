@@ -14,15 +14,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def launch(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     """--multi_gpu starts two processes, with gloo where there is no GPU; --cpu would start one."""
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "inpo", "precompute", *arguments],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            "-m",
+            "inpo",
+            "precompute",
+            *arguments,
+        ],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
-def test_two_processes(
-    world: World, uninterrupted: Tensors, child_environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_two_processes(world: World, uninterrupted: Tensors, child_environment: dict[str, str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = launch(world.arguments(cache), child_environment)
     assert done.returncode == 0, done.stderr

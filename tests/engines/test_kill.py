@@ -113,11 +113,7 @@ def test_killed_at_random_moments(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fifty_kills_over_several_runs_with_two_writers(
-    zygote: Zygote,
-    world: World,
-    undisturbed: tuple[Tensors, float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    zygote: Zygote, world: World, undisturbed: tuple[Tensors, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = kill_again_and_again(zygote, world, undisturbed, tmp_path, writers=2, kills=50)
     with capsys.disabled():

@@ -59,7 +59,9 @@ _SETTINGS = PrecomputeSettings(resolution=32, steps=2, timesteps_per_pair=1, mea
 def worker(world: World, components: Components, tmp_path: Path) -> Iterator[WatchedWorker]:
     manifest = build_manifest(_SETTINGS, open_model(str(world.model)), device_type="cpu")
     made = WatchedWorker(
-        components=components, writer=CacheWriter.open(str(tmp_path / "cache"), manifest), pairs_per_batch=4,
+        components=components,
+        writer=CacheWriter.open(str(tmp_path / "cache"), manifest),
+        pairs_per_batch=4,
         decode=DecodePool(0),
     )
     yield made

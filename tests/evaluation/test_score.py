@@ -109,7 +109,13 @@ def test_a_damaged_image_is_named(
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[1]", '{"prompt": "p", "seed": 0}', '{"prompt": ["p"], "seed": 0, "score": 1}', '{"prompt": "p", "seed": 0, "score": NaN}'],
+    [
+        "{",
+        "[1]",
+        '{"prompt": "p", "seed": 0}',
+        '{"prompt": ["p"], "seed": 0, "score": 1}',
+        '{"prompt": "p", "seed": 0, "score": NaN}',
+    ],
 )
 def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, tmp_path: Path, line: str) -> None:
     folder = ImageFolder(save_images(tmp_path / "a", REDS))

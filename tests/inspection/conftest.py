@@ -20,7 +20,7 @@ from common.testing import save_tiny_pipeline
 from inspection.cli import app
 
 STATES = ("healthy", "empty", "writing", "corrupt", "lean", "sdxl")
-PROMPTS = ("", "a red cat", "a blue house on the sky", "the dog & <b>a</b> \"cat\"")
+PROMPTS = ("", "a red cat", "a blue house on the sky", 'the dog & <b>a</b> "cat"')
 STEPS, KEPT = 4, 2
 
 
@@ -85,18 +85,32 @@ def write_cache(tiny) -> Callable[..., Path]:
         return replace(data, arrays={path: data.arrays[path].copy() for path in wanted})
 
     def write(
-        folder: Path, *, kind: str = "sd15", pairs: tuple[int, ...] = (3, 2),
-        tamper: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None, **changes: Any,
+        folder: Path,
+        *,
+        kind: str = "sd15",
+        pairs: tuple[int, ...] = (3, 2),
+        tamper: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+        **changes: Any,
     ) -> Path:
         model = open_model(str(tiny(kind)))
         inverter = {"name": "ddim", "steps": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
         values = {
-            "latent_shape": (4, 8, 8), "num_train_timesteps": 1000,
+            "latent_shape": (4, 8, 8),
+            "num_train_timesteps": 1000,
             "alphas_cumprod": tuple((model.schedule.a**2).tolist()),
-            "prediction_type": model.schedule.prediction_type, "profile": "full", "seed": 0,
-            "timesteps_per_pair": KEPT, "resolution": 32, "crop": "center", "flip": False, "vae_latent": "mean",
-            "vae_dtype": "float32", "network_dtype": "float32", "measure_inversion": 0.6,
-            "inverter": InverterIdentity(**inverter), "fingerprints": model.fingerprints,
+            "prediction_type": model.schedule.prediction_type,
+            "profile": "full",
+            "seed": 0,
+            "timesteps_per_pair": KEPT,
+            "resolution": 32,
+            "crop": "center",
+            "flip": False,
+            "vae_latent": "mean",
+            "vae_dtype": "float32",
+            "network_dtype": "float32",
+            "measure_inversion": 0.6,
+            "inverter": InverterIdentity(**inverter),
+            "fingerprints": model.fingerprints,
             "versions": {"inpo-cache": "0"},
         }
         manifest = Manifest(**values | changes)
@@ -119,9 +133,13 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
     noise = torch.Generator().manual_seed(index)
     ids = [f"pair-{index}-{row}" for row in range(num_pairs)]
     # Smooth latents, so that the pictures have something to show.
-    x0 = torch.nn.functional.interpolate(
-        torch.randn(2 * num_pairs, 4, 3, 3, generator=noise), size=8, mode="bilinear", align_corners=True
-    ).unflatten(0, (num_pairs, 2)).half()
+    x0 = (
+        torch.nn.functional.interpolate(
+            torch.randn(2 * num_pairs, 4, 3, 3, generator=noise), size=8, mode="bilinear", align_corners=True
+        )
+        .unflatten(0, (num_pairs, 2))
+        .half()
+    )
     config = denoiser.unet.config
     embedding = torch.randn(len(PROMPTS), 5, config.cross_attention_dim, generator=noise).half()
     prompt_index = np.arange(num_pairs, dtype=np.int32) % (len(PROMPTS) - 1) + 1
@@ -136,7 +154,11 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
         extra = {"pooled": pooled[rows].float(), "time_ids": time_ids.reshape(-1, 6)}
         arrays = {"prompt/pooled": pooled.numpy(), "time_ids": time_ids.numpy()}
     inverted = invert(
-        denoiser, x0, ids, identity=manifest.inverter, seed=manifest.seed,
+        denoiser,
+        x0,
+        ids,
+        identity=manifest.inverter,
+        seed=manifest.seed,
         timesteps_per_pair=manifest.timesteps_per_pair,
         caption=Condition(embedding=embedding[rows].float(), **extra),
         empty=Condition(embedding=embedding[torch.zeros_like(rows)].float(), **extra),
@@ -145,9 +167,13 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
     for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
         arrays[name] = getattr(inverted, name).numpy()
     arrays |= {
-        "x0": x0.numpy(), "pair_id": np.array(ids, dtype=object), "prompt_index": prompt_index,
-        "caption_dropped": dropped, "label": np.where(np.arange(num_pairs) == 2, 0.75, 1.0).astype(np.float32),
-        "prompt/text": np.array(PROMPTS, dtype=object), "prompt/embedding": embedding.numpy(),
+        "x0": x0.numpy(),
+        "pair_id": np.array(ids, dtype=object),
+        "prompt_index": prompt_index,
+        "caption_dropped": dropped,
+        "label": np.where(np.arange(num_pairs) == 2, 0.75, 1.0).astype(np.float32),
+        "prompt/text": np.array(PROMPTS, dtype=object),
+        "prompt/embedding": embedding.numpy(),
     }
     return ShardData(arrays=arrays, source=source, skipped=skipped, counts={"cut_prompt": 1}, seconds={"invert": 1.5})
 
@@ -195,5 +221,3 @@ def flip_byte(folder: Path, shard: str, array: str) -> None:
     data = bytearray(chunk.read_bytes())
     data[len(data) // 3] ^= 1
     chunk.write_bytes(data)
-
-

@@ -35,9 +35,13 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     for shard in cache:
         rows = np.arange(shard.num_pairs)
         again = invert(
-            Denoiser(unet, open_model(str(tiny())).schedule), torch.from_numpy(shard.read("x0")),
-            [str(name) for name in shard.read("pair_id")], identity=cache.manifest.inverter, seed=0,
-            timesteps_per_pair=2, caption=pair_condition(shard, rows),
+            Denoiser(unet, open_model(str(tiny())).schedule),
+            torch.from_numpy(shard.read("x0")),
+            [str(name) for name in shard.read("pair_id")],
+            identity=cache.manifest.inverter,
+            seed=0,
+            timesteps_per_pair=2,
+            caption=pair_condition(shard, rows),
         )
         old, new = shard.read("target").astype(np.float64), again.target.double().numpy()
         squares.append(((new - old) ** 2).mean((-3, -2, -1)) / (old**2).mean((-3, -2, -1)))

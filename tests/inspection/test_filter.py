@@ -14,7 +14,6 @@ def arrays(folder):
     }
 
 
-
 def test_conditions_give_what_numpy_gives_and_missing_values_are_counted(states, inspect, tmp_path):
     found = arrays(states("healthy"))
     mean = found["reference_error"].mean((1, 2), dtype=np.float64)
@@ -54,8 +53,17 @@ def test_text_and_flags(states, inspect, tmp_path):
 @pytest.mark.parametrize(
     "condition",
     [
-        "__import__('os').system('touch owned')", "label.__class__ == 1", "(lambda: 1)() == 1", "label", "1 +", "",
-        "[x for x in (1,)] == 1", "unknown_column < 1", "label < 'a'", "label if label else label", "label := 2",
+        "__import__('os').system('touch owned')",
+        "label.__class__ == 1",
+        "(lambda: 1)() == 1",
+        "label",
+        "1 +",
+        "",
+        "[x for x in (1,)] == 1",
+        "unknown_column < 1",
+        "label < 'a'",
+        "label if label else label",
+        "label := 2",
     ],
 )
 def test_anything_but_a_condition_is_refused(states, inspect, tmp_path, monkeypatch, condition):

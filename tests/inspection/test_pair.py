@@ -19,7 +19,8 @@ def places(page, tile):
     """Where `tile` stands in `page`, to one grey level."""
     corner = (np.abs(page[: -len(tile) + 1, : -tile.shape[1] + 1] - tile[0, 0]) <= 1).all(-1)
     return [
-        (y, x) for y, x in np.argwhere(corner)
+        (y, x)
+        for y, x in np.argwhere(corner)
         if np.abs(page[y : y + len(tile), x : x + tile.shape[1]] - tile).max() <= 1
     ]
 

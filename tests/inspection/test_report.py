@@ -127,10 +127,17 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
     inversion = rng.random((count, 2)).astype(np.float32)
     inversion[: count // 2] = np.nan
     table = PairTable(
-        shard_names=("s0",), shard=np.zeros(count, int), row=np.arange(count),
-        pair_id=np.array([f"p{row}" for row in range(count)], object), prompt=np.full(count, "p", object),
-        caption_dropped=np.zeros(count, bool), label=np.ones(count, np.float32), timestep=np.zeros((count, 2), int),
-        reference_error=rng.random((count, 2, 2)).astype(np.float32), inversion_error=inversion, damaged={},
+        shard_names=("s0",),
+        shard=np.zeros(count, int),
+        row=np.arange(count),
+        pair_id=np.array([f"p{row}" for row in range(count)], object),
+        prompt=np.full(count, "p", object),
+        caption_dropped=np.zeros(count, bool),
+        label=np.ones(count, np.float32),
+        timestep=np.zeros((count, 2), int),
+        reference_error=rng.random((count, 2, 2)).astype(np.float32),
+        inversion_error=inversion,
+        damaged={},
     )
     chosen = report_sample.choose(table, 40)
     by_group = {name: {row for row, groups in chosen.items() if name in groups} for name in report_sample.GROUPS}

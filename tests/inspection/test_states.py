@@ -3,29 +3,46 @@
 import pytest
 
 COMMANDS = {
-    "summary": (), "pair": ("--first",), "verify": (), "clean": ("--yes",), "report": (),
-    "filter": ("--where", "label > 0"), "drift": ("--sample", "5"),
+    "summary": (),
+    "pair": ("--first",),
+    "verify": (),
+    "clean": ("--yes",),
+    "report": (),
+    "filter": ("--where", "label > 0"),
+    "drift": ("--sample", "5"),
 }
 # state: {command: (exit code, words that it says)}. Not listed: exit code 0, nothing to look for.
 CASES = {
     "healthy": {
-        "pair": (0, "pair-0-0"), "filter": (0, "5 of 5 pairs"), "report": (0, "5 of 5 pairs"),
+        "pair": (0, "pair-0-0"),
+        "filter": (0, "5 of 5 pairs"),
+        "report": (0, "5 of 5 pairs"),
         "verify": (0, "all sound"),
     },
     "empty": {
-        "summary": (0, "Nothing is committed yet"), "report": (0, "0 of 0 pairs"),
+        "summary": (0, "Nothing is committed yet"),
+        "report": (0, "0 of 0 pairs"),
         "verify": (0, "nothing is committed yet"),
-        "pair": (1, "no committed pair yet"), "filter": (1, "no committed pair yet"),
+        "pair": (1, "no committed pair yet"),
+        "filter": (1, "no committed pair yet"),
         "drift": (1, "no committed pair yet"),
     },
     "writing": {
-        "summary": (0, "being written"), "pair": (0, "pair-0-0"), "filter": (0, "3 of 3 pairs"),
-        "drift": (0, "3 of 3 pairs"), "report": (0, "3 of 3 pairs"), "clean": (0, "1 younger than an hour"),
+        "summary": (0, "being written"),
+        "pair": (0, "pair-0-0"),
+        "filter": (0, "3 of 3 pairs"),
+        "drift": (0, "3 of 3 pairs"),
+        "report": (0, "3 of 3 pairs"),
+        "clean": (0, "1 younger than an hour"),
     },
     # One bit of a latent array is flipped: summary and filter read no latent, and need none.
     "corrupt": {
-        "summary": (0, "5 (10 records"), "pair": (0, "pair-0-0"), "filter": (0, "5 of 5 pairs"),
-        "verify": (1, "1 bad: s1"), "report": (1, "damaged: s1"), "drift": (1, "damaged shards left out: s1"),
+        "summary": (0, "5 (10 records"),
+        "pair": (0, "pair-0-0"),
+        "filter": (0, "5 of 5 pairs"),
+        "verify": (1, "1 bad: s1"),
+        "report": (1, "damaged: s1"),
+        "drift": (1, "damaged shards left out: s1"),
     },
     "lean": {"summary": (0, "lean"), "verify": (0, "not stored (lean)"), "drift": (0, "5 of 5 pairs")},
     "sdxl": {"summary": (0, "text_encoder_2"), "drift": (0, "5 of 5 pairs"), "report": (0, "5 of 5 pairs")},

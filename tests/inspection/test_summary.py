@@ -84,7 +84,8 @@ def test_every_state_is_shown(states, inspect, state, code, words):
 def test_a_damaged_shard_is_named_and_the_rest_is_shown(fresh, inspect):
     folder = fresh("healthy")
     chunk = next(
-        file for file in (folder / "shards" / "s1" / attempt_of(folder, "s1") / "label" / "c").rglob("*")
+        file
+        for file in (folder / "shards" / "s1" / attempt_of(folder, "s1") / "label" / "c").rglob("*")
         if file.is_file()
     )
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -123,7 +124,9 @@ def test_old_attempts_without_a_commit_are_orphans_and_young_ones_pending(fresh,
     found = json.loads(inspect("summary", folder, "--json").out)
     assert (found["num_pending"], found["num_orphaned"]) == (0, 1)
     assert found["orphaned_bytes"] == sum(
-        file.stat().st_size for part in ("shards", "skipped") for file in (folder / part / "s1").rglob("*")
+        file.stat().st_size
+        for part in ("shards", "skipped")
+        for file in (folder / part / "s1").rglob("*")
         if file.is_file()
     )
 
@@ -145,7 +148,10 @@ def test_a_path_that_is_no_cache_is_told(tmp_path, inspect, words):
 def test_a_recipe_names_the_cache_and_nothing_is_told_how_to_name_one(states, inspect, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'[data]\ncache = "{states("healthy")}"\n')
-    named, by_recipe = inspect("summary", str(states("healthy")), "--json"), inspect("summary", "--recipe", str(recipe), "--json")
+    named, by_recipe = (
+        inspect("summary", str(states("healthy")), "--json"),
+        inspect("summary", "--recipe", str(recipe), "--json"),
+    )
     assert (named.code, by_recipe.code) == (0, 0)
     assert json.loads(named.out) == json.loads(by_recipe.out)
     nothing = inspect("summary")

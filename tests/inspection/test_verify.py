@@ -39,8 +39,14 @@ def change(name):
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        ("x_t", "x_t"), ("target", "x_t"), ("x0_t", "x0_t"), ("delta", "x0_t"),
-        ("reference_error", "reference_error"), ("timestep", "timestep"), ("pair_id", "rows"), ("label", "rows"),
+        ("x_t", "x_t"),
+        ("target", "x_t"),
+        ("x0_t", "x0_t"),
+        ("delta", "x0_t"),
+        ("reference_error", "reference_error"),
+        ("timestep", "timestep"),
+        ("pair_id", "rows"),
+        ("label", "rows"),
     ],
 )
 def test_one_wrong_number_in_whole_bytes_is_found_and_named(write_cache, inspect, tmp_path, name, check):

@@ -36,7 +36,11 @@ class Linear(nn.Module):
         self.total = total
 
     def forward(
-        self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Any = None,
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: Any = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         flat = x.flatten(1)
@@ -99,9 +103,16 @@ def inverted() -> Callable[..., Inverted]:
         steps = settings.setdefault("steps", 5)
         identity = InverterIdentity(**{"name": "ddim", "timestep_range": (0, total), **settings})
         return invert(
-            denoiser, x0, **{
-                "pair_ids": [f"pair-{index}" for index in range(count)], "identity": identity, "seed": 0,
-                "timesteps_per_pair": steps, "caption": condition(count), "empty": condition(count, seed=2), **call,
+            denoiser,
+            x0,
+            **{
+                "pair_ids": [f"pair-{index}" for index in range(count)],
+                "identity": identity,
+                "seed": 0,
+                "timesteps_per_pair": steps,
+                "caption": condition(count),
+                "empty": condition(count, seed=2),
+                **call,
             },
         )
 

@@ -48,7 +48,13 @@ def mixture() -> Denoiser:
 
 
 def ode_error(
-    mixture: Denoiser, inverted: Callable, x0: Tensor, name: str, steps: int, *, noised_start: float = 0.0,
+    mixture: Denoiser,
+    inverted: Callable,
+    x0: Tensor,
+    name: str,
+    steps: int,
+    *,
+    noised_start: float = 0.0,
     **settings: object,
 ) -> float:
     """RMS distance from the exact ODE dz/dsigma = eps(z, sigma) at each pair's last grid point.
@@ -56,8 +62,14 @@ def ode_error(
     The ODE starts where the inverter does: at the clean latents, or at the last noised point.
     """
     made = inverted(
-        mixture, x0, name=name, steps=steps, timesteps_per_pair=1, timestep_range=(T - T // steps, T),
-        noised_start=noised_start, **settings,
+        mixture,
+        x0,
+        name=name,
+        steps=steps,
+        timesteps_per_pair=1,
+        timestep_range=(T - T // steps, T),
+        noised_start=noised_start,
+        **settings,
     )
     squares = []
     if noised_start:

@@ -33,8 +33,10 @@ def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, in
         expected = SCHEDULER.add_noise(x0[pair].double(), made.target[pair, step].double(), made.timestep[pair, step])
         assert (made.x_t[pair, step].double() - expected).abs().max() < 2.0**-10 * expected.abs().max()
     torch.testing.assert_close(
-        made.reference_error, (made.target.double() - made.delta.double()).square().mean((-3, -2, -1)).float(),
-        rtol=2e-3, atol=1e-5,
+        made.reference_error,
+        (made.target.double() - made.delta.double()).square().mean((-3, -2, -1)).float(),
+        rtol=2e-3,
+        atol=1e-5,
     )
     # the same as a start noised up to the last label; and no network call but one per record
     calls = denoiser.num_calls
@@ -197,7 +199,10 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     x0 = latents(6, (4, 8, 8))
     denoiser = Denoiser(tiny_unet, NoiseSchedule.from_scheduler(SCHEDULER))
     settings = {
-        "name": name, "steps": 4, "timesteps_per_pair": 3, "refine_start": 3 if name == "ab2" else 0,
+        "name": name,
+        "steps": 4,
+        "timesteps_per_pair": 3,
+        "refine_start": 3 if name == "ab2" else 0,
         "noised_start": 1.0 if name == "noise" else 0.0,
     }
     ids = [f"pair-{number}" for number in range(6)]

@@ -52,7 +52,7 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
                 x_t = made.x_t[pair, step, side].double().numpy()
                 eps = network(denoiser, A[t] * clean + S[t] * delta, t)[0]
                 printed = clean - SIGMA[t] * (eps - delta)
-                assert relative(made.x0_t[pair, step, side].numpy(), printed) < 2 ** -6 * max(1, SIGMA[t] / 4)
+                assert relative(made.x0_t[pair, step, side].numpy(), printed) < 2**-6 * max(1, SIGMA[t] / 4)
                 # ... and exactly, up to one rounding, at the point that is stored.
                 delta, clean = network(denoiser, x_t, t)
                 assert relative(made.delta[pair, step, side].numpy(), delta) < 4 * HALF_STEP
@@ -72,16 +72,35 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
     shape=st.sampled_from([(1, 1, 1), (2, 3, 3), (4, 2, 5)]),
 )
 def test_the_identities_hold_for_every_inverter(
-    linear: Callable, latents: Callable, inverted: Callable, prediction_type: str, name: str, steps: int, kept: int,
-    refine: int, noised: float, guidance: float, seed: int, shape: tuple[int, int, int],
+    linear: Callable,
+    latents: Callable,
+    inverted: Callable,
+    prediction_type: str,
+    name: str,
+    steps: int,
+    kept: int,
+    refine: int,
+    noised: float,
+    guidance: float,
+    seed: int,
+    shape: tuple[int, int, int],
 ) -> None:
     denoiser = linear(prediction_type, shape)
     x0 = latents(2, shape)
     kept = min(kept, steps)
     made = inverted(
-        denoiser, x0, name=name, steps=steps, timesteps_per_pair=kept, seed=seed,
-        refine_start=0 if name == "noise" else refine, noised_start=1.0 if name == "noise" else noised,
-        guidance=guidance, extra=("eps_ref",), iterations=3, tolerance=1e-3,
+        denoiser,
+        x0,
+        name=name,
+        steps=steps,
+        timesteps_per_pair=kept,
+        seed=seed,
+        refine_start=0 if name == "noise" else refine,
+        noised_start=1.0 if name == "noise" else noised,
+        guidance=guidance,
+        extra=("eps_ref",),
+        iterations=3,
+        tolerance=1e-3,
     )
     assert made.finite.all()
     timestep = made.timestep.long().numpy()

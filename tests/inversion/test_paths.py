@@ -89,7 +89,10 @@ def test_refined_start_splits_the_widest_step(pair: str) -> None:
 def test_all_noised_leaves_nothing_to_refine() -> None:
     for pair in range(50):  # 0.95: for some pairs the whole grid is noised, for others its last point is inverted
         path = build_path(
-            identity(name="ab2", refine_start=3, noised_start=0.95), SCHEDULE, seed=0, pair_id=str(pair),
+            identity(name="ab2", refine_start=3, noised_start=0.95),
+            SCHEDULE,
+            seed=0,
+            pair_id=str(pair),
             timesteps_per_pair=10,
         )
         assert len(kept_of(path)) == 10
@@ -115,8 +118,11 @@ def test_the_released_grid() -> None:
         for timestep in point.records:
             above = [level for level in every if level >= timestep]
             assert point.level == (above[0] if above else 901)
-    drawn = {t for pair in range(400) for t in kept_of(
-        build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id=str(pair), timesteps_per_pair=6))}
+    drawn = {
+        t
+        for pair in range(400)
+        for t in kept_of(build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id=str(pair), timesteps_per_pair=6))
+    }
     assert len(drawn) > 800  # any timestep, not just the grid's
 
 

@@ -72,9 +72,7 @@ def test_tars_read_by_tarfile_and_by_webdataset(tmp_path: Path, parquet: Path) -
                 stream = tar.extractfile(info)
                 assert stream is not None
                 members[info.name] = stream.read()
-    assert sorted(members) == [
-        f"{i:09d}.{suffix}" for i in range(7) for suffix in ("json", "lose.png", "win.png")
-    ]
+    assert sorted(members) == [f"{i:09d}.{suffix}" for i in range(7) for suffix in ("json", "lose.png", "win.png")]
     samples = []
     for path in sorted((tmp_path / "out").glob("*.tar")):
         with path.open("rb") as stream:

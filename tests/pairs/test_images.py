@@ -81,10 +81,7 @@ MODES = {
         [(0, 0, 0), (100, 100, 100), WHITE],
     ),
     "16 bit rgb": (png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 0)), [RED]),
-    "16 bit tiff": (
-        saved(Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), "TIFF"),
-        [(0, 0, 0), WHITE],
-    ),
+    "16 bit tiff": (saved(Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), "TIFF"), [(0, 0, 0), WHITE]),
     "32 bit integers holding 16": (
         saved(Image.fromarray(np.array([[0, 65535]], dtype=np.int32)), "TIFF"),
         [(0, 0, 0), WHITE],

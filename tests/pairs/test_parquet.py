@@ -144,9 +144,7 @@ def test_a_parquet_file_of_something_else_is_refused_with_its_columns(tmp_path: 
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
-def test_a_cut_file_is_unreadable(
-    tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet, keep: float
-) -> None:
+def test_a_cut_file_is_unreadable(tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet, keep: float) -> None:
     path = write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(8)])
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])

@@ -52,10 +52,7 @@ def ids(location: str) -> list[str]:
 
 
 def test_tars_parquet_and_lists_on_s3(
-    bucket: object,
-    tmp_path: Path,
-    pick_row: Callable[..., dict[str, object]],
-    write_parquet: Callable[..., Path],
+    bucket: object, tmp_path: Path, pick_row: Callable[..., dict[str, object]], write_parquet: Callable[..., Path]
 ) -> None:
     def put(key: str, data: bytes) -> None:
         bucket.put_object(Bucket="pairs", Key=key, Body=data)  # type: ignore[attr-defined]

@@ -79,7 +79,8 @@ def write_tars() -> Callable[..., str]:
             with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
                 for pair in pairs[start : start + per_tar]:
                     members = {
-                        "win.png": png(pair.win), "lose.png": png(pair.lose),
+                        "win.png": png(pair.win),
+                        "lose.png": png(pair.lose),
                         "json": json.dumps({"id": pair.pair_id, "prompt": pair.prompt, "label": 1.0}).encode(),
                     }
                     for suffix, data in members.items():
@@ -100,12 +101,21 @@ class Runs:
 
     def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
         settings = {
-            "resolution": 32, "steps": 3, "timesteps_per_pair": 3, "batch_size": 4, "decode_workers": 0,
-            "measure_inversion": 0.0, **flags,
+            "resolution": 32,
+            "steps": 3,
+            "timesteps_per_pair": 3,
+            "batch_size": 4,
+            "decode_workers": 0,
+            "measure_inversion": 0.0,
+            **flags,
         }
         return run_precompute(
-            None, {"model": str(model)}, {"pairs": pairs, "cache": str(cache)}, settings,
-            ray_options=RayOptions(), dry_run=dry_run,
+            None,
+            {"model": str(model)},
+            {"pairs": pairs, "cache": str(cache)},
+            settings,
+            ray_options=RayOptions(),
+            dry_run=dry_run,
         )
 
     def cache(self, pairs: str, model: Path, cache: Path, **flags: Any) -> Cache:

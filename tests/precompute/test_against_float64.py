@@ -43,7 +43,10 @@ class Float64Model:
     def text(self, prompt: str) -> tuple[np.ndarray, np.ndarray | None]:
         def tokens(tokenizer: Any) -> torch.Tensor:
             return tokenizer(
-                prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                prompt,
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
                 return_tensors="pt",
             ).input_ids
 
@@ -68,7 +71,9 @@ class Float64Model:
                 "time_ids": torch.from_numpy(time_ids.astype(np.float64))[None],
             }
         output = self.unet(
-            latent, t, encoder_hidden_states=torch.from_numpy(embedding.astype(np.float64))[None],
+            latent,
+            t,
+            encoder_hidden_states=torch.from_numpy(embedding.astype(np.float64))[None],
             added_cond_kwargs=added,
         ).sample
         clean = self.scheduler.step(output, t, latent).pred_original_sample[0].numpy()

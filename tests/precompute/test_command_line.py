@@ -47,14 +47,37 @@ def test_the_recipe_stands_where_no_flag_is_given(app: typer.Typer, recipe: Path
 
 def test_flags_win_over_the_recipe(app: typer.Typer, recipe: Path) -> None:
     flags = [
-        "--steps", "8", "--timestep-range", "200", "800", "--extra", "eps_ref", "--extra", "delta_prev",
-        "--inverter", "ab2", "--guidance", "0", "--flip", "--vae-latent", "sample", "--profile", "lean",
+        "--steps",
+        "8",
+        "--timestep-range",
+        "200",
+        "800",
+        "--extra",
+        "eps_ref",
+        "--extra",
+        "delta_prev",
+        "--inverter",
+        "ab2",
+        "--guidance",
+        "0",
+        "--flip",
+        "--vae-latent",
+        "sample",
+        "--profile",
+        "lean",
     ]
     result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run", *flags])
     assert result.exit_code == 0, result.output
     for line in (
-        "steps = 8", "timestep_range = [200, 800]", 'extra = ["delta_prev", "eps_ref"]', 'inverter = "ab2"',
-        "guidance = 0.0", "flip = true", 'vae_latent = "sample"', 'profile = "lean"', "faithful = false",
+        "steps = 8",
+        "timestep_range = [200, 800]",
+        'extra = ["delta_prev", "eps_ref"]',
+        'inverter = "ab2"',
+        "guidance = 0.0",
+        "flip = true",
+        'vae_latent = "sample"',
+        'profile = "lean"',
+        "faithful = false",
     ):
         assert line in result.output
 

@@ -1,4 +1,6 @@
-"""Images are decoded in other processes: the same results in the same order, and their deaths cost no pair and no shard."""
+"""Images are decoded in other processes: the same results in the same order, and their deaths cost no pair and no
+shard.
+"""
 
 import contextlib
 import io
@@ -74,7 +76,10 @@ def test_processes_give_what_the_calling_thread_gives_in_the_same_order(pool: De
         if isinstance(left, PreparedPair):
             assert isinstance(right, PreparedPair)
             assert (left.pair_id, left.prompt, left.label, left.row) == (
-                right.pair_id, right.prompt, right.label, right.row,
+                right.pair_id,
+                right.prompt,
+                right.label,
+                right.row,
             )
             for one, other in ((left.win, right.win), (left.lose, right.lose)):
                 np.testing.assert_array_equal(one.levels, other.levels)
@@ -192,8 +197,11 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "pairs" / "pairs.jsonl").write_text('{"id": "a", "win": "a.png", "lose": "a.png", "prompt": ""}\n')
     (tmp_path / "pairs" / "a.png").write_bytes(png(1))
     done = subprocess.run(
-        [str(command), "data", "check", "pairs", "--decode-workers", "2", "--json"], capture_output=True, text=True,
-        check=False, cwd=tmp_path,
+        [str(command), "data", "check", "pairs", "--decode-workers", "2", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert (done.returncode, "current folder" in done.stderr) == (0, False), done.stderr
     assert json.loads(done.stdout)["num_pairs"] == 1
@@ -259,7 +267,10 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         "list(DecodePool(1).map(measure_pair, [pair], on_crash=print))\n"
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False,
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode != 0

@@ -16,7 +16,9 @@ from precompute.worker import Components
 
 
 def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) -> Path:
-    """A copy of a pipeline whose VAE says so; None: it says nothing, like those saved before there was a word for it."""
+    """A copy of a pipeline whose VAE says so; None: it says nothing, like those saved before there was a word for
+    it.
+    """
     shutil.copytree(pipeline, folder)
     file = folder / "vae" / "config.json"
     config = json.loads(file.read_text())

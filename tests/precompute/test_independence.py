@@ -20,15 +20,21 @@ def test_batch_size_tars_and_order(
 ) -> None:
     pairs = examples(8)
     settings = {
-        "flip": True, "vae_latent": "sample", "caption_dropout": 0.4, "timesteps_per_pair": 2, "seed": 5,
+        "flip": True,
+        "vae_latent": "sample",
+        "caption_dropout": 0.4,
+        "timesteps_per_pair": 2,
+        "seed": 5,
         "measure_inversion": 0.5,
     }
-    first = run.cache(
-        write_tars(tmp_path / "one", pairs, 8), pipelines(), tmp_path / "first", batch_size=1, **settings
-    )
+    first = run.cache(write_tars(tmp_path / "one", pairs, 8), pipelines(), tmp_path / "first", batch_size=1, **settings)
     second = run.cache(
-        write_tars(tmp_path / "three", pairs[::-1], 3), pipelines(), tmp_path / "second", batch_size=8,
-        decode_workers=2, **settings,
+        write_tars(tmp_path / "three", pairs[::-1], 3),
+        pipelines(),
+        tmp_path / "second",
+        batch_size=8,
+        decode_workers=2,
+        **settings,
     )
     assert (len(first.shards), len(second.shards)) == (1, 3)
     for name in ("timestep", "caption_dropped", "label"):
@@ -125,9 +131,7 @@ def test_lean_is_full_bit_for_bit(
             np.testing.assert_array_equal(one.read(name), other.read(name))
 
 
-def test_extras(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
-) -> None:
+def test_extras(pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path) -> None:
     source = write_tars(tmp_path / "pairs", examples(3), 3)
     cache = run.cache(
         source, pipelines(), tmp_path / "cache", guidance=0.0, extra=("eps_ref", "delta_prev"), measure_inversion=1.0
@@ -144,7 +148,8 @@ def test_extras(
     embedding = torch.from_numpy(shard.read("prompt/embedding")).float()[shard.read("prompt_index")]
     with torch.no_grad():
         eps = unet(
-            torch.from_numpy(shard.read("x_t")[:, 0, 0]).float(), torch.from_numpy(shard.read("timestep")[:, 0]).long(),
+            torch.from_numpy(shard.read("x_t")[:, 0, 0]).float(),
+            torch.from_numpy(shard.read("timestep")[:, 0]).long(),
             encoder_hidden_states=embedding,
         ).sample.numpy()
     np.testing.assert_allclose(eps_ref[:, 0, 0], eps, atol=2e-3)

@@ -65,7 +65,9 @@ def test_a_cache_shard_has_at_most_256_rows(
 ) -> None:
     """600 rows in one input; all but three are ties, so that little is computed."""
     kept = {0, 255, 256}
-    source = write_list([{"prompt": "a cat", "id": str(row), "label": 1.0 if row in kept else 0.5} for row in range(600)])
+    source = write_list(
+        [{"prompt": "a cat", "id": str(row), "label": 1.0 if row in kept else 0.5} for row in range(600)]
+    )
     cache = run.cache(source, pipelines(), tmp_path / "cache", steps=1, timesteps_per_pair=1)
     assert [commit.source.rows for commit in cache.commits.values()] == [(0, 256), (256, 512), (512, 600)]
     assert [commit.num_pairs for commit in cache.commits.values()] == [2, 1, 0]
@@ -139,8 +141,12 @@ def test_the_public_mirrors_tars_give_the_same_cache_as_our_own_layout(
             first, second = (pair.lose, pair.win) if number % 2 else (pair.win, pair.lose)
             labels = ("0.5", "0.5") if number == 4 else ("0", "1") if number % 2 else ("1", "0")
             members = {
-                "caption": pair.prompt.encode(), "jpg_0": encode(first), "jpg_1": encode(second),
-                "label_0": labels[0].encode(), "label_1": labels[1].encode(), "ranking_id": pair.pair_id.encode(),
+                "caption": pair.prompt.encode(),
+                "jpg_0": encode(first),
+                "jpg_1": encode(second),
+                "label_0": labels[0].encode(),
+                "label_1": labels[1].encode(),
+                "ranking_id": pair.pair_id.encode(),
             }
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{number:08d}.{suffix}")
@@ -170,7 +176,11 @@ def test_new_input_shards_extend_a_cache(
 
 
 def test_a_renamed_input_is_reported_before_its_pairs_come_twice(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(2), 1)
@@ -212,9 +222,7 @@ def test_shards_are_made_with_the_caches_own_noise_table(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """Another machine's libraries may round the scheduler's table otherwise: what is appended obeys the manifest's."""
-    settings = PrecomputeSettings(
-        resolution=32, steps=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32",
-    )
+    settings = PrecomputeSettings(resolution=32, steps=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32")
     made = build_manifest(settings, open_model(str(pipelines())), device_type="cpu")
     table = np.array(made.alphas_cumprod) * (1 - 9e-7)
     CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"alphas_cumprod": tuple(table.tolist())}))

@@ -25,7 +25,11 @@ from precompute.worker import Components
 
 
 def test_resume_makes_no_committed_shard_again(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(3), 1)
@@ -54,7 +58,11 @@ def test_resume_makes_no_committed_shard_again(
 
 
 def test_a_run_that_dies_between_shards_is_completed(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from precompute.worker import ShardWorker
@@ -119,8 +127,15 @@ def _nan_network(components: Components) -> None:
     [(_nan_latent, "VAE latent"), (_nan_text, "text embedding"), (_nan_network, "tensor of the inversion")],
 )
 def test_a_pair_that_is_not_finite_is_quarantined(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable,
-    capsys: pytest.CaptureFixture[str], breakage: Callable[[Components], None], words: str,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    by_id: Callable,
+    capsys: pytest.CaptureFixture[str],
+    breakage: Callable[[Components], None],
+    words: str,
 ) -> None:
     pairs = examples(4)  # the second one has the prompt "a blue dog on the house"
     source = write_tars(tmp_path / "pairs", pairs, 4)
@@ -159,7 +174,11 @@ def test_no_pair_left_is_a_commit_all_the_same(
 
 
 def test_bad_images_and_shards_stop_nothing_else(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "pairs"
@@ -214,8 +233,14 @@ def test_another_model_or_settings_are_refused_with_both_values(
     ],
 )
 def test_wrong_settings(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
-    settings: dict[str, Any], kind: type[InpoError], words: list[str],
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    kind: type[InpoError],
+    words: list[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(1), 1)
     with pytest.raises(kind) as raised:
@@ -255,7 +280,11 @@ def _disk(free: int) -> Callable[[Any], Any]:
 
 
 def test_a_disk_too_small_is_refused_before_any_work(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(4), 4)
@@ -270,7 +299,11 @@ def test_a_disk_too_small_is_refused_before_any_work(
 
 
 def test_dry_run_writes_nothing_and_shows_the_configuration(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(4), 2)
@@ -298,8 +331,13 @@ def test_dry_run_writes_nothing_and_shows_the_configuration(
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
 def test_the_plan_is_what_the_run_costs(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
 ) -> None:
     """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
     import precompute.run as run_module
@@ -339,12 +377,30 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(
     source = write_tars(tmp_path / "pairs", examples(120), 1)
     cache = tmp_path / "cache"
     command = [
-        sys.executable, "-m", "inpo", "precompute", "--pairs", source, "--model", str(pipelines()),
-        "--cache", str(cache), "--resolution", "32", "--steps", "8", "--timesteps-per-pair", "2",
+        sys.executable,
+        "-m",
+        "inpo",
+        "precompute",
+        "--pairs",
+        source,
+        "--model",
+        str(pipelines()),
+        "--cache",
+        str(cache),
+        "--resolution",
+        "32",
+        "--steps",
+        "8",
+        "--timesteps-per-pair",
+        "2",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
         cwd=Path(__file__).parents[2],
     )
     deadline = time.monotonic() + 200

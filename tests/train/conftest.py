@@ -45,15 +45,29 @@ class World:
         may edit a shard's arrays before they are committed."""
         schedule = self.model.schedule
         identity = InverterIdentity(
-            name=inverter, steps=4, timestep_range=(0, schedule.num_train_timesteps), guidance=guidance,
+            name=inverter,
+            steps=4,
+            timestep_range=(0, schedule.num_train_timesteps),
+            guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,
         )
         manifest = Manifest(
-            latent_shape=(4, side, side), num_train_timesteps=schedule.num_train_timesteps,
-            alphas_cumprod=tuple((schedule.a**2).tolist()), prediction_type=schedule.prediction_type,
-            profile=profile, extra=extra, seed=seed, timesteps_per_pair=timesteps_per_pair, resolution=2 * side,
-            crop="center", flip=False, vae_latent="mean", vae_dtype="float32", network_dtype=network_dtype,
-            inverter=identity, fingerprints=self.model.fingerprints,
+            latent_shape=(4, side, side),
+            num_train_timesteps=schedule.num_train_timesteps,
+            alphas_cumprod=tuple((schedule.a**2).tolist()),
+            prediction_type=schedule.prediction_type,
+            profile=profile,
+            extra=extra,
+            seed=seed,
+            timesteps_per_pair=timesteps_per_pair,
+            resolution=2 * side,
+            crop="center",
+            flip=False,
+            vae_latent="mean",
+            vae_dtype="float32",
+            network_dtype=network_dtype,
+            inverter=identity,
+            fingerprints=self.model.fingerprints,
         )
         writer = CacheWriter.open(str(location), manifest)
         denoiser = Denoiser(self.model.load_unet().eval(), schedule, network_dtype=network_dtype)
@@ -74,7 +88,12 @@ class World:
         return str(location)
 
     def _arrays(
-        self, manifest: Manifest, denoiser: Denoiser, first: int, num_pairs: int, label: Callable[[int], float],
+        self,
+        manifest: Manifest,
+        denoiser: Denoiser,
+        first: int,
+        num_pairs: int,
+        label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
     ) -> dict[str, np.ndarray]:
         sdxl = manifest.is_sdxl
@@ -97,9 +116,15 @@ class World:
         x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
         found = invert(
-            denoiser, x0, pair_ids, identity=manifest.inverter, seed=manifest.seed,
-            timesteps_per_pair=manifest.timesteps_per_pair, caption=condition(rows),
-            empty=condition(torch.zeros_like(rows)), extra=manifest.extra,
+            denoiser,
+            x0,
+            pair_ids,
+            identity=manifest.inverter,
+            seed=manifest.seed,
+            timesteps_per_pair=manifest.timesteps_per_pair,
+            caption=condition(rows),
+            empty=condition(torch.zeros_like(rows)),
+            extra=manifest.extra,
         )
         assert bool(found.finite.all())
         arrays: dict[str, Any] = {
@@ -114,7 +139,15 @@ class World:
             "time_ids": None if time_ids is None else time_ids.numpy(),
         }
         names = (
-            "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error", "timestep", "delta_prev", "eps_ref",
+            "x_t",
+            "delta",
+            "x0_t",
+            "target",
+            "reference_error",
+            "inversion_error",
+            "timestep",
+            "delta_prev",
+            "eps_ref",
         )
         for name in names:
             value = getattr(found, name)
@@ -158,17 +191,30 @@ def run(world: World, cache: str, tmp_path: Path) -> Callable[..., Path]:
 
     from train.run import run_train
 
-    def call(*, resume: str = "auto", output: Path | None = None, caches: list[str] | None = None,
-             model: str | None = None, code: int = 0, **flags: Any) -> Path:
+    def call(
+        *,
+        resume: str = "auto",
+        output: Path | None = None,
+        caches: list[str] | None = None,
+        model: str | None = None,
+        code: int = 0,
+        **flags: Any,
+    ) -> Path:
         folder = output or tmp_path / "run"
         settings = {
-            "output": folder, "steps": 4, "batch_size": 2, "log_every": 2, "held_out": 0.0, "tracker": "none",
+            "output": folder,
+            "steps": 4,
+            "batch_size": 2,
+            "log_every": 2,
+            "held_out": 0.0,
+            "tracker": "none",
             "learning_rate": 1e-4,
         } | flags
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, runs of several dtypes
-        assert run_train(
-            None, {"model": model or str(world.model.folder)}, caches or [cache], settings, resume=resume
-        ) == code
+        assert (
+            run_train(None, {"model": model or str(world.model.folder)}, caches or [cache], settings, resume=resume)
+            == code
+        )
         return folder
 
     return call

@@ -34,7 +34,8 @@ def pairs(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("kind", "pipeline_class", "prediction_type"),
     [
-        ("sd15", StableDiffusionPipeline, "epsilon"), ("sd2-v", StableDiffusionPipeline, "v_prediction"),
+        ("sd15", StableDiffusionPipeline, "epsilon"),
+        ("sd2-v", StableDiffusionPipeline, "v_prediction"),
         ("sdxl", StableDiffusionXLPipeline, "epsilon"),
     ],
 )
@@ -43,9 +44,17 @@ def test_precompute_train_and_generate(
 ) -> None:
     model, cache = save_tiny_pipeline(tmp_path / "model", kind), str(tmp_path / "cache")
     settings = {"resolution": 32, "steps": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
-    assert run_precompute(
-        None, {"model": str(model)}, {"pairs": pairs, "cache": cache}, settings, ray_options=RayOptions(), dry_run=False
-    ) == 0
+    assert (
+        run_precompute(
+            None,
+            {"model": str(model)},
+            {"pairs": pairs, "cache": cache},
+            settings,
+            ray_options=RayOptions(),
+            dry_run=False,
+        )
+        == 0
+    )
     output = run(model=str(model), caches=[cache], steps=2, learning_rate=1e-3)
     trained: Any = DiffusionPipeline.from_pretrained(output / "pipeline")
     assert type(trained) is pipeline_class

@@ -29,9 +29,7 @@ def test_one_network_call_per_micro_batch_and_one_network(
     calls: list[int] = []
     made: Counter[str] = Counter()
     predict = Denoiser.predict
-    monkeypatch.setattr(
-        Denoiser, "predict", lambda self, x, *rest: (calls.append(len(x)), predict(self, x, *rest))[1]
-    )
+    monkeypatch.setattr(Denoiser, "predict", lambda self, x, *rest: (calls.append(len(x)), predict(self, x, *rest))[1])
     for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
         start = kind.__init__
 

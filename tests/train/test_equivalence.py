@@ -56,13 +56,19 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
             rows.append((shards[number], pair))
             kept.append(which)
         captions = torch.stack(
-            [torch.from_numpy(shard.read("prompt/embedding"))[int(shard.read("prompt_index")[pair])].float()
-             for shard, pair in rows]
+            [
+                torch.from_numpy(shard.read("prompt/embedding"))[int(shard.read("prompt_index")[pair])].float()
+                for shard, pair in rows
+            ]
         ).repeat_interleave(2, dim=0)
         inverted = invert(
-            reference, torch.from_numpy(np.stack([shard.read("x0")[pair] for shard, pair in rows])),
-            [str(shard.read("pair_id")[pair]) for shard, pair in rows], identity=manifest.inverter, seed=manifest.seed,
-            timesteps_per_pair=manifest.timesteps_per_pair, caption=Condition(embedding=captions),
+            reference,
+            torch.from_numpy(np.stack([shard.read("x0")[pair] for shard, pair in rows])),
+            [str(shard.read("pair_id")[pair]) for shard, pair in rows],
+            identity=manifest.inverter,
+            seed=manifest.seed,
+            timesteps_per_pair=manifest.timesteps_per_pair,
+            caption=Condition(embedding=captions),
         )
         here = (torch.arange(2), torch.tensor(kept))
         x_t, target = (getattr(inverted, name)[here].flatten(0, 1).float() for name in ("x_t", "target"))
@@ -106,9 +112,7 @@ def test_the_loss_trace_is_the_committed_one(run: Callable[..., Path]) -> None:
     """20 steps on the CPU. To record it again after a change of numbers that is meant: GOLDEN.unlink(), run the test
     twice, and say in the commit why the trace changed."""
     output = run(steps=20, log_every=1, learning_rate=3e-6)
-    trace = {
-        name: [line[name] for line in metrics(output)] for name in ("loss", "margin", "gradient_norm")
-    }
+    trace = {name: [line[name] for line in metrics(output)] for name in ("loss", "margin", "gradient_norm")}
     if not GOLDEN.exists():
         environment = {"torch": torch.__version__, "numpy": np.__version__, "machine": platform.machine()}
         GOLDEN.write_text(json.dumps({"environment": environment} | trace, indent=1) + "\n")

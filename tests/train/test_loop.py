@@ -19,6 +19,4 @@ def test_first_line_comes_before_any_update(run: Callable[..., Path]) -> None:
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert [line["step"] for line in rest] == [2, 4]
     for line in lines(output):
-        assert {
-            "step", "loss", "implicit_accuracy", "margin", "learning_rate", "pairs_per_second"
-        } <= line.keys()
+        assert {"step", "loss", "implicit_accuracy", "margin", "learning_rate", "pairs_per_second"} <= line.keys()

@@ -139,8 +139,13 @@ def test_a_batch_may_be_split_anywhere(name: str, seed: int, cuts: set[int]) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("inpo", math.log(2)), ("dpo", math.log(2)), ("smpo", math.log(2)), ("inversion_dpo", math.log(2)),
-        ("hinge", 1.0), ("ipo", 1 / (4 * 0.05**2)), ("kto", 0.5),
+        ("inpo", math.log(2)),
+        ("dpo", math.log(2)),
+        ("smpo", math.log(2)),
+        ("inversion_dpo", math.log(2)),
+        ("hinge", 1.0),
+        ("ipo", 1 / (4 * 0.05**2)),
+        ("kto", 0.5),
     ],
 )
 def test_value_at_the_reference(name: str, value: float) -> None:

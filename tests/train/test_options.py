@@ -82,8 +82,15 @@ def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: py
         sys.modules, "wandb", SimpleNamespace(init=lambda **options: Run(), Image=lambda pixels: pixels.shape)
     )
     metrics = MetricsWriter(tmp_path, tracker="wandb", resumed_step=0, config={})
-    part = {"records": 3, "loss": 0.5, "implicit_accuracy": 0.6, "margin": 1.0, "win_advantage": 0.1,
-            "lose_advantage": -0.1, "timesteps": [0, 200]}
+    part = {
+        "records": 3,
+        "loss": 0.5,
+        "implicit_accuracy": 0.6,
+        "margin": 1.0,
+        "win_advantage": 0.1,
+        "lose_advantage": -0.1,
+        "timesteps": [0, 200],
+    }
     metrics.write({"step": 7, "loss": 0.7, "by_timestep": [part], "held_out_by_timestep": [part]})
     metrics.image("samples", np.zeros((4, 6, 3), np.uint8), 7)
     metrics.close()

@@ -20,7 +20,11 @@ from train.export import export_single_file
 def image(pipeline: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        "a red cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), height=16, width=16,
+        "a red cat",
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        height=16,
+        width=16,
         output_type="np",
     ).images[0]
 
@@ -50,9 +54,7 @@ def test_lora_weights_load_into_the_base(
 ) -> None:
     world = make_world(kind)
     location = world.cache(tmp_path / "c", shards=(4,), network_dtype=dtype)
-    output = run(
-        model=str(world.model.folder), caches=[location], steps=3, lora_rank=2, learning_rate=1e-1,
-    )
+    output = run(model=str(world.model.folder), caches=[location], steps=3, lora_rank=2, learning_rate=1e-1)
     assert not (output / "pipeline").exists()
     base = DiffusionPipeline.from_pretrained(world.model.folder)
     before = image(base)
@@ -74,7 +76,10 @@ def test_lora_on_top_of_another_start_belongs_to_that_model(
     output = run(steps=1, lora_rank=2, init_from=str(other), learning_rate=1e-1)
     assert f"base_model: {other}" in (output / "lora" / "README.md").read_text()
     file = export_single_file(output, tmp_path / "merged.safetensors", dtype="float32")
-    merged, base = (load_file(file), load_file(export_single_file(other, tmp_path / "base.safetensors", dtype="float32")))
+    merged, base = (
+        load_file(file),
+        load_file(export_single_file(other, tmp_path / "base.safetensors", dtype="float32")),
+    )
     changed = {name for name in base if not torch.equal(merged[name], base[name])}
     assert changed
     assert all(".attn" in name for name in changed)

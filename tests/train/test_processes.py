@@ -35,11 +35,31 @@ def launch(recipe: Path, *options: str, processes: int = 2) -> subprocess.Comple
     """--multi_gpu starts so many processes, with gloo where there is no GPU; --cpu would start one."""
     return subprocess.run(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-            "-m", "inpo", "train", "--recipe", str(recipe), *options,
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            "-m",
+            "inpo",
+            "train",
+            "--recipe",
+            str(recipe),
+            *options,
         ],
-        capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -53,9 +73,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     done = launch(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x 1 accumulated x 2 processes" in done.stdout
-    one = run(
-        output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2,
-    )
+    one = run(output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2)
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
         for output in (tmp_path / "two", one)

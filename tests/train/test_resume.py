@@ -70,9 +70,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, str], None
     return arm
 
 
-def test_ten_kills_leave_no_trace(
-    run: Callable[..., Path], kill_at: Callable[..., None], tmp_path: Path
-) -> None:
+def test_ten_kills_leave_no_trace(run: Callable[..., Path], kill_at: Callable[..., None], tmp_path: Path) -> None:
     """Runs killed at ten random places, in a step or in a save, against one that was left alone."""
     whole = run(output=tmp_path / "whole", **OPTIONS)
     places = random.Random(0)
@@ -153,9 +151,30 @@ def test_lora_checkpoints_hold_the_trained_layers_only(
 
 def command(model: Path, cache: str, output: Path, steps: int) -> list[str]:
     return [
-        sys.executable, "-m", "inpo", "train", "--model", str(model), "--cache", cache, "--output", str(output),
-        "--steps", str(steps), "--batch-size", "2", "--held-out", "0", "--tracker", "none", "--log-every", "1",
-        "--save-every", "2", "--learning-rate", "1e-4",
+        sys.executable,
+        "-m",
+        "inpo",
+        "train",
+        "--model",
+        str(model),
+        "--cache",
+        cache,
+        "--output",
+        str(output),
+        "--steps",
+        str(steps),
+        "--batch-size",
+        "2",
+        "--held-out",
+        "0",
+        "--tracker",
+        "none",
+        "--log-every",
+        "1",
+        "--save-every",
+        "2",
+        "--learning-rate",
+        "1e-4",
     ]
 
 
@@ -185,9 +204,7 @@ def test_a_signal_saves_and_ends_with_zero(
     step = int(last.name.removeprefix("step-"))
     assert step >= 3
     options = {"steps": step + 1, "log_every": 1, "save_every": 2}
-    assert equal(
-        weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options))
-    )
+    assert equal(weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options)))
 
 
 @pytest.mark.slow

@@ -44,8 +44,11 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 @given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=7), window=st.integers(1, 4), seed=st.integers(0, 99),
-    batch_size=st.integers(1, 5), world_size=st.integers(1, 4),
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    window=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 4),
 )
 @settings(max_examples=30, deadline=None)
 def test_every_epoch_uses_every_record_once_whatever_the_ranks(
@@ -126,9 +129,7 @@ def test_a_lean_cache_gives_the_same_bits(world: Any, cache: str, tmp_path: Path
 def test_ranks_share_one_sequence(cache: str, world_size: int) -> None:
     index = index_of(cache)
     alone = take(stream_of(index), 12)
-    ranks = [
-        take(stream_of(index, rank=rank, world_size=world_size), 12 // world_size) for rank in range(world_size)
-    ]
+    ranks = [take(stream_of(index, rank=rank, world_size=world_size), 12 // world_size) for rank in range(world_size)]
     for number, batch in enumerate(alone):
         assert same(batch, ranks[number % world_size][number // world_size])
 
@@ -214,9 +215,14 @@ def test_a_label_set_replaces_the_sources_labels(world: Any, tmp_path: Path) -> 
     given_labels = {f"pair-{pair:04d}": 0.1 + pair / 10 for pair in range(3)}
     (shard,) = cache
     write_labels(
-        cache.store, "soft", shard.name,
+        cache.store,
+        "soft",
+        shard.name,
         LabelSet(
-            attempt=shard.commit.attempt, scorer="s", temperature=1.0, source="x",
+            attempt=shard.commit.attempt,
+            scorer="s",
+            temperature=1.0,
+            source="x",
             pairs={name: PairLabel(scores=(0.0, 0.0), label=label) for name, label in given_labels.items()},
         ),
     )
@@ -261,9 +267,7 @@ def test_a_number_that_is_not_finite_is_refused_by_name(
     assert len(take(stream_of(index_of(location, excluded=tmp_path / "list")), 9)) == 9
 
 
-def test_only_the_arrays_that_are_needed_are_read(
-    cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_arrays_that_are_needed_are_read(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of(cache)
     read: set[str] = set()
     original = Shard.read
@@ -275,5 +279,11 @@ def test_only_the_arrays_that_are_needed_are_read(
     monkeypatch.setattr(Shard, "read", spy)
     take(stream_of(index), 3)
     assert read == {
-        "x_t", "target", "timestep", "reference_error", "caption_dropped", "prompt_index", "prompt/embedding",
+        "x_t",
+        "target",
+        "timestep",
+        "reference_error",
+        "caption_dropped",
+        "prompt_index",
+        "prompt/embedding",
     }
