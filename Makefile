@@ -73,7 +73,7 @@ evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (an hour and a 
 	.venv/bin/python -m benchmarks.evidence
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
-	.venv/bin/python -m toyworld.train_base
+	.venv/bin/python -m inpo.toyworld.train_base
 
 clean: ## remove .venv, runs and everything generated
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

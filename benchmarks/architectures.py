@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from common.models import Model, open_model
+from inpo.common.models import Model, open_model
 
 Architecture = Literal["toyworld", "sd15-narrow", "sd15", "sdxl"]
 RESOLUTION: dict[str, int] = {"toyworld": 32, "sd15-narrow": 128, "sd15": 512, "sdxl": 1024}

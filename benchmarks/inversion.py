@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from benchmarks.measure import machine, synchronise
-from common.cache.schema import InverterIdentity
-from common.denoiser import Condition, Denoiser
-from common.inversion import Inverted, invert
-from common.models import open_model
-from common.pairs import Pair, decode_image, open_source, prepare_image
-from precompute.encode import ImageEncoder, TextEncoder
-from precompute.settings import PrecomputeSettings, build_manifest
-from precompute.worker import load_components
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion import Inverted, invert
+from inpo.common.models import open_model
+from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.precompute.encode import ImageEncoder, TextEncoder
+from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.worker import load_components
 
 CHOICES: dict[str, dict[str, Any]] = {
     "ddim": {"inverter": "ddim"},

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.cache.derive import mean_square
-from common.denoiser import Condition, Denoiser
-from common.schedule import NoiseSchedule
-from precompute.encode import ImageEncoder, TextEncoder
-from train.objectives import inpo
+from inpo.common.cache.derive import mean_square
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.schedule import NoiseSchedule
+from inpo.precompute.encode import ImageEncoder, TextEncoder
+from inpo.train.objectives import inpo
 
 EXTRA_NOISE = 0.1
 

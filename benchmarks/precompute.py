@@ -11,8 +11,8 @@ from pathlib import Path
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
 from benchmarks.setting import setting
-from common.cache import ShardData
-from precompute.worker import ShardWorker
+from inpo.common.cache import ShardData
+from inpo.precompute.worker import ShardWorker
 
 BATCH_SIZES = (1, 4, 16, 32)
 

@@ -11,20 +11,20 @@ from PIL import Image
 
 from benchmarks.architectures import RESOLUTION, Architecture, model_for
 from benchmarks.online import OnlineLoop
-from common.cache import Cache, CacheWriter, open_cache
-from common.denoiser import Denoiser
-from common.models import Model
-from common.pairs import open_source
-from precompute.decode import DecodePool
-from precompute.encode import ImageEncoder, TextEncoder
-from precompute.settings import PrecomputeSettings, build_manifest
-from precompute.tasks import ShardTask, list_tasks
-from precompute.worker import ShardWorker, load_components
-from train.index import Index, build_index
-from train.objectives import inpo
-from train.proof import record_errors
-from train.records import Needs
-from train.stream import RecordStream
+from inpo.common.cache import Cache, CacheWriter, open_cache
+from inpo.common.denoiser import Denoiser
+from inpo.common.models import Model
+from inpo.common.pairs import open_source
+from inpo.precompute.decode import DecodePool
+from inpo.precompute.encode import ImageEncoder, TextEncoder
+from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.worker import ShardWorker, load_components
+from inpo.train.index import Index, build_index
+from inpo.train.objectives import inpo
+from inpo.train.proof import record_errors
+from inpo.train.records import Needs
+from inpo.train.stream import RecordStream
 
 PROMPTS = [
     f"a {size} {colour} ball in the middle over a meadow" for size in ("small", "big") for colour in ("red", "pink")

@@ -21,13 +21,13 @@ import obstore
 import torch
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
-from common.cache.derive import point_from_target
-from common.cache.store import CacheStore
-from common.schedule import NoiseSchedule
-from train.index import build_index
-from train.records import Needs
-from train.stream import RecordStream
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache.derive import point_from_target
+from inpo.common.cache.store import CacheStore
+from inpo.common.schedule import NoiseSchedule
+from inpo.train.index import build_index
+from inpo.train.records import Needs
+from inpo.train.stream import RecordStream
 
 CONSUMED_PAIRS_PER_SECOND = 66.0
 """SD1.5 records per second that one H200 would train on at 40% of its bf16 matmul rate: a calculation, see docs."""

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from common.cache.reader import Shard
-from common.denoiser import Condition
+from inpo.common.cache.reader import Shard
+from inpo.common.denoiser import Condition
 
 
 def pair_condition(shard: Shard, pairs: Int[np.ndarray, "pair"]) -> Condition:

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UsageError
-from common.schedule import NoiseSchedule
+from inpo.common.errors import UsageError
+from inpo.common.schedule import NoiseSchedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

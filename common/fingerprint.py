@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 _VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_commit_hash"}
 _BLOCK_BYTES = 1 << 24

@@ -24,11 +24,11 @@ from diffusers import (
 )
 from huggingface_hub import snapshot_download
 
-from common import fingerprint, single_file
-from common.errors import ModelError
-from common.prediction import check_prediction
-from common.schedule import NoiseSchedule
-from common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
+from inpo.common import fingerprint, single_file
+from inpo.common.errors import ModelError
+from inpo.common.prediction import check_prediction
+from inpo.common.schedule import NoiseSchedule
+from inpo.common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 

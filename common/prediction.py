@@ -16,9 +16,9 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.denoiser import Condition, Denoiser
-from common.errors import ModelError
-from common.schedule import NoiseSchedule
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.errors import ModelError
+from inpo.common.schedule import NoiseSchedule
 
 _LATENTS = 2
 _TOKENS = 77

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.errors import UsageError
+from inpo.common.errors import UsageError
 
 if TYPE_CHECKING:
-    import common.models
+    import inpo.common.models
 
 SECTIONS = ("model", "data", "precompute", "train", "evaluate")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
@@ -42,9 +42,9 @@ class ModelSection(Section):
     vae: str | None = None
     """A replacement VAE."""
 
-    def open(self) -> "common.models.Model":
+    def open(self) -> "inpo.common.models.Model":
         # diffusers takes seconds to import, and most commands that read a recipe open no model.
-        from common.models import open_model
+        from inpo.common.models import open_model
 
         if self.model is None:
             raise UsageError(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.errors import ModelError, UsageError
+from inpo.common.errors import ModelError, UsageError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 

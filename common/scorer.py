@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 from PIL import Image
 
-from common.errors import UsageError
+from inpo.common.errors import UsageError
 
 GROUP = "inpo.scorers"
 

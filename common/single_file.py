@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 PREFIXES = {
     "unet": ("model.diffusion_model.",),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 Family = Literal["sd", "sdxl"]
 

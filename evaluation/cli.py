@@ -48,13 +48,13 @@ def generate_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
-    from common.errors import UsageError
-    from common.recipe import ModelSection, read_recipe, resolve
+    from inpo.common.errors import UsageError
+    from inpo.common.recipe import ModelSection, read_recipe, resolve
 
     _quieten()
-    from evaluation.generate import generate
-    from evaluation.prompts import read_prompts
-    from evaluation.settings import EvaluateSettings
+    from inpo.evaluation.generate import generate
+    from inpo.evaluation.prompts import read_prompts
+    from inpo.evaluation.settings import EvaluateSettings
 
     sections = read_recipe(recipe)
     flags = {
@@ -88,9 +88,9 @@ def score_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
-    from common.scorer import load_scorer
-    from evaluation.image_folder import ImageFolder
-    from evaluation.score import score_folder
+    from inpo.common.scorer import load_scorer
+    from inpo.evaluation.image_folder import ImageFolder
+    from inpo.evaluation.score import score_folder
 
     settings = _settings(recipe, scorer, batch_size)
     images = ImageFolder(folder)
@@ -111,11 +111,11 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
-    from common.scorer import load_scorer
-    from evaluation.compare import compare_folders, comparison_json, shared_keys
-    from evaluation.image_folder import ImageFolder, write_atomically
-    from evaluation.processes import processes
-    from evaluation.score import score_folder
+    from inpo.common.scorer import load_scorer
+    from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
+    from inpo.evaluation.image_folder import ImageFolder, write_atomically
+    from inpo.evaluation.processes import processes
+    from inpo.evaluation.score import score_folder
 
     settings = _settings(recipe, scorer, None)
     folders = ImageFolder(a), ImageFolder(b)
@@ -129,7 +129,7 @@ def compare_command(
     comparison = compare_folders(*folders, settings.scorers)
     print(comparison.to_markdown(), end="")
     if out is not None:
-        from evaluation.picture import draw_picture
+        from inpo.evaluation.picture import draw_picture
 
         write_atomically(out / "comparison.md", comparison.to_markdown().encode())
         write_atomically(out / "comparison.json", comparison_json(comparison))
@@ -138,16 +138,16 @@ def compare_command(
 
 
 def _settings(recipe: Path | None, scorer: list[str] | None, batch_size: int | None):
-    from common.recipe import read_recipe, resolve
-    from evaluation.settings import EvaluateSettings
+    from inpo.common.recipe import read_recipe, resolve
+    from inpo.evaluation.settings import EvaluateSettings
 
     flags = {"scorers": tuple(dict.fromkeys(scorer)) if scorer else None, "batch_size": batch_size}
     return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), flags)
 
 
 def _needed(scorers: tuple[str, ...]) -> tuple[str, ...]:
-    from common.errors import UsageError
-    from common.scorer import scorer_names
+    from inpo.common.errors import UsageError
+    from inpo.common.scorer import scorer_names
 
     if not scorers:
         raise UsageError(
@@ -171,7 +171,7 @@ def _quieten() -> None:
 
 def _say(text: str) -> None:
     """Print once, however many processes run."""
-    from evaluation.processes import processes
+    from inpo.evaluation.processes import processes
 
     if processes().is_main_process:
         print(text)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from common.errors import DataError, UsageError
-from evaluation.image_folder import ImageEntry, ImageFolder
-from evaluation.statistics import PairedStatistics, compare_scores
+from inpo.common.errors import DataError, UsageError
+from inpo.evaluation.image_folder import ImageEntry, ImageFolder
+from inpo.evaluation.statistics import PairedStatistics, compare_scores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,15 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from common import fingerprint
-from common.errors import TrainingError, UsageError
-from common.models import Model
-from common.progress import ProgressReport
-from common.seeding import stable_hash
-from evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
-from evaluation.lora import load_lora, lora_file
-from evaluation.processes import processes
-from evaluation.settings import EvaluateSettings
+from inpo.common import fingerprint
+from inpo.common.errors import TrainingError, UsageError
+from inpo.common.models import Model
+from inpo.common.progress import ProgressReport
+from inpo.common.seeding import stable_hash
+from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
+from inpo.evaluation.lora import load_lora, lora_file
+from inpo.evaluation.processes import processes
+from inpo.evaluation.settings import EvaluateSettings
 
 _BATCH_PIXELS = 8 * 512 * 512
 _MAX_BATCH = 32

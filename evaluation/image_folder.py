@@ -19,9 +19,9 @@ from typing import Any
 
 from PIL import Image
 
-from common.cache.store import storage_errors
-from common.errors import DataError
-from common.pairs import ImageError, decode_image
+from inpo.common.cache.store import storage_errors
+from inpo.common.errors import DataError
+from inpo.common.pairs import ImageError, decode_image
 
 SETTINGS = "generate.json"
 LISTING = "images.jsonl"

@@ -10,7 +10,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 _NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from common.seeding import stable_hash
-from evaluation.compare import Comparison, ScoredPairs
+from inpo.common.seeding import stable_hash
+from inpo.evaluation.compare import Comparison, ScoredPairs
 
 COLUMNS = 4
 _FONT = "DejaVu Sans"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from inpo.common.errors import DataError
 
 EXPECTED = (
     "a text file (one prompt a line), a .tsv file with a Prompt column (Parti-Prompts), a .json list of prompts "

@@ -25,13 +25,13 @@ def relabel(
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
-    from common.cache import open_cache
-    from common.cache.labels import check_set_name
-    from common.errors import UsageError
-    from common.progress import ProgressReport
-    from common.scorer import load_scorer
-    from evaluation.processes import processes
-    from evaluation.relabel import default_temperature, relabel_cache
+    from inpo.common.cache import open_cache
+    from inpo.common.cache.labels import check_set_name
+    from inpo.common.errors import UsageError
+    from inpo.common.progress import ProgressReport
+    from inpo.common.scorer import load_scorer
+    from inpo.evaluation.processes import processes
+    from inpo.evaluation.relabel import default_temperature, relabel_cache
 
     if temperature is not None and not 0 < temperature < math.inf:
         raise UsageError(

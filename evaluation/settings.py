@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.recipe import Section
+from inpo.common.recipe import Section
 
 SchedulerName = Literal["ddim", "own"]
 DtypeName = Literal["float32", "float16", "bfloat16"]

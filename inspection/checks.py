@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from common.cache import Shard
-from common.cache.derive import derive_x_t
-from common.errors import InpoError
+from inpo.common.cache import Shard
+from inpo.common.cache.derive import derive_x_t
+from inpo.common.errors import InpoError
 
 _PAIRS_AT_ONCE = 8
 _HALF_ULP, _TINY = 2.0**-11, 2.0**-25

@@ -29,10 +29,10 @@ def summary(
     """
     from rich.console import Console
 
-    from common.errors import UsageError
-    from common.recipe import DataSection, read_recipe, resolve
-    from inspection.summary import summarise
-    from inspection.summary_view import show
+    from inpo.common.errors import UsageError
+    from inpo.common.recipe import DataSection, read_recipe, resolve
+    from inpo.inspection.summary import summarise
+    from inpo.inspection.summary_view import show
 
     location = resolve(DataSection, "data", read_recipe(recipe), {"cache": cache}).cache
     if location is None:
@@ -61,14 +61,14 @@ def pair(
     """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|."""
     from io import BytesIO
 
-    from common.cache import open_cache
-    from common.errors import UsageError
-    from common.models import open_model
-    from inspection.output import refuse_output, write_output
-    from inspection.pair_view import find_pair
-    from inspection.preview import linear_preview, vae_preview
-    from inspection.sheet import draw_sheet
-    from inspection.words import cache_facts, pair_facts
+    from inpo.common.cache import open_cache
+    from inpo.common.errors import UsageError
+    from inpo.common.models import open_model
+    from inpo.inspection.output import refuse_output, write_output
+    from inpo.inspection.pair_view import find_pair
+    from inpo.inspection.preview import linear_preview, vae_preview
+    from inpo.inspection.sheet import draw_sheet
+    from inpo.inspection.words import cache_facts, pair_facts
 
     if (pair_id is None) == (not first):
         raise UsageError(
@@ -108,13 +108,13 @@ def verify(
     """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
     from rich.console import Console
 
-    from common.cache import open_cache
-    from common.errors import UsageError
-    from common.models import open_model
-    from common.progress import ProgressReport
-    from inspection.verify import quarantine as move_commits
-    from inspection.verify import verify as verify_cache
-    from inspection.verify_view import show
+    from inpo.common.cache import open_cache
+    from inpo.common.errors import UsageError
+    from inpo.common.models import open_model
+    from inpo.common.progress import ProgressReport
+    from inpo.inspection.verify import quarantine as move_commits
+    from inpo.inspection.verify import verify as verify_cache
+    from inpo.inspection.verify_view import show
 
     if sample is not None and model is None:
         raise UsageError(
@@ -151,9 +151,9 @@ def clean(
     ] = False,
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
-    from common.cache import open_cache
-    from inspection.leftovers import find_leftovers, remove_leftover
-    from inspection.summary_view import readable_bytes
+    from inpo.common.cache import open_cache
+    from inpo.inspection.leftovers import find_leftovers, remove_leftover
+    from inpo.inspection.summary_view import readable_bytes
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
     found = find_leftovers(store)
@@ -195,10 +195,10 @@ def filter_pairs(
 
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
-    from common.cache import open_cache
-    from inspection.output import refuse_output, write_output
-    from inspection.pair_table import read_pair_table
-    from inspection.where import select
+    from inpo.common.cache import open_cache
+    from inpo.inspection.output import refuse_output, write_output
+    from inpo.inspection.pair_table import read_pair_table
+    from inpo.inspection.where import select
 
     if out is not None:
         refuse_output(out, what="list")
@@ -236,10 +236,10 @@ def drift(
     """How far the cached points are from those that a trained model would invert to, and whether to refresh."""
     from rich.console import Console
 
-    from common.models import open_model
-    from common.progress import ProgressReport
-    from inspection.drift import measure_drift
-    from inspection.drift_view import show
+    from inpo.common.models import open_model
+    from inpo.common.progress import ProgressReport
+    from inpo.inspection.drift import measure_drift
+    from inpo.inspection.drift_view import show
 
     with ProgressReport("drift", total=None, unit="pairs", quiet=as_json) as progress:
         found = measure_drift(cache, open_model(model), num_sampled=sample, on_pairs=progress.advance)
@@ -261,10 +261,10 @@ def report(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read."""
-    from common.models import open_model
-    from common.progress import ProgressReport
-    from inspection.output import refuse_output, write_output
-    from inspection.report import make_report
+    from inpo.common.models import open_model
+    from inpo.common.progress import ProgressReport
+    from inpo.inspection.output import refuse_output, write_output
+    from inpo.inspection.report import make_report
 
     refuse_output(out, what="report")
     with ProgressReport("report", total=None, unit="pairs") as progress:

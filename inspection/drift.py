@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from common.cache import Cache, open_cache
-from common.errors import InpoError
-from common.models import Model
-from inspection.pair_table import nothing_readable, read_pair_table
-from inspection.reinvert import choose_pairs, load_denoiser, reinvert
-from inspection.summary import NUM_BINS
+from inpo.common.cache import Cache, open_cache
+from inpo.common.errors import InpoError
+from inpo.common.models import Model
+from inpo.inspection.pair_table import nothing_readable, read_pair_table
+from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
+from inpo.inspection.summary import NUM_BINS
 
 KEEP_BELOW, REFRESH_ABOVE = 0.1, 0.2
 """Relative RMS change of the target. Yardstick: the target of ddim with 10 steps is itself about 0.2 away from the

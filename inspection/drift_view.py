@@ -4,8 +4,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from inspection.drift import Drift
-from inspection.summary_view import bar, number
+from inpo.inspection.drift import Drift
+from inpo.inspection.summary_view import bar, number
 
 
 def show(drift: Drift, console: Console) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import obstore
 
-from common.cache import Commit
-from common.cache.store import CacheStore, storage_errors
-from common.errors import CacheError
+from inpo.common.cache import Commit
+from inpo.common.cache.store import CacheStore, storage_errors
+from inpo.common.errors import CacheError
 
 GRACE = timedelta(hours=1)
 """Younger attempts may belong to a writer at work: a shard's files are all written within minutes."""

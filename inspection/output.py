@@ -4,8 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-from common.cache.store import storage_errors
-from common.errors import UsageError
+from inpo.common.cache.store import storage_errors
+from inpo.common.errors import UsageError
 
 
 def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from common.cache import Cache, Shard
-from common.errors import CacheMissing, InpoError
+from inpo.common.cache import Cache, Shard
+from inpo.common.errors import CacheMissing, InpoError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

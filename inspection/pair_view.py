@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.cache import Cache, Shard
-from common.errors import CacheIncomplete, InpoError
-from inspection.pair_table import nothing_readable
+from inpo.common.cache import Cache, Shard
+from inpo.common.errors import CacheIncomplete, InpoError
+from inpo.inspection.pair_table import nothing_readable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

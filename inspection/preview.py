@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from common.cache import Cache
-from common.errors import CacheMismatch, InpoError
-from common.models import Model
+from inpo.common.cache import Cache
+from inpo.common.errors import CacheMismatch, InpoError
+from inpo.common.models import Model
 
 _SAMPLE_PAIRS = 64
 _LATENTS_PER_VAE_CALL = 8

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from common.cache import Cache, Shard
-from common.conditions import pair_condition
-from common.denoiser import Condition, Denoiser, prepare_for_inference
-from common.errors import CacheError, CacheMismatch, InpoError
-from common.inversion import Inverted, invert
-from common.models import Model
-from common.seeding import stable_hash
-from inspection.pair_table import PairTable
+from inpo.common.cache import Cache, Shard
+from inpo.common.conditions import pair_condition
+from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.errors import CacheError, CacheMismatch, InpoError
+from inpo.common.inversion import Inverted, invert
+from inpo.common.models import Model
+from inpo.common.seeding import stable_hash
+from inpo.inspection.pair_table import PairTable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from common.cache import Cache, open_cache
-from common.cache.labels import label_sets, read_shard_labels
-from common.errors import InpoError
-from common.models import Model
-from inspection.leftovers import find_leftovers
-from inspection.pair_table import PairTable, read_pair_table
-from inspection.preview import linear_preview, vae_preview
-from inspection.reinvert import choose_pairs
-from inspection.report_plots import curves, histogram
-from inspection.report_sample import GROUPS, MOST_TIMESTEPS, SampledPair, sample_pairs
-from inspection.summary import Summary, summary_of, timestep_bins
-from inspection.summary_view import number, readable_bytes
-from inspection.words import cache_facts
+from inpo.common.cache import Cache, open_cache
+from inpo.common.cache.labels import label_sets, read_shard_labels
+from inpo.common.errors import InpoError
+from inpo.common.models import Model
+from inpo.inspection.leftovers import find_leftovers
+from inpo.inspection.pair_table import PairTable, read_pair_table
+from inpo.inspection.preview import linear_preview, vae_preview
+from inpo.inspection.reinvert import choose_pairs
+from inpo.inspection.report_plots import curves, histogram
+from inpo.inspection.report_sample import GROUPS, MOST_TIMESTEPS, SampledPair, sample_pairs
+from inpo.inspection.summary import Summary, summary_of, timestep_bins
+from inpo.inspection.summary_view import number, readable_bytes
+from inpo.inspection.words import cache_facts
 
 ASSETS = Path(__file__).parent / "assets"
 _NORM_PAIRS = 200

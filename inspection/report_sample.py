@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from common.cache import Cache
-from common.errors import InpoError
-from common.seeding import stable_hash
-from inspection.pair_table import PairTable
-from inspection.pair_view import PairView, view_pair
-from inspection.preview import Preview
-from inspection.reinvert import choose_pairs
-from inspection.sheet import DELTA_COLOURS, ERROR_COLOURS, coloured
+from inpo.common.cache import Cache
+from inpo.common.errors import InpoError
+from inpo.common.seeding import stable_hash
+from inpo.inspection.pair_table import PairTable
+from inpo.inspection.pair_view import PairView, view_pair
+from inpo.inspection.preview import Preview
+from inpo.inspection.reinvert import choose_pairs
+from inpo.inspection.sheet import DELTA_COLOURS, ERROR_COLOURS, coloured
 
 GROUPS = {"inversion": "worst inversion", "error": "largest reference error", "random": "random"}
 """Why a pair was taken, and in which words."""

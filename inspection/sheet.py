@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from matplotlib.font_manager import findSystemFonts
 from PIL import Image, ImageDraw, ImageFont
 
-from inspection.pair_view import PairView
-from inspection.preview import Preview
+from inpo.inspection.pair_view import PairView
+from inpo.inspection.preview import Preview
 
 INK, GREY, RULE, PAPER = "#1c1e21", "#6b7177", "#d9dcdf", "#ffffff"
 WIN, LOSE = "#1f7a4d", "#b4472e"

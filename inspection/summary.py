@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from common.cache import Cache, open_cache
-from common.cache.labels import label_sets
-from common.errors import InpoError
-from inspection.leftovers import Leftover, find_leftovers
-from inspection.pair_table import PairTable, read_pair_table
+from inpo.common.cache import Cache, open_cache
+from inpo.common.cache.labels import label_sets
+from inpo.common.errors import InpoError
+from inpo.inspection.leftovers import Leftover, find_leftovers
+from inpo.inspection.pair_table import PairTable, read_pair_table
 
 NUM_BINS = 10
 

@@ -4,7 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from inspection.summary import Summary
+from inpo.inspection.summary import Summary
 
 _SETTINGS = (
     "profile",

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.cache import Cache, Commit, open_cache
-from common.cache.labels import label_sets, read_shard_labels
-from common.errors import CacheCorrupt, CacheError, CacheMismatch, InpoError
-from common.models import Model
-from inspection.checks import CHECKS, Finding, ShardResult, check_shard
-from inspection.pair_table import read_pair_table
-from inspection.reinvert import choose_pairs, load_denoiser, reinvert
+from inpo.common.cache import Cache, Commit, open_cache
+from inpo.common.cache.labels import label_sets, read_shard_labels
+from inpo.common.errors import CacheCorrupt, CacheError, CacheMismatch, InpoError
+from inpo.common.models import Model
+from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard
+from inpo.inspection.pair_table import read_pair_table
+from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
 
 PREDICTION_TOLERANCE = {"float32": 2e-3, "float16": 4e-3, "bfloat16": 2e-2}
 """How far one prediction of the same weights may be off on another device or in another batch, by network dtype:

@@ -4,9 +4,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from inspection.checks import CHECKS
-from inspection.summary_view import readable_bytes
-from inspection.verify import Verification
+from inpo.inspection.checks import CHECKS
+from inpo.inspection.summary_view import readable_bytes
+from inpo.inspection.verify import Verification
 
 
 def show(verification: Verification, console: Console) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from common.errors import UsageError
-from inspection.pair_table import PairTable
+from inpo.common.errors import UsageError
+from inpo.inspection.pair_table import PairTable
 
 COLUMNS: Mapping[str, tuple[str, Callable[[PairTable], np.ndarray]]] = {
     "inversion_error": ("the larger of both sides", lambda table: table.worst_inversion_error),

@@ -1,7 +1,7 @@
 """A pair and a cache, each in one line, for sheets and reports."""
 
-from common.cache import Manifest
-from inspection.pair_view import PairView
+from inpo.common.cache import Manifest
+from inpo.inspection.pair_view import PairView
 
 
 def pair_facts(view: PairView) -> str:

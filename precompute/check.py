@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from common.pairs.pair import InputShard, Pair, Skipped, SkipReason
-from common.pairs.walk import Walk
-from precompute.decode import DecodePool, measure_pair
+from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
+from inpo.common.pairs.walk import Walk
+from inpo.precompute.decode import DecodePool, measure_pair
 
 
 @dataclass(kw_only=True)

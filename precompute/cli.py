@@ -60,7 +60,7 @@ def precompute(
 
     Run the same command again to resume: committed shards are never made twice.
     """
-    from precompute.run import RayOptions, run_precompute
+    from inpo.precompute.run import RayOptions, run_precompute
 
     flags: dict[str, Any] = {
         "steps": steps,
@@ -119,7 +119,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a precompute run will cost: shards, network calls, bytes, device hours. Refuses if the disk is short."""
-    from precompute.run import run_plan
+    from inpo.precompute.run import run_plan
 
     run_plan(
         recipe,

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from common.errors import DataError, StorageError, UsageError
-from common.progress import ProgressReport
+from inpo.common.errors import DataError, StorageError, UsageError
+from inpo.common.progress import ProgressReport
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from common.pairs import InputShard, Pair, Skipped
-    from common.pairs.pair import SkipReason
-    from common.pairs.walk import Walk
-    from precompute.check import CheckReport
-    from precompute.pack import PackReport
+    from inpo.common.pairs import InputShard, Pair, Skipped
+    from inpo.common.pairs.pair import SkipReason
+    from inpo.common.pairs.walk import Walk
+    from inpo.precompute.check import CheckReport
+    from inpo.precompute.pack import PackReport
 
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 
@@ -42,9 +42,9 @@ def pack_command(
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
     from rich.console import Console
 
-    from common.pairs import open_source
-    from common.pairs.walk import Walk
-    from precompute.pack import pack, refuse_occupied
+    from inpo.common.pairs import open_source
+    from inpo.common.pairs.walk import Walk
+    from inpo.precompute.pack import pack, refuse_occupied
 
     if "://" in output:
         raise UsageError(
@@ -83,10 +83,10 @@ def check_command(
     """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
     from rich.console import Console
 
-    from common.pairs import Skipped, open_source
-    from common.pairs.walk import Walk
-    from precompute.check import check_source
-    from precompute.pack import skipped_line
+    from inpo.common.pairs import Skipped, open_source
+    from inpo.common.pairs.walk import Walk
+    from inpo.precompute.check import check_source
+    from inpo.precompute.pack import skipped_line
 
     console = Console(stderr=True)
     walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
@@ -182,7 +182,7 @@ def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Tabl
 
 
 def _add_reasons(table: "Table", skipped: "dict[SkipReason, int]") -> None:
-    from common.pairs import SKIP_REASONS
+    from inpo.common.pairs import SKIP_REASONS
 
     for reason, meaning in SKIP_REASONS.items():
         if reason in skipped:

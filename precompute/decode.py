@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar, cast
 
-from common.errors import InpoError
-from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
-from common.pairs.pair import Pair, Skipped
+from inpo.common.errors import InpoError
+from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from inpo.common.pairs.pair import Pair, Skipped
 
 _AHEAD_PER_WORKER = 4
 _SECONDS_TO_START = 300.0

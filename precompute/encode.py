@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
-from common.denoiser import DTYPES
-from common.seeding import normal
+from inpo.common.denoiser import DTYPES
+from inpo.common.seeding import normal
 
 _IMAGES_PER_VAE_CALL = 16
 _PROMPTS_PER_TEXT_CALL = 64

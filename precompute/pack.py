@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import webdataset
 
-from common.errors import StorageError, UsageError
-from common.pairs.pair import Pair, Skipped, SkipReason
+from inpo.common.errors import StorageError, UsageError
+from inpo.common.pairs.pair import Pair, Skipped, SkipReason
 
 PATTERN = "pairs-%06d.tar"
 SKIPPED_NAME = "skipped.jsonl"

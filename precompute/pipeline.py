@@ -13,10 +13,10 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from common.cache import Commit, ShardData
-from common.errors import DataError
-from precompute.tasks import ShardTask
-from precompute.worker import PreparedShard, ShardWorker
+from inpo.common.cache import Commit, ShardData
+from inpo.common.errors import DataError
+from inpo.precompute.tasks import ShardTask
+from inpo.precompute.worker import PreparedShard, ShardWorker
 
 
 @dataclass(frozen=True, kw_only=True)

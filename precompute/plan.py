@@ -12,12 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from common.cache.schema import ArraySpec, Manifest
-from common.cache.store import is_remote
-from common.errors import StorageError
-from common.inversion import build_path
-from common.models import Model
-from precompute.tasks import ShardTask
+from inpo.common.cache.schema import ArraySpec, Manifest
+from inpo.common.cache.store import is_remote
+from inpo.common.errors import StorageError
+from inpo.common.inversion import build_path
+from inpo.common.models import Model
+from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
 _JSON_BYTES_PER_ARRAY = 700

@@ -12,21 +12,21 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from common.cache import CacheWriter, Commit, Manifest, open_cache
-from common.cache.store import CacheStore, is_remote
-from common.cache.writer import MANIFEST, check_identity
-from common.denoiser import Condition
-from common.errors import CacheMismatch, DataError, InpoError, UsageError
-from common.models import Model
-from common.pairs import SKIP_REASONS, open_source
-from common.progress import ProgressReport
-from common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
-from precompute.engines.local import process_state, run_local
-from precompute.pipeline import Outcome
-from precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
-from precompute.settings import PrecomputeSettings, build_manifest
-from precompute.tasks import ShardTask, list_tasks
-from precompute.worker import load_components
+from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.store import CacheStore, is_remote
+from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.denoiser import Condition
+from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.models import Model
+from inpo.common.pairs import SKIP_REASONS, open_source
+from inpo.common.progress import ProgressReport
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.precompute.engines.local import process_state, run_local
+from inpo.precompute.pipeline import Outcome
+from inpo.precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
+from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.worker import load_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def run_precompute(
             progress.advance(outcome.task.stop - outcome.task.start)
 
         if settings.engine == "ray":
-            from precompute.engines.ray import run_ray
+            from inpo.precompute.engines.ray import run_ray
 
             remaining = [task for task in tasks if task.name not in committed]
             report = run_ray(
@@ -180,7 +180,7 @@ def _device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -
     """The device that will do the work. Ray's workers may have GPUs that this process has not, so the cluster is asked;
     without `ray_options` nothing is started and this machine stands for it."""
     if settings.engine == "ray" and ray_options is not None:
-        from precompute.engines.ray_cluster import connect, has_gpus
+        from inpo.precompute.engines.ray_cluster import connect, has_gpus
 
         connect(ray_options)
         return "cuda" if has_gpus() else "cpu"

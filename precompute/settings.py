@@ -5,12 +5,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from common.cache.schema import EXTRAS, InverterIdentity, Manifest
-from common.denoiser import dtype_name
-from common.errors import UsageError
-from common.inversion import INVERTERS, check_settings
-from common.models import Model
-from common.recipe import Section
+from inpo.common.cache.schema import EXTRAS, InverterIdentity, Manifest
+from inpo.common.denoiser import dtype_name
+from inpo.common.errors import UsageError
+from inpo.common.inversion import INVERTERS, check_settings
+from inpo.common.models import Model
+from inpo.common.recipe import Section
 
 
 class PrecomputeSettings(Section):

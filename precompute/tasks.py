@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.cache.schema import MAX_PAIRS_PER_SHARD
-from common.errors import DataError
-from common.pairs import InputShard, PairSource
+from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD
+from inpo.common.errors import DataError
+from inpo.common.pairs import InputShard, PairSource
 
 
 @dataclass(frozen=True, kw_only=True)

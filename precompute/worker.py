@@ -16,16 +16,16 @@ import torch
 from jaxtyping import Float, Float16
 from torch import Tensor
 
-from common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
-from common.denoiser import Condition, Denoiser, prepare_for_inference
-from common.errors import DataError
-from common.inversion import Inverted, invert
-from common.models import Model
-from common.pairs import Pair, Skipped, mark_duplicates
-from common.seeding import uniform
-from precompute.decode import DecodePool, PreparedPair, prepare_pair
-from precompute.encode import ImageEncoder, PromptTable, TextEncoder
-from precompute.tasks import ShardTask
+from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
+from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.errors import DataError
+from inpo.common.inversion import Inverted, invert
+from inpo.common.models import Model
+from inpo.common.pairs import Pair, Skipped, mark_duplicates
+from inpo.common.seeding import uniform
+from inpo.precompute.decode import DecodePool, PreparedPair, prepare_pair
+from inpo.precompute.encode import ImageEncoder, PromptTable, TextEncoder
+from inpo.precompute.tasks import ShardTask
 
 
 @dataclass(kw_only=True, eq=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from toyworld.scenes import scenes_by_caption
+from inpo.toyworld.scenes import scenes_by_caption
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 64

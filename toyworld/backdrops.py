@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float
 
-from common.errors import UsageError
+from inpo.common.errors import UsageError
 
 SIZE = 32
 """Width and height of every picture in pixels."""

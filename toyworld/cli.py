@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from common.errors import UsageError
-from toyworld.scenes import Split, captions
+from inpo.common.errors import UsageError
+from inpo.toyworld.scenes import Split, captions
 
 app = typer.Typer(
     help="The embedded default: a tiny text-to-image world with a known preference.", no_args_is_help=True
@@ -24,7 +24,7 @@ def pairs_command(
 ) -> None:
     """Make preference pairs with the base model, labelled by the oracle."""
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
-    from toyworld.pairs import PairSettings, make_pairs
+    from inpo.toyworld.pairs import PairSettings, make_pairs
 
     formats = tuple(name.strip() for name in format.split(","))
     if set(formats) - {"parquet", "webdataset"}:

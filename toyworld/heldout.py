@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from toyworld.backdrops import SIZE
-from toyworld.scenes import ATTRIBUTES, parse_caption
+from inpo.toyworld.backdrops import SIZE
+from inpo.toyworld.scenes import ATTRIBUTES, parse_caption
 
 WEIGHTS = Path(__file__).parent / "heldout.safetensors"
 BATCH_SIZE = 128

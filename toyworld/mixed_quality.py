@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
 
-from toyworld.scenes import COLOURS, Scene, render, scenes_by_caption
+from inpo.toyworld.scenes import COLOURS, Scene, render, scenes_by_caption
 
 MISPLACED = 0.15
 WRONG_COLOUR = 0.15

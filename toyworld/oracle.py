@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from toyworld.backdrops import SIZE, backdrop
-from toyworld.scenes import Scene, object_mask, parse_caption, render
+from inpo.toyworld.backdrops import SIZE, backdrop
+from inpo.toyworld.scenes import Scene, object_mask, parse_caption, render
 
 SHIFTS = tuple((x, y) for x in range(-2, 3) for y in range(-2, 3))
 """Shifts in pixels within which an object counts as being in its place."""

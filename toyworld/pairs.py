@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from common.errors import UsageError
-from common.progress import ProgressReport
-from common.seeding import normal, stable_hash, uniform
-from toyworld.oracle import OracleScorer
-from toyworld.pair_files import WRITERS, LabelledPair
-from toyworld.sampling import BASE_FOLDER, GUIDANCE, LATENT_SHAPE, STEPS, generate
-from toyworld.scenes import Split, captions
+from inpo.common.errors import UsageError
+from inpo.common.progress import ProgressReport
+from inpo.common.seeding import normal, stable_hash, uniform
+from inpo.toyworld.oracle import OracleScorer
+from inpo.toyworld.pair_files import WRITERS, LabelledPair
+from inpo.toyworld.sampling import BASE_FOLDER, GUIDANCE, LATENT_SHAPE, STEPS, generate
+from inpo.toyworld.scenes import Split, captions
 
 PAIRS_PER_PART = 256
 PAIRS_PER_BATCH = 32

@@ -22,7 +22,7 @@ GUIDANCE = 2.5
 def load_base() -> "diffusers.StableDiffusionPipeline":
     """The base model in float32 on the CPU, without a progress bar."""
     # Seconds to import, for which the process that only hands out the work need not wait.
-    from common.models import open_model
+    from inpo.common.models import open_model
 
     pipeline = open_model(str(BASE_FOLDER)).load_pipeline()
     pipeline.set_progress_bar_config(disable=True)

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from common.errors import UsageError
-from toyworld.backdrops import BACKDROPS, SIZE, SUPERSAMPLE, backdrop, box_downsample
+from inpo.common.errors import UsageError
+from inpo.toyworld.backdrops import BACKDROPS, SIZE, SUPERSAMPLE, backdrop, box_downsample
 
 Split = Literal["train", "validation", "test"]
 Shift = tuple[float | int, float | int]

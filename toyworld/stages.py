@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.seeding import stable_hash
+from inpo.common.seeding import stable_hash
 
 WORLD_SIZE = 2
 CHECKPOINT_EVERY = 100

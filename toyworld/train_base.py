@@ -1,4 +1,4 @@
-"""Trains the base model and the held-out scorer from nothing: `python -m toyworld.train_base`.
+"""Trains the base model and the held-out scorer from nothing: `python -m inpo.toyworld.train_base`.
 
     mixed renders -> AutoencoderKL -> latents -> UNet2DConditionModel with CLIPTextModel -> toyworld/base/
     clean renders -> AttributeNet -> toyworld/heldout.safetensors
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from toyworld import train_heldout
-from toyworld.architecture import (
+from inpo.toyworld import train_heldout
+from inpo.toyworld.architecture import (
     MAX_TOKENS,
     build_pipeline,
     build_scheduler,
@@ -37,11 +37,11 @@ from toyworld.architecture import (
     build_unet,
     build_vae,
 )
-from toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
-from toyworld.mixed_quality import mixed_renders
-from toyworld.sampling import BASE_FOLDER
-from toyworld.scenes import scenes_by_caption
-from toyworld.stages import WORLD_SIZE, StageReport, StageSettings, train_stage
+from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
+from inpo.toyworld.mixed_quality import mixed_renders
+from inpo.toyworld.sampling import BASE_FOLDER
+from inpo.toyworld.scenes import scenes_by_caption
+from inpo.toyworld.stages import WORLD_SIZE, StageReport, StageSettings, train_stage
 
 SEED = 0
 NUM_PICTURES = 32_000

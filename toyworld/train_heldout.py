@@ -5,10 +5,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from toyworld.heldout import AttributeNet, attribute_indices, log_probability
-from toyworld.mixed_quality import blur
-from toyworld.scenes import Scene, render, scenes_by_caption
-from toyworld.stages import StageSettings
+from inpo.toyworld.heldout import AttributeNet, attribute_indices, log_probability
+from inpo.toyworld.mixed_quality import blur
+from inpo.toyworld.scenes import Scene, render, scenes_by_caption
+from inpo.toyworld.stages import StageSettings
 
 SETTINGS = StageSettings(steps=450, batch_size=128, learning_rate=3e-3)
 CONFIDENCE = 0.9

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.errors import TrainingError, UsageError
+from inpo.common.errors import TrainingError, UsageError
 
 _PREFIX = "step-"
 STATE = "run.json"

@@ -54,7 +54,7 @@ def train(
 
     Run the same command again to resume from the last checkpoint.
     """
-    from train.run import run_train
+    from inpo.train.run import run_train
 
     flags: dict[str, Any] = {
         "output": output,
@@ -101,6 +101,6 @@ def export(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 weights.")] = "float16",
 ) -> None:
     """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""
-    from train.export import export_single_file
+    from inpo.train.export import export_single_file
 
     print(export_single_file(run, single_file, dtype=dtype))

@@ -9,13 +9,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.cache.store import storage_errors
-from common.denoiser import DTYPES, dtype_name
-from common.errors import ModelError, UsageError
-from common.models import Model, open_model
-from common.recipe import ModelSection, resolve
-from train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
-from train.output import make_readable
+from inpo.common.cache.store import storage_errors
+from inpo.common.denoiser import DTYPES, dtype_name
+from inpo.common.errors import ModelError, UsageError
+from inpo.common.models import Model, open_model
+from inpo.common.recipe import ModelSection, resolve
+from inpo.train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
+from inpo.train.output import make_readable
 
 
 def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:

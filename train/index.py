@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.cache import Cache, Shard
-from common.cache.labels import read_labels
-from common.errors import CacheIncomplete, CacheMismatch, UsageError
-from common.seeding import stable_hash, uniform
+from inpo.common.cache import Cache, Shard
+from inpo.common.cache.labels import read_labels
+from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.seeding import stable_hash, uniform
 
 _THREADS = 16
 

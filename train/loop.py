@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from common.denoiser import Denoiser
-from common.errors import TrainingError
-from common.progress import ProgressReport
-from train import checkpoint
-from train.metrics import Accumulator, MetricsWriter
-from train.objectives import Objective, ObjectiveResult
-from train.proof import record_errors
-from train.records import Batch
-from train.settings import TrainSettings
-from train.stream import RecordStream
+from inpo.common.denoiser import Denoiser
+from inpo.common.errors import TrainingError
+from inpo.common.progress import ProgressReport
+from inpo.train import checkpoint
+from inpo.train.metrics import Accumulator, MetricsWriter
+from inpo.train.objectives import Objective, ObjectiveResult
+from inpo.train.proof import record_errors
+from inpo.train.records import Batch
+from inpo.train.settings import TrainSettings
+from inpo.train.stream import RecordStream
 
 
 class Trainer:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from train.objectives import ObjectiveResult
+from inpo.train.objectives import ObjectiveResult
 
 NUM_BINS = 5
 _COLUMNS = ("records", "loss", "implicit_accuracy", "margin", "win_advantage", "lose_advantage")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UsageError
+from inpo.common.errors import UsageError
 
 SMPO_GAMMA = 10.0
 MAPO_WEIGHT = 0.1

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
-from common.denoiser import prepare_for_inference
-from common.errors import UsageError
-from train.settings import TrainSettings
+from inpo.common.denoiser import prepare_for_inference
+from inpo.common.errors import UsageError
+from inpo.train.settings import TrainSettings
 
 
 def prepare_unet(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from common.seeding import generator
+from inpo.common.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)

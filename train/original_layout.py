@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 State = Mapping[str, Tensor]
 

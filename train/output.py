@@ -9,10 +9,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
-from common.cache import Cache
-from common.cache.store import storage_errors
-from common.errors import UsageError
-from common.models import Model
+from inpo.common.cache import Cache
+from inpo.common.cache.store import storage_errors
+from inpo.common.errors import UsageError
+from inpo.common.models import Model
 
 
 def claim_output(output: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.cache import Cache
-from common.cache.derive import mean_square
-from common.denoiser import Denoiser
-from common.errors import CacheMismatch
-from common.models import Model
-from train.index import Index
-from train.records import Batch, LoadedShard, Needs, gather
+from inpo.common.cache import Cache
+from inpo.common.cache.derive import mean_square
+from inpo.common.denoiser import Denoiser
+from inpo.common.errors import CacheMismatch
+from inpo.common.models import Model
+from inpo.train.index import Index
+from inpo.train.records import Batch, LoadedShard, Needs, gather
 
 PROOF_BETA = 2000.0
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}

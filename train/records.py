@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
-from common.cache.derive import derive_x_t
-from common.cache.reader import Shard
-from common.denoiser import Condition
-from common.errors import CacheCorrupt
-from train.buffers import Buffers
-from train.index import IndexedShard
+from inpo.common.cache.derive import derive_x_t
+from inpo.common.cache.reader import Shard
+from inpo.common.denoiser import Condition
+from inpo.common.errors import CacheCorrupt
+from inpo.train.buffers import Buffers
+from inpo.train.index import IndexedShard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 import numpy as np
 from accelerate.utils import DistributedType
 
-from common.cache import Cache
-from common.errors import CacheIncomplete, UsageError
-from train.index import Index
-from train.objectives import Objective
-from train.records import Needs
-from train.settings import TrainSettings
+from inpo.common.cache import Cache
+from inpo.common.errors import CacheIncomplete, UsageError
+from inpo.train.index import Index
+from inpo.train.objectives import Objective
+from inpo.train.records import Needs
+from inpo.train.settings import TrainSettings
 
 
 def check_installed(settings: TrainSettings) -> None:

@@ -13,23 +13,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
-from common.cache import Cache, open_cache
-from common.denoiser import Denoiser, dtype_name
-from common.errors import UsageError
-from common.models import Model, open_model
-from common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
-from train import checkpoint
-from train.index import Index, build_index
-from train.loop import Trainer
-from train.metrics import MetricsWriter
-from train.objectives import OBJECTIVES, Objective
-from train.optim import build_optimizer, build_schedule, prepare_unet
-from train.output import claim_output, model_card, write_output
-from train.proof import check_fingerprints, refuse, run_proof
-from train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
-from train.samples import Sampler, cached_prompts, sample_images
-from train.settings import TrainSettings
-from train.stream import RecordStream, held_out_batches
+from inpo.common.cache import Cache, open_cache
+from inpo.common.denoiser import Denoiser, dtype_name
+from inpo.common.errors import UsageError
+from inpo.common.models import Model, open_model
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.train import checkpoint
+from inpo.train.index import Index, build_index
+from inpo.train.loop import Trainer
+from inpo.train.metrics import MetricsWriter
+from inpo.train.objectives import OBJECTIVES, Objective
+from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
+from inpo.train.output import claim_output, model_card, write_output
+from inpo.train.proof import check_fingerprints, refuse, run_proof
+from inpo.train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
+from inpo.train.samples import Sampler, cached_prompts, sample_images
+from inpo.train.settings import TrainSettings
+from inpo.train.stream import RecordStream, held_out_batches
 
 _PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.cache import Cache
-from common.denoiser import DTYPES
-from common.models import Model
-from train.metrics import MetricsWriter
+from inpo.common.cache import Cache
+from inpo.common.denoiser import DTYPES
+from inpo.common.models import Model
+from inpo.train.metrics import MetricsWriter
 
 
 def cached_prompts(cache: Cache) -> tuple[str, ...]:

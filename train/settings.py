@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from common.recipe import Section
-from train.objectives import OBJECTIVES
+from inpo.common.recipe import Section
+from inpo.train.objectives import OBJECTIVES
 
 
 class TrainSettings(Section):

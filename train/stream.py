@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import TrainingError
-from train.buffers import Buffers
-from train.index import Index
-from train.order import GlobalOrder, Place, WindowKey
-from train.records import Batch, LoadedShard, Needs, RecordPlace, gather
+from inpo.common.errors import TrainingError
+from inpo.train.buffers import Buffers
+from inpo.train.index import Index
+from inpo.train.order import GlobalOrder, Place, WindowKey
+from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
 
 STATE_VERSION = 1
 _BATCHES_AHEAD = 4

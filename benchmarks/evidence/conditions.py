@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cache import open_cache
+from inpo.common.cache import open_cache
 
 
 @dataclass(frozen=True, kw_only=True)

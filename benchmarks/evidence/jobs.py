@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-import evaluation.generate  # (seconds of imports that every command shares)
-import evaluation.picture  # noqa: F401
-import inpo
-import precompute.run  # noqa: F401
-import train.run  # noqa: F401
-from common.errors import InpoError
+import inpo.cli
+import inpo.evaluation.generate  # (seconds of imports that every command shares)
+import inpo.evaluation.picture
+import inpo.precompute.run
+import inpo.train.run
+from inpo.common.errors import InpoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +98,5 @@ def _step(step: list[str] | Callable[[], None]) -> None:
     torch.set_num_threads(1)
     if not isinstance(step, list):
         step()
-    elif inpo.app(step, standalone_mode=False):
+    elif inpo.cli.app(step, standalone_mode=False):
         raise SystemExit(1)

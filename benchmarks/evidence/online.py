@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.evidence.conditions import BASE
 from benchmarks.online import OnlineLoop
-from common.denoiser import Denoiser
-from common.models import open_model
-from common.pairs import Pair, decode_image, open_source, prepare_image
-from precompute.encode import ImageEncoder, TextEncoder
+from inpo.common.denoiser import Denoiser
+from inpo.common.models import open_model
+from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.precompute.encode import ImageEncoder, TextEncoder
 
 
 def train_online(

@@ -13,8 +13,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import WrapperStore
 
-from common.cache.schema import SPECS, ArraySpec
-from common.cache.store import check_process
+from inpo.common.cache.schema import SPECS, ArraySpec
+from inpo.common.cache.store import check_process
 
 _CHUNKS_PER_BATCH = 64
 if zarr.config.get("codec_pipeline.batch_size") == 1:

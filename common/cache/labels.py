@@ -12,10 +12,10 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from common.cache.reader import Cache
-from common.cache.schema import _Document, check_seal, load, sealed
-from common.cache.store import CacheStore
-from common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.cache.reader import Cache
+from inpo.common.cache.schema import _Document, check_seal, load, sealed
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
 
 
 class PairLabel(_Document):

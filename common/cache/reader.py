@@ -9,13 +9,13 @@ import zarr
 from jaxtyping import Float, Int, Shaped
 from zarr.core.buffer.cpu import NDBuffer
 
-from common.cache.arrays import CommittedStore, open_array
-from common.cache.derive import derive_x_t
-from common.cache.schema import SPECS, Commit, Manifest
-from common.cache.store import CacheStore, digest, storage_errors
-from common.cache.writer import MANIFEST
-from common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
-from common.schedule import NoiseSchedule
+from inpo.common.cache.arrays import CommittedStore, open_array
+from inpo.common.cache.derive import derive_x_t
+from inpo.common.cache.schema import SPECS, Commit, Manifest
+from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.cache.writer import MANIFEST
+from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
+from inpo.common.schedule import NoiseSchedule
 
 _Unreadable = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
 """What zarr's codecs raise for bytes that they cannot decode."""

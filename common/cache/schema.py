@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.cache.store import digest
-from common.errors import CacheCorrupt, CacheSchemaError
-from common.schedule import NoiseSchedule
+from inpo.common.cache.store import digest
+from inpo.common.errors import CacheCorrupt, CacheSchemaError
+from inpo.common.schedule import NoiseSchedule
 
 SCHEMA_VERSION = 1
 MAX_PAIRS_PER_SHARD = 256

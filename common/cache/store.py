@@ -25,7 +25,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
-from common.errors import CacheMissing, InpoError, StorageError
+from inpo.common.errors import CacheMissing, InpoError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig

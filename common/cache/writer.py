@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common.cache.arrays import write_group
-from common.cache.schema import MAX_PAIRS_PER_SHARD, SPECS, Commit, Manifest, ShardSource
-from common.cache.store import CacheStore, digest, storage_errors
-from common.errors import CacheCorrupt, CacheMismatch, InpoError
+from inpo.common.cache.arrays import write_group
+from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, SPECS, Commit, Manifest, ShardSource
+from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.errors import CacheCorrupt, CacheMismatch, InpoError
 
 MANIFEST = "manifest.json"
 

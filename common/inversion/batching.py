@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.denoiser import Condition, Denoiser
-from common.inversion.inverters import Asked, Question, Request
-from common.inversion.trajectory import Records
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion.inverters import Asked, Question, Request
+from inpo.common.inversion.trajectory import Records
 
 Start = Callable[[int], Generator[Asked, Tensor, Records]]
 

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int16
 from torch import Tensor
 
-from common.cache.schema import InverterIdentity
-from common.denoiser import Condition, Denoiser
-from common.inversion.batching import run_trajectories
-from common.inversion.inverters import Asked
-from common.inversion.path import build_path
-from common.inversion.trajectory import Records, trajectory
-from common.seeding import uniform
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion.batching import run_trajectories
+from inpo.common.inversion.inverters import Asked
+from inpo.common.inversion.path import build_path
+from inpo.common.inversion.trajectory import Records, trajectory
+from inpo.common.seeding import uniform
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

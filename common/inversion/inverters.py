@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.cache.schema import InverterIdentity
-from common.denoiser import Denoiser
-from common.errors import UsageError
-from common.schedule import NoiseSchedule
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Denoiser
+from inpo.common.errors import UsageError
+from inpo.common.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from common.cache.schema import InverterIdentity
-from common.errors import UsageError
-from common.schedule import NoiseSchedule, exact_grid
-from common.seeding import generator, uniform
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.errors import UsageError
+from inpo.common.schedule import NoiseSchedule, exact_grid
+from inpo.common.seeding import generator, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

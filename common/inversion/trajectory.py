@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float16, Float32
 from torch import Tensor
 
-from common.cache.derive import mean_square, point_from_target, stored_point
-from common.cache.schema import InverterIdentity
-from common.denoiser import Denoiser
-from common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
-from common.inversion.path import Path
-from common.schedule import NoiseSchedule
-from common.seeding import normal
+from inpo.common.cache.derive import mean_square, point_from_target, stored_point
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Denoiser
+from inpo.common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
+from inpo.common.inversion.path import Path
+from inpo.common.schedule import NoiseSchedule
+from inpo.common.seeding import normal
 
 Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
 _EXTRA_NOISE = 0.1

@@ -6,9 +6,9 @@ for shard in source.input_shards():
         ...
 """
 
-from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
-from common.pairs.pair import SKIP_REASONS, InputShard, Pair, PairSource, Skipped, SkipReason, mark_duplicates
-from common.pairs.recognise import open_source
+from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from inpo.common.pairs.pair import SKIP_REASONS, InputShard, Pair, PairSource, Skipped, SkipReason, mark_duplicates
+from inpo.common.pairs.recognise import open_source
 
 __all__ = [
     "SKIP_REASONS",

@@ -17,7 +17,7 @@ import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from common.errors import DataError
+from inpo.common.errors import DataError
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""

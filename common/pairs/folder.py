@@ -18,9 +18,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.errors import DataError
-from common.pairs.files import ByteStream, filesystem, is_local, one_line, open_binary, shard_names, unreadable_file
-from common.pairs.pair import Pair, RowProblem, Skipped, check_image_bytes, check_text, parse_label, preference
+from inpo.common.errors import DataError
+from inpo.common.pairs.files import (
+    ByteStream,
+    filesystem,
+    is_local,
+    one_line,
+    open_binary,
+    shard_names,
+    unreadable_file,
+)
+from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_image_bytes, check_text, parse_label, preference
 
 
 @dataclass(frozen=True, kw_only=True)

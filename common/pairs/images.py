@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile
 
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
-"""Reasons of an ImageError; the same words as in `common.pairs.pair.SKIP_REASONS`."""
+"""Reasons of an ImageError; the same words as in `inpo.common.pairs.pair.SKIP_REASONS`."""
 
 MAX_PIXELS = 89_478_485
 """Default limit on width x height, Pillow's own: 256 MiB of 8-bit RGB, a square of 9459 pixels."""

@@ -2,7 +2,7 @@
 
     PairSource --input_shards()--> InputShard --rows(start, stop)--> Pair | Skipped
 
-Images stay encoded here; `common.pairs.images` decodes them. A pair is kept or dropped whole: a row with one bad image
+Images stay encoded here; images.py decodes them. A pair is kept or dropped whole: a row with one bad image
 gives one `Skipped`, never half a pair, and never the win of one row beside the lose of another.
 """
 

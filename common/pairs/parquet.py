@@ -15,9 +15,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import DataError
-from common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
-from common.pairs.pair import (
+from inpo.common.errors import DataError
+from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,

@@ -3,10 +3,10 @@
 import re
 from pathlib import PurePosixPath
 
-from common.errors import DataError
-from common.pairs.files import exists, expand_pattern, is_folder, list_folder
-from common.pairs.folder import ListSource
-from common.pairs.pair import PairSource
+from inpo.common.errors import DataError
+from inpo.common.pairs.files import exists, expand_pattern, is_folder, list_folder
+from inpo.common.pairs.folder import ListSource
+from inpo.common.pairs.pair import PairSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
@@ -71,10 +71,10 @@ def _from_files(location: str, files: list[str]) -> PairSource:
     _refuse_mixed_splits(location, files)
     # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":
-        from common.pairs.tars import TarSource
+        from inpo.common.pairs.tars import TarSource
 
         return TarSource(location=location, files=tuple(files))
-    from common.pairs.parquet import ParquetSource
+    from inpo.common.pairs.parquet import ParquetSource
 
     return ParquetSource(location=location, files=tuple(files))
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from common.errors import DataError
-from common.pairs.files import ByteStream, open_binary, unreadable_file
+from inpo.common.errors import DataError
+from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 
 Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label_0", "label_1", "has_label", "id"]
 ROLES: tuple[Role, ...] = get_args(Role)

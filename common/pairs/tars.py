@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
-from common.pairs.pair import (
+from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,
@@ -24,7 +24,7 @@ from common.pairs.pair import (
     parse_label,
     preference,
 )
-from common.pairs.tar_index import Role, TarIndex, index_tar
+from inpo.common.pairs.tar_index import Role, TarIndex, index_tar
 
 
 @dataclass(frozen=True, kw_only=True)

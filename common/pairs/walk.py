@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from common.errors import DataError
-from common.pairs.pair import InputShard, Pair, PairSource, Skipped, mark_duplicates
+from inpo.common.errors import DataError
+from inpo.common.pairs.pair import InputShard, Pair, PairSource, Skipped, mark_duplicates
 
 
 @dataclass(kw_only=True)

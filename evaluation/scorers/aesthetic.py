@@ -11,9 +11,9 @@ from jaxtyping import Float, Float64
 from PIL import Image
 from torch import Tensor, nn
 
-from common.errors import ModelError
-from evaluation.scorers.clip_similarity import load_clip
-from evaluation.scorers.weights import VARIABLE, device, loading, local_weights, model_location
+from inpo.common.errors import ModelError
+from inpo.evaluation.scorers.clip_similarity import load_clip
+from inpo.evaluation.scorers.weights import VARIABLE, device, loading, local_weights, model_location
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float64
 from PIL import Image
 
-from evaluation.scorers.clip_similarity import ClipSimilarity
-from evaluation.scorers.weights import model_location
+from inpo.evaluation.scorers.clip_similarity import ClipSimilarity
+from inpo.evaluation.scorers.weights import model_location
 
 MODEL = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float64
 from PIL import Image
 
-from common.errors import ModelError
-from evaluation.scorers.weights import VARIABLE, device, loading
+from inpo.common.errors import ModelError
+from inpo.evaluation.scorers.weights import VARIABLE, device, loading
 
 MAX_TOKENS = 77
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from PIL import Image
 
-from evaluation.scorers.weights import VARIABLE, device, loading, local_weights, missing_package
+from inpo.evaluation.scorers.weights import VARIABLE, device, loading, local_weights, missing_package
 
 MODEL = "ImageReward-v1.0"
 

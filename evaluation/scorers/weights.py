@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import ModelError
+from inpo.common.errors import ModelError
 
 VARIABLE = "INPO_SCORERS"
 
@@ -48,6 +48,6 @@ def missing_package(scorer: str, package: str) -> ModelError:
 
 def device() -> torch.device:
     """This process's device: under accelerate, its own GPU."""
-    from evaluation.processes import processes
+    from inpo.evaluation.processes import processes
 
     return processes().device

@@ -11,16 +11,16 @@ import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from common.cache import CacheWriter
-from common.errors import InpoError
-from common.models import Model
-from precompute.decode import DecodePool
-from precompute.engines.task_queue import TaskQueue
-from precompute.engines.watchdog import Watchdog
-from precompute.pipeline import Outcome, Timing, run_tasks
-from precompute.settings import PrecomputeSettings
-from precompute.tasks import ShardTask, split
-from precompute.worker import ShardWorker, load_components
+from inpo.common.cache import CacheWriter
+from inpo.common.errors import InpoError
+from inpo.common.models import Model
+from inpo.precompute.decode import DecodePool
+from inpo.precompute.engines.task_queue import TaskQueue
+from inpo.precompute.engines.watchdog import Watchdog
+from inpo.precompute.pipeline import Outcome, Timing, run_tasks
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.tasks import ShardTask, split
+from inpo.precompute.worker import ShardWorker, load_components
 
 _LONGEST_WAIT = timedelta(days=60)
 

@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.cache import CacheWriter
-from common.errors import InpoError, UsageError
-from common.recipe import ModelSection
-from precompute.engines.assignment import Assignment
-from precompute.engines.ray_cluster import connect, deferred_stop, disconnect, has_gpus, places
-from precompute.engines.ray_worker import RayWorker, Reply
-from precompute.pipeline import Outcome, Timing
-from precompute.settings import PrecomputeSettings
-from precompute.tasks import ShardTask
+from inpo.common.cache import CacheWriter
+from inpo.common.errors import InpoError, UsageError
+from inpo.common.recipe import ModelSection
+from inpo.precompute.engines.assignment import Assignment
+from inpo.precompute.engines.ray_cluster import connect, deferred_stop, disconnect, has_gpus, places
+from inpo.precompute.engines.ray_worker import RayWorker, Reply
+from inpo.precompute.pipeline import Outcome, Timing
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.tasks import ShardTask
 
 if TYPE_CHECKING:
-    from precompute.run import RayOptions
+    from inpo.precompute.run import RayOptions
 
 _POLL_SECONDS = 2.0
 """How often the cluster is asked for nodes that joined or left."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UsageError
+from inpo.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from precompute.run import RayOptions
+    from inpo.precompute.run import RayOptions
 
 _OBJECT_STORE_BYTES = 100_000_000
 """Tasks and commits go through Ray, never tensors."""

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from common.cache import CacheWriter, Manifest
-from common.cache.store import CacheStore
-from common.cache.writer import MANIFEST, check_identity
-from common.errors import CacheMismatch, CacheMissing, InpoError
-from common.pairs import InputShard
-from common.recipe import ModelSection
-from precompute.decode import DecodePool
-from precompute.engines.watchdog import Watchdog
-from precompute.pipeline import Outcome, Timing, run_tasks
-from precompute.settings import PrecomputeSettings
-from precompute.tasks import ShardTask
-from precompute.worker import ShardWorker, load_components
+from inpo.common.cache import CacheWriter, Manifest
+from inpo.common.cache.store import CacheStore
+from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
+from inpo.common.pairs import InputShard
+from inpo.common.recipe import ModelSection
+from inpo.precompute.decode import DecodePool
+from inpo.precompute.engines.watchdog import Watchdog
+from inpo.precompute.pipeline import Outcome, Timing, run_tasks
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.tasks import ShardTask
+from inpo.precompute.worker import ShardWorker, load_components
 
 
 @dataclass(frozen=True, kw_only=True)

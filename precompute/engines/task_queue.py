@@ -4,7 +4,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator
 
-from precompute.tasks import ShardTask
+from inpo.precompute.tasks import ShardTask
 
 
 class TaskQueue(Iterator[ShardTask]):

@@ -10,7 +10,7 @@ import threading
 import time
 from types import TracebackType
 
-from precompute.pipeline import Timing
+from inpo.precompute.pipeline import Timing
 
 _PATIENCE_SECONDS = 600.0
 _TIMES_LONGEST = 5.0

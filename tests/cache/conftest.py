@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
 
 _BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 ALPHAS_CUMPROD = tuple(float(value) for value in np.cumprod(1 - _BETAS))

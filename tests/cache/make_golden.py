@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
 
 NUM_PAIRS, STEPS, LATENT = 3, 2, (4, 4, 4)
 TIMESTEPS = np.array([[0, 999], [37, 512], [500, 501]], dtype=np.int16)

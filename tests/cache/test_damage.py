@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
-from common.errors import CacheCorrupt, CacheError, CacheMissing, CacheSchemaError
-from inspection.checks import check_shard
+from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
+from inpo.common.errors import CacheCorrupt, CacheError, CacheMissing, CacheSchemaError
+from inpo.inspection.checks import check_shard
 
 PATHS = [spec.path for spec in ARRAYS]
 

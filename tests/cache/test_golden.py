@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cache import SCHEMA_VERSION, CacheWriter, open_cache
-from common.errors import CacheSchemaError
+from inpo.common.cache import SCHEMA_VERSION, CacheWriter, open_cache
+from inpo.common.errors import CacheSchemaError
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 PROFILES = ("full", "lean")
@@ -116,7 +116,7 @@ def test_a_golden_cache_can_be_appended_to(tmp_path, made):
     writer = CacheWriter.open(cache.location, cache.manifest)
     assert writer.committed() == {"0-00000", "0-00004"}
     source = cache.commits["0-00000"].source
-    from common.cache import ShardData
+    from inpo.common.cache import ShardData
 
     assert writer.write("1-00000", ShardData(arrays=made.arrays("full"), source=source))
     assert open_cache(cache.location).num_pairs == 6

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from common.cache import open_cache
-from common.cache.labels import LabelSet, PairLabel, read_labels, write_labels
-from common.errors import CacheCorrupt, CacheSchemaError
-from inspection.verify import verify
+from inpo.common.cache import open_cache
+from inpo.common.cache.labels import LabelSet, PairLabel, read_labels, write_labels
+from inpo.common.errors import CacheCorrupt, CacheSchemaError
+from inpo.inspection.verify import verify
 
 
 @pytest.fixture

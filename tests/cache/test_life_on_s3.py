@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from typer.testing import CliRunner
 
-from common.cache import open_cache
-from common.cache import store as store_module
-from common.cache.store import CacheStore
-from common.errors import StorageError
-from common.testing import save_tiny_pipeline
-from inspection.cli import app
-from precompute.run import RayOptions, run_precompute
-from train.run import run_train
+from inpo.common.cache import open_cache
+from inpo.common.cache import store as store_module
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import StorageError
+from inpo.common.testing import save_tiny_pipeline
+from inpo.inspection.cli import app
+from inpo.precompute.run import RayOptions, run_precompute
+from inpo.train.run import run_train
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.cache import CacheWriter, open_cache
-from common.cache.derive import point_from_target, round_to_half, stored_point
-from common.errors import CacheIncomplete, CacheMismatch, CacheMissing
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
+from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing
 
 
 def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cache import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, open_cache
+from inpo.common.cache import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, open_cache
 
 DOCUMENT = (Path(__file__).parents[2] / "cache_schema.md").read_text()
 GOLDEN = Path(__file__).parent / "golden" / "v1"

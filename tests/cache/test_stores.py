@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cache import CacheWriter, open_cache
-from common.cache import store as store_module
-from common.cache.store import CacheStore, storage_errors
-from common.errors import CacheCorrupt, CacheIncomplete, StorageError
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import store as store_module
+from inpo.common.cache.store import CacheStore, storage_errors
+from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError
 
 NUM_WRITERS = 16
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_a_lost_race_on_s3_leaves_an_orphan(s3, build):
 
 _FORK = """
 import os, sys, time
-from common.cache.store import CacheStore
+from inpo.common.cache.store import CacheStore
 location, start = sys.argv[1], time.time() + 0.5
 children = []
 for index in range(16):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.testing import save_tiny_pipeline
+from inpo.common.testing import save_tiny_pipeline
 
 
 @pytest.fixture(scope="session")

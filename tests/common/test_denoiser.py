@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.denoiser import Condition, Denoiser, dtype_name, prepare_for_inference
-from common.errors import UsageError
-from common.models import open_model
-from common.schedule import NoiseSchedule
+from inpo.common.denoiser import Condition, Denoiser, dtype_name, prepare_for_inference
+from inpo.common.errors import UsageError
+from inpo.common.models import open_model
+from inpo.common.schedule import NoiseSchedule
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common import fingerprint
-from common.errors import ModelError
-from common.fingerprint import of_config, of_files
-from common.models import open_model
+from inpo.common import fingerprint
+from inpo.common.errors import ModelError
+from inpo.common.fingerprint import of_config, of_files
+from inpo.common.models import open_model
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from common.errors import ModelError
-from common.models import open_model
+from inpo.common.errors import ModelError
+from inpo.common.models import open_model
 
 
 def change(file, **values) -> None:
@@ -44,7 +44,7 @@ def test_supported_pipelines_open_and_load(tiny, kind, family, prediction_type):
 
 
 def test_equal_seeds_give_equal_models(tiny, tmp_path):
-    from common.testing import save_tiny_pipeline
+    from inpo.common.testing import save_tiny_pipeline
 
     again = save_tiny_pipeline(tmp_path / "again", "sd15")
     assert open_model(str(again)).fingerprints == open_model(str(tiny("sd15"))).fingerprints
@@ -138,7 +138,7 @@ def test_a_single_file_without_configuration_asks_the_hub(
         assert not list(filter_repo_objects(["unet/model.safetensors"], allow_patterns=allow_patterns))
         return str(model_copy)
 
-    monkeypatch.setattr("common.single_file.snapshot_download", download)
+    monkeypatch.setattr("inpo.common.single_file.snapshot_download", download)
     model = open_model(str(single))
     assert (asked, model.folder, model.file) == ([taken_for], model_copy, single)
     assert taken_for in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, var
         fetched.update(kept)
         return str(model_copy)
 
-    monkeypatch.setattr("common.models.snapshot_download", download)
+    monkeypatch.setattr("inpo.common.models.snapshot_download", download)
     open_model("owner/name", variant=variant)
     assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == expected
     assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= fetched

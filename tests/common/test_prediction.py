@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.errors import ModelError
-from common.models import open_model
-from common.prediction import noise_likeness
-from train.export import export_single_file
+from inpo.common.errors import ModelError
+from inpo.common.models import open_model
+from inpo.common.prediction import noise_likeness
+from inpo.train.export import export_single_file
 
 BASE = Path(__file__).parents[2] / "toyworld" / "base"
 
@@ -35,7 +35,9 @@ def hub(monkeypatch):
     """A hub that has one configuration."""
 
     def serve(folder: Path) -> None:
-        monkeypatch.setattr("common.single_file.snapshot_download", lambda location, *, allow_patterns: str(folder))
+        monkeypatch.setattr(
+            "inpo.common.single_file.snapshot_download", lambda location, *, allow_patterns: str(folder)
+        )
 
     return serve
 

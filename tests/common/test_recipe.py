@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UsageError
-from common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
+from inpo.common.errors import UsageError
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 
 
 class Numbers(Section):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import ModelError, UsageError
-from common.schedule import NoiseSchedule, exact_grid
+from inpo.common.errors import ModelError, UsageError
+from inpo.common.schedule import NoiseSchedule, exact_grid
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from common.seeding import generator, normal, stable_hash, uniform
+from inpo.common.seeding import generator, normal, stable_hash, uniform
 
 
 def test_the_hash_is_what_it_always_was():
@@ -21,7 +21,7 @@ def test_the_hash_is_what_it_always_was():
 
 def test_it_is_the_same_in_another_process_with_another_hash_seed():
     code = (
-        "from common.seeding import *; print(stable_hash(3, 'ä'), uniform(3, 'ä'), normal((2,), 3, 'ä').tolist(), "
+        "from inpo.common.seeding import *; print(stable_hash(3, 'ä'), uniform(3, 'ä'), normal((2,), 3, 'ä').tolist(), "
         "generator(3, 'ä').integers(1 << 40, size=3).tolist())"
     )
     done = subprocess.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.testing import save_tiny_pipeline
+from inpo.common.testing import save_tiny_pipeline
 from tests.engines.runs import NUM_SHARDS, PAIRS_PER_SHARD, ROOT, Tensors, World, Zygote, tensors, write_pairs
 
 

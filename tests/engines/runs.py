@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.cache import open_cache
+from inpo.common.cache import open_cache
 
 ROOT = Path(__file__).parents[2]
 NUM_SHARDS, PAIRS_PER_SHARD = 12, 4

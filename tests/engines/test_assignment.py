@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.engines.assignment import Assignment
+from inpo.precompute.engines.assignment import Assignment
 
 
 def joined(names: str, *workers: str) -> Assignment:

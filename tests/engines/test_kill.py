@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cache import open_cache
-from common.errors import CacheMissing
+from inpo.common.cache import open_cache
+from inpo.common.errors import CacheMissing
 from tests.engines.runs import Process, Tensors, World, Zygote, assert_same, tensors
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from common.errors import UsageError
-from precompute.engines.ray_cluster import connect, has_gpus, places
-from precompute.run import RayOptions
+from inpo.common.errors import UsageError
+from inpo.precompute.engines.ray_cluster import connect, has_gpus, places
+from inpo.precompute.run import RayOptions
 from tests.engines.runs import (
     NUM_SHARDS,
     Process,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from precompute.tasks import split
+from inpo.precompute.tasks import split
 
 shards = st.integers(0, 10_000)
 processes = st.integers(1, 1_024)

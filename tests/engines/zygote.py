@@ -13,9 +13,9 @@ import traceback
 
 import typer
 
-import precompute.run  # noqa: F401  (seconds of imports that the children share)
-from common.errors import InpoError
-from precompute.cli import precompute as command
+import inpo.precompute.run  # noqa: F401  (seconds of imports that the children share)
+from inpo.common.errors import InpoError
+from inpo.precompute.cli import precompute as command
 
 
 def run(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.testing import save_tiny_pipeline
+from inpo.common.testing import save_tiny_pipeline
 
 PLUGIN = """
 import numpy as np

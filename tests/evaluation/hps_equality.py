@@ -24,7 +24,7 @@ if not hasattr(torch.ops.torchvision, "nms"):
 import open_clip
 from PIL import Image
 
-from evaluation.scorers.hps import HpsV2Scorer
+from inpo.evaluation.scorers.hps import HpsV2Scorer
 
 PROMPTS = ["a red cat", "a photo of a very blue dog, trending", ""]
 

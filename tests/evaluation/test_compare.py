@@ -15,13 +15,13 @@ from matplotlib import font_manager
 from PIL import Image
 from typer.testing import CliRunner
 
-from common.errors import DataError, UsageError
-from evaluation.cli import app
-from evaluation.compare import ScoredPairs, compare_folders
-from evaluation.image_folder import ImageFolder
-from evaluation.picture import choose_pairs, draw_picture, font_names
-from evaluation.score import score_folder
-from evaluation.statistics import compare_scores
+from inpo.common.errors import DataError, UsageError
+from inpo.evaluation.cli import app
+from inpo.evaluation.compare import ScoredPairs, compare_folders
+from inpo.evaluation.image_folder import ImageFolder
+from inpo.evaluation.picture import choose_pairs, draw_picture, font_names
+from inpo.evaluation.score import score_folder
+from inpo.evaluation.statistics import compare_scores
 
 SaveImages = Callable[..., Path]
 

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from common.errors import InpoError, ModelError, TrainingError, UsageError
-from common.models import open_model
-from evaluation.cli import app
-from evaluation.generate import generate
-from evaluation.image_folder import ImageFolder
-from evaluation.settings import EvaluateSettings
+from inpo.common.errors import InpoError, ModelError, TrainingError, UsageError
+from inpo.common.models import open_model
+from inpo.evaluation.cli import app
+from inpo.evaluation.generate import generate
+from inpo.evaluation.image_folder import ImageFolder
+from inpo.evaluation.settings import EvaluateSettings
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue dog", "the sky"]
@@ -258,7 +258,7 @@ def test_a_command_without_prompts_says_how_to_give_them(tiny_model: Path, tmp_p
 def test_two_processes_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red cat\na blue dog\nthe sky\n")
     script = tmp_path / "run.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom evaluation.cli import app\napp()\n")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom inpo.evaluation.cli import app\napp()\n")
     for processes, out in ((1, "one"), (2, "two")):
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),

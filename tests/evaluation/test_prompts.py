@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DataError
-from evaluation.prompts import read_prompts
+from inpo.common.errors import DataError
+from inpo.evaluation.prompts import read_prompts
 
 REAL_PARTI = Path(os.environ.get("INPO_PUBLISHED", "published")) / "PartiPrompts.tsv"
 

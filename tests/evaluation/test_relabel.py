@@ -17,16 +17,16 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
-from common.cache.labels import LabelSet, read_labels, write_labels
-from common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
-from common.pairs import open_source
-from evaluation.relabel import relabel_cache
-from evaluation.relabel_cli import relabel
-from train.index import build_index
-from train.objectives import OBJECTIVES
-from train.records import Needs
-from train.stream import RecordStream
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache.labels import LabelSet, read_labels, write_labels
+from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.pairs import open_source
+from inpo.evaluation.relabel import relabel_cache
+from inpo.evaluation.relabel_cli import relabel
+from inpo.train.index import build_index
+from inpo.train.objectives import OBJECTIVES
+from inpo.train.records import Needs
+from inpo.train.stream import RecordStream
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,8 +135,8 @@ def test_a_stopped_run_goes_on(cache: Path, source: Path, counting) -> None:
 
 KILLED = """
 import os, signal, sys
-from common.cache import open_cache
-from evaluation.relabel import relabel_cache
+from inpo.common.cache import open_cache
+from inpo.evaluation.relabel import relabel_cache
 
 class Dying:
     name = "counting"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from common.errors import DataError
-from common.scorer import load_scorer
-from evaluation.cli import app
-from evaluation.image_folder import ImageFolder
-from evaluation.score import score_folder
+from inpo.common.errors import DataError
+from inpo.common.scorer import load_scorer
+from inpo.evaluation.cli import app
+from inpo.evaluation.image_folder import ImageFolder
+from inpo.evaluation.score import score_folder
 
 REDS = [10, 250, 30, 40, 50]
 SaveImages = Callable[..., Path]

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from common.errors import InpoError, ModelError
-from common.models import open_model
-from evaluation.scorers.aesthetic import HEAD_FILE, AestheticScorer, load_head
-from evaluation.scorers.clip import ClipScorer
-from evaluation.scorers.hps import HpsV2Scorer, HpsV21Scorer
-from evaluation.scorers.imagereward import ImageRewardScorer
-from evaluation.scorers.pickscore import PickScorer
+from inpo.common.errors import InpoError, ModelError
+from inpo.common.models import open_model
+from inpo.evaluation.scorers.aesthetic import HEAD_FILE, AestheticScorer, load_head
+from inpo.evaluation.scorers.clip import ClipScorer
+from inpo.evaluation.scorers.hps import HpsV2Scorer, HpsV21Scorer
+from inpo.evaluation.scorers.imagereward import ImageRewardScorer
+from inpo.evaluation.scorers.pickscore import PickScorer
 
 PROMPTS = ["a red cat", "a photo of the blue dog on the house under the green sky and then very much more of it", ""]
 REAL_HEAD = Path(os.environ.get("INPO_PUBLISHED", "published")) / HEAD_FILE

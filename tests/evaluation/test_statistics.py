@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.statistics import compare_scores, wilson_interval
+from inpo.evaluation.statistics import compare_scores, wilson_interval
 
 
 @given(st.integers(1, 3000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from evaluation.cli import app
-from toyworld.heldout import HeldoutScorer
-from toyworld.oracle import OracleScorer
-from toyworld.scenes import captions
+from inpo.evaluation.cli import app
+from inpo.toyworld.heldout import HeldoutScorer
+from inpo.toyworld.oracle import OracleScorer
+from inpo.toyworld.scenes import captions
 
 BASE = Path(__file__).parents[2] / "toyworld" / "base"
 

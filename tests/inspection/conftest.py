@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from common.denoiser import Condition, Denoiser
-from common.errors import InpoError
-from common.inversion import invert
-from common.models import open_model
-from common.testing import save_tiny_pipeline
-from inspection.cli import app
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.errors import InpoError
+from inpo.common.inversion import invert
+from inpo.common.models import open_model
+from inpo.common.testing import save_tiny_pipeline
+from inpo.inspection.cli import app
 
 STATES = ("healthy", "empty", "writing", "corrupt", "lean", "sdxl")
 PROMPTS = ("", "a red cat", "a blue house on the sky", 'the dog & <b>a</b> "cat"')

@@ -5,8 +5,8 @@ import shutil
 import time
 from pathlib import Path
 
-from common.cache.store import CacheStore
-from inspection.leftovers import find_leftovers, remove_leftover
+from inpo.common.cache.store import CacheStore
+from inpo.inspection.leftovers import find_leftovers, remove_leftover
 
 
 def files(folder: Path) -> dict[Path, bytes]:

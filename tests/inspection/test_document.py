@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from common.cache import open_cache
-from inspection.cli import app
+from inpo.common.cache import open_cache
+from inpo.inspection.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "inspect.md").read_text(encoding="utf-8")

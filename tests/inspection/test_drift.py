@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from common.cache import open_cache
-from common.conditions import pair_condition
-from common.denoiser import Denoiser
-from common.inversion import invert
-from common.models import open_model
-from inspection.drift import refresh_command
+from inpo.common.cache import open_cache
+from inpo.common.conditions import pair_condition
+from inpo.common.denoiser import Denoiser
+from inpo.common.inversion import invert
+from inpo.common.models import open_model
+from inpo.inspection.drift import refresh_command
 
 
 @pytest.mark.parametrize(("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl")])

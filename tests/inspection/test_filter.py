@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.cache import open_cache
+from inpo.common.cache import open_cache
 
 
 def arrays(folder):

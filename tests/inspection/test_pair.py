@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from common.cache import open_cache
+from inpo.common.cache import open_cache
 
 
 def pixels(path):

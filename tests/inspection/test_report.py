@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.cache import open_cache
-from common.cache.labels import LabelSet, PairLabel, write_labels
-from inspection import report_sample
-from inspection.pair_table import PairTable
-from inspection.report import make_report
+from inpo.common.cache import open_cache
+from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
+from inpo.inspection import report_sample
+from inpo.inspection.pair_table import PairTable
+from inpo.inspection.report import make_report
 
 
 class Page(HTMLParser):

@@ -12,8 +12,8 @@ import pytest
 import zarr
 from rich.console import Console
 
-from inspection.summary import summarise
-from inspection.summary_view import show
+from inpo.inspection.summary import summarise
+from inpo.inspection.summary_view import show
 
 
 def attempt_of(folder, shard):

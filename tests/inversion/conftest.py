@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from common.cache.schema import InverterIdentity
-from common.denoiser import Condition, Denoiser
-from common.inversion import Inverted, invert
-from common.schedule import NoiseSchedule
-from common.testing import save_tiny_pipeline
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion import Inverted, invert
+from inpo.common.schedule import NoiseSchedule
+from inpo.common.testing import save_tiny_pipeline
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -8,9 +8,9 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
-from common.denoiser import Denoiser
-from common.schedule import NoiseSchedule
-from common.seeding import normal
+from inpo.common.denoiser import Denoiser
+from inpo.common.schedule import NoiseSchedule
+from inpo.common.seeding import normal
 
 T = 20_000
 SIGMA = np.linspace(0.01, 2.0, T)

@@ -8,11 +8,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from common.cache.schema import InverterIdentity
-from common.denoiser import Denoiser, prepare_for_inference
-from common.inversion import build_path
-from common.schedule import NoiseSchedule
-from common.seeding import normal
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Denoiser, prepare_for_inference
+from inpo.common.inversion import build_path
+from inpo.common.schedule import NoiseSchedule
+from inpo.common.seeding import normal
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ABAR = SCHEDULER.alphas_cumprod.double().numpy()

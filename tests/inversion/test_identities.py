@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cache.derive import derive_x_t
-from common.denoiser import Condition, Denoiser
-from common.schedule import NoiseSchedule
+from inpo.common.cache.derive import derive_x_t
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.schedule import NoiseSchedule
 
 HALF_STEP = 2.0**-11
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

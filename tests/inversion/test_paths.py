@@ -7,10 +7,10 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cache.schema import InverterIdentity
-from common.errors import UsageError
-from common.inversion import build_path, check_settings
-from common.schedule import NoiseSchedule
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.errors import UsageError
+from inpo.common.inversion import build_path, check_settings
+from inpo.common.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.from_scheduler(
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -162,7 +162,7 @@ def test_an_accepted_range_serves_every_offset(steps: int, low: int, width: int,
 
 
 def test_a_zero_terminal_snr_table_is_refused() -> None:
-    from common.errors import ModelError
+    from inpo.common.errors import ModelError
 
     with pytest.raises(ModelError, match="zero-terminal-SNR"):
         NoiseSchedule.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]))

@@ -17,9 +17,9 @@ import webdataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from common.errors import DataError, StorageError, UsageError
-from common.pairs import Pair, open_source
-from precompute.data_cli import app
+from inpo.common.errors import DataError, StorageError, UsageError
+from inpo.common.pairs import Pair, open_source
+from inpo.precompute.data_cli import app
 
 PickRow = Callable[..., dict[str, object]]
 WriteParquet = Callable[..., Path]
@@ -143,7 +143,7 @@ def test_a_killed_pack_leaves_no_output(tmp_path: Path, encoded: Callable[..., b
     os.mkfifo(tmp_path / "pipe.png")
     lines = [{"win": "a.png", "lose": name, "prompt": "p", "id": name} for name in ("a.png", "./a.png", "pipe.png")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    script = "import sys; from precompute.data_cli import app; app(sys.argv[1:])"
+    script = "import sys; from inpo.precompute.data_cli import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", script, "pack", tmp_path / "pairs.jsonl", tmp_path / "out", "--pairs-per-tar", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY)
     try:

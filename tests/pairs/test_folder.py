@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from common.errors import DataError
-from common.pairs import Pair, Skipped, open_source
+from inpo.common.errors import DataError
+from inpo.common.pairs import Pair, Skipped, open_source
 
 
 def read(location: Path | str) -> list[Pair | Skipped]:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
-from precompute.encode import pixels_from_levels
+from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from inpo.precompute.encode import pixels_from_levels
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -42,8 +42,8 @@ with pq.ParquetWriter(path, schema) as writer:
 
 READ = """
 import json, sys
-from common.pairs.images import decode_image
-from common.pairs import Pair, open_source
+from inpo.common.pairs.images import decode_image
+from inpo.common.pairs import Pair, open_source
 
 def peak_megabytes():
     # Not ru_maxrss, which a child inherits from its parent.
@@ -88,7 +88,7 @@ def test_one_huge_row_group_streams_in_little_memory(parquet: Path) -> None:
 
 
 def test_a_tar_streams_in_little_memory(parquet: Path, tmp_path: Path) -> None:
-    pack = "import sys; from precompute.data_cli import app; app(sys.argv[1:])"
+    pack = "import sys; from inpo.precompute.data_cli import app; app(sys.argv[1:])"
     python(pack, "pack", parquet, tmp_path / "out")
     found = measure(tmp_path / "out", decode_every=10)
     assert found["pairs"] == 1400

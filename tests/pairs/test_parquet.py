@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import DataError
-from common.pairs import Pair, Skipped, open_source
+from inpo.common.errors import DataError
+from inpo.common.pairs import Pair, Skipped, open_source
 
 PickRow = Callable[..., dict[str, object]]
 WriteParquet = Callable[..., Path]

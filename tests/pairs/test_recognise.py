@@ -7,8 +7,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from common.errors import DataError
-from common.pairs import InputShard, Pair, PairSource, mark_duplicates, open_source
+from inpo.common.errors import DataError
+from inpo.common.pairs import InputShard, Pair, PairSource, mark_duplicates, open_source
 
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], Path]
 

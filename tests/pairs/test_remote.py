@@ -12,8 +12,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from common.errors import DataError
-from common.pairs import Pair, Skipped, open_source
+from inpo.common.errors import DataError
+from inpo.common.pairs import Pair, Skipped, open_source
 
 
 @pytest.fixture(scope="module")

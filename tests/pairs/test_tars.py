@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DataError
-from common.pairs import Pair, Skipped, open_source
+from inpo.common.errors import DataError
+from inpo.common.pairs import Pair, Skipped, open_source
 
 Members = list[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]

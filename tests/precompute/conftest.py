@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import precompute.engines.local as local_engine
-from common.cache import Cache, open_cache
-from common.testing import save_tiny_pipeline
-from precompute.run import RayOptions, run_precompute
-from precompute.worker import Components
+import inpo.precompute.engines.local as local_engine
+from inpo.common.cache import Cache, open_cache
+from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.run import RayOptions, run_precompute
+from inpo.precompute.worker import Components
 
 WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from precompute.cli import plan, precompute
+from inpo.precompute.cli import plan, precompute
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.models import open_model
-from precompute.settings import PrecomputeSettings, build_manifest
-from precompute.worker import Components
+from inpo.common.models import open_model
+from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.worker import Components
 
 
 def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.seeding import normal
+from inpo.common.seeding import normal
 
 
 def _rms(got: np.ndarray, want: np.ndarray) -> float:

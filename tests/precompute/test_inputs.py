@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from common.cache import CacheWriter, open_cache
-from common.errors import CacheMismatch, CacheMissing, DataError, ModelError
-from common.models import open_model
-from common.testing import save_tiny_pipeline
-from precompute.settings import PrecomputeSettings, build_manifest
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.errors import CacheMismatch, CacheMissing, DataError, ModelError
+from inpo.common.models import open_model
+from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.settings import PrecomputeSettings, build_manifest
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-import precompute.plan as plan_module
-from common.cache import open_cache
-from common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
-from common.testing import save_tiny_pipeline
-from precompute.cli import precompute as precompute_command
-from precompute.worker import Components
+import inpo.precompute.plan as plan_module
+from inpo.common.cache import open_cache
+from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
+from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.cli import precompute as precompute_command
+from inpo.precompute.worker import Components
 
 
 def test_resume_makes_no_committed_shard_again(
@@ -65,7 +65,7 @@ def test_a_run_that_dies_between_shards_is_completed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from precompute.worker import ShardWorker
+    from inpo.precompute.worker import ShardWorker
 
     source = write_tars(tmp_path / "pairs", examples(6), 2)
     compute, made = ShardWorker.compute, []
@@ -340,7 +340,7 @@ def test_the_plan_is_what_the_run_costs(
     settings: dict[str, Any],
 ) -> None:
     """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
-    import precompute.run as run_module
+    import inpo.precompute.run as run_module
 
     plans: list[plan_module.Plan] = []
     make = run_module.make_plan

@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-import toyworld
-from toyworld.architecture import build_tokenizer
-from toyworld.heldout import HeldoutScorer
-from toyworld.oracle import OracleScorer
-from toyworld.sampling import BASE_FOLDER, LATENT_SHAPE, generate
-from toyworld.scenes import captions, render, scenes_by_caption
+import inpo.toyworld
+from inpo.toyworld.architecture import build_tokenizer
+from inpo.toyworld.heldout import HeldoutScorer
+from inpo.toyworld.oracle import OracleScorer
+from inpo.toyworld.sampling import BASE_FOLDER, LATENT_SHAPE, generate
+from inpo.toyworld.scenes import captions, render, scenes_by_caption
 
 SIZE_LIMIT = 8_000_000
 
@@ -30,7 +30,7 @@ def test_the_folder_is_small_and_holds_no_pickle():
     files = [path for path in BASE_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < SIZE_LIMIT
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
-    assert Path(toyworld.__file__).parent in BASE_FOLDER.parents
+    assert Path(inpo.toyworld.__file__).parent in BASE_FOLDER.parents
 
 
 def test_diffusers_loads_it_as_stable_diffusion():

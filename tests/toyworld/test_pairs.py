@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from common.errors import UsageError
-from toyworld import pairs as pairs_module
-from toyworld.cli import app
-from toyworld.oracle import OracleScorer
-from toyworld.pairs import TIE_MARGIN, PairSettings, make_pairs
-from toyworld.scenes import captions
+from inpo.common.errors import UsageError
+from inpo.toyworld import pairs as pairs_module
+from inpo.toyworld.cli import app
+from inpo.toyworld.oracle import OracleScorer
+from inpo.toyworld.pairs import TIE_MARGIN, PairSettings, make_pairs
+from inpo.toyworld.scenes import captions
 
 NUM_PAIRS = 12
 
@@ -196,7 +196,7 @@ def test_prompts_are_the_splits_captions(tmp_path):
 
 def test_who_hands_out_the_pairs_does_not_wait_for_diffusers():
     """The processes that make them load the model; the one that was typed does not."""
-    code = "import sys, toyworld.pairs; print('diffusers' in sys.modules)"
+    code = "import sys, inpo.toyworld.pairs; print('diffusers' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from common.errors import UsageError
-from toyworld.mixed_quality import mixed_renders
-from toyworld.scenes import (
+from inpo.common.errors import UsageError
+from inpo.toyworld.mixed_quality import mixed_renders
+from inpo.toyworld.scenes import (
     ATTRIBUTES,
     CLASHES,
     COLOURS,

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UsageError
-from toyworld.heldout import HeldoutScorer
-from toyworld.mixed_quality import blur
-from toyworld.oracle import WEIGHTS, OracleScorer
-from toyworld.scenes import captions, parse_caption, render
+from inpo.common.errors import UsageError
+from inpo.toyworld.heldout import HeldoutScorer
+from inpo.toyworld.mixed_quality import blur
+from inpo.toyworld.oracle import WEIGHTS, OracleScorer
+from inpo.toyworld.scenes import captions, parse_caption, render
 
 CAPTIONS = captions("test")[:60]
 SCORERS = pytest.mark.parametrize("scorer", [OracleScorer(), HeldoutScorer()], ids=lambda scorer: scorer.name)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from common.denoiser import Condition, Denoiser
-from common.inversion import invert
-from common.models import Model, open_model
-from common.testing import save_tiny_pipeline
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion import invert
+from inpo.common.models import Model, open_model
+from inpo.common.testing import save_tiny_pipeline
 
 PROMPTS = 7
 
@@ -189,7 +189,7 @@ def run(world: World, cache: str, tmp_path: Path) -> Callable[..., Path]:
     """run(steps=..., ...): train in this process and return the output folder."""
     from accelerate.state import AcceleratorState
 
-    from train.run import run_train
+    from inpo.train.run import run_train
 
     def call(
         *,

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from common.testing import save_tiny_pipeline
-from precompute.run import RayOptions, run_precompute
+from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.run import RayOptions, run_precompute
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from common.cache import Cache, open_cache
-from common.cache.arrays import CommittedStore
-from common.denoiser import Denoiser
-from common.tensor_watch import TensorWatch
-from train.buffers import Buffers
-from train.index import build_index
-from train.records import Needs
-from train.stream import RecordStream
+from inpo.common.cache import Cache, open_cache
+from inpo.common.cache.arrays import CommittedStore
+from inpo.common.denoiser import Denoiser
+from inpo.common.tensor_watch import TensorWatch
+from inpo.train.buffers import Buffers
+from inpo.train.index import build_index
+from inpo.train.records import Needs
+from inpo.train.stream import RecordStream
 
 
 def test_one_network_call_per_micro_batch_and_one_network(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from common.cache import open_cache
-from common.denoiser import Condition, Denoiser
-from common.inversion import invert
-from train.index import build_index
-from train.order import GlobalOrder
+from inpo.common.cache import open_cache
+from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.inversion import invert
+from inpo.train.index import build_index
+from inpo.train.order import GlobalOrder
 
 GOLDEN = Path(__file__).parent / "golden_trace.json"
 EPS = 1e-2

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from common.errors import UsageError
-from common.testing import save_tiny_pipeline
-from train.export import export_single_file
+from inpo.common.errors import UsageError
+from inpo.common.testing import save_tiny_pipeline
+from inpo.train.export import export_single_file
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sdxl"])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from common.cache import open_cache
-from common.errors import StorageError, TrainingError, UsageError
-from train.export import export_single_file
+from inpo.common.cache import open_cache
+from inpo.common.errors import StorageError, TrainingError, UsageError
+from inpo.train.export import export_single_file
 
 
 def test_an_output_that_cannot_be_a_folder(run: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import UsageError
-from train.objectives import OBJECTIVES, objective_named
+from inpo.common.errors import UsageError
+from inpo.train.objectives import OBJECTIVES, objective_named
 
 
 def log_sigmoid(value: np.ndarray) -> np.ndarray:

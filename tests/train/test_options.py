@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.errors import CacheMismatch
-from common.models import open_model
-from common.recipe import read_recipe, resolve
-from train.metrics import MetricsWriter
-from train.settings import TrainSettings
+from inpo.common.errors import CacheMismatch
+from inpo.common.models import open_model
+from inpo.common.recipe import read_recipe, resolve
+from inpo.train.metrics import MetricsWriter
+from inpo.train.settings import TrainSettings
 
 
 def losses(output: Path) -> list[float]:

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.cache import open_cache
-from train.export import export_single_file
+from inpo.common.cache import open_cache
+from inpo.train.export import export_single_file
 
 
 def image(pipeline: Any) -> np.ndarray:

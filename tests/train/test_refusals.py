@@ -10,12 +10,12 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from common.cache import CacheWriter
-from common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
-from common.recipe import read_recipe, resolve, to_toml
-from train import requirements
-from train.loop import Trainer
-from train.settings import TrainSettings
+from inpo.common.cache import CacheWriter
+from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
+from inpo.common.recipe import read_recipe, resolve, to_toml
+from inpo.train import requirements
+from inpo.train.loop import Trainer
+from inpo.train.settings import TrainSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -16,10 +16,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from common.errors import TrainingError, UsageError
-from train import checkpoint
-from train.loop import Trainer
-from train.records import Batch
+from inpo.common.errors import TrainingError, UsageError
+from inpo.train import checkpoint
+from inpo.train.loop import Trainer
+from inpo.train.records import Batch
 
 STEPS = 9
 OPTIONS: dict[str, Any] = {"steps": STEPS, "save_every": 2, "accumulate": 2, "ema": 0.9, "warmup_steps": 5}

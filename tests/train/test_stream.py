@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cache import CacheWriter, open_cache
-from common.cache.labels import LabelSet, PairLabel, write_labels
-from common.cache.reader import Shard
-from common.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, TrainingError, UsageError
-from train.index import Index, build_index
-from train.order import GlobalOrder
-from train.records import Batch, Needs
-from train.stream import RecordStream, held_out_batches
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
+from inpo.common.cache.reader import Shard
+from inpo.common.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, TrainingError, UsageError
+from inpo.train.index import Index, build_index
+from inpo.train.order import GlobalOrder
+from inpo.train.records import Batch, Needs
+from inpo.train.stream import RecordStream, held_out_batches
 
 
 def index_of(*locations: str, **options: Any) -> Index:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 
 # Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,14 +10,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer
 
-from common.errors import InpoError
-from evaluation.cli import app as evaluate_app
-from evaluation.relabel_cli import relabel
-from inspection.cli import app as inspect_app
-from precompute.cli import plan, precompute
-from precompute.data_cli import app as data_app
-from toyworld.cli import app as toyworld_app
-from train.cli import export, train
+from inpo.common.errors import InpoError
+from inpo.evaluation.cli import app as evaluate_app
+from inpo.evaluation.relabel_cli import relabel
+from inpo.inspection.cli import app as inspect_app
+from inpo.precompute.cli import plan, precompute
+from inpo.precompute.data_cli import app as data_app
+from inpo.toyworld.cli import app as toyworld_app
+from inpo.train.cli import export, train
 
 app = typer.Typer(
     name="inpo",
@@ -36,6 +37,19 @@ app.add_typer(data_app, name="data")
 app.add_typer(toyworld_app, name="toyworld")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"inpo {version('inpo-cache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: bool = typer.Option(False, "--version", help="print the version and end", is_eager=True, callback=_version),
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
     try:
@@ -43,7 +57,3 @@ def main() -> None:
     except InpoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
