@@ -5,72 +5,30 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
+from inpo.common.options import Given, RecipeOption, options
+from inpo.common.recipe import ModelSection, read_recipe, resolve
+from inpo.evaluation.settings import EvaluateSettings
 
-RecipeOption = Annotated[
-    Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.")
-]
-ScorerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Scorer by name; may be repeated. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, "
-        "toyworld-oracle, toyworld-heldout; others come from installed packages."
-    ),
-]
+app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
 
 @app.command("generate")
+@options(ModelSection, EvaluateSettings, without=("scorers",))
 def generate_command(
+    given: Given,
     out: Annotated[Path, typer.Option(help="Folder for the images: new, or begun with the same settings.")],
-    model: Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or .safetensors file.")] = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA weights to lay over the model (safetensors).")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or "
-            "a hub dataset as OWNER/NAME[:SPLIT[:COLUMN]]."
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal noise. \\[default: 0]")] = None,
-    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Images for each prompt. \\[default: 1]")] = None,
-    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. \\[default: 50]")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance scale. \\[default: 7.5]")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. \\[default: ddim]")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. \\[default: float16 on a GPU, float32 on a CPU]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; changes no noise.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
     from inpo.common.errors import UsageError
-    from inpo.common.recipe import ModelSection, read_recipe, resolve
 
     _quieten()
     from inpo.evaluation.generate import generate
     from inpo.evaluation.prompts import read_prompts
-    from inpo.evaluation.settings import EvaluateSettings
 
     sections = read_recipe(recipe)
-    flags = {
-        "prompts": prompts,
-        "lora": lora,
-        "seed": seed,
-        "images_per_prompt": images_per_prompt,
-        "inference_steps": inference_steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "limit": limit,
-    }
-    settings = resolve(EvaluateSettings, "evaluate", sections, flags)
-    chosen = resolve(ModelSection, "model", sections, {"model": model})
+    settings = resolve(EvaluateSettings, "evaluate", sections, given[EvaluateSettings])
+    chosen = resolve(ModelSection, "model", sections, given[ModelSection])
     if settings.prompts is None:
         raise UsageError(
             "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
@@ -81,10 +39,10 @@ def generate_command(
 
 
 @app.command("score")
+@options(EvaluateSettings, only=("scorers", "batch_size"))
 def score_command(
+    given: Given,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.")],
-    scorer: ScorerOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. \\[default: 32]")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
@@ -92,7 +50,7 @@ def score_command(
     from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.score import score_folder
 
-    settings = _settings(recipe, scorer, batch_size)
+    settings = _settings(recipe, given)
     images = ImageFolder(folder)
     for name in _needed(settings.scorers):
         score_folder(images, load_scorer(name), batch_size=settings.batch_size)
@@ -101,12 +59,14 @@ def score_command(
 
 
 @app.command("compare")
+@options(EvaluateSettings, only=("scorers", "batch_size"))
 def compare_command(
+    given: Given,
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.")],
-    scorer: ScorerOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")
+        Path | None,
+        typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none"),
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
@@ -117,7 +77,7 @@ def compare_command(
     from inpo.evaluation.processes import processes
     from inpo.evaluation.score import score_folder
 
-    settings = _settings(recipe, scorer, None)
+    settings = _settings(recipe, given)
     folders = ImageFolder(a), ImageFolder(b)
     shared_keys(*folders)  # before hours of scoring
     for name in settings.scorers:
@@ -137,12 +97,8 @@ def compare_command(
         print(f"\ntable and picture in {out}")
 
 
-def _settings(recipe: Path | None, scorer: list[str] | None, batch_size: int | None):
-    from inpo.common.recipe import read_recipe, resolve
-    from inpo.evaluation.settings import EvaluateSettings
-
-    flags = {"scorers": tuple(dict.fromkeys(scorer)) if scorer else None, "batch_size": batch_size}
-    return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), flags)
+def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:
+    return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), given[EvaluateSettings])
 
 
 def _needed(scorers: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from inpo.common.errors import UsageError
+from inpo.train.settings import ObjectiveName
 
 SMPO_GAMMA = 10.0
 MAPO_WEIGHT = 0.1
@@ -147,7 +147,7 @@ ObjectiveFunction = Callable[[Pairwise, Pairwise, PerRecord, float], ObjectiveRe
 class Objective:
     """An objective and what it asks of a cache."""
 
-    name: str
+    name: ObjectiveName
     function: ObjectiveFunction
     beta: float
     """Default beta, in the objective's own scaling."""
@@ -167,7 +167,7 @@ class Objective:
         return ("x_t", "target") if self.target == "target" else ("x_t", "delta_prev", "eps_ref")
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[ObjectiveName, Objective] = {
     objective.name: objective
     for objective in (
         Objective(name="inpo", function=inpo, beta=2000.0, logistic=True),
@@ -181,10 +181,3 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(name="inversion_dpo", function=inversion_dpo, beta=100.0, target="delta_prev", logistic=True),
     )
 }
-
-
-def objective_named(name: str) -> Objective:
-    """Raises UsageError listing the objectives there are."""
-    if name not in OBJECTIVES:
-        raise UsageError("Unknown objective.", where="--objective", expected=", ".join(OBJECTIVES), got=name)
-    return OBJECTIVES[name]

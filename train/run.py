@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.denoiser import Denoiser, dtype_name
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
@@ -63,7 +63,7 @@ def run_train(
     needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
-    network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
+    network_dtype = settings.dtype or opened[0].manifest.network_dtype
     index = build_index(
         opened,
         soft=objective.labels == "soft",

@@ -13,13 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inpo.common.cache.store import digest
+from inpo.common.choices import DtypeName, ExtraName, InverterName, Profile
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
 from inpo.common.schedule import NoiseSchedule
 
 SCHEMA_VERSION = 1
 MAX_PAIRS_PER_SHARD = 256
-
-Profile = Literal["full", "lean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +221,6 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ),
 )
 SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
-EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
 
 
 def arrays_of(
@@ -289,8 +287,8 @@ def load(data: bytes, where: str) -> dict[str, Any]:
 class InverterIdentity(_Document):
     """How the latents were made: every setting that changes numbers."""
 
-    name: str
-    steps: int
+    name: InverterName
+    grid_points: int
     refine_start: int = 0
     noised_start: float = 0.0
     guidance: float = 1.0
@@ -299,7 +297,7 @@ class InverterIdentity(_Document):
     timestep_range: tuple[int, int]
     """Kept timesteps lie in [low, high)."""
     iterations: int | None = None
-    """fixed_point only: the maximum of iterations per step."""
+    """fixed_point only: the maximum of iterations per grid point."""
     tolerance: float | None = None
     """fixed_point only: the relative RMS change at which the iteration stops."""
 
@@ -314,15 +312,15 @@ class Manifest(_Document):
     """The reference's schedule, abar_t for t = 0..T-1: with it a reader needs no model to derive x_t."""
     prediction_type: str
     profile: Profile
-    extra: tuple[str, ...] = ()
+    extra: tuple[ExtraName, ...] = ()
     seed: int
     timesteps_per_pair: int
     resolution: int
-    crop: str
+    crop: Literal["center"]
     flip: bool
     vae_latent: Literal["mean", "sample"]
-    vae_dtype: str
-    network_dtype: str
+    vae_dtype: DtypeName
+    network_dtype: DtypeName
     measure_inversion: float = 0.0
     inverter: InverterIdentity
     fingerprints: dict[str, str]

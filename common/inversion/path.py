@@ -47,7 +47,7 @@ def build_path(
     if identity.faithful:
         return _faithful_path(identity, schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
     num_train_timesteps = schedule.num_train_timesteps
-    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.steps, num_train_timesteps)
+    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.grid_points, num_train_timesteps)
     low, high = identity.timestep_range
     candidates = grid[(grid >= low) & (grid < high)]
     kept = set(
@@ -101,7 +101,7 @@ def _faithful_path(
     use the timestep itself.
     """
     total = schedule.num_train_timesteps
-    levels = [min(1 + index * total // identity.steps, total - 1) for index in range(identity.steps)]
+    levels = [min(1 + index * total // identity.grid_points, total - 1) for index in range(identity.grid_points)]
     drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
     records: dict[int, list[int]] = {}
     for timestep in sorted(drawn.tolist()):
@@ -118,15 +118,15 @@ def _faithful_path(
 
 def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
     """Refuse settings that some pair could not follow. Raises UsageError."""
-    n, k = identity.steps, timesteps_per_pair
+    n, k = identity.grid_points, timesteps_per_pair
     exact_grid(0.0, n, num_train_timesteps)
     if not 1 <= k <= n:
         raise UsageError(
             "Cannot keep that many timesteps per pair.",
             where="--timesteps-per-pair",
-            expected=f"1..{n} (--steps)",
+            expected=f"1..{n} (--grid-points)",
             got=k,
-            fix="raise --steps or lower --timesteps-per-pair",
+            fix="raise --grid-points or lower --timesteps-per-pair",
         )
     low, high = identity.timestep_range
     if not 0 <= low < high <= num_train_timesteps:
@@ -148,7 +148,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--timestep-range",
             expected=f"at least {k} grid points (--timesteps-per-pair)",
             got=f"{fewest} of {n} in [{low}, {high})",
-            fix="widen the range, raise --steps, or lower --timesteps-per-pair",
+            fix="widen the range, raise --grid-points, or lower --timesteps-per-pair",
         )
     if identity.faithful and (
         identity.name != "ddim"

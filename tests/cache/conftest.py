@@ -43,7 +43,7 @@ def manifest_of(
         "vae_latent": "mean",
         "vae_dtype": "float32",
         "network_dtype": "float32",
-        "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        "inverter": InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
         "fingerprints": fingerprints,
         "versions": {"inpo-cache": "0"},
     }
@@ -104,7 +104,7 @@ class Build:
         default_factory=lambda: {
             "sdxl": True,
             "extra": ("delta_prev", "eps_ref"),
-            "inverter": InverterIdentity(name="fixed_point", steps=10, timestep_range=(0, 1000), iterations=3),
+            "inverter": InverterIdentity(name="fixed_point", grid_points=10, timestep_range=(0, 1000), iterations=3),
         }
     )
     """Options that make every array of the contract appear."""

@@ -14,11 +14,12 @@ from inpo.common.cache import CacheWriter, Commit, ShardData
 from inpo.common.errors import DataError, StorageError
 from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
+from inpo.precompute.configuration import build_manifest
 from inpo.precompute.decode import DecodePool
 from inpo.precompute.engines.task_queue import TaskQueue
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Timing, run_tasks
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import Components, PreparedShard, ShardWorker, load_components
 from tests.engines.runs import World, until

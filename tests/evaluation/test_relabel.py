@@ -58,7 +58,7 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
         latent_shape=(1, 2, 2), num_train_timesteps=10, alphas_cumprod=tuple(0.9 - 0.05 * i for i in range(10)),
         prediction_type="epsilon", profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center",
         flip=False, vae_latent="mean", vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"unet": "u"},
+        inverter=InverterIdentity(name="ddim", grid_points=5, timestep_range=(0, 10)), fingerprints={"unet": "u"},
     )  # fmt: skip
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()

@@ -128,7 +128,7 @@ def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, 
 
 @pytest.mark.parametrize(
     ("command", "shown"),
-    [("generate", "[default: 7.5]"), ("score", "[default: 32]"), ("compare", "[evaluate] section")],
+    [("generate", "[default: 7.5]"), ("score", "[default: (32, of large"), ("generate", "NAME[:SPLIT[:COLUMN]]")],
 )
 def test_help_shows_what_stands_in_brackets(command: str, shown: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})

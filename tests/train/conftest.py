@@ -46,7 +46,7 @@ class World:
         schedule = self.model.schedule
         identity = InverterIdentity(
             name=inverter,
-            steps=4,
+            grid_points=4,
             timestep_range=(0, schedule.num_train_timesteps),
             guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,
