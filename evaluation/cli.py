@@ -1,12 +1,13 @@
-"""`inpo evaluate`: generate images, score them, compare two models."""
+"""`inpo evaluate`: generate images, score them, compare two models; `inpo relabel`: label a cache's pairs anew."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inpo.common.options import Given, RecipeOption, options
-from inpo.common.recipe import ModelSection, read_recipe, resolve
+from inpo.common.options import Given, RecipeOption, help_text, options
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.evaluation.settings import EvaluateSettings
 
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
@@ -71,10 +72,10 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
     from inpo.evaluation.image_folder import ImageFolder, write_atomically
-    from inpo.evaluation.processes import processes
     from inpo.evaluation.score import score_folder
 
     settings = _settings(recipe, given)
@@ -95,6 +96,61 @@ def compare_command(
         write_atomically(out / "comparison.json", comparison_json(comparison))
         write_atomically(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
         print(f"\ntable and picture in {out}")
+
+
+def relabel(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"))],
+    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.")],
+    scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit.",
+            show_default="the scorer's own: 0.01 for cosines, else 1",
+        ),
+    ] = None,
+    set_name: Annotated[
+        str | None,
+        typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
+) -> None:
+    """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
+    from inpo.common.cache import open_cache
+    from inpo.common.cache.labels import check_set_name
+    from inpo.common.errors import UsageError
+    from inpo.common.processes import processes
+    from inpo.common.progress import ProgressReport
+    from inpo.common.scorer import load_scorer
+    from inpo.evaluation.relabel import default_temperature, relabel_cache
+
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(
+            "The temperature must be above 0 and finite.",
+            where="--temperature",
+            expected="for instance 0.01",
+            got=temperature,
+            fix="leave it out for the scorer's own",
+        )
+    judge = load_scorer(scorer)
+    used = default_temperature(judge) if temperature is None else temperature
+    name = check_set_name(set_name or scorer)
+    opened = open_cache(cache)
+    main = processes().is_main_process
+    share = -(-opened.num_pairs // processes().num_processes)
+    with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
+        report = relabel_cache(
+            opened, pairs, judge, set_name=name, temperature=used, pairs_per_batch=batch_size, on_pairs=progress.advance
+        )
+    if main:
+        agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
+        print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards, temperature {used:g}")
+        print(
+            f"  {scorer} prefers the source's winner in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs"
+        )
+        if report.num_replaced:
+            print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
+        print(f"  train with it: inpo train --cache {cache} --labels {name} ...")
 
 
 def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:
@@ -127,7 +183,7 @@ def _quieten() -> None:
 
 def _say(text: str) -> None:
     """Print once, however many processes run."""
-    from inpo.evaluation.processes import processes
+    from inpo.common.processes import processes
 
     if processes().is_main_process:
         print(text)

@@ -13,8 +13,8 @@ from inpo.common.cache import Cache, Shard
 from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labels, write_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, decode_image, open_source
+from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
-from inpo.evaluation.processes import processes
 from inpo.evaluation.score import checked_scores
 
 PAIRS_PER_BATCH = 16
@@ -114,9 +114,12 @@ def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[st
                 images.append(decode_image(data))
             except ImageError as error:
                 raise DataError(
-                    "An image of a committed pair cannot be read.", where=name, expected="the image that was inverted",
-                    got=str(error), fix="restore it in the source; shards labelled so far stay labelled",
-                ) from error  # fmt: skip
+                    "An image of a committed pair cannot be read.",
+                    where=name,
+                    expected="the image that was inverted",
+                    got=str(error),
+                    fix="restore it in the source; shards labelled so far stay labelled",
+                ) from error
             names.append(name)
     scores = checked_scores(scorer, images, [pair.prompt for pair in pairs for _ in range(2)], names)
     return {

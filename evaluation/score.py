@@ -11,10 +11,10 @@ import numpy as np
 
 from inpo.common.cache.store import storage_errors
 from inpo.common.errors import DataError
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.scorer import Scorer
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines, write_atomically
-from inpo.evaluation.processes import processes
 
 DEFAULT_BATCH = 32
 
@@ -64,15 +64,21 @@ def checked_scores(scorer: Scorer, images: Sequence, prompts: Sequence[str], nam
     scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):
         raise DataError(
-            "The scorer does not give one number per image.", where=scorer.name, expected=(len(images),),
-            got=scores.shape, fix="correct the scorer's package",
-        )  # fmt: skip
+            "The scorer does not give one number per image.",
+            where=scorer.name,
+            expected=(len(images),),
+            got=scores.shape,
+            fix="correct the scorer's package",
+        )
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise DataError(
-            "The scorer gave a number that is not finite.", where=f"{scorer.name}, {names[bad[0]]}",
-            expected="a finite number", got=scores[bad[0]], fix="look at that image; check the scorer's weights",
-        )  # fmt: skip
+            "The scorer gave a number that is not finite.",
+            where=f"{scorer.name}, {names[bad[0]]}",
+            expected="a finite number",
+            got=scores[bad[0]],
+            fix="look at that image; check the scorer's weights",
+        )
     return [float(score) for score in scores]
 
 

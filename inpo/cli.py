@@ -12,7 +12,7 @@ import typer
 
 from inpo.common.errors import InpoError
 from inpo.evaluation.cli import app as evaluate_app
-from inpo.evaluation.relabel_cli import relabel
+from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.precompute.cli import plan, precompute
 from inpo.precompute.data_cli import app as data_app

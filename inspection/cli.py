@@ -168,8 +168,8 @@ def clean(
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
     from inpo.common.cache import open_cache
+    from inpo.common.cache.store import readable_bytes
     from inpo.inspection.leftovers import find_leftovers, remove_leftover
-    from inpo.inspection.summary_view import readable_bytes
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
     found = find_leftovers(store)

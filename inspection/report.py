@@ -27,7 +27,7 @@ from inpo.inspection.reinvert import choose_pairs
 from inpo.inspection.report_plots import curves, histogram
 from inpo.inspection.report_sample import GROUPS, MOST_TIMESTEPS, SampledPair, sample_pairs
 from inpo.inspection.summary import Summary, summary_of, timestep_bins
-from inpo.inspection.summary_view import number, readable_bytes
+from inpo.inspection.summary_view import number
 from inpo.inspection.words import cache_facts
 
 ASSETS = Path(__file__).parent / "assets"

@@ -204,13 +204,3 @@ def bar(share: float, width: int, *, ascii_only: bool) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def readable_bytes(count: int) -> str:
-    """Decimal units, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError

@@ -4,8 +4,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from inpo.common.cache.store import readable_bytes
 from inpo.inspection.checks import CHECKS
-from inpo.inspection.summary_view import readable_bytes
 from inpo.inspection.verify import Verification
 
 

@@ -6,12 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from inpo.common.cache.schema import Manifest
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_settings
 from inpo.common.models import Model
+from inpo.common.processes import processes
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
@@ -91,4 +90,4 @@ def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) ->
 
         connect(ray_options)
         return "cuda" if has_gpus() else "cpu"
-    return PartialState().device.type
+    return processes().device.type

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from inpo.common.cache import Manifest
 from inpo.common.denoiser import Condition
 from inpo.common.models import Model
+from inpo.common.processes import processes
 from inpo.precompute.configuration import build_manifest, configure, device_type
 from inpo.precompute.inputs import committed_shards, list_work
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
@@ -47,7 +47,7 @@ def run_plan(
 
 def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
-    device = PartialState().device
+    device = processes().device
     components = load_components(model, manifest, device)
     latents = 2 * settings.batch_size
     prompts = components.text([""])

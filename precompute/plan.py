@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inpo.common.cache.schema import ArraySpec, Manifest
-from inpo.common.cache.store import is_remote
+from inpo.common.cache.store import is_remote, readable_bytes
 from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
@@ -141,9 +141,9 @@ def check_disk(plan: Plan, cache: str) -> None:
         raise StorageError(
             "The disk is too small for this cache.",
             where=cache,
-            expected=f"{human_bytes(plan.cache_bytes)} free (largest array: {worst}, "
-            f"{human_bytes(plan.bytes_by_array[worst])})",
-            got=f"{human_bytes(plan.free_bytes)} free",
+            expected=f"{readable_bytes(plan.cache_bytes)} free (largest array: {worst}, "
+            f"{readable_bytes(plan.bytes_by_array[worst])})",
+            got=f"{readable_bytes(plan.free_bytes)} free",
             fix="use --profile lean (about a quarter), fewer --timesteps-per-pair, --limit, or another --cache",
         )
 
@@ -156,24 +156,14 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
         if size and size >= plan.cache_bytes / 1000:
-            table.add_row(f"bytes of {name}", human_bytes(size))
-    table.add_row("bytes in all", human_bytes(plan.cache_bytes))
-    free = "object store" if plan.free_bytes is None else human_bytes(plan.free_bytes)
+            table.add_row(f"bytes of {name}", readable_bytes(size))
+    table.add_row("bytes in all", readable_bytes(plan.cache_bytes))
+    free = "object store" if plan.free_bytes is None else readable_bytes(plan.free_bytes)
     table.add_row("free", free)
     if gpu_hours is not None:
         hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
         table.add_row("device hours", hours)
     console.print(table)
-
-
-def human_bytes(size: int) -> str:
-    """Decimal units, three digits."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} PB"
 
 
 def _token_width(model: Model) -> tuple[int, int, int]:

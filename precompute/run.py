@@ -9,14 +9,16 @@ from typing import Any
 from rich.console import Console
 
 from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.store import readable_bytes
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs import SKIP_REASONS
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.precompute.configuration import build_manifest, configure, device_type
-from inpo.precompute.engines.local import process_state, run_local
+from inpo.precompute.engines.local import run_local
 from inpo.precompute.inputs import committed_shards, input_warnings, list_work
 from inpo.precompute.pipeline import Outcome
-from inpo.precompute.plan import check_disk, human_bytes, make_plan, print_plan
+from inpo.precompute.plan import check_disk, make_plan, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask
 
@@ -41,7 +43,7 @@ def run_precompute(
             got=settings.engine,
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
-    state = process_state()
+    state = processes()
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=device_type(settings, ray_options))
@@ -109,7 +111,7 @@ def _print_summary(
     size = sum(sum(commit.files.values()) for commit in commits.values())
     print(
         f"committed: {len(commits)} of {len(tasks)} shards, {sum(commit.num_pairs for commit in commits.values())} "
-        f"pairs, {human_bytes(size)}, in {seconds:.1f} s"
+        f"pairs, {readable_bytes(size)}, in {seconds:.1f} s"
     )
     print(f"time: {report}")
     for reason, count in sorted(skipped.items()):

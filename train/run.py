@@ -1,7 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from inpo.common.cache import Cache, open_cache
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
+from inpo.common.processes import on_cpus
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.index import Index, build_index
@@ -76,10 +76,7 @@ def run_train(
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
     accelerator = Accelerator(
-        mixed_precision=_PRECISION[network_dtype],
-        gradient_accumulation_steps=settings.accumulate,
-        # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        mixed_precision=_PRECISION[network_dtype], gradient_accumulation_steps=settings.accumulate, cpu=on_cpus()
     )
     check_distribution(accelerator.distributed_type, settings)
     say = accelerator.print

@@ -1,21 +1,20 @@
 """The local engine: one process, or as many as `accelerate launch` starts, with a static split of the shards."""
 
 import contextlib
-import os
+import random
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
-import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.processes import processes
 from inpo.precompute.decode import DecodePool
-from inpo.precompute.engines.task_queue import TaskQueue
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
@@ -23,17 +22,6 @@ from inpo.precompute.tasks import ShardTask, split
 from inpo.precompute.worker import ShardWorker, load_components
 
 _LONGEST_WAIT = timedelta(days=60)
-
-
-def process_state() -> PartialState:
-    """Which process of how many this is, and its device. The first call decides for the whole process.
-
-    accelerate's bare PartialState takes processes launched on CPUs for independent ones, each of which would do
-    everything; it has to be told.
-    """
-    launched = "LOCAL_RANK" in os.environ
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
-    return PartialState(cpu=cpu)
 
 
 def run_local(
@@ -48,7 +36,7 @@ def run_local(
 
     The split covers all tasks of the source, done or not, so it does not depend on when a process looked.
     """
-    state = process_state()
+    state = processes()
     waiting_room = _WaitingRoom(state)
     mine = [tasks[index] for index in split(len(tasks), state.process_index, state.num_processes)]
     timing = Timing()
@@ -62,11 +50,12 @@ def run_local(
             decode=DecodePool(settings.decode_workers),
         )
         try:
-            order = TaskQueue(mine)
+            met_another_run = threading.Event()
+            order = in_order(mine, met_another_run)
             with Watchdog(timing), contextlib.closing(run_tasks(worker, order, timing)) as outcomes:
                 for outcome in outcomes:
                     if outcome.lost_race:
-                        order.shuffle()
+                        met_another_run.set()
                     on_outcome(outcome)
         finally:
             worker.close()
@@ -74,6 +63,20 @@ def run_local(
     for each in waiting_room.meet(timing):
         whole.merge(each)
     return whole.report() + (f", over {state.num_processes} processes" if state.num_processes > 1 else "")
+
+
+def in_order(tasks: Iterable[ShardTask], met_another_run: threading.Event) -> Iterator[ShardTask]:
+    """The tasks in order; what is left in random order each time that another run is met at work on the same cache.
+
+    Two runs that go through the same shards in the same order would make each of them twice, for ever side by side.
+    In random order they meet only now and then: about ln(n) times in n shards.
+    """
+    left = list(tasks)
+    while left:
+        if met_another_run.is_set():
+            met_another_run.clear()
+            random.SystemRandom().shuffle(left)
+        yield left.pop(0)
 
 
 class _WaitingRoom:

@@ -16,7 +16,7 @@ from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.decode import DecodePool
-from inpo.precompute.engines.task_queue import TaskQueue
+from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
@@ -53,7 +53,9 @@ def components(world: World, tmp_path_factory: pytest.TempPathFactory) -> Compon
     return load_components(model, build_manifest(_SETTINGS, model, device_type="cpu"), PartialState(cpu=True).device)
 
 
-_SETTINGS = PrecomputeSettings(resolution=32, steps=2, timesteps_per_pair=1, measure_inversion=0.0, dtype="float32")
+_SETTINGS = PrecomputeSettings(
+    resolution=32, grid_points=2, timesteps_per_pair=1, measure_inversion=0.0, dtype="float32"
+)
 
 
 @pytest.fixture
@@ -247,11 +249,15 @@ def test_a_shard_committed_by_somebody_else_is_neither_read_nor_computed(
     assert ("compute", 1) not in work
 
 
-def test_the_queue_of_tasks_keeps_its_order_until_it_is_shuffled(tasks: list[ShardTask]) -> None:
-    queue = TaskQueue(tasks)
-    assert next(queue) == tasks[0]
-    queue.shuffle()
-    assert sorted(task.name for task in queue) == [task.name for task in tasks[1:]]
+def test_tasks_keep_their_order_until_another_run_is_met() -> None:
+    tasks, met = list(range(200)), threading.Event()
+    order = in_order(tasks, met)  # type: ignore[arg-type]
+    assert [next(order) for _ in range(100)] == tasks[:100]
+    met.set()
+    left = list(order)
+    assert left != tasks[100:]
+    assert sorted(left) == tasks[100:]
+    assert not met.is_set()
 
 
 def test_the_report_says_where_the_time_went() -> None:
