@@ -22,19 +22,28 @@ def rms(value: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(value, np.float64)))))
 
 
+def of_mean(bound: float, count: int) -> float:
+    """A bound on a mean of `count` values, of which each is off by at most `bound`: their roundings are independent.
+
+    Four standard deviations; 16 values and fewer are not counted on.
+    """
+    return bound * min(1.0, 4 / np.sqrt(count))
+
+
 def record_bounds(record: dict[str, np.ndarray], a: float, s: float) -> dict[str, float]:
     """Relative RMS by which a record may differ between two runs whose stored x0 and x_t differ by one unit everywhere.
 
     From x_t = a x0 + s tau, tau = (x_t - a x0) / s and x0(t) = (x_t - s delta) / a, with a network whose prediction
-    moves by no more than its input does. `record` has x0, x_t, delta, x0_t and target of one record, both sides.
+    moves by no more than its input does. `record` has x_t, delta, x0_t, target and reference_error of one record, both
+    sides.
     """
     x_t, delta, clean, target = (rms(record[name]) for name in ("x_t", "delta", "x0_t", "target"))
-    residual = np.sqrt(np.mean(record["reference_error"]))
+    error = np.sqrt(np.mean(record["reference_error"]))
     return {
         "x0": UNIT,
         "x_t": UNIT * (1 + s * target / x_t),
         "target": UNIT * (1 + x_t / (s * target)),
         "delta": UNIT * (1 + x_t / delta),
         "x0_t": UNIT * (1 + (x_t + s * delta) / (a * clean)),
-        "reference_error": 2 * UNIT * (target + x_t / s + delta) / residual,
+        "reference_error": of_mean(2 * UNIT * (target + x_t / s + delta) / error, record["target"][0].size),
     }
