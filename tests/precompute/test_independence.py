@@ -11,7 +11,6 @@ from inpo.common.cache import Cache
 from inpo.common.seeding import normal
 from tests.rounding import UNIT, of_mean, record_bounds, rms
 
-
 LATENTS = ("x_t", "delta", "x0_t", "target")
 
 
