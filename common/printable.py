@@ -1,17 +1,25 @@
 """What may leave the process: addresses without their secrets, and text without what a terminal would obey.
 
-    shown(text)      an address, or a message with addresses in it: no user, no password, no value of a query
-    escaped(text)    control characters as JSON writes them, \\u001b for ESC
+    shown(address)         no user, no password, no value of a query
+    shown_message(text)    the same for whatever addresses a message has in it
+    escaped(text)          control characters as JSON writes them, \\u001b for ESC
 
-Whatever is written beside data (commits, configurations, lists of skipped rows, messages) goes through `shown`;
-terminal.py escapes what is printed.
+Whatever is written beside data (commits, configurations, lists of skipped rows, messages) goes through the first
+two; terminal.py escapes what is printed.
 """
 
 import re
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|`]*")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ADDRESS = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://"
+    r"(?:[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))[^@\n]*@)?"  # a login: what follows the colon is no port
+    r"[^\s'\"<>|`]*"
+)
+_QUERY = re.compile(r"(?<=[\w/%.-])\?(?=[\w.~%+-]+=)[^\s'\"<>|`]+")
 _SECRET = re.compile(
-    r"(?i)\b((?:x-(?:amz|goog|ms)-[a-z-]+|sig|signature|token|access_token|api_?key|password|secret)=)[^\s&'\"<>|`;,)]+"
+    r"(?i)(?<![\w/.-])((?:x-(?:amz|goog|ms)-[a-z-]+|sig|signature|token|access_token|api_?key|password|secret)=)"
+    r"[^\s&'\"<>|`;,)]+"
 )
 _ACCOUNT_SCHEMES = ("abfs", "abfss")
 """container@account is a place there, not a login."""
@@ -23,12 +31,20 @@ _UNPRINTABLE = re.compile(
 byte order mark, and halves of characters."""
 
 
-def shown(text: str) -> str:
-    """`text` with every address in it as it may be shown: without user and password, with *** for each value of a
-    query. Apart from that it is the same, so that what was stored can be compared with what is given."""
-    if "://" in text or "=" in text:
-        text = _SECRET.sub(rf"\1{_HIDDEN}", _ADDRESS.sub(lambda match: _shown_address(match[0]), text))
-    return text
+def shown(address: str) -> str:
+    """An address as it may be shown: without user and password, with *** for each value of a query. A local path is the
+    same, and so is an address without secrets: what was stored can be compared with what is given."""
+    parts = re.split(r"::(?=[A-Za-z])", address)  # fsspec joins addresses so
+    return "::".join(_shown_address(part) if _SCHEME.match(part) else part for part in parts)
+
+
+def shown_message(text: str) -> str:
+    """A message of ours or of a library, with every address in it as it may be shown, also where it is only the end of
+    one."""
+    text = _QUERY.sub(
+        lambda match: "?" + _shown_query(match[0][1:]), _ADDRESS.sub(lambda match: _shown_address(match[0]), text)
+    )
+    return _SECRET.sub(rf"\1{_HIDDEN}", text)
 
 
 def _shown_address(address: str) -> str:
@@ -45,12 +61,14 @@ def _shown_address(address: str) -> str:
     if at and not (scheme in _ACCOUNT_SCHEMES and ":" not in login):
         authority = host
     path, question, query = path.partition("?")
-    if question:
-        query = "&".join(
-            f"{name}={_HIDDEN}" if equals else _HIDDEN
-            for name, equals, _ in (part.partition("=") for part in query.split("&"))
-        )
+    if question and ("=" in query or scheme in ("http", "https")):  # elsewhere ? may be of a pattern
+        query = _shown_query(query)
     return f"{scheme}://{authority}{path}{question}{query}"
+
+
+def _shown_query(query: str) -> str:
+    parts = (part.partition("=") for part in query.split("&"))
+    return "&".join(f"{name}={_HIDDEN}" if equals else _HIDDEN for name, equals, _ in parts)
 
 
 def is_printable(text: str) -> bool:

@@ -5,6 +5,7 @@ Shards keep the location as a string and open it when they read, so they can be 
 
 import fnmatch
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,8 @@ def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
     """
     fs, path = filesystem(location)
     options = {} if is_local(fs) or sequential else {"cache_type": "none"}
+    if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise unreadable_file(location, OSError("not a regular file"))
     try:
         return cast(ByteStream, fs.open(path, "rb", **options))
     except Exception as error:  # every file system has exceptions of its own

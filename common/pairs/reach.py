@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from inpo.common.errors import DataError
 from inpo.common.pairs.files import OBJECT_STORES, filesystem, is_local, one_line
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
-from inpo.common.printable import shown
+from inpo.common.printable import shown, shown_message
 
 SECONDS_PER_IMAGE = 30.0
 """A host that has not sent an image by then counts as unreachable."""
@@ -131,17 +131,19 @@ class Reach:
         try:
             data = _within(SECONDS_PER_IMAGE, lambda: _fetch(address, redirects=self._allow_remote))
         except DataError as error:  # an unknown scheme
-            raise self._unreachable(f"{side}: {shown(f'{address}: {error.got}')}") from None
+            raise self._unreachable(f"{side}: {shown_message(f'{address}: {error.got}')}") from None
         except _Elsewhere as error:
             raise RowProblem(
                 reason="not_allowed", detail=f"{side}: {shown(address)} is sent on to {error}; --allow-remote follows"
             ) from None
         except _Unreachable as error:
             self._silent[host] = self._silent.get(host, 0) + 1
-            raise self._unreachable(f"{side}: {shown(f'{address}: {error}')}") from None
+            raise self._unreachable(f"{side}: {shown_message(f'{address}: {error}')}") from None
         except (_Refused, FileNotFoundError) as error:
             self._silent[host] = 0
-            raise RowProblem(reason="missing_image", detail=f"{side}: refused {shown(f'{address}: {error}')}") from None
+            raise RowProblem(
+                reason="missing_image", detail=f"{side}: refused {shown_message(f'{address}: {error}')}"
+            ) from None
         self._silent[host] = 0
         if len(data) > MAX_IMAGE_BYTES:
             raise too_large(f"{side}: {shown(address)}")
@@ -244,12 +246,9 @@ def _fetch_web(address: str, *, redirects: bool) -> bytes:
 def _bucket(root: str) -> Any:
     from obstore.store import from_url
 
-    seconds = timedelta(seconds=SECONDS_PER_IMAGE / 2)
-    return from_url(
-        root,
-        client_options={"timeout": seconds, "connect_timeout": timedelta(seconds=5)},
-        retry_config={"max_retries": TRIES - 1, "retry_timeout": seconds},
-    )
+    # No client options: they would take the place of those from the environment.
+    retry_timeout = timedelta(seconds=SECONDS_PER_IMAGE / 2)
+    return from_url(root, retry_config={"max_retries": TRIES - 1, "retry_timeout": retry_timeout})
 
 
 def _fetch_object(address: str) -> bytes:
