@@ -307,6 +307,11 @@ def _print_summary(
         print(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
         print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+    if "unreachable" in skipped:
+        print(
+            "unreachable images are not asked for again: to make a shard with them anew, move its "
+            f"{writer.store.path('commits')}/SHARD.json away and run again"
+        )
     for what, count in sorted(counts.items()):
         print(f"counted: {count} x {what}")
     if failures:

@@ -19,6 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
+from inpo.common.printable import shown
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
@@ -186,6 +187,7 @@ def list_folder(location: str) -> list[str]:
 
 def shard_names(locations: Sequence[str]) -> list[str]:
     """One file-system safe name for each location, unique among them: the stem, with the folder where stems repeat."""
+    locations = [shown(location) for location in locations]  # another password is no other name
     names = [_safe(PurePosixPath(location).stem) for location in locations]
     if len(set(names)) != len(names):
         names = [

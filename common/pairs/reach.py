@@ -118,7 +118,7 @@ class Reach:
             raise RowProblem(reason="missing_image", detail=f"{side}: {type(error).__name__} {named}") from None
 
     def _read_remote(self, address: str, side: str) -> bytes:
-        if "::" in address:
+        if "::" in address and address.partition("://")[0] not in OBJECT_STORES:  # fsspec would follow both
             raise RowProblem(reason="not_allowed", detail=f"{side}: {shown(address)} joins two addresses")
         if not self._allow_remote and (self._local_folder is not None or not _is_below_address(address, self._folder)):
             raise RowProblem(
@@ -129,7 +129,7 @@ class Reach:
         if self._silent.get(host, 0) >= ROWS_PER_SILENT_HOST:
             raise self._unreachable(f"{side}: {shown(host)} did not answer for the rows before")
         try:
-            data = _within(SECONDS_PER_IMAGE, lambda: _fetch(address, redirects=self._allow_remote))
+            data = _fetch(address, redirects=self._allow_remote)
         except DataError as error:  # an unknown scheme
             raise self._unreachable(f"{side}: {shown_message(f'{address}: {error.got}')}") from None
         except _Elsewhere as error:
@@ -202,23 +202,28 @@ def _refuse_special(status: os.stat_result, side: str, named: str) -> None:
 
 
 def _fetch(address: str, *, redirects: bool) -> bytes:
-    """An image from another machine, at most one part above the limit.
+    """An image from another machine, at most one part above the limit, in bounded time.
 
     Raises _Unreachable, _Refused, _Elsewhere, and DataError for a scheme that cannot be opened.
     """
     scheme = address.partition("://")[0]
+    tries = TRIES
     if scheme in ("http", "https"):
         fetch: Callable[[], bytes] = partial(_fetch_web, address, redirects=redirects)
     elif scheme in OBJECT_STORES:
-        return _fetch_object(address)  # tries again by itself
+        fetch, tries = partial(_fetch_object, address), 1  # it tries again by itself
     else:
-        fetch = partial(_fetch_other, *filesystem(address))
-    for number in range(1, TRIES):
-        try:
-            return fetch()
-        except _Unreachable:
-            time.sleep(_SECONDS_TO_NEXT_TRY * number)
-    return fetch()
+        fetch = partial(_fetch_other, *filesystem(address))  # here: fsspec makes one for each thread
+
+    def try_again() -> bytes:
+        for number in range(1, tries):
+            try:
+                return fetch()
+            except _Unreachable:
+                time.sleep(_SECONDS_TO_NEXT_TRY * number)
+        return fetch()
+
+    return _within(SECONDS_PER_IMAGE, try_again)
 
 
 def _fetch_web(address: str, *, redirects: bool) -> bytes:
