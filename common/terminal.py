@@ -6,7 +6,7 @@ A prompt, an id or a file's name may hold codes that a terminal obeys: the front
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
 
 from inpo.common.printable import escaped
 
@@ -17,7 +17,7 @@ _BARS = re.compile(r"\r|(?:\x1b\[A)+$")
 class _EscapingStream:
     """A text stream that escapes what is written to it."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self.rich_proxied_file = stream
         """rich looks for this name: it writes codes of its own, and console.py escapes what is between them."""
 
