@@ -1,4 +1,4 @@
-"""A pair's id is one line that lists, commands and terminals give back as it is; others are bad rows of every source."""
+"""A pair's id is one line that lists, commands and terminals give back as it is; others are bad rows."""
 
 import json
 from collections.abc import Callable
