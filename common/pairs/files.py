@@ -3,6 +3,7 @@
 Shards keep the location as a string and open it when they read, so they can be pickled to other processes and machines.
 """
 
+import base64
 import fnmatch
 import hashlib
 import os
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Protocol, cast, runtime_checkable
+from urllib.parse import unquote
 
 import braceexpand
 import fsspec
@@ -47,19 +49,24 @@ class ByteStream(Protocol):
 
 
 @lru_cache(maxsize=64)
-def _object_store(protocol: str) -> fsspec.AbstractFileSystem:
+def _object_store(protocol: str, login: str) -> fsspec.AbstractFileSystem:
     from obstore.fsspec import FsspecStore
 
-    # A plain http:// URL was written by the user; obstore wants to be told that this is meant.
-    options = {"client_options": {"allow_http": True}} if protocol == "http" else {}
+    client: dict[str, object] = {}
+    if protocol == "http":  # the user wrote it; obstore wants to be told that this is meant
+        client["allow_http"] = True
+    if login:  # obstore passes over what stands before the host
+        client["default_headers"] = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    options = {"client_options": client} if client else {}
     return FsspecStore(protocol, **options)  # type: ignore[call-overload]  # its overloads want a literal
 
 
 def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a location and the path in it. Raises DataError for an unknown or uninstalled scheme."""
-    scheme, separator, _ = location.partition("://")
+    scheme, separator, rest = location.partition("://")
     if separator and scheme in OBJECT_STORES:
-        return _object_store(scheme), location
+        login = rest.partition("/")[0].rpartition("@")[0] if scheme in ("http", "https") else ""
+        return _object_store(scheme, unquote(login)), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError) as error:
