@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Val
 from inpo.common.errors import UsageError
 from inpo.common.paths import expand_home
 from inpo.common.printable import shown
+from inpo.common.text import read_text
 
 if TYPE_CHECKING:
     import inpo.common.models
@@ -64,7 +65,7 @@ class DataSection(Section):
     """[data]: where the pairs come from and where the cache lies."""
 
     pairs: Location | None = None
-    """A pair source: webdataset tars, Pick-a-Pic v2 parquet, or a folder with pairs.jsonl or pairs.csv."""
+    """A pair source: webdataset tars, parquet files, or a folder with pairs.jsonl, .json, .csv or .tsv."""
     allow_remote: bool = False
     """Whether a list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
     cache: Location | None = None
@@ -93,11 +94,10 @@ def read_recipe(path: Path | None) -> Recipe:
     """The recipe's sections; none without a recipe. Raises UsageError for a bad file or section."""
     if path is None:
         return Recipe()
+    text = read_text(path, what="The recipe cannot be read.", error=UsageError, fix="check --recipe")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError("The recipe cannot be read.", where=path, got=error.strerror, fix="check --recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
     for name, section in document.items():
         if not isinstance(section, dict):

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 
 SOURCE_HELP = (
-    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), Pick-a-Pic parquet, or a "
-    "folder with pairs.jsonl or pairs.csv; a local path or a URL."
+    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder "
+    "with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."
 )
 AllowRemote = Annotated[
     bool,
@@ -51,7 +51,7 @@ def pack_command(
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
     from inpo.common.console import console
     from inpo.common.pairs import open_source
-    from inpo.common.pairs.walk import Walk
+    from inpo.common.pairs.walk import Walk, count_not_read
     from inpo.precompute.pack import pack, refuse_occupied
 
     if "://" in output:
@@ -74,7 +74,8 @@ def pack_command(
                 progress.advance()
 
         report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
-    console().print(_pack_table(report, output, len(walk.unreadable)))
+    not_read = count_not_read(walk.source, [shard for shard, _ in shards])
+    console().print(_pack_table(report, output, len(walk.unreadable), not_read))
     if walk.unreadable:
         raise typer.Exit(1)
 
@@ -92,7 +93,9 @@ def check_command(
     ] = None,
     decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
 ) -> None:
-    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
+    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable or there is
+    no pair.
+    """
     from inpo.common.console import console
     from inpo.common.pairs import Skipped, open_source
     from inpo.common.pairs.walk import Walk
@@ -115,7 +118,10 @@ def check_command(
         print(json.dumps(asdict(report), indent=2))
     else:
         console().print(_check_table(report))
-    if report.unreadable:
+    if not report.num_pairs:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
+        messages.print(f"no pair: nothing here can be used ({reasons or 'no rows'})", markup=False, highlight=False)
+    if report.unreadable or not report.num_pairs:
         raise typer.Exit(1)
 
 
@@ -149,7 +155,7 @@ def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
 
 def _error_line(console: "Console") -> Callable[[str, DataError], None]:
     def show(name: str, error: DataError) -> None:
-        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}"
+        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
         console.print(shown_message(line), markup=False, highlight=False, soft_wrap=True)
 
     return show
@@ -171,12 +177,13 @@ def _check_table(report: "CheckReport") -> "Table":
     if report.smallest_side is not None:
         table.add_row("  image sides", f"{report.smallest_side:,}..{report.largest_side:,}", "pixels")
     _add_reasons(table, report.skipped)
+    _add_not_read(table, report.not_read)
     if report.unreadable:
         table.add_row("unreadable shards", f"{len(report.unreadable):,}", escape(", ".join(report.unreadable)))
     return table
 
 
-def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Table":
+def _pack_table(report: "PackReport", output: str, num_unreadable: int, not_read: dict[str, int]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
@@ -187,6 +194,7 @@ def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Tabl
     table.add_row("tars", f"{report.num_tars:,}", "")
     table.add_row("pairs", f"{report.num_pairs:,}", "images copied, not decoded")
     _add_reasons(table, report.skipped)
+    _add_not_read(table, not_read)
     if num_unreadable:
         table.add_row("unreadable shards", f"{num_unreadable:,}", "not packed, or only up to the damage")
     return table
@@ -198,3 +206,12 @@ def _add_reasons(table: "Table", skipped: "dict[SkipReason, int]") -> None:
     for reason, meaning in SKIP_REASONS.items():
         if reason in skipped:
             table.add_row(f"skipped: {reason}", f"{skipped[reason]:,}", meaning)
+
+
+def _add_not_read(table: "Table", not_read: dict[str, int]) -> None:
+    from rich.markup import escape
+
+    from inpo.common.pairs.walk import not_read_words
+
+    if not_read:
+        table.add_row("not read", f"{sum(not_read.values()):,}", escape(not_read_words(not_read)))

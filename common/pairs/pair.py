@@ -6,8 +6,7 @@ Images stay encoded here; images.py decodes them. A pair is kept or dropped whol
 gives one `Skipped`, never half a pair, and never the win of one row beside the lose of another.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -43,8 +42,7 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "unlabelled": "the row says it has no label, or its label is null",
     "bad_label": "the label is not a number in [0, 1], or the two labels of the row contradict each other",
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
-    "bad_metadata": "the row's text cannot be parsed: JSON, UTF-8, column count, an id that no list can hold, or two "
-    "members for one role",
+    "bad_metadata": "the row cannot be understood: JSON, CSV, UTF-8, a field missing or given twice, or a bad id",
     "missing_image": "an image's bytes, member or file are not there",
     "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
     "unreachable": "an image's host did not answer, or its scheme is unknown",
@@ -90,7 +88,9 @@ class Skipped:
 
 @runtime_checkable
 class InputShard(Protocol):
-    """Consecutive rows of a source that live in one file. Picklable; opens its file anew for each `rows` call."""
+    """Consecutive rows of a source that live in one file; a ranking of n images is n (n - 1) / 2 of them. Picklable;
+    opens its file anew for each `rows` call.
+    """
 
     @property
     def name(self) -> str:
@@ -100,6 +100,13 @@ class InputShard(Protocol):
     @property
     def num_rows(self) -> int:
         """Rows in the file, known without decoding an image. Raises DataError when the file is unreadable."""
+        ...
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """What lies in the file and has no part in any pair, and how often: `member .cls`, `column user_id`. Raises
+        DataError as `num_rows` does.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -120,6 +127,11 @@ class PairSource(Protocol):
 
     @property
     def kind(self) -> Literal["webdataset", "parquet", "folder"]: ...
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
+        ...
 
     def input_shards(self) -> Sequence[InputShard]:
         """The shards sorted by name; nothing is read until a shard is asked."""
@@ -166,21 +178,6 @@ def check_id(value: object, *, what: str = "id") -> str:
     return text
 
 
-def parse_label(value: object, *, what: str = "label") -> float:
-    """`value` as a probability in [0, 1], else RowProblem: unlabelled for null and "", bad_label otherwise."""
-    if value is None or value == "":
-        raise RowProblem(reason="unlabelled", detail=f"{what} is null")
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}") from None
-    if math.isnan(number) or not 0.0 <= number <= 1.0:
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}, expected 0..1")
-    return number
-
-
 def preference(label: float) -> tuple[bool, float]:
     """(swap, P(win preferred) > 0.5) for P(first preferred) = `label`; RowProblem tie when float32 makes it 0.5.
 
@@ -189,13 +186,6 @@ def preference(label: float) -> tuple[bool, float]:
     if np.float32(label) == np.float32(0.5):
         raise RowProblem(reason="tie", detail=f"label {label!r}")
     return label < 0.5, max(label, 1.0 - label)
-
-
-def contradiction_free(label_0: float, label_1: float) -> float:
-    """P(image 0 preferred) from the two labels of a Pick-a-Pic row, which must add up to 1 (RowProblem bad_label)."""
-    if abs(label_0 + label_1 - 1.0) > 1e-4:
-        raise RowProblem(reason="bad_label", detail=f"label_0 {label_0!r} and label_1 {label_1!r} do not add up to 1")
-    return label_0
 
 
 def check_image_bytes(value: bytes | None, *, what: str) -> bytes:

@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.files import OBJECT_STORES, filesystem, is_local, one_line
-from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
+from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, check_text, too_large
 from inpo.common.printable import shown, shown_message
 
 SECONDS_PER_IMAGE = 30.0
@@ -67,8 +67,9 @@ class Reach:
         self.num_read = 0
         self.last_unreachable: RowProblem | None = None
 
-    def read(self, path: str, side: str) -> bytes:
+    def read(self, path: object, side: str) -> bytes:
         """The bytes of the image that a row names. Raises RowProblem."""
+        path = check_text(path, what=side, missing="missing_image")
         if not path:
             raise RowProblem(reason="missing_image", detail=f"{side} is empty")
         scheme = _SCHEME.match(path)
@@ -102,7 +103,7 @@ class Reach:
             raise RowProblem(
                 reason="not_allowed", detail=f"{side}: {shown(named)} is a local file, and the list is not"
             )
-        missing = f"{side}: no file {named}" + (" (~ is not expanded in a list)" if path.startswith("~") else "")
+        missing = f"{side}: no file {named}{_name_hint(path)}"
         if "\0" in path:
             raise RowProblem(reason="missing_image", detail=missing)
         real = os.path.realpath(os.path.join(self._local_folder, path))
@@ -152,6 +153,15 @@ class Reach:
     def _unreachable(self, detail: str) -> RowProblem:
         self.last_unreachable = RowProblem(reason="unreachable", detail=detail[:500])
         return self.last_unreachable
+
+
+def _name_hint(path: str) -> str:
+    """What is likely wrong with a name that no file has."""
+    if path.startswith("~"):
+        return " (~ is not expanded in a list)"
+    if "\\" in path:
+        return " (a backslash separates no folders here: write /)"
+    return " (it begins or ends with a blank)" if path != path.strip() else ""
 
 
 def _is_below(real: str, folder: str) -> bool:

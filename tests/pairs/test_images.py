@@ -358,3 +358,34 @@ def test_a_png_cut_after_long_metadata_is_truncated() -> None:
         with pytest.raises(ImageError) as caught:
             decode_image(data[:end])
         assert caught.value.reason == "truncated"
+
+
+LIKELY = {
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40),
+    "HEIF with a general brand": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40),
+    "JPEG XL": b"\xff\x0a" + bytes(range(30)),
+    "JPEG XL in boxes": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(30),
+    "gzip": b"\x1f\x8b\x08\0" + bytes(range(20)),
+    "zstd": b"\x28\xb5\x2f\xfd" + bytes(range(20)),
+    "xz": b"\xfd7zXZ\0" + bytes(range(20)),
+    "a zip archive": b"PK\x03\x04" + bytes(range(26)),
+    "an HTML page": b"\n<!DOCTYPE html>\n<html><head>",
+    "an HTML page without a type": b"<html lang=en>",
+    "an XML document": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    "JSON text": b'{"error": "not found"}',
+    "an SVG drawing": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>',
+    "a PDF document": b"%PDF-1.7\n",
+    "base64 text": b"iVBORw0KGgoAAAANSUhEUgAA",
+    "MP4 family": b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(40),
+    "nothing but zero bytes": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("kind", LIKELY)
+def test_what_is_no_image_is_named(kind: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(LIKELY[kind])
+    assert caught.value.reason == "unreadable"
+    words = {"HEIF with a general brand": "HEIC", "JPEG XL in boxes": "JPEG XL"}
+    assert words.get(kind, kind.removesuffix(" without a type")) in caught.value.detail
