@@ -18,12 +18,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from inpo.common.recipe import Section, option_name
+from inpo.common.paths import home
+from inpo.common.recipe import DataSection, Section, option_name
 
 Given = Mapping[type[Section], dict[str, Any]]
 """{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
 
-RecipeOption = Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.", show_default="none")]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML recipe; flags win over it.", show_default="none", callback=home)
+]
 
 
 def options(
@@ -119,7 +122,7 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
     shown: bool | str = unset if default is None else True
     if kind is bool:
         shown = "on" if default else "off"
-    inner = get_args(kind)[0] if _is_list(kind) else kind
+    inner = _plain(get_args(kind)[0]) if _is_list(kind) else kind
     if get_origin(inner) is Literal:
         text, metavar = f"{text} ({', '.join(get_args(inner))})", "<name>"
         if inner is not kind:  # Typer has no lists of choices; the settings check them
@@ -161,8 +164,18 @@ def _bare(field: FieldInfo) -> Any:
     kind = field.annotation
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(each for each in get_args(kind) if each is not type(None))
-    return kind
+    return _plain(kind)
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+
+
+AllowRemote = Annotated[
+    bool, typer.Option("--allow-remote", help=help_text(DataSection, "allow_remote"), show_default="off")
+]
+"""For commands that read pairs and no recipe."""

@@ -1,12 +1,14 @@
 """`inpo evaluate`: generate images, score them, compare two models; `inpo relabel`: label a cache's pairs anew."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inpo.common.options import Given, RecipeOption, help_text, options
+from inpo.common.options import AllowRemote, Given, RecipeOption, help_text, options
+from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.evaluation.settings import EvaluateSettings
 
@@ -17,7 +19,9 @@ app = typer.Typer(help="Generate images, score them, and compare models.", no_ar
 @options(ModelSection, EvaluateSettings, without=("scorers",))
 def generate_command(
     given: Given,
-    out: Annotated[Path, typer.Option(help="Folder for the images: new, or begun with the same settings.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images: new, or begun with the same settings.", callback=home)
+    ],
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
@@ -43,7 +47,9 @@ def generate_command(
 @options(EvaluateSettings, only=("scorers", "batch_size"))
 def score_command(
     given: Given,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.", callback=home)
+    ],
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
@@ -63,11 +69,13 @@ def score_command(
 @options(EvaluateSettings, only=("scorers", "batch_size"))
 def compare_command(
     given: Given,
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.", callback=home)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.", callback=home)],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none"),
+        typer.Option(
+            help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none", callback=home
+        ),
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
@@ -99,8 +107,8 @@ def compare_command(
 
 
 def relabel(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"))],
-    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"), callback=home)],
+    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.", callback=home)],
     scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
     temperature: Annotated[
         float | None,
@@ -113,6 +121,7 @@ def relabel(
         str | None,
         typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
     ] = None,
+    allow_remote: AllowRemote = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
@@ -140,7 +149,14 @@ def relabel(
     share = -(-opened.num_pairs // processes().num_processes)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         report = relabel_cache(
-            opened, pairs, judge, set_name=name, temperature=used, pairs_per_batch=batch_size, on_pairs=progress.advance
+            opened,
+            pairs,
+            judge,
+            set_name=name,
+            temperature=used,
+            allow_remote=allow_remote,
+            pairs_per_batch=batch_size,
+            on_pairs=progress.advance,
         )
     if main:
         agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
@@ -150,7 +166,7 @@ def relabel(
         )
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        print(f"  train with it: inpo train --cache {cache} --labels {name} ...")
+        print(f"  train with it: inpo train --cache {shlex.quote(opened.location)} --labels {name} ...")
 
 
 def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from inpo.common.choices import DtypeName
-from inpo.common.recipe import Section
+from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
 
@@ -15,10 +15,10 @@ class EvaluateSettings(Section):
 
     panels: ClassVar = {"prompts": "Images"}
 
-    prompts: str | None = None
+    prompts: Location | None = None
     """Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or a hub
     dataset as OWNER/NAME[:SPLIT[:COLUMN]]."""
-    lora: str | None = None
+    lora: Location | None = None
     """LoRA weights in safetensors format, laid over the model."""
     seed: int = 0
     """Together with the prompt and the image's number it gives each image's own seed: equal seeds, equal noise."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inpo.common.options import Given, RecipeOption, help_text, options
+from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ app = typer.Typer(
     help="Look at a cache: figures, pictures, proof that it is whole, and whether it has aged.", no_args_is_help=True
 )
 _CACHE_HELP = help_text(DataSection, "cache")
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help=_CACHE_HELP)]
+Cache = Annotated[str, typer.Argument(metavar="CACHE", help=_CACHE_HELP, callback=home)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", show_default="off")]
 
 
@@ -34,8 +35,7 @@ def summary(
 
     Exit code 1 if a shard is damaged: it is named, and the rest is shown.
     """
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.errors import UsageError
     from inpo.inspection.summary import summarise
     from inpo.inspection.summary_view import show
@@ -49,7 +49,7 @@ def summary(
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        show(found, Console())
+        show(found, console())
     if found.damaged:
         raise typer.Exit(1)
 
@@ -60,7 +60,7 @@ def pair(
     given: Given,
     cache: Cache,
     pair_id: Annotated[str | None, typer.Argument(metavar="PAIR_ID", help="The pair's id in its source.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("pair.png"),
+    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=home)] = Path("pair.png"),
     first: Annotated[
         bool, typer.Option("--first", help="Take the cache's first readable pair.", show_default="off")
     ] = False,
@@ -123,9 +123,8 @@ def verify(
 
     With --model, the model that made the cache, a sample is inverted again and compared.
     """
-    from rich.console import Console
-
     from inpo.common.cache import open_cache
+    from inpo.common.console import console
     from inpo.common.errors import UsageError
     from inpo.common.progress import ProgressReport
     from inpo.inspection.verify import quarantine as move_commits
@@ -144,7 +143,7 @@ def verify(
     total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
     with ProgressReport("verify", total=total, unit="shards") as progress:
         found = verify_cache(cache, model=model, num_sampled=sample or 16, on_shard=progress.advance)
-    show(found, Console())
+    show(found, console())
     if quarantine and found.findings:
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
@@ -204,7 +203,8 @@ def filter_pairs(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The list to write, one pair id a line.", show_default="standard output")
+        Path | None,
+        typer.Option(help="The list to write, one pair id a line.", show_default="standard output", callback=home),
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
@@ -212,6 +212,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.printable import is_printable
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
     from inpo.inspection.where import select
@@ -222,7 +223,8 @@ def filter_pairs(
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
     selection = select(table, where)
-    chosen = table.pair_id[selection.truth.yes].tolist()
+    selected = table.pair_id[selection.truth.yes].tolist()
+    chosen = [pair_id for pair_id in selected if is_printable(pair_id) and pair_id == pair_id.strip()]
     text = "".join(f"{pair_id}\n" for pair_id in chosen)
     if out is None:
         sys.stdout.write(text)
@@ -234,11 +236,13 @@ def filter_pairs(
     for name, count in selection.num_lacking.items():
         hint = "; `inpo precompute --measure-inversion 1` measures all" if name.startswith("inversion_error") else ""
         say(f"{count:,} pairs lack {name}{hint}")
+    if len(chosen) < len(selected):
+        say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
     if out is not None:
         say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
-    if table.damaged:
+    if table.damaged or len(chosen) < len(selected):
         raise typer.Exit(1)
 
 
@@ -251,19 +255,18 @@ def drift(
     as_json: Json = False,
 ) -> None:
     """How far the cached points are from those that the trained --model would invert to, and whether to refresh."""
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.progress import ProgressReport
     from inpo.inspection.drift import measure_drift
     from inpo.inspection.drift_view import show
 
-    model = ModelSection(**given[ModelSection]).open()
+    model = resolve(ModelSection, "model", {}, given[ModelSection]).open()
     with ProgressReport("drift", total=None, unit="pairs", quiet=as_json) as progress:
         found = measure_drift(cache, model, num_sampled=sample, on_pairs=progress.advance)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        show(found, Console())
+        show(found, console())
     if found.damaged:
         raise typer.Exit(1)
 
@@ -273,7 +276,7 @@ def drift(
 def report(
     given: Given,
     cache: Cache,
-    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("report.html"),
     pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read.
@@ -298,5 +301,5 @@ def report(
 
 def _model(given: Given) -> "Model | None":
     """The model of the command line. None without any of its options."""
-    chosen = ModelSection(**given[ModelSection])
+    chosen = resolve(ModelSection, "model", {}, given[ModelSection])
     return None if chosen == ModelSection() else chosen.open()

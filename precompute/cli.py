@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inpo.common.options import Given, RecipeOption, options
-from inpo.common.recipe import DataSection, ModelSection
+from inpo.common.recipe import DataSection, ModelSection, resolve
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
 
@@ -20,7 +20,9 @@ class Stopped(BaseException):
 def precompute(
     given: Given,
     recipe: RecipeOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and plan, then stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration and plan, then stop.", show_default="off")
+    ] = False,
 ) -> None:
     """Invert every pair once and store (x_t, delta, x0(t)) with the reference error in a zarr cache.
 
@@ -35,7 +37,7 @@ def precompute(
             given[ModelSection],
             given[DataSection],
             given[PrecomputeSettings],
-            ray_options=RayOptions(**given[RayOptions]),
+            ray_options=resolve(RayOptions, "ray", {}, given[RayOptions]),
             dry_run=dry_run,
         )
     except Stopped:
@@ -57,9 +59,9 @@ def plan(
     recipe: RecipeOption = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices the hours are divided by.")] = 1,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Time a few network calls here to estimate hours.")
+        bool, typer.Option("--calibrate", help="Time a few network calls here to estimate hours.", show_default="off")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default="off")] = False,
 ) -> None:
     """What a precompute run will cost: shards, network calls, bytes, device hours. Refuses if the disk is short."""
     from inpo.precompute.estimate import run_plan

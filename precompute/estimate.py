@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from inpo.common.cache import Manifest
+from inpo.common.console import console
 from inpo.common.denoiser import Condition
 from inpo.common.models import Model
 from inpo.common.processes import processes
@@ -35,13 +35,13 @@ def run_plan(
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=device_type(resolved.settings, None))
-    tasks, _ = list_work(resolved.data.need("pairs"), limit=resolved.settings.limit)
+    _, tasks, _ = list_work(resolved.data, limit=resolved.settings.limit)
     plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
     if as_json:
         print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
     else:
-        print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
+        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
 
 

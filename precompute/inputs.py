@@ -7,17 +7,22 @@ from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
-from inpo.common.pairs import open_source
+from inpo.common.pairs import PairSource, open_source
+from inpo.common.recipe import DataSection
 from inpo.precompute.tasks import ShardTask, list_tasks
 
 
-def list_work(pairs: str, *, limit: int | None) -> tuple[list[ShardTask], list[DataError]]:
-    """The shards of a source, and an error for each input shard that cannot be read. Raises DataError if there is
-    nothing to do at all: before there is a cache, since the next try may have other settings."""
-    tasks, unreadable = list_tasks(open_source(pairs), limit=limit)
+def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list[ShardTask], list[DataError]]:
+    """The pair source, its shards, and an error for each input shard that cannot be read.
+
+    Raises DataError if there is nothing to do: before there is a cache, since the next try may have other settings.
+    """
+    pairs = data.need("pairs")
+    source = open_source(pairs, allow_remote=data.allow_remote)
+    tasks, unreadable = list_tasks(source, limit=limit)
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
-    return tasks, unreadable
+    return source, tasks, unreadable
 
 
 def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:

@@ -7,6 +7,7 @@ import typer
 
 from inpo.common.choices import DtypeName
 from inpo.common.options import Given, RecipeOption, options
+from inpo.common.paths import home
 from inpo.common.recipe import ModelSection
 from inpo.train.settings import TrainSettings
 
@@ -15,7 +16,7 @@ from inpo.train.settings import TrainSettings
 def train(
     given: Given,
     recipe: RecipeOption = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
 ) -> None:
     """Train from a cache: one UNet in memory, no reference model, no VAE, no text encoder.
 
@@ -28,8 +29,10 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.")],
-    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", callback=home)
+    ],
+    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.", callback=home)],
     dtype: Annotated[DtypeName, typer.Option(help="Dtype of the weights.")] = "float16",
 ) -> None:
     """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""

@@ -1,12 +1,11 @@
 """[train]: every setting of the second stage."""
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from inpo.common.choices import DtypeName
-from inpo.common.recipe import Section
+from inpo.common.recipe import LocalPath, Location, Section
 
 ObjectiveName = Literal["inpo", "dpo", "ipo", "hinge", "kto", "sft", "smpo", "mapo", "inversion_dpo"]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -26,9 +25,9 @@ class TrainSettings(Section):
         "evaluate_every": "While it runs",
     }
 
-    output: Path | None = None
+    output: LocalPath | None = None
     """Folder of the run."""
-    caches: tuple[str, ...] = ()
+    caches: tuple[Location, ...] = ()
     """Cache to train on; repeatable: several are trained on together."""
     seed: int = 0
     """Seed of the order and of new weights."""
@@ -65,7 +64,7 @@ class TrainSettings(Section):
 
     dtype: DtypeName | None = None
     """Network dtype; unset: the cache's, which the stored reference errors belong to."""
-    init_from: str | None = None
+    init_from: Location | None = None
     """Start from another model's UNet than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
@@ -80,9 +79,9 @@ class TrainSettings(Section):
 
     labels: str | None = None
     """A label set made by `inpo relabel`; unset: the labels of the pair source."""
-    only: Path | None = None
+    only: LocalPath | None = None
     """File of pair ids to train on; unset: all."""
-    except_: Path | None = Field(None, alias="except")
+    except_: LocalPath | None = Field(None, alias="except")
     """File of pair ids to leave out."""
     held_out: float = Field(0.02, ge=0, lt=1)
     """Share of the prompts whose pairs are never trained on."""

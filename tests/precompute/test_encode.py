@@ -34,7 +34,7 @@ def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) ->
         (True, "bfloat16", "float32"),
         (None, "bfloat16", "float32"),
         (False, "bfloat16", "bfloat16"),
-        (False, "fp16", "float16"),
+        (False, "float16", "float16"),
         (False, "float32", "float32"),
     ],
 )

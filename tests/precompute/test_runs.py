@@ -20,7 +20,8 @@ import inpo.precompute.plan as plan_module
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.cli import precompute as precompute_command
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 from inpo.precompute.worker import Components
 
 
@@ -158,8 +159,13 @@ def test_a_pair_that_is_not_finite_is_quarantined(
         assert np.isfinite(shard.read("prompt/embedding")).all()
 
 
-def test_no_pair_left_is_a_commit_all_the_same(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+def test_no_pair_left_is_a_failure_and_no_commit(
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(2), 2)
 
@@ -167,10 +173,11 @@ def test_no_pair_left_is_a_commit_all_the_same(
         components.denoiser.unet.conv_out.bias.data.fill_(float("nan"))
 
     run.prepare = broken
-    assert run(source, pipelines(), tmp_path / "cache") == 0
-    cache = open_cache(str(tmp_path / "cache"), allow_empty=True)
-    (commit,) = cache.commits.values()
-    assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"not_finite": 2})
+    assert run(source, pipelines(), tmp_path / "cache") == 1
+    assert "2 x not_finite" in capsys.readouterr().out
+    assert not open_cache(str(tmp_path / "cache"), allow_empty=True).commits
+    run.prepare = None
+    assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 2
 
 
 def test_bad_images_and_shards_stop_nothing_else(
@@ -226,8 +233,8 @@ def test_another_model_or_settings_are_refused_with_both_values(
     [
         ({"timesteps_per_pair": 4}, UsageError, ["--timesteps-per-pair", "1..3", "4"]),
         ({"timestep_range": (0, 200)}, UsageError, ["--timestep-range", "[0, 200)"]),
-        ({"inverter": "euler"}, UsageError, ["euler", "ddim, ab2, fixed_point, noise"]),
-        ({"extra": ("noise",)}, UsageError, ["noise", "delta_prev, eps_ref"]),
+        ({"inverter": "euler"}, UsageError, ["--inverter", "euler", "'ddim', 'ab2', 'fixed_point' or 'noise'"]),
+        ({"extra": ("noise",)}, UsageError, ["--extra", "noise", "'delta_prev' or 'eps_ref'"]),
         ({"profile": "slim"}, UsageError, ["--profile", "slim"]),
         ({"guidance": -1.0}, UsageError, ["--guidance", "-1.0"]),
         ({"caption_dropout": 1.5}, UsageError, ["--caption-dropout", "1.5"]),
@@ -276,7 +283,7 @@ def test_missing_model_source_and_cache(
     with pytest.raises(CacheMismatch, match=r"thesis\.tex"):
         run(source, pipelines(), tmp_path / "mine")
     with pytest.raises(UsageError, match="--model"):
-        precompute_command(pairs=source, cache=str(tmp_path / "cache"))
+        run_precompute(None, {}, {"pairs": source, "cache": "c"}, {}, ray_options=RayOptions(), dry_run=False)
 
 
 def _disk(free: int) -> Callable[[Any], Any]:
