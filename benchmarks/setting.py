@@ -15,8 +15,8 @@ from inpo.common.cache import Cache, CacheWriter, open_cache
 from inpo.common.denoiser import Denoiser
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
+from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.configuration import build_manifest
-from inpo.precompute.decode import DecodePool
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks

@@ -66,7 +66,7 @@ def options(
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
         signature = inspect.Signature([context, *parameters, *made])
-        run.__signature__ = signature
+        run.__signature__ = signature  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
         return run
 

@@ -89,7 +89,8 @@ class DataSection(Section):
     panels: ClassVar = {"pairs": "Data"}
 
     pairs: Location | None = None
-    """A pair source: webdataset tars, parquet files, or a folder with pairs.jsonl, .json, .csv or .tsv."""
+    """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
+    with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."""
     allow_remote: bool = False
     """A list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
     cache: Location | None = None

@@ -108,7 +108,7 @@ def compare_command(
 
 def relabel(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"), callback=home)],
-    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.", callback=home)],
+    pairs: Annotated[str, typer.Option(help=help_text(DataSection, "pairs"), callback=home)],
     scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
     temperature: Annotated[
         float | None,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from inpo.train.settings import ObjectiveName
+from inpo.train.settings import ObjectiveName, TrainSettings
 
 SMPO_GAMMA = 10.0
 MAPO_WEIGHT = 0.1
@@ -181,3 +181,8 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
         Objective(name="inversion_dpo", function=inversion_dpo, beta=100.0, target="delta_prev", logistic=True),
     )
 }
+
+
+def beta_of(settings: TrainSettings) -> float:
+    """The run's beta: the one asked for, or the objective's own."""
+    return OBJECTIVES[settings.objective].beta if settings.beta is None else settings.beta

@@ -22,7 +22,7 @@ from inpo.train import checkpoint
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
@@ -297,7 +297,7 @@ def run_identity(
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps
     values |= {
-        "beta": settings.resolved_beta,
+        "beta": beta_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
@@ -312,7 +312,7 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {settings.resolved_beta:g}; effective batch {batch} records "
+        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )

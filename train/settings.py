@@ -117,9 +117,3 @@ class TrainSettings(Section):
         if not all(0 <= each < 1 for each in value):
             raise ValueError("both lie in [0, 1)")
         return value
-
-    @property
-    def resolved_beta(self) -> float:
-        from inpo.train.objectives import OBJECTIVES  # torch, for which a command line would wait
-
-        return self.beta if self.beta is not None else OBJECTIVES[self.objective].beta

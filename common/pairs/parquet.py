@@ -262,7 +262,7 @@ def _schema_problem(schema: pa.Schema) -> str | None:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _fields(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RowProblem:

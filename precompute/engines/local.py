@@ -13,8 +13,8 @@ from accelerate import PartialState
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.pairs.decode import DecodePool
 from inpo.common.processes import processes
-from inpo.precompute.decode import DecodePool
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings

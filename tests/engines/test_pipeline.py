@@ -14,8 +14,8 @@ from inpo.common.cache import CacheWriter, Commit, ShardData
 from inpo.common.errors import DataError, StorageError
 from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
+from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.configuration import build_manifest
-from inpo.precompute.decode import DecodePool
 from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Timing, run_tasks
@@ -249,14 +249,14 @@ def test_a_shard_committed_by_somebody_else_is_neither_read_nor_computed(
     assert ("compute", 1) not in work
 
 
-def test_tasks_keep_their_order_until_another_run_is_met() -> None:
-    tasks, met = list(range(200)), threading.Event()
-    order = in_order(tasks, met)  # type: ignore[arg-type]
-    assert [next(order) for _ in range(100)] == tasks[:100]
+def test_tasks_keep_their_order_until_another_run_is_met(tasks: list[ShardTask]) -> None:
+    many, met = [replace(tasks[0], name=f"{number:03d}") for number in range(200)], threading.Event()
+    order = in_order(many, met)
+    assert [next(order) for _ in range(100)] == many[:100]
     met.set()
     left = list(order)
-    assert left != tasks[100:]
-    assert sorted(left) == tasks[100:]
+    assert left != many[100:]
+    assert sorted(left, key=lambda task: task.name) == many[100:]
     assert not met.is_set()
 
 
