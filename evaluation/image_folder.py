@@ -22,6 +22,7 @@ from PIL import Image
 from inpo.common.cache.store import storage_errors
 from inpo.common.errors import DataError
 from inpo.common.pairs import ImageError, decode_image
+from inpo.common.text import read_text, text_lines
 
 SETTINGS = "generate.json"
 LISTING = "images.jsonl"
@@ -65,8 +66,9 @@ _REMAKE = "correct it, or remove the file and run the command that wrote it agai
 
 def read_settings(file: Path) -> dict[str, Any]:
     """generate.json. Raises DataError if it is no JSON object."""
+    text = read_text(file, what="The folder's settings cannot be read.", error=DataError, fix=_REMAKE)
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(text)
         if not isinstance(settings, dict):
             raise ValueError(f"{type(settings).__name__}, not an object")
     except ValueError as error:
@@ -80,11 +82,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file. Raises DataError naming the first bad line."""
     rows: list[dict[str, Any]] = []
-    # By "\n" alone: str.splitlines would also cut at signs such as U+2028, which JSON leaves as they are.
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError("The file is not UTF-8 text.", where=path, got=str(error), fix=_REMAKE) from None
+    lines = text_lines(read_text(path, what="The list cannot be read.", error=DataError, fix=_REMAKE))
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, start=1):

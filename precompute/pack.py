@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import webdataset
 
-from inpo.common.errors import StorageError, UsageError
+from inpo.common.errors import DataError, StorageError, UsageError
 from inpo.common.pairs.pair import Pair, Skipped, SkipReason
 
 PATTERN = "pairs-%06d.tar"
@@ -37,7 +37,7 @@ def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_
     """Write the pairs to `output` as tars of `pairs_per_tar`, and the rows without a pair to `skipped.jsonl` there.
 
     Images are not decoded, so a damaged one is copied. Raises UsageError when `output` exists and is not an empty
-    folder, StorageError when the disk refuses; nothing is left under `output` then.
+    folder, StorageError when the disk refuses, DataError when no row gives a pair; nothing is left under `output` then.
     """
     refuse_occupied(output)
     if pairs_per_tar < 1:
@@ -57,6 +57,14 @@ def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_
         ) from error
     try:
         _write(rows, building, pairs_per_tar, report)
+        if not report.num_pairs:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
+            raise DataError(
+                "no row gives a pair, so there is nothing to pack",
+                where=output,
+                got=reasons or "no rows",
+                fix="`inpo data check SRC --out bad.jsonl` lists the rows with their reasons",
+            )
         building.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         os.replace(building, output)
         _sync_folder(output.parent)

@@ -12,6 +12,7 @@ from inpo.common.cache import Cache, Shard
 from inpo.common.cache.labels import read_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
 from inpo.common.seeding import stable_hash, uniform
+from inpo.common.text import read_text, text_lines
 
 _THREADS = 16
 
@@ -156,17 +157,14 @@ def _check_same_reference(caches: Sequence[Cache]) -> None:
 def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
     if path is None:
         return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "The list of pair ids cannot be read.",
-            where=f"{option} {path}",
-            expected="a UTF-8 text, one pair id a line",
-            got=getattr(error, "strerror", None) or error,
-            fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
-        ) from None
-    return frozenset(line.strip() for line in lines if line.strip())
+    text = read_text(
+        path,
+        what="The list of pair ids cannot be read.",
+        error=UsageError,
+        where=f"{option} {path}",
+        fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+    )
+    return frozenset(line.strip() for line in text_lines(text) if line.strip())
 
 
 def _unknown(
