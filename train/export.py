@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inpo.common.cache.store import storage_errors
 from inpo.common.denoiser import DTYPES, dtype_name
+from inpo.common.durable import storage_errors
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, resolve

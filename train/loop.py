@@ -174,10 +174,16 @@ class Trainer:
         self._write(values)
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
+    @property
+    def _parts(self) -> checkpoint.Resumable:
+        return checkpoint.Resumable(
+            accelerator=self.accelerator, unet=self.unet, optimizer=self.optimizer, schedule=self.schedule, ema=self.ema
+        )
+
     def save(self) -> Path:
         """Write a checkpoint of this step."""
         return checkpoint.save(
-            self.accelerator,
+            self._parts,
             self.output / "checkpoints",
             step=self.step,
             stream=self.stream.state_dict(),
@@ -185,12 +191,11 @@ class Trainer:
             keep_last=self.settings.keep_last,
         )
 
-    def load(self, folder: Path) -> None:
+    def load(self, chosen: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint."""
-        state = checkpoint.read_state(folder, self.identity)
-        self.stream.load_state_dict(state["stream"])
-        self.accelerator.load_state(str(folder))
-        self.step = int(state["step"])
+        self.stream.load_state_dict(chosen.document.stream)
+        self._parts.read(chosen)
+        self.step = chosen.step
 
     def _evaluate(self) -> dict[str, Any]:
         """The same metrics on held-out records, each process its share."""

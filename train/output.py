@@ -10,7 +10,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
 from inpo.common.cache import Cache
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.models import Model
 

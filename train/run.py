@@ -73,7 +73,6 @@ def run_train(
         excluded=settings.except_,
     )
     refuse_hard_labels(index, objective)
-    chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
     accelerator = Accelerator(
         mixed_precision=_PRECISION[network_dtype],
@@ -85,7 +84,10 @@ def run_train(
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
-    step = checkpoint.read_state(chosen, identity)["step"] if chosen else 0
+    chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
+    if chosen is not None:
+        chosen.check_identity(identity)
+    step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
             "This run has made more steps already.",
@@ -101,9 +103,6 @@ def run_train(
     optimizer = build_optimizer(trained, settings)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    if settings.lora_rank:
-        checkpoint.keep_only_trained(accelerator)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
     denoiser = Denoiser(called, model.schedule, network_dtype=network_dtype)
@@ -207,16 +206,17 @@ def _moving_average(
         return None
     ema = EMAModel(trained, decay=settings.ema)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
     return ema
 
 
-def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | None, say: Callable[[str], None]) -> None:
+def _start(
+    trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None, say: Callable[[str], None]
+) -> None:
     """Resume, or prove that the caches belong to the weights; then the line before the first update."""
     settings, unet = resolved.settings, trainer.unet
     if chosen is not None:
         trainer.load(chosen)
-        say(f"resumed from {chosen} at step {trainer.step}")
+        say(f"resumed from {chosen.path} at step {trainer.step}")
         return
     unet.eval()
     if settings.init_from:
