@@ -9,7 +9,6 @@ A checkpoint is held against its seal, all of it, before the first byte is used;
 
 import functools
 import hashlib
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -298,23 +296,15 @@ def _seal(file: Path) -> FileSeal:
     return FileSeal(bytes=file.stat().st_size, digest=total.hexdigest())
 
 
-def _generators(device: torch.device) -> dict[str, Any]:
-    """States of the generators of random numbers that a step may draw from."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators of random numbers; nothing in a step draws from others."""
+    states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state()
     return states
 
 
-def _set_generators(states: dict[str, Any], device: torch.device) -> None:
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
+def _set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states["device"])
