@@ -22,6 +22,7 @@ from inpo.common import fingerprint
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model
+from inpo.common.printable import shown
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
 from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
@@ -177,8 +178,8 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
         "dtype": str(dtype).removeprefix("torch."),
         "names": {
             "model": model.name,
-            "lora": settings.lora,
-            "prompts": settings.prompts,
+            "lora": settings.lora and shown(settings.lora),
+            "prompts": settings.prompts and shown(settings.prompts),
             "diffusers": diffusers.__version__,
             "torch": torch.__version__,
         },

@@ -15,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 
 from inpo.common.errors import InpoError
+from inpo.common.terminal import escape_streams
 from inpo.evaluation.cli import app as evaluate_app
 from inpo.evaluation.relabel_cli import relabel
 from inpo.inspection.cli import app as inspect_app
@@ -56,6 +57,7 @@ def _options(
 
 def main() -> None:
     """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
+    escape_streams()
     try:
         app()
     except InpoError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
 from inpo.common.pairs.walk import Walk
+from inpo.common.printable import shown
 from inpo.precompute.decode import DecodePool, measure_pair
 
 
@@ -42,7 +43,7 @@ def check_source(
     An image that does not decode turns its pair into a Skipped. Memory: a few pairs for each worker process, and the
     ids.
     """
-    report = CheckReport(location=walk.source.location, kind=walk.source.kind)
+    report = CheckReport(location=shown(walk.source.location), kind=walk.source.kind)
     report.num_input_shards = len(shards) + len(walk.unreadable)
     pool = DecodePool(workers)
     try:

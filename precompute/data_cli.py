@@ -12,6 +12,8 @@ import typer
 
 from inpo.common.durable import new_file
 from inpo.common.errors import DataError, UsageError
+from inpo.common.paths import home
+from inpo.common.printable import shown_message
 from inpo.common.progress import ProgressReport
 
 if TYPE_CHECKING:
@@ -30,19 +32,25 @@ SOURCE_HELP = (
     "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), Pick-a-Pic parquet, or a "
     "folder with pairs.jsonl or pairs.csv; a local path or a URL."
 )
+AllowRemote = Annotated[
+    bool,
+    typer.Option(
+        "--allow-remote", help="A list of pairs may name images outside its folder: elsewhere here, or on other hosts."
+    ),
+]
 
 
 @app.command("pack")
 def pack_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.", callback=home)],
+    allow_remote: AllowRemote = False,
     pairs_per_tar: Annotated[
         int, typer.Option(min=1, help="Pairs in one tar; a multiple of 256 gives full cache shards.")
     ] = 1024,
 ) -> None:
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.pairs import open_source
     from inpo.common.pairs.walk import Walk
     from inpo.precompute.pack import pack, refuse_occupied
@@ -56,8 +64,8 @@ def pack_command(
             fix="pack locally, then copy the folder",
         )
     refuse_occupied(Path(output))
-    console = Console(stderr=True)
-    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
 
@@ -67,30 +75,33 @@ def pack_command(
                 progress.advance()
 
         report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
-    Console().print(_pack_table(report, output, len(walk.unreadable)))
+    console().print(_pack_table(report, output, len(walk.unreadable)))
     if walk.unreadable:
         raise typer.Exit(1)
 
 
 @app.command("check")
 def check_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    allow_remote: AllowRemote = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.")
+        Path | None,
+        typer.Option(
+            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.", callback=home
+        ),
     ] = None,
     decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
 ) -> None:
     """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.pairs import Skipped, open_source
     from inpo.common.pairs.walk import Walk
     from inpo.precompute.check import check_source
     from inpo.precompute.pack import skipped_line
 
-    console = Console(stderr=True)
-    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
@@ -104,7 +115,7 @@ def check_command(
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        Console().print(_check_table(report))
+        console().print(_check_table(report))
     if report.unreadable:
         raise typer.Exit(1)
 
@@ -134,7 +145,7 @@ def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
 def _error_line(console: "Console") -> Callable[[str, DataError], None]:
     def show(name: str, error: DataError) -> None:
         line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(shown_message(line), markup=False, highlight=False, soft_wrap=True)
 
     return show
 

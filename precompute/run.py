@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.console import console
 from inpo.common.denoiser import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.models import Model
@@ -84,14 +84,14 @@ def run_precompute(
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
     pairs = resolved.data.need("pairs")
-    tasks, unreadable = list_tasks(open_source(pairs), limit=settings.limit)
+    tasks, unreadable = list_tasks(open_source(pairs, allow_remote=resolved.data.allow_remote), limit=settings.limit)
     if not tasks:  # before there is a cache: the next try may have other settings
         raise _nothing_to_read(pairs, unreadable)
     committed = _committed(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
         print(resolved.to_toml(), flush=True)
-        print_plan(plan, Console())
+        print_plan(plan, console())
     check_disk(plan, cache)
     if dry_run:
         return 0
@@ -149,7 +149,9 @@ def run_plan(
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     pairs = resolved.data.need("pairs")
-    tasks, unreadable = list_tasks(open_source(pairs), limit=resolved.settings.limit)
+    tasks, unreadable = list_tasks(
+        open_source(pairs, allow_remote=resolved.data.allow_remote), limit=resolved.settings.limit
+    )
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
@@ -157,7 +159,7 @@ def run_plan(
     if as_json:
         print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
     else:
-        print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
+        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
 
 
@@ -284,7 +286,7 @@ def _print_summary(
     writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
 ) -> None:
     """The final table: what is committed now, what was skipped and why."""
-    cache = open_cache(writer.store.location, allow_empty=True)
+    cache = open_cache(writer.store.address, allow_empty=True)
     names = {task.name for task in tasks}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
@@ -305,6 +307,11 @@ def _print_summary(
         print(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
         print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+    if "unreachable" in skipped:
+        print(
+            "unreachable images are not asked for again: to make a shard with them anew, move its "
+            f"{writer.store.path('commits')}/SHARD.json away and run again"
+        )
     for what, count in sorted(counts.items()):
         print(f"counted: {count} x {what}")
     if failures:

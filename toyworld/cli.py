@@ -7,6 +7,7 @@ import typer
 
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
+from inpo.common.paths import home
 from inpo.toyworld.scenes import Split, captions
 
 app = typer.Typer(
@@ -16,7 +17,9 @@ app = typer.Typer(
 
 @app.command("pairs")
 def pairs_command(
-    out: Annotated[Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.", callback=home)
+    ],
     pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of captions, pictures and flips.")] = 0,
     split: Annotated[Split, typer.Option(help="Whose captions to use.")] = "train",
@@ -39,7 +42,7 @@ def pairs_command(
 
 @app.command("prompts")
 def prompts_command(
-    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.")],
+    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.", callback=home)],
     split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, a fair sample of the split.")] = None,
 ) -> None:

@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from inpo.common.paths import home
+
 
 def train(
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.", callback=home)] = None,
     cache: Annotated[list[str] | None, typer.Option(help="Cache to train on; repeat for several.")] = None,
     model: Annotated[str | None, typer.Option(help="The model that precompute used.")] = None,
     variant: Annotated[str | None, typer.Option(help="Weights variant, e.g. fp16.")] = None,
@@ -63,7 +65,7 @@ def train(
     sample_prompts: Annotated[
         list[str] | None, typer.Option(help="Prompt of a sample image; repeatable. Unset: the cache's first four.")
     ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the order and of new weights.")] = None,
 ) -> None:
     """Train from a cache: one UNet in memory, no reference model, no VAE, no text encoder.
@@ -112,8 +114,10 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.")],
-    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", callback=home)
+    ],
+    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.", callback=home)],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 weights.")] = "float16",
 ) -> None:
     """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""

@@ -25,6 +25,7 @@ from zarr.storage import ObjectStore
 
 from inpo.common.durable import flush, storage_errors
 from inpo.common.errors import CacheMissing, StorageError
+from inpo.common.printable import shown
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
@@ -53,10 +54,13 @@ class CacheStore:
     def __init__(self, location: str, *, create: bool = False) -> None:
         """Open `location`. With `create` a missing local folder is made; without, CacheMissing is raised for it."""
         self.remote = is_remote(location)
-        self.location = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
+        self.address = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
+        """What opens this store again, secrets and all."""
+        self.location = shown(self.address)
+        """The same for messages and documents."""
         if self.remote:
             with storage_errors("open the object store", location):
-                self._store: Any = from_url(self.location, retry_config=RETRY)
+                self._store: Any = from_url(self.address, retry_config=RETRY)
             return
         root = Path(self.location)
         if create:
@@ -202,7 +206,7 @@ class CacheStore:
         """zarr's own store for a folder of the cache."""
         if self.remote:
             check_process(self.location)
-            return ObjectStore(from_url(f"{self.location}/{folder}", retry_config=RETRY), read_only=read_only)
+            return ObjectStore(from_url(f"{self.address}/{folder}", retry_config=RETRY), read_only=read_only)
         return ZarrLocalStore(Path(self.location) / folder, read_only=read_only)
 
     def sync_folder(self, folder: str) -> None:

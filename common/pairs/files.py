@@ -5,6 +5,7 @@ Shards keep the location as a string and open it when they read, so they can be 
 
 import fnmatch
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
+from inpo.common.printable import shown
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
@@ -115,6 +117,8 @@ def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
     """
     fs, path = filesystem(location)
     options = {} if is_local(fs) or sequential else {"cache_type": "none"}
+    if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise unreadable_file(location, OSError("not a regular file"))
     try:
         return cast(ByteStream, fs.open(path, "rb", **options))
     except Exception as error:  # every file system has exceptions of its own
@@ -183,6 +187,7 @@ def list_folder(location: str) -> list[str]:
 
 def shard_names(locations: Sequence[str]) -> list[str]:
     """One file-system safe name for each location, unique among them: the stem, with the folder where stems repeat."""
+    locations = [shown(location) for location in locations]  # another password is no other name
     names = [_safe(PurePosixPath(location).stem) for location in locations]
     if len(set(names)) != len(names):
         names = [

@@ -2,7 +2,8 @@
 
     {"win": "img/1a.png", "lose": "img/1b.png", "prompt": "a red cube", "label": 0.8, "id": "cube-1"}
 
-`win` and `lose` are paths relative to the list, absolute paths, or URLs that fsspec knows. `label` (P(win preferred),
+`win` and `lose` are paths relative to the list and below its folder; with `allow_remote` also any other path or a URL
+that fsspec knows (reach.py). `label` (P(win preferred),
 1.0 when the field is absent) and `id` are optional. One input shard: the list. Its lines are found once, then any range
 of rows is read by seeking; images are read only for rows that are asked for.
 """
@@ -19,16 +20,18 @@ from typing import Any, Literal
 import numpy as np
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.files import (
-    ByteStream,
-    filesystem,
-    is_local,
-    one_line,
-    open_binary,
-    shard_names,
-    unreadable_file,
+from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.pair import (
+    Pair,
+    RowProblem,
+    Skipped,
+    check_id,
+    check_image_bytes,
+    check_text,
+    parse_label,
+    preference,
 )
-from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_image_bytes, check_text, parse_label, preference
+from inpo.common.pairs.reach import Reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +40,12 @@ class ListSource:
 
     location: str
     file: str
+    allow_remote: bool = False
     kind: Literal["folder"] = "folder"
 
     def input_shards(self) -> list["ListShard"]:
         """The list as one shard."""
-        return [ListShard(name=shard_names([self.file])[0], file=self.file)]
+        return [ListShard(name=shard_names([self.file])[0], file=self.file, allow_remote=self.allow_remote)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class ListShard:
 
     name: str
     file: str
+    allow_remote: bool = False
+    """Whether rows may name what lies outside the list's folder, here or on other hosts."""
 
     @cached_property
     def _lines(self) -> _Lines:
@@ -91,23 +97,29 @@ class ListShard:
         return self._lines.fingerprint
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
-        """Rows start..stop-1 with their images. Raises DataError when the list, or a remote host, fails."""
+        """Rows start..stop-1 with their images.
+
+        Raises DataError when the list fails, and when hosts failed and no image at all was read: an outage. A row whose
+        image alone cannot be fetched is Skipped.
+        """
         lines = self._lines
         stop = min(stop, len(lines.offsets))
         if start >= stop:
             return
+        reach = Reach(self.file, allow_remote=self.allow_remote)
         with open_binary(self.file) as stream:
             stream.seek(int(lines.offsets[start]))
             reader = _Reader(stream, is_csv=lines.header is not None)
             row = start
             for _, record in reader.records():
-                yield self._row(record, lines.header, row)
+                yield self._row(record, lines.header, row, reach)
                 row += 1
                 if row == stop:
+                    reach.refuse_outage(self.file)
                     return
         raise unreadable_file(self.file, EOFError(f"row {row} of {stop} is not there any more"))
 
-    def _row(self, record: str | list[str], header: tuple[str, ...] | None, row: int) -> Pair | Skipped:
+    def _row(self, record: str | list[str], header: tuple[str, ...] | None, row: int, reach: Reach) -> Pair | Skipped:
         pair_id = f"{self.name}/{row}"
         try:
             fields = _fields(record, header)
@@ -116,47 +128,11 @@ class ListShard:
             pair_id = _pair_id(fields, paths, prompt)
             prompt = check_text(prompt, what="prompt", missing="missing_prompt")
             swap, label = preference(parse_label(fields["label"]) if "label" in fields else 1.0)
-            images = [check_image_bytes(self._read(paths[side], side), what=side) for side in ("win", "lose")]
+            images = [check_image_bytes(reach.read(paths[side], side), what=side) for side in ("win", "lose")]
         except RowProblem as problem:
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=row)
         win, lose = reversed(images) if swap else images
         return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=row)
-
-    def _read(self, path: str, side: str) -> bytes:
-        if not path:
-            raise RowProblem(reason="missing_image", detail=f"{side} is empty")
-        location = path if "://" in path or path.startswith("/") else f"{self.file.rpartition('/')[0] or '.'}/{path}"
-        fs, inner = filesystem(location)
-        try:
-            return bytes(fs.cat_file(inner))
-        except FileNotFoundError:
-            raise RowProblem(reason="missing_image", detail=f"{side}: no file {path}") from None
-        except OSError as error:
-            if is_local(fs):  # a folder, no permission: this image, not the source
-                raise RowProblem(reason="missing_image", detail=f"{side}: {type(error).__name__} {path}") from None
-            raise _host_failed(self.file, location, error) from error
-        except Exception as error:
-            if _is_refusal(error):
-                raise RowProblem(reason="missing_image", detail=f"{side}: refused {path}") from None
-            raise _host_failed(self.file, location, error) from error
-
-
-def _host_failed(file: str, location: str, error: Exception) -> DataError:
-    # Counting an outage as missing images would commit a hole for good.
-    return DataError(
-        "an image could not be fetched",
-        where=f"{file}: {location}",
-        got=one_line(error),
-        fix="run again when the host answers; nothing of this shard is kept",
-    )
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether a host said that this one object is not to be had (4xx), not that it is in trouble itself."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 429)
-    return type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")  # obstore
 
 
 class _Reader:
@@ -225,6 +201,6 @@ def _pair_id(fields: dict[str, Any], paths: dict[str, str], prompt: object) -> s
     if isinstance(given, int) and not isinstance(given, bool):
         given = str(given)
     if given is not None and given != "":
-        return check_text(given, what="id", missing="bad_metadata")
+        return check_id(given)
     content = json.dumps([paths["win"], paths["lose"], prompt], ensure_ascii=True)
     return hashlib.blake2b(content.encode("ascii"), digest_size=8).hexdigest()

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile
 
+from inpo.common.pairs.png import without_metadata
+
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
 """Reasons of an ImageError; the same words as in `inpo.common.pairs.pair.SKIP_REASONS`."""
 
@@ -68,7 +70,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if len(data) == 0:
         raise ImageError("empty_image", "zero bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, limit {max_pixels}")
         image.load()
@@ -152,8 +154,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _classify(data: bytes, error: Exception) -> ImageError:
     # Pillow prints its file object with the place in memory, which no two runs share.
     detail = re.sub(r" <_io\.BytesIO object at 0x[0-9A-Fa-f]+>", "", f"{type(error).__name__}: {error}")
-    if "Decompressed data too large" in str(error):  # compressed text chunks of a PNG
-        return ImageError("decompression_bomb", detail)
     if "truncated" in str(error).lower() or _ends_early(data):
         return ImageError("truncated", f"{len(data)} bytes; {detail}")
     return ImageError("unreadable", f"{len(data)} bytes beginning {data[:8].hex()}; {detail}")

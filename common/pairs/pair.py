@@ -13,6 +13,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from inpo.common.printable import is_printable
+
+MAX_IMAGE_BYTES = 128 << 20
+"""Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
+MAX_ID_CHARACTERS = 1000
+
 SkipReason = Literal[
     "tie",
     "unlabelled",
@@ -20,7 +26,10 @@ SkipReason = Literal[
     "missing_prompt",
     "bad_metadata",
     "missing_image",
+    "not_allowed",
+    "unreachable",
     "empty_image",
+    "too_large",
     "unreadable",
     "truncated",
     "decompression_bomb",
@@ -34,9 +43,13 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "unlabelled": "the row says it has no label, or its label is null",
     "bad_label": "the label is not a number in [0, 1], or the two labels of the row contradict each other",
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
-    "bad_metadata": "the row's text cannot be parsed: JSON, UTF-8, column count, or two members for one role",
+    "bad_metadata": "the row's text cannot be parsed: JSON, UTF-8, column count, an id that no list can hold, or two "
+    "members for one role",
     "missing_image": "an image's bytes, member or file are not there",
+    "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
+    "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
+    "too_large": "an image's file is larger than 128 MiB",
     "unreadable": "the bytes are no image in a supported format",
     "truncated": "an image file ends too early",
     "decompression_bomb": "an image has more pixels than the limit",
@@ -135,6 +148,24 @@ def check_text(value: object, *, what: str, missing: SkipReason) -> str:
     return value
 
 
+def check_id(value: object, *, what: str = "id") -> str:
+    """`value` as a pair's id, else RowProblem: one line of text that lists, commands and terminals give back as it is.
+
+    Refused are control characters, line breaks of any script, blanks at either end, the empty text, and more than
+    MAX_ID_CHARACTERS characters.
+    """
+    text = check_text(value, what=what, missing="bad_metadata")
+    if not text or text != text.strip():
+        raise RowProblem(
+            reason="bad_metadata", detail=f"{what} {text[:100]!r} is blank, or begins or ends with a blank"
+        )
+    if not is_printable(text):
+        raise RowProblem(reason="bad_metadata", detail=f"{what} {text[:100]!r} has characters that no list can hold")
+    if len(text) > MAX_ID_CHARACTERS:
+        raise RowProblem(reason="bad_metadata", detail=f"{what} has {len(text)} characters, limit {MAX_ID_CHARACTERS}")
+    return text
+
+
 def parse_label(value: object, *, what: str = "label") -> float:
     """`value` as a probability in [0, 1], else RowProblem: unlabelled for null and "", bad_label otherwise."""
     if value is None or value == "":
@@ -168,12 +199,20 @@ def contradiction_free(label_0: float, label_1: float) -> float:
 
 
 def check_image_bytes(value: bytes | None, *, what: str) -> bytes:
-    """`value` when there are bytes, else RowProblem missing_image or empty_image."""
+    """`value` when there are bytes, else RowProblem missing_image, empty_image or too_large."""
     if value is None:
         raise RowProblem(reason="missing_image", detail=f"{what} is not there")
     if len(value) == 0:
         raise RowProblem(reason="empty_image", detail=f"{what} has zero bytes")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise too_large(what, len(value))
     return value
+
+
+def too_large(what: str, size: int | None = None) -> RowProblem:
+    """The RowProblem of an image whose file is above the limit; `size` None: it was not read to its end."""
+    found = f"more than {MAX_IMAGE_BYTES}" if size is None else f"{size}"
+    return RowProblem(reason="too_large", detail=f"{what} has {found} bytes, limit {MAX_IMAGE_BYTES}")
 
 
 def mark_duplicates(rows: Iterable[Pair | Skipped], seen: set[str]) -> Iterator[Pair | Skipped]:

@@ -21,6 +21,7 @@ from inpo.common.pairs.pair import (
     Pair,
     RowProblem,
     Skipped,
+    check_id,
     check_image_bytes,
     check_text,
     contradiction_free,
@@ -179,9 +180,9 @@ def _columns(parquet: pq.ParquetFile) -> list[str]:
 def _pair_id(ids: dict[str, Any]) -> str | None:
     """ranking_id, else the two image ids; one image pair may be ranked by several people, so these come second."""
     if ids["ranking_id"] is not None:
-        return check_text(str(ids["ranking_id"]), what="ranking_id", missing="bad_metadata")
+        return check_id(str(ids["ranking_id"]), what="ranking_id")
     if ids["image_0_uid"] is not None and ids["image_1_uid"] is not None:
-        return f"{ids['image_0_uid']}.{ids['image_1_uid']}"
+        return check_id(f"{ids['image_0_uid']}.{ids['image_1_uid']}", what="image_0_uid.image_1_uid")
     return None
 
 

@@ -15,8 +15,10 @@ EXPECTED = (
 LIST_NAMES = ("pairs.jsonl", "pairs.csv")
 
 
-def open_source(location: str) -> PairSource:
+def open_source(location: str, *, allow_remote: bool = False) -> PairSource:
     """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
+
+    The rows of a list may name what lies below the list's folder; with `allow_remote` anything else too.
 
     Raises DataError when nothing recognisable is there, when it cannot be reached, or when it is not clear which of
     several things is meant.
@@ -25,18 +27,18 @@ def open_source(location: str) -> PairSource:
     if not files:
         raise _nothing_there(location, "no file matches the pattern")
     if len(files) > 1:
-        return _from_files(location, files)
+        return _from_files(location, files, allow_remote)
     if not exists(files[0]):
         raise _nothing_there(location, "nothing of that name")
     folder = is_folder(files[0])
     if _kind(files[0]) is not None and not folder:
-        return _from_files(location, files)
+        return _from_files(location, files, allow_remote)
     if not folder:
         raise _not_recognised(location, f"a file named {PurePosixPath(files[0]).name}")
-    return _from_folder(location)
+    return _from_folder(location, allow_remote)
 
 
-def _from_folder(location: str) -> PairSource:
+def _from_folder(location: str, allow_remote: bool) -> PairSource:
     files = list_folder(location)
     names = [PurePosixPath(file).name for file in files]
     lists = [file for file, name in zip(files, names, strict=True) if name in LIST_NAMES]
@@ -54,10 +56,10 @@ def _from_folder(location: str) -> PairSource:
         )
     if not found:
         raise _not_recognised(location, f"a folder with {', '.join(names[:8]) or 'no files directly in it'}")
-    return _from_files(location, found[0])
+    return _from_files(location, found[0], allow_remote)
 
 
-def _from_files(location: str, files: list[str]) -> PairSource:
+def _from_files(location: str, files: list[str], allow_remote: bool) -> PairSource:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise _not_recognised(location, ", ".join(PurePosixPath(file).name for file in files[:8]))
@@ -67,7 +69,7 @@ def _from_files(location: str, files: list[str]) -> PairSource:
     if kind == "list":
         if len(files) > 1:
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
-        return ListSource(location=location, file=files[0])
+        return ListSource(location=location, file=files[0], allow_remote=allow_remote)
     _refuse_mixed_splits(location, files)
     # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":

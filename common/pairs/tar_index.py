@@ -32,7 +32,7 @@ class TarIndex:
     """Places of the members, by row and role. 160 bytes a row and its key; picklable."""
 
     keys: bytes
-    """The samples' keys, one a line."""
+    """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""
     places: np.ndarray
     """int64 [row, role, 2]: offset and size of a member; -1 where absent, -2 where there are two."""
     fingerprint: str
@@ -105,7 +105,7 @@ def index_tar(location: str) -> TarIndex:
                 fix="write the tar again with `tar --sort=name`, or with `inpo data pack`",
             )
         earlier.append(present)
-        keys.append(key)
+        keys.append(key.replace("\n", "\0"))
         tables.append(table)
     if members and not tables:
         raise DataError(
@@ -141,7 +141,10 @@ def _walk(stream: ByteStream) -> tuple[list[dict[str, Any]], str]:
             if role is not None and role not in IMAGE_ROLES:
                 # A changed label or prompt may keep its size and time.
                 stream.seek(info.offset_data)
-                digest.update(stream.read(info.size))
+                left = info.size
+                while left and (part := stream.read(min(left, 1 << 20))):  # a header may announce any size
+                    digest.update(part)
+                    left -= len(part)
             members.append({"fname": info.name, "data": (info.offset_data, info.size), "__url__": ""})
     # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
     stream.seek(end)

@@ -15,16 +15,20 @@ from typing import Any, Literal
 
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import (
+    MAX_IMAGE_BYTES,
     Pair,
     RowProblem,
     Skipped,
+    check_id,
     check_image_bytes,
     check_text,
     contradiction_free,
     parse_label,
     preference,
+    too_large,
 )
 from inpo.common.pairs.tar_index import Role, TarIndex, index_tar
+from inpo.common.printable import is_printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,14 @@ class TarShard:
                 yield self._row(_Sample(file=self.file, stream=stream, index=index, row=row))
 
     def _row(self, sample: "_Sample") -> Pair | Skipped:
-        # A key names a sample within its tar only: mirrors count from 0 in every tar.
-        pair_id = f"{self.name}/{sample.index.key(sample.row)}"
+        pair_id = f"{self.name}/{sample.row}"
         try:
+            # A key names a sample within its tar only: mirrors count from 0 in every tar.
+            key = f"{self.name}/{sample.index.key(sample.row)}"
+            pair_id = key if is_printable(key) else pair_id
             sample.check_members()
             metadata = sample.json()
-            pair_id = _pair_id(sample, metadata) or pair_id
+            pair_id = _pair_id(sample, metadata) or check_id(key, what="the members' key")
             prompt = _prompt(sample, metadata)
             ours = sample.has("win") or sample.has("lose")
             if ours and (sample.has("jpg_0") or sample.has("jpg_1")):
@@ -117,6 +123,8 @@ class _Sample:
         if place is None:
             return None
         offset, size = place
+        if size > MAX_IMAGE_BYTES:
+            raise too_large(f"member {role}", size)
         try:
             self.stream.seek(offset)
             data = self.stream.read(size)
@@ -155,7 +163,7 @@ def _pair_id(sample: _Sample, metadata: dict[str, Any]) -> str | None:
         value = sample.text("id")
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    return None if value is None or value == "" else check_text(value, what="id", missing="bad_metadata")
+    return None if value is None or value == "" else check_id(value)
 
 
 def _prompt(sample: _Sample, metadata: dict[str, Any]) -> str:

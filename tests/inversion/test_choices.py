@@ -12,9 +12,15 @@ from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.inversion import build_path
 from inpo.common.schedule import NoiseSchedule
-from inpo.common.seeding import normal
 
-SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULER = DDIMScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+)
 ABAR = SCHEDULER.alphas_cumprod.double().numpy()
 A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 
@@ -112,11 +118,14 @@ class Constant(nn.Module):
         return (self.noise.expand_as(x),)
 
 
-@pytest.mark.parametrize(("timestep", "on_x0", "on_noise"), [(50, -0.14, 1.49), (250, -0.09, 1.12)])
+@pytest.mark.parametrize(("timestep", "on_x0", "on_noise"), [(50, -0.137, 1.361), (250, -0.093, 1.084)])
 def test_the_released_codes_target_is_not_the_noise(
     inverted: Callable, timestep: int, on_x0: float, on_noise: float
 ) -> None:
-    """c0 * x0 + ce * noise off the grid, the numbers known of SD1.5's schedule with n = 10."""
+    """c0 * x0 + ce * noise off the grid, the closed form's numbers for SD1.5's schedule with n = 10.
+
+    The loop's own noise is at most 0.1 of the target: over 2,304 values that leaves the weights uncertain by 0.002.
+    """
     identity = InverterIdentity(name="ddim", steps=10, faithful=True, timestep_range=(0, 1000))
     schedule = NoiseSchedule.from_scheduler(SCHEDULER)
 
@@ -135,52 +144,6 @@ def test_the_released_codes_target_is_not_the_noise(
         columns = np.stack([x0[0, side].double().numpy().ravel(), noise.double().numpy().ravel()], axis=1)
         weights = np.linalg.lstsq(columns, made.target[0, step, side].double().numpy().ravel(), rcond=None)[0]
         assert weights == pytest.approx([on_x0, on_noise], abs=0.012)
-
-
-def test_faithful_against_a_transcription_of_its_description(
-    linear: Callable, latents: Callable, inverted: Callable
-) -> None:
-    denoiser, x0 = linear(), latents(4)
-    made = inverted(denoiser, x0, steps=10, faithful=True, timesteps_per_pair=7, seed=2)
-    mix = denoiser.unet.mix.detach().double().numpy()
-    text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
-
-    def eps(x: np.ndarray, t: int) -> np.ndarray:
-        flat = x.reshape(2, -1)
-        return (np.tanh(flat @ mix + t / 1000) + 0.3 * flat * (1 - t / 1000) + text).reshape(x.shape)
-
-    rounded = ABAR.astype(np.float16).astype(np.float64)  # the path's levels use alphas_cumprod in half precision
-    for pair in range(4):
-        pair_id = f"pair-{pair}"
-        timesteps = made.timestep[pair].tolist()
-        clean = x0[pair].double().numpy()
-        delta = eps(clean, 0)
-        clean_t = clean
-        before = 1.0  # abar of the clean end
-        for level in (1, 101, 201, 301, 401, 501, 601, 701, 801, 901):
-            x = np.sqrt(rounded[level]) * clean_t + np.sqrt(1 - rounded[level]) * delta
-            variance = (1 - before) / (1 - ABAR[level]) * (1 - ABAR[level] / before)
-            randn = normal((2, 2, 3, 3), 2, pair_id, "extra", level).double().numpy()
-            x = x + 0.1 * np.sqrt(variance) * randn
-            here = [t for t in timesteps if (t <= level or level == 901) and t > level - 100]
-            on_level = x
-            for t in here:
-                step = timesteps.index(t)
-                target = (x - A[t] * clean) / S[t]
-                got = made.target[pair, step].double().numpy()
-                assert np.abs(got - target).max() < 0.003 * max(1.0, np.abs(target).max()), (pair, t)
-                x_t = made.x_t[pair, step].double().numpy()
-                np.testing.assert_array_equal(x_t, (A[t] * clean + S[t] * got).astype(np.float16))
-                assert np.abs(made.delta[pair, step].double().numpy() - eps(x_t, t)).max() < 0.003
-                error = np.mean((got - eps(x_t, t)) ** 2, axis=(1, 2, 3))
-                assert made.reference_error[pair, step].tolist() == pytest.approx(error, rel=1e-4)
-                if t == level:
-                    on_level = x_t
-            if timesteps[-1] <= level:
-                break
-            delta = eps(on_level, level)
-            clean_t = (on_level - np.sqrt(1 - rounded[level]) * delta) / np.sqrt(rounded[level])
-            before = ABAR[level]
 
 
 def _compare(one: object, other: object) -> dict[str, float]:

@@ -9,11 +9,11 @@ import fsspec
 import pytest
 
 from inpo.common.errors import DataError
-from inpo.common.pairs import Pair, Skipped, open_source
+from inpo.common.pairs import Pair, Skipped, open_source, reach
 
 
-def read(location: Path | str) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(location)).input_shards()
+def read(location: Path | str, *, allow_remote: bool = False) -> list[Pair | Skipped]:
+    (shard,) = open_source(str(location), allow_remote=allow_remote).input_shards()
     items = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in items] == list(range(shard.num_rows))
     return items
@@ -176,14 +176,14 @@ def test_images_by_url_and_a_list_by_url(folder: Path, memory: fsspec.AbstractFi
     memory.pipe({"/set/img/a.png": b"A", "/other/b.png": b"B"})
     rows = [
         {"win": "img/a.png", "lose": "memory://other/b.png", "prompt": "p", "id": "1"},
-        {"win": f"file://{folder}/img/c d.png", "lose": "memory://other/none.png", "prompt": "p", "id": "2"},
+        {"win": "memory://set/img/a.png", "lose": "memory://other/none.png", "prompt": "p", "id": "2"},
+        {"win": f"file://{folder}/img/c d.png", "lose": "img/a.png", "prompt": "p", "id": "3"},
     ]
     memory.pipe("/set/pairs.jsonl", "\n".join(json.dumps(row) for row in rows).encode())
     for location in ("memory://set", "memory://set/pairs.jsonl"):
-        found, missing = read(location)
+        found, missing, local = read(location, allow_remote=True)
         assert found == Pair(pair_id="1", prompt="p", win=b"A", lose=b"B", label=1.0, row=0)
-        assert isinstance(missing, Skipped)
-        assert missing.reason == "missing_image"
+        assert [getattr(item, "reason", None) for item in (missing, local)] == ["missing_image", "not_allowed"]
 
 
 class RemoteProblem(Exception):
@@ -195,22 +195,27 @@ class RemoteProblem(Exception):
 
 
 @pytest.mark.parametrize(("status", "refused"), [(403, True), (410, True), (429, False), (503, False)])
-def test_an_outage_is_no_missing_image(
+def test_an_outage_of_everything_is_no_missing_image(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, status: int, refused: bool
 ) -> None:
-    """Were an outage counted as missing images, the commit would keep that hole for good."""
+    """Were an outage counted as missing images, the commit would keep a hole as large as the shard for good."""
     memory.pipe("/set/pairs.jsonl", json.dumps({"win": "a.png", "lose": "b.png", "prompt": "p"}).encode())
 
-    def fails(path: str) -> bytes:
-        raise RemoteProblem(status)
+    opened = memory.open
 
-    monkeypatch.setattr(memory, "cat_file", fails)
+    def fails(path: str, *arguments: object, **options: object) -> object:
+        if path.endswith(".png"):
+            raise RemoteProblem(status)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(memory, "open", fails)
+    monkeypatch.setattr(reach, "_SECONDS_TO_NEXT_TRY", 0.0)
     if refused:
         (item,) = read("memory://set")
         assert isinstance(item, Skipped)
         assert item.reason == "missing_image"
     else:
-        with pytest.raises(DataError, match="an image could not be fetched"):
+        with pytest.raises(DataError, match="no image of these rows could be fetched"):
             read("memory://set")
 
 
