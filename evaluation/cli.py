@@ -117,9 +117,10 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from inpo.common.durable import write_file
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
-    from inpo.evaluation.image_folder import ImageFolder, write_atomically
+    from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.processes import processes
     from inpo.evaluation.score import score_folder
 
@@ -137,9 +138,9 @@ def compare_command(
     if out is not None:
         from inpo.evaluation.picture import draw_picture
 
-        write_atomically(out / "comparison.md", comparison.to_markdown().encode())
-        write_atomically(out / "comparison.json", comparison_json(comparison))
-        write_atomically(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
+        write_file(out / "comparison.md", comparison.to_markdown().encode())
+        write_file(out / "comparison.json", comparison_json(comparison))
+        write_file(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
         print(f"\ntable and picture in {out}")
 
 

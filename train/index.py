@@ -1,5 +1,6 @@
 """Which pairs of which caches are trained on, and which are held out: known before any tensor is read."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def build_index(
 ) -> Index:
     """Read the small arrays of every shard and decide what is used.
 
-    Held-out pairs are chosen by the hash of the prompt alone, so that a prompt is never on both sides and runs of other
-    seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises UsageError for a list of pair ids
-    that cannot be read or names no pair of the caches.
+    Held-out pairs are chosen by the hash of the prompt alone (without case and blanks), so that a prompt is never on
+    both sides and runs of other seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises
+    UsageError for a list of pair ids that cannot be read or names no pair of the caches.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -102,7 +103,7 @@ def build_index(
         use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
         if not soft:
             use &= label != 0.5
-        aside = np.array([uniform("held-out", str(prompt)) < held_out for prompt in prompts], bool)
+        aside = np.array([uniform("held-out", _plain(str(prompt))) < held_out for prompt in prompts], bool)
 
         def part(mask: np.ndarray) -> IndexedShard:
             rows = np.flatnonzero(mask)
@@ -128,6 +129,11 @@ def build_index(
             fix="check --only, --except, --labels and held_out",
         )
     return index
+
+
+def _plain(prompt: str) -> str:
+    """The prompt without what people vary without meaning another one: case, blanks, the way accents are coded."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold()).split())
 
 
 def _check_same_reference(caches: Sequence[Cache]) -> None:
