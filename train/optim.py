@@ -64,7 +64,9 @@ def switch_off_dropout(unet: torch.nn.Module) -> int:
     return len(layers)
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], settings: TrainSettings, *, network_dtype: str
+) -> torch.optim.Optimizer:
     """AdamW, Adafactor with the paper's settings for SDXL, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -85,7 +87,9 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSetting
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **adam)
+    # A fused update skips itself where float16's gradients overflow, and does not say so.
+    fused = network_dtype != "float16" and parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(parameters, fused=fused, **adam)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:

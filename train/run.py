@@ -108,7 +108,7 @@ def run_train(
 
     unet = (open_model(settings.init_from) if settings.init_from else model).load_unet()
     trained = prepare_unet(unet, settings, network_dtype=network_dtype, device=accelerator.device)
-    optimizer = build_optimizer(trained, settings)
+    optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
     ema = _moving_average(accelerator, trained, settings)
