@@ -105,7 +105,9 @@ def verify(
         bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
     ] = False,
 ) -> None:
-    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
+    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
+    is committed.
+    """
     from rich.console import Console
 
     from inpo.common.cache import open_cache
@@ -137,7 +139,7 @@ def verify(
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
         print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
-    if found.findings:
+    if found.findings or not found.num_shards:
         raise typer.Exit(1)
 
 
