@@ -14,7 +14,8 @@ import obstore
 
 from inpo.common.cache import Commit
 from inpo.common.cache.schema import REMOVING
-from inpo.common.cache.store import CacheStore, storage_errors
+from inpo.common.cache.store import CacheStore
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError
 
 GRACE = timedelta(hours=1)

@@ -12,7 +12,8 @@ from zarr.core.buffer.cpu import NDBuffer
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, SPECS, ArraySpec, Commit, Manifest, load
-from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.cache.store import CacheStore, digest
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
 from inpo.common.schedule import NoiseSchedule
 

@@ -34,7 +34,8 @@ from inpo.common.cache.schema import (
     ShardSource,
     SkippedRow,
 )
-from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.cache.store import CacheStore, digest
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, InpoError, StorageError
 
 _TRIES = 2
