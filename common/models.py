@@ -30,7 +30,17 @@ from inpo.common.prediction import check_prediction
 from inpo.common.schedule import NoiseSchedule
 from inpo.common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
 
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What any version of transformers reads for a CLIP tokenizer."""
+_CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
+"""Entries of model_index.json that change what the text encoders give."""
 
 
 @dataclass(frozen=True)
@@ -98,36 +108,43 @@ class Model:
         for component in ("tokenizer", "tokenizer_2"):
             files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
             if files:
-                prints[component] = fingerprint.of_files(files)
+                prints[component] = fingerprint.of_texts(files)
         return prints
 
     def _fingerprint(self, component: str) -> str:
         config = self.config(component)
+        if component.startswith("text_encoder"):
+            config |= {"class": self.index[component][1]}
+            config |= {name: self.index[name] for name in _CHANGES_NUMBERS if name in self.index}
         if self.file is not None and not (component == "vae" and self.vae_folder):
-            return fingerprint.of_files([self.file], config=config, prefix=single_file.PREFIXES[component])
-        return fingerprint.of_files(self.weight_files(component), config=config)
+            return fingerprint.of_weights([self.file], config=config, prefix=single_file.PREFIXES[component])
+        return fingerprint.of_weights(self.weight_files(component), config=config)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component, of the chosen variant if it has one."""
-        folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
-        files = sorted(folder.glob("*.safetensors"))
-        tagged = [file for file in files if self.variant and f".{self.variant}" in file.name]
-        plain = [file for file in files if not _is_variant(file)]
-        chosen = tagged or plain
+        """The safetensors files that the libraries load for a component, of the chosen variant if it has one."""
+        folder = self._weights_folder(component)
+        chosen = _loaded_files(folder, self._library(component), self._variant_of(component))
         if not chosen:
+            found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
             raise ModelError(
                 f"The model's {component} has no weights in safetensors format.",
                 where=folder,
-                expected=f"*.{self.variant}.safetensors" if self.variant else "*.safetensors",
-                got=", ".join(file.name for file in files) or "none",
-                fix="choose a --variant that exists" if files else "convert the weights to safetensors",
+                expected=" or ".join(_weight_names(self._library(component), self.variant)),
+                got=found or "none",
+                fix="choose a --variant that exists" if found else "convert the weights to safetensors",
             )
         return chosen
 
-    def _has_variant(self, folder: Path) -> str | None:
-        if self.variant and any(f".{self.variant}" in file.name for file in folder.glob("*")):
-            return self.variant
-        return None
+    def _weights_folder(self, component: str) -> Path:
+        return self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
+
+    def _library(self, component: str) -> str:
+        return str(self.index[component][0]) if component in self.index else "diffusers"
+
+    def _variant_of(self, component: str) -> str | None:
+        """The chosen variant if this component has it: its plain weights are loaded if not."""
+        folder, library = self._weights_folder(component), self._library(component)
+        return self.variant if self.variant and _loaded_files(folder, library, self.variant) else None
 
     def load_unet(self) -> UNet2DConditionModel:
         """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says
@@ -155,7 +172,7 @@ class Model:
                 subfolder="unet",
                 dtype=torch.float32,
                 use_safetensors=True,
-                variant=self._has_variant(self.folder / "unet"),
+                variant=self._variant_of("unet"),
                 output_loading_info=True,
             )
         )
@@ -173,7 +190,7 @@ class Model:
                     folder,
                     dtype=torch.float32,
                     use_safetensors=True,
-                    variant=self._has_variant(folder),
+                    variant=self._variant_of("vae"),
                     output_loading_info=True,
                 )
             )
@@ -186,7 +203,7 @@ class Model:
         """The whole pipeline in float32, with any component replaced (for instance unet=the trained one)."""
         if "unet" not in components:
             components["unet"] = self.load_unet()
-        if self.vae_folder is not None and "vae" not in components:
+        if "vae" not in components:
             components["vae"] = self.load_vae()
         return self._load_pipeline(**components)
 
@@ -198,14 +215,8 @@ class Model:
             if self.file is not None:
                 return cls.from_single_file(str(self.file), config=str(self.folder), dtype=torch.float32, **components)
             components = self._text_encoders() | components
-            any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
-            return cls.from_pretrained(
-                self.folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                variant=self.variant if any_variant else None,
-                **components,
-            )
+            # Every part with weights is given, so that none is loaded by another rule than fingerprints went by.
+            return cls.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True, **components)
 
     def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
         """Loaded here because the pipeline would load them without telling which weights are missing."""
@@ -220,7 +231,7 @@ class Model:
                             folder,
                             dtype=torch.float32,
                             use_safetensors=True,
-                            variant=self._has_variant(folder),
+                            variant=self._variant_of(part),
                             output_loading_info=True,
                         )
                     )
@@ -257,9 +268,44 @@ def _loading(what: str, where: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_variant(file: Path) -> bool:
-    """True for names like diffusion_pytorch_model.fp16.safetensors."""
-    return len(file.name.split(".")) > 2 and "-of-" not in file.name.split(".")[-2]
+def _weight_names(library: str, variant: str | None) -> list[str]:
+    """Names of a component's weights, or of the list of their parts, in the order in which its library looks."""
+    tag = f".{variant}" if variant else ""
+    if library == "transformers":
+        return [f"model{tag}.safetensors", f"model.safetensors.index{tag}.json"]
+    stem = "diffusion_pytorch_model"
+    indexes = [f"{stem}.safetensors.index{tag}.json", f"{stem}.safetensors{tag}.index.json"]
+    return [*dict.fromkeys(indexes), f"{stem}{tag}.safetensors"]
+
+
+def _loaded_files(folder: Path, library: str, variant: str | None) -> list[Path]:
+    """The files that `from_pretrained` of this library loads from a folder; [] if it finds none.
+
+    Raises ModelError for a list of parts that cannot be read, and for what would be loaded beside the weights.
+    """
+    names = _weight_names(library, variant)
+    if library == "transformers":
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                "An adapter lies beside a text encoder's weights, and would be loaded into them.",
+                where=folder / "adapter_config.json",
+                expected="the text encoder alone",
+                fix="merge the adapter into the weights, or move it away",
+            )
+        explicit = read_json(folder / "config.json").get("transformers_weights")
+        names = [str(explicit)] if explicit else names
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None or found.suffix == ".safetensors":
+        return [] if found is None else [found]
+    parts = read_json(found).get("weight_map")
+    if not isinstance(parts, dict) or any(Path(str(part)).name != part for part in parts.values()):
+        raise ModelError(
+            "The list of a model's weight files cannot be used.",
+            where=found,
+            expected="weight_map: the name of a file beside it for each tensor",
+            fix="download the file again",
+        )
+    return [folder / part for part in sorted(set(parts.values()))]
 
 
 def open_model(

@@ -164,7 +164,7 @@ def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: Ev
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    lora = None if settings.lora is None else fingerprint.of_files([lora_file(settings.lora)])
+    lora = None if settings.lora is None else fingerprint.of_weights([lora_file(settings.lora)])
     return {
         "fingerprints": dict(model.fingerprints),
         "lora": lora,

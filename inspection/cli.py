@@ -110,7 +110,9 @@ def verify(
         bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
     ] = False,
 ) -> None:
-    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
+    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
+    is committed.
+    """
     from inpo.common.cache import open_cache
     from inpo.common.console import console
     from inpo.common.errors import UsageError
@@ -141,7 +143,7 @@ def verify(
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
         print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
-    if found.findings:
+    if found.findings or not found.num_shards:
         raise typer.Exit(1)
 
 

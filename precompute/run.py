@@ -12,8 +12,9 @@ import torch
 from accelerate import PartialState
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
-from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.console import console
 from inpo.common.denoiser import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
@@ -100,7 +101,7 @@ def run_precompute(
         return 0
     writer = CacheWriter.open(cache, manifest)
     if is_main:
-        writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
+        writer.write_configuration(resolved.to_toml())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
         not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
@@ -237,7 +238,9 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
     paths = [f"commits/{name}.json" for name in sorted(committed)]
     documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
     commits = {
-        name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None
+        name: Commit.from_json(data, writer.store.path(path))
+        for name, path, data in documents
+        if isinstance(data, bytes)
     }
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []

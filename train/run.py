@@ -327,7 +327,7 @@ def run_identity(
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
-        "caches": [{name: cache.manifest.fingerprints[name] for name in ("unet", "scheduler")} for cache in caches],
+        "caches": [cache.manifest.fingerprints for cache in caches],
     }
     normalised: dict[str, Any] = json.loads(json.dumps(values))
     return normalised
