@@ -111,10 +111,10 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
     from inpo.evaluation.image_folder import ImageFolder, write_atomically
-    from inpo.evaluation.processes import processes
     from inpo.evaluation.score import score_folder
 
     settings = _settings(recipe, scorer, None)
@@ -171,7 +171,7 @@ def _quieten() -> None:
 
 def _say(text: str) -> None:
     """Print once, however many processes run."""
-    from inpo.evaluation.processes import processes
+    from inpo.common.processes import processes
 
     if processes().is_main_process:
         print(text)

@@ -21,11 +21,11 @@ from PIL import Image
 from inpo.common import fingerprint
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
 from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
-from inpo.evaluation.processes import processes
 from inpo.evaluation.settings import EvaluateSettings
 
 _BATCH_PIXELS = 8 * 512 * 512

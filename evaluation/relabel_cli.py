@@ -28,9 +28,9 @@ def relabel(
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import check_set_name
     from inpo.common.errors import UsageError
+    from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
-    from inpo.evaluation.processes import processes
     from inpo.evaluation.relabel import default_temperature, relabel_cache
 
     if temperature is not None and not 0 < temperature < math.inf:

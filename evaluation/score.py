@@ -11,10 +11,10 @@ import numpy as np
 
 from inpo.common.cache.store import storage_errors
 from inpo.common.errors import DataError
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.scorer import Scorer
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines, write_atomically
-from inpo.evaluation.processes import processes
 
 DEFAULT_BATCH = 32
 

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.completeness import check_complete
 from inpo.common.denoiser import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
-from inpo.precompute.engines.local import process_state, run_local
+from inpo.precompute.engines.local import run_local
 from inpo.precompute.pipeline import Outcome
 from inpo.precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings, build_manifest
@@ -79,11 +80,13 @@ def run_precompute(
             got=settings.engine,
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
-    state = process_state()
+    state = processes()
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
     pairs = resolved.data.need("pairs")
+    if is_main:
+        check_complete(model)
     tasks, unreadable = list_tasks(open_source(pairs), limit=settings.limit)
     if not tasks:  # before there is a cache: the next try may have other settings
         raise _nothing_to_read(pairs, unreadable)
@@ -149,6 +152,7 @@ def run_plan(
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     pairs = resolved.data.need("pairs")
+    check_complete(model)
     tasks, unreadable = list_tasks(open_source(pairs), limit=resolved.settings.limit)
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
@@ -184,7 +188,7 @@ def _device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -
 
         connect(ray_options)
         return "cuda" if has_gpus() else "cpu"
-    return PartialState().device.type
+    return processes().device.type
 
 
 def _committed(cache: str, manifest: Manifest) -> set[str]:
@@ -260,7 +264,7 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
 
 def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
-    device = PartialState().device
+    device = processes().device
     components = load_components(model, manifest, device)
     latents = 2 * settings.batch_size
     prompts = components.text([""])

@@ -197,12 +197,10 @@ class Trainer:
         if not self.held_out:
             return {}
         sums = self._new_sums()
-        self.unet.eval()
         with torch.no_grad():
             for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
                 here = batch.to(self.accelerator.device)
                 sums.add(self.losses(here), here.timestep)
-        self.unet.train()
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _guard(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
 from inpo.common.cache import Cache
 from inpo.common.cache.store import storage_errors
@@ -39,6 +40,20 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def scaled_lora(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The LoRA layers by peft's names, alpha / rank multiplied into their up weights.
+
+    A file has no place for alpha that every loader reads, and without one all of them take the rank for it.
+    """
+    (adapter,) = unet.peft_config
+    config = unet.peft_config[adapter]
+    factor = config.lora_alpha / config.r
+    return {
+        name: value * factor if ".lora_B." in name else value
+        for name, value in get_peft_model_state_dict(unet, adapter_name=adapter).items()
+    }
+
+
 def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
@@ -46,7 +61,7 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if lora:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        layers = convert_state_dict_to_diffusers(scaled_lora(unet))
         cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
         cls.save_lora_weights(str(partial), unet_lora_layers=layers, safe_serialization=True)
     else:

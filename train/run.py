@@ -1,7 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
+from inpo.train.accelerator import build_accelerator
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
@@ -30,8 +30,6 @@ from inpo.train.requirements import check_distribution, check_installed, check_l
 from inpo.train.samples import Sampler, cached_prompts, sample_images
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
-
-_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +73,7 @@ def run_train(
     refuse_hard_labels(index, objective)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
-    accelerator = Accelerator(
-        mixed_precision=_PRECISION[network_dtype],
-        gradient_accumulation_steps=settings.accumulate,
-        # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
-    )
+    accelerator = build_accelerator(settings, network_dtype)
     check_distribution(accelerator.distributed_type, settings)
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)
@@ -213,12 +206,11 @@ def _moving_average(
 
 def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | None, say: Callable[[str], None]) -> None:
     """Resume, or prove that the caches belong to the weights; then the line before the first update."""
-    settings, unet = resolved.settings, trainer.unet
+    settings = resolved.settings
     if chosen is not None:
         trainer.load(chosen)
         say(f"resumed from {chosen} at step {trainer.step}")
         return
-    unet.eval()
     if settings.init_from:
         say(
             f"starting from {settings.init_from}, not from the caches' reference {resolved.model.name}: the reference "
@@ -237,7 +229,6 @@ def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | No
                 f"{proof.logit_error:.2g} (at most {proof.tolerance}) on {proof.num_records} records"
             )
     start = trainer.write_start()
-    unet.train()
     at_reference = trainer.objective.logistic and not settings.init_from
     say(
         f"before the first update: loss {start['loss']:.6f}"
