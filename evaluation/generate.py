@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model
 from inpo.common.processes import processes
@@ -69,7 +70,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     weights that do not fit the model.
     """
     state = processes()
-    dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
+    dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -220,10 +221,6 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
 
 def _is_cut(tokenizer: Any, prompt: str) -> bool:
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _is_done(file: Path) -> bool:

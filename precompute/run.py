@@ -22,9 +22,10 @@ from inpo.common.pairs import SKIP_REASONS, open_source
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.space import human_bytes
 from inpo.precompute.engines.local import run_local
 from inpo.precompute.pipeline import Outcome
-from inpo.precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
+from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings, build_manifest
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import load_components

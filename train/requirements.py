@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
+import torch
 from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
 from inpo.common.errors import CacheIncomplete, UsageError
+from inpo.common.models import Model
 from inpo.train.index import Index
 from inpo.train.objectives import Objective
 from inpo.train.records import Needs
@@ -41,6 +43,26 @@ def check_lora(settings: TrainSettings) -> None:
                 got="0",
                 fix="pass --lora-rank as well, or leave it out",
             )
+
+
+def check_origin(origin: Model, reference: Model) -> None:
+    """Raise UsageError if --init-from's network predicts something else, or on another schedule, than the reference:
+    it would be read, trained and written as what it is not.
+    """
+    ours, theirs = origin.schedule, reference.schedule
+    if ours.prediction_type != theirs.prediction_type:
+        expected, got = f"prediction_type {theirs.prediction_type}", ours.prediction_type
+    elif ours.a.shape != theirs.a.shape or not torch.allclose(ours.a, theirs.a, atol=1e-6):
+        expected, got = f"the noise schedule of {reference.name}", "another table"
+    else:
+        return
+    raise UsageError(
+        "The model to start from is of another kind than the reference.",
+        where=f"--init-from {origin.name}",
+        expected=f"{expected}, as {reference.name} has",
+        got=got,
+        fix="start from a model of the reference's kind, or precompute with that model",
+    )
 
 
 def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:

@@ -19,6 +19,7 @@ from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
+from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
@@ -26,7 +27,14 @@ from inpo.train.objectives import OBJECTIVES, Objective
 from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
-from inpo.train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
+from inpo.train.requirements import (
+    check_distribution,
+    check_installed,
+    check_lora,
+    check_needs,
+    check_origin,
+    refuse_hard_labels,
+)
 from inpo.train.samples import Sampler, cached_prompts, sample_images
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
@@ -61,6 +69,8 @@ def run_train(
     needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
+    origin = open_model(settings.init_from) if settings.init_from else model
+    check_origin(origin, model)
     network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
     index = build_index(
         opened,
@@ -76,6 +86,8 @@ def run_train(
     accelerator = build_accelerator(settings, network_dtype)
     check_distribution(accelerator.distributed_type, settings)
     say = accelerator.print
+    if accelerator.is_main_process:
+        check_parts(model, settings)
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     step = checkpoint.read_state(chosen, identity)["step"] if chosen else 0
@@ -89,8 +101,10 @@ def run_train(
         )
     say(resolved.toml)
 
-    unet = (open_model(settings.init_from) if settings.init_from else model).load_unet()
+    unet = origin.load_unet()
     trained = prepare_unet(unet, settings, network_dtype=network_dtype, device=accelerator.device)
+    if accelerator.is_main_process:
+        check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
@@ -150,6 +164,8 @@ def run_train(
         sample=sample,
     )
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype)
+    if dropped := [each.p for each in unet.modules() if isinstance(each, torch.nn.Dropout) and each.p > 0]:
+        say(f"note: the UNet's dropout (p up to {max(dropped):g} in {len(dropped)} layers) is off, as in the inversion")
     try:
         _start(trainer, resolved, index, chosen, say)
         finished = trainer.run()
