@@ -16,6 +16,13 @@
 Each message tells what, where, expected, got, and what to do. The front door prints it without a traceback.
 """
 
+import shlex
+
+
+def command(*words: object) -> str:
+    """A command line as a shell takes it, whatever blanks and signs its paths have: `inpo ...`, without the ticks."""
+    return shlex.join(["inpo", *map(str, words)])
+
 
 class InpoError(Exception):
     """Base of every error a user can meet.

@@ -80,14 +80,30 @@ class Recipe(dict[str, dict[str, Any]]):
     path: Path | None = None
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))}
+
+
 def read_recipe(path: Path | None) -> Recipe:
-    """The recipe's sections; none without a recipe. Raises UsageError for a bad file or section."""
+    """The recipe's sections; none without a recipe. A name without a file of that name is a shipped recipe's.
+
+    Raises UsageError for a bad file or section.
+    """
     if path is None:
         return Recipe()
+    if not path.exists():
+        path = shipped_recipes().get(str(path), path)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError("The recipe cannot be read.", where=path, got=error.strerror, fix="check --recipe") from None
+        raise UsageError(
+            "The recipe cannot be read.",
+            where=path,
+            expected=f"a TOML file, or the name of a shipped recipe: {', '.join(shipped_recipes())}",
+            got=error.strerror,
+            fix="check --recipe",
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
     for name, section in document.items():

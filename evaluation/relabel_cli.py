@@ -27,7 +27,7 @@ def relabel(
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import check_set_name
-    from inpo.common.errors import UsageError
+    from inpo.common.errors import UsageError, command
     from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
@@ -56,4 +56,4 @@ def relabel(
         )
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        print(f"  train with it: inpo train --cache {cache} --labels {name} ...")
+        print(f"next: {command('train', '--cache', cache, '--labels', name, '--model', 'MODEL', '--output', 'RUN')}")

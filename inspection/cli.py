@@ -196,6 +196,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.errors import command
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
     from inpo.inspection.where import select
@@ -219,7 +220,7 @@ def filter_pairs(
         hint = "; `inpo precompute --measure-inversion 1` measures all" if name.startswith("inversion_error") else ""
         say(f"{count:,} pairs lack {name}{hint}")
     if out is not None:
-        say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
+        say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
     if table.damaged:

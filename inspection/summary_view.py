@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from inpo.common.errors import command
 from inpo.inspection.summary import Summary
 
 _SETTINGS = (
@@ -172,13 +173,13 @@ def _advice(summary: Summary, console: Console) -> None:
         console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
         console.print(
-            f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
+            f"[dim]`{command('inspect', 'clean', summary.location)}` removes the orphaned attempts.[/dim]",
             soft_wrap=True,
             highlight=False,
         )
     if summary.num_pairs:
         console.print(
-            f"[dim]No latent was read here: `inpo inspect verify {summary.location}` reads and checks every "
+            f"[dim]No latent was read here: `{command('inspect', 'verify', summary.location)}` reads and checks every "
             f"byte.[/dim]",
             soft_wrap=True,
             highlight=False,

@@ -16,7 +16,7 @@ from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.completeness import check_complete
 from inpo.common.denoiser import Condition
-from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
 from inpo.common.processes import processes
@@ -133,7 +133,7 @@ def run_precompute(
         else:
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
-        _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+        _print_summary(writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe))
     return 1 if failures else 0
 
 
@@ -285,8 +285,31 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     return plan.network_calls / latents * sorted(times[1:])[len(times[1:]) // 2] / 3600
 
 
+def _next_command(resolved: _Resolved, recipe: Path | None) -> str:
+    """The whole command that trains on this cache."""
+    cache, model = resolved.data.need("cache"), resolved.model_section
+    words = ["train", "--cache", cache]
+    for option, value in (
+        ("--model", model.model),
+        ("--variant", model.variant),
+        ("--model-config", model.model_config_dir),
+        ("--vae", model.vae),
+    ):
+        words += [option, value] if value else []
+    if recipe is not None:
+        words += ["--recipe", str(recipe)]
+    if "output" not in read_recipe(recipe).get("train", {}):
+        words += ["--output", "run" if is_remote(cache) else f"{cache.rstrip('/')}-run"]
+    return command(*words)
+
+
 def _print_summary(
-    writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
+    writer: CacheWriter,
+    tasks: list[ShardTask],
+    failures: list[DataError],
+    seconds: float,
+    report: str,
+    next_command: str,
 ) -> None:
     """The final table: what is committed now, what was skipped and why."""
     cache = open_cache(writer.store.location, allow_empty=True)
@@ -316,8 +339,9 @@ def _print_summary(
         print(f"unreadable input shards: {len(failures)}; the others are done")
     if cache.num_pairs == 0:
         print(
-            f"no pair was kept, so there is nothing to train on: `inpo data check {tasks[0].location}` counts "
-            f"the reasons"
+            f"no pair was kept, so there is nothing to train on: "
+            f"`{command('data', 'check', tasks[0].location)}` counts the reasons"
         )
         return
-    print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)
+    print(f"next: {command('inspect', 'summary', writer.store.location)}")
+    print(f"next: {next_command}", flush=True)

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
-from inpo.common.errors import CacheIncomplete, UsageError
+from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index
 from inpo.train.objectives import Objective
@@ -90,15 +90,18 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
         if lacking:
             # At guidance 1 the reference's prediction is delta, which the full profile holds.
             options = [
-                "--profile full" if name == "eps_ref" and cache.delta_is_reference else f"--extra {name}"
+                word
                 for name in lacking
+                for word in (
+                    ("--profile", "full") if name == "eps_ref" and cache.delta_is_reference else ("--extra", name)
+                )
             ]
             raise CacheIncomplete(
                 f"Objective {objective.name} needs {' and '.join(lacking)}, which this cache does not hold.",
                 where=cache.location,
                 expected=", ".join(wanted),
                 got=f"profile {manifest.profile}, extra {', '.join(manifest.extra) or 'none'}",
-                fix=f"make another cache: `inpo precompute {' '.join(options)} --cache OTHER ...`",
+                fix=f"make another cache: `{command('precompute', *options, '--cache', 'OTHER', '...')}`",
             )
         if objective.noise_cache and manifest.inverter.name != "noise" and manifest.inverter.noised_start < 1:
             raise CacheIncomplete(
@@ -119,6 +122,6 @@ def refuse_hard_labels(index: Index, objective: Objective) -> None:
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
             where=location,
             expected="P(win preferred) between 0 and 1, from a scorer",
-            fix=f"`inpo relabel {location} --pairs SRC --scorer pickscore --set NAME` makes some; "
-            "then train with --labels NAME",
+            fix=f"`{command('relabel', location, '--pairs', 'SRC', '--scorer', 'pickscore', '--set', 'NAME')}` makes "
+            "some; then train with --labels NAME",
         )

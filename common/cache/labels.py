@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat
 from inpo.common.cache.reader import Cache
 from inpo.common.cache.schema import _Document, check_seal, load, sealed
 from inpo.common.cache.store import CacheStore
-from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
 
 
 class PairLabel(_Document):
@@ -105,7 +105,8 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
             where=cache.location,
             expected="a set that exists",
             got=f"sets here: {', '.join(have) or 'none'}",
-            fix=f"`inpo relabel {cache.location} --pairs SRC --scorer NAME --set {set_name}` makes it",
+            fix=f"`{command('relabel', cache.location, '--pairs', 'SRC', '--scorer', 'NAME', '--set', set_name)}` "
+            "makes it",
         )
     found: dict[str, dict[str, float]] = {}
     missing: list[str] = []

@@ -14,7 +14,15 @@ from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import SPECS, Commit, Manifest
 from inpo.common.cache.store import CacheStore, digest, storage_errors
 from inpo.common.cache.writer import MANIFEST
-from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
+from inpo.common.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    CacheMissing,
+    CacheSchemaError,
+    InpoError,
+    command,
+)
 from inpo.common.schedule import NoiseSchedule
 
 _Unreadable = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
@@ -101,8 +109,8 @@ class Shard:
 
     def _advice(self) -> str:
         return (
-            f"`inpo inspect verify {self.cache.location} --quarantine` moves the damaged shard's commit aside; "
-            "the next `inpo precompute` makes it again"
+            f"`{command('inspect', 'verify', self.cache.location, '--quarantine')}` moves the damaged shard's "
+            "commit aside; the next `inpo precompute` makes it again"
         )
 
     def __contains__(self, path: str) -> bool:
