@@ -198,13 +198,11 @@ class Model:
                     self.file, component, self._class_of(component), folder=self.folder, family=self.family
                 )
         folder = self._component_folder(component)
+        variant = self._has_variant(folder)
         with _loading(component, folder):
+            _check_shards(folder, variant)
             network, information = self._class_of(component).from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                variant=self._has_variant(folder),
-                output_loading_info=True,
+                folder, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
             )
             if information["missing_keys"]:
                 raise single_file.missing_weights(information["missing_keys"])
@@ -220,6 +218,17 @@ class Model:
 
     def _component_folder(self, component: str) -> Path:
         return self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
+
+
+def _check_shards(folder: Path, variant: str | None) -> None:
+    """Raise ValueError, with their names, if files that a sharded component's index lists are not there."""
+    for index in folder.glob("*.safetensors.index*.json"):
+        if (f".{variant}." in index.name) == (variant is not None):
+            lost = sorted(
+                name for name in set(read_json(index)["weight_map"].values()) if not (folder / name).is_file()
+            )
+            if lost:
+                raise ValueError(f"{len(lost)} files of {index.name} are missing: {', '.join(lost[:3])}")
 
 
 @contextmanager

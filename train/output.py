@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -61,7 +60,8 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if lora:
-        layers = convert_state_dict_to_diffusers(scaled_lora(unet))
+        # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
+        layers = scaled_lora(unet)
         cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
         cls.save_lora_weights(str(partial), unet_lora_layers=layers, safe_serialization=True)
     else:

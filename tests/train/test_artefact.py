@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             *("conv_shortcut", "time_emb_proj", "time_embedding.linear_1", "downsamplers.0.conv", "upsamplers.0.conv"),
         ),
     },
-    "lora_rank, gradient_checkpointing, compile": LORA | {"gradient_checkpointing": True, "compile": True},
+    "lora_rank, compile": LORA | {"compile": True},
     "init_from": {"init_from": "other"},
     "beta": {"beta": 50.0},
     "seed, batch_size, accumulate": {"seed": 3, "batch_size": 1, "accumulate": 2},
@@ -121,8 +121,8 @@ def test_the_written_output_computes_what_was_trained(
     assert not network.training
     want, plain = forward(network), forward(base_pipeline(start).unet)
     effect = (want - plain).norm()
-    # The frozen weights of a bfloat16 LoRA run are rounded; a pipeline's are not.
-    tolerance = 0.1 if flags.get("dtype") == "bfloat16" and "lora_rank" in flags else 1e-4
+    # Computed in bfloat16, against a pipeline in float32; of an alpha that is lost 0.75 would be missing.
+    tolerance = 0.1 if flags.get("dtype") == "bfloat16" else 1e-4
     assert effect > 1e-2
 
     found: dict[str, torch.nn.Module] = {}
