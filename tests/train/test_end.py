@@ -7,18 +7,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from inpo.common.errors import ModelError, StorageError, UsageError
 
 
 @pytest.fixture
 def broken(world: Any, tmp_path: Path) -> Callable[[str], str]:
-    """A copy of the model in which a part's weights, or its whole folder, are cut."""
+    """A copy of the model in which a part lacks a weight, or is no JSON."""
 
     def make(part: str) -> str:
         folder = shutil.copytree(world.model.folder, tmp_path / "model")
         for file in (folder / part).glob("*.safetensors"):
-            file.write_bytes(file.read_bytes()[:-100])
+            weights = load_file(file)
+            del weights[sorted(weights)[0]]
+            save_file(weights, file, metadata={"format": "pt"})
         if part == "tokenizer":
             (folder / part / "tokenizer.json").write_text("{")
         return str(folder)
