@@ -5,8 +5,9 @@ abar_t is the scheduler's `alphas_cumprod`. Tables are float64; label t is an in
 trajectory lies outside the table: a = 1, s = 0.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,32 @@ from torch import Tensor
 from inpo.common.errors import ModelError, UsageError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What diffusers' DDIM schedulers take from the scheduler's configuration beside the table.
+
+    Only the released code's inversion (inversion/released.py) reads it. The defaults are Stable Diffusion's.
+    """
+
+    steps_offset: int = 1
+    """The first label of a sampler's grid."""
+    set_alpha_to_one: bool = False
+    """Whether the clean end has abar = 1; else abar_0."""
+    clip_range: float | None = None
+    """x0(t) is clamped to [-r, r]; None: it is not."""
+    timestep_spacing: str = "leading"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "SamplerSettings":
+        """From a scheduler's configuration; what it does not say is as diffusers' DDIM schedulers take it."""
+        return cls(
+            steps_offset=config.get("steps_offset", 0),
+            set_alpha_to_one=config.get("set_alpha_to_one", True),
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +55,7 @@ class NoiseSchedule:
     a: Float[Tensor, "timestep"]
     s: Float[Tensor, "timestep"]
     prediction_type: PredictionType
+    sampler: SamplerSettings = SamplerSettings()
     _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -67,7 +95,8 @@ class NoiseSchedule:
                 got="true",
                 fix="at T-1 such a schedule has a = 0 and the latent holds nothing of the image; use another model",
             )
-        return cls.from_alphas_cumprod(torch.as_tensor(table), prediction_type)
+        schedule = cls.from_alphas_cumprod(torch.as_tensor(table), prediction_type)
+        return replace(schedule, sampler=SamplerSettings.from_config(config))
 
     @classmethod
     def from_alphas_cumprod(

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.completeness import check_complete
+from inpo.common.console import console
 from inpo.common.denoiser import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
+from inpo.common.pairs.walk import count_not_read, not_read_words
+from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
@@ -70,7 +72,8 @@ def run_precompute(
     ray_options: RayOptions,
     dry_run: bool,
 ) -> int:
-    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read."""
+    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, or if the source
+    has no pair at all; its empty commits are taken back then."""
     resolved = _resolve(recipe, model_flags, data_flags, flags)
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
@@ -88,14 +91,15 @@ def run_precompute(
     pairs = resolved.data.need("pairs")
     if is_main:
         check_complete(model)
-    tasks, unreadable = list_tasks(open_source(pairs), limit=settings.limit)
+    source = open_source(pairs, allow_remote=resolved.data.allow_remote)
+    tasks, unreadable = list_tasks(source, limit=settings.limit)
     if not tasks:  # before there is a cache: the next try may have other settings
         raise _nothing_to_read(pairs, unreadable)
     committed = _committed(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
         print(resolved.to_toml(), flush=True)
-        print_plan(plan, Console())
+        print_plan(plan, console())
     check_disk(plan, cache)
     if dry_run:
         return 0
@@ -104,6 +108,9 @@ def run_precompute(
         writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
+        not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
+        if not_read:
+            print(f"note: not read, for no pair is made of it: {not_read_words(not_read)}", file=sys.stderr)
         for line in _input_warnings(writer, tasks, committed):
             print(f"warning: {line}", file=sys.stderr)
     failures: list[DataError] = list(unreadable)
@@ -133,7 +140,12 @@ def run_precompute(
         else:
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
-        _print_summary(writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe))
+        num_pairs = _print_summary(
+            writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
+        )
+        if num_pairs == 0:
+            _take_back(writer, tasks)
+            return 1
     return 1 if failures else 0
 
 
@@ -154,7 +166,9 @@ def run_plan(
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     pairs = resolved.data.need("pairs")
     check_complete(model)
-    tasks, unreadable = list_tasks(open_source(pairs), limit=resolved.settings.limit)
+    tasks, unreadable = list_tasks(
+        open_source(pairs, allow_remote=resolved.data.allow_remote), limit=resolved.settings.limit
+    )
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
@@ -162,7 +176,7 @@ def run_plan(
     if as_json:
         print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
     else:
-        print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
+        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
 
 
@@ -287,7 +301,7 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
 
 def _next_command(resolved: _Resolved, recipe: Path | None) -> str:
     """The whole command that trains on this cache."""
-    cache, model = resolved.data.need("cache"), resolved.model_section
+    cache, model = shown(resolved.data.need("cache")), resolved.model_section
     words = ["train", "--cache", cache]
     for option, value in (
         ("--model", model.model),
@@ -310,9 +324,9 @@ def _print_summary(
     seconds: float,
     report: str,
     next_command: str,
-) -> None:
-    """The final table: what is committed now, what was skipped and why."""
-    cache = open_cache(writer.store.location, allow_empty=True)
+) -> int:
+    """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
+    cache = open_cache(writer.store.address, allow_empty=True)
     names = {task.name for task in tasks}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
@@ -323,9 +337,9 @@ def _print_summary(
         for what, count in commit.counts.items():
             counts[what] = counts.get(what, 0) + count
     size = sum(sum(commit.files.values()) for commit in commits.values())
+    num_pairs = sum(commit.num_pairs for commit in commits.values())
     print(
-        f"committed: {len(commits)} of {len(tasks)} shards, {sum(commit.num_pairs for commit in commits.values())} "
-        f"pairs, {human_bytes(size)}, in {seconds:.1f} s"
+        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s"
     )
     print(f"time: {report}")
     for reason, count in sorted(skipped.items()):
@@ -333,15 +347,29 @@ def _print_summary(
         print(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
         print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+    if "unreachable" in skipped:
+        print(
+            "unreachable images are not asked for again: to make a shard with them anew, move its "
+            f"{writer.store.path('commits')}/SHARD.json away and run again"
+        )
     for what, count in sorted(counts.items()):
         print(f"counted: {count} x {what}")
     if failures:
         print(f"unreadable input shards: {len(failures)}; the others are done")
-    if cache.num_pairs == 0:
+    if num_pairs == 0:
         print(
-            f"no pair was kept, so there is nothing to train on: "
-            f"`{command('data', 'check', tasks[0].location)}` counts the reasons"
+            "no pair was kept, so nothing of this source stays committed: "
+            f"`{command('data', 'check', tasks[0].location)}` counts the reasons",
+            flush=True,
         )
-        return
+        return 0
     print(f"next: {command('inspect', 'summary', writer.store.location)}")
     print(f"next: {next_command}", flush=True)
+    return num_pairs
+
+
+def _take_back(writer: CacheWriter, tasks: list[ShardTask]) -> None:
+    """Remove the commits of a source that gave no pair: a cache without pairs is none, and the same command is to look
+    again when the images or the settings have been put right, which a committed shard would not."""
+    for task in tasks:
+        writer.store.remove(f"commits/{task.name}.json")

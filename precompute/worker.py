@@ -7,7 +7,7 @@ write               attempt folder, fsync, commit
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,9 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     """Load the UNet, the VAE and the text encoders onto `device`."""
     unet = model.load_unet()
     prepare_for_inference(unet, network_dtype=manifest.network_dtype, device=device)
+    schedule = replace(manifest.schedule(), sampler=model.schedule.sampler)
     return Components(
-        denoiser=Denoiser(unet, manifest.schedule(), network_dtype=manifest.network_dtype),
+        denoiser=Denoiser(unet, schedule, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,

@@ -1,16 +1,14 @@
 """`inpo export`: a run's pipeline as one safetensors file in the original Stable Diffusion layout."""
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inpo.common.cache.store import storage_errors
 from inpo.common.denoiser import DTYPES, dtype_name
+from inpo.common.durable import new_file
 from inpo.common.errors import UsageError
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
@@ -45,15 +43,9 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
         title=run.resolve().name,
         resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
     )
-    with storage_errors("write the single file", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            save_file(tensors | markers, partial, metadata={"format": "pt"} | header)
-        except SafetensorError as error:  # a full disk, a read-only folder
-            raise OSError(str(error)) from error
-        make_readable(partial)
-        os.replace(partial, file)
+    with new_file(file, action="write the single file") as staged:
+        save_file(tensors | markers, staged, metadata={"format": "pt"} | header)
+        make_readable(staged)
     return file
 
 
