@@ -203,6 +203,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.errors import command
     from inpo.common.printable import is_printable
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
@@ -230,7 +231,7 @@ def filter_pairs(
     if len(chosen) < len(selected):
         say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
     if out is not None:
-        say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
+        say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
     if table.damaged or len(chosen) < len(selected):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from inpo.common.cache.schema import EXTRAS, MAX_TIMESTEPS, InverterIdentity, Manifest
-from inpo.common.denoiser import dtype_name
+from inpo.common.denoiser import default_dtype, dtype_name
 from inpo.common.errors import UsageError
 from inpo.common.inversion import INVERTERS, check_settings
 from inpo.common.models import Model
@@ -100,7 +100,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     check_settings(
         identity, num_train_timesteps=schedule.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
-    network_dtype = dtype_name(settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
+    network_dtype = dtype_name(settings.dtype or default_dtype(device_type))
     # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.resolution % factor:

@@ -145,7 +145,7 @@ def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
         what="The list of pair ids cannot be read.",
         error=UsageError,
         where=f"{option} {path}",
-        fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+        fix="`inpo inspect filter CACHE --where CONDITION --out LIST` makes one",
     )
     return frozenset(line.strip() for line in text_lines(text) if line.strip())
 
@@ -170,7 +170,7 @@ def _unknown(
                 where=f"{option} {path}",
                 expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs",
                 got=repr(foreign[0]),
-                fix="`inpo inspect filter CACHE --where ... --out LIST` makes a list of this cache's ids",
+                fix="`inpo inspect filter CACHE --where CONDITION --out LIST` makes a list of this cache's ids",
             )
         lines.append(f"{len(foreign)} of {named} ids in {option} {path} are in no cache, {foreign[0]!r} first")
     return tuple(lines)

@@ -20,7 +20,8 @@ def prepare_unet(
     """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Returns the trained parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: no dropout. Returns the trained
+    parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(unet, network_dtype=network_dtype, device=device)
@@ -49,7 +50,8 @@ def prepare_unet(
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    unet.train()
+    # Never in training mode: the reference errors are of the network without dropout, which makes noise of margins.
+    unet.eval()
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
 from inpo.common.cache import Cache
 from inpo.common.durable import new_folder, storage_errors
@@ -38,6 +38,20 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def scaled_lora(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The LoRA layers by peft's names, alpha / rank multiplied into their up weights.
+
+    A file has no place for alpha that every loader reads, and without one all of them take the rank for it.
+    """
+    (adapter,) = unet.peft_config
+    config = unet.peft_config[adapter]
+    factor = config.lora_alpha / config.r
+    return {
+        name: value * factor if ".lora_B." in name else value
+        for name, value in get_peft_model_state_dict(unet, adapter_name=adapter).items()
+    }
+
+
 def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
@@ -45,7 +59,8 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
     pipeline = None if lora else model.load_pipeline(unet=unet)
     with new_folder(final, replace=True, action="write the trained model") as staged:
         if pipeline is None:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+            # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
+            layers = scaled_lora(unet)
             cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
             cls.save_lora_weights(str(staged), unet_lora_layers=layers, safe_serialization=True)
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.reader import Shard
 from inpo.common.denoiser import Condition
-from inpo.common.errors import CacheCorrupt, CacheSchemaError
+from inpo.common.errors import CacheCorrupt, CacheSchemaError, command
 from inpo.train.buffers import Buffers
 from inpo.train.index import IndexedShard
 
@@ -204,6 +204,6 @@ def _check_finite(
                 f"Array {name} of shard {shard.name} holds a number that is NaN or infinite.",
                 where=f"{shard.location}/{name}, pair {pair_id}",
                 expected="finite numbers: precompute quarantines others",
-                fix=f"`inpo inspect verify {shard.cache.location} --quarantine`, then `inpo precompute` makes the "
-                "shard again; or leave the pair out with --except",
+                fix=f"`{command('inspect', 'verify', shard.cache.location, '--quarantine')}`, then `inpo precompute` "
+                "makes the shard again; or leave the pair out with --except",
             )

@@ -25,7 +25,7 @@ from inpo.common.cache.schema import (
     sealed,
 )
 from inpo.common.cache.store import CacheStore
-from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
 
 Score = Annotated[float, Field(ge=-1e30, le=1e30)]
 
@@ -143,7 +143,8 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
             where=cache.location,
             expected="a set that exists",
             got=f"sets here: {', '.join(have) or 'none'}",
-            fix=f"`inpo relabel {cache.location} --pairs SRC --scorer NAME --set {set_name}` makes it",
+            fix=f"`{command('relabel', cache.location, '--pairs', 'SRC', '--scorer', 'NAME', '--set', set_name)}` "
+            "makes it",
         )
     found: dict[str, dict[str, float]] = {}
     missing: list[str] = []

@@ -14,7 +14,15 @@ from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, SPECS, ArraySpec, Commit, Manifest, load
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
-from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
+from inpo.common.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    CacheMissing,
+    CacheSchemaError,
+    InpoError,
+    command,
+)
 from inpo.common.schedule import NoiseSchedule
 
 _Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
@@ -141,8 +149,8 @@ class Shard:
 
     def _advice(self) -> str:
         return (
-            f"`inpo inspect verify {self.cache.location} --quarantine` moves the damaged shard's commit aside; "
-            "the next `inpo precompute` makes it again"
+            f"`{command('inspect', 'verify', self.cache.location, '--quarantine')}` moves the damaged shard's "
+            "commit aside; the next `inpo precompute` makes it again"
         )
 
     def __contains__(self, path: str) -> bool:
