@@ -17,7 +17,15 @@ def train(
     vae: Annotated[str | None, typer.Option(help="Replacement VAE, for samples and the final pipeline.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     objective: Annotated[str | None, typer.Option(help="inpo, dpo, ipo, hinge, kto, sft, smpo, mapo, ...")] = None,
-    beta: Annotated[float | None, typer.Option(help="Strength of the reference; unset: the objective's own.")] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of the reference; unset: "
+            "inpo 2000 (InPO, for SD1.5), dpo 2000 (ours; released launchers 5000), ipo 0.05 and hinge 1000 (ours; "
+            "diffusers' example 5000), kto 1000 (Diffusion-KTO's script), smpo 2000 (SmPO's launcher), mapo 1000 "
+            "(MaPO's code), inversion_dpo 100 (ours, as the loss is). diffusers' DPO has no 1/2: double its beta here."
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Effective: nothing scales it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records per micro-batch and process.")] = None,
@@ -27,7 +35,13 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule, by diffusers' name.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Warm-up in optimiser steps.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: none.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; 0: none.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest decay of the weights' moving average, which is then what is written; 0: none. "
+            "At step s it is at most s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Network dtype; unset: the cache's.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Trade time for memory.")] = None,
     compile: Annotated[bool | None, typer.Option(help="torch.compile the network.")] = None,
@@ -35,7 +49,9 @@ def train(
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA scale is alpha / rank; unset: the rank.")] = None,
     lora_targets: Annotated[list[str] | None, typer.Option(help="Modules that get LoRA layers; repeatable.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Start from another model than the reference.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Label set made by `inpo relabel`.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Label set made by `inpo relabel` (for smpo: at SmPO's temperature).")
+    ] = None,
     only: Annotated[Path | None, typer.Option(help="File of pair ids to train on.")] = None,
     except_: Annotated[Path | None, typer.Option("--except", help="File of pair ids to leave out.")] = None,
     held_out: Annotated[float | None, typer.Option(help="Share of prompts never trained on.")] = None,

@@ -34,7 +34,8 @@ class TrainSettings(Section):
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of the weights' moving average, which is then what is written; 0: none."""
+    """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
+    s / (9 + s), as in diffusers, so that short runs do not average in their start."""
     dtype: str | None = None
     """Network dtype; unset: the cache's, which the stored reference errors belong to."""
     gradient_checkpointing: bool = False
