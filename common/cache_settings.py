@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import DtypeName, ExtraName, InverterName, Profile
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
 from inpo.common.recipe import Section
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ class CacheSettings(Section):
     panels: ClassVar = {"grid_points": "Inversion", "profile": "What is stored"}
     recipe_only: ClassVar = frozenset({"crop"})  # there is only one
 
-    grid_points: int = Field(10, ge=1)
+    grid_points: int = Field(10, ge=1, le=MAX_TIMESTEPS)
     """n: points of the inversion grid."""
-    timesteps_per_pair: int = Field(4, ge=1)
+    timesteps_per_pair: int = Field(4, ge=1, le=MAX_TIMESTEPS)
     """K: how many of the n grid points are kept as records."""
     inverter: InverterName = "ddim"
     """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it."""
@@ -30,11 +30,11 @@ class CacheSettings(Section):
     """Extra path points near the clean end; unset: 3 for ab2, else 0."""
     noised_start: float = Field(0.0, ge=0.0, le=1.0)
     """Grid points below this share of T are noised instead of inverted."""
-    guidance: float = Field(1.0, ge=0.0)
+    guidance: float = Field(1.0, ge=0.0, le=1e6)
     """0: empty prompt (the paper); 1: caption, the reference error is free; more: classifier-free guidance."""
-    iterations: int = Field(5, ge=1)
+    iterations: int = Field(5, ge=1, le=10_000)
     """fixed_point: most network calls for each grid point."""
-    tolerance: float = Field(1e-3, ge=0.0)
+    tolerance: float = Field(1e-3, ge=0.0, le=1e6)
     """fixed_point: relative RMS change at which a grid point is done."""
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
     """Share of the pairs that are inverted, and trained, under the empty prompt."""
@@ -47,7 +47,7 @@ class CacheSettings(Section):
     """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
-    resolution: int = Field(512, ge=8)
+    resolution: int = Field(512, ge=8, le=1 << 16)
     """Side of the square images in pixels."""
     crop: Literal["center"] = "center"
     """The part of an image that is not square."""
@@ -59,7 +59,7 @@ class CacheSettings(Section):
     """Share of the pairs whose round trip is measured."""
     dtype: DtypeName | None = None
     """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
 
     @field_validator("extra")

@@ -8,7 +8,6 @@ says what a default of None means, and is shown as the default.
 """
 
 import inspect
-import shlex
 import types
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
@@ -100,11 +99,6 @@ def _word(value: object) -> str:
     """A value as one would type it, with all its digits."""
     short = f"{value:g}" if isinstance(value, float) else ""
     return short if short and float(short) == value else str(value)
-
-
-def command_line(*words: str | Section) -> str:
-    """A command to be copied into a shell: words as they are, settings as their flags, all of it quoted."""
-    return shlex.join([each for word in words for each in ([word] if isinstance(word, str) else flags(word))])
 
 
 def help_text(section: type[Section], name: str) -> str:

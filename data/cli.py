@@ -3,14 +3,15 @@ command runs: the front door mounts this, and every command would wait for it.""
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from inpo.common.errors import DataError, StorageError, UsageError
+from inpo.common.durable import new_file
+from inpo.common.errors import DataError, UsageError
 from inpo.common.options import AllowRemote, help_text
 from inpo.common.paths import home
 from inpo.common.printable import shown_message
@@ -135,19 +136,13 @@ def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
         return walk.readable_shards(counting())
 
 
-def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
+@contextmanager
+def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
     if path is None:
-        return nullcontext(None)
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            "the list cannot be written",
-            where=path,
-            expected="a file in a folder that is there",
-            got=error.strerror,
-            fix="choose another --out, or make its folder first",
-        ) from error
+        yield None
+        return
+    with new_file(path, action="write the list") as staged, staged.open("w", encoding="utf-8") as stream:
+        yield stream
 
 
 def _error_line(console: "Console") -> Callable[[str, DataError], None]:

@@ -1,7 +1,6 @@
 """`inpo evaluate`: generate images, score them, compare two models; `inpo relabel`: label a cache's pairs anew."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,11 +54,12 @@ def score_command(
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.image_folder import ImageFolder
-    from inpo.evaluation.score import score_folder
+    from inpo.evaluation.score import score_folder, try_scorers
 
     settings = _settings(recipe, given)
     images = ImageFolder(folder)
-    for name in _needed(settings.scorers):
+    try_scorers(_needed(settings.scorers), images)
+    for name in settings.scorers:
         score_folder(images, load_scorer(name), batch_size=settings.batch_size)
         values = list(images.scores(name).values())
         _say(f"{name}: mean {sum(values) / len(values):.4g} over {len(values)} images in {folder}")
@@ -80,15 +80,22 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from inpo.common.durable import storage_errors, write_file
     from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
-    from inpo.evaluation.image_folder import ImageFolder, write_atomically
-    from inpo.evaluation.score import score_folder
+    from inpo.evaluation.image_folder import ImageFolder
+    from inpo.evaluation.score import score_folder, try_scorers
 
     settings = _settings(recipe, given)
     folders = ImageFolder(a), ImageFolder(b)
-    shared_keys(*folders)  # before hours of scoring
+    # Before hours of scoring: whether there is anything to compare, all scorers, and a place for the outcome.
+    shared_keys(*folders)
+    missing = [name for name in settings.scorers if not all(images.has_scores(name) for images in folders)]
+    try_scorers(missing, folders[0])
+    if out is not None:
+        with storage_errors("write the comparison", out):
+            out.mkdir(parents=True, exist_ok=True)
     for name in settings.scorers:
         for images in folders:
             if not images.has_scores(name):
@@ -100,9 +107,9 @@ def compare_command(
     if out is not None:
         from inpo.evaluation.picture import draw_picture
 
-        write_atomically(out / "comparison.md", comparison.to_markdown().encode())
-        write_atomically(out / "comparison.json", comparison_json(comparison))
-        write_atomically(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
+        write_file(out / "comparison.md", comparison.to_markdown().encode())
+        write_file(out / "comparison.json", comparison_json(comparison))
+        write_file(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
         print(f"\ntable and picture in {out}")
 
 
@@ -113,7 +120,8 @@ def relabel(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit.",
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. For "
+            "`train --objective smpo` SmPO's released labels are --scorer pickscore --temperature 0.16658.",
             show_default="the scorer's own: 0.01 for cosines, else 1",
         ),
     ] = None,
@@ -127,7 +135,7 @@ def relabel(
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import check_set_name
-    from inpo.common.errors import UsageError
+    from inpo.common.errors import UsageError, command
     from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
@@ -166,7 +174,8 @@ def relabel(
         )
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        print(f"  train with it: inpo train --cache {shlex.quote(opened.location)} --labels {name} ...")
+        labelled = ("--cache", opened.location, "--labels", name)
+        print(f"next: {command('train', *labelled, '--model', 'MODEL', '--output', 'RUN')}")
 
 
 def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:

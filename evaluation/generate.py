@@ -19,13 +19,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.denoiser import DTYPES, default_dtype
+from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model
 from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
-from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
+from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
 from inpo.evaluation.settings import EvaluateSettings
 
@@ -70,7 +72,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     weights that do not fit the model.
     """
     state = processes()
-    dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
+    dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -95,7 +97,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
                 for entry, image in zip(batch, _draw(pipeline, batch, settings), strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
-                    write_atomically(out / entry.file, buffer.getvalue())
+                    write_file(out / entry.file, buffer.getvalue())
                 bar.advance(len(batch))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -163,7 +165,7 @@ def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: Ev
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    lora = None if settings.lora is None else fingerprint.of_files([lora_file(settings.lora)])
+    lora = None if settings.lora is None else fingerprint.of_weights([lora_file(settings.lora)])
     return {
         "fingerprints": dict(model.fingerprints),
         "lora": lora,
@@ -189,7 +191,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Make `out` this run's folder, or check again that it is one of the same settings."""
     _check_folder(out, identity)
     if not (out / SETTINGS).is_file():
-        write_atomically(out / SETTINGS, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
+        write_file(out / SETTINGS, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _check_folder(out: Path, identity: dict[str, Any]) -> None:
@@ -221,10 +223,6 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
 
 def _is_cut(tokenizer: Any, prompt: str) -> bool:
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _is_done(file: Path) -> bool:

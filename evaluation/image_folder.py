@@ -10,8 +10,6 @@ Any folder with an images.jsonl of this form can be scored and compared, however
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from inpo.common.cache.store import storage_errors
-from inpo.common.errors import DataError
+from inpo.common.durable import write_file
+from inpo.common.errors import DataError, command
 from inpo.common.pairs import ImageError, decode_image
 from inpo.common.text import read_text, text_lines
 
@@ -40,21 +38,6 @@ class ImageEntry:
     @property
     def key(self) -> tuple[str, int]:
         return self.prompt, self.seed
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then a rename."""
-    with storage_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -177,7 +160,7 @@ class ImageFolder:
     def scores(self, scorer: str) -> dict[tuple[str, int], float]:
         """{(prompt, seed): score} of every image. Raises DataError if the scores are not there or not complete."""
         file = self.path / f"scores-{scorer}.jsonl"
-        advice = f"run `inpo evaluate score {self.path} --scorer {scorer}`"
+        advice = f"run `{command('evaluate', 'score', self.path, '--scorer', scorer)}`"
         if not file.is_file():
             raise DataError(
                 f"This folder has no scores of {scorer}.", where=self.path, got=self.scorer_names(), fix=advice
@@ -213,4 +196,4 @@ def parse_scores(rows: Iterable[Mapping[str, Any]], where: Path) -> dict[tuple[s
 
 
 def write_listing(folder: Path, entries: Iterable[ImageEntry]) -> None:
-    write_atomically(folder / LISTING, to_lines(asdict(entry) for entry in entries))
+    write_file(folder / LISTING, to_lines(asdict(entry) for entry in entries))

@@ -31,7 +31,7 @@ class EvaluateSettings(Section):
     scheduler: SchedulerName = "ddim"
     """ddim: deterministic DDIM on the model's schedule; own: the scheduler in the pipeline folder."""
     dtype: DtypeName | None = None
-    """Network dtype; unset: float16 on a GPU, float32 on a CPU."""
+    """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int | None = Field(None, ge=1)
     """Images made or scored at once, which changes no noise; unset: 32, of large images as many as have the pixels of
     8 images of 512 px."""

@@ -119,7 +119,8 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard.
+    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
+    is committed.
 
     With --model, the model that made the cache, a sample is inverted again and compared.
     """
@@ -148,7 +149,7 @@ def verify(
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
         print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
-    if found.findings:
+    if found.findings or not found.num_shards:
         raise typer.Exit(1)
 
 
@@ -167,7 +168,7 @@ def clean(
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
     from inpo.common.cache import open_cache
-    from inpo.common.cache.store import readable_bytes
+    from inpo.common.space import human_bytes
     from inpo.inspection.leftovers import find_leftovers, remove_leftover
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
@@ -175,18 +176,18 @@ def clean(
     chosen = [leftover for leftover in found if everything or not leftover.is_young()]
     spared = len(found) - len(chosen)
     for leftover in chosen:
-        print(f"{leftover.paths[0]}  {readable_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
+        print(f"{leftover.paths[0]}  {human_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
     if spared:
         print(f"left alone: {spared} younger than an hour, a writer may be at work on them (--all takes them too)")
     if not chosen:
         print("nothing to remove")
         return
-    total = readable_bytes(sum(leftover.num_bytes for leftover in chosen))
+    total = human_bytes(sum(leftover.num_bytes for leftover in chosen))
     if not yes and not typer.confirm(f"Remove {len(chosen)} attempts, {total}?"):
         print("nothing was removed")
         raise typer.Exit(1)
     removed = [leftover for leftover in chosen if remove_leftover(store, leftover)]
-    print(f"removed {len(removed)} attempts, {readable_bytes(sum(leftover.num_bytes for leftover in removed))}")
+    print(f"removed {len(removed)} attempts, {human_bytes(sum(leftover.num_bytes for leftover in removed))}")
     if len(removed) < len(chosen):
         print(f"kept {len(chosen) - len(removed)}: committed in the meantime")
 
@@ -212,6 +213,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.errors import command
     from inpo.common.printable import is_printable
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
@@ -239,7 +241,7 @@ def filter_pairs(
     if len(chosen) < len(selected):
         say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
     if out is not None:
-        say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
+        say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
     if table.damaged or len(chosen) < len(selected):

@@ -14,9 +14,9 @@ import numpy as np
 
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.errors import InpoError
+from inpo.common.errors import InpoError, command
 from inpo.common.models import Model
-from inpo.common.options import command_line
+from inpo.common.options import flags
 from inpo.common.recipe import DataSection, ModelSection
 from inpo.inspection.pair_table import nothing_readable, read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
@@ -152,12 +152,10 @@ def refresh_command(cache: Cache, model: Model) -> str:
     )
     sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
     return " &&\n  ".join(
-        command_line(
-            "inpo",
+        command(
             "precompute",
-            DataSection(pairs=source, cache=f"{cache.location}-refreshed"),
-            chosen,
-            CacheSettings.of(cache.manifest),
+            *flags(DataSection(pairs=source, cache=f"{cache.location}-refreshed"), chosen),
+            *flags(CacheSettings.of(cache.manifest)),
         )
         for source in sources
     )

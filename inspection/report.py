@@ -95,7 +95,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     tiles = [
         ("pairs", f"{summary.num_pairs:,}", f"{summary.num_records:,} records"),
         ("shards", f"{summary.num_shards:,}", f"{summary.num_empty_shards:,} without a pair"),
-        ("bytes", readable_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
+        ("bytes", human_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
         ("prompts", f"{summary.num_prompts:,}", f"captions dropped: {summary.num_captions_dropped:,}"),
         ("skipped pairs", f"{skipped:,}", ", ".join(list(summary.skipped)[:2]) or "none"),
         (
@@ -106,9 +106,9 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("NaN or infinity", f"{sum(summary.num_nan.values()):,}", "in the small arrays"),
     ]
     if summary.num_pending:
-        tiles.append(("being written", f"{summary.num_pending:,}", readable_bytes(summary.pending_bytes)))
+        tiles.append(("being written", f"{summary.num_pending:,}", human_bytes(summary.pending_bytes)))
     if summary.num_orphaned:
-        tiles.append(("orphaned", f"{summary.num_orphaned:,}", readable_bytes(summary.orphaned_bytes)))
+        tiles.append(("orphaned", f"{summary.num_orphaned:,}", human_bytes(summary.orphaned_bytes)))
     return tiles
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from inpo.common.cache.store import readable_bytes
+from inpo.common.space import human_bytes
 from inpo.inspection.checks import CHECKS
 from inpo.inspection.verify import Verification
 
@@ -44,13 +44,15 @@ def show(verification: Verification, console: Console) -> None:
     for finding in verification.findings:
         console.print(f"[bold red]{escape(finding.shard)}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+    for note in verification.notes:
+        console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     bad_shards = verification.bad_shards
     if not verification.num_shards:
         console.print("nothing is committed yet: there was nothing to read", highlight=False)
         return
     console.print(
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
-        f"{readable_bytes(verification.bytes_read)} read: "
+        f"{human_bytes(verification.bytes_read)} read: "
         + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
         markup=False,
         highlight=False,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.cache.schema import Manifest
+from inpo.common.denoiser import default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_settings
 from inpo.common.models import Model
@@ -48,7 +49,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     check_settings(
         identity, num_train_timesteps=schedule.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
-    network_dtype = settings.dtype or ("bfloat16" if device_type == "cuda" else "float32")
+    network_dtype = settings.dtype or default_dtype(device_type)
     # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.resolution % factor:

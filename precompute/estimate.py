@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from inpo.common.cache import Manifest
+from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.denoiser import Condition
 from inpo.common.models import Model
@@ -35,6 +36,7 @@ def run_plan(
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=device_type(resolved.settings, None))
+    check_complete(model)
     _, tasks, _ = list_work(resolved.data, limit=resolved.settings.limit)
     plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None

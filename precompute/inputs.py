@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
-from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.pairs import PairSource, open_source
 from inpo.common.recipe import DataSection
@@ -79,7 +80,9 @@ def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[s
     paths = [f"commits/{name}.json" for name in sorted(committed)]
     documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
     commits = {
-        name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None
+        name: Commit.from_json(data, writer.store.path(path))
+        for name, path, data in documents
+        if isinstance(data, bytes)
     }
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []

@@ -1,7 +1,6 @@
 """What a run will cost, before any model work: shards, pairs, network calls, bytes by array, free disk."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from inpo.common.cache.store import is_remote, readable_bytes
 from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
+from inpo.common.space import free_bytes
 from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
@@ -75,7 +75,7 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
         num_pairs=num_pairs,
         network_calls_per_image=calls_per_image(manifest, model),
         bytes_by_array=bytes_by_array,
-        free_bytes=None if is_remote(cache) else shutil.disk_usage(_existing(Path(cache))).free,
+        free_bytes=None if is_remote(cache) else free_bytes(Path(cache)),
     )
 
 
@@ -161,10 +161,3 @@ def _token_width(model: Model) -> tuple[int, int, int]:
     width = int(model.config("unet")["cross_attention_dim"])
     pooled = int(model.config("text_encoder_2").get("projection_dim", 0)) if model.family == "sdxl" else 0
     return tokens, width, pooled
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.cache import CacheWriter, open_cache
-from inpo.common.cache.store import readable_bytes
+from inpo.common.cache.store import is_remote
+from inpo.common.completeness import check_complete
 from inpo.common.console import console
-from inpo.common.errors import DataError, UsageError
+from inpo.common.errors import DataError, UsageError, command
+from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
 from inpo.common.pairs.walk import count_not_read, not_read_words
+from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
-from inpo.precompute.configuration import build_manifest, configure, device_type
+from inpo.common.recipe import read_recipe
+from inpo.common.space import human_bytes
+from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
 from inpo.precompute.inputs import committed_shards, input_warnings, list_work
 from inpo.precompute.pipeline import Outcome
@@ -48,6 +53,8 @@ def run_precompute(
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=device_type(settings, ray_options))
+    if is_main:
+        check_complete(model)
     source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
@@ -59,7 +66,7 @@ def run_precompute(
         return 0
     writer = CacheWriter.open(cache, manifest)
     if is_main:
-        writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
+        writer.write_configuration(resolved.to_toml())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
         not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
@@ -94,15 +101,33 @@ def run_precompute(
         else:
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
-        num_pairs = _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+        num_pairs = _print_summary(
+            writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
+        )
         if num_pairs == 0:
             _take_back(writer, tasks)
             return 1
     return 1 if failures else 0
 
 
+def _next_command(resolved: Configuration, recipe: Path | None) -> str:
+    """The whole command that trains on this cache."""
+    cache = shown(resolved.data.need("cache"))
+    words = ["train", "--cache", cache, *flags_of(resolved.model_section)]
+    if recipe is not None:
+        words += ["--recipe", str(recipe)]
+    if "output" not in read_recipe(recipe).get("train", {}):
+        words += ["--output", "run" if is_remote(cache) else f"{cache.rstrip('/')}-run"]
+    return command(*words)
+
+
 def _print_summary(
-    writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
+    writer: CacheWriter,
+    tasks: list[ShardTask],
+    failures: list[DataError],
+    seconds: float,
+    report: str,
+    next_command: str,
 ) -> int:
     """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
     cache = open_cache(writer.store.address, allow_empty=True)
@@ -118,8 +143,7 @@ def _print_summary(
     size = sum(sum(commit.files.values()) for commit in commits.values())
     num_pairs = sum(commit.num_pairs for commit in commits.values())
     print(
-        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {readable_bytes(size)}, "
-        f"in {seconds:.1f} s"
+        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s"
     )
     print(f"time: {report}")
     for reason, count in sorted(skipped.items()):
@@ -138,12 +162,13 @@ def _print_summary(
         print(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
         print(
-            f"no pair was kept, so nothing of this source stays committed: `inpo data check {tasks[0].location}` "
-            f"counts the reasons",
+            "no pair was kept, so nothing of this source stays committed: "
+            f"`{command('data', 'check', tasks[0].location)}` counts the reasons",
             flush=True,
         )
         return 0
-    print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)
+    print(f"next: {command('inspect', 'summary', writer.store.location)}")
+    print(f"next: {next_command}", flush=True)
     return num_pairs
 
 

@@ -47,3 +47,20 @@ def record_bounds(record: dict[str, np.ndarray], a: float, s: float) -> dict[str
         "x0_t": UNIT * (1 + (x_t + s * delta) / (a * clean)),
         "reference_error": of_mean(2 * UNIT * (target + x_t / s + delta) / error, record["target"][0].size),
     }
+
+
+def assert_alike(one: object, other: object, a: np.ndarray, s: np.ndarray, *, pairs: list[int] | None = None) -> None:
+    """Two inversions of the same pairs (or of `pairs` among them) are the same but for rounding, record by record.
+
+    `a` and `s` are the schedule's tables.
+    """
+    names = ("x_t", "delta", "x0_t", "target", "reference_error")
+    left, right = ({name: getattr(each, name).double().numpy() for name in names} for each in (one, other))
+    timestep = one.timestep.numpy()  # type: ignore[attr-defined]
+    for pair in range(len(timestep)) if pairs is None else pairs:
+        for step, t in enumerate(timestep[pair]):
+            bounds = record_bounds({name: left[name][pair, step] for name in names}, a[t], s[t])
+            for name in names:
+                values = left[name][pair, step]
+                apart = rms(values - right[name][pair, step]) / rms(values)
+                assert apart <= bounds[name], (name, pair, t, apart, bounds[name])

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.paths import home
 from inpo.toyworld.scenes import Split, captions
@@ -49,6 +50,5 @@ def prompts_command(
     chosen = captions(split)[:limit]
     if limit is not None and limit > len(chosen):
         raise UsageError(f"the {split} split has fewer captions", expected=f"at most {len(chosen)}", got=limit)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(f"{caption}\n" for caption in chosen))
+    write_file(out, "".join(f"{caption}\n" for caption in chosen))
     print(f"{len(chosen)} captions of the {split} split in {out}")

@@ -1,20 +1,20 @@
 """`inpo export`: a run's pipeline as one safetensors file in the original Stable Diffusion layout."""
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inpo.common.cache.store import storage_errors
 from inpo.common.denoiser import DTYPES, dtype_name
-from inpo.common.errors import ModelError, UsageError
+from inpo.common.durable import new_file
+from inpo.common.errors import UsageError
+from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
+from inpo.common.original_layout import component_keys, is_open_clip
 from inpo.common.recipe import ModelSection, resolve
-from inpo.train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
+from inpo.common.single_file import PREFIXES
 from inpo.train.output import make_readable
 
 
@@ -36,39 +36,28 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     tensors = {
         name: value.detach().to(number).contiguous().clone() for name, value in original_layout(pipeline, model).items()
     }
-    with storage_errors("write the single file", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, a read-only folder
-            raise OSError(str(error)) from error
-        make_readable(partial)
-        os.replace(partial, file)
+    markers, header = markers_for(
+        model.schedule.prediction_type,
+        model.family,
+        open_clip=is_open_clip(pipeline.text_encoder.config),
+        title=run.resolve().name,
+        resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+    )
+    with new_file(file, action="write the single file") as staged:
+        save_file(tensors | markers, staged, metadata={"format": "pt"} | header)
+        make_readable(staged)
     return file
 
 
 def original_layout(pipeline: Any, model: Model) -> dict[str, Tensor]:
     """All weights of a pipeline under the original layout's names."""
-    layers = pipeline.unet.config.layers_per_block
-    if not isinstance(layers, int):
-        raise ModelError(
-            "The original layout needs the same number of layers in every block.",
-            where=model.name,
-            got=layers,
-            fix="use the pipeline folder instead of a single file",
-        )
-    tensors = unet_keys(pipeline.unet.state_dict(), layers_per_block=layers) | vae_keys(pipeline.vae.state_dict())
-    if model.family == "sdxl":
-        return (
-            tensors
-            | clip_keys(pipeline.text_encoder.state_dict(), "conditioner.embedders.0.")
-            | open_clip_keys(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.")
-        )
-    # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
-    is_open_clip = pipeline.text_encoder.config.hidden_act == "gelu"
-    text = open_clip_keys if is_open_clip else clip_keys
-    return tensors | text(pipeline.text_encoder.state_dict(), "cond_stage_model.")
+    tensors: dict[str, Tensor] = {}
+    for component in PREFIXES:
+        network = getattr(pipeline, component, None)
+        if network is not None:
+            sdxl = model.family == "sdxl"
+            tensors |= component_keys(component, network.state_dict(), network.config, sdxl=sdxl)
+    return tensors
 
 
 def _open(run: Path) -> tuple[Model, Any]:

@@ -20,7 +20,8 @@ def prepare_unet(
     """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Returns the trained parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: no dropout. Returns the trained
+    parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(unet, network_dtype=network_dtype, device=device)
@@ -49,11 +50,25 @@ def prepare_unet(
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    unet.train()
+    # Never in training mode: the reference errors are of the network without dropout, which makes noise of margins.
+    unet.eval()
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def switch_off_dropout(unet: torch.nn.Module) -> int:
+    """Set every dropout to 0 and return how many there were.
+
+    E_ref is the error of the whole network: with dropout a record's margin would be noise from the first step on.
+    """
+    layers = [each for each in unet.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0]
+    for each in layers:
+        each.p = 0.0
+    return len(layers)
+
+
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], settings: TrainSettings, *, network_dtype: str
+) -> torch.optim.Optimizer:
     """AdamW, Adafactor with the paper's settings for SDXL, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -74,7 +89,9 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSetting
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **adam)
+    # A fused update skips itself where float16's gradients overflow, and does not say so.
+    fused = network_dtype != "float16" and parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(parameters, fused=fused, **adam)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:

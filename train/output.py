@@ -2,15 +2,14 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
 from inpo.common.cache import Cache
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.models import Model
 
@@ -39,24 +38,35 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def scaled_lora(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The LoRA layers by peft's names, alpha / rank multiplied into their up weights.
+
+    A file has no place for alpha that every loader reads, and without one all of them take the rank for it.
+    """
+    (adapter,) = unet.peft_config
+    config = unet.peft_config[adapter]
+    factor = config.lora_alpha / config.r
+    return {
+        name: value * factor if ".lora_B." in name else value
+        for name, value in get_peft_model_state_dict(unet, adapter_name=adapter).items()
+    }
+
+
 def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
-    partial = output / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if lora:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
-        cls.save_lora_weights(str(partial), unet_lora_layers=layers, safe_serialization=True)
-    else:
-        # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
-        model.load_pipeline(unet=unet).save_pretrained(str(partial), safe_serialization=True)
-    (partial / "README.md").write_text(card)
-    make_readable(*(file for file in partial.rglob("*") if file.is_file()))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
+    pipeline = None if lora else model.load_pipeline(unet=unet)
+    with new_folder(final, replace=True, action="write the trained model") as staged:
+        if pipeline is None:
+            # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
+            layers = scaled_lora(unet)
+            cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
+            cls.save_lora_weights(str(staged), unet_lora_layers=layers, safe_serialization=True)
+        else:
+            pipeline.save_pretrained(str(staged), safe_serialization=True)
+        (staged / "README.md").write_text(card)
+        make_readable(*(file for file in staged.rglob("*") if file.is_file()))
     return final
 
 

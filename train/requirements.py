@@ -1,15 +1,19 @@
 """Refusals before anything is loaded: what the options ask of the installation, and an objective of its caches."""
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
+import torch
 from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
-from inpo.common.errors import CacheIncomplete, UsageError
+from inpo.common.cache.labels import label_settings
+from inpo.common.errors import CacheIncomplete, UsageError, command
+from inpo.common.models import Model
 from inpo.train.index import Index
-from inpo.train.objectives import Objective
+from inpo.train.objectives import SMPO_TEMPERATURE, Objective
 from inpo.train.records import Needs
 from inpo.train.settings import TrainSettings
 
@@ -43,6 +47,26 @@ def check_lora(settings: TrainSettings) -> None:
             )
 
 
+def check_origin(origin: Model, reference: Model) -> None:
+    """Raise UsageError if --init-from's network predicts something else, or on another schedule, than the reference:
+    it would be read, trained and written as what it is not.
+    """
+    ours, theirs = origin.schedule, reference.schedule
+    if ours.prediction_type != theirs.prediction_type:
+        expected, got = f"prediction_type {theirs.prediction_type}", ours.prediction_type
+    elif ours.a.shape != theirs.a.shape or not torch.allclose(ours.a, theirs.a, atol=1e-6):
+        expected, got = f"the noise schedule of {reference.name}", "another table"
+    else:
+        return
+    raise UsageError(
+        "The model to start from is of another kind than the reference.",
+        where=f"--init-from {origin.name}",
+        expected=f"{expected}, as {reference.name} has",
+        got=got,
+        fix="start from a model of the reference's kind, or precompute with that model",
+    )
+
+
 def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
     """Raise UsageError for options that need whole weights in every process, which FSDP splits."""
     if kind != DistributedType.FSDP:
@@ -68,15 +92,18 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
         if lacking:
             # At guidance 1 the reference's prediction is delta, which the full profile holds.
             options = [
-                "--profile full" if name == "eps_ref" and cache.delta_is_reference else f"--extra {name}"
+                word
                 for name in lacking
+                for word in (
+                    ("--profile", "full") if name == "eps_ref" and cache.delta_is_reference else ("--extra", name)
+                )
             ]
             raise CacheIncomplete(
                 f"Objective {objective.name} needs {' and '.join(lacking)}, which this cache does not hold.",
                 where=cache.location,
                 expected=", ".join(wanted),
                 got=f"profile {manifest.profile}, extra {', '.join(manifest.extra) or 'none'}",
-                fix=f"make another cache: `inpo precompute {' '.join(options)} --cache OTHER ...`",
+                fix=f"make another cache: `{command('precompute', *options, '--cache', 'OTHER', '...')}`",
             )
         if objective.noise_cache and manifest.inverter.name != "noise" and manifest.inverter.noised_start < 1:
             raise CacheIncomplete(
@@ -89,6 +116,26 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
     return needs
 
 
+def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objective: Objective) -> list[str]:
+    """A line for each label set whose temperature makes a soft objective another strength than the released one's."""
+    notes = []
+    for cache in caches if objective.labels == "soft" and settings.labels else ():
+        scorer, temperature = label_settings(cache, settings.labels or "") or ("", SMPO_TEMPERATURE)
+        if scorer == "pickscore" and math.isclose(temperature, SMPO_TEMPERATURE, rel_tol=1e-3):
+            continue
+        notes.append(
+            f"label set {settings.labels} of {cache.location} has scorer {scorer} at temperature {temperature:g}; "
+            f"released SmPO is pickscore at {SMPO_TEMPERATURE:.5f}"
+            + (
+                f": where scores are close, this run pulls {SMPO_TEMPERATURE / temperature:.3g} times as hard "
+                f"(`inpo relabel --scorer pickscore --temperature {SMPO_TEMPERATURE:.5f} --set OTHER` makes its labels)"
+                if scorer == "pickscore"
+                else ", and other scores have another unit: choose --beta on held-out prompts"
+            )
+        )
+    return notes
+
+
 def refuse_hard_labels(index: Index, objective: Objective) -> None:
     """A soft objective on hard labels is another objective; refuse it."""
     if objective.labels == "soft" and all(np.isin(shard.label, (0.0, 1.0)).all() for shard in index.training):
@@ -97,6 +144,6 @@ def refuse_hard_labels(index: Index, objective: Objective) -> None:
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
             where=location,
             expected="P(win preferred) between 0 and 1, from a scorer",
-            fix=f"`inpo relabel {location} --pairs SRC --scorer pickscore --set NAME` makes some; "
-            "then train with --labels NAME",
+            fix=f"`{command('relabel', location, '--pairs', 'SRC', '--scorer', 'pickscore', '--set', 'NAME')}` makes "
+            "some; then train with --labels NAME",
         )

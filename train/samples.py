@@ -1,6 +1,7 @@
 """Sample images during training: fixed prompts and seeds, so that pictures of different steps can be compared."""
 
 import gc
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from inpo.common.cache import Cache
 from inpo.common.denoiser import DTYPES
+from inpo.common.durable import write_file
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
 
@@ -40,8 +42,6 @@ def sample_images(
     own seed. VAE and text encoders are loaded for this and freed again."""
     device = next(unet.parameters()).device
     dtype = DTYPES[network_dtype]
-    was_training = unet.training
-    unet.eval()
     images = []
     # Loading and sampling leave the training's random state alone.
     with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -61,7 +61,6 @@ def sample_images(
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )
-    unet.train(was_training)
     del pipeline
     gc.collect()
     if device.type == "cuda":
@@ -81,6 +80,7 @@ class Sampler:
 
     def __call__(self, step: int) -> None:
         pixels = self._draw()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self._folder / f"step-{step:08d}.png")
+        image = io.BytesIO()
+        Image.fromarray(pixels).save(image, format="PNG")
+        write_file(self._folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
         self._metrics.image("samples", pixels, step)

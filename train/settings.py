@@ -35,7 +35,10 @@ class TrainSettings(Section):
     objective: ObjectiveName = "inpo"
     """The loss."""
     beta: float | None = Field(None, gt=0)
-    """Strength of the reference; unset: the objective's own."""
+    """Strength of the reference. diffusers' DPO has no 1/2: double its beta here; unset: inpo 2000 (InPO, for SD1.5),
+    dpo 2000 (ours; released launchers 5000), ipo 0.05 and hinge 1000 (ours; diffusers' example 5000), kto 1000
+    (Diffusion-KTO's script), smpo 2000 (SmPO's launcher), mapo 1000 (MaPO's code), inversion_dpo 100 (ours, as the loss
+    is)."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """Effective: nothing scales it."""
@@ -60,7 +63,8 @@ class TrainSettings(Section):
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of the weights' moving average, which is then what is written; 0: none."""
+    """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
+    s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."""
 
     dtype: DtypeName | None = None
     """Network dtype; unset: the cache's, which the stored reference errors belong to."""
@@ -78,7 +82,7 @@ class TrainSettings(Section):
     """Modules that get LoRA layers; repeatable."""
 
     labels: str | None = None
-    """A label set made by `inpo relabel`; unset: the labels of the pair source."""
+    """A label set made by `inpo relabel` (for smpo: at SmPO's temperature); unset: the labels of the pair source."""
     only: LocalPath | None = None
     """File of pair ids to train on; unset: all."""
     except_: LocalPath | None = Field(None, alias="except")

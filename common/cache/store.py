@@ -5,27 +5,27 @@ told. Arrays go through zarr's own stores. Local files are read with plain Pytho
 fork, and a trainer's data workers are often forked.
 """
 
-import errno
 import hashlib
 import os
-import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, NotFoundError
 from obstore.store import LocalStore, from_url
 from zarr.abc.store import Store
 from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
-from inpo.common.errors import CacheMissing, InpoError, StorageError
+from inpo.common.durable import flush, storage_errors
+from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError
 from inpo.common.printable import shown
 
 if TYPE_CHECKING:
@@ -35,54 +35,9 @@ RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)
 """For what can pass (503, time-outs, dropped connections): backoff from 0.1 s, doubled each time, with jitter."""
 _SAMPLE_BYTES = 4096
 _PARALLEL_READS = 16
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
-    errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
-    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
-    errno.EROFS: "the file system is read-only; choose a folder you can write to",
-    errno.EACCES: "check the owner and mode of the folder",
-    errno.EPERM: "check the owner and mode of the folder",
-    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
-    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
-    errno.EEXIST: "a file lies where a folder is needed: choose another path",
-}
+_DOCUMENT_BYTES = 1 << 26
 _client_process: int | None = None
 """The process in which obstore's threads were started."""
-
-
-@contextmanager
-def storage_errors(action: str, where: object) -> Iterator[None]:
-    """Turn an OSError or an obstore error into one StorageError that says what was being done and where.
-
-    Passing faults of an object store (503, time-outs) have been retried with backoff before they arrive here.
-    """
-    try:
-        yield
-    except InpoError:
-        raise
-    except OSError as error:
-        raise _refused(action, where if error.filename is None else error.filename, error.errno, str(error)) from error
-    except BaseError as error:
-        lines = str(error).strip().splitlines()
-        # obstore wraps the system's error in its text.
-        system = re.search(r"\(os error (\d+)\)", str(error))
-        if system:
-            raise _refused(action, where, int(system[1]), lines[0]) from error
-        raise StorageError(
-            f"Could not {action}.",
-            where=where,
-            got=(lines[0] if lines else type(error).__name__)[:300],
-            fix="check the address, the credentials and the free space, then run the same command again: "
-            "what is committed stays",
-        ) from error
-
-
-def _refused(action: str, where: object, code: int | None, text: str) -> StorageError:
-    return StorageError(
-        f"Could not {action}: {os.strerror(code) if code else text}.",
-        where=where,
-        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
-    )
 
 
 def is_remote(location: str) -> bool:
@@ -93,6 +48,18 @@ def is_remote(location: str) -> bool:
 def digest(data: bytes) -> str:
     """blake2b with 128 bits, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sample_spans(size: int) -> list[tuple[int, int]]:
+    if size <= 3 * _SAMPLE_BYTES:
+        return [(0, size)] if size else []
+    middle = size // 2
+    return [(0, _SAMPLE_BYTES), (middle, middle + _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
+
+
+def digest_of_sample(data: memoryview) -> str:
+    """What `CacheStore.sample_digest` gives for a file of these bytes."""
+    return digest(b"".join(data[start:end] for start, end in _sample_spans(len(data))))
 
 
 class CacheStore:
@@ -163,26 +130,60 @@ class CacheStore:
             finally:
                 with suppress(OSError):  # the error that matters is the one before
                     staged.unlink()
-            _fsync(final.parent)
-            _fsync(final.parent.parent)
+            flush(final.parent)
+            flush(final.parent.parent)
         return True
 
     def get(self, name: str) -> bytes | None:
-        """The bytes of `name`, or None if it does not exist."""
+        """The bytes of the document `name`, or None if it does not exist.
+
+        Raises CacheSchemaError for what is no file, or larger than any document, before its bytes are read.
+        """
         with storage_errors("read", self.path(name)):
             try:
                 if self.remote:
-                    return bytes(obstore.get(self.client, name).bytes())
-                return (Path(self.location) / name).read_bytes()
+                    answer = obstore.get(self.client, name)
+                    self._check_size(name, answer.meta["size"])
+                    return bytes(answer.bytes())
+                file = Path(self.location) / name
+                found = file.stat()
+                self._check_size(name, found.st_size if stat.S_ISREG(found.st_mode) else None)
+                return file.read_bytes()
             except (NotFoundError, FileNotFoundError):
                 return None
 
-    def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """`get` for many names, in their order; many at a time where each takes a round trip."""
+    def _check_size(self, name: str, size: int | None) -> None:
+        if size is None or size > _DOCUMENT_BYTES:
+            raise CacheSchemaError(
+                "This is no document of a cache.",
+                where=self.path(name),
+                expected=f"a file of at most {_DOCUMENT_BYTES} bytes",
+                got="something that is no file" if size is None else f"{size} bytes",
+                fix="restore the file from a copy of the cache, or move it away",
+            )
+
+    def get_many(self, names: Sequence[str]) -> list[bytes | CacheSchemaError | None]:
+        """`get` for many names, in their order; many at a time where each takes a round trip. What is no document
+        gives its error."""
+
+        def one(name: str) -> bytes | CacheSchemaError | None:
+            try:
+                return self.get(name)
+            except CacheSchemaError as error:
+                return error
+
         if not self.remote:
-            return [self.get(name) for name in names]
+            return [one(name) for name in names]
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            return list(pool.map(self.get, names))
+            return list(pool.map(one, names))
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of a file; fewer, or none, where there are not so many."""
+        with storage_errors("read", self.path(name)):
+            try:
+                return b"".join(self._ranges(name, [(0, size)] if size else []))
+            except (NotFoundError, FileNotFoundError):
+                return b""
 
     def sample_digest(self, name: str, size: int) -> str:
         """Digest of the first, middle and last 4096 bytes of a file of `size` bytes (of all, if it is that small).
@@ -191,11 +192,7 @@ class CacheStore:
         The last bytes of two arrays of one shape are equal (zarr's chunk index), and one image often opens several
         pairs; the middle tells those apart.
         """
-        if size <= 3 * _SAMPLE_BYTES:
-            spans = [(0, size)] if size else []
-        else:
-            middle = size // 2
-            spans = [(0, _SAMPLE_BYTES), (middle, middle + _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
+        spans = _sample_spans(size)
         with storage_errors("read", self.path(name)):
             try:
                 return digest(b"".join(self._ranges(name, spans)))
@@ -263,10 +260,10 @@ class CacheStore:
         with storage_errors("flush to disk", self.path(folder)):
             root = Path(self.location) / folder
             for file in root.rglob("*"):
-                _fsync(file)
+                flush(file)
             # The entries above the attempt too: shards/<name> and shards may be new.
             for parent in (root, root.parent, root.parent.parent, Path(self.location)):
-                _fsync(parent)
+                flush(parent)
 
 
 def check_process(where: object) -> None:
@@ -296,20 +293,3 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield file.relative_to(folder).as_posix(), file.stat().st_size
             except FileNotFoundError:  # another writer's staged file, gone in between
                 continue
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def readable_bytes(count: int) -> str:
-    """Decimal units, three digits."""
-    value, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while value >= 1000 and (larger := next(units, None)):
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"

@@ -5,7 +5,7 @@
 
 Images are paths relative to the list and below its folder; with `allow_remote` also any other path or a URL that fsspec
 knows (reach.py). fields.py says what the fields mean.
-One input shard: the list. Its records are found once, then any range of rows is read by seeking; images are read only
+One input shard: the list. Its entries are found once, then any range of rows is read by seeking; images are read only
 for rows that are asked for.
 """
 
@@ -16,11 +16,11 @@ from itertools import islice
 from typing import Literal
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries
 from inpo.common.pairs.fields import items
 from inpo.common.pairs.files import shard_names, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
-from inpo.common.pairs.records import ListIndex, Record, index_list, parse_record, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ListShard:
 
     @property
     def not_read(self) -> Mapping[str, int]:
-        """The fields or columns that no pair is made of, and in how many records they are."""
+        """The fields or columns that no pair is made of, and in how many entries they are."""
         return self._index.not_read
 
     def fingerprint(self) -> str:
@@ -79,12 +79,12 @@ class ListShard:
         if start >= stop:
             return
         reach = Reach(self.file, allow_remote=self.allow_remote)
-        first = index.record_of(start)
-        records = enumerate(read_records(self.file, index, first), start=first)
+        first = index.entry_of(start)
+        entries = enumerate(read_entries(self.file, index, first), start=first)
         row = start
         while row < stop:
             try:
-                number, record = next(records)
+                number, entry = next(entries)
             except StopIteration:
                 raise unreadable_file(self.file, EOFError(f"row {row} of {stop} is not there any more")) from None
             except DataError:
@@ -92,7 +92,7 @@ class ListShard:
             except Exception as error:  # a remote file fails in its library's own ways
                 raise unreadable_file(self.file, error) from error
             begin, end = int(index.first_rows[number]), int(index.first_rows[number + 1])
-            for item in islice(self._items(record, index.header, begin, row - begin, reach), min(end, stop) - row):
+            for item in islice(self._items(entry, index.header, begin, row - begin, reach), min(end, stop) - row):
                 yield item
                 row += 1
             if row < min(end, stop):
@@ -100,10 +100,10 @@ class ListShard:
         reach.refuse_outage(self.file)
 
     def _items(
-        self, record: Record, header: tuple[str, ...] | None, row: int, skip: int, reach: Reach
+        self, entry: Entry, header: tuple[str, ...] | None, row: int, skip: int, reach: Reach
     ) -> Iterator[Pair | Skipped]:
         try:
-            fields = parse_record(record, header)
+            fields = parse_entry(entry, header)
         except RowProblem as problem:
             yield Skipped(pair_id=f"{self.name}/{row}", reason=problem.reason, detail=problem.detail, row=row)
             return

@@ -158,31 +158,31 @@ class ParquetShard:
     def _rows(self, start: int, stop: int, read: ReadImage) -> Iterator[Pair | Skipped]:
         first_rows = self._footer.first_rows
         if first_rows is None:
-            for record, fields in self._records(start, stop):
-                yield from self._items(fields, record, row=record, skip=0, read=read)
+            for entry, fields in self._entries(start, stop):
+                yield from self._items(fields, entry, row=entry, skip=0, read=read)
             return
         first = int(np.searchsorted(first_rows, start, side="right")) - 1
         end = int(np.searchsorted(first_rows, stop, side="left"))
-        for record, fields in self._records(first, end):
-            begin = int(first_rows[record])
-            for item in self._items(fields, record, row=begin, skip=max(0, start - begin), read=read):
+        for entry, fields in self._entries(first, end):
+            begin = int(first_rows[entry])
+            for item in self._items(fields, entry, row=begin, skip=max(0, start - begin), read=read):
                 if item.row >= stop:
                     return
                 yield item
 
     def _items(
-        self, fields: "dict[str, Any] | RowProblem", record: int, *, row: int, skip: int, read: ReadImage
+        self, fields: "dict[str, Any] | RowProblem", entry: int, *, row: int, skip: int, read: ReadImage
     ) -> Iterator[Pair | Skipped]:
-        pair_id = f"{self.name}/{record}"
+        pair_id = f"{self.name}/{entry}"
         if isinstance(fields, RowProblem):
             first_rows = self._footer.first_rows
-            count = 1 if first_rows is None else int(first_rows[record + 1] - first_rows[record])
+            count = 1 if first_rows is None else int(first_rows[entry + 1] - first_rows[entry])
             for number in range(skip, count):
                 yield Skipped(pair_id=pair_id, reason=fields.reason, detail=fields.detail, row=row + number)
             return
         yield from items(fields, row=row, skip=skip, name=self.name, default_id=pair_id, read=read)
 
-    def _records(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
+    def _entries(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
         """(number, fields) of the file's rows start..stop-1."""
         ends = self._footer.group_ends
         begins = (0, *ends[:-1])

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.entries import LIST_SUFFIXES
 from inpo.common.pairs.fields import brief
 from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder
 from inpo.common.pairs.folder import ListSource
 from inpo.common.pairs.pair import PairSource
-from inpo.common.pairs.records import LIST_SUFFIXES
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "

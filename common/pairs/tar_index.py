@@ -17,10 +17,10 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.entries import count_unknown, parse_object
 from inpo.common.pairs.fields import FIRST, ID, LOSE, SECOND, WIN, brief
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
-from inpo.common.pairs.records import count_unknown, parse_object
 from inpo.common.text import TextProblem, decode_text
 
 Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label_0", "label_1", "has_label", "id"]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import IMAGE_FIELDS, items
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
-from inpo.common.pairs.records import parse_object
 from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
 from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text

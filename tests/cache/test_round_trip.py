@@ -11,7 +11,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, open_cache
 from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing
 
@@ -178,7 +178,7 @@ def test_every_numeric_chunk_is_checksummed_and_nothing_is_compressed(tmp_path, 
 def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
     manifest = build.manifest()
     writer = CacheWriter.open(str(tmp_path), manifest)
-    skipped = [{"pair_id": "p", "reason": "tie", "detail": "", "row": 0}, {"pair_id": "q", "reason": "tie", "row": 1}]
+    skipped = [{"pair_id": name, "reason": "tie", "detail": "", "row": row} for row, name in enumerate("pq")]
     commit = writer.write("s", build.shard(manifest, 0, skipped=skipped))
     assert commit is not None
     assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"tie": 2})
@@ -221,7 +221,11 @@ def test_another_noise_table_under_one_fingerprint_is_refused(tmp_path, build):
     """The scheduler's settings may be read otherwise by another version of its library."""
     table = np.array(build.cache(tmp_path, pairs=(1,)).alphas_cumprod)
     for other in (table * (1 + 1e-4), table[:-1], np.concatenate([table[:500], table[500:] * 0.999])):
-        manifest = build.manifest(alphas_cumprod=tuple(other.tolist()))
+        manifest = build.manifest(
+            alphas_cumprod=tuple(other.tolist()),
+            num_train_timesteps=len(other),
+            inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, len(other))),
+        )
         with pytest.raises(CacheMismatch, match="alphas_cumprod") as caught:
             CacheWriter.open(str(tmp_path), manifest)
         for words in (f"{table[0]:.9g} to {table[-1]:.9g}, 1000 values", f"{len(other)} values"):

@@ -1,10 +1,10 @@
-"""The records of a list of pairs: where each begins, and what its text says.
+"""The entries of a list of pairs: where each begins, and what its text says.
 
     JSON lines   one object a line
-    CSV, TSV     a header, then one record a line or, inside quotes, several
+    CSV, TSV     a header, then one entry a line or, inside quotes, several
     JSON         one array of objects
 
-A record that cannot be understood is a record all the same, and its neighbours are not touched by it.
+An entry that cannot be understood is an entry all the same, and its neighbours are not touched by it.
 """
 
 import csv
@@ -31,8 +31,8 @@ _MANY = 1000
 """Different unknown names that are counted one by one."""
 
 
-class Record(NamedTuple):
-    """One record as it lies in the file."""
+class Entry(NamedTuple):
+    """One entry as it lies in the file."""
 
     offset: int
     line: int
@@ -43,20 +43,20 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ListIndex:
-    """Where the records of a list are."""
+    """Where the entries of a list are."""
 
     offsets: np.ndarray
-    """int64 [record]: the byte at which it begins."""
+    """int64 [entry]: the byte at which it begins."""
     lines: np.ndarray
-    """int64 [record]: its line, from 1."""
+    """int64 [entry]: its line, from 1."""
     first_rows: np.ndarray
-    """int64 [record + 1]: the number of its first row; rankings stand for several rows. The last value is the total."""
+    """int64 [entry + 1]: the number of its first row; rankings stand for several rows. The last value is the total."""
     header: tuple[str, ...] | None
     """Column names of CSV and TSV."""
     not_read: dict[str, int]
     fingerprint: str
 
-    def record_of(self, row: int) -> int:
+    def entry_of(self, row: int) -> int:
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
 
@@ -69,19 +69,19 @@ def index_list(location: str) -> ListIndex:
             stream.seek(0)
             if suffix == ".json":
                 return _index_array(location, stream.read())
-            reader = RecordReader(stream, delimiter=_DELIMITERS.get(suffix))
+            reader = EntryReader(stream, delimiter=_DELIMITERS.get(suffix))
             header = reader.header()
             if header is not None:
                 _check_header(location, header)
-            return _index(reader.records(), header, reader.digest)
+            return _index(reader.entries(), header, reader.digest)
     except DataError:
         raise
     except Exception as error:  # a remote file fails in its library's own ways
         raise unreadable_file(location, error) from error
 
 
-def read_records(location: str, index: ListIndex, start: int) -> Iterator[Record]:
-    """Records from number `start` on, read by seeking."""
+def read_entries(location: str, index: ListIndex, start: int) -> Iterator[Entry]:
+    """Entries from number `start` on, read by seeking."""
     suffix = PurePosixPath(location).suffix.lower()
     with open_binary(location) as stream:
         if suffix == ".json":
@@ -96,28 +96,28 @@ def read_records(location: str, index: ListIndex, start: int) -> Iterator[Record
                     text = text[: decoder.raw_decode(text)[1]]
                 except ValueError:
                     raise unreadable_file(location, EOFError(f"element {i} is not there any more")) from None
-                yield Record(begin, int(index.lines[i]), text)
+                yield Entry(begin, int(index.lines[i]), text)
         elif start < len(index.offsets):
             stream.seek(int(index.offsets[start]))
-            reader = RecordReader(stream, delimiter=_DELIMITERS.get(suffix), line=int(index.lines[start]))
-            yield from reader.records()
+            reader = EntryReader(stream, delimiter=_DELIMITERS.get(suffix), line=int(index.lines[start]))
+            yield from reader.entries()
 
 
-def parse_record(record: Record, header: tuple[str, ...] | None) -> dict[str, Any]:
-    """The fields of a record. Raises RowProblem bad_metadata that names its line."""
+def parse_entry(entry: Entry, header: tuple[str, ...] | None) -> dict[str, Any]:
+    """The fields of an entry. Raises RowProblem bad_metadata that names its line."""
     try:
-        if isinstance(record.content, RowProblem):
-            raise record.content
-        if isinstance(record.content, str):
-            return parse_object(record.content)
-        if header is None or len(record.content) != len(header):
-            detail = f"{len(record.content)} fields, expected {len(header or ())}"
+        if isinstance(entry.content, RowProblem):
+            raise entry.content
+        if isinstance(entry.content, str):
+            return parse_object(entry.content)
+        if header is None or len(entry.content) != len(header):
+            detail = f"{len(entry.content)} fields, expected {len(header or ())}"
             raise RowProblem(reason="bad_metadata", detail=detail)
-        for text in record.content:
+        for text in entry.content:
             _check_utf8(text)
-        return dict(zip(header, record.content, strict=True))
+        return dict(zip(header, entry.content, strict=True))
     except RowProblem as problem:
-        raise RowProblem(reason=problem.reason, detail=f"line {record.line}: {problem.detail}") from None
+        raise RowProblem(reason=problem.reason, detail=f"line {entry.line}: {problem.detail}") from None
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def count_unknown(fields: Fields, unknown: Counter[str], what: str) -> None:
             unknown[key if key in unknown or len(unknown) < _MANY else f"{what}: others"] += 1
 
 
-class RecordReader:
-    """Records of JSON lines, CSV or TSV from where the stream stands, and a digest of the bytes gone through."""
+class EntryReader:
+    """Entries of JSON lines, CSV or TSV from where the stream stands, and a digest of the bytes gone through."""
 
     def __init__(self, stream: ByteStream, *, delimiter: str | None, line: int = 1) -> None:
         self._stream = stream
@@ -155,22 +155,22 @@ class RecordReader:
         """The names in the first line that is not blank; None for JSON lines."""
         if self._delimiter is None:
             return None
-        for record in self.records():
-            if isinstance(record.content, RowProblem):
-                raise ValueError(f"line {record.line}, the header: {record.content.detail}")
-            return tuple(name.strip() for name in record.content)
+        for entry in self.entries():
+            if isinstance(entry.content, RowProblem):
+                raise ValueError(f"line {entry.line}, the header: {entry.content.detail}")
+            return tuple(name.strip() for name in entry.content)
         return ()
 
-    def records(self) -> Iterator[Record]:
-        """Every record that is not blank."""
+    def entries(self) -> Iterator[Entry]:
+        """Every entry that is not blank."""
         if self._delimiter is None:
             for offset, line, text in self._lines:
                 if text.strip():
-                    yield Record(offset, line, text)
+                    yield Entry(offset, line, text)
         else:
-            yield from self._csv_records(self._delimiter)
+            yield from self._csv_entries(self._delimiter)
 
-    def _csv_records(self, delimiter: str) -> Iterator[Record]:
+    def _csv_entries(self, delimiter: str) -> Iterator[Entry]:
         pending: deque[tuple[int, int, str]] = deque()
         taken: list[tuple[int, int, str]] = []
 
@@ -196,10 +196,10 @@ class RecordReader:
                 pending.extendleft(reversed(taken[1:]))
                 if len(taken) > 1:
                     source = lines()
-                yield Record(taken[0][0], taken[0][1], RowProblem(reason="bad_metadata", detail=f"no CSV: {error}"))
+                yield Entry(taken[0][0], taken[0][1], RowProblem(reason="bad_metadata", detail=f"no CSV: {error}"))
                 continue
             if fields:
-                yield Record(taken[0][0], taken[0][1], fields)
+                yield Entry(taken[0][0], taken[0][1], fields)
 
     def _text_lines(self) -> Iterator[tuple[int, int, str]]:
         """(offset, line number, text with its end) of every line; CR alone ends one too."""
@@ -218,16 +218,16 @@ class RecordReader:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _index(records: Iterator[Record], header: tuple[str, ...] | None, digest: Any) -> ListIndex:
+def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any) -> ListIndex:
     offsets, lines, first_rows = [], [], [0]
     unknown: Counter[str] = Counter()
-    for record in records:
-        offsets.append(record.offset)
-        lines.append(record.line)
+    for entry in entries:
+        offsets.append(entry.offset)
+        lines.append(entry.line)
         rows = 1
         if header is None:
             try:
-                fields = parse_record(record, header)
+                fields = parse_entry(entry, header)
             except RowProblem:
                 fields = {}
             rows = rows_of(fields)
@@ -261,7 +261,7 @@ def _index_array(location: str, data: bytes) -> ListIndex:
         ) from None
 
 
-def _elements(text: str, *, mark: int) -> Iterator[Record]:
+def _elements(text: str, *, mark: int) -> Iterator[Entry]:
     """The elements of a JSON array, `mark` bytes after the beginning of the file. Raises JSONDecodeError."""
     decoder = json.JSONDecoder()
 
@@ -278,7 +278,7 @@ def _elements(text: str, *, mark: int) -> Iterator[Record]:
         except RecursionError:
             raise json.JSONDecodeError("Nested too deep", text, at) from None
         offset, line, seen = offset + len(text[seen:at].encode("utf-8")), line + text.count("\n", seen, at), at
-        yield Record(offset, line, text[at:end])
+        yield Entry(offset, line, text[at:end])
         at = blank(end)
         if text[at : at + 1] == ",":
             at = blank(at + 1)

@@ -7,6 +7,7 @@ input_blocks[i (L + 1) + j + 1], and layer j of up block i is output_blocks[i (L
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,39 @@ _OPEN_CLIP = (
     ("embeddings.token_embedding.weight", "token_embedding.weight"),
     ("final_layer_norm.", "ln_final."),
 )
+
+
+def component_keys(component: str, state: State, config: Any, *, sdxl: bool) -> dict[str, Tensor]:
+    """A component's weights, `state`, under the original layout's names. `config` is the component's own.
+
+    Raises ModelError for a UNet that the layout has no names for.
+    """
+    if component == "unet":
+        layers = config.layers_per_block
+        if not isinstance(layers, int):
+            raise ModelError(
+                "The original layout needs the same number of layers in every block.",
+                where="unet/config.json, layers_per_block",
+                expected="a number",
+                got=layers,
+                fix="use the pipeline folder instead of a single file",
+            )
+        return unet_keys(state, layers_per_block=layers)
+    if component == "vae":
+        return vae_keys(state)
+    if sdxl:
+        first = component == "text_encoder"
+        keys, prefix = (
+            (clip_keys, "conditioner.embedders.0.") if first else (open_clip_keys, "conditioner.embedders.1.")
+        )
+        return keys(state, prefix)
+    # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
+    return (open_clip_keys if is_open_clip(config) else clip_keys)(state, "cond_stage_model.")
+
+
+def is_open_clip(config: Any) -> bool:
+    """Whether a text encoder's configuration is OpenCLIP's."""
+    return bool(config.hidden_act == "gelu")
 
 
 def unet_keys(state: State, *, layers_per_block: int) -> dict[str, Tensor]:
