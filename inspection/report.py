@@ -20,6 +20,7 @@ from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.labels import label_sets, read_shard_labels
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.space import human_bytes
 from inpo.inspection.leftovers import find_leftovers
 from inpo.inspection.pair_table import PairTable, read_pair_table
 from inpo.inspection.preview import linear_preview, vae_preview

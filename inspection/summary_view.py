@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from inpo.common.errors import command
+from inpo.common.space import human_bytes
 from inpo.inspection.summary import Summary
 
 _SETTINGS = (

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from inpo.common.cache.schema import ArraySpec, Manifest
-from inpo.common.cache.store import is_remote, readable_bytes
+from inpo.common.cache.store import is_remote
 from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
-from inpo.common.space import free_bytes
+from inpo.common.space import free_bytes, human_bytes
 from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
@@ -129,9 +129,9 @@ def check_disk(plan: Plan, cache: str) -> None:
         raise StorageError(
             "The disk is too small for this cache.",
             where=cache,
-            expected=f"{readable_bytes(plan.cache_bytes)} free (largest array: {worst}, "
-            f"{readable_bytes(plan.bytes_by_array[worst])})",
-            got=f"{readable_bytes(plan.free_bytes)} free",
+            expected=f"{human_bytes(plan.cache_bytes)} free (largest array: {worst}, "
+            f"{human_bytes(plan.bytes_by_array[worst])})",
+            got=f"{human_bytes(plan.free_bytes)} free",
             fix="use --profile lean (about a quarter), fewer --timesteps-per-pair, --limit, or another --cache",
         )
 
@@ -144,9 +144,9 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
         if size and size >= plan.cache_bytes / 1000:
-            table.add_row(f"bytes of {name}", readable_bytes(size))
-    table.add_row("bytes in all", readable_bytes(plan.cache_bytes))
-    free = "object store" if plan.free_bytes is None else readable_bytes(plan.free_bytes)
+            table.add_row(f"bytes of {name}", human_bytes(size))
+    table.add_row("bytes in all", human_bytes(plan.cache_bytes))
+    free = "object store" if plan.free_bytes is None else human_bytes(plan.free_bytes)
     table.add_row("free", free)
     if gpu_hours is not None:
         hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
