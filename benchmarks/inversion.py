@@ -106,15 +106,15 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
 @torch.inference_mode()
 def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300) -> list[dict[int, torch.Tensor]]:
     """Per pair {label: tau [side, c, h, w]} of the exact ODE dz/dsigma = eps(a z, t), z = x / a, by Heun's method."""
-    schedule, device = world.denoiser.schedule, world.denoiser.device
-    fine = np.linspace(0, schedule.num_train_timesteps - 1, points).round().astype(int).tolist()
+    total, device = world.denoiser.levels.num_train_timesteps, world.denoiser.device
+    fine = np.linspace(0, total - 1, points).round().astype(int).tolist()
     grids = [sorted({*fine, 0, 1, 2, 3, 5, 7, *mine}) for mine in timesteps]
     longest = max(map(len, grids))
     labels = torch.tensor([grid + [grid[-1]] * (longest - len(grid)) for grid in grids], device=device)
     clean = world.x0.to(device).float().flatten(0, 1)
 
     def slope(z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        a = schedule.at(label, trailing=3, dtype=torch.float32)[0]
+        a = world.denoiser.at(label)[0]
         return world.denoiser(a * z, label, world.caption)
 
     first = labels[:, 0].repeat_interleave(2)
@@ -123,7 +123,7 @@ def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300
     found: list[dict[int, torch.Tensor]] = [{} for _ in grids]
     for column in range(longest):
         label = labels[:, column].repeat_interleave(2)
-        a, s = schedule.at(label, trailing=3, dtype=torch.float32)
+        a, s, *_ = world.denoiser.at(label)
         step = s / a - sigma
         predicted = z + step * eps
         z = z + step * 0.5 * (eps + slope(predicted, label))
@@ -140,7 +140,7 @@ def clock(device: torch.device) -> float:
 
 
 def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Tensor]]) -> Row:
-    total = world.denoiser.schedule.num_train_timesteps
+    total = world.denoiser.levels.num_train_timesteps
     settings = PrecomputeSettings(steps=steps, timesteps_per_pair=steps, **CHOICES[name])
     identity = settings.inverter_identity(total)
     device = world.denoiser.device
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = load(chosen, device)
-    total = world.denoiser.schedule.num_train_timesteps
+    total = world.denoiser.levels.num_train_timesteps
     grids: list[list[int]] = [[] for _ in world.pair_ids]
     for steps in chosen.steps:
         made = world.run(PrecomputeSettings(steps=steps, inverter="noise").inverter_identity(total), measure=0.0)

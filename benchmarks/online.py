@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
 from inpo.common.denoiser import Condition, Denoiser
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.train.objectives import inpo
 
@@ -54,27 +54,27 @@ class OnlineLoop:
     def inpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of the released method, and the optimiser's step."""
         x0, condition = self.encode(pixels, prompts)
-        schedule = self.trained.schedule
-        timestep = torch.randint(0, schedule.num_train_timesteps, (len(prompts),)).repeat_interleave(2)
+        total = self.trained.levels.num_train_timesteps
+        timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2)
         with torch.no_grad():
             x_t = self._invert(x0, timestep, condition)
-        a, s = schedule.at(timestep.to(x0.device), trailing=3, dtype=torch.float32)
+        a, s, *_ = self.trained.at(timestep.to(x0.device))
         self._update(x_t, (x_t - a * x0) / s, timestep.to(x0.device), condition)
 
     def dpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike."""
         x0, condition = self.encode(pixels, prompts)
-        schedule = self.trained.schedule
-        timestep = torch.randint(0, schedule.num_train_timesteps, (len(prompts),)).repeat_interleave(2).to(x0.device)
+        total = self.trained.levels.num_train_timesteps
+        timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2).to(x0.device)
         noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0)
-        a, s = schedule.at(timestep, trailing=3, dtype=torch.float32)
+        a, s, *_ = self.trained.at(timestep)
         self._update(a * x0 + s * noise, noise, timestep, condition)
 
     def _invert(
         self, x0: Float[Tensor, "image c h w"], timestep: Int[Tensor, "image"], condition: Condition
     ) -> Float[Tensor, "image c h w"]:
         """DDIM inversion to each image's own level: the first one at or above its timestep."""
-        schedule = self.trained.schedule
+        schedule = self.trained.levels
         total = schedule.num_train_timesteps
         levels = [1 + index * total // self.steps for index in range(self.steps)]
         last = torch.bucketize(timestep, torch.tensor(levels)).clamp(max=self.steps - 1)
@@ -87,8 +87,8 @@ class OnlineLoop:
             label = torch.full((len(active),), before or 0, device=x0.device)
             eps = self.trained(current[active], label, _rows(condition, active))
             if before is not None:
-                clean[active] = (current[active] - float(schedule.s[before]) * eps) / float(schedule.a[before])
-            moved = float(schedule.a[level]) * clean[active] + float(schedule.s[level]) * eps
+                clean[active] = (current[active] - float(schedule.noise[before]) * eps) / float(schedule.signal[before])
+            moved = float(schedule.signal[level]) * clean[active] + float(schedule.noise[level]) * eps
             current[active] = moved + _noise_scale(schedule, before, level) * torch.randn_like(moved)
         return current
 
@@ -123,8 +123,8 @@ def _rows(condition: Condition, rows: Int[Tensor, "row"]) -> Condition:
     )
 
 
-def _noise_scale(schedule: NoiseSchedule, before: int | None, level: int) -> float:
+def _noise_scale(schedule: Levels, before: int | None, level: int) -> float:
     """0.1 * sqrt(DDIM variance) of the step."""
-    abar = float(schedule.a[level]) ** 2
-    abar_before = 1.0 if before is None else float(schedule.a[before]) ** 2
+    abar = float(schedule.signal[level]) ** 2
+    abar_before = 1.0 if before is None else float(schedule.signal[before]) ** 2
     return EXTRA_NOISE * ((1 - abar_before) / (1 - abar) * (1 - abar / abar_before)) ** 0.5

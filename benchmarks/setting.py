@@ -103,7 +103,7 @@ class Setting:
         if self.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=True)
-        return Denoiser(unet, self.model.schedule, network_dtype=self.dtype), optimizer
+        return Denoiser(unet, self.model.levels, self.model.prediction, network_dtype=self.dtype), optimizer
 
     def cached(self, cache: Cache, *, batch_size: int) -> "CachedLoop":
         """Ours: the real record stream of a cache, and one network."""
@@ -120,7 +120,7 @@ class Setting:
         return OnlineLoop(
             trained=trained,
             optimizer=optimizer,
-            reference=Denoiser(frozen, self.model.schedule, network_dtype=self.dtype),
+            reference=Denoiser(frozen, self.model.levels, self.model.prediction, network_dtype=self.dtype),
             images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
             text=TextEncoder(self.model.load_text_pipeline(), device=self.device),
         )

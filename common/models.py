@@ -26,8 +26,9 @@ from huggingface_hub import snapshot_download
 
 from inpo.common import fingerprint, single_file
 from inpo.common.errors import ModelError
+from inpo.common.levels import Levels
 from inpo.common.prediction import check_prediction
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.predictions import prediction_of
 from inpo.common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -85,8 +86,13 @@ class Model:
             return cls.from_pretrained(self.folder, subfolder="scheduler")
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_scheduler(self.scheduler)
+    def levels(self) -> Levels:
+        return Levels.from_scheduler(self.scheduler)
+
+    @cached_property
+    def prediction(self) -> str:
+        """What the network predicts (common/predictions.py)."""
+        return prediction_of(self.scheduler)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -137,7 +143,8 @@ class Model:
             unet = self._load_unet()
         check_prediction(
             unet,
-            self.schedule,
+            self.levels,
+            self.prediction,
             where=self.name,
             scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
             guessed_from=self.guessed_from,
@@ -360,7 +367,7 @@ def _checked(model: Model) -> Model:
         vae=model.config("vae"),
     )
     try:
-        _ = model.schedule
+        _ = model.levels, model.prediction
     except ModelError as error:
         error.where = f"{model.name}: {error.where}"
         raise

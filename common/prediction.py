@@ -9,16 +9,14 @@ import math
 import os
 import sys
 from functools import cache
-from typing import cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from inpo.common.denoiser import Condition, Denoiser
 from inpo.common.errors import ModelError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
 _LATENTS = 2
 _TOKENS = 77
@@ -31,7 +29,7 @@ _LARGEST_A = 0.1
 
 
 def check_prediction(
-    unet: UNet2DConditionModel, schedule: NoiseSchedule, *, where: str, scheduler_file: str, guessed_from: str | None
+    unet: nn.Module, levels: Levels, configured: str, *, where: str, scheduler_file: str, guessed_from: str | None
 ) -> None:
     """Compare one network call with the configured prediction type; says nothing of schedules that keep more than a
     tenth of the image at the last label.
@@ -40,7 +38,7 @@ def check_prediction(
     configured, or if it is not although noise is configured by `guessed_from`, a hub model that the file merely looks
     like. Where the user has named the configuration, the latter is a note: weights that are not trained look the same.
     """
-    likeness = noise_likeness(unet, schedule)
+    likeness = noise_likeness(unet, levels)
     if math.isnan(likeness):
         raise ModelError(
             "The UNet gives numbers that are not finite.",
@@ -49,9 +47,8 @@ def check_prediction(
             got="NaN or infinity from standard normal latents, in float32",
             fix="download or convert the model again",
         )
-    if schedule.a[-1] > _LARGEST_A:
+    if levels.signal[-1] > _LARGEST_A:
         return
-    configured = schedule.prediction_type
     got = f"a cosine of {likeness:.2f} between the two"
     if configured != "epsilon" and likeness > _ALIKE:
         if guessed_from is None:
@@ -94,7 +91,7 @@ def _note(text: str) -> None:
 
 
 @torch.no_grad()
-def noise_likeness(unet: UNet2DConditionModel, schedule: NoiseSchedule) -> float:
+def noise_likeness(unet: nn.Module, levels: Levels) -> float:
     """The cosine between standard normal latents and the network's own output for them at the last label, no text.
 
     The latents are as small as the network takes them twice over: 16 x 16 for Stable Diffusion.
@@ -111,6 +108,6 @@ def noise_likeness(unet: UNet2DConditionModel, schedule: NoiseSchedule) -> float
     condition = Condition(
         embedding=torch.zeros(_LATENTS, _TOKENS, config.cross_attention_dim), pooled=pooled, time_ids=time_ids
     )
-    last = torch.full((_LATENTS,), schedule.num_train_timesteps - 1)
-    output = Denoiser(cast(nn.Module, unet), schedule).predict(x, last, condition)
+    last = torch.full((_LATENTS,), levels.num_train_timesteps - 1)
+    output = Denoiser(unet, levels).predict(x, last, condition)
     return float(torch.nn.functional.cosine_similarity(output.flatten(), x.flatten(), dim=0))

@@ -171,9 +171,7 @@ def _check_identities(shard: Shard, arrays: Mapping[str, np.ndarray], ids: list[
     timestep = arrays.get("timestep")
     if timestep is None or (timestep < 0).any() or (timestep >= shard.cache.manifest.num_train_timesteps).any():
         return
-    schedule = shard.cache.schedule
-    label = timestep.astype(np.int64)
-    a, s = schedule.a.numpy()[label], schedule.s.numpy()[label]
+    a, s = shard.cache.levels.at(timestep)
     # Not-finite values have their own finding; here they only make comparisons false.
     with np.errstate(invalid="ignore", over="ignore"):
         if {"x0", "target", "x_t"} <= set(arrays):

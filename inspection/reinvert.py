@@ -67,21 +67,17 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     """
     manifest = cache.manifest
     channels = model.config("unet").get("in_channels")
-    table = tuple(float(value) for value in (model.schedule.a**2).tolist())
+    table = tuple(float(value) for value in (model.levels.signal**2).tolist())
     same_table = len(table) == manifest.num_train_timesteps and np.allclose(
         table, manifest.alphas_cumprod, rtol=1e-6, atol=0
     )
-    if (
-        channels != manifest.latent_shape[0]
-        or not same_table
-        or (model.schedule.prediction_type != manifest.prediction_type)
-    ):
+    if channels != manifest.latent_shape[0] or not same_table or (model.prediction != manifest.prediction_type):
         raise CacheMismatch(
             "The model cannot walk this cache's latents.",
             where=model.name,
             expected=f"{manifest.latent_shape[0]} latent channels, {manifest.prediction_type} prediction, the cache's "
             f"schedule of {manifest.num_train_timesteps} timesteps",
-            got=f"{channels} channels, {model.schedule.prediction_type} prediction, "
+            got=f"{channels} channels, {model.prediction} prediction, "
             f"{'the same' if same_table else 'another'} schedule",
             fix="pass the model that the cache was made with, or one trained from it",
         )
@@ -89,7 +85,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     prepare_for_inference(
         unet, network_dtype=manifest.network_dtype, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    return Denoiser(unet, model.schedule, network_dtype=manifest.network_dtype)
+    return Denoiser(unet, cache.levels, model.prediction, network_dtype=manifest.network_dtype)
 
 
 def reinvert(

@@ -116,7 +116,7 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
     for index in range(_SAMPLED_PATHS):
         path = build_path(
             identity,
-            model.schedule,
+            model.levels,
             seed=manifest.seed,
             pair_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,

@@ -93,12 +93,12 @@ class PrecomputeSettings(Section):
 
 def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: str) -> Manifest:
     """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made."""
-    schedule = model.schedule
+    levels = model.levels
     vae = model.config("vae")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    identity = settings.inverter_identity(schedule.num_train_timesteps)
+    identity = settings.inverter_identity(levels.num_train_timesteps)
     check_settings(
-        identity, num_train_timesteps=schedule.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
+        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
     network_dtype = dtype_name(settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
     # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
@@ -114,9 +114,9 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     side = settings.resolution // factor
     return Manifest(
         latent_shape=(vae["latent_channels"], side, side),
-        num_train_timesteps=schedule.num_train_timesteps,
-        alphas_cumprod=tuple((schedule.a**2).tolist()),
-        prediction_type=schedule.prediction_type,
+        num_train_timesteps=levels.num_train_timesteps,
+        alphas_cumprod=tuple((levels.signal**2).tolist()),
+        prediction_type=model.prediction,
         profile=settings.profile,
         extra=settings.extra,
         seed=settings.seed,

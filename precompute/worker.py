@@ -53,7 +53,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     unet = model.load_unet()
     prepare_for_inference(unet, network_dtype=manifest.network_dtype, device=device)
     return Components(
-        denoiser=Denoiser(unet, manifest.schedule(), network_dtype=manifest.network_dtype),
+        denoiser=Denoiser(unet, manifest.levels(), model.prediction, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,

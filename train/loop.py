@@ -69,7 +69,7 @@ class Trainer:
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
         # 1 / abar_t, for the objective that aims at the previous delta.
-        self._weights = (1 / denoiser.schedule.a**2).float().to(accelerator.device)
+        self._weights = (1 / denoiser.levels.signal**2).float().to(accelerator.device)
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
         self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -230,9 +230,7 @@ class Trainer:
             )
 
     def _new_sums(self) -> Accumulator:
-        return Accumulator(
-            device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
-        )
+        return Accumulator(device=self.accelerator.device, num_train_timesteps=self.denoiser.levels.num_train_timesteps)
 
     def _reduce(self, value: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(value, reduction="sum")

@@ -103,8 +103,7 @@ class LoadedShard:
         """x_t; of a lean cache from the target that has been read already."""
         if "x_t" in shard.stored or needs.aim != "target":
             return shard.read("x_t", selection, allocate=self._allocate)
-        schedule, timestep = shard.cache.schedule, self.timestep.astype(np.int64)
-        a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
+        a, s = shard.cache.levels.at(self.timestep)
         return derive_x_t(shard.read("x0", selection), self.aim, a, s)
 
     def _reference_error(

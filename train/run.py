@@ -106,7 +106,7 @@ def run_train(
         checkpoint.keep_only_trained(accelerator)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
-    denoiser = Denoiser(called, model.schedule, network_dtype=network_dtype)
+    denoiser = Denoiser(called, opened[0].levels, model.prediction, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,

@@ -21,8 +21,10 @@ def train_online(
     device = torch.device("cpu")
     unet = model.load_unet().train()
     loop = OnlineLoop(
-        trained=Denoiser(unet, model.schedule, network_dtype="float32"),
-        reference=Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule, network_dtype="float32"),
+        trained=Denoiser(unet, model.levels, model.prediction, network_dtype="float32"),
+        reference=Denoiser(
+            model.load_unet().requires_grad_(False).eval(), model.levels, model.prediction, network_dtype="float32"
+        ),
         images=ImageEncoder(model.load_vae(), vae_dtype="float32", sample=False, seed=0, device=device),
         text=TextEncoder(model.load_text_pipeline(), device=device),
         optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2),

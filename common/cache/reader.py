@@ -15,7 +15,7 @@ from inpo.common.cache.schema import SPECS, Commit, Manifest
 from inpo.common.cache.store import CacheStore, digest, storage_errors
 from inpo.common.cache.writer import MANIFEST
 from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
 _Unreadable = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
 """What zarr's codecs raise for bytes that they cannot decode."""
@@ -183,9 +183,8 @@ class Shard:
         return f" (pair{'s' if len(bad) > 1 else ''} {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
 
     def _derive_x_t(self, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> Float[np.ndarray, "pair step side c h w"]:
-        timestep = self.read("timestep", pairs).astype(np.int64)
-        schedule = self.cache.schedule
-        a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
+        timestep = self.read("timestep", pairs)
+        a, s = self.cache.levels.at(timestep)
         return derive_x_t(self.read("x0", pairs), self.read("target", pairs), a, s)
 
     def _incomplete(self, path: str) -> CacheIncomplete:
@@ -235,9 +234,9 @@ class Cache:
         return self.store.location
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
+    def levels(self) -> Levels:
         """The reference's noise schedule, from the manifest."""
-        return self.manifest.schedule()
+        return self.manifest.levels()
 
     @property
     def num_pairs(self) -> int:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
 SCHEMA_VERSION = 1
 MAX_PAIRS_PER_SHARD = 256
@@ -364,11 +364,11 @@ class Manifest(_Document):
             "time_id": 6,
         }
 
-    def schedule(self) -> NoiseSchedule:
+    def levels(self) -> Levels:
         """The reference's noise schedule from the table here, so that writers and readers walk the very same numbers
         even where another version of the libraries would round the scheduler's table differently."""
         table = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return NoiseSchedule.from_alphas_cumprod(table, self.prediction_type)  # type: ignore[arg-type]
+        return Levels.from_alphas_cumprod(table)
 
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""

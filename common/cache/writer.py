@@ -169,7 +169,7 @@ def check_identity(existing: Manifest, wanted: Manifest, location: object) -> No
 
 
 _TABLE_TOLERANCE = 1e-6
-"""Relative. The table is float32 in its library; writers take the cache's own (Manifest.schedule), to the last bit."""
+"""Relative. The table is float32 in its library; writers take the cache's own (Manifest.levels), to the last bit."""
 
 
 def _same_table(left: Sequence[float], right: Sequence[float]) -> bool:

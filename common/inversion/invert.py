@@ -69,9 +69,7 @@ def invert(
 
     def start(pair: int) -> Generator[Asked, Tensor, Records]:
         pair_id = pair_ids[pair]
-        path = build_path(
-            identity, denoiser.schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair
-        )
+        path = build_path(identity, denoiser.levels, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
         return trajectory(
             clean[pair],
             path,

@@ -5,7 +5,7 @@ pairs that stand at different points (batching.py). Both sides of the pair trave
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float16, Float32
@@ -16,7 +16,7 @@ from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
 from inpo.common.inversion.path import Path
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
 Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
@@ -55,7 +55,7 @@ def trajectory(
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
     inverts (guidance 1), or a part of it (any but 0), it costs no call; under the empty prompt one more per record.
     """
-    schedule = denoiser.schedule
+    schedule = denoiser.levels
     step = inverter_named(identity.name)
     guidance = identity.guidance
     under_caption: Tensor | None = None
@@ -77,8 +77,8 @@ def trajectory(
         output = yield from evaluate(x, timestep)
         label = torch.full((2,), timestep, device=x.device)
         return State(
-            a=float(schedule.a[timestep]),
-            s=float(schedule.s[timestep]),
+            a=float(schedule.signal[timestep]),
+            s=float(schedule.noise[timestep]),
             x=x,
             clean=denoiser.to_clean(output, x, label),
             delta=denoiser.to_noise(output, x, label),
@@ -106,7 +106,7 @@ def trajectory(
             if noise is None:
                 noise = normal(tuple(x0.shape[1:]), seed, pair_id, "noise").to(x0.device).expand_as(clean)
             carried = noise
-            x = float(schedule.a[point.level]) * clean + float(schedule.s[point.level]) * noise
+            x = float(schedule.signal[point.level]) * clean + float(schedule.noise[point.level]) * noise
         else:
             carried = history[-1].delta
             x = yield from step(history, point.level, stepper)
@@ -117,7 +117,7 @@ def trajectory(
                 ).to(x0.device)
         arrived: State | None = None
         for timestep in point.records:
-            a, s = float(schedule.a[timestep]), float(schedule.s[timestep])
+            a, s = float(schedule.signal[timestep]), float(schedule.noise[timestep])
             if point.noised:
                 target = carried.half()
                 x_t = point_from_target(x0, target, a, s)
@@ -155,31 +155,31 @@ def trajectory(
     return records
 
 
-def _round_trip(clean: Tensor, last: State, path: Path, schedule: NoiseSchedule, visit: Visit) -> Calls:
+def _round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit: Visit) -> Calls:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):
-        x = float(schedule.a[point.level]) * state.clean + float(schedule.s[point.level]) * state.delta
+        x = float(schedule.signal[point.level]) * state.clean + float(schedule.noise[point.level]) * state.delta
         state = yield from visit(x, point.level)
     error = (state.clean - clean).square().mean((-3, -2, -1)).sqrt()
     return error / clean.square().mean((-3, -2, -1)).sqrt()
 
 
-def _released_noise(schedule: NoiseSchedule, before: int | None, level: int) -> float:
+def _released_noise(schedule: Levels, before: int | None, level: int) -> float:
     """0.1 * sqrt(DDIM variance) of the step from `before` (None: the clean end) to `level`."""
-    abar = float(schedule.a[level]) ** 2
-    abar_before = 1.0 if before is None else float(schedule.a[before]) ** 2
+    abar = float(schedule.signal[level]) ** 2
+    abar_before = 1.0 if before is None else float(schedule.signal[before]) ** 2
     variance = (1 - abar_before) / (1 - abar) * (1 - abar / abar_before)
     return _EXTRA_NOISE * variance**0.5
 
 
-def _on_level(state: State, schedule: NoiseSchedule, level: int) -> State:
+def _on_level(state: State, schedule: Levels, level: int) -> State:
     """The same prediction, with x0(t) by Eq. 8 from another table: one path, one table."""
-    a, s = float(schedule.a[level]), float(schedule.s[level])
+    a, s = float(schedule.signal[level]), float(schedule.noise[level])
     return State(a=a, s=s, x=state.x, clean=(state.x - s * state.delta) / a, delta=state.delta)
 
 
-def _released_schedule(schedule: NoiseSchedule) -> NoiseSchedule:
+def _released_schedule(schedule: Levels) -> Levels:
     """The released code's path uses alphas_cumprod rounded to float16."""
-    abar = (schedule.a**2).half().double()
-    return NoiseSchedule(a=abar.sqrt(), s=(1 - abar).sqrt(), prediction_type=schedule.prediction_type)
+    abar = (schedule.signal**2).half().double()
+    return replace(schedule, signal=abar.sqrt(), noise=(1 - abar).sqrt())

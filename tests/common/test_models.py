@@ -34,7 +34,7 @@ def change(file, **values) -> None:
 )
 def test_supported_pipelines_open_and_load(tiny, kind, family, prediction_type):
     model = open_model(str(tiny(kind)))
-    assert (model.family, model.schedule.prediction_type) == (family, prediction_type)
+    assert (model.family, model.prediction) == (family, prediction_type)
     assert ("text_encoder_2" in model.fingerprints) == (kind == "sdxl")
     unet = model.load_unet()
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}

@@ -114,7 +114,7 @@ def test_the_call_leaves_no_trace_in_other_random_numbers(tiny):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    assert noise_likeness(unet, model.schedule) == noise_likeness(unet, model.schedule)
+    assert noise_likeness(unet, model.levels) == noise_likeness(unet, model.levels)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -123,7 +123,7 @@ def test_what_networks_of_v_and_of_the_sample_would_show():
     label.
     """
     model = open_model(str(BASE))
-    unet, a, s = model.load_unet(), model.schedule.a[-1], model.schedule.s[-1]
+    unet, a, s = model.load_unet(), model.levels.signal[-1], model.levels.noise[-1]
     x = torch.randn(16, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         noise = unet(x, 999, torch.zeros(16, 77, unet.config.cross_attention_dim)).sample.double()

@@ -78,7 +78,9 @@ def write_cache(tiny) -> Callable[..., Path]:
         if (kind, settings, index, num_pairs) not in inverted:
             if kind not in denoisers:
                 model = open_model(str(tiny(kind)))
-                denoisers[kind] = Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule)
+                denoisers[kind] = Denoiser(
+                    model.load_unet().requires_grad_(False).eval(), model.levels, model.prediction
+                )
             inverted[kind, settings, index, num_pairs] = _shard(manifest, denoisers[kind], index, num_pairs)
         data = inverted[kind, settings, index, num_pairs]
         wanted = {spec.path for spec in manifest.arrays} if data.num_pairs else set()
@@ -97,8 +99,8 @@ def write_cache(tiny) -> Callable[..., Path]:
         values = {
             "latent_shape": (4, 8, 8),
             "num_train_timesteps": 1000,
-            "alphas_cumprod": tuple((model.schedule.a**2).tolist()),
-            "prediction_type": model.schedule.prediction_type,
+            "alphas_cumprod": tuple((model.levels.signal**2).tolist()),
+            "prediction_type": model.prediction,
             "profile": "full",
             "seed": 0,
             "timesteps_per_pair": KEPT,

@@ -35,7 +35,7 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     for shard in cache:
         rows = np.arange(shard.num_pairs)
         again = invert(
-            Denoiser(unet, open_model(str(tiny())).schedule),
+            Denoiser(unet, open_model(str(tiny())).levels),
             torch.from_numpy(shard.read("x0")),
             [str(name) for name in shard.read("pair_id")],
             identity=cache.manifest.inverter,

@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from inpo.common.denoiser import Denoiser
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
 T = 20_000
@@ -37,14 +37,14 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **ignored: object) -> tuple[Tensor]:
         rows = []
-        for row, t in zip(x.double().numpy(), timestep.tolist(), strict=True):
+        for row, t in zip(x.double().numpy(), timestep.long().tolist(), strict=True):
             rows.append(mixture_eps(row * np.sqrt(1 + SIGMA[t] ** 2), SIGMA[t]))
         return (torch.from_numpy(np.stack(rows)).float(),)
 
 
 @pytest.fixture(scope="module")
 def mixture() -> Denoiser:
-    return Denoiser(Mixture(), NoiseSchedule.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
+    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
 
 
 def ode_error(
@@ -135,7 +135,7 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
     made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
     explicit = inverted(denoiser, x0, name="ddim", **settings)
     assert made.residual is not None
-    table = denoiser.schedule
+    table = denoiser.levels
     a, s = table.a.numpy(), table.s.numpy()
     worst = {"fixed_point": 0.0, "ddim": 0.0}
     for name, result in (("fixed_point", made), ("ddim", explicit)):
@@ -174,7 +174,7 @@ def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Ca
     made = inverted(denoiser, x0, steps=6, measure_inversion=1.0)
     mix = denoiser.unet.mix.detach().double()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
-    a, s = denoiser.schedule.a, denoiser.schedule.s
+    a, s = denoiser.levels.signal, denoiser.levels.noise
     for pair in range(3):
         for side in range(2):
             x = made.x_t[pair, -1, side].double().flatten()

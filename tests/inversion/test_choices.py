@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.inversion import build_path
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -118,7 +118,7 @@ def test_the_released_codes_target_is_not_the_noise(
 ) -> None:
     """c0 * x0 + ce * noise off the grid, the numbers known of SD1.5's schedule with n = 10."""
     identity = InverterIdentity(name="ddim", steps=10, faithful=True, timestep_range=(0, 1000))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    schedule = Levels.from_scheduler(SCHEDULER)
 
     def kept(number: int) -> list[int]:
         path = build_path(identity, schedule, seed=0, pair_id=str(number), timesteps_per_pair=10)
@@ -197,7 +197,7 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     tiny_unet: nn.Module, latents: Callable, inverted: Callable, name: str
 ) -> None:
     x0 = latents(6, (4, 8, 8))
-    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_scheduler(SCHEDULER))
+    denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER))
     settings = {
         "name": name,
         "steps": 4,
@@ -229,7 +229,7 @@ def test_half_precision_networks_agree_to_their_own_rounding(
 
     unet = copy.deepcopy(tiny_unet)
     prepare_for_inference(unet, network_dtype=dtype, device=torch.device("cpu"))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    schedule = Levels.from_scheduler(SCHEDULER)
     x0 = latents(6, (4, 8, 8))
     half = Denoiser(unet, schedule, network_dtype=dtype)
     seen: set[torch.dtype] = set()
@@ -244,8 +244,8 @@ def test_half_precision_networks_agree_to_their_own_rounding(
     assert least < rounding["x_t"] < most  # it did run in this dtype
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
-    signal = schedule.a[axes].numpy() * x0[:, None].double().numpy()
-    x_t = signal + schedule.s[axes].numpy() * one.target.double().numpy()
+    signal = schedule.signal[axes].numpy() * x0[:, None].double().numpy()
+    x_t = signal + schedule.noise[axes].numpy() * one.target.double().numpy()
     np.testing.assert_array_equal(one.x_t.numpy(), x_t.astype(np.float16))
 
 

@@ -43,19 +43,19 @@ class World:
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
         may edit a shard's arrays before they are committed."""
-        schedule = self.model.schedule
+        levels = self.model.levels
         identity = InverterIdentity(
             name=inverter,
             steps=4,
-            timestep_range=(0, schedule.num_train_timesteps),
+            timestep_range=(0, levels.num_train_timesteps),
             guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,
         )
         manifest = Manifest(
             latent_shape=(4, side, side),
-            num_train_timesteps=schedule.num_train_timesteps,
-            alphas_cumprod=tuple((schedule.a**2).tolist()),
-            prediction_type=schedule.prediction_type,
+            num_train_timesteps=levels.num_train_timesteps,
+            alphas_cumprod=tuple((levels.signal**2).tolist()),
+            prediction_type=self.model.prediction,
             profile=profile,
             extra=extra,
             seed=seed,
@@ -70,7 +70,7 @@ class World:
             fingerprints=self.model.fingerprints,
         )
         writer = CacheWriter.open(str(location), manifest)
-        denoiser = Denoiser(self.model.load_unet().eval(), schedule, network_dtype=network_dtype)
+        denoiser = Denoiser(self.model.load_unet().eval(), levels, self.model.prediction, network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
             arrays = self._arrays(manifest, denoiser, first, num_pairs, label, drop_caption)

@@ -45,7 +45,7 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
     manifest = opened.manifest
     shards = [part.shard for part in build_index([opened], soft=False, held_out=0.0).training]
     order = GlobalOrder([shard.num_pairs * manifest.timesteps_per_pair for shard in shards], window_shards=4, seed=0)
-    reference = Denoiser(world.model.load_unet().eval(), world.model.schedule)
+    reference = Denoiser(world.model.load_unet().eval(), world.model.levels)
     unet = world.model.load_unet().train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=EPS, weight_decay=1e-2)
     for step in range(20):
