@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.measure import machine, synchronise
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
@@ -99,7 +100,7 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     x0 = images([torch.stack([levels(pair.win), levels(pair.lose)]) for pair in pairs], ids)
     prompts = text([pair.prompt for pair in pairs])
     rows = torch.tensor([prompts.row(pair.prompt) for pair in pairs]).repeat_interleave(2)
-    caption = Condition(embedding=prompts.embedding[rows].float())
+    caption = Condition.build(prompts.conditions, rows, {})
     return World(denoiser=components.denoiser, x0=x0, pair_ids=ids, caption=caption.to(device))
 
 

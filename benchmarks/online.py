@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.levels import Levels
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.train.objectives import inpo
@@ -41,14 +42,10 @@ class OnlineLoop:
         table = self.text(prompts)
         rows = torch.tensor([table.row(prompt) for prompt in prompts]).repeat_interleave(2)
         side = float(pixels.shape[-1])
-        time_ids = None
-        if table.pooled is not None:
-            time_ids = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(rows), 6)
-        condition = Condition(
-            embedding=table.embedding[rows].float(),
-            pooled=None if table.pooled is None else table.pooled[rows].float(),
-            time_ids=time_ids,
-        )
+        images = {}
+        if "pooled" in table.conditions:
+            images["time_ids"] = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(rows), 6)
+        condition = Condition.build(table.conditions, rows, images)
         return x0.to(self.trained.device), condition.to(self.trained.device)
 
     def inpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
@@ -85,7 +82,7 @@ class OnlineLoop:
                 break
             before = levels[index - 1] if index else None
             label = torch.full((len(active),), before or 0, device=x0.device)
-            eps = self.trained(current[active], label, _rows(condition, active))
+            eps = self.trained(current[active], label, condition.rows(active))
             if before is not None:
                 clean[active] = (current[active] - float(schedule.noise[before]) * eps) / float(schedule.signal[before])
             moved = float(schedule.signal[level]) * clean[active] + float(schedule.noise[level]) * eps
@@ -113,14 +110,6 @@ class OnlineLoop:
         torch.nn.utils.clip_grad_norm_(self.trained.unet.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _rows(condition: Condition, rows: Int[Tensor, "row"]) -> Condition:
-    return Condition(
-        embedding=condition.embedding[rows],
-        pooled=None if condition.pooled is None else condition.pooled[rows],
-        time_ids=None if condition.time_ids is None else condition.time_ids[rows],
-    )
 
 
 def _noise_scale(schedule: Levels, before: int | None, level: int) -> float:

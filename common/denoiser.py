@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from inpo.common.conditions import Condition
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 from inpo.common.predictions import PREDICTIONS
@@ -24,25 +24,6 @@ def dtype_name(name: str) -> str:
             "Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name, fix="name one of them"
         )
     return canonical
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Condition:
-    """What the network is told beside the latent, one row per latent of the batch.
-
-    `pooled` and `time_ids` (original height, width, crop top, left, target height, width) are SDXL's.
-    """
-
-    embedding: Float[Tensor, "batch token width"]
-    pooled: Float[Tensor, "batch pooled"] | None = None
-    time_ids: Float[Tensor, "batch 6"] | None = None
-
-    def to(self, device: torch.device) -> "Condition":
-        return Condition(
-            embedding=self.embedding.to(device),
-            pooled=None if self.pooled is None else self.pooled.to(device),
-            time_ids=None if self.time_ids is None else self.time_ids.to(device),
-        )
 
 
 class Denoiser:
@@ -76,12 +57,16 @@ class Denoiser:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
         added = None
-        if condition.pooled is not None:
-            added = {"text_embeds": condition.pooled.float(), "time_ids": condition.time_ids}
+        if "pooled" in condition:
+            added = {"text_embeds": condition["pooled"].float(), "time_ids": condition["time_ids"]}
         label = self._beside(timestep)[-1, timestep.long()]
         with self.autocast():
             output = self.unet(
-                x, label, encoder_hidden_states=condition.embedding.float(), added_cond_kwargs=added, return_dict=False
+                x,
+                label,
+                encoder_hidden_states=condition["embedding"].float(),
+                added_cond_kwargs=added,
+                return_dict=False,
             )[0]
         return output.float()
 
@@ -140,4 +125,4 @@ def prepare_for_inference(unet: nn.Module, *, network_dtype: str, device: torch.
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
     if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from inpo.common import fingerprint, single_file
 from inpo.common.errors import ModelError
@@ -142,7 +143,7 @@ class Model:
         with _loading("unet", self.file or self.folder / "unet"):
             unet = self._load_unet()
         check_prediction(
-            unet,
+            cast(nn.Module, unet),
             self.levels,
             self.prediction,
             where=self.name,

@@ -9,12 +9,14 @@ import math
 import os
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
 from inpo.common.levels import Levels
 
@@ -96,18 +98,15 @@ def noise_likeness(unet: nn.Module, levels: Levels) -> float:
 
     The latents are as small as the network takes them twice over: 16 x 16 for Stable Diffusion.
     """
-    config = unet.config
+    config: Any = unet.config
     size = 2 ** len(config.block_out_channels)
     generator = torch.Generator().manual_seed(0)
     x: Float[Tensor, "batch c h w"] = torch.randn(_LATENTS, config.in_channels, size, size, generator=generator)
-    pooled = time_ids = None
+    condition = {"embedding": torch.zeros(_LATENTS, _TOKENS, config.cross_attention_dim)}
     if config.addition_embed_type == "text_time":
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        pooled = torch.zeros(_LATENTS, width)
-        time_ids = torch.tensor([[8.0 * size, 8.0 * size, 0.0, 0.0, 8.0 * size, 8.0 * size]]).repeat(_LATENTS, 1)
-    condition = Condition(
-        embedding=torch.zeros(_LATENTS, _TOKENS, config.cross_attention_dim), pooled=pooled, time_ids=time_ids
-    )
+        sizes = [8.0 * size, 8.0 * size, 0.0, 0.0, 8.0 * size, 8.0 * size]
+        condition |= {"pooled": torch.zeros(_LATENTS, width), "time_ids": torch.tensor([sizes]).repeat(_LATENTS, 1)}
     last = torch.full((_LATENTS,), levels.num_train_timesteps - 1)
-    output = Denoiser(unet, levels).predict(x, last, condition)
+    output = Denoiser(unet, levels).predict(x, last, Condition(**condition))
     return float(torch.nn.functional.cosine_similarity(output.flatten(), x.flatten(), dim=0))

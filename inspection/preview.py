@@ -73,7 +73,7 @@ def linear_preview(cache: Cache) -> LinearPreview:
     manifest = cache.manifest
     channels, height, _ = manifest.latent_shape
     if channels == 4 and manifest.resolution == 8 * height:
-        if manifest.is_sdxl:
+        if "pooled" in manifest.conditions:
             return LinearPreview(
                 weight=_SDXL_WEIGHT, bias=_SDXL_BIAS, note="latents through a linear approximation of SDXL's VAE"
             )

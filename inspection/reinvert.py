@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from inpo.common.cache import Cache, Shard
-from inpo.common.conditions import pair_condition
-from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
@@ -126,8 +126,8 @@ def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> A
         identity=manifest.inverter,
         seed=manifest.seed,
         timesteps_per_pair=manifest.timesteps_per_pair,
-        caption=pair_condition(shard, rows),
-        empty=_empty_condition(shard, rows),
+        caption=Condition.of(shard, rows),
+        empty=Condition.empty(shard, rows),
     )
     error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
     return Again(
@@ -155,7 +155,7 @@ def _at_stored(
     """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
     errors, sizes = [], []
     for index, row in enumerate(rows):
-        condition = pair_condition(shard, np.array([row])).to(denoiser.device)
+        condition = Condition.of(shard, np.array([row])).to(denoiser.device)
         for step in range(timestep.shape[1]):
             x = torch.from_numpy(x_t[index, step]).to(denoiser.device)
             label = torch.full((2,), int(timestep[index, step]), device=denoiser.device)
@@ -164,16 +164,3 @@ def _at_stored(
             sizes.append(np.sqrt((eps**2).mean((1, 2, 3))))
     shape = (*timestep.shape, 2)
     return np.stack(errors).reshape(shape), np.stack(sizes).reshape(shape)
-
-
-def _empty_condition(shard: Shard, rows: Int[np.ndarray, "pair"]) -> Condition:
-    """Row 0 of the shard's prompts, the empty one, for every image; SDXL's time ids stay the pair's own."""
-    count = 2 * len(rows)
-    embedding = torch.from_numpy(shard.read("prompt/embedding")[:1]).float()
-    if "prompt/pooled" not in shard:
-        return Condition(embedding=embedding.repeat(count, 1, 1))
-    return Condition(
-        embedding=embedding.repeat(count, 1, 1),
-        pooled=torch.from_numpy(shard.read("prompt/pooled")[:1]).float().repeat(count, 1),
-        time_ids=torch.from_numpy(shard.read("time_ids", rows)).reshape(-1, 6),
-    )

@@ -65,8 +65,9 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
     token_width = _token_width(model)
-    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, token_width) for spec in manifest.arrays}
-    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in manifest.arrays)
+    arrays = manifest.arrays
+    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, token_width) for spec in arrays}
+    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in arrays)
     bytes_by_array["metadata"] = (
         _JSON_BYTES_PER_ARRAY * len(manifest.arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
-from inpo.common.denoiser import Condition
+from inpo.common.conditions import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
@@ -265,11 +265,10 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     latents = 2 * settings.batch_size
     prompts = components.text([""])
     x = torch.randn(latents, *manifest.latent_shape, device=device)
-    condition = Condition(
-        embedding=prompts.embedding[[0] * latents].float(),
-        pooled=None if prompts.pooled is None else prompts.pooled[[0] * latents].float(),
-        time_ids=None if prompts.pooled is None else torch.full((latents, 6), float(settings.resolution)),
-    ).to(device)
+    rows = torch.zeros(latents, dtype=torch.long)
+    images = {"time_ids": torch.full((latents, 6), float(settings.resolution))}
+    images = {name: tensor for name, tensor in images.items() if name in manifest.conditions}
+    condition = Condition.build(prompts.conditions, rows, images).to(device)
     timestep = torch.full((latents,), 500, device=device)
     times = []
     with torch.inference_mode():

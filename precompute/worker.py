@@ -6,18 +6,19 @@ write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16
+from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
@@ -123,8 +124,9 @@ class ShardWorker:
             dropped = [
                 uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout for each in pairs
             ]
-            time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
-            training_rows = [0 if drop else prompts.row(each.prompt) for each, drop in zip(pairs, dropped, strict=True)]
+            images = {"time_ids": _time_ids(pairs, manifest.resolution)} if "time_ids" in manifest.conditions else {}
+            rows = torch.tensor([prompts.row(each.prompt) for each in pairs])
+            training = rows.masked_fill(torch.tensor(dropped), 0)
             inverted = invert(
                 components.denoiser,
                 x0,
@@ -132,19 +134,19 @@ class ShardWorker:
                 identity=manifest.inverter,
                 seed=manifest.seed,
                 timesteps_per_pair=manifest.timesteps_per_pair,
-                caption=_condition(prompts, training_rows, time_ids),
-                empty=_condition(prompts, [0] * len(pairs), time_ids),
+                caption=_condition(prompts, training, images),
+                empty=_condition(prompts, torch.zeros_like(rows), images),
                 measure_inversion=manifest.measure_inversion,
                 extra=manifest.extra,
                 pairs_per_batch=self.pairs_per_batch,
             )
-            everything = _arrays(pairs, x0, inverted, prompts, dropped, time_ids)
+            everything = _arrays(pairs, x0, inverted, prompts, rows, dropped, images)
             for index in (~inverted.finite).nonzero().flatten().tolist():
                 skipped.append(_not_finite(pairs[index], "a stored tensor of the inversion"))
             finite = inverted.finite.numpy()
             arrays = {
-                spec.path: everything[spec.path][finite] if spec.axes[0] == "pair" else everything[spec.path]
-                for spec in manifest.arrays
+                path: everything[path][finite] if spec.axes[0] == "pair" else everything[path]
+                for path, spec in manifest.specs.items()
             }
             if not finite.any():
                 arrays = {}
@@ -245,14 +247,10 @@ def _time_ids(pairs: list[PreparedPair], resolution: int) -> Float[Tensor, "pair
     )
 
 
-def _condition(prompts: PromptTable, rows: list[int], time_ids: Float[Tensor, "pair side 6"] | None) -> Condition:
-    """One row per image, from the rounded embeddings: what a trainer will see, not what the encoder said."""
-    per_image = torch.tensor(rows).repeat_interleave(2)
-    return Condition(
-        embedding=prompts.embedding[per_image].float(),
-        pooled=None if prompts.pooled is None else prompts.pooled[per_image].float(),
-        time_ids=None if time_ids is None else time_ids.reshape(-1, 6),
-    )
+def _condition(prompts: PromptTable, rows: Int[Tensor, "pair"], images: Mapping[str, Tensor]) -> Condition:
+    """From the rounded embeddings: what a trainer will see, not what the encoder said."""
+    flat = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
+    return Condition.build(prompts.conditions, rows.repeat_interleave(2), flat)
 
 
 def _arrays(
@@ -260,18 +258,18 @@ def _arrays(
     x0: Float16[Tensor, "pair side c h w"],
     inverted: Inverted,
     prompts: PromptTable,
+    rows: Int[Tensor, "pair"],
     dropped: list[bool],
-    time_ids: Float[Tensor, "pair side 6"] | None,
+    images: Mapping[str, Tensor],
 ) -> dict[str, np.ndarray]:
     """Every array that could be stored, by path; the manifest chooses."""
     arrays: dict[str, np.ndarray] = {
         "x0": x0.numpy(),
         "pair_id": np.array([each.pair_id for each in pairs], dtype=object),
-        "prompt_index": np.array([prompts.row(each.prompt) for each in pairs], dtype=np.int32),
+        "prompt_index": rows.numpy().astype(np.int32),
         "caption_dropped": np.array(dropped, dtype=bool),
         "label": np.array([each.label for each in pairs], dtype=np.float32),
         "prompt/text": np.array(prompts.text, dtype=object),
-        "prompt/embedding": prompts.embedding.numpy(),
     }
     for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
         arrays[name] = getattr(inverted, name).numpy()
@@ -279,8 +277,8 @@ def _arrays(
         values = getattr(inverted, name)
         if values is not None:
             arrays[name] = values.numpy()
-    if prompts.pooled is not None:
-        arrays["prompt/pooled"] = prompts.pooled.numpy()
-    if time_ids is not None:
-        arrays["time_ids"] = time_ids.numpy()
-    return arrays
+    return (
+        arrays
+        | {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.conditions.items()}
+        | {name: tensor.numpy() for name, tensor in images.items()}
+    )

@@ -13,7 +13,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import WrapperStore
 
-from inpo.common.cache.schema import SPECS, ArraySpec
+from inpo.common.cache.schema import ArraySpec
 from inpo.common.cache.store import check_process
 
 _CHUNKS_PER_BATCH = 64
@@ -73,8 +73,8 @@ def quiet_strings() -> Iterator[None]:
         yield
 
 
-def write_group(store: Store, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a plain zarr v3 group. Arrays must already have the contract's dtype and rank.
+def write_group(store: Store, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
+    """Write a plain zarr v3 group. Arrays must already have the dtype and rank of their `specs`.
 
     Sharding codec with one file per big array; codecs bytes + crc32c, no compression; empty chunks are written, so
     that a missing chunk is always damage and never an implicit fill value.
@@ -84,7 +84,7 @@ def write_group(store: Store, arrays: Mapping[str, np.ndarray]) -> None:
         for path in sorted({path.split("/")[0] for path in arrays if "/" in path}):
             zarr.create_group(store=store, path=path, zarr_format=3)
         for path, values in arrays.items():
-            spec = SPECS[path]
+            spec = specs[path]
             created = zarr.create_array(
                 store=store,
                 name=path,

@@ -11,7 +11,7 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, open_array
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.schema import SPECS, Commit, Manifest
+from inpo.common.cache.schema import Commit, Manifest
 from inpo.common.cache.store import CacheStore, digest, storage_errors
 from inpo.common.cache.writer import MANIFEST
 from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
@@ -54,7 +54,7 @@ class Shard:
                 raise self._corrupt(
                     "A committed file has another size", path, expected=f"{size} bytes", got=f"{present[path]} bytes"
                 )
-        missing = {spec.path for spec in self.cache.manifest.arrays} - self.stored
+        missing = self.cache.manifest.specs.keys() - self.stored
         if missing:
             raise CacheSchemaError(
                 f"Shard {self.name} lacks arrays that the manifest promises: {', '.join(sorted(missing))}.",
@@ -66,7 +66,7 @@ class Shard:
     def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
         """`file` is a path below the shard's folder; its array is named."""
         array = file.split("/c/")[0].removesuffix("/zarr.json")
-        part = f"array {array}" if array in SPECS else "a group's metadata"
+        part = f"array {array}" if array in self.cache.manifest.specs else "a group's metadata"
         return CacheCorrupt(
             f"{what}: {part} of shard {self.name}.",
             where=f"{self.location}/{file}",
@@ -89,7 +89,8 @@ class Shard:
                     )
         committed = CommittedStore(store.zarr(self.folder), self.commit.files, remote=store.remote)
         array = open_array(committed, path)
-        problem = SPECS[path].problem(array.shape, array.dtype, self.cache.manifest.lengths(self.num_pairs))
+        manifest = self.cache.manifest
+        problem = manifest.specs[path].problem(array.shape, array.dtype, manifest.lengths(self.num_pairs))
         if problem is not None:
             raise CacheSchemaError(
                 f"Array {path} of shard {self.name} does not fit the manifest.",
@@ -131,7 +132,7 @@ class Shard:
         one's), eps_ref where it is delta. Raises CacheIncomplete, naming the option that would store it, for the
         rest, and CacheCorrupt, naming shard, array and pairs, for damaged bytes.
         """
-        if path not in self.stored:
+        if path not in self.stored or path not in self.cache.manifest.specs:
             if path == "x_t" and "target" in self.stored:
                 return self._derive_x_t(pairs)
             if self._is_delta(path):
@@ -165,7 +166,7 @@ class Shard:
 
     def _culprits(self, path: str, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> str:
         """The pairs whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
-        if SPECS[path].chunking == "whole" or path not in self._arrays:
+        if path not in self._arrays or self.cache.manifest.specs[path].chunking == "whole":
             return ""
         array = self._arrays[path]
         bad = []
@@ -194,7 +195,7 @@ class Shard:
         elif path in ("delta_prev", "eps_ref"):
             fix = f"precompute a cache with --extra {path}"
         else:
-            fix = f"stored here: {', '.join(sorted(self.stored & set(SPECS)))}"
+            fix = f"stored here: {', '.join(sorted(self.stored & manifest.specs.keys()))}"
         return CacheIncomplete(
             f"This cache does not hold {path!r}.", where=self.cache.location, got=f"profile {manifest.profile}", fix=fix
         )
@@ -211,7 +212,7 @@ def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "pair"], path: str)
         return array[:0]
     if rows.min() < 0 or rows.max() >= length:
         raise IndexError(f"rows {rows.min()}..{rows.max()} of {path}, which has {length}")
-    if SPECS[path].chunking == "whole":
+    if array.shards is None:  # one chunk
         return np.asarray(array[...])[rows]
     distinct, place = np.unique(rows, return_inverse=True)
     runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)

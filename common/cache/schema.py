@@ -6,6 +6,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -37,7 +38,7 @@ class ArraySpec:
     profiles: tuple[Profile, ...]
     meaning: str
     option: str | None = None
-    """The `--extra` name, model family or inverter that makes this array appear; None: always there."""
+    """The `--extra` name or inverter that makes this array appear; None: always there."""
 
     @property
     def is_text(self) -> bool:
@@ -141,7 +142,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         axes=("pair",),
         chunking="whole",
         profiles=_BOTH,
-        meaning="row of prompt/text and prompt/embedding with the original caption, also where it was dropped",
+        meaning="row of the prompt arrays with the original caption, also where it was dropped",
     ),
     ArraySpec(
         path="caption_dropped",
@@ -166,32 +167,6 @@ ARRAYS: tuple[ArraySpec, ...] = (
         chunking="whole",
         profiles=_BOTH,
         meaning="distinct prompts of the shard; row 0 is the empty prompt",
-    ),
-    ArraySpec(
-        path="prompt/embedding",
-        dtype="float16",
-        axes=("prompt", "token", "width"),
-        chunking="whole",
-        profiles=_BOTH,
-        meaning="text encoder states, one row per distinct prompt",
-    ),
-    ArraySpec(
-        path="prompt/pooled",
-        dtype="float16",
-        axes=("prompt", "width"),
-        chunking="whole",
-        profiles=_BOTH,
-        option="sdxl",
-        meaning="pooled text embedding (SDXL)",
-    ),
-    ArraySpec(
-        path="time_ids",
-        dtype="float32",
-        axes=("pair", "side", "time_id"),
-        chunking="whole",
-        profiles=_BOTH,
-        option="sdxl",
-        meaning="original height, width, crop top, left, target height, width (SDXL)",
     ),
     ArraySpec(
         path="delta_prev",
@@ -221,18 +196,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
-SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
 EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
-
-
-def arrays_of(
-    profile: Profile, *, sdxl: bool = False, extra: tuple[str, ...] = (), inverter: str = "ddim"
-) -> tuple[ArraySpec, ...]:
-    """The arrays that a shard of this profile holds, in the contract's order."""
-    options = {*extra, *(("sdxl",) if sdxl else ()), inverter}
-    return tuple(
-        spec for spec in ARRAYS if profile in spec.profiles and (spec.option is None or spec.option in options)
-    )
 
 
 _DocumentType = TypeVar("_DocumentType", bound="_Document")
@@ -304,6 +268,26 @@ class InverterIdentity(_Document):
     """fixed_point only: the relative RMS change at which the iteration stops."""
 
 
+class ConditionSpec(_Document):
+    """One of the tensors that the network is told: its array is prompt/<name> or image/<name>."""
+
+    dtype: str
+    axes: tuple[str, ...]
+    """Names of the axes behind the owner's."""
+    per: Literal["prompt", "image"]
+
+    def array(self, name: str) -> ArraySpec:
+        """The array that holds it."""
+        return ArraySpec(
+            path=f"prompt/{name}" if self.per == "prompt" else name,
+            dtype=self.dtype,
+            axes=("prompt", *self.axes) if self.per == "prompt" else ("pair", "side", *self.axes),
+            chunking="whole",
+            profiles=_BOTH,
+            meaning=f"what the network is told as {name}, by {self.per}",
+        )
+
+
 class Manifest(_Document):
     """CACHE/manifest.json: the identity of a cache, put-if-absent. All fields but `versions` are compared."""
 
@@ -344,25 +328,32 @@ class Manifest(_Document):
         return cls._parse(document, where)
 
     @property
-    def is_sdxl(self) -> bool:
-        return "text_encoder_2" in self.fingerprints
+    def conditions(self) -> dict[str, ConditionSpec]:
+        """What the network is told, by name."""
+        embedding = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+        if "text_encoder_2" not in self.fingerprints:
+            return {"embedding": embedding}
+        return {
+            "embedding": embedding,
+            "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt"),
+            "time_ids": ConditionSpec(dtype="float32", axes=("time_id",), per="image"),
+        }
+
+    @cached_property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays that a shard holds, by path: the contract's, and one per condition."""
+        options = {None, *self.extra, self.inverter.name}
+        contract = [spec for spec in ARRAYS if self.profile in spec.profiles and spec.option in options]
+        return {spec.path: spec for spec in [*contract, *(each.array(name) for name, each in self.conditions.items())]}
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra, inverter=self.inverter.name)
+        return tuple(self.specs.values())
 
     def lengths(self, num_pairs: int) -> dict[str, int]:
-        """Lengths of the axes of a shard with so many pairs; token, width and prompt are free."""
+        """Lengths of the axes of a shard with so many pairs; a condition's axes and prompt are free."""
         channel, height, width = self.latent_shape
-        return {
-            "pair": num_pairs,
-            "step": self.timesteps_per_pair,
-            "side": 2,
-            "C": channel,
-            "H": height,
-            "W": width,
-            "time_id": 6,
-        }
+        return {"pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width}
 
     def levels(self) -> Levels:
         """The reference's noise schedule from the table here, so that writers and readers walk the very same numbers

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache.arrays import write_group
-from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, SPECS, Commit, Manifest, ShardSource
+from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, Commit, Manifest, ShardSource
 from inpo.common.cache.store import CacheStore, digest, storage_errors
 from inpo.common.errors import CacheCorrupt, CacheMismatch, InpoError
 
@@ -112,7 +112,7 @@ class CacheWriter:
         """Write and flush. What a refusing disk leaves behind is removed at once: it may be what fills the disk."""
         try:
             with storage_errors("write a shard", self.store.path(folder)):
-                write_group(self.store.zarr(folder, read_only=False), arrays)
+                write_group(self.store.zarr(folder, read_only=False), arrays, self.manifest.specs)
             self.store.sync_folder(folder)
         except InpoError:
             with contextlib.suppress(InpoError):
@@ -123,14 +123,14 @@ class CacheWriter:
         """Our own bugs, caught before they reach a disk: names, dtypes, shapes and references follow the contract."""
         if not data.arrays:
             return
-        expected = {spec.path for spec in self.manifest.arrays}
+        expected = self.manifest.specs.keys()
         if expected != set(data.arrays):
             raise AssertionError(f"shard {name}: arrays {sorted(data.arrays)} instead of {sorted(expected)}")
         if not 0 < data.num_pairs <= MAX_PAIRS_PER_SHARD:
             raise AssertionError(f"shard {name}: {data.num_pairs} pairs")
         lengths = self.manifest.lengths(data.num_pairs)
         for path, values in data.arrays.items():
-            spec = SPECS[path]
+            spec = self.manifest.specs[path]
             problem = spec.problem(values.shape, values.dtype, lengths)
             if problem is None and spec.is_text and values.dtype.kind not in "OT":
                 problem = f"{values.dtype} instead of text"

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float16, Float32, Int16
 from torch import Tensor
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion.batching import run_trajectories
 from inpo.common.inversion.inverters import Asked
 from inpo.common.inversion.path import build_path

@@ -234,7 +234,7 @@ def test_a_table_that_differs_in_the_last_bit_gives_way_to_the_caches_own(tmp_pa
     assert rounded != table
     writer = CacheWriter.open(str(tmp_path), build.manifest(alphas_cumprod=rounded))
     assert writer.manifest.alphas_cumprod == table
-    assert torch.equal(writer.manifest.levels().a, torch.tensor(table, dtype=torch.float64).sqrt())
+    assert torch.equal(writer.manifest.levels().signal, torch.tensor(table, dtype=torch.float64).sqrt())
 
 
 def test_what_changes_no_number_is_no_identity(tmp_path, build):

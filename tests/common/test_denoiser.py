@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from inpo.common.denoiser import Condition, Denoiser, dtype_name, prepare_for_inference
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser, dtype_name, prepare_for_inference
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 from inpo.common.models import open_model
@@ -64,10 +65,10 @@ def test_a_call_is_the_network_and_the_conversion(tiny, kind):
     if kind == "sdxl":
         pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         pooled, time_ids = torch.randn(2, pooled_width, generator=generator), torch.full((2, 6), 32.0)
-        condition = Condition(embedding=condition.embedding, pooled=pooled, time_ids=time_ids)
+        condition = Condition(embedding=condition["embedding"], pooled=pooled, time_ids=time_ids)
         added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
-        expected = unet(x, timestep, encoder_hidden_states=condition.embedding, added_cond_kwargs=added).sample
+        expected = unet(x, timestep, encoder_hidden_states=condition["embedding"], added_cond_kwargs=added).sample
         denoiser = Denoiser(unet, model.levels, model.prediction)
         output = denoiser.predict(x, timestep, condition)
         noise = denoiser(x, timestep, condition.to(torch.device("cpu")))

@@ -12,7 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
 from inpo.common.inversion import invert
 from inpo.common.models import open_model
@@ -149,7 +150,7 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
     rows = torch.from_numpy(np.where(dropped, 0, prompt_index).astype(np.int64)).repeat_interleave(2)
     extra: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    if manifest.is_sdxl:
+    if "pooled" in manifest.conditions:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         pooled = torch.randn(len(PROMPTS), width, generator=noise).half()
         time_ids = torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0]).expand(num_pairs, 2, 6).contiguous()

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Inverted, invert
 from inpo.common.levels import Levels
 from inpo.common.testing import save_tiny_pipeline

@@ -136,7 +136,7 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
     explicit = inverted(denoiser, x0, name="ddim", **settings)
     assert made.residual is not None
     table = denoiser.levels
-    a, s = table.a.numpy(), table.s.numpy()
+    a, s = table.signal.numpy(), table.noise.numpy()
     worst = {"fixed_point": 0.0, "ddim": 0.0}
     for name, result in (("fixed_point", made), ("ddim", explicit)):
         for pair, step, side in np.ndindex(2, 12, 2):

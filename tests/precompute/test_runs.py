@@ -112,7 +112,7 @@ def _nan_text(components: Components) -> None:
 
 def _nan_network(components: Components) -> None:
     forward = components.denoiser.unet.forward
-    sick = components.text(["a blue dog on the house"]).embedding[1].float()
+    sick = components.text(["a blue dog on the house"]).conditions["embedding"][1].float()
 
     def broken(x: torch.Tensor, timestep: Any, *, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
         output = forward(x, timestep, encoder_hidden_states=encoder_hidden_states, **rest)[0].clone()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert
 from inpo.common.models import Model, open_model
 from inpo.common.testing import save_tiny_pipeline
@@ -96,7 +97,7 @@ class World:
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
     ) -> dict[str, np.ndarray]:
-        sdxl = manifest.is_sdxl
+        sdxl = "pooled" in manifest.conditions
         width = int(self.model.config("unet")["cross_attention_dim"])
         embedding = _noise((PROMPTS + 1, 16, width), 1).half()
         numbers = np.arange(first, first + num_pairs)
@@ -106,12 +107,8 @@ class World:
         pooled = _noise((PROMPTS + 1, 48), 2).half() if sdxl else None
         time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous() if sdxl else None
 
-        def condition(row: torch.Tensor) -> Condition:
-            return Condition(
-                embedding=embedding[row].float(),
-                pooled=None if pooled is None else pooled[row].float(),
-                time_ids=None if time_ids is None else time_ids.flatten(0, 1),
-            )
+        prompts = {"embedding": embedding} | ({} if pooled is None else {"pooled": pooled})
+        images = {} if time_ids is None else {"time_ids": time_ids.flatten(0, 1)}
 
         x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
@@ -122,8 +119,8 @@ class World:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=condition(rows),
-            empty=condition(torch.zeros_like(rows)),
+            caption=Condition.build(prompts, rows, images),
+            empty=Condition.build(prompts, torch.zeros_like(rows), images),
             extra=manifest.extra,
         )
         assert bool(found.finite.all())

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from inpo.common.cache import open_cache
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert
 from inpo.train.index import build_index
 from inpo.train.order import GlobalOrder
