@@ -41,10 +41,9 @@ class OnlineLoop:
         x0 = self.images(list(pixels), [str(number) for number in range(len(prompts))]).flatten(0, 1).float()
         table = self.text(prompts)
         rows = torch.tensor([table.row(prompt) for prompt in prompts]).repeat_interleave(2)
-        side = float(pixels.shape[-1])
-        images = {}
-        if "pooled" in table.conditions:
-            images["time_ids"] = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(rows), 6)
+        side = pixels.shape[-1]
+        own = self.text.family.of_image((side, side), (0, 0), (side, side))
+        images = {name: torch.tensor([values]).expand(len(rows), -1) for name, values in own.items()}
         condition = Condition.build(table.conditions, rows, images)
         return x0.to(self.trained.device), condition.to(self.trained.device)
 
@@ -107,7 +106,7 @@ class OnlineLoop:
             self.beta,
         )
         result.loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

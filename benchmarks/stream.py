@@ -21,9 +21,10 @@ import obstore
 import torch
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource, open_cache
 from inpo.common.cache.derive import point_from_target
 from inpo.common.cache.store import CacheStore
+from inpo.common.families import FAMILIES
 from inpo.common.levels import Levels
 from inpo.train.index import build_index
 from inpo.train.records import Needs
@@ -151,9 +152,9 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
     levels = Levels.from_alphas_cumprod(abar)
     manifest = Manifest(
         latent_shape=shape,
-        num_train_timesteps=1000,
-        alphas_cumprod=tuple(abar.tolist()),
-        prediction_type="epsilon",
+        family="sd",
+        levels=LevelTables.of(levels),
+        conditions=dict(FAMILIES["sd"].conditions),
         profile="full",
         seed=0,
         timesteps_per_pair=kept,
@@ -164,7 +165,7 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
         vae_dtype="float32",
         network_dtype="float32",
         inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
-        fingerprints={"unet": "random"},
+        fingerprints={"network": "random"},
     )
     writer = CacheWriter.open(str(folder), manifest)
     rng = np.random.default_rng(0)

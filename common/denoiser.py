@@ -1,6 +1,6 @@
 """One network behind one signature: whatever it predicts, noise comes out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,12 @@ def dtype_name(name: str) -> str:
     return canonical
 
 
+Call = Callable[
+    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
+]
+"""(network, x, label, condition) -> its output: a family's `call`."""
+
+
 class Denoiser:
     """eps(x, t, c): the noise prediction of a network, in float32, whatever it was trained to predict.
 
@@ -34,10 +40,17 @@ class Denoiser:
     """
 
     def __init__(
-        self, unet: nn.Module, levels: Levels, prediction: str = "epsilon", *, network_dtype: str = "float32"
+        self,
+        network: nn.Module,
+        levels: Levels,
+        call: Call,
+        prediction: str = "epsilon",
+        *,
+        network_dtype: str = "float32",
     ) -> None:
-        self.unet = unet
+        self.network = network
         self.levels = levels
+        self.call = call
         self.prediction = prediction
         self.network_dtype = dtype_name(network_dtype)
         self.num_calls = 0
@@ -49,25 +62,16 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     def predict(
         self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
-        added = None
-        if "pooled" in condition:
-            added = {"text_embeds": condition["pooled"].float(), "time_ids": condition["time_ids"]}
         label = self._beside(timestep)[-1, timestep.long()]
         with self.autocast():
-            output = self.unet(
-                x,
-                label,
-                encoder_hidden_states=condition["embedding"].float(),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
+            output = self.call(self.network, x, label, condition)
         return output.float()
 
     def __call__(
@@ -113,16 +117,16 @@ class Denoiser:
             yield
 
 
-def prepare_for_inference(unet: nn.Module, *, network_dtype: str, device: torch.device) -> None:
-    """Freeze `unet`, move it, and store convolution and linear weights in `network_dtype`.
+def prepare_for_inference(network: nn.Module, *, network_dtype: str, device: torch.device) -> None:
+    """Freeze `network`, move it, and store convolution and linear weights in `network_dtype`.
 
     autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do.
     """
-    unet.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval().to(device)
     dtype = DTYPES[dtype_name(network_dtype)]
     if dtype != torch.float32:
-        for module in unet.modules():
+        for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
     if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
 """Finding a model and loading just the components a stage needs.
 
 A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). What is not supported
-(common/supported.py) is refused by name.
+(common/families/) is refused by name.
 """
 
 import sys
@@ -15,22 +15,17 @@ from typing import Any, TypeVar, cast
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from inpo.common import fingerprint, single_file
+from inpo.common.denoiser import Denoiser
+from inpo.common.documents import read_json
 from inpo.common.errors import ModelError
+from inpo.common.families import BY_PIPELINE, SUPPORTED, Family
 from inpo.common.levels import Levels
-from inpo.common.prediction import check_prediction
-from inpo.common.predictions import prediction_of
-from inpo.common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
+from inpo.common.prediction import check_prediction, noise_likeness
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
@@ -88,21 +83,22 @@ class Model:
 
     @cached_property
     def levels(self) -> Levels:
-        return Levels.from_scheduler(self.scheduler)
+        return self.family.levels(self.scheduler)
 
     @cached_property
     def prediction(self) -> str:
         """What the network predicts (common/predictions.py)."""
-        return prediction_of(self.scheduler)
+        return self.family.prediction(self.scheduler)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """{component: digest of its weights and configuration}, for the cache's identity."""
         prints = {"scheduler": fingerprint.of_config(self.config("scheduler"))}
-        for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        family = self.family
+        for component in (family.network, "vae", *family.text_encoders):
             if component in self.index and self.index[component][0] is not None:
-                prints[component] = self._fingerprint(component)
-        for component in ("tokenizer", "tokenizer_2"):
+                prints["network" if component == family.network else component] = self._fingerprint(component)
+        for component in family.tokenizers:
             files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
             if files:
                 prints[component] = fingerprint.of_files(files)
@@ -111,7 +107,7 @@ class Model:
     def _fingerprint(self, component: str) -> str:
         config = self.config(component)
         if self.file is not None and not (component == "vae" and self.vae_folder):
-            return fingerprint.of_files([self.file], config=config, prefix=single_file.PREFIXES[component])
+            return fingerprint.of_files([self.file], config=config, prefix=self.family.prefixes[component])
         return fingerprint.of_files(self.weight_files(component), config=config)
 
     def weight_files(self, component: str) -> list[Path]:
@@ -136,77 +132,72 @@ class Model:
             return self.variant
         return None
 
-    def load_unet(self) -> UNet2DConditionModel:
-        """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says
-        (common/prediction.py).
+    def load_network(self) -> nn.Module:
+        """The trained component in float32 on the CPU. Raises ModelError if it does not predict what the scheduler
+        says (common/prediction.py).
         """
-        with _loading("unet", self.file or self.folder / "unet"):
-            unet = self._load_unet()
+        part, family = self.family.network, self.family
+        with _loading(part, self.file or self.folder / part):
+            network = self._load(part, family.network_class, self.folder / part, in_file=self.file is not None)
+        side, factor = family.probe_side(self.config(part)), family.vae_factor(self.config)
+        shape = (int(self.config("vae")["latent_channels"]), side, side)
         check_prediction(
-            cast(nn.Module, unet),
+            noise_likeness(self.denoiser(network), family.blank(self.config, 2, side * factor), shape),
             self.levels,
             self.prediction,
             where=self.name,
             scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
             guessed_from=self.guessed_from,
         )
-        return unet
+        return cast(nn.Module, network)
 
-    def _load_unet(self) -> UNet2DConditionModel:
-        if self.file is not None:
-            return UNet2DConditionModel.from_single_file(
-                str(self.file), config=str(self.folder), subfolder="unet", dtype=torch.float32
+    def denoiser(self, network: nn.Module, levels: Levels | None = None, *, network_dtype: str = "float32") -> Denoiser:
+        """A network of this model's kind, on the model's own levels or on a cache's."""
+        return Denoiser(network, levels or self.levels, self.family.call, self.prediction, network_dtype=network_dtype)
+
+    def _load(self, component: str, cls: Any, folder: Path, *, in_file: bool) -> Any:
+        if in_file:
+            return cls.from_single_file(
+                str(self.file), config=str(self.folder), subfolder=component, dtype=torch.float32
             )
         return _whole(
-            UNet2DConditionModel.from_pretrained(
-                self.folder,
-                subfolder="unet",
+            cls.from_pretrained(
+                folder,
                 dtype=torch.float32,
                 use_safetensors=True,
-                variant=self._has_variant(self.folder / "unet"),
+                variant=self._has_variant(folder),
                 output_loading_info=True,
             )
         )
 
-    def load_vae(self) -> AutoencoderKL:
+    def load_vae(self) -> Any:
         """The VAE in float32 on the CPU."""
-        with _loading("vae", self.vae_folder or self.file or self.folder / "vae"):
-            if self.file is not None and self.vae_folder is None:
-                return AutoencoderKL.from_single_file(
-                    str(self.file), config=str(self.folder), subfolder="vae", dtype=torch.float32
-                )
-            folder = self.vae_folder or self.folder / "vae"
-            return _whole(
-                AutoencoderKL.from_pretrained(
-                    folder,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    variant=self._has_variant(folder),
-                    output_loading_info=True,
-                )
-            )
+        folder = self.vae_folder or self.folder / "vae"
+        with _loading("vae", self.vae_folder or self.file or folder):
+            in_file = self.file is not None and self.vae_folder is None
+            return self._load("vae", self.family.vae_class, folder, in_file=in_file)
 
     def load_text_pipeline(self) -> DiffusionPipeline:
         """A pipeline that holds only tokenizers and text encoders, in float32: for `encode_prompt`."""
-        return self._load_pipeline(unet=None, vae=None)
+        return self._load_pipeline(**{self.family.network: None, "vae": None})
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
         """The whole pipeline in float32, with any component replaced (for instance unet=the trained one)."""
-        if "unet" not in components:
-            components["unet"] = self.load_unet()
+        if self.family.network not in components:
+            components[self.family.network] = self.load_network()
         if self.vae_folder is not None and "vae" not in components:
             components["vae"] = self.load_vae()
         return self._load_pipeline(**components)
 
     def _load_pipeline(self, **components: Any) -> DiffusionPipeline:
-        if self.family == "sd":
-            components |= {"safety_checker": None, "requires_safety_checker": False}
-        cls = StableDiffusionPipeline if self.family == "sd" else StableDiffusionXLPipeline
+        components |= self.family.unneeded
+        cls = self.family.pipeline
         with _loading("pipeline", self.file or self.folder):
             if self.file is not None:
                 return cls.from_single_file(str(self.file), config=str(self.folder), dtype=torch.float32, **components)
             components = self._text_encoders() | components
-            any_variant = any(self._has_variant(self.folder / part) for part in ("unet", "text_encoder", "vae"))
+            parts = (self.family.network, "text_encoder", "vae")
+            any_variant = any(self._has_variant(self.folder / part) for part in parts)
             return cls.from_pretrained(
                 self.folder,
                 dtype=torch.float32,
@@ -218,7 +209,7 @@ class Model:
     def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
         """Loaded here because the pipeline would load them without telling which weights are missing."""
         encoders = {}
-        for part in ("text_encoder", "text_encoder_2"):
+        for part in self.family.text_encoders:
             library, name = self.index.get(part, (None, None))
             if library == "transformers":
                 folder = self.folder / part
@@ -295,15 +286,44 @@ def open_model(
             folder = _folder_of(model_config, variant=None)
         else:
             folder, guessed_from = single_file.fetch_configuration(path)
-        return _checked(
-            Model(location, folder, family_of(folder), file=path, vae_folder=vae_folder, guessed_from=guessed_from)
-        )
+        family = _family_of(folder)
+        if not family.prefixes:
+            raise ModelError(
+                f"A model of this family is not read from a single file: {family.title}.",
+                where=path,
+                expected="a pipeline folder",
+                fix="pass the pipeline's folder or hub id",
+            )
+        return _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
     folder = _folder_of(location, variant=variant)
-    model = _checked(Model(location, folder, family_of(folder), variant=variant, vae_folder=vae_folder))
+    model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
         print(f"note: {location} has no {variant} weights; its plain ones are used", file=sys.stderr)
     return model
+
+
+def _family_of(folder: Path) -> Family:
+    """By the pipeline's class in model_index.json. Raises ModelError if there is none, or another one."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(
+            "This folder is no diffusers pipeline.",
+            where=folder,
+            expected="model_index.json",
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
+            fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
+        )
+    name = read_json(index_file).get("_class_name", "?")
+    if name not in BY_PIPELINE:
+        raise ModelError(
+            f"A model of class {name} is not supported.",
+            where=folder,
+            expected=SUPPORTED,
+            got=name,
+            fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
+        )
+    return BY_PIPELINE[name]
 
 
 def _quiet_loading() -> None:
@@ -359,12 +379,12 @@ def _vae_folder(location: str) -> Path:
 
 def _checked(model: Model) -> Model:
     """Refuse early, from the configuration files alone, what later equations would not hold for."""
-    check_configuration(
+    family = model.family
+    family.check(
         name=model.name,
         folder=model.folder,
-        family=model.family,
         index=model.index,
-        unet=model.config("unet"),
+        network=model.config(family.network),
         vae=model.config("vae"),
     )
     try:

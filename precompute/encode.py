@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
 from inpo.common.denoiser import DTYPES
+from inpo.common.families import Family
 from inpo.common.seeding import normal
 
 _IMAGES_PER_VAE_CALL = 16
@@ -89,12 +90,12 @@ class ImageEncoder:
 
 
 class TextEncoder:
-    """The pipeline's own prompt encoding, once per distinct prompt."""
+    """A family's own prompt encoding, once per distinct prompt."""
 
-    def __init__(self, pipeline: DiffusionPipeline, *, device: torch.device) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, *, device: torch.device) -> None:
         self.pipeline = pipeline.to(device)
+        self.family = family
         self.device = device
-        self.is_sdxl = hasattr(pipeline, "text_encoder_2")
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> PromptTable:
@@ -102,21 +103,9 @@ class TextEncoder:
         text = ("", *sorted(set(prompts) - {""}))
         parts: list[dict[str, Tensor]] = []
         for first in range(0, len(text), _PROMPTS_PER_TEXT_CALL):
-            chunk = list(text[first : first + _PROMPTS_PER_TEXT_CALL])
-            encoded = self.pipeline.encode_prompt(
-                prompt=chunk, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            parts.append({"embedding": encoded[0].half().cpu()})
-            if self.is_sdxl:
-                parts[-1]["pooled"] = encoded[2].half().cpu()
+            encoded = self.family.encode(self.pipeline, text[first : first + _PROMPTS_PER_TEXT_CALL], self.device)
+            dtypes = {name: getattr(torch, self.family.conditions[name].dtype) for name in encoded}
+            parts.append({name: tensor.to(dtypes[name]).cpu() for name, tensor in encoded.items()})
         conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if self.is_sdxl and getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
-            for tensor in conditions.values():
-                tensor[0] = 0
-        return PromptTable(text=text, conditions=conditions, cut=self._cut(text))
-
-    def _cut(self, text: Sequence[str]) -> frozenset[str]:
-        tokenizer = self.pipeline.tokenizer
-        limit = tokenizer.model_max_length
-        lengths = [len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) for prompt in text]
-        return frozenset(prompt for prompt, length in zip(text, lengths, strict=True) if length > limit)
+        cut = frozenset(prompt for prompt in text if self.family.is_cut(self.pipeline, prompt))
+        return PromptTable(text=text, conditions=conditions, cut=cut)

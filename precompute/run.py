@@ -15,7 +15,6 @@ from rich.console import Console
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
-from inpo.common.conditions import Condition
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
@@ -263,12 +262,8 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     device = PartialState().device
     components = load_components(model, manifest, device)
     latents = 2 * settings.batch_size
-    prompts = components.text([""])
     x = torch.randn(latents, *manifest.latent_shape, device=device)
-    rows = torch.zeros(latents, dtype=torch.long)
-    images = {"time_ids": torch.full((latents, 6), float(settings.resolution))}
-    images = {name: tensor for name, tensor in images.items() if name in manifest.conditions}
-    condition = Condition.build(prompts.conditions, rows, images).to(device)
+    condition = model.family.blank(model.config, latents, settings.resolution).to(device)
     timestep = torch.full((latents,), 500, device=device)
     times = []
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float16, Int
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
@@ -50,11 +50,11 @@ class Components:
 
 
 def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
-    """Load the UNet, the VAE and the text encoders onto `device`."""
-    unet = model.load_unet()
-    prepare_for_inference(unet, network_dtype=manifest.network_dtype, device=device)
+    """Load the network, the VAE and the text encoders onto `device`."""
+    network = model.load_network()
+    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
     return Components(
-        denoiser=Denoiser(unet, manifest.levels(), model.prediction, network_dtype=manifest.network_dtype),
+        denoiser=model.denoiser(network, manifest.levels.levels(), network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,
@@ -62,7 +62,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
             seed=manifest.seed,
             device=device,
         ),
-        text=TextEncoder(model.load_text_pipeline(), device=device),
+        text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
     )
 
 
@@ -124,7 +124,7 @@ class ShardWorker:
             dropped = [
                 uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout for each in pairs
             ]
-            images = {"time_ids": _time_ids(pairs, manifest.resolution)} if "time_ids" in manifest.conditions else {}
+            images = self._image_conditions(pairs)
             rows = torch.tensor([prompts.row(each.prompt) for each in pairs])
             training = rows.masked_fill(torch.tensor(dropped), 0)
             inverted = invert(
@@ -170,6 +170,16 @@ class ShardWorker:
             counts={name: count for name, count in counts.items() if count},
             seconds=seconds,
         )
+
+    def _image_conditions(self, pairs: list[PreparedPair]) -> dict[str, Tensor]:
+        """{name: [pair, side, ...]} of what the network is told of each image."""
+        family, side = self.components.text.family, self.manifest.resolution
+        told = [
+            family.of_image(image.original_size, image.crop_top_left, (side, side))
+            for each in pairs
+            for image in (each.win, each.lose)
+        ]
+        return {name: torch.tensor([each[name] for each in told]).unflatten(0, (-1, 2)) for name in told[0]}
 
     def write(self, name: str, data: ShardData) -> Commit | None:
         """Write and commit; None if another writer committed the shard first."""
@@ -234,17 +244,6 @@ def _finite_inputs(
         else:
             keep.append(index)
     return keep
-
-
-def _time_ids(pairs: list[PreparedPair], resolution: int) -> Float[Tensor, "pair side 6"]:
-    """SDXL's micro-conditioning: original size, crop corner, target size, each as (height, width)."""
-    return torch.tensor(
-        [
-            [[*image.original_size, *image.crop_top_left, resolution, resolution] for image in (each.win, each.lose)]
-            for each in pairs
-        ],
-        dtype=torch.float32,
-    )
 
 
 def _condition(prompts: PromptTable, rows: Int[Tensor, "pair"], images: Mapping[str, Tensor]) -> Condition:

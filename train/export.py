@@ -1,4 +1,4 @@
-"""`inpo export`: a run's pipeline as one safetensors file in the original Stable Diffusion layout."""
+"""`inpo export`: a run's pipeline as one safetensors file in the layout that other programs read."""
 
 import os
 import tomllib
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from inpo.common.cache.store import storage_errors
 from inpo.common.denoiser import DTYPES, dtype_name
-from inpo.common.errors import ModelError, UsageError
+from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, resolve
-from inpo.train.original_layout import clip_keys, open_clip_keys, unet_keys, vae_keys
 from inpo.train.output import make_readable
 
 
@@ -33,9 +32,8 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
         )
     number = DTYPES[dtype_name(dtype)]
     model, pipeline = _open(run)
-    tensors = {
-        name: value.detach().to(number).contiguous().clone() for name, value in original_layout(pipeline, model).items()
-    }
+    weights = single_file_weights(pipeline, model)
+    tensors = {name: value.detach().to(number).contiguous().clone() for name, value in weights.items()}
     with storage_errors("write the single file", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
@@ -48,27 +46,13 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     return file
 
 
-def original_layout(pipeline: Any, model: Model) -> dict[str, Tensor]:
-    """All weights of a pipeline under the original layout's names."""
-    layers = pipeline.unet.config.layers_per_block
-    if not isinstance(layers, int):
-        raise ModelError(
-            "The original layout needs the same number of layers in every block.",
-            where=model.name,
-            got=layers,
-            fix="use the pipeline folder instead of a single file",
-        )
-    tensors = unet_keys(pipeline.unet.state_dict(), layers_per_block=layers) | vae_keys(pipeline.vae.state_dict())
-    if model.family == "sdxl":
-        return (
-            tensors
-            | clip_keys(pipeline.text_encoder.state_dict(), "conditioner.embedders.0.")
-            | open_clip_keys(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.")
-        )
-    # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
-    is_open_clip = pipeline.text_encoder.config.hidden_act == "gelu"
-    text = open_clip_keys if is_open_clip else clip_keys
-    return tensors | text(pipeline.text_encoder.state_dict(), "cond_stage_model.")
+def single_file_weights(pipeline: Any, model: Model) -> dict[str, Tensor]:
+    """All weights of a pipeline under the names that they have in a single file."""
+    tensors: dict[str, Tensor] = {}
+    for component in (model.family.network, "vae", *model.family.text_encoders):
+        network = getattr(pipeline, component)
+        tensors |= model.family.layout(component, network.state_dict(), network.config)
+    return tensors
 
 
 def _open(run: Path) -> tuple[Model, Any]:

@@ -135,11 +135,10 @@ def _check_same_reference(caches: Sequence[Cache]) -> None:
     def reference(cache: Cache) -> tuple[object, ...]:
         manifest = cache.manifest
         return (
-            manifest.fingerprints["unet"],
+            manifest.fingerprints["network"],
             manifest.fingerprints["scheduler"],
             manifest.latent_shape,
             manifest.network_dtype,
-            manifest.prediction_type,
         )
 
     for cache in caches[1:]:

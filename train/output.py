@@ -5,9 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from torch import nn
 
 from inpo.common.cache import Cache
 from inpo.common.cache.store import storage_errors
@@ -39,19 +38,18 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
+def write_output(network: nn.Module, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
     partial = output / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if lora:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
-        cls.save_lora_weights(str(partial), unet_lora_layers=layers, safe_serialization=True)
+        (config,) = network.peft_config.values()  # type: ignore[union-attr, operator]
+        model.family.save_lora(get_peft_model_state_dict(network), partial, rank=config.r)
     else:
-        # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
-        model.load_pipeline(unet=unet).save_pretrained(str(partial), safe_serialization=True)
+        # Only here are the VAE and the text encoders read, to write them beside the trained network.
+        model.load_pipeline(**{model.family.network: network}).save_pretrained(str(partial), safe_serialization=True)
     (partial / "README.md").write_text(card)
     make_readable(*(file for file in partial.rglob("*") if file.is_file()))
     if final.exists():
@@ -63,7 +61,7 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
 def model_card(start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
     """A model card with the resolved configuration and the caches' fingerprints. `start`: whose weights were trained,
     the reference's or those of --init-from."""
-    tags = "lora" if lora else "stable-diffusion-xl" if model.family == "sdxl" else "stable-diffusion"
+    tags = "lora" if lora else model.family.tag
     lines = [
         "---",
         "library_name: diffusers",

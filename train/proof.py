@@ -44,9 +44,9 @@ class Proof:
 
 
 def check_fingerprints(cache: Cache, model: Model) -> None:
-    """Raise CacheMismatch unless the cache's reference is this model, by the content of UNet and scheduler."""
+    """Raise CacheMismatch unless the cache's reference is this model, by the content of network and scheduler."""
     stored, found = cache.manifest.fingerprints, model.fingerprints
-    wrong = [name for name in ("unet", "scheduler") if stored.get(name) != found.get(name)]
+    wrong = [name for name in ("network", "scheduler") if stored.get(name) != found.get(name)]
     if wrong:
         raise CacheMismatch(
             f"The cache was made by another model: its {' and '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}.",

@@ -31,8 +31,7 @@ def check_installed(settings: TrainSettings) -> None:
 
 def check_lora(settings: TrainSettings) -> None:
     """Raise UsageError for an option of LoRA layers that nobody asked for."""
-    default = TrainSettings.model_fields["lora_targets"].default
-    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets != default, "--lora-targets")):
+    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets, "--lora-targets")):
         if asked and not settings.lora_rank:
             raise UsageError(
                 f"{option} does nothing in full fine-tuning.",

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.denoiser import Denoiser, dtype_name
+from inpo.common.denoiser import dtype_name
 from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
@@ -23,7 +23,7 @@ from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective
-from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
+from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
 from inpo.train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
@@ -96,8 +96,8 @@ def run_train(
         )
     say(resolved.toml)
 
-    unet = (open_model(settings.init_from) if settings.init_from else model).load_unet()
-    trained = prepare_unet(unet, settings, network_dtype=network_dtype, device=accelerator.device)
+    unet = (open_model(settings.init_from) if settings.init_from else model).load_network()
+    trained = prepare_network(unet, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
     optimizer = build_optimizer(trained, settings)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
@@ -106,7 +106,7 @@ def run_train(
         checkpoint.keep_only_trained(accelerator)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
-    denoiser = Denoiser(called, opened[0].levels, model.prediction, network_dtype=network_dtype)
+    denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,
@@ -253,7 +253,7 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
     if accelerator.distributed_type == DistributedType.FSDP:
         weights = accelerator.get_state_dict(trainer.unet)  # all processes take part, the first one gets the whole
         if accelerator.is_main_process:
-            bare = resolved.model.load_unet()
+            bare = resolved.model.load_network()
             bare.load_state_dict(weights)
     if accelerator.is_main_process:
         if trainer.ema is not None:
@@ -304,7 +304,7 @@ def run_identity(
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
-        "caches": [{name: cache.manifest.fingerprints[name] for name in ("unet", "scheduler")} for cache in caches],
+        "caches": [{name: cache.manifest.fingerprints[name] for name in ("network", "scheduler")} for cache in caches],
     }
     normalised: dict[str, Any] = json.loads(json.dumps(values))
     return normalised

@@ -44,9 +44,10 @@ class TrainSettings(Section):
     """0: full fine-tuning."""
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the LoRA layers is alpha / rank; unset: the rank."""
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the layers; unset: the projections of the attention."""
     init_from: str | None = None
-    """Start from another model's UNet than the cache's reference."""
+    """Start from another model's network than the cache's reference."""
     labels: str | None = None
     """A label set made by `inpo relabel`."""
     only: Path | None = None

@@ -7,6 +7,7 @@ from inpo.common.cache.schema import (
     Commit,
     ConditionSpec,
     InverterIdentity,
+    LevelTables,
     Manifest,
     ShardSource,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Commit",
     "ConditionSpec",
     "InverterIdentity",
+    "LevelTables",
     "Manifest",
     "Shard",
     "ShardData",

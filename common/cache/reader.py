@@ -236,8 +236,8 @@ class Cache:
 
     @cached_property
     def levels(self) -> Levels:
-        """The reference's noise schedule, from the manifest."""
-        return self.manifest.levels()
+        """The reference's levels, from the manifest."""
+        return self.manifest.levels.levels()
 
     @property
     def num_pairs(self) -> int:

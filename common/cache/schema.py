@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
-from inpo.common.levels import Levels
+from inpo.common.levels import Levels, Space
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_PAIRS_PER_SHARD = 256
 
 Profile = Literal["full", "lean"]
+_TABLES = ("signal", "noise", "label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,15 +289,42 @@ class ConditionSpec(_Document):
         )
 
 
+class LevelTables(_Document):
+    """The levels that every writer and reader of a cache walks: with them no reader needs the model to derive x_t.
+
+    Taken from here to the last bit, even where another version of the libraries would round a scheduler's table
+    differently.
+    """
+
+    space: Space
+    floor: float
+    signal: tuple[float, ...]
+    """a_t for t = 0..T-1."""
+    noise: tuple[float, ...]
+    """s_t."""
+    label: tuple[float, ...]
+    """What the network is told at t."""
+
+    @classmethod
+    def of(cls, levels: Levels) -> "LevelTables":
+        tables = {name: tuple(getattr(levels, name).tolist()) for name in _TABLES}
+        return cls(space=levels.space, floor=levels.floor, **tables)
+
+    def levels(self) -> Levels:
+        tables = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES}
+        return Levels(space=self.space, floor=self.floor, **tables)
+
+
 class Manifest(_Document):
     """CACHE/manifest.json: the identity of a cache, put-if-absent. All fields but `versions` are compared."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    family: str
+    """Of the model, by the name that its file in common/families/ gives it; readers need no more than is here."""
     latent_shape: tuple[int, int, int]
-    num_train_timesteps: int
-    alphas_cumprod: tuple[float, ...]
-    """The reference's schedule, abar_t for t = 0..T-1: with it a reader needs no model to derive x_t."""
-    prediction_type: str
+    levels: LevelTables
+    conditions: dict[str, ConditionSpec]
+    """What the network is told beside latent and label, by name."""
     profile: Profile
     extra: tuple[str, ...] = ()
     seed: int
@@ -328,16 +356,9 @@ class Manifest(_Document):
         return cls._parse(document, where)
 
     @property
-    def conditions(self) -> dict[str, ConditionSpec]:
-        """What the network is told, by name."""
-        embedding = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
-        if "text_encoder_2" not in self.fingerprints:
-            return {"embedding": embedding}
-        return {
-            "embedding": embedding,
-            "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt"),
-            "time_ids": ConditionSpec(dtype="float32", axes=("time_id",), per="image"),
-        }
+    def num_train_timesteps(self) -> int:
+        """T, the length of the levels' tables."""
+        return len(self.levels.signal)
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
@@ -355,17 +376,11 @@ class Manifest(_Document):
         channel, height, width = self.latent_shape
         return {"pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width}
 
-    def levels(self) -> Levels:
-        """The reference's noise schedule from the table here, so that writers and readers walk the very same numbers
-        even where another version of the libraries would round the scheduler's table differently."""
-        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return Levels.from_alphas_cumprod(table)
-
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""
         flat: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
-            if name in ("versions", "alphas_cumprod"):  # check_identity compares the table, to rounding
+            if name in ("versions", "levels"):  # check_identity compares the tables, to rounding
                 continue
             if isinstance(value, dict):
                 flat.update({f"{name}.{key}": inner for key, inner in value.items()})

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache.arrays import write_group
-from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, Commit, Manifest, ShardSource
+from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, Commit, LevelTables, Manifest, ShardSource
 from inpo.common.cache.store import CacheStore, digest, storage_errors
 from inpo.common.errors import CacheCorrupt, CacheMismatch, InpoError
 
@@ -154,9 +154,9 @@ class CacheWriter:
 def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:
     """Raise CacheMismatch, with both values of every difference, unless the two manifests are one identity."""
     have, want = existing.identity(), wanted.identity()
-    if not _same_table(existing.alphas_cumprod, wanted.alphas_cumprod):
+    if not same_levels(existing.levels, wanted.levels):
         # One fingerprint of the scheduler, two tables: another version of the library reads its settings otherwise.
-        have["alphas_cumprod"], want["alphas_cumprod"] = map(_ends, (existing.alphas_cumprod, wanted.alphas_cumprod))
+        have["levels"], want["levels"] = map(_ends, (existing.levels, wanted.levels))
     names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
     if names:
         raise CacheMismatch(
@@ -169,13 +169,26 @@ def check_identity(existing: Manifest, wanted: Manifest, location: object) -> No
 
 
 _TABLE_TOLERANCE = 1e-6
-"""Relative. The table is float32 in its library; writers take the cache's own (Manifest.levels), to the last bit."""
+"""Of a squared table. The tables are float32 in their library; writers take the cache's own, to the last bit."""
 
 
-def _same_table(left: Sequence[float], right: Sequence[float]) -> bool:
-    return len(left) == len(right) and np.allclose(left, right, rtol=_TABLE_TOLERANCE, atol=0)
+def same_levels(left: LevelTables, right: LevelTables) -> bool:
+    """Whether two sets of tables are one, to the rounding of the libraries."""
+    if (left.space, len(left.signal)) != (right.space, len(right.signal)):
+        return False
+
+    def close(one: Sequence[float], other: Sequence[float], *, relative: float, absolute: float) -> bool:
+        return np.allclose(np.square(one), np.square(other), rtol=relative, atol=absolute)
+
+    return (
+        close(left.signal, right.signal, relative=_TABLE_TOLERANCE, absolute=0.0)
+        # Near the clean end noise^2 = 1 - signal^2 is small, and signal's rounding large beside it.
+        and close(left.noise, right.noise, relative=_TABLE_TOLERANCE, absolute=_TABLE_TOLERANCE)
+        and close(left.label, right.label, relative=_TABLE_TOLERANCE, absolute=0.0)
+        and close([left.floor], [right.floor], relative=0.0, absolute=_TABLE_TOLERANCE)
+    )
 
 
-def _ends(table: Sequence[float]) -> str:
-    digits = digest(json.dumps(list(table)).encode())[:8]
-    return f"{table[0]:.9g} to {table[-1]:.9g}, {len(table)} values, digest {digits}"
+def _ends(levels: LevelTables) -> str:
+    signal, digits = levels.signal, digest(levels.to_json())[:8]
+    return f"{levels.space}, signal {signal[0]:.9g} to {signal[-1]:.9g}, {len(signal)} values, digest {digits}"

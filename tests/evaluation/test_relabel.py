@@ -17,9 +17,19 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache import (
+    CacheWriter,
+    ConditionSpec,
+    InverterIdentity,
+    LevelTables,
+    Manifest,
+    ShardData,
+    ShardSource,
+    open_cache,
+)
 from inpo.common.cache.labels import LabelSet, read_labels, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.levels import Levels
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.evaluation.relabel_cli import relabel
@@ -55,10 +65,12 @@ def write_source(folder: Path, reds: dict[str, tuple[int, int]] = REDS) -> Path:
 def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]] = ((0, 2), (2, 5))) -> Path:
     """A cache with the contract's arrays, as precompute would commit it for these rows, one pair of them left out."""
     manifest = Manifest(
-        latent_shape=(1, 2, 2), num_train_timesteps=10, alphas_cumprod=tuple(0.9 - 0.05 * i for i in range(10)),
-        prediction_type="epsilon", profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center",
+        latent_shape=(1, 2, 2), family="sd",
+        levels=LevelTables.of(Levels.from_alphas_cumprod(torch.tensor([0.9 - 0.05 * i for i in range(10)]))),
+        conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
+        profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center",
         flip=False, vae_latent="mean", vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"unet": "u"},
+        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"network": "u"},
     )  # fmt: skip
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()

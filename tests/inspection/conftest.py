@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
@@ -79,9 +79,7 @@ def write_cache(tiny) -> Callable[..., Path]:
         if (kind, settings, index, num_pairs) not in inverted:
             if kind not in denoisers:
                 model = open_model(str(tiny(kind)))
-                denoisers[kind] = Denoiser(
-                    model.load_unet().requires_grad_(False).eval(), model.levels, model.prediction
-                )
+                denoisers[kind] = model.denoiser(model.load_network().requires_grad_(False).eval())
             inverted[kind, settings, index, num_pairs] = _shard(manifest, denoisers[kind], index, num_pairs)
         data = inverted[kind, settings, index, num_pairs]
         wanted = {spec.path for spec in manifest.arrays} if data.num_pairs else set()
@@ -99,9 +97,9 @@ def write_cache(tiny) -> Callable[..., Path]:
         inverter = {"name": "ddim", "steps": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
         values = {
             "latent_shape": (4, 8, 8),
-            "num_train_timesteps": 1000,
-            "alphas_cumprod": tuple((model.levels.signal**2).tolist()),
-            "prediction_type": model.prediction,
+            "family": model.family.name,
+            "levels": LevelTables.of(model.levels),
+            "conditions": dict(model.family.conditions),
             "profile": "full",
             "seed": 0,
             "timesteps_per_pair": KEPT,
@@ -143,7 +141,7 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
         .unflatten(0, (num_pairs, 2))
         .half()
     )
-    config = denoiser.unet.config
+    config = denoiser.network.config
     embedding = torch.randn(len(PROMPTS), 5, config.cross_attention_dim, generator=noise).half()
     prompt_index = np.arange(num_pairs, dtype=np.int32) % (len(PROMPTS) - 1) + 1
     dropped = np.arange(num_pairs) == 1

@@ -10,7 +10,6 @@ from diffusers import UNet2DConditionModel
 
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
-from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert
 from inpo.common.models import open_model
 from inpo.inspection.drift import refresh_command
@@ -35,7 +34,7 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     for shard in cache:
         rows = np.arange(shard.num_pairs)
         again = invert(
-            Denoiser(unet, open_model(str(tiny())).levels),
+            open_model(str(tiny())).denoiser(unet),
             torch.from_numpy(shard.read("x0")),
             [str(name) for name in shard.read("pair_id")],
             identity=cache.manifest.inverter,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
+from inpo.common.families import FAMILIES
 from inpo.common.inversion import Inverted, invert
 from inpo.common.levels import Levels
 from inpo.common.testing import save_tiny_pipeline
@@ -56,7 +57,7 @@ def linear() -> Callable[..., Denoiser]:
     """linear(prediction_type, shape): a Denoiser around the cheap network, on SD1.5's schedule."""
 
     def build(prediction_type: str = "epsilon", shape: tuple[int, int, int] = (2, 3, 3)) -> Denoiser:
-        return Denoiser(Linear(int(np.prod(shape)), 1000), sd15_levels(), prediction_type)
+        return Denoiser(Linear(int(np.prod(shape)), 1000), sd15_levels(), FAMILIES["sd"].call, prediction_type)
 
     return build
 

@@ -9,6 +9,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from inpo.common.denoiser import Denoiser
+from inpo.common.families import FAMILIES
 from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
@@ -44,7 +45,7 @@ class Mixture(nn.Module):
 
 @pytest.fixture(scope="module")
 def mixture() -> Denoiser:
-    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
+    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))), FAMILIES["sd"].call)
 
 
 def ode_error(
@@ -129,7 +130,7 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
 ) -> None:
     """Every forward DDIM step, in float64 from the stored points, lands on the stored point below it."""
     denoiser = linear(prediction_type)
-    denoiser.unet.mix.data *= 0.3  # a contraction, so that the iteration has a limit
+    denoiser.network.mix.data *= 0.3  # a contraction, so that the iteration has a limit
     x0 = latents(2)
     settings = {"steps": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
     made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
@@ -172,7 +173,7 @@ def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Ca
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t: once more, in float64."""
     denoiser, x0 = linear(), latents(3)
     made = inverted(denoiser, x0, steps=6, measure_inversion=1.0)
-    mix = denoiser.unet.mix.detach().double()
+    mix = denoiser.network.mix.detach().double()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
     a, s = denoiser.levels.signal, denoiser.levels.noise
     for pair in range(3):

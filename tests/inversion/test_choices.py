@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser, prepare_for_inference
+from inpo.common.families import FAMILIES
 from inpo.common.inversion import build_path
 from inpo.common.levels import Levels
 from inpo.common.seeding import normal
@@ -128,7 +129,7 @@ def test_the_released_codes_target_is_not_the_noise(
     random = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, 2, 4, 24, 24, generator=random).half()
     noise = torch.randn(4, 24, 24, generator=random)
-    denoiser = Denoiser(Constant(noise), schedule)
+    denoiser = Denoiser(Constant(noise), schedule, FAMILIES["sd"].call)
     made = inverted(denoiser, x0, steps=10, faithful=True, pair_ids=[str(number)])
     step = made.timestep[0].tolist().index(timestep)
     for side in range(2):
@@ -142,7 +143,7 @@ def test_faithful_against_a_transcription_of_its_description(
 ) -> None:
     denoiser, x0 = linear(), latents(4)
     made = inverted(denoiser, x0, steps=10, faithful=True, timesteps_per_pair=7, seed=2)
-    mix = denoiser.unet.mix.detach().double().numpy()
+    mix = denoiser.network.mix.detach().double().numpy()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
 
     def eps(x: np.ndarray, t: int) -> np.ndarray:
@@ -197,7 +198,7 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     tiny_unet: nn.Module, latents: Callable, inverted: Callable, name: str
 ) -> None:
     x0 = latents(6, (4, 8, 8))
-    denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER))
+    denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER), FAMILIES["sd"].call)
     settings = {
         "name": name,
         "steps": 4,
@@ -231,11 +232,11 @@ def test_half_precision_networks_agree_to_their_own_rounding(
     prepare_for_inference(unet, network_dtype=dtype, device=torch.device("cpu"))
     schedule = Levels.from_scheduler(SCHEDULER)
     x0 = latents(6, (4, 8, 8))
-    half = Denoiser(unet, schedule, network_dtype=dtype)
+    half = Denoiser(unet, schedule, FAMILIES["sd"].call, network_dtype=dtype)
     seen: set[torch.dtype] = set()
     unet.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
     one, eight = inverted(half, x0, pairs_per_batch=1), inverted(half, x0, pairs_per_batch=8)
-    exact = inverted(Denoiser(tiny_unet, schedule), x0)
+    exact = inverted(Denoiser(tiny_unet, schedule, FAMILIES["sd"].call), x0)
     assert seen == {torch.float32}, "the state enters the network in float32; autocast rounds inside"
     assert torch.equal(one.timestep, eight.timestep)
     batches, rounding = _compare(eight, one), _compare(one, exact)
@@ -272,7 +273,7 @@ def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     well = inverted(linear(), x0, **settings)
     x0[2, 1] *= 60
     denoiser = linear()
-    denoiser.unet = NotANumber(denoiser.unet, value)
+    denoiser.network = NotANumber(denoiser.network, value)
     made = inverted(denoiser, x0, pairs_per_batch=3, **settings)
     assert made.finite.tolist() == [True, True, False, True, True]
     others = [0, 1, 3, 4]

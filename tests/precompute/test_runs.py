@@ -111,7 +111,7 @@ def _nan_text(components: Components) -> None:
 
 
 def _nan_network(components: Components) -> None:
-    forward = components.denoiser.unet.forward
+    forward = components.denoiser.network.forward
     sick = components.text(["a blue dog on the house"]).conditions["embedding"][1].float()
 
     def broken(x: torch.Tensor, timestep: Any, *, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
@@ -119,7 +119,7 @@ def _nan_network(components: Components) -> None:
         output[(encoder_hidden_states - sick).abs().amax((1, 2)) < 1e-3] = float("nan")
         return (output,)
 
-    components.denoiser.unet.forward = broken
+    components.denoiser.network.forward = broken
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_no_pair_left_is_a_commit_all_the_same(
     source = write_tars(tmp_path / "pairs", examples(2), 2)
 
     def broken(components: Components) -> None:
-        components.denoiser.unet.conv_out.bias.data.fill_(float("nan"))
+        components.denoiser.network.conv_out.bias.data.fill_(float("nan"))
 
     run.prepare = broken
     assert run(source, pipelines(), tmp_path / "cache") == 0
@@ -209,7 +209,7 @@ def test_another_model_or_settings_are_refused_with_both_values(
     for words in ("inverter.steps = 3 (in the cache)", "inverter.steps = 4 (this run)", "seed = 0", "seed = 7"):
         assert words in str(raised.value)
     other = save_tiny_pipeline(tmp_path / "other", seed=1)
-    with pytest.raises(CacheMismatch, match=r"fingerprints\.unet"):
+    with pytest.raises(CacheMismatch, match=r"fingerprints\.network"):
         run(source, other, tmp_path / "cache", steps=3)
     assert len(run.components) == loaded  # before any model work
     # What does not change the numbers may change.

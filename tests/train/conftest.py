@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert
@@ -54,9 +54,9 @@ class World:
         )
         manifest = Manifest(
             latent_shape=(4, side, side),
-            num_train_timesteps=levels.num_train_timesteps,
-            alphas_cumprod=tuple((levels.signal**2).tolist()),
-            prediction_type=self.model.prediction,
+            family=self.model.family.name,
+            levels=LevelTables.of(levels),
+            conditions=dict(self.model.family.conditions),
             profile=profile,
             extra=extra,
             seed=seed,
@@ -71,7 +71,7 @@ class World:
             fingerprints=self.model.fingerprints,
         )
         writer = CacheWriter.open(str(location), manifest)
-        denoiser = Denoiser(self.model.load_unet().eval(), levels, self.model.prediction, network_dtype=network_dtype)
+        denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
             arrays = self._arrays(manifest, denoiser, first, num_pairs, label, drop_caption)

@@ -60,7 +60,7 @@ def test_precompute_train_and_generate(
     assert type(trained) is pipeline_class
     assert trained.scheduler.config.prediction_type == prediction_type
     base: Any = DiffusionPipeline.from_pretrained(model)
-    before, after = base.unet.state_dict(), trained.unet.state_dict()
+    before, after = base.unet.state_dict(), trained.network.state_dict()
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     trained.set_progress_bar_config(disable=True)

@@ -26,7 +26,7 @@ def test_another_model_is_refused_by_fingerprint(make_world: Callable[..., Any],
         run(model=str(other.model.folder))
     message = str(caught.value)
     assert "made by another model: its unet differ" in message
-    assert other.model.fingerprints["unet"] in message
+    assert other.model.fingerprints["network"] in message
     assert "--init-from" in message
 
 
@@ -203,7 +203,7 @@ def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], o
 def test_the_fsdp_file_is_accelerates_and_wraps_layers_that_sdxl_has(make_world: Callable[..., Any]) -> None:
     config = load_config_from_file(str(RECIPES / "sdxl_fsdp.yaml"))
     assert config.distributed_type == "FSDP"
-    layers = {type(layer).__name__ for layer in make_world("sdxl").model.load_unet().modules()}
+    layers = {type(layer).__name__ for layer in make_world("sdxl").model.load_network().modules()}
     assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= layers
     requirements.check_distribution(
         DistributedType.FSDP, resolve(TrainSettings, "train", read_recipe(RECIPES / "sdxl.toml"), {})

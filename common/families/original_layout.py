@@ -7,6 +7,7 @@ input_blocks[i (L + 1) + j + 1], and layer j of up block i is output_blocks[i (L
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ State = Mapping[str, Tensor]
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+PREFIXES = {
+    "unet": (UNET,),
+    "vae": (VAE,),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+"""Where the original layout keeps each component's weights."""
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -49,6 +57,25 @@ _OPEN_CLIP = (
     ("embeddings.token_embedding.weight", "token_embedding.weight"),
     ("final_layer_norm.", "ln_final."),
 )
+
+
+def component_keys(component: str, state: State, config: Any) -> dict[str, Tensor]:
+    """UNet or VAE, `state`, under the layout's names. `config` is the component's own.
+
+    Raises ModelError for a UNet that the layout has no names for.
+    """
+    if component == "vae":
+        return vae_keys(state)
+    layers = config.layers_per_block
+    if not isinstance(layers, int):
+        raise ModelError(
+            "The original layout needs the same number of layers in every block.",
+            where="unet/config.json, layers_per_block",
+            expected="a number",
+            got=layers,
+            fix="use the pipeline folder instead of a single file",
+        )
+    return unet_keys(state, layers_per_block=layers)
 
 
 def unet_keys(state: State, *, layers_per_block: int) -> dict[str, Tensor]:
