@@ -83,6 +83,9 @@ class PixArtSigma(Family):
     def token_limit(self, tokenizer: Any) -> int:
         return _TOKENS
 
+    def is_cut(self, pipeline: Any, prompt: str) -> bool:
+        return super().is_cut(pipeline, prompt.lower().strip())  # as the pipeline encodes it
+
     def call(
         self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:

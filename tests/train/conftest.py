@@ -97,19 +97,19 @@ class World:
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
     ) -> dict[str, np.ndarray]:
-        sdxl = "pooled" in manifest.conditions
-        width = int(self.model.config("unet")["cross_attention_dim"])
-        embedding = _noise((PROMPTS + 1, 16, width), 1).half()
+        width = self.model.family.lengths(self.model.config)["embedding"][1]
+        prompts = {"embedding": _noise((PROMPTS + 1, 16, width), 1).half()}
+        images = {}
+        if "pooled" in manifest.conditions:
+            prompts["pooled"] = _noise((PROMPTS + 1, 48), 2).half()
+            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous()
+        if "mask" in manifest.conditions:
+            prompts["mask"] = torch.arange(16) < torch.arange(3, PROMPTS + 4)[:, None]
         numbers = np.arange(first, first + num_pairs)
         prompt_index = (numbers % PROMPTS + 1).astype(np.int32)
         dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
         rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt_index).astype(np.int64), 2))
-        pooled = _noise((PROMPTS + 1, 48), 2).half() if sdxl else None
-        time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous() if sdxl else None
-
-        prompts = {"embedding": embedding} | ({} if pooled is None else {"pooled": pooled})
-        images = {} if time_ids is None else {"time_ids": time_ids.flatten(0, 1)}
-
+        told = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
         x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
         found = invert(
@@ -119,8 +119,8 @@ class World:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=Condition.build(prompts, rows, images),
-            empty=Condition.build(prompts, torch.zeros_like(rows), images),
+            caption=Condition.build(prompts, rows, told),
+            empty=Condition.build(prompts, torch.zeros_like(rows), told),
             extra=manifest.extra,
         )
         assert bool(found.finite.all())
@@ -131,10 +131,9 @@ class World:
             "caption_dropped": dropped,
             "label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
             "prompt/text": np.array(["", *(f"prompt {number}" for number in range(PROMPTS))], dtype=object),
-            "prompt/embedding": embedding.numpy(),
-            "prompt/pooled": None if pooled is None else pooled.numpy(),
-            "time_ids": None if time_ids is None else time_ids.numpy(),
         }
+        arrays |= {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.items()}
+        arrays |= {name: tensor.numpy() for name, tensor in images.items()}
         names = (
             "x_t",
             "delta",
