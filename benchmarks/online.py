@@ -1,7 +1,7 @@
 """The alternatives we measure against: one step of online InPO as released, and of Diffusion-DPO, both complete.
 
 Everything that such a loop does for a micro-batch of pairs is done here: VAE, text encoder, inversion by the network in
-training up to each pair's timestep on the released grid (levels 1, 1 + T/n, ...; the extra noise), the frozen
+training up to each pair's timestep with the released loop's own numbers (common/inversion/released.py), the frozen
 reference's call, and the trained network's forward and backward. Pairs of a batch stop at their own level, so that the
 alternative makes no call that it does not need.
 """
@@ -9,17 +9,15 @@ alternative makes no call that it does not need.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.levels import Levels
+from inpo.common.inversion import ReleasedLoop
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.train.objectives import inpo
-
-EXTRA_NOISE = 0.1
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,9 +34,9 @@ class OnlineLoop:
 
     def encode(
         self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]
-    ) -> tuple[Float[Tensor, "image c lh lw"], Condition]:
-        """x0 and the condition, one row per image."""
-        x0 = self.images(list(pixels), [str(number) for number in range(len(prompts))]).flatten(0, 1).float()
+    ) -> tuple[Float16[Tensor, "image c lh lw"], Condition]:
+        """x0 (float16) and the condition, one row per image."""
+        x0 = self.images(list(pixels), [str(number) for number in range(len(prompts))]).flatten(0, 1)
         table = self.text(prompts)
         rows = torch.tensor([table.row(prompt) for prompt in prompts]).repeat_interleave(2)
         side = pixels.shape[-1]
@@ -53,40 +51,35 @@ class OnlineLoop:
         total = self.trained.levels.num_train_timesteps
         timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2)
         with torch.no_grad():
-            x_t = self._invert(x0, timestep, condition)
-        a, s, *_ = self.trained.at(timestep.to(x0.device))
-        self._update(x_t, (x_t - a * x0) / s, timestep.to(x0.device), condition)
+            x_t, target = self.invert(x0, timestep, condition)
+        self._update(x_t, target, timestep.to(x0.device), condition)
 
     def dpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike."""
         x0, condition = self.encode(pixels, prompts)
+        x0 = x0.float()
         total = self.trained.levels.num_train_timesteps
         timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2).to(x0.device)
         noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0)
         a, s, *_ = self.trained.at(timestep)
         self._update(a * x0 + s * noise, noise, timestep, condition)
 
-    def _invert(
-        self, x0: Float[Tensor, "image c h w"], timestep: Int[Tensor, "image"], condition: Condition
-    ) -> Float[Tensor, "image c h w"]:
-        """DDIM inversion to each image's own level: the first one at or above its timestep."""
-        schedule = self.trained.levels
-        total = schedule.num_train_timesteps
-        levels = [1 + index * total // self.steps for index in range(self.steps)]
-        last = torch.bucketize(timestep, torch.tensor(levels)).clamp(max=self.steps - 1)
-        clean, current = x0.clone(), x0.clone()
-        for index, level in enumerate(levels):
-            active = torch.nonzero(last >= index).flatten().to(x0.device)
+    def invert(
+        self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, "image"], condition: Condition
+    ) -> tuple[Float[Tensor, "image c h w"], Float[Tensor, "image c h w"]]:
+        """(what the network is trained on, what it aims at), float32; `timestep` is on the CPU."""
+        loop = ReleasedLoop(self.trained.levels, self.steps)
+        stop = torch.tensor([loop.level_of(int(t)) for t in timestep])
+        x = x0.float()
+        for level in loop.levels:
+            active = torch.nonzero(stop >= level).flatten().to(x0.device)
             if not len(active):
                 break
-            before = levels[index - 1] if index else None
-            label = torch.full((len(active),), before or 0, device=x0.device)
-            eps = self.trained(current[active], label, condition.rows(active))
-            if before is not None:
-                clean[active] = (current[active] - float(schedule.noise[before]) * eps) / float(schedule.signal[before])
-            moved = float(schedule.signal[level]) * clean[active] + float(schedule.noise[level]) * eps
-            current[active] = moved + _noise_scale(schedule, before, level) * torch.randn_like(moved)
-        return current
+            label = torch.full((len(active),), loop.label(level), device=x0.device)
+            eps = self.trained(x[active], label, condition.rows(active))
+            moved = loop.step(x[active], eps, level)
+            x[active] = moved + loop.noise(torch.randn_like(moved), level)
+        return x.half().float(), loop.target(x, x0, timestep)
 
     def _update(
         self,
@@ -109,10 +102,3 @@ class OnlineLoop:
         torch.nn.utils.clip_grad_norm_(self.trained.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _noise_scale(schedule: Levels, before: int | None, level: int) -> float:
-    """0.1 * sqrt(DDIM variance) of the step."""
-    abar = float(schedule.signal[level]) ** 2
-    abar_before = 1.0 if before is None else float(schedule.signal[before]) ** 2
-    return EXTRA_NOISE * ((1 - abar_before) / (1 - abar) * (1 - abar / abar_before)) ** 0.5

@@ -69,7 +69,8 @@ class Denoiser:
     ) -> Float[Tensor, "batch c h w"]:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
-        label = self._beside(timestep)[-1, timestep.long()]
+        # Before the table, where the released code asks, the label goes on as the index does.
+        label = self._beside(timestep)[-1, timestep.long().clamp(min=0)] + timestep.clamp(max=0)
         with self.autocast():
             output = self.call(self.network, x, label, condition)
         return output.float()

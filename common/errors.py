@@ -13,8 +13,11 @@
         ├── CacheCorrupt(OSError)             bytes that are not the committed ones
         └── CacheSchemaError(ValueError)      a manifest or commit this version cannot read
 
-Each message tells what, where, expected, got, and what to do. The front door prints it without a traceback.
+Each message tells what, where, expected, got, and what to do. The front door prints it without a traceback. Addresses
+in it are shown without their secrets, and what a terminal would obey is escaped.
 """
+
+from inpo.common.printable import escaped, shown_message
 
 
 class InpoError(Exception):
@@ -39,10 +42,10 @@ class InpoError(Exception):
         lines = [self.what]
         for name, value in (("where", self.where), ("expected", self.expected), ("got", self.got)):
             if value is not None:
-                lines.append(f"  {name + ':':<10}{value}")
+                lines.append(f"  {name + ':':<10}{escaped(str(value), line=True)}")
         if self.fix is not None:
             lines.append(f"  {'to do:':<10}{self.fix}")
-        return "\n".join(lines)
+        return escaped(shown_message("\n".join(lines)))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and errors cross process borders (workers, Ray).

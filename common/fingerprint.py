@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from inpo.common.errors import ModelError
+from inpo.common.durable import write_file
+from inpo.common.errors import ModelError, StorageError
 
 _VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_commit_hash"}
 _BLOCK_BYTES = 1 << 24
@@ -138,11 +138,6 @@ def _load_known() -> dict[str, str]:
 def _remember(key: str, value: str) -> None:
     """Best effort: a home that cannot be written costs time, not correctness."""
     try:
-        memo = _memo_file()
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        known = _load_known() | {key: value}
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as stream:
-            json.dump(known, stream)
-        os.replace(stream.name, memo)
-    except OSError:
+        write_file(_memo_file(), json.dumps(_load_known() | {key: value}))
+    except StorageError:
         return

@@ -8,8 +8,9 @@ a_t and s_t are signal and noise, sigma_t = s_t / a_t. The clean end of a trajec
 s = 0. A table of another family is another constructor here; nothing else asks where the tables come from.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,34 @@ from torch import Tensor
 from inpo.common.errors import ModelError, UsageError
 
 Space = Literal["noise", "velocity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What diffusers' DDIM schedulers take from the scheduler's configuration beside the table.
+
+    Only the released code's inversion (inversion/released.py) reads it. The defaults are Stable Diffusion's.
+    """
+
+    prediction_type: str = "epsilon"
+    steps_offset: int = 1
+    """The first label of a sampler's grid."""
+    set_alpha_to_one: bool = False
+    """Whether the clean end has abar = 1; else abar_0."""
+    clip_range: float | None = None
+    """x0(t) is clamped to [-r, r]; None: it is not."""
+    timestep_spacing: str = "leading"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "SamplerSettings":
+        """From a scheduler's configuration; what it does not say is as diffusers' DDIM schedulers take it."""
+        return cls(
+            prediction_type=config.get("prediction_type", "epsilon"),
+            steps_offset=config.get("steps_offset", 0),
+            set_alpha_to_one=config.get("set_alpha_to_one", True),
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +61,7 @@ class Levels:
     """The sigma below which a step in log sigma is stretched (ab2) and from which the clean end is counted."""
     space: Space = "noise"
     """What `target` and the errors are of: noise, or velocity = noise - x0."""
+    sampler: SamplerSettings = SamplerSettings()
 
     @classmethod
     def from_scheduler(cls, scheduler: object) -> "Levels":
@@ -49,7 +79,8 @@ class Levels:
                 expected="a discrete DDPM/DDIM-family schedule",
                 fix="flow-matching and other continuous-time models are not supported yet",
             )
-        if getattr(scheduler, "config", {}).get("rescale_betas_zero_snr", False):
+        config = getattr(scheduler, "config", {})
+        if config.get("rescale_betas_zero_snr", False):
             # diffusers patches the last entry to a tiny positive number; the sigma there is meaningless all the same.
             raise ModelError(
                 "A zero-terminal-SNR schedule is not supported.",
@@ -58,7 +89,7 @@ class Levels:
                 got="true",
                 fix="at T-1 such a schedule has a = 0 and the latent holds nothing of the image; use another model",
             )
-        return cls.from_alphas_cumprod(torch.as_tensor(table))
+        return replace(cls.from_alphas_cumprod(torch.as_tensor(table)), sampler=SamplerSettings.from_config(config))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, "timestep"]) -> "Levels":

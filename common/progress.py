@@ -4,8 +4,9 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from inpo.common.console import console
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -33,7 +34,7 @@ class ProgressReport:
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                console=console(stderr=True),
             )
             self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="")
 

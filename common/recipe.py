@@ -9,11 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from inpo.common.errors import UsageError
+from inpo.common.paths import expand_home
+from inpo.common.printable import shown
+from inpo.common.text import read_text
 
 if TYPE_CHECKING:
     import inpo.common.models
@@ -22,6 +25,11 @@ SECTIONS = ("model", "data", "precompute", "train", "evaluate")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
 _OPTIONS = {"model_config_dir": "--model-config", "caches": "--cache"}
 """Options that are not their setting's name with dashes."""
+
+
+Location = Annotated[str, AfterValidator(expand_home), PlainSerializer(shown, return_type=str, when_used="json")]
+"""A path, an address or a hub id. Written down, an address is without its secrets."""
+LocalPath = Annotated[Path, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
@@ -33,13 +41,13 @@ class Section(BaseModel):
 class ModelSection(Section):
     """[model]: which model is inverted, trained and compared against."""
 
-    model: str | None = None
+    model: Location | None = None
     """A pipeline folder, a hub id, or one .safetensors file."""
     variant: str | None = None
     """Weights variant, for instance fp16."""
-    model_config_dir: str | None = None
+    model_config_dir: Location | None = None
     """For a single file: the pipeline folder that has its configurations."""
-    vae: str | None = None
+    vae: Location | None = None
     """A replacement VAE."""
 
     def open(self) -> "inpo.common.models.Model":
@@ -56,9 +64,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """[data]: where the pairs come from and where the cache lies."""
 
-    pairs: str | None = None
-    """A pair source: webdataset tars, Pick-a-Pic v2 parquet, or a folder with pairs.jsonl or pairs.csv."""
-    cache: str | None = None
+    pairs: Location | None = None
+    """A pair source: webdataset tars, parquet files, or a folder with pairs.jsonl, .json, .csv or .tsv."""
+    allow_remote: bool = False
+    """Whether a list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
+    cache: Location | None = None
     """The cache: a folder, or s3:// or gs://."""
 
     def need(self, name: str) -> str:
@@ -84,11 +94,10 @@ def read_recipe(path: Path | None) -> Recipe:
     """The recipe's sections; none without a recipe. Raises UsageError for a bad file or section."""
     if path is None:
         return Recipe()
+    text = read_text(path, what="The recipe cannot be read.", error=UsageError, fix="check --recipe")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError("The recipe cannot be read.", where=path, got=error.strerror, fix="check --recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError("The recipe is not valid TOML.", where=path, got=str(error), fix="correct that line") from None
     for name, section in document.items():
         if not isinstance(section, dict):

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from inpo.common.paths import home
+
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
 RecipeOption = Annotated[
-    Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.")
+    Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.", callback=home)
 ]
 ScorerOption = Annotated[
     list[str] | None,
@@ -21,7 +23,9 @@ ScorerOption = Annotated[
 
 @app.command("generate")
 def generate_command(
-    out: Annotated[Path, typer.Option(help="Folder for the images: new, or begun with the same settings.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images: new, or begun with the same settings.", callback=home)
+    ],
     model: Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or .safetensors file.")] = None,
     lora: Annotated[str | None, typer.Option(help="LoRA weights to lay over the model (safetensors).")] = None,
     prompts: Annotated[
@@ -82,7 +86,9 @@ def generate_command(
 
 @app.command("score")
 def score_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.", callback=home)
+    ],
     scorer: ScorerOption = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. \\[default: 32]")] = None,
     recipe: RecipeOption = None,
@@ -102,18 +108,19 @@ def score_command(
 
 @app.command("compare")
 def compare_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.", callback=home)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.", callback=home)],
     scorer: ScorerOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.")
+        Path | None, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.", callback=home)
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    from inpo.common.durable import write_file
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
-    from inpo.evaluation.image_folder import ImageFolder, write_atomically
+    from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.processes import processes
     from inpo.evaluation.score import score_folder
 
@@ -131,9 +138,9 @@ def compare_command(
     if out is not None:
         from inpo.evaluation.picture import draw_picture
 
-        write_atomically(out / "comparison.md", comparison.to_markdown().encode())
-        write_atomically(out / "comparison.json", comparison_json(comparison))
-        write_atomically(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
+        write_file(out / "comparison.md", comparison.to_markdown().encode())
+        write_file(out / "comparison.json", comparison_json(comparison))
+        write_file(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
         print(f"\ntable and picture in {out}")
 
 

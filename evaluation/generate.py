@@ -19,12 +19,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.families import Family
 from inpo.common.models import Model
+from inpo.common.printable import shown
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
-from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_atomically, write_listing
+from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
 from inpo.evaluation.processes import processes
 from inpo.evaluation.settings import EvaluateSettings
@@ -95,7 +97,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
                 for entry, image in zip(batch, _draw(pipeline, batch, settings, model.family), strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
-                    write_atomically(out / entry.file, buffer.getvalue())
+                    write_file(out / entry.file, buffer.getvalue())
                 bar.advance(len(batch))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -180,8 +182,8 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
         "dtype": str(dtype).removeprefix("torch."),
         "names": {
             "model": model.name,
-            "lora": settings.lora,
-            "prompts": settings.prompts,
+            "lora": settings.lora and shown(settings.lora),
+            "prompts": settings.prompts and shown(settings.prompts),
             "diffusers": diffusers.__version__,
             "torch": torch.__version__,
         },
@@ -192,7 +194,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Make `out` this run's folder, or check again that it is one of the same settings."""
     _check_folder(out, identity)
     if not (out / SETTINGS).is_file():
-        write_atomically(out / SETTINGS, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
+        write_file(out / SETTINGS, (json.dumps(identity, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _check_folder(out: Path, identity: dict[str, Any]) -> None:

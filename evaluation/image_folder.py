@@ -10,8 +10,6 @@ Any folder with an images.jsonl of this form can be scored and compared, however
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import write_file
 from inpo.common.errors import DataError
 from inpo.common.pairs import ImageError, decode_image
+from inpo.common.text import read_text, text_lines
 
 SETTINGS = "generate.json"
 LISTING = "images.jsonl"
@@ -41,21 +40,6 @@ class ImageEntry:
         return self.prompt, self.seed
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then a rename."""
-    with storage_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-
-
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
@@ -65,8 +49,9 @@ _REMAKE = "correct it, or remove the file and run the command that wrote it agai
 
 def read_settings(file: Path) -> dict[str, Any]:
     """generate.json. Raises DataError if it is no JSON object."""
+    text = read_text(file, what="The folder's settings cannot be read.", error=DataError, fix=_REMAKE)
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(text)
         if not isinstance(settings, dict):
             raise ValueError(f"{type(settings).__name__}, not an object")
     except ValueError as error:
@@ -80,11 +65,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file. Raises DataError naming the first bad line."""
     rows: list[dict[str, Any]] = []
-    # By "\n" alone: str.splitlines would also cut at signs such as U+2028, which JSON leaves as they are.
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError("The file is not UTF-8 text.", where=path, got=str(error), fix=_REMAKE) from None
+    lines = text_lines(read_text(path, what="The list cannot be read.", error=DataError, fix=_REMAKE))
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, start=1):
@@ -212,4 +193,4 @@ def parse_scores(rows: Iterable[Mapping[str, Any]], where: Path) -> dict[tuple[s
 
 
 def write_listing(folder: Path, entries: Iterable[ImageEntry]) -> None:
-    write_atomically(folder / LISTING, to_lines(asdict(entry) for entry in entries))
+    write_file(folder / LISTING, to_lines(asdict(entry) for entry in entries))

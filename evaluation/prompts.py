@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.errors import DataError
+from inpo.common.text import read_text, text_lines
 
 EXPECTED = (
     "a text file (one prompt a line), a .tsv file with a Prompt column (Parti-Prompts), a .json list of prompts "
@@ -28,14 +29,7 @@ def read_prompts(location: str) -> list[str]:
                 "Prompts are not read from this kind of file.", where=path, expected=EXPECTED, got=path.suffix,
                 fix="its lines are no prompts: save them in one of these forms",
             )  # fmt: skip
-        try:
-            found = reader(path)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                "The prompts are not UTF-8 text.", where=path, got=str(error), fix="convert the file"
-            ) from None
-        except OSError as error:
-            raise DataError("The prompts cannot be read.", where=path, got=error.strerror) from None
+        found = reader(path)
     elif path.exists() or location.startswith(("/", ".", "~")) or location.split(":")[0].count("/") != 1:
         got = "a folder" if path.is_dir() else "nothing"
         raise DataError("There are no prompts here.", where=location, expected=EXPECTED, got=got, fix="check --prompts")
@@ -51,31 +45,34 @@ def read_prompts(location: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at rare Unicode signs
+    return text_lines(_text(path))
+
+
+def _text(path: Path) -> str:
+    return read_text(path, what="The prompts cannot be read.", error=DataError, fix="check --prompts")
 
 
 def _read_tsv(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        # Parti-Prompts writes quotation marks as they are, so they quote nothing.
-        rows = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        column = _column(rows.fieldnames or (), path)
-        found = []
-        for row in rows:
-            if row[column] is None:
-                raise DataError(
-                    "A row has too few columns.", where=f"{path}, line {rows.line_num}",
-                    expected=f"{len(rows.fieldnames or ())}, with "
-                    f"{column}", got=sum(v is not None for v in row.values()),
-                    fix="correct that line; columns are separated by tabs",
-                )  # fmt: skip
-            found.append(row[column])
+    # Parti-Prompts writes quotation marks as they are, so they quote nothing.
+    rows = csv.DictReader(text_lines(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    column = _column(rows.fieldnames or (), path)
+    found = []
+    for row in rows:
+        if row[column] is None:
+            raise DataError(
+                "A row has too few columns.", where=f"{path}, line {rows.line_num}",
+                expected=f"{len(rows.fieldnames or ())}, with "
+                f"{column}", got=sum(v is not None for v in row.values()),
+                fix="correct that line; columns are separated by tabs",
+            )  # fmt: skip
+        found.append(row[column])
     return found
 
 
 def _read_json(path: Path) -> list[str]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        document = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise DataError(
             "The prompts are not valid JSON.", where=path, expected="a list", got=str(error), fix="correct the file"
         ) from None

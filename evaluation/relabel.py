@@ -13,6 +13,7 @@ from inpo.common.cache import Cache, Shard
 from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labels, write_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, decode_image, open_source
+from inpo.common.printable import shown
 from inpo.common.scorer import Scorer
 from inpo.evaluation.processes import processes
 from inpo.evaluation.score import checked_scores
@@ -55,6 +56,7 @@ def relabel_cache(
     *,
     set_name: str,
     temperature: float,
+    allow_remote: bool = False,
     pairs_per_batch: int = PAIRS_PER_BATCH,
     on_pairs: Callable[[int], None] = lambda num_pairs: None,
 ) -> RelabelReport:
@@ -66,7 +68,7 @@ def relabel_cache(
     """
     state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
-    inputs = {shard.name: shard for shard in open_source(source_location).input_shards()}
+    inputs = {shard.name: shard for shard in open_source(source_location, allow_remote=allow_remote).input_shards()}
     num_replaced = 0
     state.wait_for_everyone()
     for shard in list(cache)[state.process_index :: state.num_processes]:
@@ -97,7 +99,7 @@ def relabel_cache(
             attempt=shard.commit.attempt,
             scorer=scorer.name,
             temperature=temperature,
-            source=source_location,
+            source=shown(source_location),
             pairs={pair_id: labels[pair_id] for pair_id in wanted},
         )
         write_labels(cache.store, set_name, shard.name, made)

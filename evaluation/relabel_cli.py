@@ -5,23 +5,34 @@ from typing import Annotated
 
 import typer
 
+from inpo.common.paths import home
+
 
 def relabel(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.")],
-    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.")],
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.", callback=home)
+    ],
+    pairs: Annotated[str, typer.Option(help="The pair source that the cache was made from.", callback=home)],
     scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
     temperature: Annotated[
         float | None,
         typer.Option(
             help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. \\[default: the "
-            "scorer's "
-            "own: 0.01 for cosines, else 1]"
+            "scorer's own: 0.01 for cosines, else 1] For `train --objective smpo` SmPO's released labels are --scorer "
+            "pickscore --temperature 0.16658."
         ),
     ] = None,
     set_name: Annotated[
         str | None,
         typer.Option("--set", help="Name of the label set, for `inpo train --labels`. \\[default: the scorer's]"),
     ] = None,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="A list of pairs may name images outside its folder: elsewhere here, or on other hosts.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
@@ -46,7 +57,14 @@ def relabel(
     share = -(-opened.num_pairs // processes().num_processes)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         report = relabel_cache(
-            opened, pairs, judge, set_name=name, temperature=used, pairs_per_batch=batch_size, on_pairs=progress.advance
+            opened,
+            pairs,
+            judge,
+            set_name=name,
+            temperature=used,
+            allow_remote=allow_remote,
+            pairs_per_batch=batch_size,
+            on_pairs=progress.advance,
         )
     if main:
         agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
@@ -56,4 +74,4 @@ def relabel(
         )
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        print(f"  train with it: inpo train --cache {cache} --labels {name} ...")
+        print(f"  train with it: inpo train --cache {opened.location} --labels {name} ...")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import DataError
 from inpo.common.progress import ProgressReport
 from inpo.common.scorer import Scorer
-from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines, write_atomically
+from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines
 from inpo.evaluation.processes import processes
 
 DEFAULT_BATCH = 32
@@ -52,7 +52,7 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
     state.wait_for_everyone()
     if state.is_main_process:
         known = _known(folder, scorer.name)
-        write_atomically(final, to_lines(_row(entry, known[entry.key]) for entry in folder.entries))
+        write_file(final, to_lines(_row(entry, known[entry.key]) for entry in folder.entries))
         for part in folder.path.glob(f"scores-{scorer.name}.part-*.jsonl"):
             part.unlink()
     state.wait_for_everyone()
@@ -95,4 +95,4 @@ def _drop_torn_line(part: Path) -> None:
     """A part that was being written when its process died may end within a line; that line's image is scored again."""
     data = part.read_bytes()
     if not data.endswith(b"\n"):
-        write_atomically(part, data[: data.rfind(b"\n") + 1])
+        write_file(part, data[: data.rfind(b"\n") + 1])

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from inpo.common.recipe import Section
+from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -13,9 +13,9 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 class EvaluateSettings(Section):
     """[evaluate]: how images are generated, and by what they are scored."""
 
-    prompts: str | None = None
+    prompts: Location | None = None
     """A text, TSV or JSON file, or a hub dataset; see evaluation/prompts.py."""
-    lora: str | None = None
+    lora: Location | None = None
     """LoRA weights in safetensors format, laid over the model."""
     seed: int = 0
     """Together with the prompt and the image's number it gives each image's own seed."""

@@ -1,8 +1,12 @@
 """The front door: one Typer app, `inpo` (also `python -m inpo`), that mounts the stages' apps."""
 
+import json
 import os
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 
 # Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 
 from inpo.common.errors import InpoError
+from inpo.common.terminal import escape_streams
 from inpo.evaluation.cli import app as evaluate_app
 from inpo.evaluation.relabel_cli import relabel
 from inpo.inspection.cli import app as inspect_app
@@ -52,8 +57,19 @@ def _options(
 
 def main() -> None:
     """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
+    escape_streams()
     try:
         app()
     except InpoError as error:
         print(f"error: {error}", file=sys.stderr)
+        _tell_launcher(str(error))
         sys.exit(error.exit_code)
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the message where torch's launcher looks for it: it ends with it, in place of "to enable traceback"."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        document = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(document))

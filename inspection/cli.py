@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from inpo.common.paths import home
+
 app = typer.Typer(
     help="Look at a cache: figures, pictures, proof that it is whole, and whether it has aged.", no_args_is_help=True
 )
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.")]
+Cache = Annotated[str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.", callback=home)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 
@@ -20,15 +22,16 @@ def summary(
     cache: Annotated[
         str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe whose \\[data] names the cache.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe whose \\[data] names the cache.", callback=home)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Identity, settings, what is committed, skipped and orphaned, bytes, timesteps and errors.
 
     Exit code 1 if a shard is damaged: it is named, and the rest is shown.
     """
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.errors import UsageError
     from inpo.common.recipe import DataSection, read_recipe, resolve
     from inpo.inspection.summary import summarise
@@ -43,7 +46,7 @@ def summary(
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        show(found, Console())
+        show(found, console())
     if found.damaged:
         raise typer.Exit(1)
 
@@ -52,9 +55,10 @@ def summary(
 def pair(
     cache: Cache,
     pair_id: Annotated[str | None, typer.Argument(metavar="PAIR_ID", help="The pair's id in its source.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("pair.png"),
+    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=home)] = Path("pair.png"),
     model: Annotated[
-        str | None, typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.")
+        str | None,
+        typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.", callback=home),
     ] = None,
     first: Annotated[bool, typer.Option("--first", help="Take the cache's first readable pair.")] = False,
 ) -> None:
@@ -96,7 +100,8 @@ def pair(
 def verify(
     cache: Cache,
     model: Annotated[
-        str | None, typer.Option(help="The model that made the cache: inverts a sample again and compares.")
+        str | None,
+        typer.Option(help="The model that made the cache: inverts a sample again and compares.", callback=home),
     ] = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Pairs inverted again with --model. \\[default: 16]")
@@ -106,9 +111,8 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
-    from rich.console import Console
-
     from inpo.common.cache import open_cache
+    from inpo.common.console import console
     from inpo.common.errors import UsageError
     from inpo.common.models import open_model
     from inpo.common.progress import ProgressReport
@@ -132,7 +136,7 @@ def verify(
             num_sampled=sample or 16,
             on_shard=progress.advance,
         )
-    show(found, Console())
+    show(found, console())
     if quarantine and found.findings:
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
@@ -188,7 +192,8 @@ def filter_pairs(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The list to write, one pair id a line. \\[default: standard output]")
+        Path | None,
+        typer.Option(help="The list to write, one pair id a line. \\[default: standard output]", callback=home),
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
@@ -196,6 +201,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.printable import is_printable
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
     from inpo.inspection.where import select
@@ -206,7 +212,8 @@ def filter_pairs(
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
     selection = select(table, where)
-    chosen = table.pair_id[selection.truth.yes].tolist()
+    selected = table.pair_id[selection.truth.yes].tolist()
+    chosen = [pair_id for pair_id in selected if is_printable(pair_id) and pair_id == pair_id.strip()]
     text = "".join(f"{pair_id}\n" for pair_id in chosen)
     if out is None:
         sys.stdout.write(text)
@@ -218,24 +225,25 @@ def filter_pairs(
     for name, count in selection.num_lacking.items():
         hint = "; `inpo precompute --measure-inversion 1` measures all" if name.startswith("inversion_error") else ""
         say(f"{count:,} pairs lack {name}{hint}")
+    if len(chosen) < len(selected):
+        say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
     if out is not None:
         say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
-    if table.damaged:
+    if table.damaged or len(chosen) < len(selected):
         raise typer.Exit(1)
 
 
 @app.command()
 def drift(
     cache: Cache,
-    model: Annotated[str, typer.Option(help="The trained model: pipeline folder or hub id.")],
+    model: Annotated[str, typer.Option(help="The trained model: pipeline folder or hub id.", callback=home)],
     sample: Annotated[int, typer.Option(min=1, help="Pairs inverted again.")] = 64,
     as_json: Json = False,
 ) -> None:
     """How far the cached points are from those that a trained model would invert to, and whether to refresh."""
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.models import open_model
     from inpo.common.progress import ProgressReport
     from inpo.inspection.drift import measure_drift
@@ -246,7 +254,7 @@ def drift(
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        show(found, Console())
+        show(found, console())
     if found.damaged:
         raise typer.Exit(1)
 
@@ -254,9 +262,10 @@ def drift(
 @app.command()
 def report(
     cache: Cache,
-    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("report.html"),
     model: Annotated[
-        str | None, typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.")
+        str | None,
+        typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.", callback=home),
     ] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from inpo.inspection.drift import Drift
@@ -13,6 +14,7 @@ def show(drift: Drift, console: Console) -> None:
     console.print(
         f"{drift.num_sampled:,} of {drift.num_pairs:,} pairs inverted again by {drift.model}"
         + (" (the very weights that made the cache)" if drift.same_weights else ""),
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -32,6 +34,8 @@ def show(drift: Drift, console: Console) -> None:
     if drift.num_not_finite:
         console.print(f"[bold red]{drift.num_not_finite} pairs came out NaN or infinite and are left out[/bold red]")
     if drift.damaged:
-        console.print(f"[bold red]damaged shards left out: {', '.join(drift.damaged)}[/bold red]", soft_wrap=True)
+        console.print(
+            f"[bold red]damaged shards left out: {escape(', '.join(drift.damaged))}[/bold red]", soft_wrap=True
+        )
     console.print(f"overall: x_t {number(drift.x_t)}, target {number(drift.target)}", highlight=False)
     console.print(drift.advice, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import obstore
 
 from inpo.common.cache import Commit
-from inpo.common.cache.store import CacheStore, storage_errors
+from inpo.common.cache.store import CacheStore
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError
 
 GRACE = timedelta(hours=1)

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import UsageError
 
 
@@ -36,9 +36,7 @@ def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
 
 def write_output(out: Path, content: str | bytes, *, what: str) -> None:
     """Write `content` (a text as UTF-8), with the folders above it. Raises StorageError."""
-    with storage_errors(f"write the {what}", out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    write_file(out, content, action=f"write the {what}")
 
 
 def _refusal(code: int, path: Path) -> OSError:

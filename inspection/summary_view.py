@@ -2,6 +2,7 @@
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from inpo.inspection.summary import Summary
@@ -25,7 +26,7 @@ _SETTINGS = (
 
 def show(summary: Summary, console: Console) -> None:
     """Print `summary`: the state first, then settings, bytes and statistics, and what is wrong last."""
-    console.print(f"[bold]{summary.location}[/bold]", soft_wrap=True, highlight=False)
+    console.print(f"[bold]{escape(summary.location)}[/bold]", soft_wrap=True, highlight=False)
     console.print(_state(summary))
     _section(console, "settings and identity", _identity(summary))
     if summary.skipped or summary.counts:
@@ -70,7 +71,7 @@ def _state(summary: Summary) -> Table:
     if summary.num_quarantined:
         table.add_row("quarantined", f"{summary.num_quarantined:,} commits set aside")
     if summary.label_sets:
-        table.add_row("label sets", ", ".join(summary.label_sets))
+        table.add_row("label sets", escape(", ".join(summary.label_sets)))
     return table
 
 
@@ -82,12 +83,12 @@ def _identity(summary: Summary) -> Table:
     }
     for name, value in inverter.items():
         if value is not None:
-            table.add_row("inverter" if name == "name" else f"  {name}", _value(value))
+            table.add_row("inverter" if name == "name" else f"  {name}", escape(_value(value)))
     for name in _SETTINGS:
-        table.add_row(name, _value(identity[name]))
+        table.add_row(name, escape(_value(identity[name])))
     for name, value in identity.items():
         if name.startswith("fingerprints."):
-            table.add_row(name.removeprefix("fingerprints.") + " fingerprint", str(value)[:16])
+            table.add_row(escape(name.removeprefix("fingerprints.")) + " fingerprint", escape(str(value)[:16]))
     return table
 
 
@@ -104,9 +105,9 @@ def _skipped(summary: Summary) -> Table:
     table.add_column("reason")
     table.add_column("pairs", justify="right")
     for reason, count in summary.skipped.items():
-        table.add_row(reason, f"{count:,}")
+        table.add_row(escape(reason), f"{count:,}")
     for reason, count in summary.counts.items():
-        table.add_row(f"{reason} (kept)", f"{count:,}")
+        table.add_row(f"{escape(reason)} (kept)", f"{count:,}")
     return table
 
 
@@ -119,7 +120,7 @@ def _bytes(summary: Summary, *, ascii_only: bool) -> Table:
     large = [item for item in summary.array_bytes.items() if item[1] >= 0.001 * summary.total_bytes]
     for name, size in large:
         share = size / summary.total_bytes
-        table.add_row(name, readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24, ascii_only=ascii_only))
+        table.add_row(escape(name), readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24, ascii_only=ascii_only))
     rest = summary.total_bytes - sum(size for _, size in large)
     if rest:
         table.add_row("(the rest)", readable_bytes(rest), f"{100 * rest / summary.total_bytes:.1f}%", "")
@@ -153,7 +154,7 @@ def _statistics(summary: Summary) -> Table:
         table.add_row(
             "inversion error",
             f"median {number(error.median)}, 95% {number(error.p95)}, largest {number(error.largest)} "
-            f"({error.largest_pair}); measured on {error.num_measured:,} of {images:,} images",
+            f"({escape(str(error.largest_pair))}); measured on {error.num_measured:,} of {images:,} images",
         )
     else:
         table.add_row("inversion error", f"measured on none of {images:,} images (precompute --measure-inversion)")
@@ -171,13 +172,13 @@ def _advice(summary: Summary, console: Console) -> None:
         console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
         console.print(
-            f"[dim]`inpo inspect clean {summary.location}` removes the orphaned attempts.[/dim]",
+            f"[dim]`inpo inspect clean {escape(summary.location)}` removes the orphaned attempts.[/dim]",
             soft_wrap=True,
             highlight=False,
         )
     if summary.num_pairs:
         console.print(
-            f"[dim]No latent was read here: `inpo inspect verify {summary.location}` reads and checks every "
+            f"[dim]No latent was read here: `inpo inspect verify {escape(summary.location)}` reads and checks every "
             f"byte.[/dim]",
             soft_wrap=True,
             highlight=False,
@@ -188,7 +189,7 @@ def _advice(summary: Summary, console: Console) -> None:
             "left out of the statistics above:[/bold red]"
         )
         for name, text in summary.damaged.items():
-            console.print(f"[bold]{name}[/bold]", highlight=False)
+            console.print(f"[bold]{escape(name)}[/bold]", highlight=False)
             console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
 
 

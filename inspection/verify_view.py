@@ -2,6 +2,7 @@
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from inpo.inspection.checks import CHECKS
@@ -41,7 +42,7 @@ def show(verification: Verification, console: Console) -> None:
             soft_wrap=True,
         )
     for finding in verification.findings:
-        console.print(f"[bold red]{finding.shard}[/bold red]  {finding.check}: ", end="", highlight=False)
+        console.print(f"[bold red]{escape(finding.shard)}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
     bad_shards = verification.bad_shards
     if not verification.num_shards:
@@ -51,6 +52,7 @@ def show(verification: Verification, console: Console) -> None:
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
         f"{readable_bytes(verification.bytes_read)} read: "
         + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

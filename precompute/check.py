@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
-from inpo.common.pairs.walk import Walk
+from inpo.common.pairs.walk import Walk, count_not_read
+from inpo.common.printable import shown
 from inpo.precompute.decode import DecodePool, measure_pair
 
 
@@ -26,6 +27,8 @@ class CheckReport:
     """Shortest image side among the pairs, in pixels: enlarging starts below the training resolution."""
     largest_side: int | None = None
     skipped: dict[SkipReason, int] = field(default_factory=dict)
+    not_read: dict[str, int] = field(default_factory=dict)
+    """Files, members, columns and fields that no pair is made of, and how often they are there."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Error text by input shard name."""
 
@@ -42,8 +45,9 @@ def check_source(
     An image that does not decode turns its pair into a Skipped. Memory: a few pairs for each worker process, and the
     ids.
     """
-    report = CheckReport(location=walk.source.location, kind=walk.source.kind)
+    report = CheckReport(location=shown(walk.source.location), kind=walk.source.kind)
     report.num_input_shards = len(shards) + len(walk.unreadable)
+    report.not_read = count_not_read(walk.source, [shard for shard, _ in shards])
     pool = DecodePool(workers)
     try:
         for name, item, sides in _decoded(walk.rows(shards), pool):

@@ -8,9 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-Recipe = Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.")]
+from inpo.common.paths import home
+
+Recipe = Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.", callback=home)]
 Pairs = Annotated[str | None, typer.Option(help="Pair source: webdataset tars, Pick-a-Pic v2 parquet, or a folder.")]
 ModelName = Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or one .safetensors file.")]
+AllowRemote = Annotated[
+    bool | None,
+    typer.Option(help="A list of pairs may name images outside its folder: elsewhere here, or on other hosts."),
+]
 CachePath = Annotated[str | None, typer.Option(help="The cache: a folder, s3:// or gs://.")]
 
 
@@ -23,6 +29,7 @@ def precompute(
     pairs: Pairs = None,
     model: ModelName = None,
     cache: CachePath = None,
+    allow_remote: AllowRemote = None,
     variant: Annotated[str | None, typer.Option(help="Weights variant, e.g. fp16.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Configuration folder for a single-file model.")] = None,
     vae: Annotated[str | None, typer.Option(help="Replacement VAE: its folder or hub id.")] = None,
@@ -92,7 +99,12 @@ def precompute(
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = run_precompute(
-            recipe, model_flags, {"pairs": pairs, "cache": cache}, flags, ray_options=ray_options, dry_run=dry_run
+            recipe,
+            model_flags,
+            {"pairs": pairs, "cache": cache, "allow_remote": allow_remote},
+            flags,
+            ray_options=ray_options,
+            dry_run=dry_run,
         )
     except Stopped:
         print(

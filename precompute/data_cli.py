@@ -3,14 +3,17 @@ command runs: the front door mounts this, and every command would wait for it.""
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from inpo.common.errors import DataError, StorageError, UsageError
+from inpo.common.durable import new_file
+from inpo.common.errors import DataError, UsageError
+from inpo.common.paths import home
+from inpo.common.printable import shown_message
 from inpo.common.progress import ProgressReport
 
 if TYPE_CHECKING:
@@ -26,24 +29,30 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 
 SOURCE_HELP = (
-    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), Pick-a-Pic parquet, or a "
-    "folder with pairs.jsonl or pairs.csv; a local path or a URL."
+    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder "
+    "with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."
 )
+AllowRemote = Annotated[
+    bool,
+    typer.Option(
+        "--allow-remote", help="A list of pairs may name images outside its folder: elsewhere here, or on other hosts."
+    ),
+]
 
 
 @app.command("pack")
 def pack_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.", callback=home)],
+    allow_remote: AllowRemote = False,
     pairs_per_tar: Annotated[
         int, typer.Option(min=1, help="Pairs in one tar; a multiple of 256 gives full cache shards.")
     ] = 1024,
 ) -> None:
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
-    from rich.console import Console
-
+    from inpo.common.console import console
     from inpo.common.pairs import open_source
-    from inpo.common.pairs.walk import Walk
+    from inpo.common.pairs.walk import Walk, count_not_read
     from inpo.precompute.pack import pack, refuse_occupied
 
     if "://" in output:
@@ -55,8 +64,8 @@ def pack_command(
             fix="pack locally, then copy the folder",
         )
     refuse_occupied(Path(output))
-    console = Console(stderr=True)
-    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
 
@@ -66,30 +75,36 @@ def pack_command(
                 progress.advance()
 
         report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
-    Console().print(_pack_table(report, output, len(walk.unreadable)))
+    not_read = count_not_read(walk.source, [shard for shard, _ in shards])
+    console().print(_pack_table(report, output, len(walk.unreadable), not_read))
     if walk.unreadable:
         raise typer.Exit(1)
 
 
 @app.command("check")
 def check_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    allow_remote: AllowRemote = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.")
+        Path | None,
+        typer.Option(
+            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.", callback=home
+        ),
     ] = None,
     decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
 ) -> None:
-    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable."""
-    from rich.console import Console
-
+    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable or there is
+    no pair.
+    """
+    from inpo.common.console import console
     from inpo.common.pairs import Skipped, open_source
     from inpo.common.pairs.walk import Walk
     from inpo.precompute.check import check_source
     from inpo.precompute.pack import skipped_line
 
-    console = Console(stderr=True)
-    walk = Walk(source=open_source(source), on_unreadable=_error_line(console))
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
@@ -103,8 +118,11 @@ def check_command(
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        Console().print(_check_table(report))
-    if report.unreadable:
+        console().print(_check_table(report))
+    if not report.num_pairs:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
+        messages.print(f"no pair: nothing here can be used ({reasons or 'no rows'})", markup=False, highlight=False)
+    if report.unreadable or not report.num_pairs:
         raise typer.Exit(1)
 
 
@@ -121,25 +139,19 @@ def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
         return walk.readable_shards(counting())
 
 
-def _open_list(path: Path | None) -> AbstractContextManager[TextIO | None]:
+@contextmanager
+def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
     if path is None:
-        return nullcontext(None)
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            "the list cannot be written",
-            where=path,
-            expected="a file in a folder that is there",
-            got=error.strerror,
-            fix="choose another --out, or make its folder first",
-        ) from error
+        yield None
+        return
+    with new_file(path, action="write the list") as staged, staged.open("w", encoding="utf-8") as stream:
+        yield stream
 
 
 def _error_line(console: "Console") -> Callable[[str, DataError], None]:
     def show(name: str, error: DataError) -> None:
-        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
+        console.print(shown_message(line), markup=False, highlight=False, soft_wrap=True)
 
     return show
 
@@ -160,12 +172,13 @@ def _check_table(report: "CheckReport") -> "Table":
     if report.smallest_side is not None:
         table.add_row("  image sides", f"{report.smallest_side:,}..{report.largest_side:,}", "pixels")
     _add_reasons(table, report.skipped)
+    _add_not_read(table, report.not_read)
     if report.unreadable:
         table.add_row("unreadable shards", f"{len(report.unreadable):,}", escape(", ".join(report.unreadable)))
     return table
 
 
-def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Table":
+def _pack_table(report: "PackReport", output: str, num_unreadable: int, not_read: dict[str, int]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
@@ -176,6 +189,7 @@ def _pack_table(report: "PackReport", output: str, num_unreadable: int) -> "Tabl
     table.add_row("tars", f"{report.num_tars:,}", "")
     table.add_row("pairs", f"{report.num_pairs:,}", "images copied, not decoded")
     _add_reasons(table, report.skipped)
+    _add_not_read(table, not_read)
     if num_unreadable:
         table.add_row("unreadable shards", f"{num_unreadable:,}", "not packed, or only up to the damage")
     return table
@@ -187,3 +201,12 @@ def _add_reasons(table: "Table", skipped: "dict[SkipReason, int]") -> None:
     for reason, meaning in SKIP_REASONS.items():
         if reason in skipped:
             table.add_row(f"skipped: {reason}", f"{skipped[reason]:,}", meaning)
+
+
+def _add_not_read(table: "Table", not_read: dict[str, int]) -> None:
+    from rich.markup import escape
+
+    from inpo.common.pairs.walk import not_read_words
+
+    if not_read:
+        table.add_row("not read", f"{sum(not_read.values()):,}", escape(not_read_words(not_read)))

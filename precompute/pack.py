@@ -7,9 +7,6 @@ complete or not at all. Image files are copied byte for byte; the same pairs giv
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,8 @@ from typing import BinaryIO
 
 import webdataset
 
-from inpo.common.errors import StorageError, UsageError
+from inpo.common.durable import new_folder
+from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs.pair import Pair, Skipped, SkipReason
 
 PATTERN = "pairs-%06d.tar"
@@ -37,35 +35,22 @@ def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_
     """Write the pairs to `output` as tars of `pairs_per_tar`, and the rows without a pair to `skipped.jsonl` there.
 
     Images are not decoded, so a damaged one is copied. Raises UsageError when `output` exists and is not an empty
-    folder, StorageError when the disk refuses; nothing is left under `output` then.
+    folder, StorageError when the disk refuses, DataError when no row gives a pair; nothing is left under `output` then.
     """
     refuse_occupied(output)
     if pairs_per_tar < 1:
         raise UsageError("a tar holds at least one pair", got=pairs_per_tar)
     report = PackReport()
-    output = output.absolute()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise StorageError(
-            "the output folder cannot be made",
-            where=output,
-            expected="a path below folders that you may write to",
-            got=error.strerror,
-            fix="name another folder; a file may lie where one is needed",
-        ) from error
-    try:
+    with new_folder(output, action="write the tars") as building:
         _write(rows, building, pairs_per_tar, report)
-        building.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(building, output)
-        _sync_folder(output.parent)
-    except OSError as error:
-        raise StorageError(
-            "the tars could not be written", where=output, got=str(error), fix="free disk space, then run again"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if not report.num_pairs:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
+            raise DataError(
+                "no row gives a pair, so there is nothing to pack",
+                where=output,
+                got=reasons or "no rows",
+                fix="`inpo data check SRC --out bad.jsonl` lists the rows with their reasons",
+            )
     return report
 
 
@@ -87,9 +72,7 @@ def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_t
         return streams[-1]
 
     def finished(name: str) -> None:
-        with streams.pop() as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
+        streams.pop().close()
 
     writer = None
     try:
@@ -116,7 +99,6 @@ def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_t
     finally:
         if writer is not None:
             writer.close()
-    _sync_folder(folder)
 
 
 def skipped_line(input_shard: str, item: Skipped) -> str:
@@ -160,11 +142,3 @@ def image_extension(data: bytes) -> str:
         b"\0\0\0\x0cjP": "jp2",
     }
     return next((extension for signature, extension in signatures.items() if data.startswith(signature)), "img")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,5 @@
 """What a run will cost, before any model work: shards, pairs, network calls, bytes by array, free disk."""
 
-import itertools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -101,27 +100,16 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
 
     For fixed_point the maximum of iterations is counted.
     """
-    identity = manifest.inverter
-    guided = 1 if identity.guidance in (0.0, 1.0) else 2
     total = 0.0
     for index in range(_SAMPLED_PATHS):
         path = build_path(
-            identity,
+            manifest.inverter,
             model.levels,
             seed=manifest.seed,
             pair_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,
         )
-        points = path.points
-        records = sum(len(point.records) for point in points)
-        pass_through = sum(
-            1 for here, after in itertools.pairwise(points) if not here.records and not (here.noised and after.noised)
-        )
-        off_level = sum(1 for point in points[:-1] if point.records and point.level not in point.records)
-        inverted = sum(not point.noised for point in points)
-        visits = path.starts_clean + records + pass_through + off_level + inverted * (identity.iterations or 0)
-        total += guided * visits + (records if identity.guidance == 0.0 else 0)
-        total += manifest.measure_inversion * guided * (len(points) - 1)
+        total += path.num_calls(manifest.inverter, measured=manifest.measure_inversion)
     return total / _SAMPLED_PATHS
 
 

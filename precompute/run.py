@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.console import console
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
+from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.precompute.engines.local import process_state, run_local
@@ -67,7 +68,8 @@ def run_precompute(
     ray_options: RayOptions,
     dry_run: bool,
 ) -> int:
-    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read."""
+    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, or if the source
+    has no pair at all; its empty commits are taken back then."""
     resolved = _resolve(recipe, model_flags, data_flags, flags)
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
@@ -83,14 +85,15 @@ def run_precompute(
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
     pairs = resolved.data.need("pairs")
-    tasks, unreadable = list_tasks(open_source(pairs), limit=settings.limit)
+    source = open_source(pairs, allow_remote=resolved.data.allow_remote)
+    tasks, unreadable = list_tasks(source, limit=settings.limit)
     if not tasks:  # before there is a cache: the next try may have other settings
         raise _nothing_to_read(pairs, unreadable)
     committed = _committed(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
         print(resolved.to_toml(), flush=True)
-        print_plan(plan, Console())
+        print_plan(plan, console())
     check_disk(plan, cache)
     if dry_run:
         return 0
@@ -99,6 +102,9 @@ def run_precompute(
         writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
+        not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
+        if not_read:
+            print(f"note: not read, for no pair is made of it: {not_read_words(not_read)}", file=sys.stderr)
         for line in _input_warnings(writer, tasks, committed):
             print(f"warning: {line}", file=sys.stderr)
     failures: list[DataError] = list(unreadable)
@@ -128,7 +134,10 @@ def run_precompute(
         else:
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
-        _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+        num_pairs = _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+        if num_pairs == 0:
+            _take_back(writer, tasks)
+            return 1
     return 1 if failures else 0
 
 
@@ -148,7 +157,9 @@ def run_plan(
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     pairs = resolved.data.need("pairs")
-    tasks, unreadable = list_tasks(open_source(pairs), limit=resolved.settings.limit)
+    tasks, unreadable = list_tasks(
+        open_source(pairs, allow_remote=resolved.data.allow_remote), limit=resolved.settings.limit
+    )
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     plan = make_plan(tasks, _committed(cache, manifest), manifest, model, cache=cache)
@@ -156,7 +167,7 @@ def run_plan(
     if as_json:
         print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
     else:
-        print_plan(plan, Console(), gpu_hours=hours, gpus=gpus)
+        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
 
 
@@ -276,9 +287,9 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
 
 def _print_summary(
     writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
-) -> None:
-    """The final table: what is committed now, what was skipped and why."""
-    cache = open_cache(writer.store.location, allow_empty=True)
+) -> int:
+    """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
+    cache = open_cache(writer.store.address, allow_empty=True)
     names = {task.name for task in tasks}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
@@ -289,9 +300,9 @@ def _print_summary(
         for what, count in commit.counts.items():
             counts[what] = counts.get(what, 0) + count
     size = sum(sum(commit.files.values()) for commit in commits.values())
+    num_pairs = sum(commit.num_pairs for commit in commits.values())
     print(
-        f"committed: {len(commits)} of {len(tasks)} shards, {sum(commit.num_pairs for commit in commits.values())} "
-        f"pairs, {human_bytes(size)}, in {seconds:.1f} s"
+        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s"
     )
     print(f"time: {report}")
     for reason, count in sorted(skipped.items()):
@@ -299,14 +310,28 @@ def _print_summary(
         print(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
         print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+    if "unreachable" in skipped:
+        print(
+            "unreachable images are not asked for again: to make a shard with them anew, move its "
+            f"{writer.store.path('commits')}/SHARD.json away and run again"
+        )
     for what, count in sorted(counts.items()):
         print(f"counted: {count} x {what}")
     if failures:
         print(f"unreadable input shards: {len(failures)}; the others are done")
-    if cache.num_pairs == 0:
+    if num_pairs == 0:
         print(
-            f"no pair was kept, so there is nothing to train on: `inpo data check {tasks[0].location}` counts "
-            f"the reasons"
+            f"no pair was kept, so nothing of this source stays committed: `inpo data check {tasks[0].location}` "
+            f"counts the reasons",
+            flush=True,
         )
-        return
+        return 0
     print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)
+    return num_pairs
+
+
+def _take_back(writer: CacheWriter, tasks: list[ShardTask]) -> None:
+    """Remove the commits of a source that gave no pair: a cache without pairs is none, and the same command is to look
+    again when the images or the settings have been put right, which a committed shard would not."""
+    for task in tasks:
+        writer.store.remove(f"commits/{task.name}.json")

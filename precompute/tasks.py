@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD
 from inpo.common.errors import DataError
 from inpo.common.pairs import InputShard, PairSource
+from inpo.common.printable import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,7 @@ class ShardTask:
 
     name: str
     location: str
+    """The pair source, for messages and commits."""
     input_shard: InputShard
     start: int
     stop: int
@@ -44,7 +46,7 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
             tasks.append(
                 ShardTask(
                     name=f"{input_shard.name}-{start:08d}",
-                    location=source.location,
+                    location=shown(source.location),
                     input_shard=input_shard,
                     start=start,
                     stop=stop,

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
+from inpo.common.paths import home
 from inpo.toyworld.scenes import Split, captions
 
 app = typer.Typer(
@@ -15,7 +17,9 @@ app = typer.Typer(
 
 @app.command("pairs")
 def pairs_command(
-    out: Annotated[Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.", callback=home)
+    ],
     pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of captions, pictures and flips.")] = 0,
     split: Annotated[Split, typer.Option(help="Whose captions to use.")] = "train",
@@ -38,7 +42,7 @@ def pairs_command(
 
 @app.command("prompts")
 def prompts_command(
-    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.")],
+    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.", callback=home)],
     split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, a fair sample of the split.")] = None,
 ) -> None:
@@ -46,6 +50,5 @@ def prompts_command(
     chosen = captions(split)[:limit]
     if limit is not None and limit > len(chosen):
         raise UsageError(f"the {split} split has fewer captions", expected=f"at most {len(chosen)}", got=limit)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(f"{caption}\n" for caption in chosen))
+    write_file(out, "".join(f"{caption}\n" for caption in chosen))
     print(f"{len(chosen)} captions of the {split} split in {out}")

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
 
+from inpo.common.durable import new_file
+
 SCHEMA = pa.schema(
     {
         "jpg_0": pa.binary(),
@@ -52,7 +54,8 @@ def write_parquet(pairs: Sequence[LabelledPair], folder: Path, part: int) -> Non
     """Writes one part as a parquet file with one row group."""
     rows = [_row(pair) for pair in pairs]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    _replace(folder / f"pairs-{part:05d}.parquet", lambda path: pq.write_table(table, path, row_group_size=len(pairs)))
+    with new_file(folder / f"pairs-{part:05d}.parquet") as path:
+        pq.write_table(table, path, row_group_size=len(pairs))
 
 
 def _row(pair: LabelledPair) -> dict[str, Any]:
@@ -73,30 +76,17 @@ def _row(pair: LabelledPair) -> dict[str, Any]:
 
 def write_webdataset(pairs: Sequence[LabelledPair], folder: Path, part: int) -> None:
     """Writes one part as a tar; the preferred picture is `win`, and a tie keeps its order with label 0.5."""
-
-    def write(path: Path) -> None:
-        with path.open("wb") as stream, webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
-            for pair in pairs:
-                win, lose = reversed(pair.pictures) if pair.label_0 == 0 else pair.pictures
-                text = {"prompt": pair.caption, "label": max(pair.label_0, 1 - pair.label_0), "id": str(pair.index)}
-                tar.write(
-                    {
-                        "__key__": f"{pair.index:06d}",
-                        "win.png": win,
-                        "lose.png": lose,
-                        "json": json.dumps(text).encode(),
-                    }
-                )
-
-    _replace(folder / f"pairs-{part:05d}.tar", write)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside the target and renames, so that a file of this name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    temporary.replace(path)
+    with (
+        new_file(folder / f"pairs-{part:05d}.tar") as path,
+        path.open("wb") as stream,
+        webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar,
+    ):
+        for pair in pairs:
+            win, lose = reversed(pair.pictures) if pair.label_0 == 0 else pair.pictures
+            text = {"prompt": pair.caption, "label": max(pair.label_0, 1 - pair.label_0), "id": str(pair.index)}
+            tar.write(
+                {"__key__": f"{pair.index:06d}", "win.png": win, "lose.png": lose, "json": json.dumps(text).encode()}
+            )
 
 
 WRITERS: dict[str, Callable[[Sequence[LabelledPair], Path, int], None]] = {

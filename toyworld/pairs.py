@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import normal, stable_hash, uniform
@@ -195,7 +196,6 @@ def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str,
         raise UsageError(
             "this folder holds something else", where=folder, expected="a new or empty folder", fix="choose another one"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     _write_record(settings, folder, {})
     return {}
 
@@ -203,9 +203,7 @@ def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str,
 def _write_record(settings: PairSettings, folder: Path, parts: dict[str, dict[str, int]]) -> None:
     complete = len(parts) == settings.num_parts
     record = {"settings": settings.identity(), "complete": complete, **vars(PairReport.of(parts)), "parts": parts}
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(folder / RECORD)
+    write_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _batch_spans(settings: PairSettings, part: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from inpo.common.durable import new_file
 from inpo.common.seeding import stable_hash
 
 WORLD_SIZE = 2
@@ -123,8 +124,8 @@ def train_stage(
                 "step": done,
                 "report": json.dumps(vars(report)),
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            with new_file(checkpoint) as staged:
+                torch.save(state, staged)
     dist.barrier()
     module.eval()
     return report

@@ -10,7 +10,6 @@ are kept in toyworld/base/training.json.
 import json
 import os
 import platform
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from inpo.common.durable import new_folder
 from inpo.toyworld import train_heldout
 from inpo.toyworld.architecture import (
     MAX_TOKENS,
@@ -184,8 +184,6 @@ def save_base(
     for module in (vae, unet, text_encoder):
         module.to(torch.float16, memory_format=torch.contiguous_format)
     pipeline = build_pipeline(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
-    shutil.rmtree(BASE_FOLDER, ignore_errors=True)
-    pipeline.save_pretrained(BASE_FOLDER, safe_serialization=True)
     record = {
         "seed": SEED,
         "num_pictures": NUM_PICTURES,
@@ -210,7 +208,9 @@ def save_base(
         },
         "loss": {name: report.loss for name, report in reports.items()},
     }
-    (BASE_FOLDER / "training.json").write_text(json.dumps(record) + "\n")
+    with new_folder(BASE_FOLDER, replace=True) as staged:
+        pipeline.save_pretrained(staged, safe_serialization=True)
+        (staged / "training.json").write_text(json.dumps(record) + "\n")
 
 
 def main() -> None:

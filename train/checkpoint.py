@@ -1,89 +1,235 @@
-"""Checkpoints: accelerate's state in a folder that appears whole or not at all, the last few of them."""
+"""Checkpoints: everything that the next step depends on, in a folder that appears whole or not at all.
 
-import json
-import os
+    step-00000100/model.safetensors       the UNet's weights (trained.safetensors: the LoRA layers alone)
+                  optimizer, schedule, scaler, ema, random-<process>    states, as common/state_files.py writes them
+                  run.json                written last, sealed: step, stream, identity, size and digest of each file
+
+A checkpoint is held against its seal, all of it, before the first byte is used; nothing in it is code.
+"""
+
+import functools
+import hashlib
+import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from diffusers.training_utils import EMAModel
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from inpo.common.errors import TrainingError, UsageError
+from inpo.common.cache.schema import check_seal, load, sealed
+from inpo.common.durable import new_folder, storage_errors
+from inpo.common.errors import CacheError, TrainingError, UsageError
+from inpo.common.state_files import read_state, write_state
 
-_PREFIX = "step-"
+_NAME = re.compile(r"step-(\d{8,})")
 STATE = "run.json"
+WEIGHTS = "model.safetensors"
 TRAINED = "trained.safetensors"
+_THREADS = 8
 
 
-def keep_only_trained(accelerator: Accelerator) -> None:
-    """Leave the frozen weights out of the checkpoints: under LoRA they are the model's own."""
-
-    def write(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        for model in models:
-            trained = {name: each for name, each in _bare(accelerator, model).named_parameters() if each.requires_grad}
-            if accelerator.is_main_process:
-                save_file({name: each.detach().contiguous() for name, each in trained.items()}, Path(folder) / TRAINED)
-        weights.clear()
-
-    def read(models: list[nn.Module], folder: str) -> None:
-        while models:
-            _bare(accelerator, models.pop()).load_state_dict(load_file(Path(folder) / TRAINED), strict=False)
-
-    accelerator.register_save_state_pre_hook(write)
-    accelerator.register_load_state_pre_hook(read)
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-def _bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    bare: nn.Module = accelerator.unwrap_model(model)
-    return bare
+class FileSeal(_Strict):
+    """What a file was when the checkpoint was written."""
+
+    bytes: NonNegativeInt
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """blake2b with 128 bits over all of it."""
+
+
+class Document(_Strict):
+    """run.json."""
+
+    step: PositiveInt
+    stream: dict[str, Any]
+    """Where the record stream goes on."""
+    identity: dict[str, Any]
+    """The settings that change the trajectory."""
+    files: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+\.(json|safetensors)$")], FileSeal]
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    path: Path
+    document: Document
+
+    @property
+    def step(self) -> int:
+        return self.document.step
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Raise TrainingError if it belongs to a run with other settings."""
+        theirs = self.document.identity
+        wrong = sorted(name for name in {*theirs, *identity} if theirs.get(name) != identity.get(name))
+        if wrong:
+            raise TrainingError(
+                f"The checkpoint belongs to a run with other settings ({', '.join(wrong)}).",
+                where=self.path,
+                expected=", ".join(f"{name} = {theirs.get(name)!r}" for name in wrong),
+                got=", ".join(f"{name} = {identity.get(name)!r}" for name in wrong),
+                fix="repeat the run's settings, or start a new run in another --output",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable:
+    """The parts of a run that a checkpoint holds."""
+
+    accelerator: Accelerator
+    unet: nn.Module
+    """As accelerate wrapped it."""
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+
+    @property
+    def _sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        bare: torch.optim.Optimizer = self.optimizer.optimizer
+        return bare
+
+    @property
+    def _weights_name(self) -> str:
+        return TRAINED if self._bare_and_frozen()[1] else WEIGHTS
+
+    def _bare_and_frozen(self) -> tuple[nn.Module, set[str]]:
+        bare = self.accelerator.unwrap_model(self.unet)
+        return bare, {name for name, each in bare.named_parameters() if not each.requires_grad}
+
+    @property
+    def _plain(self) -> dict[str, Any]:
+        """What has a state of its own that is the same in every process."""
+        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "ema": self.ema}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def collect(self) -> dict[str, Any]:
+        """The states by the names they are written under, whole in the first process. Takes all processes."""
+        if self._sharded:
+            weights, optimizer = full_state(self.unet, self._bare_optimizer)
+        else:
+            bare, frozen = self._bare_and_frozen()
+            weights = {name: each for name, each in bare.state_dict().items() if name not in frozen}
+            optimizer = self._bare_optimizer.state_dict()
+        states = {self._weights_name: weights, "optimizer": optimizer}
+        states |= {name: part.state_dict() for name, part in self._plain.items()}
+        generators = gather_object([_generators(self.accelerator.device)])
+        return states | {f"random-{process}": state for process, state in enumerate(generators)}
+
+    def read(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's states. Raises TrainingError if they are not those of such a run."""
+        place = checkpoint.path
+        try:
+            if self._sharded:
+                main = self.accelerator.is_main_process
+                weights = load_file(place / self._weights_name) if main else {}
+                set_full_state(self.unet, self._bare_optimizer, weights, read_state(place, "optimizer") if main else {})
+            else:
+                bare, frozen = self._bare_and_frozen()
+                found = bare.load_state_dict(load_file(place / self._weights_name), strict=False)
+                if found.unexpected_keys or set(found.missing_keys) - frozen:
+                    raise ValueError("the weights have other names")
+                self._bare_optimizer.load_state_dict(read_state(place, "optimizer"))
+            for name, part in self._plain.items():
+                part.load_state_dict(read_state(place, name))
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)
+            _set_generators(read_state(place, f"random-{self.accelerator.process_index}"), self.accelerator.device)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                "The checkpoint is whole, but not one of such a run.",
+                where=place,
+                got=f"{type(error).__name__}: {error}"[:300],
+                fix="pass another checkpoint to --resume, or start a new run in another --output",
+            ) from error
+
+
+def full_state(unet: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole weights and optimiser state of a sharded network, on the CPU of the first process; others get nothing."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(unet, options=options), get_optimizer_state_dict(unet, optimizer, options=options)
+
+
+def set_full_state(
+    unet: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """The opposite of `full_state`: the first process has the whole, every process takes its shards."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(unet, weights, options=options)
+    set_optimizer_state_dict(unet, optimizer, state, options=options)
 
 
 def save(
-    accelerator: Accelerator,
-    folder: Path,
-    *,
-    step: int,
-    stream: dict[str, Any],
-    identity: dict[str, Any],
-    keep_last: int,
+    parts: Resumable, folder: Path, *, step: int, stream: dict[str, Any], identity: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write `folder`/step-N: everything goes into a hidden folder, is flushed, then renamed. Old ones go last.
+    """Write `folder`/step-N, then remove what is older than the last `keep_last`, and what is of later steps: a run
+    that went on from an earlier checkpoint has left them behind.
 
-    A save that is killed leaves the previous checkpoint as it was.
+    Raises StorageError; the checkpoints that there were stay then.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        (partial / STATE).write_text(json.dumps({"step": step, "stream": stream, "identity": identity}, indent=1))
-        for file in [*partial.rglob("*"), partial]:
-            _flush(file)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _flush(folder)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    final = folder / f"step-{step:08d}"
+    states = parts.collect()
+    if parts.accelerator.is_main_process:
+        with new_folder(final, replace=True, action="write the checkpoint") as staged:
+            for name, state in states.items():
+                if name in (WEIGHTS, TRAINED):
+                    save_file({key: each.detach().contiguous() for key, each in state.items()}, staged / name)
+                else:
+                    write_state(staged, name, state)
+            document = {
+                "step": step,
+                "stream": stream,
+                "identity": identity,
+                "files": {file.name: _seal(file).model_dump() for file in sorted(staged.iterdir())},
+            }
+            (staged / STATE).write_bytes(sealed(document))
+        with storage_errors("remove an old checkpoint", folder):
+            found = list_checkpoints(folder)
+            until = found.index(final) + 1
+            for old in [*found[: max(until - keep_last, 0)], *found[until:]]:
+                shutil.rmtree(old)
+    parts.accelerator.wait_for_everyone()
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(entry for entry in folder.glob(f"{_PREFIX}*") if (entry / STATE).is_file())
+    """Checkpoints, whole or not, by their steps."""
+    found = {int(match[1]): entry for entry in folder.glob("step-*") if (match := _NAME.fullmatch(entry.name))}
+    return [found[step] for step in sorted(found)]
 
 
-def choose(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means: auto (the last one, or none), never, or a path."""
+def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `--resume` means: auto (the last whole one, or none), never, or a path.
+
+    Raises UsageError if there is none where one must be or one where none may be, and TrainingError if there are
+    checkpoints but none is whole. A damaged one that is passed over is named through `say`.
+    """
     found = list_checkpoints(folder)
-    if resume == "auto":
-        return found[-1] if found else None
     if resume == "never":
         if found:
             raise UsageError(
@@ -95,7 +241,7 @@ def choose(resume: str, folder: Path) -> Path | None:
             )
         return None
     path = Path(resume)
-    if not (path / STATE).is_file():
+    if resume != "auto" and not (path / STATE).is_file():
         raise UsageError(
             "There is no checkpoint here.",
             where=f"--resume {path}",
@@ -103,28 +249,62 @@ def choose(resume: str, folder: Path) -> Path | None:
             got=", ".join(each.name for each in found) or "no checkpoint in the output folder either",
             fix="pass auto, never, or one of the checkpoint folders",
         )
-    return path
-
-
-def read_state(checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's {step, stream}. Raises TrainingError if it belongs to a run with other settings."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    theirs = state["identity"]
-    wrong = sorted(name for name in {*theirs, *identity} if theirs.get(name) != identity.get(name))
-    if wrong:
+    damaged: list[str] = []
+    for each in reversed(found) if resume == "auto" else [path]:
+        document = _verified(each)
+        if isinstance(document, Document):
+            for line in damaged:
+                say(f"note: {line}; going on from {each.name}, the last whole one")
+            return Checkpoint(path=each, document=document)
+        damaged.append(f"{each.name} is damaged ({document})")
+    if damaged:
         raise TrainingError(
-            f"The checkpoint belongs to a run with other settings ({', '.join(wrong)}).",
-            where=checkpoint,
-            expected=", ".join(f"{name} = {theirs.get(name)!r}" for name in wrong),
-            got=", ".join(f"{name} = {identity.get(name)!r}" for name in wrong),
-            fix="repeat the run's settings, or start a new run in another --output",
+            "The checkpoint is not whole." if resume != "auto" else "No checkpoint of this run is whole.",
+            where=folder if resume == "auto" else path,
+            expected=f"the files that {STATE} names, as they were written",
+            got="; ".join(damaged),
+            fix="restore it from a copy, take another one with --resume PATH, or start a new run in another --output",
         )
-    return state
+    return None
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _verified(path: Path) -> Document | str:
+    """The checkpoint's document if every file is the one that was written, else what is wrong."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        data = load((path / STATE).read_bytes(), STATE)
+        check_seal(data, STATE, what=STATE, fix="")
+        document = Document.model_validate(data)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            seals = pool.map(_seal, [path / name for name in document.files])
+            wrong = [name for (name, seal), now in zip(document.files.items(), seals, strict=True) if seal != now]
+    except (CacheError, ValidationError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, CacheError):
+            return f"{Path(str(error.filename)).name}: {error.strerror}"
+        return f"{STATE} is not the one that was written"
+    if wrong:
+        return f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written"
+    match = _NAME.fullmatch(path.name)
+    position = document.stream.get("consumed"), document.identity.get("accumulate")
+    if (match and int(match[1]) != document.step) or position[0] != document.step * (position[1] or 0):
+        return f"{STATE} is of another step"
+    return document
+
+
+def _seal(file: Path) -> FileSeal:
+    with file.open("rb") as stream:
+        total = hashlib.file_digest(stream, functools.partial(hashlib.blake2b, digest_size=16))
+    return FileSeal(bytes=file.stat().st_size, digest=total.hexdigest())
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators of random numbers; nothing in a step draws from others."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"])

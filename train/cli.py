@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from inpo.common.paths import home
+
 
 def train(
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags win over it.", callback=home)] = None,
     cache: Annotated[list[str] | None, typer.Option(help="Cache to train on; repeat for several.")] = None,
     model: Annotated[str | None, typer.Option(help="The model that precompute used.")] = None,
     variant: Annotated[str | None, typer.Option(help="Weights variant, e.g. fp16.")] = None,
@@ -15,7 +17,15 @@ def train(
     vae: Annotated[str | None, typer.Option(help="Replacement VAE, for samples and the final pipeline.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     objective: Annotated[str | None, typer.Option(help="inpo, dpo, ipo, hinge, kto, sft, smpo, mapo, ...")] = None,
-    beta: Annotated[float | None, typer.Option(help="Strength of the reference; unset: the objective's own.")] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of the reference; unset: "
+            "inpo 2000 (InPO, for SD1.5), dpo 2000 (ours; released launchers 5000), ipo 0.05 and hinge 1000 (ours; "
+            "diffusers' example 5000), kto 1000 (Diffusion-KTO's script), smpo 2000 (SmPO's launcher), mapo 1000 "
+            "(MaPO's code), inversion_dpo 100 (ours, as the loss is). diffusers' DPO has no 1/2: double its beta here."
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Effective: nothing scales it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records per micro-batch and process.")] = None,
@@ -25,7 +35,13 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule, by diffusers' name.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Warm-up in optimiser steps.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: none.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; 0: none.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest decay of the weights' moving average, which is then what is written; 0: none. "
+            "At step s it is at most s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Network dtype; unset: the cache's.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Trade time for memory.")] = None,
     compile: Annotated[bool | None, typer.Option(help="torch.compile the network.")] = None,
@@ -33,7 +49,9 @@ def train(
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA scale is alpha / rank; unset: the rank.")] = None,
     lora_targets: Annotated[list[str] | None, typer.Option(help="Modules that get LoRA layers; repeatable.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Start from another model than the reference.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Label set made by `inpo relabel`.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Label set made by `inpo relabel` (for smpo: at SmPO's temperature).")
+    ] = None,
     only: Annotated[Path | None, typer.Option(help="File of pair ids to train on.")] = None,
     except_: Annotated[Path | None, typer.Option("--except", help="File of pair ids to leave out.")] = None,
     held_out: Annotated[float | None, typer.Option(help="Share of prompts never trained on.")] = None,
@@ -47,7 +65,7 @@ def train(
     sample_prompts: Annotated[
         list[str] | None, typer.Option(help="Prompt of a sample image; repeatable. Unset: the cache's first four.")
     ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.")] = "auto",
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the order and of new weights.")] = None,
 ) -> None:
     """Train from a cache: one UNet in memory, no reference model, no VAE, no text encoder.
@@ -96,8 +114,10 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.")],
-    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", callback=home)
+    ],
+    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.", callback=home)],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 weights.")] = "float16",
 ) -> None:
     """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""

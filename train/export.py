@@ -1,16 +1,14 @@
 """`inpo export`: a run's pipeline as one safetensors file in the layout that other programs read."""
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inpo.common.cache.store import storage_errors
 from inpo.common.denoiser import DTYPES, dtype_name
+from inpo.common.durable import new_file
 from inpo.common.errors import UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, resolve
@@ -34,15 +32,9 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     model, pipeline = _open(run)
     weights = single_file_weights(pipeline, model)
     tensors = {name: value.detach().to(number).contiguous().clone() for name, value in weights.items()}
-    with storage_errors("write the single file", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, a read-only folder
-            raise OSError(str(error)) from error
-        make_readable(partial)
-        os.replace(partial, file)
+    with new_file(file, action="write the single file") as staged:
+        save_file(tensors, staged, metadata={"format": "pt"})
+        make_readable(staged)
     return file
 
 

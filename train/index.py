@@ -1,5 +1,6 @@
 """Which pairs of which caches are trained on, and which are held out: known before any tensor is read."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from inpo.common.cache import Cache, Shard
 from inpo.common.cache.labels import read_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
 from inpo.common.seeding import stable_hash, uniform
+from inpo.common.text import read_text, text_lines
 
 _THREADS = 16
 
@@ -70,9 +72,9 @@ def build_index(
 ) -> Index:
     """Read the small arrays of every shard and decide what is used.
 
-    Held-out pairs are chosen by the hash of the prompt alone, so that a prompt is never on both sides and runs of other
-    seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises UsageError for a list of pair ids
-    that cannot be read or names no pair of the caches.
+    Held-out pairs are chosen by the hash of the prompt alone (without case and blanks), so that a prompt is never on
+    both sides and runs of other seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises
+    UsageError for a list of pair ids that cannot be read or names no pair of the caches.
     """
     _check_same_reference(caches)
     wanted = _read_list(only, "--only")
@@ -101,7 +103,7 @@ def build_index(
         use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
         if not soft:
             use &= label != 0.5
-        aside = np.array([uniform("held-out", str(prompt)) < held_out for prompt in prompts], bool)
+        aside = np.array([uniform("held-out", _plain(str(prompt))) < held_out for prompt in prompts], bool)
 
         def part(mask: np.ndarray) -> IndexedShard:
             rows = np.flatnonzero(mask)
@@ -127,6 +129,11 @@ def build_index(
             fix="check --only, --except, --labels and held_out",
         )
     return index
+
+
+def _plain(prompt: str) -> str:
+    """The prompt without what people vary without meaning another one: case, blanks, the way accents are coded."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold()).split())
 
 
 def _check_same_reference(caches: Sequence[Cache]) -> None:
@@ -155,17 +162,14 @@ def _check_same_reference(caches: Sequence[Cache]) -> None:
 def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
     if path is None:
         return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "The list of pair ids cannot be read.",
-            where=f"{option} {path}",
-            expected="a UTF-8 text, one pair id a line",
-            got=getattr(error, "strerror", None) or error,
-            fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
-        ) from None
-    return frozenset(line.strip() for line in lines if line.strip())
+    text = read_text(
+        path,
+        what="The list of pair ids cannot be read.",
+        error=UsageError,
+        where=f"{option} {path}",
+        fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+    )
+    return frozenset(line.strip() for line in text_lines(text) if line.strip())
 
 
 def _unknown(

@@ -73,13 +73,24 @@ class Trainer:
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
         self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
-    def losses(self, batch: Batch) -> ObjectiveResult:
-        """The objective on a micro-batch that lies on the device."""
+    def losses(self, batch: Batch, *, alone: bool = False) -> ObjectiveResult:
+        """The objective on a micro-batch that lies on the device.
+
+        What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
+        call this together; with `alone` over this one.
+        """
         error, reference_error = record_errors(self.denoiser, batch), batch.reference_error
         if self.objective.target == "delta_prev":
             weight = self._weights[batch.timestep, None]
             error, reference_error = error * weight, reference_error * weight
+        if self.objective.needs_mean:
+            mean = torch.mean if alone else self._mean_over_processes
+            return self.objective.function(error, reference_error, batch.label, self.beta, mean)
         return self.objective.function(error, reference_error, batch.label, self.beta)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(values.detach().mean(), reduction="mean")  # all hold equally many
+        return mean
 
     def write_start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""
@@ -142,11 +153,12 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     self._clip()
                 self.optimizer.step()
-                if self.accelerator.sync_gradients:
-                    self.schedule.step()
                 self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.step(self.trained)
+        # float16's scaler skips an update whose gradients overflow: the weights are as they were, and so is the rate.
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.trained)
         return records
 
     def _clip(self) -> None:
@@ -167,6 +179,8 @@ class Trainer:
             "epoch": self.stream.epoch,
             "gradient_norm": float(self._gradient_norm),
         }
+        if self.accelerator.scaler is not None:
+            values["skipped_updates"] = self.skipped_updates
         if self.accelerator.device.type == "cuda":
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if evaluate or self.step % self.settings.evaluate_every == 0:
@@ -174,10 +188,16 @@ class Trainer:
         self._write(values)
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
+    @property
+    def _parts(self) -> checkpoint.Resumable:
+        return checkpoint.Resumable(
+            accelerator=self.accelerator, unet=self.unet, optimizer=self.optimizer, schedule=self.schedule, ema=self.ema
+        )
+
     def save(self) -> Path:
         """Write a checkpoint of this step."""
         return checkpoint.save(
-            self.accelerator,
+            self._parts,
             self.output / "checkpoints",
             step=self.step,
             stream=self.stream.state_dict(),
@@ -185,12 +205,16 @@ class Trainer:
             keep_last=self.settings.keep_last,
         )
 
-    def load(self, folder: Path) -> None:
+    def load(self, chosen: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint."""
-        state = checkpoint.read_state(folder, self.identity)
-        self.stream.load_state_dict(state["stream"])
-        self.accelerator.load_state(str(folder))
-        self.step = int(state["step"])
+        self.stream.load_state_dict(chosen.document.stream)
+        self._parts.read(chosen)
+        self.step = chosen.step
+
+    @property
+    def skipped_updates(self) -> int:
+        """Steps whose update float16's scaler left out, since the run began."""
+        return self.step - self.schedule.last_epoch
 
     def _evaluate(self) -> dict[str, Any]:
         """The same metrics on held-out records, each process its share."""
@@ -201,33 +225,36 @@ class Trainer:
         with torch.no_grad():
             for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
                 here = batch.to(self.accelerator.device)
-                sums.add(self.losses(here), here.timestep)
+                # Processes may have different numbers of batches, but a batch is the same for any number of processes.
+                sums.add(self.losses(here, alone=True), here.timestep)
         self.unet.train()
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""
         if self.settings.reference_guard and float(self._reduce(self._bad)) > 0:
-            kept = checkpoint.list_checkpoints(self.output / "checkpoints")
-            last_good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
             raise TrainingError(
                 "The loss or the gradient is not finite.",
                 where=f"at step {self.step} or up to {self.settings.log_every} before it",
                 got="NaN or infinity",
-                fix=f"{last_good}; lower --learning-rate or --beta, or train with a float32 cache",
+                fix=f"{self._last_good()}; lower --learning-rate or --beta, or train with a float32 cache",
             )
 
     def _guard_weights(self) -> None:
         """Stop before weights that are not finite are written: the last update's are in no loss yet."""
         bad = torch.stack([~parameter.detach().isfinite().all() for parameter in self.trained]).any()
         if float(self._reduce(bad.float())) > 0:
-            kept = checkpoint.list_checkpoints(self.output / "checkpoints")
             raise TrainingError(
                 "The trained weights are not finite, and were not written.",
                 where=f"at step {self.step}",
                 got="NaN or infinity",
-                fix=f"{f'the last good checkpoint is {kept[-1]}; ' if kept else ''}lower --learning-rate",
+                fix=f"{self._last_good()}; lower --learning-rate",
             )
+
+    def _last_good(self) -> str:
+        found = checkpoint.list_checkpoints(self.output / "checkpoints")
+        kept = [each for each in found if int(each.name.removeprefix("step-")) <= self.step]
+        return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
 
     def _new_sums(self) -> Accumulator:
         return Accumulator(device=self.accelerator.device, num_train_timesteps=self.denoiser.levels.num_train_timesteps)

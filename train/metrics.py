@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from inpo.common.durable import storage_errors, write_file
 from inpo.train.objectives import ObjectiveResult
 
 NUM_BINS = 5
@@ -64,18 +65,20 @@ class MetricsWriter:
     """metrics.jsonl and the tracker. Lines after the step that a run resumes from are dropped first."""
 
     def __init__(self, output: Path, *, tracker: str, resumed_step: int, config: dict[str, Any]) -> None:
-        output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
+        self._tensorboard = output / "tensorboard"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) is not None]
-            kept = [line for line in kept if (_step(line) or 0) <= resumed_step] if resumed_step else []
-            self.path.write_text("".join(line + "\n" for line in kept))
+            with storage_errors("read the metrics", self.path):
+                lines = self.path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
+            write_file(self.path, "".join(line + "\n" for line in kept if resumed_step), action="write the metrics")
         self._board: Any = None
         self._wandb: Any = None
         if tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_step + 1)
+            with storage_errors("write for TensorBoard", self._tensorboard):
+                self._board = SummaryWriter(str(self._tensorboard), purge_step=resumed_step + 1)
         elif tracker == "wandb":
             import wandb
 
@@ -83,7 +86,7 @@ class MetricsWriter:
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
-        with self.path.open("a") as stream:
+        with storage_errors("write the metrics", self.path), self.path.open("a") as stream:
             stream.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         for group in ("by_timestep", "held_out_by_timestep"):
@@ -91,15 +94,17 @@ class MetricsWriter:
                 low, high = part["timesteps"]
                 scalars |= {f"{group}/{name}_{low}-{high}": part[name] for name in _COLUMNS if name != "records"}
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, values["step"])
+            with storage_errors("write for TensorBoard", self._tensorboard):
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, values["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=values["step"])
 
     def image(self, name: str, pixels: Any, step: int) -> None:
         """An [height, width, 3] uint8 array for the tracker."""
         if self._board is not None:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+            with storage_errors("write for TensorBoard", self._tensorboard):
+                self._board.add_image(name, pixels, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -107,7 +112,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with storage_errors("write for TensorBoard", self._tensorboard):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

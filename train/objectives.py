@@ -2,8 +2,9 @@
 
 Notation (docs/equations.md): E = MSE(tau - eps(x_t, t, c)) per image; g = E_theta - E_ref, negative where the model
 has become better than the reference; m = g_win - g_lose; u = -(beta / 2) * m, the DPO logit in the scaling of the
-released codes. Every function takes `error` and `reference_error` as [batch, side] (side 0 is win), `label` as [batch]
-(P(win preferred)) and `beta`, and returns one number per record; the trainer takes the mean.
+released codes. diffusers' script has no 1/2 there: its beta 2000 is 4000 here. Every function takes `error` and
+`reference_error` as [batch, side] (side 0 is win), `label` as [batch] (P(win preferred)) and `beta`, and returns one
+number per record; the trainer takes the mean.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from torch import Tensor
 from inpo.common.errors import UsageError
 
 SMPO_GAMMA = 10.0
+SMPO_TEMPERATURE = 0.28201571 - 0.11543526
+"""Of the released labels, in raw PickScore cosines: the range that SmPO's preprocessing divides them by."""
 MAPO_WEIGHT = 0.1
 MAPO_SLOPE = 0.5
 KTO_WIN_WEIGHT = 1.0
@@ -54,7 +57,10 @@ def dpo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: floa
 
 
 def ipo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: float) -> ObjectiveResult:
-    """IPO (arXiv 2310.12036, Eq. 17), as in the diffusers script: (-m - 1 / (2 beta))^2."""
+    """IPO (arXiv 2310.12036, Eq. 17), as in the diffusers script: (-m - 1 / (2 beta))^2.
+
+    Its gradient at the start is 1 / beta: at the script's 5000 it is a million times smaller than inpo's at 2000.
+    """
     error, reference_error = _oriented(error, reference_error, label)
     m = margin_of_errors(error, reference_error)
     return _result((-m - 1 / (2 * beta)) ** 2, error, reference_error, beta)
@@ -67,15 +73,22 @@ def hinge(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: fl
     return _result(F.relu(1 + beta * m), error, reference_error, beta)
 
 
-def kto(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: float) -> ObjectiveResult:
+def kto(
+    error: Pairwise,
+    reference_error: Pairwise,
+    label: PerRecord,
+    beta: float,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
+) -> ObjectiveResult:
     """Diffusion-KTO (arXiv 2404.04465): per image w_y * (1 - sigmoid(y * beta * (-g - z0))), y = +1 win, -1 lose.
 
-    z0 = max(0, mean of -g over the micro-batch), detached; so the loss depends on how a batch is split. A record's
-    loss is the mean of its two images'.
+    z0 = max(0, `mean` of -g), detached. The trainer's mean is over the micro-batches of all processes, as in the
+    released code, and not over those that are accumulated: the loss depends on how a step is split. A record's loss
+    is the mean of its two images'.
     """
     error, reference_error = _oriented(error, reference_error, label)
     g = error - reference_error
-    z0 = (-g).mean().clamp(min=0).detach()
+    z0 = mean(-g).clamp(min=0).detach()
     sign = g.new_tensor([1.0, -1.0])
     weight = g.new_tensor([KTO_WIN_WEIGHT, KTO_LOSE_WEIGHT])
     per_image = weight * (1 - torch.sigmoid(sign * beta * (-g - z0)))
@@ -89,7 +102,10 @@ def sft(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: floa
 
 
 def smpo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: float) -> ObjectiveResult:
-    """SmPO: -log sigmoid(gamma * (2p - 1) * u), p the soft label, gamma = 10. The label orients, nothing is swapped."""
+    """SmPO: -log sigmoid(gamma * (2p - 1) * u), p the soft label, gamma = 10. The label orients, nothing is swapped.
+
+    The strength hangs together with the labels' temperature: `SMPO_TEMPERATURE` is the released code's.
+    """
     u = logit(error, reference_error, beta)
     loss = -F.logsigmoid(SMPO_GAMMA * (2 * label - 1) * u)
     return _result(loss, *_oriented(error, reference_error, label), beta)
@@ -108,11 +124,13 @@ def mapo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: flo
 
 
 def inversion_dpo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: float) -> ObjectiveResult:
-    """Inversion-DPO, the form that has a gradient at the start (our derivation from the trajectory likelihood).
+    """A loss of our own, derived from Inversion-DPO's trajectory likelihood; it is not the released loss.
 
     -log sigmoid(-beta * w_t * [MSE(delta_prev - eps_theta) - MSE(delta_prev - eps_ref)]_{win - lose}), w_t = 1 / (2
-    abar_t). Here both errors arrive as MSE(delta_prev - eps) / abar_t, which makes it inpo's formula; the released
-    loss, MSE(eps_theta - eps_ref), has no gradient at theta = ref.
+    abar_t). Here both errors arrive as MSE(delta_prev - eps) / abar_t, which makes it inpo's formula. The released
+    loss, from MSE(eps_theta - eps_ref), has no gradient at theta = ref; away from it the cosine of the two gradients
+    was -0.10. Its logit is beta / (4 abar_t) times the difference, ours beta / (2 abar_t): beta 100 here has the scale
+    of its 200 (it uses 2000).
     """
     return inpo(error, reference_error, label, beta)
 
@@ -140,7 +158,8 @@ def _result(loss: PerRecord, error: Pairwise, reference_error: Pairwise, beta: f
     return ObjectiveResult(loss, u, (torch.sign(u) + 1) / 2, advantage[:, 0], advantage[:, 1])
 
 
-ObjectiveFunction = Callable[[Pairwise, Pairwise, PerRecord, float], ObjectiveResult]
+ObjectiveFunction = Callable[..., ObjectiveResult]
+"""(error, reference_error, label, beta), and a mean where `needs_mean`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +170,8 @@ class Objective:
     function: ObjectiveFunction
     beta: float
     """Default beta, in the objective's own scaling."""
+    beta_source: str
+    """Whose default that is."""
     target: Literal["target", "delta_prev"] = "target"
     """What the prediction is compared with. delta_prev: both errors are divided by abar_t, and the reference's is
     computed from the stored eps_ref."""
@@ -158,6 +179,8 @@ class Objective:
     """hard: pairs with label 0.5 are dropped. soft: labels that are all 0 or 1 are refused."""
     noise_cache: bool = False
     """True: only on a cache with x_t = x0 plus noise."""
+    needs_mean: bool = False
+    """True: the function takes a mean over images as its fifth argument."""
     logistic: bool = False
     """True: the loss is -log sigmoid of a multiple of u, hence ln 2 at theta = reference."""
 
@@ -170,15 +193,36 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective(name="inpo", function=inpo, beta=2000.0, logistic=True),
-        Objective(name="dpo", function=dpo, beta=2000.0, noise_cache=True, logistic=True),
-        Objective(name="ipo", function=ipo, beta=0.05),
-        Objective(name="hinge", function=hinge, beta=1000.0),
-        Objective(name="kto", function=kto, beta=1000.0),
-        Objective(name="sft", function=sft, beta=2000.0),
-        Objective(name="smpo", function=smpo, beta=2000.0, labels="soft", logistic=True),
-        Objective(name="mapo", function=mapo, beta=1000.0),
-        Objective(name="inversion_dpo", function=inversion_dpo, beta=100.0, target="delta_prev", logistic=True),
+        Objective(name="inpo", function=inpo, beta=2000.0, beta_source="InPO, for SD1.5 (SDXL: 5000)", logistic=True),
+        Objective(
+            name="dpo",
+            function=dpo,
+            beta=2000.0,
+            beta_source="ours: inpo's (released launchers: 5000)",
+            noise_cache=True,
+            logistic=True,
+        ),
+        Objective(name="ipo", function=ipo, beta=0.05, beta_source="ours (diffusers' example: 5000)"),
+        Objective(name="hinge", function=hinge, beta=1000.0, beta_source="ours (diffusers' example: 5000)"),
+        Objective(name="kto", function=kto, beta=1000.0, beta_source="Diffusion-KTO's script", needs_mean=True),
+        Objective(name="sft", function=sft, beta=2000.0, beta_source="inpo's; scales the reported margin only"),
+        Objective(
+            name="smpo",
+            function=smpo,
+            beta=2000.0,
+            beta_source="SmPO's launcher for SD1.5",
+            labels="soft",
+            logistic=True,
+        ),
+        Objective(name="mapo", function=mapo, beta=1000.0, beta_source="MaPO's code: the number of timesteps"),
+        Objective(
+            name="inversion_dpo",
+            function=inversion_dpo,
+            beta=100.0,
+            beta_source="ours, as the loss is",
+            target="delta_prev",
+            logistic=True,
+        ),
     )
 }
 

@@ -2,14 +2,13 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from inpo.common.cache import Cache
-from inpo.common.cache.store import storage_errors
+from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.models import Model
 
@@ -41,20 +40,16 @@ def make_readable(*files: Path) -> None:
 def write_output(network: nn.Module, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
-    partial = output / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if lora:
-        (config,) = network.peft_config.values()  # type: ignore[union-attr, operator]
-        model.family.save_lora(get_peft_model_state_dict(network), partial, rank=config.r)
-    else:
-        # Only here are the VAE and the text encoders read, to write them beside the trained network.
-        model.load_pipeline(**{model.family.network: network}).save_pretrained(str(partial), safe_serialization=True)
-    (partial / "README.md").write_text(card)
-    make_readable(*(file for file in partial.rglob("*") if file.is_file()))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    # Only here are the VAE and the text encoders read, to write them beside the trained network.
+    pipeline = None if lora else model.load_pipeline(**{model.family.network: network})
+    with new_folder(final, replace=True, action="write the trained model") as staged:
+        if pipeline is None:
+            (config,) = network.peft_config.values()  # type: ignore[union-attr, operator]
+            model.family.save_lora(get_peft_model_state_dict(network), staged, rank=config.r)
+        else:
+            pipeline.save_pretrained(str(staged), safe_serialization=True)
+        (staged / "README.md").write_text(card)
+        make_readable(*(file for file in staged.rglob("*") if file.is_file()))
     return final
 
 

@@ -1,5 +1,6 @@
 """Refusals before anything is loaded: what the options ask of the installation, and an objective of its caches."""
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -7,9 +8,10 @@ import numpy as np
 from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
+from inpo.common.cache.labels import label_settings
 from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.train.index import Index
-from inpo.train.objectives import Objective
+from inpo.train.objectives import SMPO_TEMPERATURE, Objective
 from inpo.train.records import Needs
 from inpo.train.settings import TrainSettings
 
@@ -86,6 +88,26 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
                 fix="make another cache: `inpo precompute --inverter noise --cache OTHER ...`, or use --objective inpo",
             )
     return needs
+
+
+def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objective: Objective) -> list[str]:
+    """A line for each label set whose temperature makes a soft objective another strength than the released one's."""
+    notes = []
+    for cache in caches if objective.labels == "soft" and settings.labels else ():
+        scorer, temperature = label_settings(cache, settings.labels or "") or ("", SMPO_TEMPERATURE)
+        if scorer == "pickscore" and math.isclose(temperature, SMPO_TEMPERATURE, rel_tol=1e-3):
+            continue
+        notes.append(
+            f"label set {settings.labels} of {cache.location} has scorer {scorer} at temperature {temperature:g}; "
+            f"released SmPO is pickscore at {SMPO_TEMPERATURE:.5f}"
+            + (
+                f": where scores are close, this run pulls {SMPO_TEMPERATURE / temperature:.3g} times as hard "
+                f"(`inpo relabel --scorer pickscore --temperature {SMPO_TEMPERATURE:.5f} --set OTHER` makes its labels)"
+                if scorer == "pickscore"
+                else ", and other scores have another unit: choose --beta on held-out prompts"
+            )
+        )
+    return notes
 
 
 def refuse_hard_labels(index: Index, objective: Objective) -> None:

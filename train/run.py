@@ -15,7 +15,8 @@ from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
 from inpo.common.denoiser import dtype_name
-from inpo.common.errors import UsageError
+from inpo.common.durable import write_file
+from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
@@ -23,10 +24,17 @@ from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective
-from inpo.train.optim import build_optimizer, build_schedule, prepare_network
+from inpo.train.optim import build_optimizer, build_schedule, prepare_network, switch_off_dropout
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
-from inpo.train.requirements import check_distribution, check_installed, check_lora, check_needs, refuse_hard_labels
+from inpo.train.requirements import (
+    check_distribution,
+    check_installed,
+    check_lora,
+    check_needs,
+    refuse_hard_labels,
+    temperature_notes,
+)
 from inpo.train.samples import Sampler, cached_prompts, sample_images
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
@@ -73,7 +81,6 @@ def run_train(
         excluded=settings.except_,
     )
     refuse_hard_labels(index, objective)
-    chosen = checkpoint.choose(resume, resolved.output / "checkpoints")
 
     accelerator = Accelerator(
         mixed_precision=_PRECISION[network_dtype],
@@ -85,7 +92,10 @@ def run_train(
     say = accelerator.print
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
-    step = checkpoint.read_state(chosen, identity)["step"] if chosen else 0
+    chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
+    if chosen is not None:
+        chosen.check_identity(identity)
+    step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
             "This run has made more steps already.",
@@ -101,9 +111,6 @@ def run_train(
     optimizer = build_optimizer(trained, settings)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    if settings.lora_rank:
-        checkpoint.keep_only_trained(accelerator)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
     denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)
@@ -120,7 +127,7 @@ def run_train(
     )
     metrics = sample = None
     if accelerator.is_main_process:
-        (resolved.output / "recipe.toml").write_text(resolved.toml)
+        write_file(resolved.output / "recipe.toml", resolved.toml)
         metrics = MetricsWriter(
             resolved.output, tracker=settings.tracker, resumed_step=step, config=settings.model_dump(mode="json")
         )
@@ -156,7 +163,10 @@ def run_train(
         metrics=metrics,
         sample=sample,
     )
-    _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype)
+    notes = temperature_notes(opened, settings, objective)
+    if dropouts := switch_off_dropout(unet):
+        notes.append(f"{dropouts} dropout layers of the UNet are off: the reference errors were measured without them")
+    _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         _start(trainer, resolved, index, chosen, say)
         finished = trainer.run()
@@ -207,16 +217,17 @@ def _moving_average(
         return None
     ema = EMAModel(trained, decay=settings.ema)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
     return ema
 
 
-def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | None, say: Callable[[str], None]) -> None:
+def _start(
+    trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None, say: Callable[[str], None]
+) -> None:
     """Resume, or prove that the caches belong to the weights; then the line before the first update."""
     settings, unet = resolved.settings, trainer.unet
     if chosen is not None:
         trainer.load(chosen)
-        say(f"resumed from {chosen} at step {trainer.step}")
+        say(f"resumed from {chosen.path} at step {trainer.step}")
         return
     unet.eval()
     if settings.init_from:
@@ -248,6 +259,18 @@ def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: Path | No
 def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) -> None:
     """Write the pipeline or the LoRA weights."""
     accelerator = trainer.accelerator
+    if trainer.skipped_updates:
+        say(
+            f"note: gradients overflowed float16 in {trainer.skipped_updates} of {trainer.step} steps; those made no "
+            "update, and the learning rate's schedule did not advance"
+        )
+    if trainer.skipped_updates == trainer.step:
+        raise TrainingError(
+            "No update was made: the gradients of every step overflowed float16.",
+            where=f"{trainer.step} steps",
+            expected="finite gradients, once the scaler has come down",
+            fix="take more --steps, a lower --beta, or --dtype bfloat16 with a cache of that dtype",
+        )
     accelerator.wait_for_everyone()
     bare = accelerator.unwrap_model(trainer.unet)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -311,7 +334,13 @@ def run_identity(
 
 
 def _say_effective(
-    say: Any, settings: TrainSettings, objective: Objective, index: Index, processes: int, network_dtype: str
+    say: Any,
+    settings: TrainSettings,
+    objective: Objective,
+    index: Index,
+    processes: int,
+    network_dtype: str,
+    notes: list[str],
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
@@ -324,5 +353,5 @@ def _say_effective(
         f"{sum(len(shard.rows) for shard in index.held_out)} pairs held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
-    for line in index.unknown:
+    for line in [*index.unknown, *notes]:
         say(f"note: {line}")

@@ -1,6 +1,7 @@
 """Sample images during training: fixed prompts and seeds, so that pictures of different steps can be compared."""
 
 import gc
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from inpo.common.cache import Cache
 from inpo.common.denoiser import DTYPES
+from inpo.common.durable import write_file
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
 
@@ -82,6 +84,7 @@ class Sampler:
 
     def __call__(self, step: int) -> None:
         pixels = self._draw()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self._folder / f"step-{step:08d}.png")
+        image = io.BytesIO()
+        Image.fromarray(pixels).save(image, format="PNG")
+        write_file(self._folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
         self._metrics.image("samples", pixels, step)

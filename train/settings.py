@@ -1,19 +1,18 @@
 """[train]: every setting of the second stage."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.recipe import Section
+from inpo.common.recipe import LocalPath, Location, Section
 from inpo.train.objectives import OBJECTIVES
 
 
 class TrainSettings(Section):
     """What is optimised, how, and what is written."""
 
-    output: Path | None = None
-    caches: tuple[str, ...] = ()
+    output: LocalPath | None = None
+    caches: tuple[Location, ...] = ()
     """Caches to train on together; unset: the one of [data]."""
     objective: str = "inpo"
     beta: float | None = Field(None, gt=0)
@@ -35,7 +34,8 @@ class TrainSettings(Section):
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of the weights' moving average, which is then what is written; 0: none."""
+    """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
+    s / (9 + s), as in diffusers, so that short runs do not average in their start."""
     dtype: str | None = None
     """Network dtype; unset: the cache's, which the stored reference errors belong to."""
     gradient_checkpointing: bool = False
@@ -46,12 +46,12 @@ class TrainSettings(Section):
     """Scale of the LoRA layers is alpha / rank; unset: the rank."""
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers; unset: the projections of the attention."""
-    init_from: str | None = None
+    init_from: Location | None = None
     """Start from another model's network than the cache's reference."""
     labels: str | None = None
     """A label set made by `inpo relabel`."""
-    only: Path | None = None
-    except_: Path | None = Field(None, alias="except")
+    only: LocalPath | None = None
+    except_: LocalPath | None = Field(None, alias="except")
     held_out: float = Field(0.02, ge=0, lt=1)
     """Share of the prompts whose pairs are never trained on."""
     held_out_records: int = Field(256, ge=1)

@@ -91,6 +91,29 @@ def read_shard_labels(store: CacheStore, set_name: str, shard_name: str) -> Labe
     return None if data is None else LabelSet.from_json(data, store.path(path))
 
 
+def label_settings(cache: Cache, set_name: str) -> tuple[str, float] | None:
+    """(scorer, temperature) of a label set, which all its shards share; None if no shard has labels.
+
+    Raises CacheMismatch for a set of several settings.
+    """
+    found: tuple[str, float] | None = None
+    for name in cache.shards:
+        labels = read_shard_labels(cache.store, set_name, name)
+        if labels is None:
+            continue
+        ours = (labels.scorer, labels.temperature)
+        if found not in (None, ours):
+            raise CacheMismatch(
+                f"Label set {set_name!r} is a mixture: its shards were labelled with different settings.",
+                where=cache.store.path(f"labels/{set_name}/{name}.json"),
+                expected="scorer {}, temperature {:g}".format(*found) if found else None,
+                got="scorer {}, temperature {:g}".format(*ours),
+                fix="make a set of another name with one `inpo relabel`",
+            )
+        found = ours
+    return found
+
+
 def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
     """{shard name: {pair id: P(win preferred)}} for every committed shard that has pairs.
 

@@ -12,8 +12,9 @@ from zarr.core.buffer.cpu import NDBuffer
 from inpo.common.cache.arrays import CommittedStore, open_array
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import Commit, Manifest
-from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.cache.store import CacheStore, digest
 from inpo.common.cache.writer import MANIFEST
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
 from inpo.common.levels import Levels
 

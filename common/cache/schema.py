@@ -311,8 +311,8 @@ class LevelTables(_Document):
         return cls(space=levels.space, floor=levels.floor, **tables)
 
     def levels(self) -> Levels:
-        tables = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES}
-        return Levels(space=self.space, floor=self.floor, **tables)
+        signal, noise, label = (torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES)
+        return Levels(space=self.space, floor=self.floor, signal=signal, noise=noise, label=label)
 
 
 class Manifest(_Document):

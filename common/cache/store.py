@@ -5,27 +5,27 @@ told. Arrays go through zarr's own stores. Local files are read with plain Pytho
 fork, and a trainer's data workers are often forked.
 """
 
-import errno
 import hashlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, NotFoundError
 from obstore.store import LocalStore, from_url
 from zarr.abc.store import Store
 from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
-from inpo.common.errors import CacheMissing, InpoError, StorageError
+from inpo.common.durable import flush, storage_errors
+from inpo.common.errors import CacheMissing, StorageError
+from inpo.common.printable import shown
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
@@ -34,54 +34,8 @@ RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)
 """For what can pass (503, time-outs, dropped connections): backoff from 0.1 s, doubled each time, with jitter."""
 _SAMPLE_BYTES = 4096
 _PARALLEL_READS = 16
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
-    errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
-    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
-    errno.EROFS: "the file system is read-only; choose a folder you can write to",
-    errno.EACCES: "check the owner and mode of the folder",
-    errno.EPERM: "check the owner and mode of the folder",
-    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
-    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
-    errno.EEXIST: "a file lies where a folder is needed: choose another path",
-}
 _client_process: int | None = None
 """The process in which obstore's threads were started."""
-
-
-@contextmanager
-def storage_errors(action: str, where: object) -> Iterator[None]:
-    """Turn an OSError or an obstore error into one StorageError that says what was being done and where.
-
-    Passing faults of an object store (503, time-outs) have been retried with backoff before they arrive here.
-    """
-    try:
-        yield
-    except InpoError:
-        raise
-    except OSError as error:
-        raise _refused(action, where if error.filename is None else error.filename, error.errno, str(error)) from error
-    except BaseError as error:
-        lines = str(error).strip().splitlines()
-        # obstore wraps the system's error in its text.
-        system = re.search(r"\(os error (\d+)\)", str(error))
-        if system:
-            raise _refused(action, where, int(system[1]), lines[0]) from error
-        raise StorageError(
-            f"Could not {action}.",
-            where=where,
-            got=(lines[0] if lines else type(error).__name__)[:300],
-            fix="check the address, the credentials and the free space, then run the same command again: "
-            "what is committed stays",
-        ) from error
-
-
-def _refused(action: str, where: object, code: int | None, text: str) -> StorageError:
-    return StorageError(
-        f"Could not {action}: {os.strerror(code) if code else text}.",
-        where=where,
-        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
-    )
 
 
 def is_remote(location: str) -> bool:
@@ -100,10 +54,13 @@ class CacheStore:
     def __init__(self, location: str, *, create: bool = False) -> None:
         """Open `location`. With `create` a missing local folder is made; without, CacheMissing is raised for it."""
         self.remote = is_remote(location)
-        self.location = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
+        self.address = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
+        """What opens this store again, secrets and all."""
+        self.location = shown(self.address)
+        """The same for messages and documents."""
         if self.remote:
             with storage_errors("open the object store", location):
-                self._store: Any = from_url(self.location, retry_config=RETRY)
+                self._store: Any = from_url(self.address, retry_config=RETRY)
             return
         root = Path(self.location)
         if create:
@@ -159,8 +116,8 @@ class CacheStore:
             finally:
                 with suppress(OSError):  # the error that matters is the one before
                     staged.unlink()
-            _fsync(final.parent)
-            _fsync(final.parent.parent)
+            flush(final.parent)
+            flush(final.parent.parent)
         return True
 
     def get(self, name: str) -> bytes | None:
@@ -249,7 +206,7 @@ class CacheStore:
         """zarr's own store for a folder of the cache."""
         if self.remote:
             check_process(self.location)
-            return ObjectStore(from_url(f"{self.location}/{folder}", retry_config=RETRY), read_only=read_only)
+            return ObjectStore(from_url(f"{self.address}/{folder}", retry_config=RETRY), read_only=read_only)
         return ZarrLocalStore(Path(self.location) / folder, read_only=read_only)
 
     def sync_folder(self, folder: str) -> None:
@@ -259,10 +216,10 @@ class CacheStore:
         with storage_errors("flush to disk", self.path(folder)):
             root = Path(self.location) / folder
             for file in root.rglob("*"):
-                _fsync(file)
+                flush(file)
             # The entries above the attempt too: shards/<name> and shards may be new.
             for parent in (root, root.parent, root.parent.parent, Path(self.location)):
-                _fsync(parent)
+                flush(parent)
 
 
 def check_process(where: object) -> None:
@@ -292,11 +249,3 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield file.relative_to(folder).as_posix(), file.stat().st_size
             except FileNotFoundError:  # another writer's staged file, gone in between
                 continue
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,8 @@ import numpy as np
 
 from inpo.common.cache.arrays import write_group
 from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, Commit, LevelTables, Manifest, ShardSource
-from inpo.common.cache.store import CacheStore, digest, storage_errors
+from inpo.common.cache.store import CacheStore, digest
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheMismatch, InpoError
 
 MANIFEST = "manifest.json"

@@ -12,8 +12,10 @@ from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion.batching import run_trajectories
 from inpo.common.inversion.inverters import Asked
-from inpo.common.inversion.path import build_path
+from inpo.common.inversion.path import Path, exact_path
+from inpo.common.inversion.released import released_path, released_trajectory
 from inpo.common.inversion.trajectory import Records, trajectory
+from inpo.common.levels import Levels
 from inpo.common.seeding import uniform
 
 
@@ -35,6 +37,14 @@ class Inverted:
     """fixed_point: relative RMS change of the last iteration."""
     finite: Bool[Tensor, "pair"]
     """False where any stored number of the pair is NaN or infinite: to be quarantined."""
+
+
+def build_path(
+    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
+) -> Path:
+    """The path of one pair, on the exact grid or the released code's."""
+    build = released_path if identity.faithful else exact_path
+    return build(identity, schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
 
 
 @torch.inference_mode()
@@ -71,7 +81,8 @@ def invert(
     def start(pair: int) -> Generator[Asked, Tensor, Records]:
         pair_id = pair_ids[pair]
         path = build_path(identity, denoiser.levels, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
-        return trajectory(
+        walk = released_trajectory if identity.faithful else trajectory
+        return walk(
             clean[pair],
             path,
             identity=identity,

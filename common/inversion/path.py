@@ -18,8 +18,8 @@ from inpo.common.seeding import generator, uniform
 class Point:
     """One point of a path: the level x sits on and what happens there.
 
-    `records` are the timesteps kept here as records: the level itself or nothing on the exact grid; the released
-    code's grid (faithful) has records whose label lies below the level.
+    `records` are the timesteps kept here as records: the level itself or none; the released code's (released.py) may
+    lie off the level.
     """
 
     level: int
@@ -38,13 +38,31 @@ class Path:
         """True if the first point is reached from the clean latent by a network call at (x0, label 0)."""
         return not self.points[0].noised
 
+    @property
+    def num_records(self) -> int:
+        return sum(len(point.records) for point in self.points)
 
-def build_path(
+    def num_calls(self, identity: InverterIdentity, *, measured: float) -> float:
+        """Network evaluations per image along this path; `measured` is the share whose round trip is measured.
+
+        For fixed_point the maximum of iterations is counted.
+        """
+        pass_through = sum(
+            1
+            for here, after in itertools.pairwise(self.points)
+            if not here.records and not (here.noised and after.noised)
+        )
+        inverted = sum(not point.noised for point in self.points)
+        visits = self.starts_clean + self.num_records + pass_through + inverted * (identity.iterations or 0)
+        guided = 1 if identity.guidance in (0.0, 1.0) else 2
+        under_caption = self.num_records if identity.guidance == 0.0 else 0
+        return guided * (visits + measured * (len(self.points) - 1)) + under_caption
+
+
+def exact_path(
     identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> Path:
-    """The path of one pair."""
-    if identity.faithful:
-        return _faithful_path(identity, schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
+    """The path of one pair on the exact grid."""
     num_train_timesteps = schedule.num_train_timesteps
     grid = exact_grid(uniform(seed, pair_id, "offset"), identity.steps, num_train_timesteps)
     low, high = identity.timestep_range
@@ -91,30 +109,6 @@ def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> 
     return levels
 
 
-def _faithful_path(
-    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
-) -> Path:
-    """The released code's grid: levels 1, 1 + T/n, 1 + 2T/n, ...; timesteps drawn from 0..T-1, whatever the levels.
-
-    x sits on the next level above the timestep (on the last one where there is none above), while label and target
-    use the timestep itself.
-    """
-    total = schedule.num_train_timesteps
-    levels = [min(1 + index * total // identity.steps, total - 1) for index in range(identity.steps)]
-    drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
-    records: dict[int, list[int]] = {}
-    for timestep in sorted(drawn.tolist()):
-        level = next((level for level in levels if level >= timestep), levels[-1])
-        records.setdefault(level, []).append(timestep)
-    return Path(
-        points=tuple(
-            Point(level=level, records=tuple(records.get(level, ())), noised=False)
-            for level in levels
-            if level <= max(records)
-        )
-    )
-
-
 def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
     """Refuse settings that some pair could not follow. Raises UsageError."""
     n, k = identity.steps, timesteps_per_pair
@@ -153,12 +147,13 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
         identity.name != "ddim"
         or identity.refine_start
         or identity.noised_start
+        or identity.guidance != 1.0
         or identity.timestep_range != (0, num_train_timesteps)
     ):
         raise UsageError(
             "--faithful reproduces the released code and fixes the inverter.",
             where="--faithful",
-            expected="--inverter ddim without refined or noised start and timestep range",
+            expected="--inverter ddim without guidance, refined or noised start and timestep range",
             fix="drop the other options",
         )
 

@@ -5,10 +5,10 @@ pairs that stand at different points (batching.py). Both sides of the pair trave
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float16, Float32
+from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 from inpo.common.cache.derive import mean_square, point_from_target, stored_point
@@ -20,7 +20,7 @@ from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
 Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
-_EXTRA_NOISE = 0.1
+"""(x, label) -> the point visited: one evaluation of the inverting model."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +37,29 @@ class Records:
     eps_ref: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
     residual: list[Float32[Tensor, "side"]] = field(default_factory=list)
     inversion_error: Float32[Tensor, "side"] | None = None
+
+    def add(
+        self,
+        timestep: int,
+        target: Float16[Tensor, "side c h w"],
+        x_t: Float16[Tensor, "side c h w"],
+        state: State,
+        *,
+        eps_ref: Float32[Tensor, "side c h w"],
+        carried: Float[Tensor, "side c h w"],
+        extra: tuple[str, ...],
+    ) -> None:
+        """One record: `state` is the point visited at `x_t`, `carried` the noise that led there."""
+        self.timestep.append(timestep)
+        self.target.append(target)
+        self.x_t.append(x_t)
+        self.delta.append(state.delta.half())
+        self.x0_t.append(state.clean.half())
+        self.reference_error.append(mean_square(target.float() - eps_ref))
+        if "delta_prev" in extra:
+            self.delta_prev.append(carried.half())
+        if "eps_ref" in extra:
+            self.eps_ref.append(eps_ref.half())
 
 
 def trajectory(
@@ -95,67 +118,47 @@ def trajectory(
     clean = x0.float()
     noise: Tensor | None = None
     history: list[State] = []
-    path_schedule = _released_schedule(schedule) if identity.faithful else schedule
-    stepper = Stepper(schedule=path_schedule, denoiser=denoiser, evaluate=evaluate, identity=identity)
+    stepper = Stepper(schedule=schedule, denoiser=denoiser, evaluate=evaluate, identity=identity)
     if path.starts_clean:
         start = yield from visit(clean, 0)
         history = [State(a=1.0, s=0.0, x=clean, clean=clean, delta=start.delta)]
     for index, point in enumerate(path.points):
         stepper.residual = None
+        a, s = float(schedule.signal[point.level]), float(schedule.noise[point.level])
         if point.noised:
             if noise is None:
                 noise = normal(tuple(x0.shape[1:]), seed, pair_id, "noise").to(x0.device).expand_as(clean)
             carried = noise
-            x = float(schedule.signal[point.level]) * clean + float(schedule.noise[point.level]) * noise
+            x = a * clean + s * noise
         else:
             carried = history[-1].delta
             x = yield from step(history, point.level, stepper)
-            if identity.faithful:
-                before = path.points[index - 1].level if index else None
-                x = x + _released_noise(schedule, before, point.level) * normal(
-                    tuple(x0.shape), seed, pair_id, "extra", point.level
-                ).to(x0.device)
-        arrived: State | None = None
-        for timestep in point.records:
-            a, s = float(schedule.signal[timestep]), float(schedule.noise[timestep])
+        if point.records:
             if point.noised:
                 target = carried.half()
                 x_t = point_from_target(x0, target, a, s)
             else:
                 target, x_t = stored_point(x0, x, a, s)
-            state = yield from visit(x_t.float(), timestep)
-            eps_ref = yield from reference(state, timestep)
-            records.timestep.append(timestep)
-            records.target.append(target)
-            records.x_t.append(x_t)
-            records.delta.append(state.delta.half())
-            records.x0_t.append(state.clean.half())
-            records.reference_error.append(mean_square(target.float() - eps_ref))
-            if "delta_prev" in extra:
-                records.delta_prev.append(carried.half())
-            if "eps_ref" in extra:
-                records.eps_ref.append(eps_ref.half())
+            arrived = yield from visit(x_t.float(), point.level)
+            eps_ref = yield from reference(arrived, point.level)
+            records.add(point.level, target, x_t, arrived, eps_ref=eps_ref, carried=carried, extra=extra)
             if identity.name == "fixed_point":
                 records.residual.append(
                     torch.zeros(2, device=x.device) if stepper.residual is None else stepper.residual.float()
                 )
-            if timestep == point.level or index == len(path.points) - 1:
-                arrived = state
-        # An unkept noised point matters only if the inversion goes on from it.
-        if arrived is None and not (point.noised and path.points[index + 1].noised):
+        elif point.noised and path.points[index + 1].noised:
+            continue  # an unkept noised point matters only if the inversion goes on from it
+        else:
             arrived = yield from visit(x, point.level)
-        if arrived is not None and identity.faithful and index < len(path.points) - 1:
-            arrived = _on_level(arrived, path_schedule, point.level)
-        if arrived is not None:
-            # Noised points lie on no common trajectory: a second-order step must not extrapolate from one to the next.
-            history = [arrived] if point.noised else [*history[-1:], arrived]
+        # Noised points lie on no common trajectory: a second-order step must not extrapolate from one to the next.
+        history = [arrived] if point.noised else [*history[-1:], arrived]
     if measure:
         assert history, "the last point of a path is a record, so that its state is known"
-        records.inversion_error = yield from _round_trip(clean, history[-1], path, schedule, visit)
+        records.inversion_error = yield from round_trip(clean, history[-1], path, schedule, visit)
     return records
 
 
-def _round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit: Visit) -> Calls:
+def round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit: Visit) -> Calls:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):
@@ -163,23 +166,3 @@ def _round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit:
         state = yield from visit(x, point.level)
     error = (state.clean - clean).square().mean((-3, -2, -1)).sqrt()
     return error / clean.square().mean((-3, -2, -1)).sqrt()
-
-
-def _released_noise(schedule: Levels, before: int | None, level: int) -> float:
-    """0.1 * sqrt(DDIM variance) of the step from `before` (None: the clean end) to `level`."""
-    abar = float(schedule.signal[level]) ** 2
-    abar_before = 1.0 if before is None else float(schedule.signal[before]) ** 2
-    variance = (1 - abar_before) / (1 - abar) * (1 - abar / abar_before)
-    return _EXTRA_NOISE * variance**0.5
-
-
-def _on_level(state: State, schedule: Levels, level: int) -> State:
-    """The same prediction, with x0(t) by Eq. 8 from another table: one path, one table."""
-    a, s = float(schedule.signal[level]), float(schedule.noise[level])
-    return State(a=a, s=s, x=state.x, clean=(state.x - s * state.delta) / a, delta=state.delta)
-
-
-def _released_schedule(schedule: Levels) -> Levels:
-    """The released code's path uses alphas_cumprod rounded to float16."""
-    abar = (schedule.signal**2).half().double()
-    return replace(schedule, signal=abar.sqrt(), noise=(1 - abar).sqrt())

@@ -3,21 +3,28 @@
 Shards keep the location as a string and open it when they read, so they can be pickled to other processes and machines.
 """
 
+import base64
 import fnmatch
+import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Protocol, cast, runtime_checkable
+from urllib.parse import unquote
 
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.signatures import Likely, likely_kind
+from inpo.common.printable import shown
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
@@ -45,19 +52,24 @@ class ByteStream(Protocol):
 
 
 @lru_cache(maxsize=64)
-def _object_store(protocol: str) -> fsspec.AbstractFileSystem:
+def _object_store(protocol: str, login: str) -> fsspec.AbstractFileSystem:
     from obstore.fsspec import FsspecStore
 
-    # A plain http:// URL was written by the user; obstore wants to be told that this is meant.
-    options = {"client_options": {"allow_http": True}} if protocol == "http" else {}
+    client: dict[str, object] = {}
+    if protocol == "http":  # the user wrote it; obstore wants to be told that this is meant
+        client["allow_http"] = True
+    if login:  # obstore passes over what stands before the host
+        client["default_headers"] = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    options = {"client_options": client} if client else {}
     return FsspecStore(protocol, **options)  # type: ignore[call-overload]  # its overloads want a literal
 
 
 def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a location and the path in it. Raises DataError for an unknown or uninstalled scheme."""
-    scheme, separator, _ = location.partition("://")
+    scheme, separator, rest = location.partition("://")
     if separator and scheme in OBJECT_STORES:
-        return _object_store(scheme), location
+        login = rest.partition("/")[0].rpartition("@")[0] if scheme in ("http", "https") else ""
+        return _object_store(scheme, unquote(login)), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError) as error:
@@ -115,6 +127,8 @@ def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
     """
     fs, path = filesystem(location)
     options = {} if is_local(fs) or sequential else {"cache_type": "none"}
+    if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise unreadable_file(location, OSError("not a regular file"))
     try:
         return cast(ByteStream, fs.open(path, "rb", **options))
     except Exception as error:  # every file system has exceptions of its own
@@ -127,13 +141,37 @@ def one_line(error: Exception) -> str:
 
 
 def unreadable_file(location: str, error: Exception) -> DataError:
-    """The DataError for an input shard that cannot be read."""
+    """The DataError for an input shard that cannot be read, with what the file looks like where that explains it."""
+    likely = _looks_like(location, error)
     return DataError(
         "this input shard cannot be read",
         where=location,
-        got=one_line(error),
-        fix="copy the file again, or leave it out; the other shards are not affected",
+        got=one_line(error) if likely is None else f"{likely.what} ({one_line(error)})",
+        fix=likely.fix if likely else "copy the file again, or leave it out; the other shards are not affected",
     )
+
+
+def _looks_like(location: str, error: Exception) -> Likely | None:
+    if (target := broken_link(location)) is not None:
+        return Likely(f"a symbolic link to {target}, which is not there", "restore what it points to, or remove it")
+    fs, path = filesystem(location)
+    if isinstance(error, OSError) and not is_local(fs):
+        return None  # the host's own trouble
+    if is_local(fs) and not os.path.isfile(path):  # a pipe would be waited for
+        return None
+    try:
+        with fs.open(path, "rb") as stream:
+            likely = likely_kind(stream.read(512))
+    except Exception:  # the error at hand says it
+        return None
+    # A file that begins as its name says is damaged further on.
+    return None if likely is None or likely.fix == f"name it {PurePosixPath(location).suffix.lower()}" else likely
+
+
+def broken_link(location: str) -> str | None:
+    """Where a local symbolic link points that leads nowhere; None for everything else."""
+    fs, path = filesystem(location)
+    return os.readlink(path) if is_local(fs) and os.path.islink(path) and not os.path.exists(path) else None
 
 
 def expand_pattern(location: str) -> list[str]:
@@ -156,16 +194,31 @@ def _glob(pattern: str) -> list[str]:
     folder, _, name = pattern.rpartition("/")
     if folder and not re.search(r"[*?\[]", folder):
         # Listing one folder works on every file system and keeps the scheme; not every one can glob.
-        found = list_folder(folder) if exists(folder) else []
+        found = list_folder(folder).files if exists(folder) else []
         return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
+    if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
+        return [prefix + file for file in glob.glob(path, recursive=True)]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
 
 
-def list_folder(location: str) -> list[str]:
-    """Locations of the files directly in a folder, sorted; hidden files left out. Raises DataError."""
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What lies directly in a folder, each kind sorted. Symbolic links count as what they point to."""
+
+    files: list[str] = field(default_factory=list)
+    """Locations; also of links that lead nowhere, which cannot be opened."""
+    folders: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """Names of what is neither: pipes, sockets, devices."""
+    hidden: int = 0
+    """Number of names that begin with a dot, which are left out above."""
+
+
+def list_folder(location: str) -> Listing:
+    """What lies directly in a folder. Raises DataError."""
     fs, path = filesystem(location)
     try:
         entries = fs.ls(path, detail=True)
@@ -177,12 +230,27 @@ def list_folder(location: str) -> list[str]:
             fix="check its owner and mode, or the address and the credentials",
         ) from error
     base = location.rstrip("/")
-    names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
-    return sorted(f"{base}/{name}" for name in names if not name.startswith("."))
+    files, folders, others, hidden = [], [], [], 0
+    for entry in sorted(entries, key=lambda entry: str(entry["name"])):
+        name = PurePosixPath(entry["name"]).name
+        place = f"{base}/{name}"
+        # A listing shows the link, opening follows it: what it leads to decides.
+        if name.startswith("."):
+            hidden += 1
+        elif entry["type"] == "directory":
+            folders.append(place)
+        elif entry["type"] == "file" or fs.isfile(entry["name"]) or broken_link(place) is not None:
+            files.append(place)
+        elif fs.isdir(entry["name"]):
+            folders.append(place)
+        else:
+            others.append(name)
+    return Listing(files=files, folders=folders, others=others, hidden=hidden)
 
 
 def shard_names(locations: Sequence[str]) -> list[str]:
     """One file-system safe name for each location, unique among them: the stem, with the folder where stems repeat."""
+    locations = [shown(location) for location in locations]  # another password is no other name
     names = [_safe(PurePosixPath(location).stem) for location in locations]
     if len(set(names)) != len(names):
         names = [

@@ -14,7 +14,10 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, features
+
+from inpo.common.pairs.png import without_metadata
+from inpo.common.pairs.signatures import likely_kind
 
 ImageProblem = Literal["empty_image", "unreadable", "truncated", "decompression_bomb", "unsupported_mode"]
 """Reasons of an ImageError; the same words as in `inpo.common.pairs.pair.SKIP_REASONS`."""
@@ -68,7 +71,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if len(data) == 0:
         raise ImageError("empty_image", "zero bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise ImageError("decompression_bomb", f"{image.width}x{image.height} pixels, limit {max_pixels}")
         image.load()
@@ -152,8 +155,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _classify(data: bytes, error: Exception) -> ImageError:
     # Pillow prints its file object with the place in memory, which no two runs share.
     detail = re.sub(r" <_io\.BytesIO object at 0x[0-9A-Fa-f]+>", "", f"{type(error).__name__}: {error}")
-    if "Decompressed data too large" in str(error):  # compressed text chunks of a PNG
-        return ImageError("decompression_bomb", detail)
+    likely = likely_kind(data)
+    if likely is not None:
+        return ImageError("unreadable", f"{likely.what}: {likely.fix} ({len(data)} bytes)")
+    if data[4:8] == b"ftyp" and not features.check("avif"):
+        return ImageError("unreadable", "an AVIF image, which this Pillow was built without: convert it to PNG")
     if "truncated" in str(error).lower() or _ends_early(data):
         return ImageError("truncated", f"{len(data)} bytes; {detail}")
     return ImageError("unreadable", f"{len(data)} bytes beginning {data[:8].hex()}; {detail}")

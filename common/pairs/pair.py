@@ -6,12 +6,17 @@ Images stay encoded here; images.py decodes them. A pair is kept or dropped whol
 gives one `Skipped`, never half a pair, and never the win of one row beside the lose of another.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+
+from inpo.common.printable import is_printable
+
+MAX_IMAGE_BYTES = 128 << 20
+"""Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
+MAX_ID_CHARACTERS = 1000
 
 SkipReason = Literal[
     "tie",
@@ -20,7 +25,10 @@ SkipReason = Literal[
     "missing_prompt",
     "bad_metadata",
     "missing_image",
+    "not_allowed",
+    "unreachable",
     "empty_image",
+    "too_large",
     "unreadable",
     "truncated",
     "decompression_bomb",
@@ -34,9 +42,12 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "unlabelled": "the row says it has no label, or its label is null",
     "bad_label": "the label is not a number in [0, 1], or the two labels of the row contradict each other",
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
-    "bad_metadata": "the row's text cannot be parsed: JSON, UTF-8, column count, or two members for one role",
+    "bad_metadata": "the row cannot be understood: JSON, CSV, UTF-8, a field missing or given twice, or a bad id",
     "missing_image": "an image's bytes, member or file are not there",
+    "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
+    "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
+    "too_large": "an image's file is larger than 128 MiB",
     "unreadable": "the bytes are no image in a supported format",
     "truncated": "an image file ends too early",
     "decompression_bomb": "an image has more pixels than the limit",
@@ -77,7 +88,9 @@ class Skipped:
 
 @runtime_checkable
 class InputShard(Protocol):
-    """Consecutive rows of a source that live in one file. Picklable; opens its file anew for each `rows` call."""
+    """Consecutive rows of a source that live in one file; a ranking of n images is n (n - 1) / 2 of them. Picklable;
+    opens its file anew for each `rows` call.
+    """
 
     @property
     def name(self) -> str:
@@ -87,6 +100,13 @@ class InputShard(Protocol):
     @property
     def num_rows(self) -> int:
         """Rows in the file, known without decoding an image. Raises DataError when the file is unreadable."""
+        ...
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """What lies in the file and has no part in any pair, and how often: `member .cls`, `column user_id`. Raises
+        DataError as `num_rows` does.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -107,6 +127,11 @@ class PairSource(Protocol):
 
     @property
     def kind(self) -> Literal["webdataset", "parquet", "folder"]: ...
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
+        ...
 
     def input_shards(self) -> Sequence[InputShard]:
         """The shards sorted by name; nothing is read until a shard is asked."""
@@ -135,19 +160,22 @@ def check_text(value: object, *, what: str, missing: SkipReason) -> str:
     return value
 
 
-def parse_label(value: object, *, what: str = "label") -> float:
-    """`value` as a probability in [0, 1], else RowProblem: unlabelled for null and "", bad_label otherwise."""
-    if value is None or value == "":
-        raise RowProblem(reason="unlabelled", detail=f"{what} is null")
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}") from None
-    if math.isnan(number) or not 0.0 <= number <= 1.0:
-        raise RowProblem(reason="bad_label", detail=f"{what} is {value!r}, expected 0..1")
-    return number
+def check_id(value: object, *, what: str = "id") -> str:
+    """`value` as a pair's id, else RowProblem: one line of text that lists, commands and terminals give back as it is.
+
+    Refused are control characters, line breaks of any script, blanks at either end, the empty text, and more than
+    MAX_ID_CHARACTERS characters.
+    """
+    text = check_text(value, what=what, missing="bad_metadata")
+    if not text or text != text.strip():
+        raise RowProblem(
+            reason="bad_metadata", detail=f"{what} {text[:100]!r} is blank, or begins or ends with a blank"
+        )
+    if not is_printable(text):
+        raise RowProblem(reason="bad_metadata", detail=f"{what} {text[:100]!r} has characters that no list can hold")
+    if len(text) > MAX_ID_CHARACTERS:
+        raise RowProblem(reason="bad_metadata", detail=f"{what} has {len(text)} characters, limit {MAX_ID_CHARACTERS}")
+    return text
 
 
 def preference(label: float) -> tuple[bool, float]:
@@ -160,20 +188,21 @@ def preference(label: float) -> tuple[bool, float]:
     return label < 0.5, max(label, 1.0 - label)
 
 
-def contradiction_free(label_0: float, label_1: float) -> float:
-    """P(image 0 preferred) from the two labels of a Pick-a-Pic row, which must add up to 1 (RowProblem bad_label)."""
-    if abs(label_0 + label_1 - 1.0) > 1e-4:
-        raise RowProblem(reason="bad_label", detail=f"label_0 {label_0!r} and label_1 {label_1!r} do not add up to 1")
-    return label_0
-
-
 def check_image_bytes(value: bytes | None, *, what: str) -> bytes:
-    """`value` when there are bytes, else RowProblem missing_image or empty_image."""
+    """`value` when there are bytes, else RowProblem missing_image, empty_image or too_large."""
     if value is None:
         raise RowProblem(reason="missing_image", detail=f"{what} is not there")
     if len(value) == 0:
         raise RowProblem(reason="empty_image", detail=f"{what} has zero bytes")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise too_large(what, len(value))
     return value
+
+
+def too_large(what: str, size: int | None = None) -> RowProblem:
+    """The RowProblem of an image whose file is above the limit; `size` None: it was not read to its end."""
+    found = f"more than {MAX_IMAGE_BYTES}" if size is None else f"{size}"
+    return RowProblem(reason="too_large", detail=f"{what} has {found} bytes, limit {MAX_IMAGE_BYTES}")
 
 
 def mark_duplicates(rows: Iterable[Pair | Skipped], seen: set[str]) -> Iterator[Pair | Skipped]:

@@ -1,38 +1,42 @@
-"""Pick-a-Pic v2 parquet as published: one input shard for each file, read by row group.
+"""Parquet files of pairs, Pick-a-Pic v2 as published among them: one input shard for each file, read by row group.
 
-Columns read: jpg_0, jpg_1 (binary, or the `{bytes, path}` struct of the datasets library), label_0, label_1 (float, 0.5
-for a tie), has_label, caption, ranking_id; without ranking_id, image_0_uid and image_1_uid name the pair. The others
-are never touched. An input shard is a file, not a row group, because the published row groups are smaller than a cache
-shard may be; memory does not depend on the size of row groups, since pages are read a few rows at a time.
+Columns are named as the fields in fields.py, two images or a list of ranked ones; the others are never touched. An
+image is binary, the `{bytes, path}` struct of the datasets library, or a path beside the file. An input shard is a
+file, not a row group, because published row groups are smaller than a cache shard may be; memory does not depend on the
+size of row groups, since pages are read a few rows at a time.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
-from inpo.common.pairs.pair import (
-    Pair,
-    RowProblem,
-    Skipped,
-    check_image_bytes,
-    check_text,
-    contradiction_free,
-    parse_label,
-    preference,
+from inpo.common.pairs.fields import (
+    FIRST,
+    IMAGES,
+    KNOWN,
+    LOSE,
+    ORDER,
+    SECOND,
+    WIN,
+    ReadImage,
+    brief,
+    comparisons_of,
+    items,
+    missing_field,
 )
+from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.pair import Pair, RowProblem, Skipped
+from inpo.common.pairs.reach import Reach
 
-IMAGE_COLUMNS = ("jpg_0", "jpg_1")
-LABEL_COLUMNS = ("label_0", "label_1", "has_label")
-ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid")
 ROWS_PER_READ = 16
-"""Rows decoded at a time: 32 encoded images."""
+"""Rows decoded at a time: 32 encoded images, or those of 16 rankings."""
 LOCAL_BUFFER_BYTES = 1 << 20
 REMOTE_BUFFER_BYTES = 8 << 20
 """Read-ahead of one column. Without it pyarrow loads a whole column chunk, which may hold gigabytes of images."""
@@ -40,40 +44,89 @@ REMOTE_BUFFER_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource:
-    """Parquet files with the columns of Pick-a-Pic v2."""
+    """Parquet files with a pair or a ranking a row."""
 
     location: str
     files: tuple[str, ...]
+    not_read: Mapping[str, int] = field(default_factory=dict)
+    """Other files and folders beside the parquet files."""
+    allow_remote: bool = False
     kind: Literal["parquet"] = "parquet"
 
     def input_shards(self) -> list["ParquetShard"]:
         """One shard a file, sorted by name."""
         names = shard_names(self.files)
-        shards = [ParquetShard(name=name, file=file) for name, file in zip(names, self.files, strict=True)]
+        shards = [
+            ParquetShard(name=name, file=file, allow_remote=self.allow_remote)
+            for name, file in zip(names, self.files, strict=True)
+        ]
         return sorted(shards, key=lambda shard: shard.name)
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Footer:
+    """What a file says about itself without its images."""
+
+    group_ends: tuple[int, ...]
+    """Cumulative rows of the file, by row group."""
+    columns: tuple[str, ...]
+    """The columns that are read."""
+    not_read: dict[str, int]
+    first_rows: np.ndarray | None
+    """int64 [row of the file + 1]: the number of its first row as counted here, where rows are rankings; else None."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParquetShard:
-    """One parquet file; a row is a row of the file."""
+    """One parquet file; a row is a row of the file, or two images of a ranking in one."""
 
     name: str
     file: str
+    allow_remote: bool = False
+    """Whether rows that have paths for images may name what lies outside the file's folder, here or on other hosts."""
 
     @cached_property
-    def _row_group_ends(self) -> tuple[int, ...]:
-        """Cumulative row counts of the row groups, from the footer."""
+    def _footer(self) -> _Footer:
         with self._open() as parquet:
+            names = parquet.schema_arrow.names
             total, ends = 0, []
             for group in range(parquet.num_row_groups):
                 total += parquet.metadata.row_group(group).num_rows
                 ends.append(total)
-            return tuple(ends)
+            columns = tuple(name for name in names if name in KNOWN)
+            order = next((name for name in ORDER if name in columns), None)
+            is_ranking = any(name in columns and _is_list(parquet.schema_arrow.field(name).type) for name in IMAGES)
+            return _Footer(
+                group_ends=tuple(ends),
+                columns=columns,
+                not_read={f"column {brief(name)}": total for name in names if name not in KNOWN},
+                first_rows=self._rankings(parquet, order) if is_ranking and order else None,
+            )
+
+    def _rankings(self, parquet: pq.ParquetFile, order: str) -> np.ndarray:
+        """Rows by row of the file, from the one small column that has the ranks."""
+        counts = [0]
+        try:
+            for batch in parquet.iter_batches(columns=[order], use_threads=False):
+                for value in batch.column(0):
+                    ranked = value.as_py()
+                    counts.append(comparisons_of(len(ranked) if isinstance(ranked, list) else 0))
+        except Exception as error:  # pyarrow passes on whatever the file object raises
+            raise unreadable_file(self.file, error) from error
+        return np.cumsum(np.array(counts, dtype=np.int64))
 
     @property
     def num_rows(self) -> int:
         """Rows in the file, from its footer. Raises DataError when it cannot be read or has no image columns."""
-        return self._row_group_ends[-1] if self._row_group_ends else 0
+        footer = self._footer
+        if footer.first_rows is not None:
+            return int(footer.first_rows[-1])
+        return footer.group_ends[-1] if footer.group_ends else 0
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """The columns that no pair is made of."""
+        return self._footer.not_read
 
     def fingerprint(self) -> str:
         """blake2b of the file's size and footer, which holds sizes, offsets and statistics of every column chunk."""
@@ -93,29 +146,66 @@ class ParquetShard:
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
-        and dropped, a few at a time. Raises DataError.
+        and dropped, a few at a time. Raises DataError, also when rows name files and no host gives one.
         """
-        ends = self._row_group_ends
         stop = min(stop, self.num_rows)
+        if start >= stop:
+            return
+        reach = Reach(self.file, allow_remote=self.allow_remote)
+        yield from self._rows(start, stop, partial(_image, reach))
+        reach.refuse_outage(self.file)
+
+    def _rows(self, start: int, stop: int, read: ReadImage) -> Iterator[Pair | Skipped]:
+        first_rows = self._footer.first_rows
+        if first_rows is None:
+            for entry, fields in self._entries(start, stop):
+                yield from self._items(fields, entry, row=entry, skip=0, read=read)
+            return
+        first = int(np.searchsorted(first_rows, start, side="right")) - 1
+        end = int(np.searchsorted(first_rows, stop, side="left"))
+        for entry, fields in self._entries(first, end):
+            begin = int(first_rows[entry])
+            for item in self._items(fields, entry, row=begin, skip=max(0, start - begin), read=read):
+                if item.row >= stop:
+                    return
+                yield item
+
+    def _items(
+        self, fields: "dict[str, Any] | RowProblem", entry: int, *, row: int, skip: int, read: ReadImage
+    ) -> Iterator[Pair | Skipped]:
+        pair_id = f"{self.name}/{entry}"
+        if isinstance(fields, RowProblem):
+            first_rows = self._footer.first_rows
+            count = 1 if first_rows is None else int(first_rows[entry + 1] - first_rows[entry])
+            for number in range(skip, count):
+                yield Skipped(pair_id=pair_id, reason=fields.reason, detail=fields.detail, row=row + number)
+            return
+        yield from items(fields, row=row, skip=skip, name=self.name, default_id=pair_id, read=read)
+
+    def _entries(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
+        """(number, fields) of the file's rows start..stop-1."""
+        ends = self._footer.group_ends
         begins = (0, *ends[:-1])
         groups = [i for i in range(len(ends)) if begins[i] < stop and ends[i] > start]
-        if not groups:
-            return
-        row = begins[groups[0]]
+        row = begins[groups[0]] if groups else 0
         with self._open() as parquet:
-            try:
-                for group in groups:
-                    # One group at a time, so that a damaged group costs none of the rows before it.
-                    for batch in parquet.iter_batches(
-                        batch_size=ROWS_PER_READ, row_groups=[group], columns=_columns(parquet), use_threads=False
-                    ):
-                        for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
-                            yield self._row(batch, i, row + i)
-                        row += batch.num_rows
-                        if row >= stop:
-                            return
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable_file(self.file, error) from error
+            for group in groups:
+                # One group at a time, so that a damaged group costs none of the rows before it.
+                batches = parquet.iter_batches(
+                    batch_size=ROWS_PER_READ, row_groups=[group], columns=list(self._footer.columns), use_threads=False
+                )
+                while True:
+                    try:
+                        batch = next(batches, None)
+                    except Exception as error:  # pyarrow's errors, and whatever the file object raises
+                        raise unreadable_file(self.file, error) from error
+                    if batch is None:
+                        break
+                    for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
+                        yield row + i, _fields(batch, i)
+                    row += batch.num_rows
+                    if row >= stop:
+                        return
 
     def _open(self) -> pq.ParquetFile:
         local = is_local(filesystem(self.file)[0])
@@ -130,63 +220,58 @@ class ParquetShard:
         except Exception as error:  # pyarrow passes on whatever the file object raises
             stream.close()
             raise unreadable_file(self.file, error) from error
-        missing = [name for name in IMAGE_COLUMNS if name not in parquet.schema_arrow.names]
-        if missing:
+        problem = _schema_problem(parquet.schema_arrow)
+        if problem is not None:
             stream.close()
             raise DataError(
                 "this parquet file has no image columns",
                 where=self.file,
-                expected=f"columns {', '.join(IMAGE_COLUMNS)} (Pick-a-Pic v2)",
-                got=f"columns {', '.join(parquet.schema_arrow.names)}",
-                fix="use a folder with pairs.jsonl for other layouts (docs/data.md)",
+                expected="columns jpg_0 and jpg_1 (Pick-a-Pic), win and lose, chosen and rejected, "
+                "or a list images with ranks or scores",
+                got=f"columns {', '.join(map(brief, parquet.schema_arrow.names))}",
+                fix=f"rename the columns, or use a folder with pairs.jsonl (docs/data.md); {problem}",
             )
         return parquet
 
-    def _row(self, batch: pa.RecordBatch, i: int, row: int) -> Pair | Skipped:
-        names = batch.schema.names
 
-        def value(name: str) -> Any:
-            if name not in names:
-                return None
-            try:
-                return batch.column(name)[i].as_py()
-            except UnicodeDecodeError:
-                raise RowProblem(reason="bad_metadata", detail=f"{name} is not UTF-8") from None
+def _image(reach: Reach, value: object, what: str) -> bytes | None:
+    """The bytes of a binary cell, of a `{bytes, path}` struct, or of the file that a path names."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(data, str):
+        data, path = None, data
+    if data is None and path is not None:
+        return reach.read(path, what)
+    if data is not None and not isinstance(data, bytes):
+        raise RowProblem(reason="missing_image", detail=f"{what} is {type(data).__name__}, not bytes or a path")
+    return data
 
-        pair_id = f"{self.name}/{row}"
+
+def _schema_problem(schema: pa.Schema) -> str | None:
+    """Why no pair can be made of these columns; None if some can."""
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1 and name in KNOWN})
+    if twice:
+        return f"{', '.join(twice)} is there twice"
+    names = set(schema.names)
+    if any(set(first) & names and set(second) & names for first, second in ((WIN, LOSE), (FIRST, SECOND))):
+        return None
+    lists = [name for name in IMAGES if name in names and _is_list(schema.field(name).type)]
+    if lists:
+        return None if names & set(ORDER) else missing_field(ORDER, schema.names)
+    one_side = next((other for side, other in ((WIN, LOSE), (FIRST, SECOND)) if set(side) & names), None)
+    return missing_field(one_side or (*WIN, *LOSE), schema.names)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _fields(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RowProblem:
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            pair_id = _pair_id({name: value(name) for name in ID_COLUMNS}) or pair_id
-            prompt = check_text(value("caption"), what="caption", missing="missing_prompt")
-            if value("has_label") is False:
-                raise RowProblem(reason="unlabelled", detail="has_label is false")
-            label = parse_label(value("label_0"), what="label_0")
-            if value("label_1") is not None:
-                label = contradiction_free(label, parse_label(value("label_1"), what="label_1"))
-            swap, label = preference(label)
-            images = [check_image_bytes(_image_bytes(value(name)), what=name) for name in IMAGE_COLUMNS]
-        except RowProblem as problem:
-            return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=row)
-        win, lose = reversed(images) if swap else images
-        return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=row)
-
-
-def _columns(parquet: pq.ParquetFile) -> list[str]:
-    names = parquet.schema_arrow.names
-    wanted = [*IMAGE_COLUMNS, *LABEL_COLUMNS, "caption", *ID_COLUMNS]
-    return [name for name in wanted if name in names]
-
-
-def _pair_id(ids: dict[str, Any]) -> str | None:
-    """ranking_id, else the two image ids; one image pair may be ranked by several people, so these come second."""
-    if ids["ranking_id"] is not None:
-        return check_text(str(ids["ranking_id"]), what="ranking_id", missing="bad_metadata")
-    if ids["image_0_uid"] is not None and ids["image_1_uid"] is not None:
-        return f"{ids['image_0_uid']}.{ids['image_1_uid']}"
-    return None
-
-
-def _image_bytes(value: Any) -> bytes | None:
-    """The bytes of a binary cell or of a `{bytes, path}` struct."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return value if isinstance(value, bytes) else None
+            fields[name] = column[i].as_py()
+        except UnicodeDecodeError:
+            return RowProblem(reason="bad_metadata", detail=f"{name} is not UTF-8")
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # a date or a number that Python has not
+            return RowProblem(reason="bad_metadata", detail=f"{name}: {error}")
+    return fields

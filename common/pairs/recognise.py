@@ -1,22 +1,30 @@
 """What kind of source a location is."""
 
 import re
+from collections import Counter
 from pathlib import PurePosixPath
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.files import exists, expand_pattern, is_folder, list_folder
+from inpo.common.pairs.entries import LIST_SUFFIXES
+from inpo.common.pairs.fields import brief
+from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder
 from inpo.common.pairs.folder import ListSource
 from inpo.common.pairs.pair import PairSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
-    "Pick-a-Pic parquet (*.parquet), or a folder with pairs.jsonl or pairs.csv"
+    "parquet files (*.parquet), or a folder with pairs.jsonl, pairs.json, pairs.csv or pairs.tsv"
 )
-LIST_NAMES = ("pairs.jsonl", "pairs.csv")
+LIST_NAMES = tuple(f"pairs{suffix}" for suffix in LIST_SUFFIXES)
+DATA_FOLDER = "data"
+"""Where the repositories of dataset hubs keep their files."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
 
-def open_source(location: str) -> PairSource:
+def open_source(location: str, *, allow_remote: bool = False) -> PairSource:
     """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
+
+    Rows that name their images may name what lies below the file's folder; with `allow_remote` anything else too.
 
     Raises DataError when nothing recognisable is there, when it cannot be reached, or when it is not clear which of
     several things is meant.
@@ -25,23 +33,25 @@ def open_source(location: str) -> PairSource:
     if not files:
         raise _nothing_there(location, "no file matches the pattern")
     if len(files) > 1:
-        return _from_files(location, files)
+        return _from_files(location, files, allow_remote)
     if not exists(files[0]):
-        raise _nothing_there(location, "nothing of that name")
+        target = broken_link(files[0])
+        got = "nothing of that name" if target is None else f"a symbolic link to {target}, which is not there"
+        raise _nothing_there(location, got)
     folder = is_folder(files[0])
     if _kind(files[0]) is not None and not folder:
-        return _from_files(location, files)
+        return _from_files(location, files, allow_remote)
     if not folder:
         raise _not_recognised(location, f"a file named {PurePosixPath(files[0]).name}")
-    return _from_folder(location)
+    return _from_folder(location, allow_remote)
 
 
-def _from_folder(location: str) -> PairSource:
-    files = list_folder(location)
-    names = [PurePosixPath(file).name for file in files]
-    lists = [file for file, name in zip(files, names, strict=True) if name in LIST_NAMES]
-    tars = [file for file in files if _kind(file) == "tar"]
-    parquets = [file for file in files if _kind(file) == "parquet"]
+def _from_folder(location: str, allow_remote: bool) -> PairSource:
+    listing = list_folder(location)
+    names = [PurePosixPath(file).name for file in listing.files]
+    lists = [file for file, name in zip(listing.files, names, strict=True) if name in LIST_NAMES]
+    tars = [file for file in listing.files if _kind(file) == "tar"]
+    parquets = [file for file in listing.files if _kind(file) == "parquet"]
     found = [group for group in (lists, tars, parquets) if group]
     if len(found) > 1 or len(lists) > 1:
         raise DataError(
@@ -52,12 +62,35 @@ def _from_folder(location: str) -> PairSource:
             else " and ".join(PurePosixPath(file).name for file in lists),
             fix="name the one you mean, for example the file itself or a pattern such as train-*.parquet",
         )
-    if not found:
-        raise _not_recognised(location, f"a folder with {', '.join(names[:8]) or 'no files directly in it'}")
-    return _from_files(location, found[0])
+    if found:
+        return _from_files(location, found[0], allow_remote, not_read=_beside(listing, found[0]))
+    folders = {PurePosixPath(folder).name: folder for folder in listing.folders}
+    if DATA_FOLDER in folders:
+        return _from_folder(folders[DATA_FOLDER], allow_remote)
+    got = ", ".join(map(brief, names[:8])) or "no files directly in it"
+    if folders:
+        got += f"; folders in it: {', '.join(map(brief, list(folders)[:8]))}"
+    raise _not_recognised(location, f"a folder with {got}")
 
 
-def _from_files(location: str, files: list[str]) -> PairSource:
+def _beside(listing: Listing, taken: list[str]) -> dict[str, int]:
+    """What a folder holds beside its input shards. A list names the images and folders that belong to it."""
+    not_read: Counter[str] = Counter()
+    with_list = _kind(taken[0]) == "list"
+    for file in set(listing.files) - set(taken):
+        suffix = PurePosixPath(file).suffix.lower()
+        if not (with_list and suffix in IMAGE_SUFFIXES):
+            not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
+    not_read["hidden file or folder"] += listing.hidden
+    not_read["pipe, socket or device"] += len(listing.others)
+    for folder in [] if with_list else listing.folders:
+        not_read[f"folder {brief(PurePosixPath(folder).name)}"] += 1
+    return {name: count for name, count in sorted(not_read.items()) if count}
+
+
+def _from_files(
+    location: str, files: list[str], allow_remote: bool, *, not_read: dict[str, int] | None = None
+) -> PairSource:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise _not_recognised(location, ", ".join(PurePosixPath(file).name for file in files[:8]))
@@ -67,16 +100,16 @@ def _from_files(location: str, files: list[str]) -> PairSource:
     if kind == "list":
         if len(files) > 1:
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
-        return ListSource(location=location, file=files[0])
+        return ListSource(location=location, file=files[0], not_read=not_read or {}, allow_remote=allow_remote)
     _refuse_mixed_splits(location, files)
     # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":
         from inpo.common.pairs.tars import TarSource
 
-        return TarSource(location=location, files=tuple(files))
+        return TarSource(location=location, files=tuple(files), not_read=not_read or {})
     from inpo.common.pairs.parquet import ParquetSource
 
-    return ParquetSource(location=location, files=tuple(files))
+    return ParquetSource(location=location, files=tuple(files), not_read=not_read or {}, allow_remote=allow_remote)
 
 
 def _refuse_mixed_splits(location: str, files: list[str]) -> None:
@@ -98,7 +131,7 @@ def _refuse_mixed_splits(location: str, files: list[str]) -> None:
 
 def _kind(location: str) -> str | None:
     suffix = PurePosixPath(location).suffix.lower()
-    return {".tar": "tar", ".parquet": "parquet", ".jsonl": "list", ".csv": "list"}.get(suffix)
+    return {".tar": "tar", ".parquet": "parquet", **dict.fromkeys(LIST_SUFFIXES, "list")}.get(suffix)
 
 
 def _nothing_there(location: str, got: str) -> DataError:
@@ -106,6 +139,6 @@ def _nothing_there(location: str, got: str) -> DataError:
 
 
 def _not_recognised(location: str, got: str) -> DataError:
-    compressed = re.search(r"\.(tgz|tar\.\w+|jsonl\.\w+|csv\.\w+)\b", got)
+    compressed = re.search(r"\.(tgz|(tar|jsonl?|[ct]sv)\.\w+)\b", got)
     fix = "uncompress it first: rows are read by seeking" if compressed else "see docs/data.md for the three kinds"
     return DataError("this is no source of pairs", where=location, expected=EXPECTED, got=got, fix=fix)

@@ -1,30 +1,50 @@
 """Where the members of every sample of a tar lie, found by walking its headers once.
 
-Grouping into samples is webdataset's own (`base_plus_ext`, `group_by_keys`), fed with places instead of bytes, so a tar
-means here what it means to any webdataset reader.
+A sample is what it is to any webdataset reader: neighbouring members with one key, which webdataset's own
+`base_plus_ext` finds. A member that comes twice spoils its sample and no other.
 """
 
 import hashlib
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.entries import count_unknown, parse_object
+from inpo.common.pairs.fields import FIRST, ID, LOSE, SECOND, WIN, brief
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
+from inpo.common.pairs.pair import RowProblem
+from inpo.common.text import TextProblem, decode_text
 
 Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label_0", "label_1", "has_label", "id"]
 ROLES: tuple[Role, ...] = get_args(Role)
-IMAGE_ROLES = ("win", "lose", "jpg_0", "jpg_1")
-CAPTION_NAMES = ("caption", "prompt", "original_prompt", "txt", "text")
-ID_NAMES = ("id", "ranking_id", "pair_id")
+IMAGE_ROLES: tuple[Role, ...] = ("win", "lose", "jpg_0", "jpg_1")
+_NAMES: dict[str, Role] = {
+    **dict.fromkeys(WIN, "win"),
+    **dict.fromkeys(LOSE, "lose"),
+    **dict.fromkeys(FIRST, "jpg_0"),
+    **dict.fromkeys(SECOND, "jpg_1"),
+    **dict.fromkeys(("caption", "prompt", "original_prompt", "txt", "text"), "caption"),
+    **dict.fromkeys(ID, "id"),
+    **{name: name for name in ("json", "label_0", "label_1", "has_label")},
+}
 
-_ABSENT, _DOUBLED = -1, -2
+_ABSENT, _DOUBLED, _LINK = -1, -2, -3
 _BLOCK = 512
+_PART = 1 << 20
+_TYPES = {
+    tarfile.LNKTYPE: "hard link",
+    tarfile.SYMTYPE: "symbolic link",
+    tarfile.GNUTYPE_SPARSE: "sparse file",
+    tarfile.FIFOTYPE: "pipe",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +52,13 @@ class TarIndex:
     """Places of the members, by row and role. 160 bytes a row and its key; picklable."""
 
     keys: bytes
-    """The samples' keys, one a line."""
+    """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""
     places: np.ndarray
-    """int64 [row, role, 2]: offset and size of a member; -1 where absent, -2 where there are two."""
+    """int64 [row, role, 2]: offset and size of a member; -1 where absent, -2 where there are two, -3 where it is a link
+    or the like, without bytes of its own.
+    """
+    not_read: dict[str, int]
+    """Members that are part of no sample or have no role in it, by suffix or type, and fields of JSON members."""
     fingerprint: str
 
     def __len__(self) -> int:
@@ -50,6 +74,9 @@ class TarIndex:
     def doubled_roles(self, row: int) -> list[Role]:
         return [role for i, role in enumerate(ROLES) if self.places[row, i, 0] == _DOUBLED]
 
+    def linked_roles(self, row: int) -> list[Role]:
+        return [role for i, role in enumerate(ROLES) if self.places[row, i, 0] == _LINK]
+
     def _key_list(self) -> list[str]:
         cached = self.__dict__.get("_keys")
         if cached is None:
@@ -63,39 +90,40 @@ class TarIndex:
 
 def role_of(suffix: str) -> Role | None:
     """The part a member plays, from what follows its key: `win.png` is win, `label_0.txt` is label_0."""
-    first = suffix.split(".", 1)[0]
-    if first in CAPTION_NAMES:
-        return "caption"
-    if first in ID_NAMES:
-        return "id"
-    return next((role for role in ROLES if first == role), None)
+    return _NAMES.get(suffix.split(".", 1)[0])
+
+
+class _Member(NamedTuple):
+    key: str
+    suffix: str
+    name: str
+    place: tuple[int, int]
 
 
 def index_tar(location: str) -> TarIndex:
     """Walk the headers of a tar. Raises DataError when it is compressed, damaged, cut, or holds no pairs."""
+    not_read: Counter[str] = Counter()
     with open_binary(location) as stream:
         try:
-            members, digest = _walk(stream)
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            members, digest = _walk(stream, not_read)
+        except Exception as error:  # tarfile's errors, and whatever a remote file raises
             raise unreadable_file(location, error) from error
-    try:
-        samples = list(group_by_keys(iter(members), keys=_split))
-    except ValueError as error:  # two members of one name beside each other
-        raise unreadable_file(location, error) from error
     rows: dict[str, list[set[Role]]] = {}
     keys: list[str] = []
     tables: list[np.ndarray] = []
-    for sample in samples:
+    for key, sample in groupby(members, key=lambda member: member.key):
         table = np.full((len(ROLES), 2), _ABSENT, dtype=np.int64)
-        for suffix, place in sample.items():
-            role = None if suffix.startswith("__") else role_of(suffix)
-            if role is not None:
-                i = ROLES.index(role)
-                table[i] = (_DOUBLED, _DOUBLED) if table[i, 0] != _ABSENT else place
+        for member in sample:
+            role = role_of(member.suffix)
+            if role is None:
+                not_read[f"member .{brief(member.suffix)}"] += 1
+                continue
+            i = ROLES.index(role)
+            table[i] = (_DOUBLED, _DOUBLED) if table[i, 0] != _ABSENT else member.place
         present = {role for role, (offset, _) in zip(ROLES, table, strict=True) if offset != _ABSENT}
         if not present:
             continue  # a README or a checksum list beside the samples
-        key = sample["__key__"].removeprefix("./")
+        key = key.removeprefix("./")
         earlier = rows.setdefault(key, [])
         if any(present.isdisjoint(other) for other in earlier):
             raise DataError(
@@ -105,44 +133,57 @@ def index_tar(location: str) -> TarIndex:
                 fix="write the tar again with `tar --sort=name`, or with `inpo data pack`",
             )
         earlier.append(present)
-        keys.append(key)
+        keys.append(key.replace("\n", "\0"))
         tables.append(table)
-    if members and not tables:
+    if (members or not_read) and not tables:
         raise DataError(
             "this tar holds no preference pairs",
             where=location,
             expected="<key>.win.<ext> <key>.lose.<ext> <key>.json, or <key>.jpg_0 <key>.jpg_1 <key>.label_0 ...",
-            got=", ".join(member["fname"] for member in members[:5]),
+            got=", ".join(brief(member.name) for member in members[:5]) or ", ".join(not_read),
             fix="see docs/data.md for the two layouts",
         )
     places = np.stack(tables) if tables else np.empty((0, len(ROLES), 2), dtype=np.int64)
-    return TarIndex(keys="\n".join(keys).encode("utf-8", "surrogateescape"), places=places, fingerprint=digest)
+    packed = "\n".join(keys).encode("utf-8", "surrogateescape")
+    return TarIndex(keys=packed, places=places, not_read=dict(not_read), fingerprint=digest)
 
 
-def _split(name: str) -> tuple[str | None, str | None]:
-    base, extension = base_plus_ext(name)
-    return base, extension
-
-
-def _walk(stream: ByteStream) -> tuple[list[dict[str, Any]], str]:
-    """All regular members as webdataset file samples whose data is (offset, size), and the fingerprint."""
+def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], str]:
+    """All members with a name that counts, and the fingerprint. What has no bytes or no name is counted."""
     digest = hashlib.blake2b(digest_size=16)
-    members: list[dict[str, Any]] = []
+    members: list[_Member] = []
     end = 0
     with tarfile.open(fileobj=cast(Any, stream), mode="r:") as tar:
         for info in _members(tar):
-            size = info.size if info.isreg() else 0
-            end = info.offset_data + -(-size // _BLOCK) * _BLOCK
-            if not info.isreg() or _is_hidden(info.name):
+            end = tar.offset
+            if info.isdir():
+                continue
+            if _is_hidden(info.name):
+                not_read["hidden member"] += 1
                 continue
             digest.update(f"{info.name}\0{info.size}\0{info.mtime}\0".encode("utf-8", "surrogateescape"))
-            _, suffix = base_plus_ext(info.name)
-            role = role_of(suffix.lower()) if suffix else None
-            if role is not None and role not in IMAGE_ROLES:
+            key, suffix = base_plus_ext(info.name)
+            if key is None:
+                not_read["member without a suffix"] += 1
+                continue
+            suffix = suffix.lower()
+            role = role_of(suffix)
+            place = (info.offset_data, info.size)
+            if not info.isreg() or info.issparse():
+                not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
+                if role is None:
+                    continue
+                place = (_LINK, _LINK)
+            elif role is not None and role not in IMAGE_ROLES:
                 # A changed label or prompt may keep its size and time.
                 stream.seek(info.offset_data)
-                digest.update(stream.read(info.size))
-            members.append({"fname": info.name, "data": (info.offset_data, info.size), "__url__": ""})
+                left, head = info.size, b""
+                while left and (part := stream.read(min(left, _PART))):  # a header may announce any size
+                    digest.update(part)
+                    head, left = head or part, left - len(part)
+                if role == "json" and info.size <= _PART:
+                    _count_fields(head, not_read)
+            members.append(_Member(key, suffix, info.name, place))
     # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
     stream.seek(end)
     block = stream.read(_BLOCK)
@@ -150,6 +191,14 @@ def _walk(stream: ByteStream) -> tuple[list[dict[str, Any]], str]:
         what = "ends early" if len(block) < _BLOCK else "has a damaged header"
         raise ValueError(f"the tar {what} at byte {end}, after {len(members)} members")
     return members, digest.hexdigest()
+
+
+def _count_fields(data: bytes, not_read: Counter[str]) -> None:
+    try:
+        fields = parse_object(decode_text(data))
+    except (TextProblem, RowProblem):
+        return  # the row says it when it is read
+    count_unknown(fields, not_read, "field")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

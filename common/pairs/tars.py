@@ -3,28 +3,26 @@
     ours     <key>.win.<ext>  <key>.lose.<ext>  <key>.json {"prompt": ..., "label": P(win preferred), "id": ...}
     mirror   <key>.jpg_0  <key>.jpg_1  <key>.label_0  <key>.label_1  <key>.caption   each with any further extension
 
-One input shard for each tar, one row for each sample. The headers are walked once (`tar_index`), after which any range
-of rows is read by seeking: rows before it are neither read nor kept. A remote tar is walked by reading it once.
+A member's text and the fields of the JSON member mean the same as anywhere (fields.py); images are members. One input
+shard for each tar, one row for each sample. The headers are walked once (`tar_index`), after which any range of rows is
+read by seeking: rows before it are neither read nor kept. A remote tar is walked by reading it once.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from inpo.common.pairs.entries import parse_object
+from inpo.common.pairs.fields import IMAGE_FIELDS, items
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
-from inpo.common.pairs.pair import (
-    Pair,
-    RowProblem,
-    Skipped,
-    check_image_bytes,
-    check_text,
-    contradiction_free,
-    parse_label,
-    preference,
-)
-from inpo.common.pairs.tar_index import Role, TarIndex, index_tar
+from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
+from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
+from inpo.common.printable import is_printable
+from inpo.common.text import TextProblem, decode_text
+
+LAYOUTS: tuple[tuple[Role, Role], ...] = (("win", "lose"), ("jpg_0", "jpg_1"))
+TEXT_ROLES: tuple[Role, ...] = ("caption", "label_0", "label_1", "has_label", "id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,8 @@ class TarSource:
 
     location: str
     files: tuple[str, ...]
+    not_read: Mapping[str, int] = field(default_factory=dict)
+    """Other files and folders beside the tars."""
     kind: Literal["webdataset"] = "webdataset"
 
     def input_shards(self) -> list["TarShard"]:
@@ -58,6 +58,11 @@ class TarShard:
         """Samples in the tar, from its headers. Raises DataError when the tar is damaged or holds no pairs."""
         return len(self._index)
 
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        """Members without a role, links, and fields of JSON members that no pair is made of."""
+        return self._index.not_read
+
     def fingerprint(self) -> str:
         """blake2b of every member's name, size and time and of the content of all members that are not images."""
         return self._index.fingerprint
@@ -74,25 +79,14 @@ class TarShard:
 
     def _row(self, sample: "_Sample") -> Pair | Skipped:
         # A key names a sample within its tar only: mirrors count from 0 in every tar.
-        pair_id = f"{self.name}/{sample.index.key(sample.row)}"
+        key = f"{self.name}/{sample.index.key(sample.row)}"
         try:
-            sample.check_members()
-            metadata = sample.json()
-            pair_id = _pair_id(sample, metadata) or pair_id
-            prompt = _prompt(sample, metadata)
-            ours = sample.has("win") or sample.has("lose")
-            if ours and (sample.has("jpg_0") or sample.has("jpg_1")):
-                raise RowProblem(reason="bad_metadata", detail="members of both layouts: win/lose and jpg_0/jpg_1")
-            if not ours and not sample.has("jpg_0") and not sample.has("jpg_1"):
-                raise RowProblem(reason="missing_image", detail="no image member")
-            sides: tuple[Role, Role] = ("win", "lose") if ours else ("jpg_0", "jpg_1")
-            label = _our_label(metadata) if ours else _mirror_label(sample, metadata)
-            swap, label = preference(label)
-            images = [check_image_bytes(sample.read(role), what=f"member {role}") for role in sides]
+            fields = sample.fields()
         except RowProblem as problem:
+            pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
-        win, lose = reversed(images) if swap else images
-        return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=sample.row)
+        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
+        return item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +98,39 @@ class _Sample:
     index: TarIndex
     row: int
 
-    def has(self, role: Role) -> bool:
-        return self.index.member(self.row, role) is not None
-
-    def check_members(self) -> None:
-        doubled = self.index.doubled_roles(self.row)
+    def fields(self) -> dict[str, Any]:
+        """What the sample says. The value of an image is its role; a text member goes before the JSON's field."""
+        doubled, linked = self.index.doubled_roles(self.row), self.index.linked_roles(self.row)
         if doubled:
             raise RowProblem(reason="bad_metadata", detail=f"more than one member for {', '.join(doubled)}")
+        if linked:
+            detail = (
+                f"{', '.join(linked)} is a link or sparse, without bytes here; tar --dereference --hard-dereference"
+            )
+            raise RowProblem(reason="missing_image", detail=detail)
+        fields = {name: value for name, value in self.json().items() if name not in IMAGE_FIELDS}
+        for role in TEXT_ROLES:
+            text = self.text(role)
+            if text is None:
+                continue
+            if role == "caption" and fields.get(role) not in (None, text):
+                raise RowProblem(reason="bad_metadata", detail="the caption member and the JSON's caption differ")
+            fields[role] = text
+        images = [role for role in IMAGE_ROLES if self.index.member(self.row, role) is not None]
+        if not images:
+            raise RowProblem(reason="missing_image", detail="no image member")
+        for layout in LAYOUTS:
+            if set(layout) & set(images):
+                fields |= {role: role if role in images else None for role in layout}
+        return fields
 
     def read(self, role: Role) -> bytes | None:
         place = self.index.member(self.row, role)
         if place is None:
             return None
         offset, size = place
+        if size > MAX_IMAGE_BYTES:
+            raise too_large(f"member {role}", size)
         try:
             self.stream.seek(offset)
             data = self.stream.read(size)
@@ -132,51 +146,15 @@ class _Sample:
         if data is None:
             return None
         try:
-            return data.decode("utf-8-sig").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise RowProblem(reason="bad_metadata", detail=f"member {role} is not UTF-8") from None
+            return decode_text(data).rstrip("\r\n")
+        except TextProblem as problem:
+            raise RowProblem(reason="bad_metadata", detail=f"member {role}: {problem}") from None
 
     def json(self) -> dict[str, Any]:
         text = self.text("json")
         if text is None:
             return {}
         try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise RowProblem(reason="bad_metadata", detail=f"member json: {error}") from None
-        if not isinstance(value, dict):
-            raise RowProblem(reason="bad_metadata", detail=f"member json holds {type(value).__name__}, not an object")
-        return value
-
-
-def _pair_id(sample: _Sample, metadata: dict[str, Any]) -> str | None:
-    value = next((metadata[name] for name in ("id", "ranking_id") if metadata.get(name) is not None), None)
-    if value is None:
-        value = sample.text("id")
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return None if value is None or value == "" else check_text(value, what="id", missing="bad_metadata")
-
-
-def _prompt(sample: _Sample, metadata: dict[str, Any]) -> str:
-    for name in ("prompt", "caption"):
-        if name in metadata:
-            return check_text(metadata[name], what=name, missing="missing_prompt")
-    return check_text(sample.text("caption"), what="prompt", missing="missing_prompt")
-
-
-def _our_label(metadata: dict[str, Any]) -> float:
-    """The members are named win and lose, so a sample without a label is a hard preference; null says unlabelled."""
-    return parse_label(metadata["label"]) if "label" in metadata else 1.0
-
-
-def _mirror_label(sample: _Sample, metadata: dict[str, Any]) -> float:
-    def value(role: Role) -> Any:
-        text = sample.text(role)
-        return metadata.get(role) if text is None else text.strip()
-
-    if str(value("has_label")).lower() in ("false", "0", "0.0"):
-        raise RowProblem(reason="unlabelled", detail="has_label is false")
-    label = parse_label(value("label_0"), what="label_0")
-    other = value("label_1")
-    return label if other is None else contradiction_free(label, parse_label(other, what="label_1"))
+            return parse_object(text)
+        except RowProblem as problem:
+            raise RowProblem(reason=problem.reason, detail=f"member json: {problem.detail}") from None

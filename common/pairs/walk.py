@@ -1,5 +1,6 @@
 """All rows of a source in order: duplicates marked across shards, unreadable shards noted and passed over."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -40,3 +41,18 @@ class Walk:
     def _note(self, name: str, error: DataError) -> None:
         self.unreadable[name] = error
         self.on_unreadable(name, error)
+
+
+def count_not_read(source: PairSource, shards: Iterable[InputShard]) -> dict[str, int]:
+    """What lies in a source and its readable shards and has no part in any pair: what it is, and how often."""
+    total = Counter(source.not_read)
+    for shard in shards:
+        total.update(shard.not_read)
+    return dict(sorted(total.items()))
+
+
+def not_read_words(not_read: dict[str, int], *, most: int = 12) -> str:
+    """The counts in one line: the most frequent ones, and how many kinds there are besides."""
+    kinds = sorted(not_read, key=lambda kind: (-not_read[kind], kind))
+    words = ", ".join(f"{kind} ({not_read[kind]:,})" for kind in kinds[:most])
+    return words + (f" and {len(kinds) - most} kinds more" if len(kinds) > most else "")

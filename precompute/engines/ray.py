@@ -98,7 +98,7 @@ class _Run:
         self._arguments = {
             "folder": os.getcwd(),
             "model": model,
-            "location": writer.store.location,
+            "location": writer.store.address,
             "manifest": writer.manifest,
             "settings": settings,
         }

@@ -41,6 +41,7 @@ def connect(options: "RayOptions") -> None:
             raise UsageError("The ray engine needs Ray: pip install 'inpo-cache[ray]'") from None
         if ray.is_initialized():
             return
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its colours before workers' lines would be escaped
         quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
         if options.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

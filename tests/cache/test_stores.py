@@ -17,7 +17,8 @@ import pytest
 
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache import store as store_module
-from inpo.common.cache.store import CacheStore, storage_errors
+from inpo.common.cache.store import CacheStore
+from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError
 
 NUM_WRITERS = 16

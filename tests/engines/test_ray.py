@@ -16,6 +16,7 @@ from inpo.precompute.engines.ray_cluster import connect, has_gpus, places
 from inpo.precompute.run import RayOptions
 from tests.engines.runs import (
     NUM_SHARDS,
+    ROOT,
     Process,
     Tensors,
     World,
@@ -62,6 +63,36 @@ def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(
     assert len(retried) <= 3
     assert not set(retried) & before.keys()
     assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in output
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_takes_no_other_with_it(
+    zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
+) -> None:
+    # Code that every new Python process runs first: the worker that computes this shard ends there and then.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'inpo.precompute.engines.ray_worker':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            import os, inpo.precompute.worker as worker\n"
+        "            compute = worker.ShardWorker.compute\n"
+        "            def poisoned(self, prepared):\n"
+        "                if prepared.task.name.startswith('0005'):\n"
+        "                    os._exit(9)\n"
+        "                return compute(self, prepared)\n"
+        "            worker.ShardWorker.compute = poisoned\n"
+        "        return None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    cache = tmp_path / "cache"
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2"), environment)
+    assert run.wait() == 1, run.text()
+    assert "1 shards could not be made" in run.text()
+    assert_same(tensors(cache), {name: arrays for name, arrays in uninterrupted.items() if not name.startswith("0005")})
+    assert len(tensors(cache)) == NUM_SHARDS - 1
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_a_comparison_by_recipe_does_not_wait_for_diffusers(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[model]\nmodel = "some/model"\n[evaluate]\nscorers = ["counting"]\n')
     command = ["evaluate", "compare", "--recipe", str(recipe), *(str(folder.path) for folder in folders)]
-    code = f"import sys, inpo; inpo.app({command}, standalone_mode=False); print('diffusers' in sys.modules)"
+    code = f"import sys, inpo.cli; inpo.cli.app({command}, standalone_mode=False); print('diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert "| counting | 20 |" in done.stdout

@@ -92,3 +92,22 @@ def test_an_empty_cache_and_a_damaged_shard(states, fresh, inspect, tmp_path):
     assert done.code == 1
     assert "damaged, left out: s1" in done.out
     assert out.read_text().split() == ["pair-0-0", "pair-0-1", "pair-0-2"]
+
+
+def test_ids_that_no_list_can_hold_are_counted_and_not_listed(write_cache, inspect, tmp_path):
+    """Of a cache that other code wrote; precompute lets none in."""
+
+    def tamper(arrays):
+        arrays["pair_id"] = np.array(["a\nb", "c\x1b[2J", "[/bold]"], dtype=object)
+
+    cache = write_cache(tmp_path / "cache", pairs=(2, 3), tamper=tamper)
+    out = tmp_path / "list.txt"
+    done = inspect("filter", cache, "--where", "label > 0", "--out", out)
+    assert done.code == 1
+    assert "2 pairs have ids that no list can hold" in done.out
+    assert len(out.read_text().splitlines()) == 3
+    assert "[/bold]" in out.read_text().splitlines()
+    done = inspect("filter", cache, "--where", "label > 0")
+    assert "\x1b" not in done.stdout
+    assert len(done.stdout.splitlines()) == 3
+    assert inspect("summary", cache).code == 0

@@ -1,6 +1,7 @@
 """Noise and noised start, guidance, the released code's mode, and independence of batching."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,16 @@ from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.families import FAMILIES
 from inpo.common.inversion import build_path
 from inpo.common.levels import Levels
-from inpo.common.seeding import normal
+from tests.rounding import assert_alike, half_unit
 
-SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULER = DDIMScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+)
 ABAR = SCHEDULER.alphas_cumprod.double().numpy()
 A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 
@@ -66,8 +74,18 @@ def test_noised_start_then_inversion(linear: Callable, latents: Callable, invert
         assert torch.equal(made.delta_prev[pair, first], made.delta[pair, first - 1])
         if name != "fixed_point":  # the first step beyond has one point of its trajectory behind it: ddim's
             t = int(made.timestep[pair, first])
-            expected = A[t] * made.x0_t[pair, first - 1].double() + S[t] * made.delta[pair, first - 1].double()
-            assert (made.x_t[pair, first].double() - expected).abs().max() < 0.01
+            clean, delta, x_t, target = (
+                values.double().numpy()
+                for values in (
+                    made.x0_t[pair, first - 1],
+                    made.delta[pair, first - 1],
+                    made.x_t[pair, first],
+                    made.target[pair, first],
+                )
+            )
+            # Half a unit of everything that enters, and float32 in between.
+            bound = A[t] * half_unit(clean) + S[t] * (half_unit(delta) + half_unit(target)) + half_unit(x_t) + 1e-5
+            assert (np.abs(x_t - A[t] * clean - S[t] * delta) <= bound).all()
 
 
 def test_noised_start_does_not_depend_on_which_points_are_kept(
@@ -113,11 +131,14 @@ class Constant(nn.Module):
         return (self.noise.expand_as(x),)
 
 
-@pytest.mark.parametrize(("timestep", "on_x0", "on_noise"), [(50, -0.14, 1.49), (250, -0.09, 1.12)])
+@pytest.mark.parametrize(("timestep", "on_x0", "on_noise"), [(50, -0.137, 1.361), (250, -0.093, 1.084)])
 def test_the_released_codes_target_is_not_the_noise(
     inverted: Callable, timestep: int, on_x0: float, on_noise: float
 ) -> None:
-    """c0 * x0 + ce * noise off the grid, the numbers known of SD1.5's schedule with n = 10."""
+    """c0 * x0 + ce * noise off the grid, the closed form's numbers for SD1.5's schedule with n = 10.
+
+    The loop's own noise is at most 0.1 of the target: over 2,304 values that leaves the weights uncertain by 0.002.
+    """
     identity = InverterIdentity(name="ddim", steps=10, faithful=True, timestep_range=(0, 1000))
     schedule = Levels.from_scheduler(SCHEDULER)
 
@@ -138,56 +159,13 @@ def test_the_released_codes_target_is_not_the_noise(
         assert weights == pytest.approx([on_x0, on_noise], abs=0.012)
 
 
-def test_faithful_against_a_transcription_of_its_description(
-    linear: Callable, latents: Callable, inverted: Callable
-) -> None:
-    denoiser, x0 = linear(), latents(4)
-    made = inverted(denoiser, x0, steps=10, faithful=True, timesteps_per_pair=7, seed=2)
-    mix = denoiser.network.mix.detach().double().numpy()
-    text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
-
-    def eps(x: np.ndarray, t: int) -> np.ndarray:
-        flat = x.reshape(2, -1)
-        return (np.tanh(flat @ mix + t / 1000) + 0.3 * flat * (1 - t / 1000) + text).reshape(x.shape)
-
-    rounded = ABAR.astype(np.float16).astype(np.float64)  # the path's levels use alphas_cumprod in half precision
-    for pair in range(4):
-        pair_id = f"pair-{pair}"
-        timesteps = made.timestep[pair].tolist()
-        clean = x0[pair].double().numpy()
-        delta = eps(clean, 0)
-        clean_t = clean
-        before = 1.0  # abar of the clean end
-        for level in (1, 101, 201, 301, 401, 501, 601, 701, 801, 901):
-            x = np.sqrt(rounded[level]) * clean_t + np.sqrt(1 - rounded[level]) * delta
-            variance = (1 - before) / (1 - ABAR[level]) * (1 - ABAR[level] / before)
-            randn = normal((2, 2, 3, 3), 2, pair_id, "extra", level).double().numpy()
-            x = x + 0.1 * np.sqrt(variance) * randn
-            here = [t for t in timesteps if (t <= level or level == 901) and t > level - 100]
-            on_level = x
-            for t in here:
-                step = timesteps.index(t)
-                target = (x - A[t] * clean) / S[t]
-                got = made.target[pair, step].double().numpy()
-                assert np.abs(got - target).max() < 0.003 * max(1.0, np.abs(target).max()), (pair, t)
-                x_t = made.x_t[pair, step].double().numpy()
-                np.testing.assert_array_equal(x_t, (A[t] * clean + S[t] * got).astype(np.float16))
-                assert np.abs(made.delta[pair, step].double().numpy() - eps(x_t, t)).max() < 0.003
-                error = np.mean((got - eps(x_t, t)) ** 2, axis=(1, 2, 3))
-                assert made.reference_error[pair, step].tolist() == pytest.approx(error, rel=1e-4)
-                if t == level:
-                    on_level = x_t
-            if timesteps[-1] <= level:
-                break
-            delta = eps(on_level, level)
-            clean_t = (on_level - np.sqrt(1 - rounded[level]) * delta) / np.sqrt(rounded[level])
-            before = ABAR[level]
+NAMES = ("x_t", "delta", "x0_t", "target", "reference_error")
 
 
 def _compare(one: object, other: object) -> dict[str, float]:
     """RMS difference of each tensor, relative to the tensor's RMS."""
     found = {}
-    for name in ("x_t", "delta", "x0_t", "target", "reference_error"):
+    for name in NAMES:
         left, right = getattr(one, name).double(), getattr(other, name).double()
         found[name] = float(((left - right).square().mean() / right.square().mean()).sqrt())
     return found
@@ -212,11 +190,9 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     back = inverted(denoiser, x0.flip(0), pairs_per_batch=4, pair_ids=ids[::-1], **settings)
     assert torch.equal(one.timestep, eight.timestep)
     assert torch.equal(one.timestep, back.timestep.flip(0))
-    # A float32 network gives about 1e-6 apart; where that crosses an edge of float16, one unit in its last place.
-    assert max(_compare(eight, one).values()) < 5e-4
-    for field in ("x_t", "target", "delta", "x0_t"):
-        got, want = getattr(back, field).flip(0).double(), getattr(one, field).double()
-        assert float(((got - want).square().mean() / want.square().mean()).sqrt()) < 5e-4, field
+    assert_alike(one, eight, A, S)
+    reversed_back = {name: getattr(back, name).flip(0) for name in ("timestep", *NAMES)}
+    assert_alike(one, SimpleNamespace(**reversed_back), A, S)
     if name == "noise":  # nothing of the network enters x_t
         assert torch.equal(one.x_t, eight.x_t)
 
@@ -241,7 +217,9 @@ def test_half_precision_networks_agree_to_their_own_rounding(
     assert torch.equal(one.timestep, eight.timestep)
     batches, rounding = _compare(eight, one), _compare(one, exact)
     print(f"{dtype}, batch 8 against 1:", batches, "against float32:", rounding)
-    assert max(batches.values()) < 0.02
+    # Two ways to sum in this dtype lie as far from float32 as each other, so at most twice that from one another.
+    for tensor, apart in batches.items():
+        assert apart < 2 * rounding[tensor], tensor
     assert least < rounding["x_t"] < most  # it did run in this dtype
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
@@ -277,5 +255,5 @@ def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     made = inverted(denoiser, x0, pairs_per_batch=3, **settings)
     assert made.finite.tolist() == [True, True, False, True, True]
     others = [0, 1, 3, 4]
-    torch.testing.assert_close(made.x_t[others].float(), well.x_t[others].float(), rtol=2e-3, atol=2e-3)
+    assert_alike(well, made, A, S, pairs=others)
     torch.testing.assert_close(made.inversion_error[others], well.inversion_error[others], rtol=1e-2, atol=1e-3)

@@ -12,7 +12,9 @@ from inpo.common.errors import UsageError
 from inpo.common.inversion import build_path, check_settings
 from inpo.common.levels import Levels
 
-SCHEDULE = Levels.from_scheduler(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+SCHEDULE = Levels.from_scheduler(
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+)
 SIGMA = SCHEDULE.sigma.numpy()
 
 
@@ -122,6 +124,9 @@ def test_the_released_grid() -> None:
         for t in kept_of(build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id=str(pair), timesteps_per_pair=6))
     }
     assert len(drawn) > 800  # any timestep, not just the grid's
+    # The stride is T // n: with 7 steps 142, and the last level is not T - T/n.
+    path = build_path(identity(faithful=True, steps=7), SCHEDULE, seed=0, pair_id="x", timesteps_per_pair=7)
+    assert set(levels_of(path)) <= {1, 143, 285, 427, 569, 711, 853}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,7 @@ def test_the_released_grid() -> None:
         ({"timestep_range": (0, 1001)}, 1, ["--timestep-range", "1000"]),
         ({"faithful": True, "name": "ab2"}, 1, ["--faithful"]),
         ({"faithful": True, "noised_start": 0.3}, 1, ["--faithful"]),
+        ({"faithful": True, "guidance": 0.0}, 1, ["--faithful", "guidance"]),
     ],
 )
 def test_settings_that_no_pair_could_follow_are_refused(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,6 +259,7 @@ def test_check_counts_every_reason_and_lists_every_pair(tmp_path: Path, bad: Pat
         "num_empty_prompts": 1,
         "smallest_side": 8,
         "largest_side": 40,
+        "not_read": {"column are_different": 14, "column best_image_uid": 14, "column user_id": 14},
         "unreadable": {},
     }
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
@@ -273,6 +275,34 @@ def test_check_prints_a_table_with_the_same_counts(bad: Path) -> None:
     for reason in EXPECTED.values():
         (line,) = [line for line in stdout.splitlines() if f"skipped: {reason} " in line]
         assert "1" in line
+
+
+def test_a_source_without_a_pair_is_a_failure(tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [pick_row(0, has_label=False), pick_row(1, caption=None)])
+    code, stdout, stderr = run("check", path, "--json")
+    assert code == 1
+    assert json.loads(stdout)["num_pairs"] == 0
+    assert "1 x unlabelled, 1 x missing_prompt" in stderr
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"(?s)nothing to pack.*1 x unlabelled, 1 x missing_prompt"):
+        run("pack", path, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_not_read_is_in_both_tables(tmp_path: Path, parquet: Path) -> None:
+    run("pack", parquet, tmp_path / "tars", "--pairs-per-tar", 3)
+    (tmp_path / "tars" / "README.md").write_text("about")
+    (tmp_path / "tars" / "raw").mkdir()
+    code, stdout, _ = run("check", tmp_path / "tars", "--json")
+    assert code == 0
+    expected = {"file *.jsonl": 1, "file *.md": 1, "folder raw": 1}
+    assert json.loads(stdout)["not_read"] == expected
+    for command in (["check", tmp_path / "tars"], ["pack", tmp_path / "tars", tmp_path / "again"]):
+        _, stdout, _ = run(*command)
+        table = " ".join(re.sub(r"[^\w*.() ]", " ", stdout).split())
+        for name in expected:
+            assert name in table
+        assert "not read 3" in table
 
 
 def test_check_says_where_its_list_cannot_be_written(tmp_path: Path, bad: Path) -> None:

@@ -103,6 +103,61 @@ def test_images_as_the_datasets_library_stores_them(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == [Pair(pair_id="a/0", prompt="p", win=b"B", lose=b"A", label=1.0, row=0)]
 
 
+def test_images_by_path_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "a.png").write_bytes(b"A")
+    rows = [
+        {"chosen": {"bytes": None, "path": "img/a.png"}, "rejected": {"bytes": b"B", "path": "img/none.png"}},
+        {"chosen": {"bytes": b"C", "path": None}, "rejected": {"bytes": None, "path": "img/none.png"}},
+        {"chosen": {"bytes": None, "path": "/etc/hostname"}, "rejected": {"bytes": b"B", "path": None}},
+        {"chosen": {"bytes": None, "path": None}, "rejected": {"bytes": b"B", "path": None}},
+    ]
+    pq.write_table(pa.Table.from_pylist([row | {"prompt": "p"} for row in rows]), tmp_path / "a.parquet")
+    good, *bad = read(tmp_path / "a.parquet")
+    assert good == Pair(pair_id="a/0", prompt="p", win=b"A", lose=b"B", label=1.0, row=0)
+    assert [item.reason for item in bad if isinstance(item, Skipped)] == [
+        "missing_image",
+        "not_allowed",
+        "missing_image",
+    ]
+    texts = {"win": ["img/a.png"], "lose": ["img/a.png"], "caption": ["p"]}
+    pq.write_table(pa.table(texts), tmp_path / "b.parquet")
+    (item,) = read(tmp_path / "b.parquet")
+    assert isinstance(item, Pair)
+    assert (item.win, item.lose) == (b"A", b"A")
+
+
+def test_float_ids_of_a_column_with_a_null(tmp_path: Path, pick_row: PickRow) -> None:
+    rows = [pick_row(i) for i in range(3)]
+    names = ("jpg_0", "jpg_1", "label_0", "caption")
+    table = {name: [row[name] for row in rows] for name in names} | {"ranking_id": [101.0, None, float("nan")]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert [item.pair_id for item in read(tmp_path / "a.parquet")] == ["101", "a/1", "a/2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"Chosen": [b"A"], "rejected": [b"B"]}, ["no field win or chosen", "'Chosen'"]),
+        ({"images": [[b"A", b"B"]], "prompt": ["p"]}, ["rank", "found: images, prompt"]),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(
+    tmp_path: Path, columns: dict[str, list[object]], words: list[str]
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no image columns") as error:
+        read(tmp_path / "a.parquet")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_pointer_under_a_parquets_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match=r"(?s)cannot be read.*git-lfs pointer.*git lfs pull"):
+        read(tmp_path / "a.parquet")
+
+
 def test_any_range_of_rows_equals_that_part_of_all_rows(
     tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet
 ) -> None:

@@ -1,6 +1,7 @@
 """What open_source takes a location for, and what it says when it cannot tell."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -121,6 +122,62 @@ def test_names_are_file_system_safe_and_stay_apart(tars: Path) -> None:
     assert len(set(names)) == 2
     assert "a_b" in names
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-.") for name in names)
+
+
+def test_links_are_what_they_lead_to(tars: Path) -> None:
+    """The layout of a hub client: links to files without a suffix, beside a real file and a link to a folder."""
+    for folder in ("blobs", "linked", "elsewhere"):
+        (tars / folder).mkdir()
+    for i in range(4):
+        (tars / f"pairs-{i:04d}.tar").rename(tars / "blobs" / f"{i}")
+    for i in range(3):
+        (tars / "linked" / f"pairs-{i}.tar").symlink_to(f"../blobs/{i}")
+    (tars / "linked" / "pairs-3.tar").write_bytes((tars / "blobs" / "3").read_bytes())
+    (tars / "linked" / "more").symlink_to("../elsewhere")
+    (tars / "other").symlink_to("linked")
+    for location in ("linked", "linked/*.tar", "linked/pairs-[0-3].tar", "other", "oth*/*.tar", "o?her/pairs-?.tar"):
+        assert ids(tars / location) == ["0", "1", "2", "3"]
+    assert dict(open_source(str(tars / "linked")).not_read) == {"folder more": 1}
+
+
+@pytest.mark.parametrize("location", ["", "/*.tar", "/pairs-*.tar", "/pairs-{0001..0003}.tar"])
+def test_a_link_that_leads_nowhere_is_one_unreadable_shard(tars: Path, location: str) -> None:
+    (tars / "pairs-0001.tar").unlink()
+    (tars / "pairs-0001.tar").symlink_to("gone")
+    shards = {shard.name: shard for shard in open_source(f"{tars}{location}").input_shards()}
+    assert "pairs-0001" in shards
+    with pytest.raises(DataError, match="a symbolic link to gone, which is not there"):
+        _ = shards["pairs-0001"].num_rows
+    assert shards["pairs-0002"].num_rows == 1
+    with pytest.raises(DataError, match="a symbolic link to gone"):
+        open_source(str(tars / "pairs-0001.tar"))
+
+
+def test_a_pipe_in_a_folder_is_counted_and_not_opened(tars: Path) -> None:
+    os.mkfifo(tars / "pairs-0009.tar")
+    (tars / ".hidden.tar").touch()
+    source = open_source(str(tars))
+    assert len(source.input_shards()) == 4
+    assert dict(source.not_read) == {"hidden file or folder": 1, "pipe, socket or device": 1}
+
+
+def test_a_repository_with_its_files_in_data(tars: Path) -> None:
+    (tars / "repository" / "data").mkdir(parents=True)
+    (tars / "repository" / "README.md").touch()
+    for path in tars.glob("*.tar"):
+        path.rename(tars / "repository" / "data" / path.name)
+    assert ids(tars / "repository") == ["0", "1", "2", "3"]
+    (tars / "repository" / "data").rename(tars / "repository" / "train")
+    with pytest.raises(DataError, match="folders in it: train"):
+        open_source(str(tars / "repository"))
+
+
+def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path) -> None:
+    (tars / "set").mkdir()
+    (tars / "set" / "images").mkdir()
+    for name in ("pairs.jsonl", "more.jsonl", "a.png", "b.JPG", "notes.txt"):
+        (tars / "set" / name).touch()
+    assert dict(open_source(str(tars / "set")).not_read) == {"file *.jsonl": 1, "file *.txt": 1}
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def web() -> Iterator[str]:
 def test_images_on_a_web_server(web: str, tmp_path: Path) -> None:
     rows = [{"win": f"{web}/{name}", "lose": f"{web}/a.png", "prompt": "p"} for name in ("a.png", "b.png", "forbidden")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (shard,) = open_source(str(tmp_path)).input_shards()
+    (shard,) = open_source(str(tmp_path), allow_remote=True).input_shards()
     good, *others = shard.rows(0, 3)
     assert isinstance(good, Pair)
     assert (good.win, good.lose) == (b"A", b"A")

@@ -1,7 +1,10 @@
 """Webdataset tars: both layouts, ids, ranges, damage, and what does not count as a row."""
 
+import gzip
+import io
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +98,12 @@ SKIPS: dict[str, tuple[Members, str]] = {
     "label above one": (ours("1", b"W", b"L", prompt="p", label=1.5), "bad_label"),
     "label that is no number": (ours("1", b"W", b"L", prompt="p", label="win"), "bad_label"),
     "label NaN": (ours("1", b"W", b"L", prompt="p", label=float("nan")), "bad_label"),
-    "label true": (ours("1", b"W", b"L", prompt="p", label=True), "bad_label"),
+    "label of a word": (ours("1", b"W", b"L", prompt="p", label="maybe"), "bad_label"),
+    "has_label of a word": (ours("1", b"W", b"L", prompt="p", has_label="maybe"), "bad_metadata"),
+    "has_label false in our layout": (ours("1", b"W", b"L", prompt="p", has_label="0"), "unlabelled"),
+    "a member twice": ([*ours("1", b"W", b"L", prompt="p"), ("1.win.png", b"V")], "bad_metadata"),
+    "two captions": ([*ours("1", b"W", b"L", prompt="p"), ("1.txt", b"another")], "bad_metadata"),
+    "no object": ([("1.json", b'"p"'), ("1.lose.png", b"L"), ("1.win.png", b"W")], "bad_metadata"),
     "labels that contradict": (mirror("1", b"A", b"B", "1", "1", "p"), "bad_label"),
     "no prompt": (ours("1", b"W", b"L", label=1.0), "missing_prompt"),
     "null prompt": (ours("1", b"W", b"L", prompt=None), "missing_prompt"),
@@ -145,6 +153,53 @@ def test_other_files_in_the_tar_are_no_rows(tmp_path: Path, write_tar: WriteTar)
     members = [("README.md", b"hello"), ("./._0001.win.png", b"x"), ("__meta__/info.json", b"{}"), ("LICENSE", b"MIT")]
     path = write_tar(tmp_path / "a.tar", members + ours("./0001", b"W", b"L", prompt="p"))
     assert only(path) == Pair(pair_id="a/0001", prompt="p", win=b"W", lose=b"L", label=1.0, row=0)
+
+
+def test_what_has_no_role_is_counted(tmp_path: Path, write_tar: WriteTar) -> None:
+    members = [("README", b"hello"), ("notes.md", b"x"), ("._1.win.png", b"x")]
+    members += [*ours("1", b"W", b"L", prompt="p", lable=0.3), ("1.cls", b"3"), ("2.cls", b"3")]
+    (shard,) = open_source(str(write_tar(tmp_path / "a.tar", members))).input_shards()
+    assert shard.num_rows == 1
+    assert dict(shard.not_read) == {
+        "member without a suffix": 1,
+        "member .md": 1,
+        "hidden member": 1,
+        "member .cls": 2,
+        "field lable": 1,
+    }
+
+
+def test_links_in_a_tar_are_named_and_counted(tmp_path: Path) -> None:
+    """GNU tar stores the second name of a file as a hard link."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (*ours("1", b"W", b"L", prompt="p"), *ours("2", b"W", b"L", prompt="p")[:2]):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        info = tarfile.TarInfo("2.win.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "1.win.png"
+        tar.addfile(info)
+    whole, linked = read(path)
+    assert isinstance(whole, Pair)
+    assert isinstance(linked, Skipped)
+    assert (linked.pair_id, linked.reason) == ("a/2", "missing_image")
+    assert "win is a link" in linked.detail
+    (shard,) = open_source(str(path)).input_shards()
+    assert dict(shard.not_read) == {"member that is a hard link": 1}
+
+
+def test_chosen_and_rejected_members(tmp_path: Path, write_tar: WriteTar) -> None:
+    members = [("1.chosen.png", b"W"), ("1.json", b'{"caption": "p"}'), ("1.rejected.png", b"L")]
+    assert only(write_tar(tmp_path / "a.tar", members)) == Pair(
+        pair_id="a/1", prompt="p", win=b"W", lose=b"L", label=1.0, row=0
+    )
+
+
+def test_a_compressed_tar_under_a_tars_name_is_named(tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(DataError, match=r"(?s)cannot be read.*gzip.*uncompress it first"):
+        read(tmp_path / "a.tar")
 
 
 def test_names_longer_than_a_tar_header_field(tmp_path: Path, write_tar: WriteTar) -> None:

@@ -91,7 +91,7 @@ def test_an_unknown_option_is_wrong_usage(app: typer.Typer, recipe: Path) -> Non
 def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--timesteps-per-pair", "1", "--json"])
     assert result.exit_code == 0, result.output
-    document = json.loads(result.output[result.output.index("{") :])
+    document = json.loads(result.stdout)
     assert (document["num_shards"], document["num_committed"], document["num_pairs"]) == (2, 0, 4)
     assert document["bytes_by_array"]["x_t"] == 4 * 1 * 2 * 4 * 8 * 8 * 2
     assert document["cache_bytes"] == sum(document["bytes_by_array"].values())
@@ -100,7 +100,7 @@ def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
 def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--calibrate", "--json", "--gpus", "2"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output[result.output.index("{") :])["device_hours"] > 0
+    assert json.loads(result.stdout)["device_hours"] > 0
 
 
 def test_the_front_door_opens_without_the_heavy_libraries() -> None:

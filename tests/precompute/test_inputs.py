@@ -77,12 +77,29 @@ def test_a_cache_shard_has_at_most_256_rows(
 def test_a_source_without_pairs_says_why_and_names_no_training(
     pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_list([{"caption": "a wrong name"}, {"prompt": "p", "win": "none.png"}])
-    assert run(source, pipelines(), tmp_path / "cache") == 0
-    output = capsys.readouterr().out
+    rows: list[dict[str, object]] = [{"text": "a wrong name"}, {"prompt": "p", "win": "late.png"}]
+    source = write_list(rows)
+    assert run(source, pipelines(), tmp_path / "cache") == 1
+    output, errors = capsys.readouterr()
     for words in ("1 x missing_prompt", "1 x missing_image", "no pair was kept", f"inpo data check {source}"):
         assert words in output
+    assert "not read, for no pair is made of it: field text (1)" in errors
     assert "inpo train" not in output
+    # No cache is claimed, and an image that comes later is found by the same command.
+    with pytest.raises(CacheMissing):
+        open_cache(str(tmp_path / "cache"))
+    shutil.copy(f"{source}/win.png", f"{source}/late.png")
+    assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 1
+
+
+def test_a_second_source_without_pairs_leaves_the_first_alone(
+    pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path
+) -> None:
+    before = run.cache(write_list([{"prompt": "a cat"}]), pipelines(), tmp_path / "cache")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "none.jsonl").write_text('{"win": "a", "lose": "b", "prompt": "p"}\n')
+    assert run(str(tmp_path / "none" / "none.jsonl"), pipelines(), tmp_path / "cache") == 1
+    assert open_cache(str(tmp_path / "cache")).commits == before.commits
 
 
 @pytest.mark.parametrize(

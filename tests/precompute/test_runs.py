@@ -158,8 +158,13 @@ def test_a_pair_that_is_not_finite_is_quarantined(
         assert np.isfinite(shard.read("prompt/embedding")).all()
 
 
-def test_no_pair_left_is_a_commit_all_the_same(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+def test_no_pair_left_is_a_failure_and_no_commit(
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(2), 2)
 
@@ -167,10 +172,11 @@ def test_no_pair_left_is_a_commit_all_the_same(
         components.denoiser.network.conv_out.bias.data.fill_(float("nan"))
 
     run.prepare = broken
-    assert run(source, pipelines(), tmp_path / "cache") == 0
-    cache = open_cache(str(tmp_path / "cache"), allow_empty=True)
-    (commit,) = cache.commits.values()
-    assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"not_finite": 2})
+    assert run(source, pipelines(), tmp_path / "cache") == 1
+    assert "2 x not_finite" in capsys.readouterr().out
+    assert not open_cache(str(tmp_path / "cache"), allow_empty=True).commits
+    run.prepare = None
+    assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 2
 
 
 def test_bad_images_and_shards_stop_nothing_else(

@@ -43,7 +43,8 @@ def test_other_numbers_under_the_right_fingerprint_fail_the_proof(
         run(caches=[location])
     message = str(caught.value)
     assert "Zero-step proof failed" in message
-    assert "logit off by 0.1" in message
+    off = float(message.split("logit off by ")[2].split()[0])
+    assert off == pytest.approx(0.1, abs=5e-3)  # errors of 0.03 in float32, summed in another order, times 1,000
     assert "at most 0.02" in message
     assert "mean E_ref" in message
     assert "mean E_theta" in message

@@ -1,5 +1,6 @@
 """Interrupted and resumed runs end at the same weights, bit for bit."""
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from inpo.common import durable
 from inpo.common.errors import TrainingError, UsageError
 from inpo.train import checkpoint
 from inpo.train.loop import Trainer
@@ -46,10 +48,16 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+def die(*_: Any) -> None:
+    raise Killed
+
+
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, str], None]:
-    """kill_at(step, "optimise" or "save"): the run dies in the middle of that step, or of the save after it."""
+    """kill_at(step, "optimise" or "save"): the run dies in the middle of that step, or of the save after it, which
+    leaves what it had written."""
     optimise, save = Trainer._optimise, checkpoint.save
+    stages = itertools.cycle([(checkpoint, "write_state"), (checkpoint, "sealed"), (durable, "flush")])
 
     def arm(step: int | None, where: str = "optimise") -> None:
         def dying(self: Trainer, batches: Iterator[Batch]) -> int:
@@ -57,11 +65,13 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, str], None
                 raise Killed
             return optimise(self, batches)
 
-        def dying_save(accelerator: Any, folder: Path, *, step: int, **rest: Any) -> Path:
-            if where == "save" and step == victim:
-                accelerator.save_state(str(folder / f".step-{step:08d}.partial"))
-                raise Killed
-            return save(accelerator, folder, step=step, **rest)
+        def dying_save(parts: checkpoint.Resumable, folder: Path, *, step: int, **rest: Any) -> Path:
+            if where != "save" or step != victim:
+                return save(parts, folder, step=step, **rest)
+            with monkeypatch.context() as patch:
+                patch.setattr(*next(stages), die)
+                patch.setattr(durable, "_remove", lambda path: None)
+                return save(parts, folder, step=step, **rest)
 
         victim = step
         monkeypatch.setattr(Trainer, "_optimise", dying)
@@ -89,6 +99,7 @@ def test_ten_kills_leave_no_trace(run: Callable[..., Path], kill_at: Callable[..
         assert equal(trained(whole), trained(output))
         assert equal(weights(whole), weights(output))
         assert steps_of(output) == steps_of(whole)
+        assert all(entry.name.startswith("step-") for entry in (output / "checkpoints").iterdir())
     assert kills == 10
 
 

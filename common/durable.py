@@ -1,0 +1,201 @@
+"""Writing whole or not at all: a file or folder gets its name when every byte of it is on disk, or never.
+
+What is written is staged beside its target under a hidden name, flushed with its folders, and renamed. A write that
+fails or is interrupted removes what it staged; a write that is killed leaves it, and the next one in that folder takes
+it away. A disk that refuses is one StorageError, the same everywhere.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from obstore.exceptions import BaseError
+from safetensors import SafetensorError
+
+from inpo.common.errors import InpoError, StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
+    errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
+    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
+    errno.EROFS: "the file system is read-only; choose a folder you can write to",
+    errno.EACCES: "check the owner and mode of the folder",
+    errno.EPERM: "check the owner and mode of the folder",
+    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
+    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
+    errno.EEXIST: "a file lies where a folder is needed: choose another path",
+}
+_STAGED = re.compile(r"\..+\.partial-[0-9a-f]{16}")
+
+
+@contextmanager
+def storage_errors(action: str, where: object) -> Iterator[None]:
+    """Turn what a disk or an object store refuses into one StorageError that says what was being done and where.
+
+    That is an OSError, an error of obstore (whose passing faults have been retried with backoff before they arrive
+    here), or an error of a library that has the system's number in its text.
+    """
+    try:
+        yield
+    except InpoError:
+        raise
+    except OSError as error:
+        named = error.filename  # a staged file has a name that nobody knows
+        hidden = named is None or any(_STAGED.fullmatch(part) for part in Path(os.fsdecode(named)).parts)
+        raise _refused(action, where if hidden else named, error.errno, str(error)) from error
+    except (BaseError, SafetensorError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        # obstore and safetensors wrap the system's error in their text.
+        system = re.search(r"\(os error (\d+)\)", str(error))
+        if system:
+            raise _refused(action, where, int(system[1]), lines[0]) from error
+        if not isinstance(error, BaseError):
+            raise
+        raise StorageError(
+            f"Could not {action}.",
+            where=where,
+            got=(lines[0] if lines else type(error).__name__)[:300],
+            fix="check the address, the credentials and the free space, then run the same command again: "
+            "what is committed stays",
+        ) from error
+
+
+def _refused(action: str, where: object, code: int | None, text: str) -> StorageError:
+    return StorageError(
+        f"Could not {action}: {os.strerror(code) if code else text}.",
+        where=where,
+        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
+    )
+
+
+def write_file(path: Path, data: bytes | str, *, action: str = "write") -> None:
+    """Write a file (a text as UTF-8) and the folders above it. An older file of that name is replaced.
+
+    A link is followed; what is no file (a pipe, a terminal) is written to as it is. Raises StorageError, whose first
+    line says "Could not `action`".
+    """
+    with storage_errors(action, path), _staged_file(path) as staged:
+        staged.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def new_file(path: Path, *, action: str = "write") -> Iterator[Path]:
+    """Yield the name of an empty file for a library to fill; at the end of the block it becomes `path`."""
+    with storage_errors(action, path):
+        remove_leftovers(path.parent)
+        with _staged_file(path) as staged:
+            yield staged
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False, action: str = "write") -> Iterator[Path]:
+    """Yield an empty folder to fill; at the end of the block it becomes `path`.
+
+    `path` is absent or an empty folder, or, with `replace`, a folder that goes away once the new one is in its place.
+    """
+    with storage_errors(action, path):
+        remove_leftovers(path.parent)
+        with _staged(path, Path.mkdir, replace=replace) as staged:
+            yield staged
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, their names on disk. Raises OSError."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        flush(each.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers staged in `folder`; what a living one has staged is locked, and stays."""
+    with suppress(OSError):
+        for entry in [each for each in folder.iterdir() if _STAGED.fullmatch(each.name)]:
+            with suppress(OSError), _locked(entry):
+                _remove(entry)
+
+
+@contextmanager
+def _staged_file(path: Path) -> Iterator[Path]:
+    if path.exists() and not path.is_file():  # to a folder the system says what it has to say
+        yield path
+    else:
+        with _staged(path, Path.touch) as staged:
+            yield staged
+
+
+@contextmanager
+def _staged(path: Path, make: Callable[[Path], None], *, replace: bool = False) -> Iterator[Path]:
+    target = Path(os.path.realpath(path))
+    make_folder(target.parent)
+    staged = _beside(target)
+    try:
+        make(staged)
+        with _locked(staged, need=False):
+            yield staged
+            for each in [*staged.rglob("*"), staged]:
+                flush(each)
+            if replace and target.exists():
+                _exchange(staged, target)
+            else:
+                os.replace(staged, target)
+    except BaseException:
+        with suppress(OSError):  # the error that matters is the one before
+            _remove(staged)
+        raise
+    flush(target.parent)
+
+
+def _exchange(staged: Path, target: Path) -> None:
+    """Put a folder in another's place: no system call does it for folders that are not empty."""
+    old = _beside(target)
+    os.replace(target, old)
+    try:
+        os.replace(staged, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    _remove(old)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:16]}")
+
+
+@contextmanager
+def _locked(path: Path, *, need: bool = True) -> Iterator[None]:
+    """Hold the lock that tells a living writer from a dead one. Raises OSError if another holds it, unless not `need`:
+    some network file systems have no locks, and there nothing is taken for a leftover.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if need:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""~ is expanded in every option, argument and setting that is a place, of every command."""
+
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from inpo.cli import app
+from inpo.common.errors import UsageError
+from inpo.common.paths import expand_home, home
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve
+from inpo.evaluation.settings import EvaluateSettings
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.train.settings import TrainSettings
+
+SECTIONS: tuple[type[Section], ...] = (ModelSection, DataSection, PrecomputeSettings, TrainSettings, EvaluateSettings)
+TEXTS = (
+    "crop dtype engine extra format inverter labels lora_targets objective optimizer pair_id profile ray_address "
+    "sample_prompts schedule scheduler scorer scorers set_name split tracker vae_latent variant where"
+).split()
+"""Settings and options that are text and no place."""
+SETTING_OF = {"model_config": "model_config_dir", "cache": "caches", "except_": "except_"}
+"""Options that have another name than their setting."""
+
+
+def parameters(application: typer.Typer = app) -> Iterator[tuple[str, str, Any]]:
+    """(command, parameter, typer's description of it) for each parameter that holds text or a path."""
+    for command in application.registered_commands:
+        function: Callable[..., Any] = command.callback  # type: ignore[assignment]
+        for name, hint in typing.get_type_hints(function, include_extras=True).items():
+            if typing.get_origin(hint) is typing.Annotated and _is_text(hint.__origin__):
+                yield function.__name__, name, hint.__metadata__[0]
+    for group in application.registered_groups:
+        yield from parameters(group.typer_instance)  # type: ignore[arg-type]
+
+
+def _is_text(annotation: object) -> bool:
+    return "str" in str(annotation) or "Path" in str(annotation)
+
+
+def expanded_settings() -> set[str]:
+    """Names of all settings whose value comes back expanded."""
+    found = set()
+    for section in SECTIONS:
+        for name, field in section.model_fields.items():
+            for value in ("~/x", ("~/x",)):
+                try:
+                    made = getattr(section.model_validate({field.alias or name: value}), name)
+                except ValueError:
+                    continue
+                if str(Path.home() / "x") in str(made):
+                    found.add(name)
+    return found
+
+
+def test_every_option_that_is_a_place_expands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings = expanded_settings()
+    found = list(parameters())
+    assert len({command for command, _, _ in found}) >= 15
+    for command, name, info in found:
+        if name in TEXTS:
+            assert info.callback is not home, (command, name)
+        elif info.callback is None:
+            assert SETTING_OF.get(name, name) in settings, (command, name)
+            assert command in ("precompute", "plan", "train", "generate_command", "summary"), (command, name)
+        else:
+            assert str(info.callback("~/x")) == "/home/somebody/x", (command, name)
+
+
+def test_every_setting_that_is_text_is_a_place_or_known_not_to_be() -> None:
+    texts = {name for section in SECTIONS for name, field in section.model_fields.items() if _is_text(field.annotation)}
+    assert {"pairs", "cache", "model", "output", "prompts"} <= texts
+    assert texts - expanded_settings() <= set(TEXTS)
+
+
+def test_a_recipes_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[data]\ncache = "~/c"\npairs = "file://~/p"\n[model]\nmodel = "~"\nvae = "./~"\n')
+    sections = read_recipe(recipe)
+    data = resolve(DataSection, "data", sections, {})
+    assert (data.cache, data.pairs) == ("/home/somebody/c", "file:///home/somebody/p")
+    model = resolve(ModelSection, "model", sections, {})
+    assert (model.model, model.vae) == ("/home/somebody", "./~")
+    with pytest.raises(UsageError, match="no home folder for ~nobody-of-this-name"):
+        resolve(DataSection, "data", sections, {"cache": "~nobody-of-this-name/x"})
+
+
+def test_what_is_no_home_stays_and_what_cannot_be_expanded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for place in ("./~", "a/~/b", "s3://b/~", "x~", "", "-"):
+        assert expand_home(place) == place
+    assert home(None) is None
+    assert expand_home(Path("~")) == Path("/home/somebody")
+    with pytest.raises(UsageError, match="no home folder for ~nobody-of-this-name"):
+        home("~nobody-of-this-name/x")
