@@ -165,7 +165,7 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
         vae_dtype="float32",
         network_dtype="float32",
         inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
-        fingerprints={"network": "random"},
+        fingerprints={"network": "0" * 32},
     )
     writer = CacheWriter.open(str(folder), manifest)
     rng = np.random.default_rng(0)
@@ -191,7 +191,7 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
             "prompt/text": np.array(["", "a prompt"], dtype=object),
             "prompt/embedding": rng.standard_normal((2, 77, 768)).astype(np.float16),
         }
-        source = ShardSource(location="random", input_shard=f"{shard:04d}", rows=(0, pairs), fingerprint="random")
+        source = ShardSource(location="random", input_shard=f"{shard:04d}", rows=(0, pairs), fingerprint="0" * 32)
         writer.write(f"{shard:04d}-00000000", ShardData(arrays=arrays, source=source))
 
 

@@ -26,6 +26,11 @@ def dtype_name(name: str) -> str:
     return canonical
 
 
+def default_dtype(device_type: str) -> str:
+    """What an unset dtype means in every stage: bfloat16 on a GPU, float32 on a CPU."""
+    return "float32" if device_type == "cpu" else "bfloat16"
+
+
 Call = Callable[
     [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
 ]

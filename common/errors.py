@@ -17,7 +17,14 @@ Each message tells what, where, expected, got, and what to do. The front door pr
 in it are shown without their secrets, and what a terminal would obey is escaped.
 """
 
+import shlex
+
 from inpo.common.printable import escaped, shown_message
+
+
+def command(*words: object) -> str:
+    """A command line as a shell takes it, whatever blanks and signs its paths have: `inpo ...`, without the ticks."""
+    return shlex.join(["inpo", *map(str, words)])
 
 
 class InpoError(Exception):

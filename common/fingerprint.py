@@ -1,24 +1,35 @@
 """Fingerprints: what a model is, by content, never by path or modification time.
 
-The digest of a safetensors file is over its header (names, dtypes, shapes) and bytes; it is kept in a small file of the
-user's cache folder under (path, size, mtime), so that a second run does not read gigabytes again.
+What counts is what a library loads: the tensors of a component's safetensors files, by name, dtype, shape and bytes,
+however many files hold them. Every byte is read at every start. No digest is remembered: whatever a file system says of
+a file without reading it (size, times, number) can be the same for other bytes.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from inpo.common.durable import write_file
-from inpo.common.errors import ModelError, StorageError
+from inpo.common.errors import ModelError
 
-_VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_commit_hash"}
-_BLOCK_BYTES = 1 << 24
+_VOLATILE = {
+    "_name_or_path",
+    "name_or_path",
+    "_diffusers_version",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_commit_hash",
+}
+_BLOCK_BYTES = 1 << 22
 
 
 def of_config(config: dict[str, Any]) -> str:
@@ -27,23 +38,41 @@ def of_config(config: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def of_files(files: Iterable[Path], *, config: dict[str, Any] | None = None, prefix: tuple[str, ...] = ()) -> str:
-    """Digest of a component: its weight files in name order, and its configuration if given.
+def of_weights(files: Iterable[Path], *, config: dict[str, Any] | None = None, prefix: tuple[str, ...] = ()) -> str:
+    """Digest of a component: the tensors of its safetensors files in name order, and its configuration if given.
 
-    With `prefix` only the tensors of a safetensors file whose names start so are read (one file, many components).
-    Raises ModelError for a file that cannot be read, is damaged or cut, or has no tensor under `prefix`.
+    With `prefix` only tensors whose names start so are read (one file, many components). Raises ModelError for a file
+    that cannot be read, is damaged or cut, or has no tensor under `prefix`.
     """
     total = hashlib.blake2b(digest_size=16)
-    for file in sorted(files, key=lambda path: path.name):
-        total.update(_of_file(file, prefix).encode())
+    tensors = sorted((each for file in files for each in _tensors(file, prefix)), key=lambda each: each.name)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python's lock to the others
+        for value in pool.map(_Tensor.digest, tensors):
+            total.update(value)
     if config is not None:
         total.update(of_config(config).encode())
     return total.hexdigest()
 
 
-def _of_file(file: Path, prefix: tuple[str, ...]) -> str:
+def of_texts(files: Iterable[Path]) -> str:
+    """Digest of small text files by name and content; of JSON, without the entries that do not change numbers."""
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted(files, key=lambda path: path.name):
+        with _readable(file):
+            data = file.read_bytes()
+        try:
+            document = json.loads(data) if file.suffix == ".json" else None
+        except (ValueError, RecursionError):  # whoever loads it will say so
+            document = None
+        value = of_config(document) if isinstance(document, dict) else hashlib.blake2b(data, digest_size=16).hexdigest()
+        total.update(f"{file.name}|{value}".encode())
+    return total.hexdigest()
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        return _known_or_read(file, prefix)
+        yield
     except (OSError, SafetensorError) as error:
         if file.exists() and not os.access(file, os.R_OK):  # safetensors calls such a file missing
             raise ModelError(
@@ -69,75 +98,55 @@ def _bytes_of(file: Path) -> str:
         return "no such file"
 
 
-def _known_or_read(file: Path, prefix: tuple[str, ...]) -> str:
-    status = file.stat()
-    key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{','.join(prefix)}"
-    known = _load_known()
-    if key in known:
-        return known[key]
-    value = _digest_safetensors(file, prefix) if file.suffix == ".safetensors" else _digest_bytes(file)
-    _remember(key, value)
-    return value
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor's bytes lie in its file."""
 
+    file: Path
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    num_bytes: int
 
-def _digest_bytes(file: Path) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _digest_safetensors(file: Path, prefix: tuple[str, ...]) -> str:
-    """Digest over tensors in name order; the header's free metadata does not count."""
-    with safe_open(file, framework="numpy"):
-        pass  # the library checks that header and offsets fit the file: nothing below can run astray
-    total = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        (header_bytes,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(header_bytes))
-        start = 8 + header_bytes
-        names = [name for name in sorted(header) if name != "__metadata__" and name.startswith(prefix or "")]
-        if not names:
-            # Its digest would be that of every other file without them.
-            raise ModelError(
-                "A file of the model lacks the weights that are looked for in it.",
-                where=file,
-                expected=f"tensors whose names begin with {' or '.join(prefix)}" if prefix else "tensors",
-                got=", ".join([name for name in sorted(header) if name != "__metadata__"][:3]) or "none",
-                fix="a single file must be a whole checkpoint (UNet, VAE and text encoder in the original layout); "
-                "put one component alone into a pipeline folder instead",
-            )
-        for name in names:
-            entry = header[name]
-            total.update(f"{name}|{entry['dtype']}|{entry['shape']}".encode())
-            first, last = entry["data_offsets"]
-            stream.seek(start + first)
-            left = last - first
+    def digest(self) -> bytes:
+        total = hashlib.blake2b(f"{self.name}|{self.dtype}|{self.shape}|".encode(), digest_size=16)
+        left = self.num_bytes
+        with _readable(self.file), self.file.open("rb") as stream:
+            stream.seek(self.start)
             while left:
                 block = stream.read(min(left, _BLOCK_BYTES))
                 if not block:
-                    raise OSError(f"{file} is shorter than its header says")
+                    raise OSError(f"{self.file} is shorter than its header says")
                 total.update(block)
                 left -= len(block)
-    return total.hexdigest()
+        return total.digest()
 
 
-def _memo_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "inpo" / "fingerprints.json"
-
-
-def _load_known() -> dict[str, str]:
-    try:
-        known = json.loads(_memo_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(key: str, value: str) -> None:
-    """Best effort: a home that cannot be written costs time, not correctness."""
-    try:
-        write_file(_memo_file(), json.dumps(_load_known() | {key: value}))
-    except StorageError:
-        return
+def _tensors(file: Path, prefix: tuple[str, ...]) -> list[_Tensor]:
+    """The tensors of a safetensors file, by its header; the header's free metadata does not count."""
+    with _readable(file):
+        with safe_open(file, framework="numpy"):
+            pass  # the library checks that header and offsets fit the file: nothing below can run astray
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_bytes))
+    header.pop("__metadata__", None)
+    names = [name for name in header if name.startswith(prefix or "")]
+    if not names:
+        # Its digest would be that of every other file without them.
+        raise ModelError(
+            "A file of the model lacks the weights that are looked for in it.",
+            where=file,
+            expected=f"tensors whose names begin with {' or '.join(prefix)}" if prefix else "tensors",
+            got=", ".join(sorted(header)[:3]) or "none",
+            fix="a single file must be a whole checkpoint (UNet, VAE and text encoder in the original layout); "
+            "put one component alone into a pipeline folder instead",
+        )
+    return [
+        _Tensor(
+            file, name, entry["dtype"], entry["shape"], 8 + header_bytes + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in ((name, header[name]) for name in names)
+    ]  # fmt: skip

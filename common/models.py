@@ -4,13 +4,14 @@ A model is a pipeline folder, a hub id, or one .safetensors file (common/single_
 (common/families/) is refused by name.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -23,11 +24,29 @@ from inpo.common import fingerprint, single_file
 from inpo.common.denoiser import Denoiser
 from inpo.common.documents import read_json
 from inpo.common.errors import ModelError
-from inpo.common.families import BY_PIPELINE, SUPPORTED, Family
+from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
 from inpo.common.levels import Levels
+from inpo.common.markers import check_markers
 from inpo.common.prediction import check_prediction, noise_likeness
+from inpo.common.processes import settle_numbers
 
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+BUILT_IN = "toyworld/base"
+"""The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
+wins over a name.
+"""
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+)
+"""What any version of transformers reads for a tokenizer of the families."""
+_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
+_CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
+"""Entries of model_index.json that change what the text encoders give."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Model:
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration file."""
-        folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
+        folder = self._component_folder(component)
         for name in ("scheduler_config.json", "config.json"):
             if (folder / name).is_file():
                 return read_json(folder / name)
@@ -81,6 +100,11 @@ class Model:
         with _loading("scheduler", self.folder / "scheduler"):
             return cls.from_pretrained(self.folder, subfolder="scheduler")
 
+    @property
+    def scheduler_file(self) -> str:
+        """The scheduler's configuration, for messages."""
+        return str(self.folder / "scheduler" / "scheduler_config.json")
+
     @cached_property
     def levels(self) -> Levels:
         return self.family.levels(self.scheduler)
@@ -94,59 +118,59 @@ class Model:
     def fingerprints(self) -> dict[str, str]:
         """{component: digest of its weights and configuration}, for the cache's identity."""
         prints = {"scheduler": fingerprint.of_config(self.config("scheduler"))}
-        family = self.family
-        for component in (family.network, "vae", *family.text_encoders):
-            if component in self.index and self.index[component][0] is not None:
-                prints["network" if component == family.network else component] = self._fingerprint(component)
-        for component in family.tokenizers:
+        for component in self.networks:
+            prints["network" if component == self.family.network else component] = self._fingerprint(component)
+        for component in self.family.tokenizers:
             files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
             if files:
-                prints[component] = fingerprint.of_files(files)
+                prints[component] = fingerprint.of_texts(files)
         return prints
 
     def _fingerprint(self, component: str) -> str:
         config = self.config(component)
-        if self.file is not None and not (component == "vae" and self.vae_folder):
-            return fingerprint.of_files([self.file], config=config, prefix=self.family.prefixes[component])
-        return fingerprint.of_files(self.weight_files(component), config=config)
+        if component in self.family.text_encoders:
+            config |= {"class": self.index[component][1]}
+            config |= {name: self.index[name] for name in _CHANGES_NUMBERS if name in self.index}
+        if self.file is not None and self.in_file(component):
+            return fingerprint.of_weights([self.file], config=config, prefix=self.family.prefixes[component])
+        return fingerprint.of_weights(self.weight_files(component), config=config)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component, of the chosen variant if it has one."""
-        folder = self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
-        files = sorted(folder.glob("*.safetensors"))
-        tagged = [file for file in files if self.variant and f".{self.variant}" in file.name]
-        plain = [file for file in files if not _is_variant(file)]
-        chosen = tagged or plain
+        """The safetensors files that the libraries load for a component, of the chosen variant if it has one."""
+        folder = self._component_folder(component)
+        chosen = _loaded_files(folder, self._library(component), self._variant_of(component))
         if not chosen:
+            found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
             raise ModelError(
                 f"The model's {component} has no weights in safetensors format.",
                 where=folder,
-                expected=f"*.{self.variant}.safetensors" if self.variant else "*.safetensors",
-                got=", ".join(file.name for file in files) or "none",
-                fix="choose a --variant that exists" if files else "convert the weights to safetensors",
+                expected=" or ".join(_weight_names(self._library(component), self.variant)),
+                got=found or "none",
+                fix="choose a --variant that exists" if found else "convert the weights to safetensors",
             )
         return chosen
 
-    def _has_variant(self, folder: Path) -> str | None:
-        if self.variant and any(f".{self.variant}" in file.name for file in folder.glob("*")):
-            return self.variant
-        return None
+    def _library(self, component: str) -> str:
+        return str(self.index[component][0]) if component in self.index else "diffusers"
+
+    def _variant_of(self, component: str) -> str | None:
+        """The chosen variant if this component has it: its plain weights are loaded if not."""
+        folder, library = self._component_folder(component), self._library(component)
+        return self.variant if self.variant and _loaded_files(folder, library, self.variant) else None
 
     def load_network(self) -> nn.Module:
         """The trained component in float32 on the CPU. Raises ModelError if it does not predict what the scheduler
         says (common/prediction.py).
         """
-        part, family = self.family.network, self.family
-        with _loading(part, self.file or self.folder / part):
-            network = self._load(part, family.network_class, self.folder / part, in_file=self.file is not None)
-        side, factor = family.probe_side(self.config(part)), family.vae_factor(self.config)
+        family, network = self.family, self.load_component(self.family.network)
+        side, factor = family.probe_side(self.config(family.network)), family.vae_factor(self.config)
         shape = (int(self.config("vae")["latent_channels"]), side, side)
         check_prediction(
             noise_likeness(self.denoiser(network), family.blank(self.config, 2, side * factor), shape),
             self.levels,
             self.prediction,
             where=self.name,
-            scheduler_file=str(self.folder / "scheduler" / "scheduler_config.json"),
+            scheduler_file=self.scheduler_file,
             guessed_from=self.guessed_from,
         )
         return cast(nn.Module, network)
@@ -155,87 +179,82 @@ class Model:
         """A network of this model's kind, on the model's own levels or on a cache's."""
         return Denoiser(network, levels or self.levels, self.family.call, self.prediction, network_dtype=network_dtype)
 
-    def _load(self, component: str, cls: Any, folder: Path, *, in_file: bool) -> Any:
-        if in_file:
-            return cls.from_single_file(
-                str(self.file), config=str(self.folder), subfolder=component, dtype=torch.float32
-            )
-        return _whole(
-            cls.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                variant=self._has_variant(folder),
-                output_loading_info=True,
-            )
-        )
-
     def load_vae(self) -> Any:
         """The VAE in float32 on the CPU."""
-        folder = self.vae_folder or self.folder / "vae"
-        with _loading("vae", self.vae_folder or self.file or folder):
-            in_file = self.file is not None and self.vae_folder is None
-            return self._load("vae", self.family.vae_class, folder, in_file=in_file)
+        return self.load_component("vae")
 
     def load_text_pipeline(self) -> DiffusionPipeline:
-        """A pipeline that holds only tokenizers and text encoders, in float32: for `encode_prompt`."""
-        return self._load_pipeline(**{self.family.network: None, "vae": None})
+        """A pipeline that holds only tokenizers and text encoders, in float32: for its own encoding of prompts."""
+        return self.load_pipeline(**{self.family.network: None, "vae": None})
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
-        """The whole pipeline in float32, with any component replaced (for instance unet=the trained one)."""
+        """The whole pipeline in float32, with any component replaced (for instance unet=the trained one).
+
+        What images of a text do not need (safety checker, feature extractor, image encoder) is left out.
+        """
         if self.family.network not in components:
             components[self.family.network] = self.load_network()
-        if self.vae_folder is not None and "vae" not in components:
+        if "vae" not in components:
             components["vae"] = self.load_vae()
-        return self._load_pipeline(**components)
-
-    def _load_pipeline(self, **components: Any) -> DiffusionPipeline:
-        components |= self.family.unneeded
-        cls = self.family.pipeline
-        with _loading("pipeline", self.file or self.folder):
-            if self.file is not None:
-                return cls.from_single_file(str(self.file), config=str(self.folder), dtype=torch.float32, **components)
-            components = self._text_encoders() | components
-            parts = (self.family.network, "text_encoder", "vae")
-            any_variant = any(self._has_variant(self.folder / part) for part in parts)
-            return cls.from_pretrained(
-                self.folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                variant=self.variant if any_variant else None,
-                **components,
+        for part in self.networks:
+            if part not in components:
+                components[part] = self.load_component(part)
+        with _loading("pipeline", self.folder):  # of which tokenizers and scheduler are left
+            return self.family.pipeline.from_pretrained(
+                self.folder, use_safetensors=True, **self.family.unneeded, **components
             )
 
-    def _text_encoders(self) -> dict[str, transformers.PreTrainedModel]:
-        """Loaded here because the pipeline would load them without telling which weights are missing."""
-        encoders = {}
-        for part in self.family.text_encoders:
-            library, name = self.index.get(part, (None, None))
-            if library == "transformers":
-                folder = self.folder / part
-                with _loading(part, folder):
-                    encoders[part] = _whole(
-                        getattr(transformers, name).from_pretrained(
-                            folder,
-                            dtype=torch.float32,
-                            use_safetensors=True,
-                            variant=self._has_variant(folder),
-                            output_loading_info=True,
-                        )
-                    )
-        return encoders
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The components that have weights and are needed: the network, the VAE and the text encoders."""
+        texts = (name for name in self.family.text_encoders if self.index.get(name, [None])[0] is not None)
+        return (self.family.network, "vae", *texts)
+
+    def in_file(self, component: str) -> bool:
+        """Whether a component's weights are in the single file."""
+        return self.file is not None and not (component == "vae" and self.vae_folder is not None)
+
+    def load_component(self, component: str) -> Any:
+        """A network in float32 on the CPU, in eval mode. Raises ModelError, with their names, if weights are missing:
+        the libraries would draw them at random, or leave them without numbers.
+        """
+        if self.file is not None and self.in_file(component):
+            with _loading(component, self.file):
+                return single_file.load_component(
+                    self.file, component, self._class_of(component), folder=self.folder, family=self.family
+                )
+        folder = self._component_folder(component)
+        variant = self._variant_of(component)
+        with _loading(component, folder):
+            _check_shards(folder, variant)
+            network, information = self._class_of(component).from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
+            )
+            if information["missing_keys"]:
+                raise single_file.missing_weights(information["missing_keys"])
+        return network
+
+    def empty_component(self, component: str) -> Any:
+        """A network as its configuration has it, without numbers."""
+        return single_file.empty_network(self._class_of(component), self._component_folder(component))
+
+    def _class_of(self, component: str) -> Any:
+        known = {self.family.network: self.family.network_class, "vae": self.family.vae_class}
+        return known.get(component) or getattr(transformers, self.index[component][1])
+
+    def _component_folder(self, component: str) -> Path:
+        return self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
 
 
-_Loaded = TypeVar("_Loaded")
-
-
-def _whole(loaded: tuple[_Loaded, dict[str, Any]]) -> _Loaded:
-    """The model. Raises ValueError if its files lack a weight: diffusers would draw it at random and go on."""
-    model, information = loaded
-    missing = sorted(information["missing_keys"])
-    if missing:
-        raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
-    return model
+def _check_shards(folder: Path, variant: str | None) -> None:
+    """Raise ValueError, with their names, if files that a sharded component's index lists are not there."""
+    for index in folder.glob("*.safetensors.index*.json"):
+        if (f".{variant}." in index.name) == (variant is not None):
+            lost = sorted(
+                name for name in set(read_json(index)["weight_map"].values()) if not (folder / name).is_file()
+            )
+            if lost:
+                raise ValueError(f"{len(lost)} files of {index.name} are missing: {', '.join(lost[:3])}")
 
 
 @contextmanager
@@ -256,9 +275,44 @@ def _loading(what: str, where: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_variant(file: Path) -> bool:
-    """True for names like diffusion_pytorch_model.fp16.safetensors."""
-    return len(file.name.split(".")) > 2 and "-of-" not in file.name.split(".")[-2]
+def _weight_names(library: str, variant: str | None) -> list[str]:
+    """Names of a component's weights, or of the list of their parts, in the order in which its library looks."""
+    tag = f".{variant}" if variant else ""
+    if library == "transformers":
+        return [f"model{tag}.safetensors", f"model.safetensors.index{tag}.json"]
+    stem = "diffusion_pytorch_model"
+    indexes = [f"{stem}.safetensors.index{tag}.json", f"{stem}.safetensors{tag}.index.json"]
+    return [*dict.fromkeys(indexes), f"{stem}{tag}.safetensors"]
+
+
+def _loaded_files(folder: Path, library: str, variant: str | None) -> list[Path]:
+    """The files that `from_pretrained` of this library loads from a folder; [] if it finds none.
+
+    Raises ModelError for a list of parts that cannot be read, and for what would be loaded beside the weights.
+    """
+    names = _weight_names(library, variant)
+    if library == "transformers":
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                "An adapter lies beside a text encoder's weights, and would be loaded into them.",
+                where=folder / "adapter_config.json",
+                expected="the text encoder alone",
+                fix="merge the adapter into the weights, or move it away",
+            )
+        explicit = read_json(folder / "config.json").get("transformers_weights")
+        names = [str(explicit)] if explicit else names
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None or found.suffix == ".safetensors":
+        return [] if found is None else [found]
+    parts = read_json(found).get("weight_map")
+    if not isinstance(parts, dict) or any(Path(str(part)).name != part for part in parts.values()):
+        raise ModelError(
+            "The list of a model's weight files cannot be used.",
+            where=found,
+            expected="weight_map: the name of a file beside it for each tensor",
+            fix="download the file again",
+        )
+    return [folder / part for part in sorted(set(parts.values()))]
 
 
 def open_model(
@@ -270,7 +324,8 @@ def open_model(
 
     Raises ModelError, saying what is supported, for anything else.
     """
-    _quiet_loading()
+    settle_numbers()
+    _quieten()
     path = Path(location)
     vae_folder = None if vae is None else _vae_folder(vae)
     if path.is_file():
@@ -294,7 +349,9 @@ def open_model(
                 expected="a pipeline folder",
                 fix="pass the pipeline's folder or hub id",
             )
-        return _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
+        model = _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
+        check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
+        return model
     folder = _folder_of(location, variant=variant)
     model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
@@ -326,16 +383,22 @@ def _family_of(folder: Path) -> Family:
     return BY_PIPELINE[name]
 
 
-def _quiet_loading() -> None:
-    """The libraries draw a bar for every component they load; a run's own progress would drown in them."""
+def _quieten() -> None:
+    """The libraries draw a bar for every component they load, and print prompts that are too long for the encoder
+    whole; a run's own progress would drown in them, and it counts such prompts itself."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    for family in FAMILIES.values():
+        logging.getLogger(family.pipeline.__module__).setLevel(logging.ERROR)
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
 def _folder_of(location: str, *, variant: str | None) -> Path:
     path = Path(location)
     if path.is_dir():
         return path
+    if location == BUILT_IN and not path.exists():
+        return Path(__file__).parents[1] / BUILT_IN
     if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
         raise ModelError(
             "There is no model here.",
@@ -350,9 +413,7 @@ def _folder_of(location: str, *, variant: str | None) -> Path:
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
-            snapshot_download(
-                location, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights], ignore_patterns="safety_checker/*"
-            )
+            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(

@@ -90,11 +90,22 @@ class Recipe(dict[str, dict[str, Any]]):
     path: Path | None = None
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))}
+
+
 def read_recipe(path: Path | None) -> Recipe:
-    """The recipe's sections; none without a recipe. Raises UsageError for a bad file or section."""
+    """The recipe's sections; none without a recipe. A name without a file of that name is a shipped recipe's.
+
+    Raises UsageError for a bad file or section.
+    """
     if path is None:
         return Recipe()
-    text = read_text(path, what="The recipe cannot be read.", error=UsageError, fix="check --recipe")
+    if not path.exists():
+        path = shipped_recipes().get(str(path), path)
+    fix = f"check --recipe: a TOML file, or the name of a shipped recipe ({', '.join(shipped_recipes())})"
+    text = read_text(path, what="The recipe cannot be read.", error=UsageError, fix=fix)
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

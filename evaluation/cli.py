@@ -45,7 +45,7 @@ def generate_command(
         str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. \\[default: ddim]")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. \\[default: float16 on a GPU, float32 on a CPU]")
+        str | None, typer.Option(help="float32, float16 or bfloat16. \\[default: bfloat16 on a GPU, float32 on a CPU]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; changes no noise.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
@@ -96,11 +96,12 @@ def score_command(
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.image_folder import ImageFolder
-    from inpo.evaluation.score import score_folder
+    from inpo.evaluation.score import score_folder, try_scorers
 
     settings = _settings(recipe, scorer, batch_size)
     images = ImageFolder(folder)
-    for name in _needed(settings.scorers):
+    try_scorers(_needed(settings.scorers), images)
+    for name in settings.scorers:
         score_folder(images, load_scorer(name), batch_size=settings.batch_size)
         values = list(images.scores(name).values())
         _say(f"{name}: mean {sum(values) / len(values):.4g} over {len(values)} images in {folder}")
@@ -117,16 +118,22 @@ def compare_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
-    from inpo.common.durable import write_file
+    from inpo.common.durable import storage_errors, write_file
+    from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
     from inpo.evaluation.image_folder import ImageFolder
-    from inpo.evaluation.processes import processes
-    from inpo.evaluation.score import score_folder
+    from inpo.evaluation.score import score_folder, try_scorers
 
     settings = _settings(recipe, scorer, None)
     folders = ImageFolder(a), ImageFolder(b)
-    shared_keys(*folders)  # before hours of scoring
+    # Before hours of scoring: whether there is anything to compare, all scorers, and a place for the outcome.
+    shared_keys(*folders)
+    missing = [name for name in settings.scorers if not all(images.has_scores(name) for images in folders)]
+    try_scorers(missing, folders[0])
+    if out is not None:
+        with storage_errors("write the comparison", out):
+            out.mkdir(parents=True, exist_ok=True)
     for name in settings.scorers:
         for images in folders:
             if not images.has_scores(name):
@@ -178,7 +185,7 @@ def _quieten() -> None:
 
 def _say(text: str) -> None:
     """Print once, however many processes run."""
-    from inpo.evaluation.processes import processes
+    from inpo.common.processes import processes
 
     if processes().is_main_process:
         print(text)

@@ -19,16 +19,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.families import Family
 from inpo.common.models import Model
 from inpo.common.printable import shown
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
 from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
-from inpo.evaluation.processes import processes
 from inpo.evaluation.settings import EvaluateSettings
 
 _BATCH_PIXELS = 8 * 512 * 512
@@ -72,7 +73,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     weights that do not fit the model.
     """
     state = processes()
-    dtype = getattr(torch, settings.dtype) if settings.dtype else _default_dtype(state.device)
+    dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -168,7 +169,7 @@ def _draw(
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    lora = None if settings.lora is None else fingerprint.of_files([lora_file(settings.lora)])
+    lora = None if settings.lora is None else fingerprint.of_weights([lora_file(settings.lora)])
     return {
         "fingerprints": dict(model.fingerprints),
         "lora": lora,
@@ -222,10 +223,6 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
             got="; ".join(f"{name} = {identity[name]}" for name in names) + " (this run)",
             fix="give this run its own --out, or repeat the folder's settings",
         )
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _is_done(file: Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from inpo.common.durable import write_file
-from inpo.common.errors import DataError
+from inpo.common.errors import DataError, command
 from inpo.common.pairs import ImageError, decode_image
 from inpo.common.text import read_text, text_lines
 
@@ -157,7 +157,7 @@ class ImageFolder:
     def scores(self, scorer: str) -> dict[tuple[str, int], float]:
         """{(prompt, seed): score} of every image. Raises DataError if the scores are not there or not complete."""
         file = self.path / f"scores-{scorer}.jsonl"
-        advice = f"run `inpo evaluate score {self.path} --scorer {scorer}`"
+        advice = f"run `{command('evaluate', 'score', self.path, '--scorer', scorer)}`"
         if not file.is_file():
             raise DataError(
                 f"This folder has no scores of {scorer}.", where=self.path, got=self.scorer_names(), fix=advice

@@ -14,8 +14,8 @@ from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, decode_image, open_source
 from inpo.common.printable import shown
+from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
-from inpo.evaluation.processes import processes
 from inpo.evaluation.score import checked_scores
 
 PAIRS_PER_BATCH = 16

@@ -38,10 +38,10 @@ def relabel(
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import check_set_name
-    from inpo.common.errors import UsageError
+    from inpo.common.errors import UsageError, command
+    from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
-    from inpo.evaluation.processes import processes
     from inpo.evaluation.relabel import default_temperature, relabel_cache
 
     if temperature is not None and not 0 < temperature < math.inf:
@@ -74,4 +74,5 @@ def relabel(
         )
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        print(f"  train with it: inpo train --cache {opened.location} --labels {name} ...")
+        labelled = ("--cache", opened.location, "--labels", name)
+        print(f"next: {command('train', *labelled, '--model', 'MODEL', '--output', 'RUN')}")

@@ -11,12 +11,20 @@ import numpy as np
 
 from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import DataError
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
-from inpo.common.scorer import Scorer
+from inpo.common.scorer import Scorer, load_scorer
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines
-from inpo.evaluation.processes import processes
 
 DEFAULT_BATCH = 32
+
+
+def try_scorers(names: Sequence[str], folder: ImageFolder) -> None:
+    """Raise what every scorer but the first, whose turn is next anyway, would raise after hours of the others' work."""
+    scorers = [load_scorer(name) for name in names]
+    entry = folder.entries[0]
+    while len(scorers) > 1:  # one after the other in memory
+        checked_scores(scorers.pop(), [folder.open(entry)], [entry.prompt], [entry.file])
 
 
 def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None = None) -> int:

@@ -25,7 +25,7 @@ class EvaluateSettings(Section):
     scheduler: SchedulerName = "ddim"
     """ddim: deterministic DDIM on the model's schedule. own: the scheduler in the pipeline folder."""
     dtype: DtypeName | None = None
-    """None: float16 on a GPU, float32 on a CPU."""
+    """None: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Images made or scored at once. None: as many as have the pixels of 8 images of 512 px, 32 at most."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -37,6 +37,8 @@ CHECKS: Mapping[str, str] = {
     "x_t": "float16(a x0 + s target), bit for bit",
     "x0_t": "(x_t - s delta) / a, to the rounding of float16",
     "reference_error": "mean (target - eps_ref)^2, to the rounding of delta",
+    "skipped": "lists of skipped rows: the ones written, with the rows that the commit counts",
+    "configurations": "what runs were told: as it was written",
     "labels": "label sets: every document whole, for the committed attempt and all its pairs",
     "reference": "a sample of pairs: --model at the stored x_t gives the stored error",
     "re-inversion": "a sample of pairs, inverted again by --model",

@@ -110,7 +110,9 @@ def verify(
         bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
     ] = False,
 ) -> None:
-    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard."""
+    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
+    is committed.
+    """
     from inpo.common.cache import open_cache
     from inpo.common.console import console
     from inpo.common.errors import UsageError
@@ -141,7 +143,7 @@ def verify(
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
         print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
-    if found.findings:
+    if found.findings or not found.num_shards:
         raise typer.Exit(1)
 
 
@@ -201,6 +203,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.errors import command
     from inpo.common.printable import is_printable
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
@@ -228,7 +231,7 @@ def filter_pairs(
     if len(chosen) < len(selected):
         say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
     if out is not None:
-        say(f"{out}: for `inpo train --only {out}` or `--except {out}`")
+        say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
     if table.damaged or len(chosen) < len(selected):

@@ -1,7 +1,8 @@
 """What writers left behind: attempts that no commit names, finished or not.
 
 A writer that died, or lost the race for a shard, leaves its attempt folder; readers never see it. A writer that is
-still at work looks the same, except that its files are young.
+still at work looks the same, except that its files are young; and it may have slept. So a mark is left before the last
+look at the commit, and removed last: the writer looks for it after its commit (common/cache/writer.py).
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import obstore
 
 from inpo.common.cache import Commit
+from inpo.common.cache.schema import REMOVING
 from inpo.common.cache.store import CacheStore
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError
@@ -31,8 +33,10 @@ class Leftover:
     """UTC; the youngest of its files."""
 
     @property
-    def paths(self) -> tuple[str, str]:
-        return (f"shards/{self.shard}/{self.attempt}", f"skipped/{self.shard}/{self.attempt}.jsonl")
+    def paths(self) -> tuple[str, str, str]:
+        """Its folder, its list of skipped rows, and the mark that it is being removed."""
+        folder = f"shards/{self.shard}/{self.attempt}"
+        return (folder, f"skipped/{self.shard}/{self.attempt}.jsonl", f"{folder}{REMOVING}")
 
     def is_young(self, now: datetime | None = None) -> bool:
         return (now or datetime.now(UTC)) - self.modified < GRACE
@@ -50,7 +54,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
             parts = name.split("/")
             if len(parts) < 2:
                 continue
-            key = (parts[0], parts[1].removesuffix(".jsonl") if folder == "skipped" else parts[1])
+            key = (parts[0], parts[1].removesuffix(".jsonl" if folder == "skipped" else REMOVING))
             sizes[key] = sizes.get(key, 0) + size
             modified[key] = max(when, modified.get(key, when))
     committed: dict[str, str | None] = {}
@@ -98,8 +102,11 @@ def _files(store: CacheStore, folder: str) -> Iterator[tuple[str, int, datetime]
 
 def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
     """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
+    mark = leftover.paths[-1]
+    store.put_new(mark, b"")
     if committed_attempt(store, leftover.shard) in (leftover.attempt, _UNKNOWN):
+        store.remove(mark)
         return False
-    for path in leftover.paths:
+    for path in leftover.paths:  # the mark last: a writer that finds it takes its commit back
         store.remove(path)
     return True

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from inpo.common.cache import Cache, Shard
-from inpo.common.errors import CacheMissing, InpoError
+from inpo.common.errors import CacheMissing, InpoError, command
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +86,7 @@ def nothing_readable(cache: Cache, damaged: dict[str, InpoError]) -> CacheMissin
         "This cache has no readable pair.",
         where=cache.location,
         got="; ".join(f"{name}: {error.what}" for name, error in sorted(damaged.items())),
-        fix=f"`inpo inspect verify {cache.location} --quarantine`, then `inpo precompute` again",
+        fix=f"`{command('inspect', 'verify', cache.location, '--quarantine')}`, then `inpo precompute` again",
     )
 
 

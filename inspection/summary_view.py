@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from inpo.common.errors import command
 from inpo.inspection.summary import Summary
 
 _SETTINGS = (
@@ -172,14 +173,14 @@ def _advice(summary: Summary, console: Console) -> None:
         console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
         console.print(
-            f"[dim]`inpo inspect clean {escape(summary.location)}` removes the orphaned attempts.[/dim]",
+            f"[dim]`{escape(command('inspect', 'clean', summary.location))}` removes the orphaned attempts.[/dim]",
             soft_wrap=True,
             highlight=False,
         )
     if summary.num_pairs:
         console.print(
-            f"[dim]No latent was read here: `inpo inspect verify {escape(summary.location)}` reads and checks every "
-            f"byte.[/dim]",
+            f"[dim]No latent was read here: `{escape(command('inspect', 'verify', summary.location))}` reads "
+            "and checks every byte.[/dim]",
             soft_wrap=True,
             highlight=False,
         )

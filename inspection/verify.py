@@ -1,15 +1,19 @@
 """`inpo inspect verify`: every byte of every committed shard, and everything that follows from it."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from inpo.common.cache import Cache, Commit, open_cache
+from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
-from inpo.common.errors import CacheCorrupt, CacheError, CacheMismatch, InpoError
+from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, skipped_rows
+from inpo.common.cache.store import digest
+from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
 from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard
 from inpo.inspection.pair_table import read_pair_table
@@ -35,6 +39,8 @@ class Verification:
     findings: list[Finding]
     impossible: dict[str, str]
     """Checks that this cache, or this call, does not allow, and why."""
+    notes: list[str] = field(default_factory=list)
+    """What is no fault in itself, and what cannot be known from what lies here."""
     reinverted: dict[str, float] = field(default_factory=dict)
     """Largest relative change of x_t, target and reference_error, where --model was given."""
 
@@ -54,7 +60,13 @@ def verify(
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
     if model is not None:
-        _check_model(cache, model)
+        check_components(
+            cache,
+            model.fingerprints,
+            model=model.name,
+            fix="pass the model (and --variant, --vae) that the cache was precomputed with; `inpo inspect drift` "
+            "compares with another",
+        )
     findings = [
         Finding(shard=name, check="commit", detail=f"{error.what} Got: {error.got}")
         for name, error in sorted(unreadable.items())
@@ -72,10 +84,15 @@ def verify(
         for name, count in result.num_checked.items():
             num_checked[name] = num_checked.get(name, 0) + count
     findings += _duplicates(results)
+    files = cache.store.listing("")
+    num_checked["skipped"], skipped_findings = _check_skipped(cache)
+    num_configurations, configuration_findings = _check_configurations(cache, files)
     labelled, label_findings = _check_labels(cache)
-    findings += label_findings
-    if labelled:
-        num_checked["labels"] = labelled
+    findings += skipped_findings + configuration_findings + label_findings
+    findings += _labels_without_commit(cache, files, unreadable)
+    for name, count in (("labels", labelled), ("configurations", num_configurations)):
+        if count:
+            num_checked[name] = count
     verification = Verification(
         location=cache.location,
         num_shards=len(cache.commits) + len(unreadable),
@@ -83,14 +100,15 @@ def verify(
         bytes_read=sum(result.bytes_read for result in results),
         num_checked={name: num_checked[name] for name in CHECKS if name in num_checked},
         findings=findings,
-        impossible=_impossible(cache, has_model=model is not None),
+        impossible=_impossible(cache, files, has_model=model is not None),
+        notes=_notes(cache, files, unreadable),
     )
     if model is not None:
         _reinvert(cache, model, num_sampled, verification)
     return verification
 
 
-def _impossible(cache: Cache, *, has_model: bool) -> dict[str, str]:
+def _impossible(cache: Cache, files: Mapping[str, int], *, has_model: bool) -> dict[str, str]:
     """{check: why it cannot be made on a healthy cache with this manifest}."""
     manifest = cache.manifest
     reasons = {}
@@ -100,6 +118,8 @@ def _impossible(cache: Cache, *, has_model: bool) -> dict[str, str]:
         reasons["reference_error"] = "needs delta as the reference's prediction, or --extra eps_ref"
     if not label_sets(cache.store):
         reasons["labels"] = "this cache has no label set"
+    if not any(name.startswith("configurations/") for name in files):
+        reasons["configurations"] = "this cache has none"
     if not has_model:
         reasons |= {"reference": "only with --model", "re-inversion": "only with --model"}
     return reasons
@@ -126,6 +146,134 @@ def _duplicates(results: list[ShardResult]) -> list[Finding]:
     return findings
 
 
+def _check_skipped(cache: Cache) -> tuple[int, list[Finding]]:
+    """(rows looked at, findings): each commit's list of skipped rows is the one written, and says what the commit
+    counts."""
+    num_rows, findings = 0, []
+    for name, commit in cache.commits.items():
+        path = f"skipped/{name}/{commit.attempt}.jsonl"
+        problem = None
+        try:
+            data = cache.store.get(path)
+            if data is None:
+                problem = "no such file" if commit.skipped else None
+            elif not commit.skipped:
+                problem = "a list, and the commit skips nothing"
+            elif commit.skipped_digest is not None and digest(data) != commit.skipped_digest:
+                problem = "not the list that was written"
+            else:
+                rows = skipped_rows(data, cache.store.path(path))
+                num_rows += len(rows)
+                start, stop = commit.source.rows
+                counted = Counter(row.reason for row in rows)
+                if counted != commit.skipped:
+                    problem = f"{dict(counted)}, and the commit counts {commit.skipped}"
+                elif not all(start <= row.row < stop for row in rows):
+                    problem = f"a row outside the shard's, {start} to {stop - 1}"
+        except CacheError as error:
+            problem = f"{error.what} Got {error.got}"
+        if problem is not None:
+            findings.append(Finding(shard=name, check="skipped", detail=f"{problem}; in {cache.store.path(path)}"))
+    return num_rows, findings
+
+
+def _check_configurations(cache: Cache, files: Mapping[str, int]) -> tuple[int, list[Finding]]:
+    """(documents looked at, findings). No reader needs one, so making a shard again cures nothing."""
+    names = [name for name in files if name.startswith("configurations/") and name.endswith(".toml")]
+    findings = []
+    for name, data in zip(names, cache.store.get_many(names), strict=True):
+        problem = None
+        if isinstance(data, CacheError):
+            problem = data.what
+        elif data is not None:
+            text, mark, seal = data.rpartition(CONFIGURATION_SEAL.encode())
+            if not mark or seal != f"{digest(text)}\n".encode():
+                problem = "not the configuration that was written; restore it from a copy, or remove it"
+        if problem is not None:
+            findings.append(Finding(shard=name, check="configurations", detail=problem, remake=False))
+    return len(names), findings
+
+
+def _labels_without_commit(
+    cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]
+) -> list[Finding]:
+    """Labels are made for committed shards only: where there is none, and none in quarantine, a commit was removed."""
+    findings = []
+    for name in files:
+        parts = name.split("/")
+        if parts[0] != "labels" or len(parts) != 3 or not name.endswith(".json"):
+            continue
+        shard = parts[2].removesuffix(".json")
+        if shard not in cache.commits and shard not in unreadable and f"quarantine/{shard}.json" not in files:
+            detail = (
+                f"set {parts[1]} has labels for it, and there is no commit: it was removed. Restore it from a copy, or "
+                "run `inpo precompute` and `inpo relabel` again"
+            )
+            findings.append(Finding(shard=shard, check="labels", detail=detail, remake=False))
+    return findings
+
+
+def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]) -> list[str]:
+    """What a commit that is not there leaves behind, files that belong to nothing, and what cannot be known."""
+    without: dict[str, None] = {}
+    strays = []
+    for name in files:
+        folder, *rest = name.split("/")
+        shard = rest[0] if rest else ""
+        known = {
+            MANIFEST: not rest,
+            "commits": len(rest) == 1 and name.endswith(".json"),
+            "quarantine": len(rest) == 1 and name.endswith(".json"),
+            "configurations": len(rest) == 1 and name.endswith(".toml"),
+            "labels": len(rest) == 2 and name.endswith(".json"),
+            "skipped": len(rest) == 2 and name.endswith(".jsonl"),
+            "shards": len(rest) > 2 or name.endswith(REMOVING),
+        }.get(folder, False)
+        if known and folder == "shards" and shard in cache.commits and rest[1] == cache.commits[shard].attempt:
+            known = "/".join(rest[2:]) in cache.commits[shard].files
+        if not known and not name.endswith(".staged"):
+            strays.append(name)
+        if known and folder in ("shards", "skipped") and shard not in cache.commits and shard not in unreadable:
+            without[shard] = None
+    notes = []
+    if without:
+        notes.append(
+            f"{len(without)} shards have an attempt and no commit ({_few(without)}): a writer is at work or died, or "
+            "the commit was moved or removed; `inpo precompute` makes them again"
+        )
+    gaps = _gaps(cache)
+    if gaps:
+        notes.append(f"rows before committed ones have no commit ({_few(gaps)}): not made yet, or their commit is gone")
+    if strays:
+        notes.append(f"{len(strays)} files belong to no document of the cache ({_few(strays)})")
+    if cache.commits:
+        notes.append(
+            "not known from here: whether the source has more rows than those after which nothing is committed; the "
+            "same `inpo precompute` says how much is left"
+        )
+    return notes
+
+
+def _gaps(cache: Cache) -> list[str]:
+    """Rows of an input shard without a commit, before the last one with a commit."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for commit in cache.commits.values():
+        spans.setdefault(commit.source.input_shard, []).append(commit.source.rows)
+    gaps = []
+    for name, rows in sorted(spans.items()):
+        reached = 0
+        for start, stop in sorted(rows):
+            if start > reached:
+                gaps.append(f"{name} {reached} to {start - 1}")
+            reached = max(reached, stop)
+    return gaps
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = [ascii(name)[1:-1] for name in names]
+    return ", ".join(shown[:3]) + (", ..." if shown[3:] else "")
+
+
 def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
     """(labels looked at, findings) over every label set. Making a shard again cures no label, so none is `remake`."""
     num_checked, findings = 0, []
@@ -145,20 +293,6 @@ def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
                 detail = f"{error.what} Got {error.got}, in {error.where}; {error.fix}"
             findings.append(Finding(shard=shard.name, check="labels", detail=f"set {name}: {detail}", remake=False))
     return num_checked, findings
-
-
-def _check_model(cache: Cache, model: Model) -> None:
-    """Only the parts that invert must be the cache's."""
-    for part in ("network", "scheduler"):
-        expected, got = cache.manifest.fingerprints.get(part), model.fingerprints.get(part)
-        if expected != got:
-            raise CacheMismatch(
-                f"The model's {part} is not the one that this cache was made with.",
-                where=cache.location,
-                expected=f"{part} fingerprint {expected}",
-                got=f"{got} ({model.name})",
-                fix="pass the model that the cache was precomputed with; `inpo inspect drift` compares with another",
-            )
 
 
 def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verification) -> None:
@@ -201,7 +335,7 @@ def quarantine(location: str, verification: Verification) -> list[str]:
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
-    if not cache.commits and any(_is_whole(cache, name) for name in unreadable):
+    if not cache.commits and any(_is_of_another_manifest(cache, name) for name in unreadable):
         raise CacheCorrupt(
             "No commit belongs to this manifest: it is the manifest that was edited or replaced. Nothing was moved.",
             where=cache.store.path("manifest.json"),
@@ -213,11 +347,11 @@ def quarantine(location: str, verification: Verification) -> list[str]:
     return names
 
 
-def _is_whole(cache: Cache, shard: str) -> bool:
-    """True if a refused commit is intact in itself."""
+def _is_of_another_manifest(cache: Cache, shard: str) -> bool:
+    """True if a refused commit is intact in itself and only the manifest is another."""
     path = f"commits/{shard}.json"
     try:
-        Commit.from_json(cache.store.get(path) or b"", path)
+        commit = Commit.from_json(cache.store.get(path) or b"", path)
     except InpoError:
         return False
-    return True
+    return commit.manifest != digest(cache.store.get(MANIFEST) or b"")

@@ -44,6 +44,8 @@ def show(verification: Verification, console: Console) -> None:
     for finding in verification.findings:
         console.print(f"[bold red]{escape(finding.shard)}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+    for note in verification.notes:
+        console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     bad_shards = verification.bad_shards
     if not verification.num_shards:
         console.print("nothing is committed yet: there was nothing to read", highlight=False)

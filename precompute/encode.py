@@ -76,7 +76,11 @@ class ImageEncoder:
         for first in range(0, len(flat), _IMAGES_PER_VAE_CALL):
             chunk = flat[first : first + _IMAGES_PER_VAE_CALL]
             batch = pixels_from_levels(torch.stack([image[side] for image, _, side in chunk]).to(self.device))
-            with torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32):
+            with (
+                torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32),
+                # TF32 convolutions round as float16 does, to which the latents are rounded anyway, and cost a fraction.
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=True),
+            ):
                 posterior = self.vae.encode(batch).latent_dist
             mean = posterior.mean.float()
             if self.sample:

@@ -1,7 +1,6 @@
 """What a run will cost, before any model work: shards, pairs, network calls, bytes by array, free disk."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from inpo.common.cache.store import is_remote
 from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
+from inpo.common.space import free_bytes, human_bytes
 from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
@@ -79,7 +79,7 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
         num_pairs=num_pairs,
         network_calls_per_image=calls_per_image(manifest, model),
         bytes_by_array=bytes_by_array,
-        free_bytes=None if is_remote(cache) else shutil.disk_usage(_existing(Path(cache))).free,
+        free_bytes=None if is_remote(cache) else free_bytes(Path(cache)),
     )
 
 
@@ -143,20 +143,3 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
         hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
         table.add_row("device hours", hours)
     console.print(table)
-
-
-def human_bytes(size: int) -> str:
-    """Decimal units, three digits."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} PB"
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
-from inpo.common.cache.writer import MANIFEST, check_identity
+from inpo.common.completeness import check_complete
 from inpo.common.console import console
-from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.pairs import SKIP_REASONS, open_source
 from inpo.common.pairs.walk import count_not_read, not_read_words
+from inpo.common.printable import shown
+from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
-from inpo.precompute.engines.local import process_state, run_local
+from inpo.common.space import human_bytes
+from inpo.precompute.engines.local import run_local
 from inpo.precompute.pipeline import Outcome
-from inpo.precompute.plan import Plan, check_disk, human_bytes, make_plan, print_plan
+from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings, build_manifest
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import load_components
@@ -80,11 +84,13 @@ def run_precompute(
             got=settings.engine,
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
-    state = process_state()
+    state = processes()
     is_main = state.is_main_process
     model = resolved.model_section.open()
     manifest = build_manifest(settings, model, device_type=_device_type(settings, ray_options))
     pairs = resolved.data.need("pairs")
+    if is_main:
+        check_complete(model)
     source = open_source(pairs, allow_remote=resolved.data.allow_remote)
     tasks, unreadable = list_tasks(source, limit=settings.limit)
     if not tasks:  # before there is a cache: the next try may have other settings
@@ -99,7 +105,7 @@ def run_precompute(
         return 0
     writer = CacheWriter.open(cache, manifest)
     if is_main:
-        writer.store.put_new(f"configurations/{int(time.time() * 1000)}.toml", resolved.to_toml().encode())
+        writer.write_configuration(resolved.to_toml())
         for error in unreadable:
             print(f"error: {error}", file=sys.stderr)
         not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
@@ -134,7 +140,9 @@ def run_precompute(
         else:
             report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
     if is_main:
-        num_pairs = _print_summary(writer, tasks, failures, time.perf_counter() - start, report)
+        num_pairs = _print_summary(
+            writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
+        )
         if num_pairs == 0:
             _take_back(writer, tasks)
             return 1
@@ -157,6 +165,7 @@ def run_plan(
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=_device_type(resolved.settings, None))
     pairs = resolved.data.need("pairs")
+    check_complete(model)
     tasks, unreadable = list_tasks(
         open_source(pairs, allow_remote=resolved.data.allow_remote), limit=resolved.settings.limit
     )
@@ -194,7 +203,7 @@ def _device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -
 
         connect(ray_options)
         return "cuda" if has_gpus() else "cpu"
-    return PartialState().device.type
+    return processes().device.type
 
 
 def _committed(cache: str, manifest: Manifest) -> set[str]:
@@ -236,7 +245,9 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
     paths = [f"commits/{name}.json" for name in sorted(committed)]
     documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
     commits = {
-        name: Commit.from_json(data, writer.store.path(path)) for name, path, data in documents if data is not None
+        name: Commit.from_json(data, writer.store.path(path))
+        for name, path, data in documents
+        if isinstance(data, bytes)
     }
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
@@ -270,7 +281,7 @@ def _input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[
 
 def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
-    device = PartialState().device
+    device = processes().device
     components = load_components(model, manifest, device)
     latents = 2 * settings.batch_size
     x = torch.randn(latents, *manifest.latent_shape, device=device)
@@ -285,8 +296,31 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     return plan.network_calls / latents * sorted(times[1:])[len(times[1:]) // 2] / 3600
 
 
+def _next_command(resolved: _Resolved, recipe: Path | None) -> str:
+    """The whole command that trains on this cache."""
+    cache, model = shown(resolved.data.need("cache")), resolved.model_section
+    words = ["train", "--cache", cache]
+    for option, value in (
+        ("--model", model.model),
+        ("--variant", model.variant),
+        ("--model-config", model.model_config_dir),
+        ("--vae", model.vae),
+    ):
+        words += [option, value] if value else []
+    if recipe is not None:
+        words += ["--recipe", str(recipe)]
+    if "output" not in read_recipe(recipe).get("train", {}):
+        words += ["--output", "run" if is_remote(cache) else f"{cache.rstrip('/')}-run"]
+    return command(*words)
+
+
 def _print_summary(
-    writer: CacheWriter, tasks: list[ShardTask], failures: list[DataError], seconds: float, report: str
+    writer: CacheWriter,
+    tasks: list[ShardTask],
+    failures: list[DataError],
+    seconds: float,
+    report: str,
+    next_command: str,
 ) -> int:
     """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
     cache = open_cache(writer.store.address, allow_empty=True)
@@ -321,12 +355,13 @@ def _print_summary(
         print(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
         print(
-            f"no pair was kept, so nothing of this source stays committed: `inpo data check {tasks[0].location}` "
-            f"counts the reasons",
+            "no pair was kept, so nothing of this source stays committed: "
+            f"`{command('data', 'check', tasks[0].location)}` counts the reasons",
             flush=True,
         )
         return 0
-    print(f"next: inpo inspect summary {writer.store.location}; inpo train --cache {writer.store.location}", flush=True)
+    print(f"next: {command('inspect', 'summary', writer.store.location)}")
+    print(f"next: {next_command}", flush=True)
     return num_pairs
 
 

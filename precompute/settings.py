@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.cache.schema import EXTRAS, InverterIdentity, LevelTables, Manifest
-from inpo.common.denoiser import dtype_name
+from inpo.common.cache.schema import EXTRAS, MAX_TIMESTEPS, InverterIdentity, LevelTables, Manifest
+from inpo.common.denoiser import default_dtype, dtype_name
 from inpo.common.errors import UsageError
 from inpo.common.inversion import INVERTERS, check_settings
 from inpo.common.models import Model
@@ -16,20 +16,20 @@ from inpo.common.recipe import Section
 class PrecomputeSettings(Section):
     """What is stored, how it is made, and how the work is done. Only the last group leaves the cache unchanged."""
 
-    steps: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1, le=MAX_TIMESTEPS)
     """n: points of the inversion grid."""
-    timesteps_per_pair: int = Field(4, ge=1)
+    timesteps_per_pair: int = Field(4, ge=1, le=MAX_TIMESTEPS)
     """K: how many of the n points are kept as records."""
     inverter: str = "ddim"
     refine_start: int | None = Field(None, ge=0, le=16)
     """Extra path points near the clean end; unset: 3 for ab2, 0 otherwise."""
     noised_start: float = Field(0.0, ge=0.0, le=1.0)
     """Grid points below this share of T are noised instead of inverted."""
-    guidance: float = Field(1.0, ge=0.0)
+    guidance: float = Field(1.0, ge=0.0, le=1e6)
     """0: empty prompt (the paper); 1: caption, the reference error is free; more: classifier-free guidance."""
-    iterations: int = Field(5, ge=1)
+    iterations: int = Field(5, ge=1, le=10_000)
     """fixed_point: most network calls per step."""
-    tolerance: float = Field(1e-3, ge=0.0)
+    tolerance: float = Field(1e-3, ge=0.0, le=1e6)
     """fixed_point: relative RMS change at which a step is done."""
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
     faithful: bool = False
@@ -37,7 +37,7 @@ class PrecomputeSettings(Section):
     """Kept timesteps lie in [low, high); unset: all."""
     profile: Literal["full", "lean"] = "full"
     extra: tuple[str, ...] = ()
-    resolution: int = Field(512, ge=8)
+    resolution: int = Field(512, ge=8, le=1 << 16)
     """Side of the square images in pixels."""
     crop: Literal["center"] = "center"
     flip: bool = False
@@ -47,7 +47,7 @@ class PrecomputeSettings(Section):
     """Share of the pairs whose round trip is measured."""
     dtype: str | None = None
     """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
 
     batch_size: int = Field(16, ge=1)
     """Pairs per network batch."""
@@ -101,7 +101,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     check_settings(
         identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
-    network_dtype = dtype_name(settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
+    network_dtype = dtype_name(settings.dtype or default_dtype(device_type))
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.resolution % factor:

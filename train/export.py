@@ -10,6 +10,7 @@ from torch import Tensor
 from inpo.common.denoiser import DTYPES, dtype_name
 from inpo.common.durable import new_file
 from inpo.common.errors import UsageError
+from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, resolve
 from inpo.train.output import make_readable
@@ -32,8 +33,14 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     model, pipeline = _open(run)
     weights = single_file_weights(pipeline, model)
     tensors = {name: value.detach().to(number).contiguous().clone() for name, value in weights.items()}
+    markers, header = markers_for(
+        model.prediction,
+        architecture=model.family.architecture(pipeline, model.prediction),
+        title=run.resolve().name,
+        resolution=model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor,
+    )
     with new_file(file, action="write the single file") as staged:
-        save_file(tensors, staged, metadata={"format": "pt"})
+        save_file(tensors | markers, staged, metadata={"format": "pt"} | header)
         make_readable(staged)
     return file
 
@@ -41,7 +48,7 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
 def single_file_weights(pipeline: Any, model: Model) -> dict[str, Tensor]:
     """All weights of a pipeline under the names that they have in a single file."""
     tensors: dict[str, Tensor] = {}
-    for component in (model.family.network, "vae", *model.family.text_encoders):
+    for component in model.networks:
         network = getattr(pipeline, component)
         tensors |= model.family.layout(component, network.state_dict(), network.config)
     return tensors

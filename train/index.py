@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from inpo.common.cache import Cache, Shard
+from inpo.common.cache.identity import check_one_run
 from inpo.common.cache.labels import read_labels
-from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.common.seeding import stable_hash, uniform
 from inpo.common.text import read_text, text_lines
 
@@ -76,7 +77,7 @@ def build_index(
     both sides and runs of other seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises
     UsageError for a list of pair ids that cannot be read or names no pair of the caches.
     """
-    _check_same_reference(caches)
+    check_one_run(caches)
     wanted = _read_list(only, "--only")
     unwanted = _read_list(excluded, "--except")
     shards = [shard for cache in caches for shard in cache]
@@ -136,29 +137,6 @@ def _plain(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold()).split())
 
 
-def _check_same_reference(caches: Sequence[Cache]) -> None:
-    """Several caches serve one run only if one reference made them, in one shape and dtype."""
-
-    def reference(cache: Cache) -> tuple[object, ...]:
-        manifest = cache.manifest
-        return (
-            manifest.fingerprints["network"],
-            manifest.fingerprints["scheduler"],
-            manifest.latent_shape,
-            manifest.network_dtype,
-        )
-
-    for cache in caches[1:]:
-        if reference(cache) != reference(caches[0]):
-            raise CacheMismatch(
-                "The caches were not made by the same reference.",
-                where=cache.location,
-                expected=reference(caches[0]),
-                got=reference(cache),
-                fix="train on caches of one model, latent shape and network dtype",
-            )
-
-
 def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
     if path is None:
         return None
@@ -167,7 +145,7 @@ def _read_list(path: Path | None, option: str) -> frozenset[str] | None:
         what="The list of pair ids cannot be read.",
         error=UsageError,
         where=f"{option} {path}",
-        fix="`inpo inspect filter CACHE --where ... --out LIST` makes one",
+        fix="`inpo inspect filter CACHE --where CONDITION --out LIST` makes one",
     )
     return frozenset(line.strip() for line in text_lines(text) if line.strip())
 
@@ -192,7 +170,7 @@ def _unknown(
                 where=f"{option} {path}",
                 expected=f"ids like {ids[0][0]!r}" if ids and len(ids[0]) else "ids of committed pairs",
                 got=repr(foreign[0]),
-                fix="`inpo inspect filter CACHE --where ... --out LIST` makes a list of this cache's ids",
+                fix="`inpo inspect filter CACHE --where CONDITION --out LIST` makes a list of this cache's ids",
             )
         lines.append(f"{len(foreign)} of {named} ids in {option} {path} are in no cache, {foreign[0]!r} first")
     return tuple(lines)

@@ -221,13 +221,11 @@ class Trainer:
         if not self.held_out:
             return {}
         sums = self._new_sums()
-        self.unet.eval()
         with torch.no_grad():
             for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
                 here = batch.to(self.accelerator.device)
                 # Processes may have different numbers of batches, but a batch is the same for any number of processes.
                 sums.add(self.losses(here, alone=True), here.timestep)
-        self.unet.train()
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _guard(self) -> None:

@@ -21,7 +21,8 @@ def prepare_network(
     """Make the network trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Returns the trained parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: no dropout. Returns the trained
+    parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(network, network_dtype=network_dtype, device=device)
@@ -51,7 +52,8 @@ def prepare_network(
         network.enable_gradient_checkpointing()
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.train()
+    # Never in training mode: the reference errors are of the network without dropout, which makes noise of margins.
+    network.eval()
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
@@ -66,7 +68,9 @@ def switch_off_dropout(unet: torch.nn.Module) -> int:
     return len(layers)
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], settings: TrainSettings, *, network_dtype: str
+) -> torch.optim.Optimizer:
     """AdamW, Adafactor with the paper's settings for its large model, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -87,7 +91,9 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSetting
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **adam)
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **adam)
+    # A fused update skips itself where float16's gradients overflow, and does not say so.
+    fused = network_dtype != "float16" and parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(parameters, fused=fused, **adam)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:

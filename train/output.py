@@ -3,9 +3,10 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 from peft.utils import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from inpo.common.cache import Cache
 from inpo.common.durable import new_folder, storage_errors
@@ -37,6 +38,20 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def scaled_lora(network: Any) -> dict[str, Tensor]:
+    """The LoRA layers by peft's names, alpha / rank multiplied into their up weights.
+
+    A file has no place for alpha that every loader reads, and without one all of them take the rank for it.
+    """
+    (adapter,) = network.peft_config
+    config = network.peft_config[adapter]
+    factor = config.lora_alpha / config.r
+    return {
+        name: value * factor if ".lora_B." in name else value
+        for name, value in get_peft_model_state_dict(network, adapter_name=adapter).items()
+    }
+
+
 def write_output(network: nn.Module, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
@@ -44,8 +59,8 @@ def write_output(network: nn.Module, model: Model, output: Path, *, card: str, l
     pipeline = None if lora else model.load_pipeline(**{model.family.network: network})
     with new_folder(final, replace=True, action="write the trained model") as staged:
         if pipeline is None:
-            (config,) = network.peft_config.values()  # type: ignore[union-attr, operator]
-            model.family.save_lora(get_peft_model_state_dict(network), staged, rank=config.r)
+            # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
+            model.family.save_lora(scaled_lora(network), staged)
         else:
             pipeline.save_pretrained(str(staged), safe_serialization=True)
         (staged / "README.md").write_text(card)

@@ -5,6 +5,7 @@ the trainer sees. So before the first update the trainer computes E_theta on a f
 logit: at beta 2000 an image's error moves the preference logit by 1000 * |E_theta - E_ref|.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +15,21 @@ from torch import Tensor
 
 from inpo.common.cache import Cache
 from inpo.common.cache.derive import mean_square
+from inpo.common.cache.identity import check_components
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import CacheMismatch
 from inpo.common.models import Model
 from inpo.train.index import Index
-from inpo.train.records import Batch, LoadedShard, Needs, gather
+from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
 
 PROOF_BETA = 2000.0
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}
 """Largest error of a record's logit at beta 2000 if cache and run share a dtype; other kernels and batch sizes round
 differently. If they do not share it, float32's tolerance counts: such a run is off by 0.1 to 0.6 as a rule."""
 _RECORDS = 16
+"""Looked at in one call, and at least."""
+_SHARDS = 64
+"""Most shards that are looked at: one call of the network for 16 of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +49,38 @@ class Proof:
 
 
 def check_fingerprints(cache: Cache, model: Model) -> None:
-    """Raise CacheMismatch unless the cache's reference is this model, by the content of network and scheduler."""
-    stored, found = cache.manifest.fingerprints, model.fingerprints
-    wrong = [name for name in ("network", "scheduler") if stored.get(name) != found.get(name)]
-    if wrong:
-        raise CacheMismatch(
-            f"The cache was made by another model: its {' and '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}.",
-            where=f"{cache.location} against {model.name}",
-            expected=", ".join(f"{name} {stored.get(name)}" for name in wrong) + " (in the cache)",
-            got=", ".join(f"{name} {found.get(name)}" for name in wrong) + " (in the model)",
-            fix="train with the model (and --variant) that precompute used; to start from other weights on purpose, "
-            "pass the reference as --model and the start as --init-from",
-        )
+    """Raise CacheMismatch unless this model made the cache, by the content of every component: what is trained here is
+    written beside the model's VAE and text encoders."""
+    check_components(
+        cache,
+        model.fingerprints,
+        model=model.name,
+        fix="train with the model (and --variant, --vae) that precompute used; to start from other weights on purpose, "
+        "pass the reference as --model and the start as --init-from",
+    )
 
 
 def run_proof(denoiser: Denoiser, index: Index) -> Proof:
-    """Compare E_theta with the stored E_ref, record by record, on up to 16 records of the first shard.
+    """Compare E_theta with the stored E_ref, record by record, on a sample from the whole index.
 
-    The network must be in eval mode with its initial weights.
+    Up to 64 shards give a record at least; of more, 64 that lie evenly among them. The network must be in eval mode
+    with its initial weights.
     """
-    batch = _sample(index)
+    errors, stored = [], []
     with torch.no_grad():
-        error = record_errors(denoiser, batch.to(denoiser.device)).cpu()
+        for batch in _sample(index):
+            errors.append(record_errors(denoiser, batch.to(denoiser.device)).cpu())
+            stored.append(batch.reference_error)
+    error, reference_error = torch.cat(errors), torch.cat(stored)
     # Side by side: their difference, which the logit is made of, would hide an error that both share.
-    logit_error = 0.5 * PROOF_BETA * (error - batch.reference_error).abs().max()
+    logit_error = 0.5 * PROOF_BETA * (error - reference_error).abs().max()
     cache_dtype = index.training[0].shard.cache.manifest.network_dtype
     return Proof(
         logit_error=float(logit_error),
         tolerance=TOLERANCE[denoiser.network_dtype if denoiser.network_dtype == cache_dtype else "float32"],
         error=float(error.mean()),
-        reference_error=float(batch.reference_error.mean()),
-        num_records=batch.num_records,
+        reference_error=float(reference_error.mean()),
+        num_records=len(error),
     )
 
 
@@ -100,12 +106,21 @@ def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record sid
     return mean_square(batch.aim.flatten(0, 1).float() - eps).unflatten(0, (batch.num_records, 2))
 
 
-def _sample(index: Index) -> Batch:
-    shard = index.training[0]
-    steps = shard.shard.cache.manifest.timesteps_per_pair
-    records = np.unique(np.linspace(0, shard.num_records - 1, _RECORDS).astype(np.int64))
-    pairs = records // steps
-    # A stride through the records would meet few steps; walk through them instead.
-    step = np.arange(len(records)) % steps
-    loaded = LoadedShard(shard, np.unique(pairs), Needs())
-    return gather([(loaded, int(pair), int(number)) for pair, number in zip(pairs, step, strict=True)])
+def _sample(index: Index) -> Iterator[Batch]:
+    """A bounded number of records, spread over the shards and over each shard's records, in batches."""
+    trained = {id(each.shard) for each in index.training}
+    shards = [*index.training, *(each for each in index.held_out if id(each.shard) not in trained)]
+    chosen = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _SHARDS)).round().astype(np.int64))
+    ends = np.linspace(0, max(_RECORDS, len(chosen)), len(chosen) + 1).round().astype(np.int64)
+    places: list[RecordPlace] = []
+    for turn, number in enumerate(chosen.tolist()):
+        shard = shards[number]
+        steps = shard.shard.cache.manifest.timesteps_per_pair
+        records = np.unique(np.linspace(0, shard.num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
+        pairs = records // steps
+        # A stride through the records would meet few steps; walk through them instead.
+        step = (ends[turn] + np.arange(len(records))) % steps
+        loaded = LoadedShard(shard, np.unique(pairs), Needs())
+        places += [(loaded, int(pair), int(number)) for pair, number in zip(pairs, step, strict=True)]
+    for start in range(0, len(places), _RECORDS):
+        yield gather(places[start : start + _RECORDS])

@@ -11,7 +11,7 @@ from torch import Tensor
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.reader import Shard
 from inpo.common.conditions import Condition, owned
-from inpo.common.errors import CacheCorrupt
+from inpo.common.errors import CacheCorrupt, CacheSchemaError, command
 from inpo.train.buffers import Buffers
 from inpo.train.index import IndexedShard
 
@@ -76,6 +76,7 @@ class LoadedShard:
         memory.
         """
         shard = indexed.shard
+        self._shard = shard
         rows = indexed.rows[used]
         # Reading single pairs costs a little more per byte than the whole array; reading what is not asked for, more.
         selection = None if len(rows) * 2 >= shard.num_pairs else rows
@@ -132,6 +133,18 @@ class LoadedShard:
         for array in (self.x_t, self.aim):
             buffers.give(array)
 
+    def check_fits(self, batch: dict[str, np.ndarray]) -> None:
+        """Raise CacheSchemaError if records of this shard have other shapes than a batch's."""
+        for name, values in self.empty_batch(0).items():
+            if values.shape[1:] != batch[name].shape[1:]:
+                raise CacheSchemaError(
+                    f"Shard {self._shard.name} holds other embeddings than the shards beside it.",
+                    where=self._shard.location,
+                    expected=f"{name} {list(batch[name].shape[1:])} per record",
+                    got=list(values.shape[1:]),
+                    fix="leave this cache out, or make the shard again",
+                )
+
     def empty_batch(self, num_records: int) -> dict[str, np.ndarray]:
         """Arrays for a batch of records like these, to be filled."""
         like = {
@@ -159,6 +172,8 @@ RecordPlace = tuple[LoadedShard, int, int]
 def gather(places: Sequence[RecordPlace]) -> Batch:
     """Records in the given order, from any shards of one model. Every number is copied once."""
     arrays = places[0][0].empty_batch(len(places))
+    for shard in {id(shard): shard for shard, _, _ in places}.values():
+        shard.check_fits(arrays)
     for row, (shard, pair, step) in enumerate(places):
         shard.copy_record(pair, step, arrays, row)
     return places[0][0].batch(arrays)
@@ -192,6 +207,6 @@ def _check_finite(
                 f"Array {name} of shard {shard.name} holds a number that is NaN or infinite.",
                 where=f"{shard.location}/{name}, pair {pair_id}",
                 expected="finite numbers: precompute quarantines others",
-                fix=f"`inpo inspect verify {shard.cache.location} --quarantine`, then `inpo precompute` makes the "
-                "shard again; or leave the pair out with --except",
+                fix=f"`{command('inspect', 'verify', shard.cache.location, '--quarantine')}`, then `inpo precompute` "
+                "makes the shard again; or leave the pair out with --except",
             )

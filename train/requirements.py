@@ -7,9 +7,11 @@ from importlib.util import find_spec
 import numpy as np
 from accelerate.utils import DistributedType
 
-from inpo.common.cache import Cache
+from inpo.common.cache import Cache, LevelTables
+from inpo.common.cache.identity import same_levels
 from inpo.common.cache.labels import label_settings
-from inpo.common.errors import CacheIncomplete, UsageError
+from inpo.common.errors import CacheIncomplete, UsageError, command
+from inpo.common.models import Model
 from inpo.train.index import Index
 from inpo.train.objectives import SMPO_TEMPERATURE, Objective
 from inpo.train.records import Needs
@@ -44,6 +46,27 @@ def check_lora(settings: TrainSettings) -> None:
             )
 
 
+def check_origin(origin: Model, reference: Model) -> None:
+    """Raise UsageError if --init-from's network predicts something else, or on another schedule, than the reference:
+    it would be read, trained and written as what it is not.
+    """
+    if origin.family is not reference.family:
+        expected, got = f"a {reference.family.name} model", origin.family.name
+    elif origin.prediction != reference.prediction:
+        expected, got = f"prediction_type {reference.prediction}", origin.prediction
+    elif not same_levels(LevelTables.of(origin.levels), LevelTables.of(reference.levels)):
+        expected, got = f"the noise schedule of {reference.name}", "another table"
+    else:
+        return
+    raise UsageError(
+        "The model to start from is of another kind than the reference.",
+        where=f"--init-from {origin.name}",
+        expected=f"{expected}, as {reference.name} has",
+        got=got,
+        fix="start from a model of the reference's kind, or precompute with that model",
+    )
+
+
 def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
     """Raise UsageError for options that need whole weights in every process, which FSDP splits."""
     if kind != DistributedType.FSDP:
@@ -69,15 +92,18 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
         if lacking:
             # At guidance 1 the reference's prediction is delta, which the full profile holds.
             options = [
-                "--profile full" if name == "eps_ref" and cache.delta_is_reference else f"--extra {name}"
+                word
                 for name in lacking
+                for word in (
+                    ("--profile", "full") if name == "eps_ref" and cache.delta_is_reference else ("--extra", name)
+                )
             ]
             raise CacheIncomplete(
                 f"Objective {objective.name} needs {' and '.join(lacking)}, which this cache does not hold.",
                 where=cache.location,
                 expected=", ".join(wanted),
                 got=f"profile {manifest.profile}, extra {', '.join(manifest.extra) or 'none'}",
-                fix=f"make another cache: `inpo precompute {' '.join(options)} --cache OTHER ...`",
+                fix=f"make another cache: `{command('precompute', *options, '--cache', 'OTHER', '...')}`",
             )
         if objective.noise_cache and manifest.inverter.name != "noise" and manifest.inverter.noised_start < 1:
             raise CacheIncomplete(
@@ -118,6 +144,6 @@ def refuse_hard_labels(index: Index, objective: Objective) -> None:
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
             where=location,
             expected="P(win preferred) between 0 and 1, from a scorer",
-            fix=f"`inpo relabel {location} --pairs SRC --scorer pickscore --set NAME` makes some; "
-            "then train with --labels NAME",
+            fix=f"`{command('relabel', location, '--pairs', 'SRC', '--scorer', 'pickscore', '--set', 'NAME')}` makes "
+            "some; then train with --labels NAME",
         )

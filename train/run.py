@@ -1,7 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,8 @@ from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
+from inpo.train.accelerator import build_accelerator
+from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
@@ -32,14 +33,13 @@ from inpo.train.requirements import (
     check_installed,
     check_lora,
     check_needs,
+    check_origin,
     refuse_hard_labels,
     temperature_notes,
 )
 from inpo.train.samples import Sampler, cached_prompts, sample_images
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
-
-_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,8 @@ def run_train(
     needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
+    origin = open_model(settings.init_from) if settings.init_from else model
+    check_origin(origin, model)
     network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
     index = build_index(
         opened,
@@ -82,14 +84,11 @@ def run_train(
     )
     refuse_hard_labels(index, objective)
 
-    accelerator = Accelerator(
-        mixed_precision=_PRECISION[network_dtype],
-        gradient_accumulation_steps=settings.accumulate,
-        # Without this, processes launched on CPUs would each be a run of their own, in one output folder.
-        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
-    )
+    accelerator = build_accelerator(settings, network_dtype)
     check_distribution(accelerator.distributed_type, settings)
     say = accelerator.print
+    if accelerator.is_main_process:
+        check_parts(model, settings)
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
@@ -106,9 +105,11 @@ def run_train(
         )
     say(resolved.toml)
 
-    unet = (open_model(settings.init_from) if settings.init_from else model).load_network()
+    unet = origin.load_network()
     trained = prepare_network(unet, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
-    optimizer = build_optimizer(trained, settings)
+    if accelerator.is_main_process:
+        check_space(model, settings, resolved.output, trained=trained, step=step)
+    optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
     ema = _moving_average(accelerator, trained, settings)
@@ -224,12 +225,11 @@ def _start(
     trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None, say: Callable[[str], None]
 ) -> None:
     """Resume, or prove that the caches belong to the weights; then the line before the first update."""
-    settings, unet = resolved.settings, trainer.unet
+    settings = resolved.settings
     if chosen is not None:
         trainer.load(chosen)
         say(f"resumed from {chosen.path} at step {trainer.step}")
         return
-    unet.eval()
     if settings.init_from:
         say(
             f"starting from {settings.init_from}, not from the caches' reference {resolved.model.name}: the reference "
@@ -248,7 +248,6 @@ def _start(
                 f"{proof.logit_error:.2g} (at most {proof.tolerance}) on {proof.num_records} records"
             )
     start = trainer.write_start()
-    unet.train()
     at_reference = trainer.objective.logistic and not settings.init_from
     say(
         f"before the first update: loss {start['loss']:.6f}"
@@ -327,7 +326,7 @@ def run_identity(
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
-        "caches": [{name: cache.manifest.fingerprints[name] for name in ("network", "scheduler")} for cache in caches],
+        "caches": [cache.manifest.fingerprints for cache in caches],
     }
     normalised: dict[str, Any] = json.loads(json.dumps(values))
     return normalised

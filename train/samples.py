@@ -42,8 +42,6 @@ def sample_images(
     own seed. VAE and text encoders are loaded for this and freed again."""
     device = next(network.parameters()).device
     dtype = DTYPES[network_dtype]
-    was_training = network.training
-    network.eval()
     images = []
     # Loading and sampling leave the training's random state alone.
     with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -64,7 +62,6 @@ def sample_images(
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )
-    network.train(was_training)
     del pipeline
     gc.collect()
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
-from zarr.storage import WrapperStore
+from zarr.storage import MemoryStore, WrapperStore
 
 from inpo.common.cache.schema import ArraySpec
-from inpo.common.cache.store import check_process
+from inpo.common.cache.store import check_process, digest_of_sample
 
 _CHUNKS_PER_BATCH = 64
 if zarr.config.get("codec_pipeline.batch_size") == 1:
@@ -44,14 +45,40 @@ class CommittedStore(WrapperStore[Store]):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         if self._remote:
             check_process(key)
-        found = await self._store.get(key, prototype, byte_range)
         size = self._files.get(key)
+        if isinstance(byte_range, RangeByteRequest) and not byte_range.start <= byte_range.end <= (size or 0):
+            # A chunk index that points out of its file: memory for what it asks must not be taken first.
+            raise LostBytes(f"{key}: bytes {byte_range.start} to {byte_range.end} of {size}")
+        found = await self._store.get(key, prototype, byte_range)
         if size is not None:
             wanted = _length(byte_range, size)
             if found is None or len(found) != wanted:
                 got = "no such file" if found is None else f"{len(found)} bytes"
                 raise LostBytes(f"{key}: {got} instead of {wanted} bytes")
         return found
+
+
+class WrittenStore(WrapperStore[Store]):
+    """A shard's folder on its way: remembers the size and the digest of every file as it was handed over."""
+
+    def __init__(self, store: Store, written: dict[str, tuple[int, str]]) -> None:
+        super().__init__(store)
+        self._written = written
+
+    def _with_store(self, store: Store) -> "WrittenStore":
+        return type(self)(store, self._written)
+
+    def _remember(self, key: str, value: Buffer) -> None:
+        data = value.as_numpy_array().view(np.uint8).data
+        self._written[key] = (len(data), digest_of_sample(data))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._remember(key, value)
+        await super().set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        self._remember(key, value)
+        await super().set_if_not_exists(key, value)
 
 
 def _length(byte_range: ByteRequest | None, size: int) -> int:
@@ -74,40 +101,51 @@ def quiet_strings() -> Iterator[None]:
 
 
 def write_group(store: Store, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
-    """Write a plain zarr v3 group. Arrays must already have the dtype and rank of their `specs`.
-
-    Sharding codec with one file per big array; codecs bytes + crc32c, no compression; empty chunks are written, so
-    that a missing chunk is always damage and never an implicit fill value.
-    """
+    """Write a plain zarr v3 group. Arrays must already have the dtype and rank of their `specs`."""
     with quiet_strings():
         zarr.create_group(store=store, zarr_format=3)
         for path in sorted({path.split("/")[0] for path in arrays if "/" in path}):
             zarr.create_group(store=store, path=path, zarr_format=3)
         for path, values in arrays.items():
-            spec = specs[path]
-            created = zarr.create_array(
-                store=store,
-                name=path,
-                shape=values.shape,
-                dtype="string" if spec.is_text else spec.dtype,
-                chunks=inner_chunk(spec, values.shape),
-                shards=None if spec.chunking == "whole" else values.shape,
-                compressors=[Crc32cCodec()],
-                filters=None if not spec.is_text else "auto",
-                dimension_names=spec.axes,
-                fill_value="" if spec.is_text else 0,
-                config={"write_empty_chunks": True},
-            )
-            created[...] = values
+            _create(store, specs[path], values.shape)[...] = values
 
 
-def inner_chunk(spec: ArraySpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """1 pair and 1 step, 1 pair, or everything: see ArraySpec.chunking."""
-    if spec.chunking == "pair_step":
-        return (1, 1, *shape[2:])
-    if spec.chunking == "pair":
-        return (1, *shape[1:])
-    return shape
+def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array[Any]:
+    """Sharding codec with one file per big array; codecs bytes + crc32c, no compression; empty chunks are written, so
+    that a missing chunk is always damage and never an implicit fill value."""
+    return zarr.create_array(
+        store=store,
+        name=spec.path,
+        shape=shape,
+        dtype="string" if spec.is_text else spec.dtype,
+        chunks=spec.inner_chunk(shape),
+        shards=None if spec.chunking == "whole" else shape,
+        compressors=[Crc32cCodec()],
+        filters=None if not spec.is_text else "auto",
+        dimension_names=spec.axes,
+        fill_value="" if spec.is_text else 0,
+        config={"write_empty_chunks": True},
+    )
+
+
+@lru_cache(maxsize=512)
+def _contract(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The metadata that an array of this shape has by the contract. Nothing of the array's size is made for it."""
+    with quiet_strings():
+        return _metadata(_create(MemoryStore(), spec, shape))
+
+
+def _metadata(array: zarr.Array[Any]) -> dict[str, Any]:
+    return {name: value for name, value in array.metadata.to_dict().items() if name != "attributes"}
+
+
+def metadata_problem(array: zarr.Array[Any], spec: ArraySpec) -> str | None:
+    """The first entry of an opened array's metadata that is not the contract's (chunks, codecs, axes), or None."""
+    found, expected = _metadata(array), _contract(spec, array.shape)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            return f"{name} {ascii(found.get(name))[:200]} instead of {ascii(expected.get(name))[:200]}"
+    return None
 
 
 def open_array(store: Store, path: str) -> zarr.Array[Any]:
@@ -116,4 +154,4 @@ def open_array(store: Store, path: str) -> zarr.Array[Any]:
         return zarr.open_array(store=store, path=path, mode="r", zarr_format=3)
 
 
-__all__ = ["CommittedStore", "LostBytes", "inner_chunk", "open_array", "quiet_strings", "write_group"]
+__all__ = ["CommittedStore", "LostBytes", "metadata_problem", "open_array", "quiet_strings", "write_group"]

@@ -10,36 +10,48 @@ complete when every committed shard has one.
 import re
 from typing import Annotated
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from inpo.common.cache.reader import Cache
-from inpo.common.cache.schema import _Document, check_seal, load, sealed
+from inpo.common.cache.schema import (
+    MAX_PAIRS_PER_SHARD,
+    Attempt,
+    Location,
+    PairId,
+    Share,
+    _Document,
+    check_seal,
+    load,
+    sealed,
+)
 from inpo.common.cache.store import CacheStore
-from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
+
+Score = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 class PairLabel(_Document):
     """One pair's raw scores, in the scorer's own unit, and P(win preferred) made from them."""
 
-    scores: tuple[FiniteFloat, FiniteFloat]
+    scores: tuple[Score, Score]
     """(win, lose)."""
-    label: Annotated[float, Field(ge=0, le=1)]
+    label: Share
     """P(win preferred) = sigmoid((win - lose) / temperature); below 0.5 the scorer prefers the side called lose."""
 
 
 class LabelSet(_Document):
     """The labels of one shard's pairs."""
 
-    attempt: str
+    attempt: Attempt
     """The committed attempt that these pair ids belong to."""
-    scorer: str
-    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    scorer: Annotated[str, Field(max_length=1000)]
+    temperature: Annotated[float, Field(gt=0, le=1e30)]
     """In the scorer's unit."""
-    source: str
+    source: Location
     """Location of the pair source whose images were scored."""
-    pairs: dict[str, PairLabel]
-    checksum: str = ""
-    """As in a commit. Sets from before there was one have none, and are read without."""
+    pairs: Annotated[dict[PairId, PairLabel], Field(max_length=MAX_PAIRS_PER_SHARD)]
+    checksum: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
+    """As in a commit."""
 
     def to_json(self) -> bytes:
         return sealed(self.model_dump(mode="json"))
@@ -50,8 +62,7 @@ class LabelSet(_Document):
         try:
             document = load(data, where)
             labels = cls._parse(document, where)
-            if "checksum" in document:
-                check_seal(document, where, what="A label set", fix=_REMAKE)
+            check_seal(document, where, what="A label set", fix=_REMAKE)
         except CacheError as error:
             error.fix = _REMAKE
             raise
@@ -61,13 +72,16 @@ class LabelSet(_Document):
 _REMAKE = "the file was edited or damaged; restore it from a copy, or remove it: the same `inpo relabel` makes it again"
 
 
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
 def check_set_name(name: str) -> str:
     """The name itself, or UsageError: it becomes a folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not _SET_NAME.fullmatch(name):
         raise UsageError(
             "Bad name of a label set.",
             where="relabel --set, train --labels",
-            expected="letters, digits, dot, dash, underscore, the first a letter or digit",
+            expected="at most 100 letters, digits, dots, dashes, underscores, the first a letter or digit",
             got=repr(name),
             fix="choose another name; it becomes a folder",
         )
@@ -81,7 +95,8 @@ def write_labels(store: CacheStore, set_name: str, shard_name: str, labels: Labe
 
 def label_sets(store: CacheStore) -> list[str]:
     """Names of the label sets of a cache, complete or not."""
-    return sorted({path.split("/")[0] for path in store.listing("labels") if path.count("/") == 1})
+    names = {path.split("/")[0] for path in store.listing("labels") if path.count("/") == 1}
+    return sorted(name for name in names if _SET_NAME.fullmatch(name))
 
 
 def read_shard_labels(store: CacheStore, set_name: str, shard_name: str) -> LabelSet | None:
@@ -128,7 +143,8 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
             where=cache.location,
             expected="a set that exists",
             got=f"sets here: {', '.join(have) or 'none'}",
-            fix=f"`inpo relabel {cache.location} --pairs SRC --scorer NAME --set {set_name}` makes it",
+            fix=f"`{command('relabel', cache.location, '--pairs', 'SRC', '--scorer', 'NAME', '--set', set_name)}` "
+            "makes it",
         )
     found: dict[str, dict[str, float]] = {}
     missing: list[str] = []

@@ -9,17 +9,24 @@ import zarr
 from jaxtyping import Float, Int, Shaped
 from zarr.core.buffer.cpu import NDBuffer
 
-from inpo.common.cache.arrays import CommittedStore, open_array
+from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.schema import Commit, Manifest
+from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, ArraySpec, Commit, Manifest, load
 from inpo.common.cache.store import CacheStore, digest
-from inpo.common.cache.writer import MANIFEST
 from inpo.common.durable import storage_errors
-from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError, InpoError
+from inpo.common.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheIncomplete,
+    CacheMissing,
+    CacheSchemaError,
+    InpoError,
+    command,
+)
 from inpo.common.levels import Levels
 
-_Unreadable = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
-"""What zarr's codecs raise for bytes that they cannot decode."""
+_Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
+"""What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
 
 
 class Shard:
@@ -55,13 +62,6 @@ class Shard:
                 raise self._corrupt(
                     "A committed file has another size", path, expected=f"{size} bytes", got=f"{present[path]} bytes"
                 )
-        missing = self.cache.manifest.specs.keys() - self.stored
-        if missing:
-            raise CacheSchemaError(
-                f"Shard {self.name} lacks arrays that the manifest promises: {', '.join(sorted(missing))}.",
-                where=self.location,
-                fix=self._advice(),
-            )
         return True
 
     def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
@@ -88,23 +88,70 @@ class Shard:
                     raise self._corrupt(
                         "A file is not the committed one", file, expected=f"digest {expected}", got=found
                     )
+        spec = self.cache.manifest.specs[path]
+        self._check_metadata(spec)
         committed = CommittedStore(store.zarr(self.folder), self.commit.files, remote=store.remote)
         array = open_array(committed, path)
-        manifest = self.cache.manifest
-        problem = manifest.specs[path].problem(array.shape, array.dtype, manifest.lengths(self.num_pairs))
+        problem = metadata_problem(array, spec)
         if problem is not None:
-            raise CacheSchemaError(
-                f"Array {path} of shard {self.name} does not fit the manifest.",
-                where=f"{self.location}/{path}",
-                got=problem,
-                fix=self._advice(),
-            )
+            raise self._misfit(path, problem)
         return array
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        if path not in self._arrays:
+            self._arrays[path] = self._open(path)
+        return self._arrays[path]
+
+    def _check_metadata(self, spec: ArraySpec) -> None:
+        """Shape and dtype are the contract's and the array's file has just the bytes that they take.
+
+        Looked at before zarr sees the metadata: what it says is how much memory is asked for.
+        """
+        path, files = spec.path, self.commit.files
+        document = load(self.cache.store.get(f"{self.folder}/{path}/zarr.json") or b"", f"{self.location}/{path}")
+        shape, dtype = document.get("shape"), document.get("data_type")
+        if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+            raise self._misfit(path, f"shape {ascii(shape)[:100]}")
+        if dtype != spec.dtype:
+            raise self._misfit(path, f"{ascii(dtype)[:100]} instead of {spec.dtype}")
+        lengths = self.cache.manifest.lengths(self.num_pairs)
+        if spec.axes[0] == "prompt" and path != "prompt/text":
+            lengths["prompt"] = self._array("prompt/text").shape[0]
+        problem = spec.problem(tuple(shape), spec.numpy_dtype, lengths)
+        if problem is None and spec.axes[0] == "prompt" and shape[0] > MAX_PAIRS_PER_SHARD + 1:
+            problem = f"{shape[0]} prompts"
+        size, wanted = files[spec.chunk_file], spec.chunk_bytes(shape)
+        if problem is None and wanted is not None and size != wanted:
+            problem = f"{size} bytes instead of the {wanted} of {spec.dtype} {shape}"
+        if problem is None and spec.is_text:
+            count = int.from_bytes(self.cache.store.head(f"{self.folder}/{spec.chunk_file}", min(size, 4)), "little")
+            if count != shape[0]:
+                problem = f"{count} texts instead of {shape[0]}"
+        if problem is not None:
+            raise self._misfit(path, problem)
+
+    def _misfit(self, path: str, problem: str) -> CacheSchemaError:
+        return CacheSchemaError(
+            f"Array {path} of shard {self.name} does not fit the manifest.",
+            where=f"{self.location}/{path}",
+            got=problem,
+            fix=self._advice(),
+        )
+
+    def _check_values(self, path: str, values: np.ndarray) -> None:
+        """Numbers that are used as positions lie where there is something."""
+        if path not in ("prompt_index", "timestep") or not values.size:
+            return
+        stop = self.cache.manifest.num_train_timesteps
+        if path == "prompt_index":
+            stop = self._array("prompt/text").shape[0]
+        if values.min() < 0 or values.max() >= stop:
+            raise self._misfit(path, f"{values.min()}..{values.max()} outside 0..{stop - 1}")
 
     def _advice(self) -> str:
         return (
-            f"`inpo inspect verify {self.cache.location} --quarantine` moves the damaged shard's commit aside; "
-            "the next `inpo precompute` makes it again"
+            f"`{command('inspect', 'verify', self.cache.location, '--quarantine')}` moves the damaged shard's "
+            "commit aside; the next `inpo precompute` makes it again"
         )
 
     def __contains__(self, path: str) -> bool:
@@ -144,9 +191,7 @@ class Shard:
         values: Any
         with storage_errors("read the cache", f"{self.location}/{path}"):
             try:
-                if path not in self._arrays:
-                    self._arrays[path] = self._open(path)
-                array = self._arrays[path]
+                array = self._array(path)
                 if allocate is not None and pairs is None:
                     values = allocate(array.shape, array.dtype)
                     array.get_basic_selection(..., out=NDBuffer.from_numpy_array(values))
@@ -154,6 +199,7 @@ class Shard:
                     values = array[selection]
                 else:
                     values = _read_rows(array, selection, path)
+                self._check_values(path, np.asarray(values))
             except InpoError:
                 raise
             except _Unreadable as error:
@@ -298,7 +344,7 @@ def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, C
             fix="run `inpo precompute --cache` with this path first, or correct the path",
         )
     manifest = Manifest.from_json(data, store.path(MANIFEST))
-    commits, bad = _read_commits(store, digest(data))
+    commits, bad = _read_commits(store, manifest, digest(data))
     if damaged is None and bad:
         raise next(iter(bad.values()))
     if damaged is not None:
@@ -315,16 +361,21 @@ def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, C
     return cache
 
 
-def _read_commits(store: CacheStore, manifest_digest: str) -> tuple[dict[str, Commit], dict[str, CacheError]]:
+def _read_commits(
+    store: CacheStore, manifest: Manifest, manifest_digest: str
+) -> tuple[dict[str, Commit], dict[str, CacheError]]:
     """(commits by shard name, what is wrong with the others by shard name)."""
     files = [name for name in store.listing("commits") if name.endswith(".json") and "/" not in name]
     commits: dict[str, Commit] = {}
     bad: dict[str, CacheError] = {}
+    owner: dict[str, str] = {}
     for file, document in zip(files, store.get_many([f"commits/{file}" for file in files]), strict=True):
+        name = file.removesuffix(".json")
         if document is None:  # moved aside in between
             continue
-        name = file.removesuffix(".json")
         try:
+            if isinstance(document, CacheError):
+                raise document
             commit = Commit.from_json(document, store.path(f"commits/{file}"))
             if commit.manifest != manifest_digest:
                 raise CacheCorrupt(
@@ -334,6 +385,16 @@ def _read_commits(store: CacheStore, manifest_digest: str) -> tuple[dict[str, Co
                     got=manifest_digest,
                     fix="manifest.json was edited or replaced: restore it from a copy; or the commit came from another "
                     "cache: remove it",
+                )
+            commit.check_files(manifest, store.path(f"commits/{file}"))
+            first = owner.setdefault(commit.attempt, name)
+            if first != name:
+                raise CacheCorrupt(
+                    f"Two commits name one attempt: those of shards {first} and {name}.",
+                    where=store.path(f"commits/{file}"),
+                    expected="an attempt of its own",
+                    got=f"attempt {commit.attempt}",
+                    fix="remove the one that is a copy: its pairs would count twice",
                 )
             commits[name] = commit
         except CacheError as error:

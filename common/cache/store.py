@@ -8,6 +8,7 @@ fork, and a trainer's data workers are often forked.
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
 from inpo.common.durable import flush, storage_errors
-from inpo.common.errors import CacheMissing, StorageError
+from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError
 from inpo.common.printable import shown
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)
 """For what can pass (503, time-outs, dropped connections): backoff from 0.1 s, doubled each time, with jitter."""
 _SAMPLE_BYTES = 4096
 _PARALLEL_READS = 16
+_DOCUMENT_BYTES = 1 << 26
 _client_process: int | None = None
 """The process in which obstore's threads were started."""
 
@@ -46,6 +48,18 @@ def is_remote(location: str) -> bool:
 def digest(data: bytes) -> str:
     """blake2b with 128 bits, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sample_spans(size: int) -> list[tuple[int, int]]:
+    if size <= 3 * _SAMPLE_BYTES:
+        return [(0, size)] if size else []
+    middle = size // 2
+    return [(0, _SAMPLE_BYTES), (middle, middle + _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
+
+
+def digest_of_sample(data: memoryview) -> str:
+    """What `CacheStore.sample_digest` gives for a file of these bytes."""
+    return digest(b"".join(data[start:end] for start, end in _sample_spans(len(data))))
 
 
 class CacheStore:
@@ -121,21 +135,55 @@ class CacheStore:
         return True
 
     def get(self, name: str) -> bytes | None:
-        """The bytes of `name`, or None if it does not exist."""
+        """The bytes of the document `name`, or None if it does not exist.
+
+        Raises CacheSchemaError for what is no file, or larger than any document, before its bytes are read.
+        """
         with storage_errors("read", self.path(name)):
             try:
                 if self.remote:
-                    return bytes(obstore.get(self.client, name).bytes())
-                return (Path(self.location) / name).read_bytes()
+                    answer = obstore.get(self.client, name)
+                    self._check_size(name, answer.meta["size"])
+                    return bytes(answer.bytes())
+                file = Path(self.location) / name
+                found = file.stat()
+                self._check_size(name, found.st_size if stat.S_ISREG(found.st_mode) else None)
+                return file.read_bytes()
             except (NotFoundError, FileNotFoundError):
                 return None
 
-    def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """`get` for many names, in their order; many at a time where each takes a round trip."""
+    def _check_size(self, name: str, size: int | None) -> None:
+        if size is None or size > _DOCUMENT_BYTES:
+            raise CacheSchemaError(
+                "This is no document of a cache.",
+                where=self.path(name),
+                expected=f"a file of at most {_DOCUMENT_BYTES} bytes",
+                got="something that is no file" if size is None else f"{size} bytes",
+                fix="restore the file from a copy of the cache, or move it away",
+            )
+
+    def get_many(self, names: Sequence[str]) -> list[bytes | CacheSchemaError | None]:
+        """`get` for many names, in their order; many at a time where each takes a round trip. What is no document
+        gives its error."""
+
+        def one(name: str) -> bytes | CacheSchemaError | None:
+            try:
+                return self.get(name)
+            except CacheSchemaError as error:
+                return error
+
         if not self.remote:
-            return [self.get(name) for name in names]
+            return [one(name) for name in names]
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            return list(pool.map(self.get, names))
+            return list(pool.map(one, names))
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of a file; fewer, or none, where there are not so many."""
+        with storage_errors("read", self.path(name)):
+            try:
+                return b"".join(self._ranges(name, [(0, size)] if size else []))
+            except (NotFoundError, FileNotFoundError):
+                return b""
 
     def sample_digest(self, name: str, size: int) -> str:
         """Digest of the first, middle and last 4096 bytes of a file of `size` bytes (of all, if it is that small).
@@ -144,11 +192,7 @@ class CacheStore:
         The last bytes of two arrays of one shape are equal (zarr's chunk index), and one image often opens several
         pairs; the middle tells those apart.
         """
-        if size <= 3 * _SAMPLE_BYTES:
-            spans = [(0, size)] if size else []
-        else:
-            middle = size // 2
-            spans = [(0, _SAMPLE_BYTES), (middle, middle + _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
+        spans = _sample_spans(size)
         with storage_errors("read", self.path(name)):
             try:
                 return digest(b"".join(self._ranges(name, spans)))

@@ -1,11 +1,18 @@
 """Writing a cache: the manifest once, then shards, each as a fresh attempt that a commit makes visible.
 
-Order on disk: attempt folder (arrays, fsync) -> list of skipped pairs -> commit (put-if-absent). Whoever dies in
-between leaves an orphan that no reader sees. Two writers of one shard: one commit wins, the other learns that it lost.
+Order on disk: attempt folder (arrays, fsync) -> list of skipped pairs -> a look at what lies there -> commit
+(put-if-absent) -> the same look again. Whoever dies in between leaves an orphan that no reader sees. Two writers of one
+shard: one commit wins, the other learns that it lost.
+
+A commit says only what is there. An attempt may vanish under its writer: `inpo inspect clean` may take it for a dead
+one's, and a listing may lag. `clean` leaves a mark beside an attempt before it looks for a commit, and removes the mark
+last; the writer commits before it looks for the mark. So at least one of the two sees the other, and a commit of what
+is being removed is taken back.
 """
 
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from inpo.common.cache.arrays import write_group
-from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD, Commit, LevelTables, Manifest, ShardSource
+from inpo.common.cache.arrays import WrittenStore, write_group
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import (
+    CONFIGURATION_SEAL,
+    MANIFEST,
+    MAX_PAIRS_PER_SHARD,
+    REMOVING,
+    Commit,
+    Manifest,
+    ShardSource,
+    SkippedRow,
+)
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
-from inpo.common.errors import CacheCorrupt, CacheMismatch, InpoError
+from inpo.common.errors import CacheCorrupt, InpoError, StorageError
 
-MANIFEST = "manifest.json"
+_TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +64,8 @@ class CacheWriter:
         self.store = store
         self.manifest = manifest
         self._manifest_digest = digest(manifest.to_json() if data is None else data)
+        self._written: dict[str, dict[str, tuple[int, str]]] = {}
+        """{folder of an attempt: {file: (bytes, digest)}}: what was handed to the store."""
 
     @classmethod
     def open(cls, location: str, manifest: Manifest) -> "CacheWriter":
@@ -80,40 +99,94 @@ class CacheWriter:
     def is_committed(self, name: str) -> bool:
         return self.store.get(f"commits/{name}.json") is not None
 
+    def write_configuration(self, toml: str) -> None:
+        """Keep what a run was told, for people; the last line seals the others."""
+        data = toml.encode()
+        seal = f"{CONFIGURATION_SEAL}{digest(data)}\n".encode()
+        self.store.put_new(f"configurations/{time.time_ns() // 1_000_000}.toml", data + seal)
+
     def write(self, name: str, data: ShardData) -> Commit | None:
-        """Write and commit one shard. Returns its commit, or None if another writer committed it first."""
+        """Write and commit one shard. Returns its commit, or None if another writer committed it first.
+
+        Raises StorageError if what was written did not stay where it was written to.
+        """
         self._check(name, data)
-        attempt = uuid.uuid4().hex[:16]
-        folder = f"shards/{name}/{attempt}"
-        files: dict[str, int] = {}
-        if data.num_pairs:
-            self._write_arrays(folder, data.arrays)
-            files = self.store.listing(folder)
-        if data.skipped:
-            lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data.skipped)
-            self.store.put_new(f"skipped/{name}/{attempt}.jsonl", lines.encode())
+        problem: str | None = None
+        for _ in range(_TRIES):
+            attempt = uuid.uuid4().hex[:16]
+            folder = f"shards/{name}/{attempt}"
+            try:
+                if data.num_pairs:
+                    self._write_arrays(folder, data.arrays)
+                lines = _lines(data.skipped)
+                if lines:
+                    self.store.put_new(f"skipped/{name}/{attempt}.jsonl", lines)
+                problem = self._difference(name, attempt, lines, digests=True)
+                if problem is None:
+                    commit = self._commit(attempt, data, self._written.get(folder, {}), lines)
+                    if not self.store.put_new(f"commits/{name}.json", commit.to_json()):
+                        return None
+                    problem = self._difference(name, attempt, lines, digests=False)
+                    if problem is None:
+                        return commit
+                    self.store.remove(f"commits/{name}.json")
+            finally:
+                self._written.pop(folder, None)
+        raise StorageError(
+            f"An attempt at shard {name} did not stay as it was written; nothing is committed.",
+            where=self.store.path(f"shards/{name}"),
+            expected="the files that were written",
+            got=problem,
+            fix="run `inpo inspect clean --all` only while nothing writes; then the same command again: what is "
+            "committed stays",
+        )
+
+    def _commit(self, attempt: str, data: ShardData, written: Mapping[str, tuple[int, str]], lines: bytes) -> Commit:
         reasons: dict[str, int] = {}
         for row in data.skipped:
             reasons[str(row["reason"])] = reasons.get(str(row["reason"]), 0) + 1
-        commit = Commit(
+        return Commit(
             attempt=attempt,
             num_pairs=data.num_pairs,
             manifest=self._manifest_digest,
-            files=files,
-            digests={path: self.store.sample_digest(f"{folder}/{path}", size) for path, size in files.items()},
+            files={path: size for path, (size, _) in sorted(written.items())},
+            digests={path: value for path, (_, value) in sorted(written.items())},
             skipped=dict(sorted(reasons.items())),
+            skipped_digest=digest(lines) if lines else None,
             source=data.source,
             counts=dict(sorted(data.counts.items())),
             seconds={key: round(value, 3) for key, value in data.seconds.items()},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return commit if self.store.put_new(f"commits/{name}.json", commit.to_json()) else None
+
+    def _difference(self, name: str, attempt: str, lines: bytes, *, digests: bool) -> str | None:
+        """What of an attempt is not in the store as it was handed over, or None."""
+        folder = f"shards/{name}/{attempt}"
+        written = self._written.get(folder, {})
+        there = self.store.listing(folder)
+        for path in sorted({*written, *there}):
+            if path not in there:
+                return f"{path}: no such file"
+            if path not in written:
+                return f"{path}: a file that was not written"
+            size, expected = written[path]
+            if there[path] != size:
+                return f"{path}: {there[path]} bytes instead of {size}"
+            if digests and self.store.sample_digest(f"{folder}/{path}", size) != expected:
+                return f"{path}: other bytes than were written"
+        if lines and self.store.get(f"skipped/{name}/{attempt}.jsonl") != lines:
+            return "the list of skipped rows is not what was written"
+        if self.store.get(f"{folder}{REMOVING}") is not None:
+            return "`inpo inspect clean` is removing it"
+        return None
 
     def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write and flush. What a refusing disk leaves behind is removed at once: it may be what fills the disk."""
         try:
             with storage_errors("write a shard", self.store.path(folder)):
-                write_group(self.store.zarr(folder, read_only=False), arrays, self.manifest.specs)
+                written = self._written.setdefault(folder, {})
+                store = WrittenStore(self.store.zarr(folder, read_only=False), written)
+                write_group(store, arrays, self.manifest.specs)
             self.store.sync_folder(folder)
         except InpoError:
             with contextlib.suppress(InpoError):
@@ -152,44 +225,6 @@ class CacheWriter:
             raise AssertionError(f"shard {name}: row 0 must be the empty prompt and prompt_index in 0..{len(text) - 1}")
 
 
-def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:
-    """Raise CacheMismatch, with both values of every difference, unless the two manifests are one identity."""
-    have, want = existing.identity(), wanted.identity()
-    if not same_levels(existing.levels, wanted.levels):
-        # One fingerprint of the scheduler, two tables: another version of the library reads its settings otherwise.
-        have["levels"], want["levels"] = map(_ends, (existing.levels, wanted.levels))
-    names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
-    if names:
-        raise CacheMismatch(
-            f"The cache here was made with other settings or another model ({', '.join(names)}).",
-            where=location,
-            expected="; ".join(f"{name} = {have.get(name)!r} (in the cache)" for name in names),
-            got="; ".join(f"{name} = {want.get(name)!r} (this run)" for name in names),
-            fix="give this run its own --cache folder, or repeat the cache's settings",
-        )
-
-
-_TABLE_TOLERANCE = 1e-6
-"""Of a squared table. The tables are float32 in their library; writers take the cache's own, to the last bit."""
-
-
-def same_levels(left: LevelTables, right: LevelTables) -> bool:
-    """Whether two sets of tables are one, to the rounding of the libraries."""
-    if (left.space, len(left.signal)) != (right.space, len(right.signal)):
-        return False
-
-    def close(one: Sequence[float], other: Sequence[float], *, relative: float, absolute: float) -> bool:
-        return np.allclose(np.square(one), np.square(other), rtol=relative, atol=absolute)
-
-    return (
-        close(left.signal, right.signal, relative=_TABLE_TOLERANCE, absolute=0.0)
-        # Near the clean end noise^2 = 1 - signal^2 is small, and signal's rounding large beside it.
-        and close(left.noise, right.noise, relative=_TABLE_TOLERANCE, absolute=_TABLE_TOLERANCE)
-        and close(left.label, right.label, relative=_TABLE_TOLERANCE, absolute=0.0)
-        and close([left.floor], [right.floor], relative=0.0, absolute=_TABLE_TOLERANCE)
-    )
-
-
-def _ends(levels: LevelTables) -> str:
-    signal, digits = levels.signal, digest(levels.to_json())[:8]
-    return f"{levels.space}, signal {signal[0]:.9g} to {signal[-1]:.9g}, {len(signal)} values, digest {digits}"
+def _lines(skipped: Sequence[Mapping[str, Any]]) -> bytes:
+    rows = [SkippedRow.model_validate(row).model_dump() for row in skipped]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

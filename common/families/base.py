@@ -176,7 +176,7 @@ class Family(ABC):
 
     # LoRA
 
-    def save_lora(self, state: State, folder: Path, *, rank: int) -> None:
+    def save_lora(self, state: State, folder: Path) -> None:
         """Write LoRA layers, by peft's names and with their scale multiplied in, as diffusers loads them."""
         self.pipeline.save_lora_weights(str(folder), **{f"{self.network}_lora_layers": state}, safe_serialization=True)
 
@@ -209,6 +209,10 @@ class Family(ABC):
     def sampler(self, scheduler: Any) -> Any:
         """Deterministic DDIM on a scheduler's own table."""
         return DDIMScheduler.from_config({"clip_sample": False, **scheduler.config})
+
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        """What a single file's header calls it, by the Stability AI model metadata standard."""
+        raise NotImplementedError
 
     def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
         """A component's weights under the names that they have in a single file."""

@@ -103,7 +103,8 @@ class PixArtSigma(Family):
     # diffusers has no LoRA loader for this pipeline: its layers are a peft adapter, which
     # PeftModel.from_pretrained(pipeline.transformer, folder) takes.
 
-    def save_lora(self, state: State, folder: Path, *, rank: int) -> None:
+    def save_lora(self, state: State, folder: Path) -> None:
+        rank = next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
         targets = sorted({name.split(".lora_")[0] for name in state})
         LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(str(folder))
         save_file(

@@ -94,8 +94,17 @@ class StableDiffusion(UNetFamily):
     def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
         if component != "text_encoder":
             return component_keys(component, state, config)
-        # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
-        return (open_clip_keys if config.hidden_act == "gelu" else clip_keys)(state, "cond_stage_model.")
+        return (open_clip_keys if _is_open_clip(config) else clip_keys)(state, "cond_stage_model.")
+
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        if not _is_open_clip(pipeline.text_encoder.config):
+            return "stable-diffusion-v1"
+        return f"stable-diffusion-v2-{'768-v' if prediction == 'v_prediction' else '512'}"
+
+
+def _is_open_clip(config: Any) -> bool:
+    """SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart."""
+    return bool(config.hidden_act == "gelu")
 
 
 FAMILIES = (StableDiffusion(),)

@@ -62,5 +62,8 @@ class StableDiffusionXL(UNetFamily):
             return open_clip_keys(state, "conditioner.embedders.1.")
         return component_keys(component, state, config)
 
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        return "stable-diffusion-xl-v1-base"
+
 
 FAMILIES = (StableDiffusionXL(),)

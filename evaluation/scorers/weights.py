@@ -48,6 +48,6 @@ def missing_package(scorer: str, package: str) -> ModelError:
 
 def device() -> torch.device:
     """This process's device: under accelerate, its own GPU."""
-    from inpo.evaluation.processes import processes
+    from inpo.common.processes import processes
 
     return processes().device

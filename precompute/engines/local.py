@@ -1,19 +1,17 @@
 """The local engine: one process, or as many as `accelerate launch` starts, with a static split of the shards."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.processes import processes
 from inpo.precompute.decode import DecodePool
 from inpo.precompute.engines.task_queue import TaskQueue
 from inpo.precompute.engines.watchdog import Watchdog
@@ -23,17 +21,6 @@ from inpo.precompute.tasks import ShardTask, split
 from inpo.precompute.worker import ShardWorker, load_components
 
 _LONGEST_WAIT = timedelta(days=60)
-
-
-def process_state() -> PartialState:
-    """Which process of how many this is, and its device. The first call decides for the whole process.
-
-    accelerate's bare PartialState takes processes launched on CPUs for independent ones, each of which would do
-    everything; it has to be told.
-    """
-    launched = "LOCAL_RANK" in os.environ
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
-    return PartialState(cpu=cpu)
 
 
 def run_local(
@@ -48,7 +35,7 @@ def run_local(
 
     The split covers all tasks of the source, done or not, so it does not depend on when a process looked.
     """
-    state = process_state()
+    state = processes()
     waiting_room = _WaitingRoom(state)
     mine = [tasks[index] for index in split(len(tasks), state.process_index, state.num_processes)]
     timing = Timing()

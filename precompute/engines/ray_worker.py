@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from inpo.common.cache import CacheWriter, Manifest
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore
-from inpo.common.cache.writer import MANIFEST, check_identity
 from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
 from inpo.common.pairs import InputShard
 from inpo.common.recipe import ModelSection

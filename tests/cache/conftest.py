@@ -48,7 +48,7 @@ def manifest_of(
     extra: tuple[str, ...] = (),
     **changes: Any,
 ) -> Manifest:
-    fingerprints = {"network": "u" * 32, "vae": "v" * 32, "text_encoder": "t" * 32, "scheduler": "s" * 32}
+    fingerprints = {"network": "a" * 32, "vae": "b" * 32, "text_encoder": "c" * 32, "scheduler": "d" * 32}
     values: dict[str, Any] = {
         "latent_shape": latent,
         "family": "sd",
@@ -114,7 +114,8 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str,
 
 
 def shard_of(manifest: Manifest, num_pairs: int, *, seed: int = 0, **changes: Any) -> ShardData:
-    source = ShardSource(location="/pairs", input_shard="0.tar", rows=(0, num_pairs), fingerprint="f" * 32)
+    rows = (0, num_pairs + len(changes.get("skipped", ())))
+    source = ShardSource(location="/pairs", input_shard="0.tar", rows=rows, fingerprint="f" * 32)
     return ShardData(arrays=arrays_of(manifest, num_pairs, seed=seed) if num_pairs else {}, source=source, **changes)
 
 

@@ -226,7 +226,7 @@ EDITS = {
         "no version": ('"schema_version": 2,', ""),
         "seed": ('"seed": 0', '"seed": 1'),
         "resolution": ('"resolution": 64', '"resolution": 65'),
-        "fingerprint": ("uuuuuuuu", "xuuuuuuu"),
+        "fingerprint": ("aaaaaaaa", "baaaaaaa"),
         "white space": ('"seed": 0', '"seed":  0'),
         "type": ('"seed": 0', '"seed": "zero"'),
     },

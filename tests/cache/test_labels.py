@@ -86,8 +86,10 @@ def test_labels_of_another_attempt_are_found_by_verify(labelled):
     assert "not the labels of the committed pairs" in finding.detail
 
 
-def test_a_set_from_before_the_seal_is_read(labelled):
+def test_a_set_without_its_seal_is_refused(labelled):
+    """Or whoever edits one would have to remove a line to be believed."""
     document = json.loads(labelled.read_text())
     del document["checksum"]
     labelled.write_text(json.dumps(document))
-    assert read(labelled)["s0"]["pair-0-0 ä"] == 0.75
+    with pytest.raises(CacheCorrupt, match="none in the file"):
+        read(labelled)

@@ -11,7 +11,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, open_cache
 from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing
 
@@ -30,7 +30,7 @@ def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
         profile=data.draw(st.sampled_from(["full", "lean"])),
         steps=data.draw(st.integers(1, 4)),
         latent=data.draw(st.tuples(*[st.integers(1, 9)] * 3)),
-        told=data.draw(st.lists(st.sampled_from(build.conditions), unique=True).map(tuple)),
+        told=data.draw(st.lists(st.sampled_from(build.conditions), min_size=1, unique=True).map(tuple)),
         extra=data.draw(st.sampled_from([(), ("eps_ref",), ("delta_prev", "eps_ref")])),
     )
     shard = build.shard(manifest, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 9)))
@@ -178,7 +178,7 @@ def test_every_numeric_chunk_is_checksummed_and_nothing_is_compressed(tmp_path, 
 def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
     manifest = build.manifest()
     writer = CacheWriter.open(str(tmp_path), manifest)
-    skipped = [{"pair_id": "p", "reason": "tie", "detail": "", "row": 0}, {"pair_id": "q", "reason": "tie", "row": 1}]
+    skipped = [{"pair_id": name, "reason": "tie", "detail": "", "row": row} for row, name in enumerate("pq")]
     commit = writer.write("s", build.shard(manifest, 0, skipped=skipped))
     assert commit is not None
     assert (commit.num_pairs, commit.files, commit.skipped) == (0, {}, {"tie": 2})
@@ -222,8 +222,11 @@ def test_another_noise_table_under_one_fingerprint_is_refused(tmp_path, build):
     signal = build.cache(tmp_path, pairs=(1,)).levels.signal
     table = np.array(signal) ** 2
     for other in (table * (1 + 1e-4), table[:-1], np.concatenate([table[:500], table[500:] * 0.999])):
+        manifest = build.manifest(
+            levels=build.levels(other), inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, len(other)))
+        )
         with pytest.raises(CacheMismatch, match="levels") as caught:
-            CacheWriter.open(str(tmp_path), build.manifest(levels=build.levels(other)))
+            CacheWriter.open(str(tmp_path), manifest)
         for words in (f"signal {signal[0]:.9g} to {signal[-1]:.9g}, 1000 values", f"{len(other)} values"):
             assert words in str(caught.value)
 

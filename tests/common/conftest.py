@@ -25,11 +25,3 @@ def tiny(tmp_path_factory) -> Callable[[str], Path]:
 def model_copy(tiny, tmp_path) -> Path:
     """A pipeline folder of its own, to be changed."""
     return shutil.copytree(tiny("sd15"), tmp_path / "model")
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path_factory, monkeypatch) -> Path:
-    """Fingerprints are remembered in the user's cache folder; tests have their own."""
-    folder = tmp_path_factory.mktemp("home")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder

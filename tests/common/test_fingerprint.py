@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from inpo.common import fingerprint
 from inpo.common.errors import ModelError
-from inpo.common.fingerprint import of_config, of_files
+from inpo.common.fingerprint import of_config, of_weights
 from inpo.common.models import open_model
 
 
@@ -24,15 +24,15 @@ def weights(tmp_path):
 
 def test_path_time_and_header_text_do_not_count(weights, tmp_path):
     tensors, file = weights
-    original = of_files([file])
+    original = of_weights([file])
     copy = tmp_path / "elsewhere" / "model.safetensors"
     copy.parent.mkdir()
     shutil.copy(file, copy)
     os.utime(copy, (1, 1))
-    assert of_files([copy]) == original
+    assert of_weights([copy]) == original
     save_file(dict(reversed(tensors.items())), copy, metadata={"format": "pt", "note": "another"})
     assert copy.read_bytes() != file.read_bytes()
-    assert of_files([copy]) == original
+    assert of_weights([copy]) == original
 
 
 @pytest.mark.parametrize(
@@ -50,33 +50,30 @@ def test_every_change_of_content_counts(weights, tmp_path, change):
     tensors, file = weights
     other = tmp_path / "other.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, other)
-    assert of_files([other]) != of_files([file])
+    assert of_weights([other]) != of_weights([file])
 
 
-def test_a_file_changed_in_place_is_read_again(weights):
+def test_other_bytes_under_the_same_name_size_and_time_are_another_model(weights):
+    """What a reproducible archive, a container's layer or `cp -p` leaves: nothing but the bytes tells them apart."""
     tensors, file = weights
-    before = of_files([file])
-    save_file(tensors | {"a.bias": torch.zeros(3, dtype=torch.float16)}, file)  # the same size
-    status = file.stat()
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert of_files([file]) != before
+    os.utime(file, (0, 0))
+    before, status = of_weights([file]), file.stat()
+    other = file.with_name("other")
+    save_file(tensors | {"a.bias": torch.zeros(3, dtype=torch.float16)}, other)
+    os.utime(other, (0, 0))
+    os.replace(other, file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert of_weights([file]) != before
 
 
-def test_the_second_time_nothing_is_read(weights, monkeypatch):
-    _, file = weights
-    before = of_files([file])
-    monkeypatch.setattr(fingerprint, "_digest_safetensors", lambda *_: pytest.fail("read again"))
-    assert of_files([file]) == before
-
-
-def test_a_home_that_cannot_be_written_or_is_damaged_only_costs_time(weights, own_home, monkeypatch):
-    _, file = weights
-    before = of_files([file])
-    (own_home / "inpo" / "fingerprints.json").write_text("not json")
-    assert of_files([file]) == before
-    (own_home / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "file"))
-    assert of_files([file]) == before
+def test_the_same_tensors_in_several_files_are_the_same_model(weights, tmp_path):
+    tensors, file = weights
+    parts = []
+    for number, (name, tensor) in enumerate(tensors.items()):
+        parts.append(tmp_path / f"part-{number}.safetensors")
+        save_file({name: tensor}, parts[-1])
+    assert of_weights(parts) == of_weights(reversed(parts)) == of_weights([file])
+    assert of_weights(parts[:1]) != of_weights([file])
 
 
 def _header(data: bytes, header: bytes) -> bytes:
@@ -111,7 +108,7 @@ def test_a_damaged_file_is_one_clear_error(weights, name):
     _, file = weights
     file.write_bytes(DAMAGES[name](file.read_bytes()))
     with pytest.raises(ModelError) as caught:
-        of_files([file])
+        of_weights([file])
     message = str(caught.value)
     for part in (str(file), f"{file.stat().st_size} bytes", "to do:"):
         assert part in message
@@ -122,13 +119,13 @@ def test_weights_without_read_permission_are_not_called_damaged(weights, monkeyp
     file.chmod(0)
     if os.access(file, os.R_OK):  # the superuser may read everything: be somebody else
 
-        def refused(*_: object) -> str:
+        def refused(*_: object, **__: object) -> str:
             raise SafetensorError(f"No such file or directory: {file}")
 
-        monkeypatch.setattr(fingerprint, "_digest_safetensors", refused)
+        monkeypatch.setattr(fingerprint, "safe_open", refused)
         monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ModelError) as caught:
-        of_files([file])
+        of_weights([file])
     for part in ("may not be read", str(file), "permission denied", "owner and mode"):
         assert part in str(caught.value)
 
@@ -137,14 +134,14 @@ def test_a_link_to_nothing_is_one_clear_error(tmp_path):
     link = tmp_path / "model.safetensors"
     link.symlink_to(tmp_path / "blobs" / "0123")
     with pytest.raises(ModelError, match="no such file"):
-        of_files([link])
+        of_weights([link])
 
 
 def test_a_file_without_the_component_has_no_fingerprint(weights):
     """Nothing read would be one digest for every such file."""
     _, file = weights
     with pytest.raises(ModelError) as caught:
-        of_files([file], prefix=("model.diffusion_model.",))
+        of_weights([file], prefix=("model.diffusion_model.",))
     message = str(caught.value)
     for part in ("model.diffusion_model.", "a.bias", "whole checkpoint"):
         assert part in message
@@ -155,9 +152,9 @@ def test_one_component_of_a_single_file(weights, tmp_path):
     only, other = tmp_path / "only.safetensors", tmp_path / "other.safetensors"
     save_file({"b.weight": tensors["b.weight"]}, only)
     save_file(tensors | {"a.bias": torch.zeros(3)}, other)
-    expected = of_files([only])
-    assert of_files([file], prefix=("b.",)) == of_files([other], prefix=("b.",)) == expected
-    assert of_files([file]) != of_files([other])
+    expected = of_weights([only])
+    assert of_weights([file], prefix=("b.",)) == of_weights([other], prefix=("b.",)) == expected
+    assert of_weights([file]) != of_weights([other])
 
 
 def test_configurations_without_what_changes_no_number():

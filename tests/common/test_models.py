@@ -303,3 +303,12 @@ def test_a_weight_that_is_missing_is_never_drawn_at_random(tiny, tmp_path, compo
         load()
     for word in (str(folder / component), "1 weights are missing: ", lost.removeprefix("text_model."), "to do:"):
         assert word in str(caught.value)
+
+
+def test_the_built_in_model_opens_from_any_folder_and_a_folder_of_its_name_wins(model_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    built_in = open_model("toyworld/base")
+    assert built_in.folder.is_dir()
+    shutil.copytree(model_copy, tmp_path / "toyworld" / "base")
+    own = open_model("toyworld/base")
+    assert own.fingerprints == open_model(str(model_copy)).fingerprints != built_in.fingerprints

@@ -1,5 +1,7 @@
 """Flags win over the recipe, the recipe over defaults; mistakes are named."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,3 +112,16 @@ def test_a_written_configuration_is_a_recipe_that_gives_it_again(tmp_path_factor
     file = tmp_path_factory.getbasetemp() / "resolved.toml"
     file.write_bytes(to_toml({"train": resolved}).encode())
     assert resolve(Numbers, "train", read_recipe(file), {}) == resolved
+
+
+def test_a_shipped_recipe_has_a_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    from inpo.common.recipe import shipped_recipes
+
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("sd15"))["train"]["objective"]
+    assert {"demo", "sd15", "sdxl"} <= shipped_recipes().keys()
+    (tmp_path / "sd15").write_text("[train]\nseed = 7\n")
+    assert read_recipe(Path("sd15")) == {"train": {"seed": 7}}
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        read_recipe(Path("sd16"))
+    assert "demo, sd15, sdxl" in str(caught.value)

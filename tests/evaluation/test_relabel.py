@@ -70,7 +70,7 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
         conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
         profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center",
         flip=False, vae_latent="mean", vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"network": "u"},
+        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"network": "0" * 32},
     )  # fmt: skip
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()
@@ -240,7 +240,7 @@ def test_another_source_is_refused(cache: Path, source: Path, counting, tmp_path
 
 def test_one_writer_wins(cache: Path) -> None:
     store = open_cache(str(cache)).store
-    labels = LabelSet(attempt="a", scorer="s", temperature=1.0, source="x", pairs={})
+    labels = LabelSet(attempt="a" * 16, scorer="s", temperature=1.0, source="x", pairs={})
     assert write_labels(store, "set", "shard", labels)
     assert not write_labels(store, "set", "shard", labels)
     with pytest.raises(UsageError, match="name of a label set"):

@@ -1,8 +1,9 @@
 """Small worlds for training: a genuine tiny pipeline, and real caches whose numbers its UNet made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class World:
         change: Callable[[int, dict[str, np.ndarray]], None] = lambda shard, arrays: None,
         side: int = 8,
         seed: int = 0,
+        fingerprints: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
         may edit a shard's arrays before they are committed."""
@@ -68,7 +70,7 @@ class World:
             vae_dtype="float32",
             network_dtype=network_dtype,
             inverter=identity,
-            fingerprints=self.model.fingerprints,
+            fingerprints={**self.model.fingerprints, **fingerprints},
         )
         writer = CacheWriter.open(str(location), manifest)
         denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
@@ -81,7 +83,7 @@ class World:
                 ShardData(
                     arrays={spec.path: arrays[spec.path] for spec in manifest.arrays},
                     source=ShardSource(
-                        location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="test"
+                        location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="f" * 32
                     ),
                 ),
             )

@@ -1,5 +1,7 @@
 """What a run refuses before it computes anything wrong, and what it says."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from inpo.common.cache import CacheWriter
+from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
+from inpo.common.models import open_model
 from inpo.common.recipe import read_recipe, resolve, to_toml
 from inpo.train import requirements
+from inpo.train.index import build_index
 from inpo.train.loop import Trainer
 from inpo.train.settings import TrainSettings
 
@@ -25,7 +29,7 @@ def test_another_model_is_refused_by_fingerprint(make_world: Callable[..., Any],
     with pytest.raises(CacheMismatch) as caught:
         run(model=str(other.model.folder))
     message = str(caught.value)
-    assert "made by another model: its unet differ" in message
+    assert "made by another model: its network" in message
     assert other.model.fingerprints["network"] in message
     assert "--init-from" in message
 
@@ -59,6 +63,56 @@ def test_an_error_that_both_sides_share_fails_the_proof_too(
 
     with pytest.raises(CacheMismatch, match="Zero-step proof failed"):
         run(caches=[world.cache(tmp_path / "c", shards=(4,), change=shift)])
+
+
+def test_numbers_of_another_network_in_any_shard_fail_the_proof(
+    world: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The manifest says that one reference made all shards; the numbers of one of them say otherwise."""
+    for foreign in range(5):
+
+        def shift(shard: int, arrays: dict[str, np.ndarray], foreign: int = foreign) -> None:
+            if shard == foreign:
+                arrays["reference_error"] *= np.float32(1.01)
+
+        location = world.cache(tmp_path / f"c{foreign}", shards=(2, 3, 1, 2, 2), change=shift)
+        with pytest.raises(CacheMismatch, match="Zero-step proof failed"):
+            run(caches=[location], output=tmp_path / f"run{foreign}")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "tokenizer", "scheduler", "unet"])
+def test_a_model_of_which_one_component_is_another_is_refused(
+    world: Any, run: Callable[..., Path], tmp_path: Path, part: str
+) -> None:
+    """The written pipeline would carry encoders that the embeddings and latents never came from."""
+    folder = Path(shutil.copytree(world.model.folder, tmp_path / "model"))
+    if part in ("tokenizer", "scheduler"):
+        (file,) = [f for f in (folder / part).iterdir() if f.name in ("tokenizer_config.json", "scheduler_config.json")]
+        document = json.loads(file.read_text())
+        file.write_text(json.dumps(document | {"model_max_length": 9, "beta_end": 0.0121}))
+    else:
+        (file,) = (folder / part).glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 1
+        file.write_bytes(data)
+    other = open_model(str(folder)).fingerprints
+    part = "network" if part == "unet" else part
+    assert {name for name in other if other[name] != world.model.fingerprints[name]} == {part}
+    with pytest.raises(CacheMismatch) as caught:
+        run(model=str(folder))
+    for words in (f"by another model: its {part} differs", other[part], world.model.fingerprints[part]):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "tokenizer"])
+def test_caches_of_which_one_component_is_another_are_not_mixed(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path, part: str
+) -> None:
+    other = world.cache(tmp_path / "other", shards=(2,), fingerprints={part: "0" * 32})
+    with pytest.raises(CacheMismatch) as caught:
+        build_index([open_cache(cache), open_cache(other)], soft=False, held_out=0.0)
+    for words in (part, "0" * 32, world.model.fingerprints[part], other):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(("made", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])

@@ -1,0 +1,36 @@
+"""accelerate as a run uses it: every argument given, so that neither the environment nor its own file decides."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+
+from inpo.common.processes import check_launcher, note, on_cpu
+from inpo.train.settings import TrainSettings
+
+_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerator:
+    """The run's accelerator; a note for everything that the environment asks otherwise, which is not followed.
+
+    Raises UsageError for a launcher's way of training that is not ours.
+    """
+    check_launcher()
+    precision = _PRECISION[network_dtype]
+    for name, ours, option in (
+        ("ACCELERATE_MIXED_PRECISION", precision, f"the network's dtype is {network_dtype} (the cache's, or --dtype)"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(settings.accumulate), "--accumulate decides"),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", "--compile decides"),
+    ):
+        # What `accelerate launch` sets when nobody chose anything is no wish.
+        asked = os.environ.get(name, "").lower()
+        if asked not in ("", "no", "auto", ours):
+            note(f"the environment's {name}={os.environ[name]} is not followed: {option}")
+    return Accelerator(
+        mixed_precision=precision,
+        # As a number it would give way to the environment's.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        cpu=on_cpu(),
+    )
