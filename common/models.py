@@ -188,7 +188,7 @@ class Model:
         return self.load_pipeline(**{self.family.network: None, "vae": None})
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
-        """The whole pipeline in float32, with any component replaced (for instance unet=the trained one).
+        """The whole pipeline in float32, with any component replaced (for instance the network by the trained one).
 
         What images of a text do not need (safety checker, feature extractor, image encoder) is left out.
         """

@@ -68,7 +68,7 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the order and of new weights.")] = None,
 ) -> None:
-    """Train from a cache: one UNet in memory, no reference model, no VAE, no text encoder.
+    """Train from a cache: one network in memory, no reference model, no VAE, no text encoder.
 
     Run the same command again to resume from the last checkpoint.
     """

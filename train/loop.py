@@ -35,7 +35,7 @@ class Trainer:
         output: Path,
         objective: Objective,
         accelerator: Accelerator,
-        unet: torch.nn.Module,
+        network: torch.nn.Module,
         trained: list[torch.nn.Parameter],
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
@@ -52,7 +52,7 @@ class Trainer:
         self.objective = objective
         self.beta = settings.resolved_beta
         self.accelerator = accelerator
-        self.unet = unet
+        self.network = network
         self.trained = trained
         self.denoiser = denoiser
         self.optimizer = optimizer
@@ -144,7 +144,7 @@ class Trainer:
         for _ in range(self.settings.accumulate):
             batch = next(batches).to(self.accelerator.device)
             records += batch.num_records
-            with self.accelerator.accumulate(self.unet):
+            with self.accelerator.accumulate(self.network):
                 result = self.losses(batch)
                 self.accelerator.backward(result.loss.mean())
                 loss = result.loss.detach()
@@ -162,7 +162,7 @@ class Trainer:
         return records
 
     def _clip(self) -> None:
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.settings.clip or float("inf"))
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip or float("inf"))
         if norm is None:
             return
         self._gradient_norm = norm.detach()
@@ -191,7 +191,11 @@ class Trainer:
     @property
     def _parts(self) -> checkpoint.Resumable:
         return checkpoint.Resumable(
-            accelerator=self.accelerator, unet=self.unet, optimizer=self.optimizer, schedule=self.schedule, ema=self.ema
+            accelerator=self.accelerator,
+            network=self.network,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            ema=self.ema,
         )
 
     def save(self) -> Path:

@@ -57,12 +57,14 @@ def prepare_network(
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def switch_off_dropout(unet: torch.nn.Module) -> int:
+def switch_off_dropout(network: torch.nn.Module) -> int:
     """Set every dropout to 0 and return how many there were.
 
     E_ref is the error of the whole network: with dropout a record's margin would be noise from the first step on.
     """
-    layers = [each for each in unet.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0]
+    layers = [
+        each for each in network.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0
+    ]
     for each in layers:
         each.p = 0.0
     return len(layers)

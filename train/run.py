@@ -105,13 +105,13 @@ def run_train(
         )
     say(resolved.toml)
 
-    unet = origin.load_network()
-    trained = prepare_network(unet, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
+    network = origin.load_network()
+    trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
     if accelerator.is_main_process:
         check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
-    wrapped, optimizer = accelerator.prepare(unet, optimizer)
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
     denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)
@@ -150,7 +150,7 @@ def run_train(
         output=resolved.output,
         objective=objective,
         accelerator=accelerator,
-        unet=wrapped,
+        network=wrapped,
         trained=trained,
         denoiser=denoiser,
         optimizer=optimizer,
@@ -165,8 +165,10 @@ def run_train(
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if dropouts := switch_off_dropout(unet):
-        notes.append(f"{dropouts} dropout layers of the UNet are off: the reference errors were measured without them")
+    if dropouts := switch_off_dropout(network):
+        notes.append(
+            f"{dropouts} dropout layers of the network are off: the reference errors were measured without them"
+        )
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         _start(trainer, resolved, index, chosen, say)
@@ -271,9 +273,9 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             fix="take more --steps, a lower --beta, or --dtype bfloat16 with a cache of that dtype",
         )
     accelerator.wait_for_everyone()
-    bare = accelerator.unwrap_model(trainer.unet)
+    bare = accelerator.unwrap_model(trainer.network)
     if accelerator.distributed_type == DistributedType.FSDP:
-        weights = accelerator.get_state_dict(trainer.unet)  # all processes take part, the first one gets the whole
+        weights = accelerator.get_state_dict(trainer.network)  # all processes take part, the first one gets the whole
         if accelerator.is_main_process:
             bare = resolved.model.load_network()
             bare.load_state_dict(weights)

@@ -163,7 +163,7 @@ def test_dropout_of_the_configuration_is_off(
     (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.1}))
     cache = type(world)(model=open_model(str(folder))).cache(tmp_path / "c")
     output = run(model=str(folder), caches=[cache], steps=2, log_every=1, learning_rate=1e-12)
-    assert "dropout layers of the UNet are off" in capsys.readouterr().out
+    assert "dropout layers of the network are off" in capsys.readouterr().out
     assert [line["loss"] for line in lines(output)] == pytest.approx([0.693147] * 3, abs=1e-3)
 
 
