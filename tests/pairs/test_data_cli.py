@@ -139,10 +139,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, parquet: Path, monkey
 
 
 def test_a_killed_pack_leaves_no_output(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
-    """The source is a list whose third image is a pipe nobody writes to, so the kill finds the packing half done."""
+    """Every pair is a tar of its own that is flushed to the disk, so the kill finds the packing half done."""
     (tmp_path / "a.png").write_bytes(encoded(0))
-    os.mkfifo(tmp_path / "pipe.png")
-    lines = [{"win": "a.png", "lose": name, "prompt": "p", "id": name} for name in ("a.png", "./a.png", "pipe.png")]
+    lines = [{"win": "a.png", "lose": "a.png", "prompt": "p", "id": str(i)} for i in range(20_000)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     script = "import sys; from inpo.precompute.data_cli import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", script, "pack", tmp_path / "pairs.jsonl", tmp_path / "out", "--pairs-per-tar", "1"]

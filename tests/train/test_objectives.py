@@ -3,6 +3,9 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inpo.common.errors import UsageError
+from inpo.train.loop import Trainer
 from inpo.train.objectives import OBJECTIVES, objective_named
 
 
@@ -203,3 +207,34 @@ def test_what_is_reported_beside_the_loss() -> None:
 def test_unknown_objective_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="inversion_dpo"):
         objective_named("ppo")
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    error, reference = torch.load(f"{folder}/records.pt", weights_only=True)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(reduce=_mean))
+    mine = slice(4 * rank, 4 * rank + 4)
+    mean = partial(Trainer._mean_over_processes, trainer)
+    result = OBJECTIVES["kto"].function(error[mine], reference[mine], torch.ones(4), 1000.0, mean)
+    torch.save(result.loss, f"{folder}/loss-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _mean(value: torch.Tensor, *, reduction: str) -> torch.Tensor:
+    assert reduction == "mean"
+    torch.distributed.all_reduce(value)
+    return value / 2
+
+
+def test_two_processes_have_one_z0(tmp_path: Path) -> None:
+    """The losses of two processes are those of one with both their records; z0 is above 0, and differs by half."""
+    random = torch.Generator().manual_seed(0)
+    reference = torch.rand(8, 2, generator=random)
+    error = reference - 0.002 * torch.rand(8, 2, generator=random)
+    error[:4] -= 0.003
+    torch.save((error, reference), tmp_path / "records.pt")
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    both = torch.cat([torch.load(tmp_path / f"loss-{rank}.pt", weights_only=True) for rank in (0, 1)])
+    kto = OBJECTIVES["kto"].function
+    assert torch.allclose(both, kto(error, reference, torch.ones(8), 1000.0).loss, atol=1e-6)
+    assert not torch.allclose(both[:4], kto(error[:4], reference[:4], torch.ones(4), 1000.0).loss, atol=1e-2)
