@@ -21,8 +21,9 @@ import obstore
 import torch
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
-from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from inpo.common.cache.derive import point_from_target
+from inpo.common.cache.schema import LevelTables
 from inpo.common.cache.store import CacheStore
 from inpo.common.families import FAMILIES
 from inpo.common.levels import Levels

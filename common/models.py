@@ -22,9 +22,9 @@ from torch import nn
 
 from inpo.common import fingerprint, single_file
 from inpo.common.denoiser import Denoiser
-from inpo.common.documents import read_json
 from inpo.common.errors import ModelError
 from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
+from inpo.common.families.base import read_json
 from inpo.common.levels import Levels
 from inpo.common.markers import check_markers
 from inpo.common.prediction import check_prediction, noise_likeness

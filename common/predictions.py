@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inpo.common.errors import ModelError
-
 Table = Float[Tensor, "timestep"]
 
 PREDICTIONS: Mapping[str, Callable[[Table, Table], tuple[Table, Table]]] = {
@@ -23,17 +21,3 @@ PREDICTIONS: Mapping[str, Callable[[Table, Table], tuple[Table, Table]]] = {
     "flow_prediction": lambda a, s: (-torch.ones_like(a), torch.ones_like(s)),
 }
 """(signal, noise) -> (p, q) by the name that diffusers' schedulers have for it; flow_prediction is noise - x0."""
-
-
-def prediction_of(scheduler: object, allowed: tuple[str, ...] = ("epsilon", "v_prediction", "sample")) -> str:
-    """What a diffusers scheduler says its network predicts. Raises ModelError unless it is one of `allowed`."""
-    name = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
-    if name not in allowed:
-        raise ModelError(
-            "Unknown prediction type.",
-            where=type(scheduler).__name__,
-            expected=", ".join(allowed),
-            got=name,
-            fix="use a model that predicts noise, v or the sample",
-        )
-    return str(name)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from inpo.common.cache import Cache, LevelTables, Shard
+from inpo.common.cache import Cache, Shard
 from inpo.common.cache.identity import same_levels
+from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError

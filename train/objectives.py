@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from inpo.common.errors import UsageError
-
 SMPO_GAMMA = 10.0
 SMPO_TEMPERATURE = 0.28201571 - 0.11543526
 """Of the released labels, in raw PickScore cosines: the range that SmPO's preprocessing divides them by."""
@@ -225,10 +223,3 @@ OBJECTIVES: dict[str, Objective] = {
         ),
     )
 }
-
-
-def objective_named(name: str) -> Objective:
-    """Raises UsageError listing the objectives there are."""
-    if name not in OBJECTIVES:
-        raise UsageError("Unknown objective.", where="--objective", expected=", ".join(OBJECTIVES), got=name)
-    return OBJECTIVES[name]

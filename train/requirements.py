@@ -7,9 +7,10 @@ from importlib.util import find_spec
 import numpy as np
 from accelerate.utils import DistributedType
 
-from inpo.common.cache import Cache, LevelTables
+from inpo.common.cache import Cache
 from inpo.common.cache.identity import same_levels
 from inpo.common.cache.labels import label_settings
+from inpo.common.cache.schema import LevelTables
 from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index

@@ -1,16 +1,7 @@
 """The cache between the stages: schema, store, writer, reader, and what can be derived from what is stored."""
 
 from inpo.common.cache.reader import Cache, Shard, open_cache
-from inpo.common.cache.schema import (
-    ARRAYS,
-    SCHEMA_VERSION,
-    Commit,
-    ConditionSpec,
-    InverterIdentity,
-    LevelTables,
-    Manifest,
-    ShardSource,
-)
+from inpo.common.cache.schema import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource
 from inpo.common.cache.writer import CacheWriter, ShardData
 
 __all__ = [
@@ -19,9 +10,7 @@ __all__ = [
     "Cache",
     "CacheWriter",
     "Commit",
-    "ConditionSpec",
     "InverterIdentity",
-    "LevelTables",
     "Manifest",
     "Shard",
     "ShardData",

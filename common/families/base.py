@@ -4,6 +4,7 @@ Packing, ids, signs and time scales of a network never leave its family: outside
 [batch, c, h, w], the label of its level and a Condition, and gives latents back.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,27 @@ from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError
 from inpo.common.levels import Levels
-from inpo.common.predictions import prediction_of
 
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 EMBEDDING = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration file. Raises ModelError if it is not a JSON object."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"{type(document).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "A configuration file of the model cannot be read.",
+            where=file,
+            expected="a JSON object",
+            got=str(error),
+            fix="download the model again",
+        ) from error
+    return document
 
 
 class Family(ABC):
@@ -68,7 +85,7 @@ class Family(ABC):
         """
         if network.get("in_channels") != vae.get("latent_channels"):
             raise ModelError(
-                f"The {self.network_name} does not take plain latents of this VAE.",
+                f"The {self.network} does not take plain latents of this VAE.",
                 where=name,
                 expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
                 got=f"in_channels {network.get('in_channels')}",
@@ -92,18 +109,22 @@ class Family(ABC):
     def check_network(self, name: str, network: Config) -> None:
         """Raise ModelError for a network's configuration that asks for what this family does not give."""
 
-    @property
-    def network_name(self) -> str:
-        """The network in a sentence."""
-        return {"unet": "UNet"}.get(self.network, self.network)
-
     def levels(self, scheduler: object) -> Levels:
         """Raises ModelError for a scheduler that the equations do not hold for."""
         return Levels.from_scheduler(scheduler)
 
     def prediction(self, scheduler: object) -> str:
         """What the network's output is (common/predictions.py). Raises ModelError for what this family does not do."""
-        return prediction_of(scheduler, self.predictions)
+        name = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
+        if name not in self.predictions:
+            raise ModelError(
+                "Unknown prediction type.",
+                where=type(scheduler).__name__,
+                expected=", ".join(self.predictions),
+                got=name,
+                fix=f"use a model that predicts one of them; supported: {self.title}",
+            )
+        return str(name)
 
     # Latents
 

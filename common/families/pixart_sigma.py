@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
-from inpo.common.documents import read_json
 from inpo.common.errors import ModelError
-from inpo.common.families.base import EMBEDDING, Config, Family, State
+from inpo.common.families.base import EMBEDDING, Config, Family, State, read_json
 
 _TOKENS = 300
 """Of a prompt, as the pipeline cuts it."""

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from inpo.common.cache import (
-    CacheWriter,
-    ConditionSpec,
-    InverterIdentity,
-    LevelTables,
-    Manifest,
-    ShardData,
-    ShardSource,
-)
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.levels import Levels
 
 _BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

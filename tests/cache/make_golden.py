@@ -13,15 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from inpo.common.cache import (
-    CacheWriter,
-    ConditionSpec,
-    InverterIdentity,
-    LevelTables,
-    Manifest,
-    ShardData,
-    ShardSource,
-)
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.levels import Levels
 
 NUM_PAIRS, STEPS, LATENT = 3, 2, (4, 4, 4)

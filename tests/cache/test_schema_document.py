@@ -7,17 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inpo.common.cache import (
-    ARRAYS,
-    SCHEMA_VERSION,
-    Commit,
-    ConditionSpec,
-    InverterIdentity,
-    LevelTables,
-    Manifest,
-    ShardSource,
-    open_cache,
-)
+from inpo.common.cache import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, open_cache
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.families import FAMILIES
 
 DOCUMENT = (Path(__file__).parents[2] / "cache_schema.md").read_text()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inpo.common.errors import ModelError, UsageError
+from inpo.common.families import FAMILIES
 from inpo.common.levels import Levels, exact_grid
-from inpo.common.predictions import prediction_of
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -40,12 +40,12 @@ def test_at_agrees_with_add_noise_of_diffusers():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_prediction_type_is_the_schedulers(prediction_type):
     scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type)
-    assert prediction_of(scheduler) == prediction_type
+    assert FAMILIES["sd"].prediction(scheduler) == prediction_type
 
 
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(ModelError, match="Unknown prediction type") as caught:
-        prediction_of(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
+        FAMILIES["sd"].prediction(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
     assert "flow_prediction" in str(caught.value)
 
 

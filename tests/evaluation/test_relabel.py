@@ -17,17 +17,9 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from inpo.common.cache import (
-    CacheWriter,
-    ConditionSpec,
-    InverterIdentity,
-    LevelTables,
-    Manifest,
-    ShardData,
-    ShardSource,
-    open_cache,
-)
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from inpo.common.cache.labels import LabelSet, read_labels, write_labels
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.levels import Levels
 from inpo.common.pairs import open_source

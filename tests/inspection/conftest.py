@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from inpo.common.cache import CacheWriter, InverterIdentity, LevelTables, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert

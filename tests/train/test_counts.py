@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from benchmarks.tensor_watch import TensorWatch
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.arrays import CommittedStore
 from inpo.common.denoiser import Denoiser
-from inpo.common.tensor_watch import TensorWatch
 from inpo.train.buffers import Buffers
 from inpo.train.index import build_index
 from inpo.train.records import Needs

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inpo.common.errors import UsageError
+from inpo.common.recipe import resolve
 from inpo.train.loop import Trainer
-from inpo.train.objectives import OBJECTIVES, objective_named
+from inpo.train.objectives import OBJECTIVES
+from inpo.train.settings import TrainSettings
 
 
 def log_sigmoid(value: np.ndarray) -> np.ndarray:
@@ -206,7 +208,7 @@ def test_what_is_reported_beside_the_loss() -> None:
 
 def test_unknown_objective_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="inversion_dpo"):
-        objective_named("ppo")
+        resolve(TrainSettings, "train", {}, {"objective": "ppo"})
 
 
 def _one_of_two(rank: int, folder: str) -> None:
