@@ -123,7 +123,7 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
             inner = str
     if _is_list(kind):
         kind, default = list[inner], list(default)
-        metavar, shown = metavar or f"<{inner.__name__}>", shown if default else "none"
+        metavar, shown = metavar or f"<{inner.__name__}>", shown if default else unset
     elif get_origin(kind) is tuple:
         metavar = " ".join(f"<{each.__name__}>" for each in get_args(kind))
     names = (f"{option}/--no-{option.removeprefix('--')}",) if kind is bool else (option,)

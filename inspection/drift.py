@@ -92,7 +92,7 @@ def measure_drift(
     timestep = np.concatenate(timesteps)
     x_t, target = np.concatenate(changes["x_t"]), np.concatenate(changes["target"])
     overall = float(np.sqrt((target.astype(np.float64) ** 2).mean())) if len(target) else float("inf")
-    same = cache.manifest.fingerprints.get("unet") == model.fingerprints.get("unet")
+    same = cache.manifest.fingerprints.get("network") == model.fingerprints.get("network")
     verdict = "refresh" if overall > REFRESH_ABOVE else "watch" if overall > KEEP_BELOW else "keep"
     return Drift(
         location=cache.location,

@@ -23,7 +23,7 @@ def cache_facts(manifest: Manifest) -> str:
             condition,
             *options,
             manifest.network_dtype,
-            f"{manifest.prediction_type} prediction",
+            f"{manifest.family} model",
             manifest.profile,
         ]
     )

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from inpo.common.cache.schema import Manifest
+from inpo.common.cache.schema import LevelTables, Manifest
 from inpo.common.denoiser import default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_settings
@@ -42,30 +42,30 @@ def configure(
 
 def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: str) -> Manifest:
     """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made."""
-    schedule = model.schedule
+    levels = model.levels
     vae = model.config("vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    identity = settings.inverter_identity(schedule.num_train_timesteps)
+    family = model.family
+    factor = family.pixel_step(model.config)
+    identity = settings.inverter_identity(levels.num_train_timesteps)
     check_settings(
-        identity, num_train_timesteps=schedule.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
+        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
     )
     network_dtype = settings.dtype or default_dtype(device_type)
-    # SDXL's VAE overflows in half precision; its configuration says whether a repaired one may run lower.
+    # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.resolution % factor:
         raise UsageError(
-            "The resolution does not fit the VAE.",
+            "The resolution does not fit the model.",
             where="--resolution",
             expected=f"a multiple of {factor}",
             got=settings.resolution,
             fix=f"round it to {round(settings.resolution / factor) * factor}",
         )
-    side = settings.resolution // factor
     return Manifest(
-        latent_shape=(vae["latent_channels"], side, side),
-        num_train_timesteps=schedule.num_train_timesteps,
-        alphas_cumprod=tuple((schedule.a**2).tolist()),
-        prediction_type=schedule.prediction_type,
+        family=family.name,
+        latent_shape=family.latent_shape(model.config, settings.resolution),
+        levels=LevelTables.of(levels),
+        conditions=dict(family.conditions),
         profile=settings.profile,
         extra=settings.extra,
         seed=settings.seed,

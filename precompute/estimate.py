@@ -11,7 +11,6 @@ import torch
 from inpo.common.cache import Manifest
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
-from inpo.common.denoiser import Condition
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.configuration import build_manifest, configure, device_type
@@ -52,13 +51,8 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     device = processes().device
     components = load_components(model, manifest, device)
     latents = 2 * settings.batch_size
-    prompts = components.text([""])
     x = torch.randn(latents, *manifest.latent_shape, device=device)
-    condition = Condition(
-        embedding=prompts.embedding[[0] * latents].float(),
-        pooled=None if prompts.pooled is None else prompts.pooled[[0] * latents].float(),
-        time_ids=None if prompts.pooled is None else torch.full((latents, 6), float(settings.resolution)),
-    ).to(device)
+    condition = model.family.blank(model.config, latents, settings.resolution).to(device)
     timestep = torch.full((latents,), 500, device=device)
     times = []
     with torch.inference_mode():

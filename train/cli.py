@@ -18,7 +18,7 @@ def train(
     recipe: RecipeOption = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
 ) -> None:
-    """Train from a cache: one UNet in memory, no reference model, no VAE, no text encoder.
+    """Train from a cache: one network in memory, no reference model, no VAE, no text encoder.
 
     Run the same command again to resume from the last checkpoint.
     """

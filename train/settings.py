@@ -78,8 +78,8 @@ class TrainSettings(Section):
     """Rank of the LoRA layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the LoRA layers is alpha / rank; unset: the rank."""
-    lora_targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
-    """Modules that get LoRA layers; repeatable."""
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that get LoRA layers; repeatable; unset: the projections of the attention."""
 
     labels: str | None = None
     """A label set made by `inpo relabel` (for smpo: at SmPO's temperature); unset: the labels of the pair source."""

@@ -19,7 +19,7 @@ from inpo.common.errors import ModelError, UsageError
 from inpo.common.inversion.inverters import Asked, Request, State
 from inpo.common.inversion.path import Path, Point
 from inpo.common.inversion.trajectory import Records, round_trip
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import generator, normal
 
 _EXTRA_NOISE = 0.1
@@ -33,14 +33,14 @@ class ReleasedLoop:
     steps.
     """
 
-    def __init__(self, schedule: NoiseSchedule, grid_points: int) -> None:
+    def __init__(self, schedule: Levels, grid_points: int) -> None:
         sampler = schedule.sampler
-        if schedule.prediction_type != "epsilon" or sampler.timestep_spacing != "leading":
+        if sampler.prediction_type != "epsilon" or sampler.timestep_spacing != "leading":
             raise ModelError(
                 "The released code does not invert this model.",
                 where="--faithful",
                 expected="a scheduler with prediction_type epsilon and timestep_spacing leading",
-                got=f"{schedule.prediction_type}, {sampler.timestep_spacing}",
+                got=f"{sampler.prediction_type}, {sampler.timestep_spacing}",
                 fix="leave --faithful out",
             )
         self.stride = schedule.num_train_timesteps // grid_points
@@ -56,7 +56,7 @@ class ReleasedLoop:
         self.clip_range = sampler.clip_range
         # The scheduler that steps keeps its float32 table; the other one, which gives the noise's variance and the
         # target, has it cast to the weights' float16. Both keep the clean end in float32.
-        self._abar = (schedule.a**2).float()
+        self._abar = (schedule.signal**2).float()
         self._half_abar = self._abar.half()
         self._clean_end = torch.tensor(1.0) if sampler.set_alpha_to_one else self._abar[0]
 
@@ -99,7 +99,7 @@ class ReleasedLoop:
 
 
 def released_path(
-    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> "ReleasedPath":
     """The released grid, up to the largest timestep; timesteps are drawn from 0..T-1, whatever the levels."""
     loop = ReleasedLoop(schedule, identity.grid_points)
@@ -140,12 +140,12 @@ def released_trajectory(
     One noise is drawn for a level and a side, and shared by the timesteps that pass it. At a record the stored-point
     rule holds, with the manifest's table; the path goes on from x itself, in float32.
     """
-    schedule = denoiser.schedule
+    schedule = denoiser.levels
     loop = ReleasedLoop(schedule, identity.grid_points)
 
     def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         eps = yield Request(x=x, timestep=timestep)
-        a, s = float(schedule.a[timestep]), float(schedule.s[timestep])
+        a, s = float(schedule.signal[timestep]), float(schedule.noise[timestep])
         return State(a=a, s=s, x=x, clean=(x - s * eps) / a, delta=eps)
 
     records = Records()
@@ -157,7 +157,7 @@ def released_trajectory(
         x = loop.step(x, carried, point.level) + loop.noise(randn, point.level)
         for timestep in point.records:
             target = loop.target(x, x0, torch.tensor([timestep])).half()
-            x_t = point_from_target(x0, target, float(schedule.a[timestep]), float(schedule.s[timestep]))
+            x_t = point_from_target(x0, target, float(schedule.signal[timestep]), float(schedule.noise[timestep]))
             state = yield from visit(x_t.float(), timestep)
             records.add(timestep, target, x_t, state, eps_ref=state.delta, carried=carried, extra=extra)
     if measure:

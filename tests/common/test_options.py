@@ -131,7 +131,7 @@ def strategy(annotation: Any, constraints: list[Any]) -> st.SearchStrategy[Any]:
     if annotation is bool:
         return st.booleans()
     if annotation is int:
-        return st.integers(-(2**40) if low is None else low, 2**40 if high is None else high)
+        return st.integers(-(2**40) if low is None else low, 2**40 if high is None else high - ("lt" in bounds))
     if annotation is float:
         return st.floats(
             0.0 if low is None else low,

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from inpo.common.cache.labels import LabelSet, read_labels, write_labels
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.levels import Levels
 from inpo.common.pairs import open_source
 from inpo.evaluation.cli import relabel
 from inpo.evaluation.relabel import relabel_cache
@@ -56,9 +58,9 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
     """A cache with the contract's arrays, as precompute would commit it for these rows, one pair of them left out."""
     manifest = Manifest(
         latent_shape=(1, 2, 2),
-        num_train_timesteps=10,
-        alphas_cumprod=tuple(0.9 - 0.05 * i for i in range(10)),
-        prediction_type="epsilon",
+        family="sd",
+        levels=LevelTables.of(Levels.from_alphas_cumprod(torch.tensor([0.9 - 0.05 * i for i in range(10)]))),
+        conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
         profile="lean",
         seed=0,
         timesteps_per_pair=1,
@@ -69,7 +71,7 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
         vae_dtype="float32",
         network_dtype="float32",
         inverter=InverterIdentity(name="ddim", grid_points=5, timestep_range=(0, 10)),
-        fingerprints={"unet": "0" * 32},
+        fingerprints={"network": "0" * 32},
     )
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()

@@ -9,7 +9,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from inpo.common.denoiser import Denoiser
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 from tests.rounding import assert_alike
 
@@ -38,14 +39,14 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **ignored: object) -> tuple[Tensor]:
         rows = []
-        for row, t in zip(x.double().numpy(), timestep.tolist(), strict=True):
+        for row, t in zip(x.double().numpy(), timestep.long().tolist(), strict=True):
             rows.append(mixture_eps(row * np.sqrt(1 + SIGMA[t] ** 2), SIGMA[t]))
         return (torch.from_numpy(np.stack(rows)).float(),)
 
 
 @pytest.fixture(scope="module")
 def mixture() -> Denoiser:
-    return Denoiser(Mixture(), NoiseSchedule.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
+    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))), FAMILIES["sd"].call)
 
 
 def ode_error(
@@ -130,14 +131,14 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
 ) -> None:
     """Every forward DDIM step, in float64 from the stored points, lands on the stored point below it."""
     denoiser = linear(prediction_type)
-    denoiser.unet.mix.data *= 0.3  # a contraction, so that the iteration has a limit
+    denoiser.network.mix.data *= 0.3  # a contraction, so that the iteration has a limit
     x0 = latents(2)
     settings = {"grid_points": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
     made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
     explicit = inverted(denoiser, x0, name="ddim", **settings)
     assert made.residual is not None
-    table = denoiser.schedule
-    a, s = table.a.numpy(), table.s.numpy()
+    table = denoiser.levels
+    a, s = table.signal.numpy(), table.noise.numpy()
     worst = {"fixed_point": 0.0, "ddim": 0.0}
     for name, result in (("fixed_point", made), ("ddim", explicit)):
         for pair, step, side in np.ndindex(2, 12, 2):
@@ -173,9 +174,9 @@ def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Ca
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t: once more, in float64."""
     denoiser, x0 = linear(), latents(3)
     made = inverted(denoiser, x0, grid_points=6, measure_inversion=1.0)
-    mix = denoiser.unet.mix.detach().double()
+    mix = denoiser.network.mix.detach().double()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
-    a, s = denoiser.schedule.a, denoiser.schedule.s
+    a, s = denoiser.levels.signal, denoiser.levels.noise
     for pair in range(3):
         for side in range(2):
             x = made.x_t[pair, -1, side].double().flatten()
@@ -199,4 +200,6 @@ def test_the_share_of_measured_pairs(linear: Callable, latents: Callable, invert
     assert (measured[:, 0] == measured[:, 1]).all()
     assert 4 <= int(measured[:, 0].sum()) <= 24
     assert some.finite.all()
-    assert_alike(none, some, denoiser.schedule.a.numpy(), denoiser.schedule.s.numpy())  # measuring changes nothing else
+    assert_alike(
+        none, some, denoiser.levels.signal.numpy(), denoiser.levels.noise.numpy()
+    )  # measuring changes nothing else

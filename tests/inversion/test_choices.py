@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser, prepare_for_inference
+from inpo.common.families import FAMILIES
 from inpo.common.inversion import build_path
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from tests.rounding import assert_alike, half_unit
 
 SCHEDULER = DDIMScheduler(
@@ -139,7 +140,7 @@ def test_the_released_codes_target_is_not_the_noise(
     The loop's own noise is at most 0.1 of the target: over 2,304 values that leaves the weights uncertain by 0.002.
     """
     identity = InverterIdentity(name="ddim", grid_points=10, faithful=True, timestep_range=(0, 1000))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    schedule = Levels.from_scheduler(SCHEDULER)
 
     def kept(number: int) -> list[int]:
         path = build_path(identity, schedule, seed=0, pair_id=str(number), timesteps_per_pair=10)
@@ -149,7 +150,7 @@ def test_the_released_codes_target_is_not_the_noise(
     random = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, 2, 4, 24, 24, generator=random).half()
     noise = torch.randn(4, 24, 24, generator=random)
-    denoiser = Denoiser(Constant(noise), schedule)
+    denoiser = Denoiser(Constant(noise), schedule, FAMILIES["sd"].call)
     made = inverted(denoiser, x0, grid_points=10, faithful=True, pair_ids=[str(number)])
     step = made.timestep[0].tolist().index(timestep)
     for side in range(2):
@@ -175,7 +176,7 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     tiny_unet: nn.Module, latents: Callable, inverted: Callable, name: str
 ) -> None:
     x0 = latents(6, (4, 8, 8))
-    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_scheduler(SCHEDULER))
+    denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER), FAMILIES["sd"].call)
     settings = {
         "name": name,
         "grid_points": 4,
@@ -205,13 +206,13 @@ def test_half_precision_networks_agree_to_their_own_rounding(
 
     unet = copy.deepcopy(tiny_unet)
     prepare_for_inference(unet, network_dtype=dtype, device=torch.device("cpu"))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    schedule = Levels.from_scheduler(SCHEDULER)
     x0 = latents(6, (4, 8, 8))
-    half = Denoiser(unet, schedule, network_dtype=dtype)
+    half = Denoiser(unet, schedule, FAMILIES["sd"].call, network_dtype=dtype)
     seen: set[torch.dtype] = set()
     unet.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
     one, eight = inverted(half, x0, pairs_per_batch=1), inverted(half, x0, pairs_per_batch=8)
-    exact = inverted(Denoiser(tiny_unet, schedule), x0)
+    exact = inverted(Denoiser(tiny_unet, schedule, FAMILIES["sd"].call), x0)
     assert seen == {torch.float32}, "the state enters the network in float32; autocast rounds inside"
     assert torch.equal(one.timestep, eight.timestep)
     batches, rounding = _compare(eight, one), _compare(one, exact)
@@ -222,8 +223,8 @@ def test_half_precision_networks_agree_to_their_own_rounding(
     assert least < rounding["x_t"] < most  # it did run in this dtype
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
-    signal = schedule.a[axes].numpy() * x0[:, None].double().numpy()
-    x_t = signal + schedule.s[axes].numpy() * one.target.double().numpy()
+    signal = schedule.signal[axes].numpy() * x0[:, None].double().numpy()
+    x_t = signal + schedule.noise[axes].numpy() * one.target.double().numpy()
     np.testing.assert_array_equal(one.x_t.numpy(), x_t.astype(np.float16))
 
 
@@ -250,7 +251,7 @@ def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     well = inverted(linear(), x0, **settings)
     x0[2, 1] *= 60
     denoiser = linear()
-    denoiser.unet = NotANumber(denoiser.unet, value)
+    denoiser.network = NotANumber(denoiser.network, value)
     made = inverted(denoiser, x0, pairs_per_batch=3, **settings)
     assert made.finite.tolist() == [True, True, False, True, True]
     others = [0, 1, 3, 4]

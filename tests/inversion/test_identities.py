@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.denoiser import Condition, Denoiser
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels
 
 HALF_STEP = 2.0**-11
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -24,12 +26,12 @@ SIGMA = S / A
 
 def network(denoiser, x: np.ndarray, t: int, text: float = CAPTION) -> tuple[np.ndarray, np.ndarray]:
     """(eps, x0(t)) of the cheap network in float64, each prediction type by its own definition."""
-    mix = denoiser.unet.mix.detach().double().numpy()
+    mix = denoiser.network.mix.detach().double().numpy()
     flat = x.astype(np.float64).reshape(-1)
     output = (np.tanh(flat @ mix + t / 1000) + 0.3 * flat * (1 - t / 1000) + text).reshape(x.shape)
-    if denoiser.schedule.prediction_type == "epsilon":
+    if denoiser.prediction == "epsilon":
         return output, (x - S[t] * output) / A[t]
-    if denoiser.schedule.prediction_type == "v_prediction":  # v = a eps - s x0
+    if denoiser.prediction == "v_prediction":  # v = a eps - s x0
         return S[t] * x + A[t] * output, A[t] * x - S[t] * output
     return (x - A[t] * output) / S[t], output
 
@@ -198,7 +200,7 @@ def test_theta_equal_to_the_reference_has_the_stored_error(
     tiny_unet: torch.nn.Module, latents: Callable, inverted: Callable
 ) -> None:
     """Identity 6, the acceptance test of a cache: a trainer's E_theta at what is stored is E_ref, record by record."""
-    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_alphas_cumprod(torch.from_numpy(ABAR)))
+    denoiser = Denoiser(tiny_unet, Levels.from_alphas_cumprod(torch.from_numpy(ABAR)), FAMILIES["sd"].call)
     made = inverted(denoiser, latents(3, (4, 8, 8)), grid_points=5, pairs_per_batch=2)
     tokens = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     x_t, target = made.x_t.flatten(0, 2).float(), made.target.flatten(0, 2).float()

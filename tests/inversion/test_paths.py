@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.errors import UsageError
 from inpo.common.inversion import build_path, check_settings
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
-SCHEDULE = NoiseSchedule.from_scheduler(
+SCHEDULE = Levels.from_scheduler(
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 )
 SIGMA = SCHEDULE.sigma.numpy()
@@ -169,4 +169,4 @@ def test_a_zero_terminal_snr_table_is_refused() -> None:
     from inpo.common.errors import ModelError
 
     with pytest.raises(ModelError, match="zero-terminal-SNR"):
-        NoiseSchedule.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]))
+        Levels.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]))

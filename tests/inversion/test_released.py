@@ -16,7 +16,8 @@ from diffusers import DDIMScheduler
 from benchmarks.online import OnlineLoop
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 from tests.inversion.conftest import condition
 from tests.rounding import half_unit
@@ -90,8 +91,8 @@ def test_faithful_is_the_released_loop(
 ) -> None:
     """Every record of 8 pairs: the same latents, the same noise, to rounding."""
     config = {**STABLE_DIFFUSION, **changes}
-    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**config))
-    denoiser = Denoiser(linear().unet, schedule)
+    schedule = Levels.from_scheduler(DDIMScheduler(**config))
+    denoiser = Denoiser(linear().network, schedule, FAMILIES["sd"].call)
     x0 = latents(8)
     kept = min(grid_points, 6)
     made = inverted(
@@ -101,9 +102,9 @@ def test_faithful_is_the_released_loop(
 
     def unet(x: np.ndarray, label: int) -> np.ndarray:
         told.append(label)
-        text = condition(1).embedding
+        text = condition(1)["embedding"]
         with torch.no_grad():
-            return denoiser.unet(torch.from_numpy(x), torch.full((2,), label), encoder_hidden_states=text)[0].numpy()
+            return denoiser.network(torch.from_numpy(x), torch.full((2,), label), encoder_hidden_states=text)[0].numpy()
 
     abar = DDIMScheduler(**config).alphas_cumprod.double().numpy()
     for pair, step in np.ndindex(8, kept):
@@ -136,7 +137,7 @@ def test_faithful_is_the_released_loop(
 
 def test_the_online_loop_is_the_same_one(linear: Callable, latents: Callable) -> None:
     """Pairs that stop at different levels in one batch, each against the released loop alone."""
-    denoiser = Denoiser(linear().unet, NoiseSchedule.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION)))
+    denoiser = Denoiser(linear().network, Levels.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION)), FAMILIES["sd"].call)
     loop = OnlineLoop(trained=denoiser, reference=denoiser, images=None, text=None, optimizer=None)  # type: ignore[arg-type]
     x0 = latents(len(DRAWN)).flatten(0, 1)
     timestep = torch.tensor(DRAWN).repeat_interleave(2)
@@ -150,12 +151,12 @@ def test_the_online_loop_is_the_same_one(linear: Callable, latents: Callable) ->
         rows = (timestep > level - 100) if level > 1 else (timestep >= 0)
         randn[level] = torch.zeros_like(x0, dtype=torch.float32)
         randn[level][rows] = torch.randn(int(rows.sum()), *x0.shape[1:])
-    abar = denoiser.schedule.a.numpy() ** 2
+    abar = denoiser.levels.signal.numpy() ** 2
 
     def unet(x: np.ndarray, label: int) -> np.ndarray:
-        text = condition(1).embedding
+        text = condition(1)["embedding"]
         with torch.no_grad():
-            return denoiser.unet(torch.from_numpy(x), torch.full((2,), label), encoder_hidden_states=text)[0].numpy()
+            return denoiser.network(torch.from_numpy(x), torch.full((2,), label), encoder_hidden_states=text)[0].numpy()
 
     for pair, t in enumerate(DRAWN):
         both = slice(2 * pair, 2 * pair + 2)
@@ -178,10 +179,14 @@ def test_the_online_loop_is_the_same_one(linear: Callable, latents: Callable) ->
 def test_what_the_released_loop_cannot_do_is_refused(
     linear: Callable, latents: Callable, inverted: Callable, changes: dict[str, Any], grid_points: int, words: list[str]
 ) -> None:
-    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**{**STABLE_DIFFUSION, **changes}))
+    schedule = Levels.from_scheduler(DDIMScheduler(**{**STABLE_DIFFUSION, **changes}))
     with pytest.raises((ModelError, UsageError)) as raised:
         inverted(
-            Denoiser(linear().unet, schedule), latents(1), grid_points=grid_points, faithful=True, timesteps_per_pair=1
+            Denoiser(linear().network, schedule, FAMILIES["sd"].call),
+            latents(1),
+            grid_points=grid_points,
+            faithful=True,
+            timesteps_per_pair=1,
         )
     for word in words:
         assert word in str(raised.value)

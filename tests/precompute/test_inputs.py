@@ -230,7 +230,7 @@ def test_a_first_try_that_failed_says_that_its_cache_may_go(
     source = write_list([{"prompt": "a cat"}])
     with pytest.raises(ModelError, match="unet cannot be loaded"):
         run(source, broken, tmp_path / "cache")
-    with pytest.raises(CacheMismatch, match=r"(?s)fingerprints\.unet.*nothing is committed here yet"):
+    with pytest.raises(CacheMismatch, match=r"(?s)fingerprints\.network.*nothing is committed here yet"):
         run(source, pipelines(), tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 1
@@ -244,8 +244,10 @@ def test_shards_are_made_with_the_caches_own_noise_table(
         resolution=32, grid_points=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32"
     )
     made = build_manifest(settings, open_model(str(pipelines())), device_type="cpu")
-    table = np.array(made.alphas_cumprod) * (1 - 9e-7)
-    CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"alphas_cumprod": tuple(table.tolist())}))
+    abar = np.array(made.levels.signal) ** 2
+    table = abar * (1 - 9e-7)
+    levels = LevelTables.of(Levels.from_alphas_cumprod(torch.from_numpy(table)))
+    CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"levels": levels}))
     run.cache(write_tars(tmp_path / "pairs", examples(4), 4), pipelines(), tmp_path / "cache")
     cache = open_cache(str(tmp_path / "cache"))
     (shard,) = cache
@@ -257,4 +259,4 @@ def test_shards_are_made_with_the_caches_own_noise_table(
         return (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
 
     assert np.array_equal(points(table), x_t)
-    assert not np.array_equal(points(np.array(made.alphas_cumprod)), x_t)
+    assert not np.array_equal(points(abar), x_t)

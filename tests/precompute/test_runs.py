@@ -112,15 +112,15 @@ def _nan_text(components: Components) -> None:
 
 
 def _nan_network(components: Components) -> None:
-    forward = components.denoiser.unet.forward
-    sick = components.text(["a blue dog on the house"]).embedding[1].float()
+    forward = components.denoiser.network.forward
+    sick = components.text(["a blue dog on the house"]).conditions["embedding"][1].float()
 
     def broken(x: torch.Tensor, timestep: Any, *, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
         output = forward(x, timestep, encoder_hidden_states=encoder_hidden_states, **rest)[0].clone()
         output[(encoder_hidden_states - sick).abs().amax((1, 2)) < 1e-3] = float("nan")
         return (output,)
 
-    components.denoiser.unet.forward = broken
+    components.denoiser.network.forward = broken
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_no_pair_left_is_a_failure_and_no_commit(
     source = write_tars(tmp_path / "pairs", examples(2), 2)
 
     def broken(components: Components) -> None:
-        components.denoiser.unet.conv_out.bias.data.fill_(float("nan"))
+        components.denoiser.network.conv_out.bias.data.fill_(float("nan"))
 
     run.prepare = broken
     assert run(source, pipelines(), tmp_path / "cache") == 1
@@ -221,7 +221,7 @@ def test_another_model_or_settings_are_refused_with_both_values(
     ):
         assert words in str(raised.value)
     other = save_tiny_pipeline(tmp_path / "other", seed=1)
-    with pytest.raises(CacheMismatch, match=r"fingerprints\.unet"):
+    with pytest.raises(CacheMismatch, match=r"fingerprints\.network"):
         run(source, other, tmp_path / "cache", grid_points=3)
     assert len(run.components) == loaded  # before any model work
     # What does not change the numbers may change.

@@ -135,8 +135,8 @@ def test_no_more_is_held_than_one_network_in_training_needs(
             run(output=tmp_path / "-".join(map(str, flags.values())), steps=3, save_every=100, **flags)
         return watch.peak
 
-    weights = sum(p.numel() * p.element_size() for p in world.model.load_unet().parameters())
-    unet = world.model.load_unet().train()
+    weights = sum(p.numel() * p.element_size() for p in world.model.load_network().parameters())
+    unet = world.model.load_network().train()
     one = _inputs(world, cache, 4)
     with TensorWatch() as alone:
         unet(**one).sample.square().mean().backward()

@@ -1,4 +1,4 @@
-"""The noise schedule is the scheduler's own table, and the exact grid covers every timestep evenly."""
+"""The levels are the scheduler's own table, and the exact grid covers every timestep evenly."""
 
 import diffusers
 import numpy as np
@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.schedule import NoiseSchedule, exact_grid
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels, exact_grid
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -16,43 +17,46 @@ SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linea
 @pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
 def test_the_table_is_the_schedulers(name):
     scheduler = getattr(diffusers, name)(**SD15)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
-    assert schedule.num_train_timesteps == 1000
-    assert torch.equal(schedule.a, scheduler.alphas_cumprod.double().sqrt())
-    assert torch.equal(schedule.s, (1 - scheduler.alphas_cumprod.double()).sqrt())
-    assert schedule.a.dtype == torch.float64
-    torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(1000, dtype=torch.float64), rtol=0, atol=1e-15)
+    levels = Levels.from_scheduler(scheduler)
+    assert (levels.num_train_timesteps, levels.space) == (1000, "noise")
+    assert torch.equal(levels.signal, scheduler.alphas_cumprod.double().sqrt())
+    assert torch.equal(levels.noise, (1 - scheduler.alphas_cumprod.double()).sqrt())
+    assert levels.label.tolist() == list(range(1000))
+    assert levels.floor == float(levels.sigma[0])
+    assert {table.dtype for table in (levels.signal, levels.noise, levels.label)} == {torch.float64}
+    one = torch.ones(1000, dtype=torch.float64)
+    torch.testing.assert_close(levels.signal**2 + levels.noise**2, one, rtol=0, atol=1e-15)
 
 
 def test_at_agrees_with_add_noise_of_diffusers():
     scheduler = diffusers.DDIMScheduler(**SD15)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    levels = Levels.from_scheduler(scheduler)
     x0, noise = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).unbind()
     timestep = torch.tensor([0, 500, 999])
-    a, s = schedule.at(timestep, trailing=3, dtype=torch.float32)
-    assert a.shape == (3, 1, 1, 1)
+    a, s = (torch.from_numpy(value).float()[:, None, None, None] for value in levels.at(timestep.numpy()))
     torch.testing.assert_close(a * x0 + s * noise, scheduler.add_noise(x0, noise, timestep))
-
-
-def test_a_timestep_is_recovered_from_its_own_sigma():
-    schedule = NoiseSchedule.from_scheduler(diffusers.DDIMScheduler(**SD15))
-    assert [schedule.timestep_from_sigma(float(sigma)) for sigma in schedule.sigma] == list(range(1000))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_prediction_type_is_the_schedulers(prediction_type):
     scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type)
-    assert NoiseSchedule.from_scheduler(scheduler).prediction_type == prediction_type
+    assert FAMILIES["sd"].prediction(scheduler) == prediction_type
+
+
+def test_an_unknown_prediction_type_is_refused():
+    with pytest.raises(ModelError, match="Unknown prediction type") as caught:
+        FAMILIES["sd"].prediction(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
+    assert "flow_prediction" in str(caught.value)
 
 
 def test_schedules_that_the_equations_do_not_hold_for_are_refused():
     with pytest.raises(ModelError, match="no alphas_cumprod"):
-        NoiseSchedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+        Levels.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ModelError, match="zero-terminal-SNR"):
-        NoiseSchedule.from_scheduler(diffusers.DDIMScheduler(**SD15, rescale_betas_zero_snr=True))
+        Levels.from_scheduler(diffusers.DDIMScheduler(**SD15, rescale_betas_zero_snr=True))
     for table, message in [([0.9, 0.5, 0.0], "zero-terminal"), ([0.5, 0.9], "decreasing"), ([1.0, 0.5], "decreasing")]:
         with pytest.raises(ModelError, match=message):
-            NoiseSchedule.from_alphas_cumprod(torch.tensor(table))
+            Levels.from_alphas_cumprod(torch.tensor(table))
 
 
 @given(st.data())

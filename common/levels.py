@@ -1,13 +1,16 @@
-"""The noise schedule and the inversion grid.
+"""The levels of a model's noise schedule, and the inversion grid over them.
 
-Notation (docs/equations.md): a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t), sigma_t = s_t / a_t, where
-abar_t is the scheduler's `alphas_cumprod`. Tables are float64; label t is an integer 0..T-1. The clean end of a
-trajectory lies outside the table: a = 1, s = 0.
+Timestep t is an index 0..T-1 into three float64 tables (docs/equations.md):
+
+    x_t = signal[t] * x0 + noise[t] * eps         label[t]: what the network is told
+
+a_t and s_t are signal and noise, sigma_t = s_t / a_t. The clean end of a trajectory lies outside the tables: a = 1,
+s = 0. A table of another family is another constructor here; nothing else asks where the tables come from.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from inpo.common.errors import ModelError, UsageError
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Space = Literal["noise", "velocity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class SamplerSettings:
     Only the released code's inversion (inversion/released.py) reads it. The defaults are Stable Diffusion's.
     """
 
+    prediction_type: str = "epsilon"
     steps_offset: int = 1
     """The first label of a sampler's grid."""
     set_alpha_to_one: bool = False
@@ -38,6 +42,7 @@ class SamplerSettings:
     def from_config(cls, config: Mapping[str, Any]) -> "SamplerSettings":
         """From a scheduler's configuration; what it does not say is as diffusers' DDIM schedulers take it."""
         return cls(
+            prediction_type=config.get("prediction_type", "epsilon"),
             steps_offset=config.get("steps_offset", 0),
             set_alpha_to_one=config.get("set_alpha_to_one", True),
             clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
@@ -45,47 +50,36 @@ class SamplerSettings:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """Immutable tables of a discrete diffusion schedule.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Levels:
+    """Immutable tables, float64 of shape [timestep], on the CPU."""
 
-    `a` and `s` are float64 of shape [timestep] with a^2 + s^2 = 1; `prediction_type` says what the network predicts.
-    """
-
-    a: Float[Tensor, "timestep"]
-    s: Float[Tensor, "timestep"]
-    prediction_type: PredictionType
+    signal: Float[Tensor, "timestep"]
+    noise: Float[Tensor, "timestep"]
+    label: Float[Tensor, "timestep"]
+    floor: float
+    """The sigma below which a step in log sigma is stretched (ab2) and from which the clean end is counted."""
+    space: Space = "noise"
+    """What `target` and the errors are of: noise, or velocity = noise - x0."""
     sampler: SamplerSettings = SamplerSettings()
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     @classmethod
-    def from_scheduler(cls, scheduler: object) -> "NoiseSchedule":
+    def from_scheduler(cls, scheduler: object) -> "Levels":
         """Build from any diffusers scheduler that has `alphas_cumprod`.
 
-        Raises ModelError for a scheduler without such a table (flow matching), for a zero-terminal-SNR table
-        (a = 0 at T-1: x_t holds nothing of x0) and for a prediction type that is not noise, v or sample.
+        Raises ModelError for a scheduler without such a table (flow matching) and for a zero-terminal-SNR table
+        (a = 0 at T-1: x_t holds nothing of x0).
         """
         table = getattr(scheduler, "alphas_cumprod", None)
         name = type(scheduler).__name__
-        config = getattr(scheduler, "config", {})
         if table is None:
             raise ModelError(
                 "The scheduler has no alphas_cumprod table.",
                 where=name,
-                expected="a discrete DDPM/DDIM-family schedule (SD1.x, SD2.x, SDXL)",
+                expected="a discrete DDPM/DDIM-family schedule",
                 fix="flow-matching and other continuous-time models are not supported yet",
             )
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in get_args(PredictionType):
-            raise ModelError(
-                "Unknown prediction type.",
-                where=name,
-                expected=", ".join(get_args(PredictionType)),
-                got=prediction_type,
-                fix="use a model that predicts noise, v or the sample",
-            )
+        config = getattr(scheduler, "config", {})
         if config.get("rescale_betas_zero_snr", False):
             # diffusers patches the last entry to a tiny positive number; the sigma there is meaningless all the same.
             raise ModelError(
@@ -95,14 +89,11 @@ class NoiseSchedule:
                 got="true",
                 fix="at T-1 such a schedule has a = 0 and the latent holds nothing of the image; use another model",
             )
-        schedule = cls.from_alphas_cumprod(torch.as_tensor(table), prediction_type)
-        return replace(schedule, sampler=SamplerSettings.from_config(config))
+        return replace(cls.from_alphas_cumprod(torch.as_tensor(table)), sampler=SamplerSettings.from_config(config))
 
     @classmethod
-    def from_alphas_cumprod(
-        cls, alphas_cumprod: Float[Tensor, "timestep"], prediction_type: PredictionType = "epsilon"
-    ) -> "NoiseSchedule":
-        """Build from the table abar_t itself, in (0, 1) and decreasing."""
+    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, "timestep"]) -> "Levels":
+        """Build from the table abar_t itself, in (0, 1) and decreasing: signal^2 + noise^2 = 1, the label is t."""
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         if not bool((abar > 1e-9).all()):
             raise ModelError(
@@ -120,37 +111,26 @@ class NoiseSchedule:
                 got=f"first {abar[0].item():.6g}, last {abar[-1].item():.6g}",
                 fix="check the scheduler's configuration",
             )
-        return cls(a=abar.sqrt(), s=(1 - abar).sqrt(), prediction_type=prediction_type)
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
+        label = torch.arange(len(abar), dtype=torch.float64)
+        return cls(signal=signal, noise=noise, label=label, floor=float(noise[0] / signal[0]))
 
     @property
     def num_train_timesteps(self) -> int:
-        """T, the length of the table."""
-        return self.a.shape[0]
+        """T, the length of the tables."""
+        return self.signal.shape[0]
 
     @property
     def sigma(self) -> Float[Tensor, "timestep"]:
         """sigma_t = s_t / a_t, float64."""
-        return self.s / self.a
+        return self.noise / self.signal
 
     def at(
-        self, timestep: Int[Tensor, "*shape"], *, trailing: int = 0, dtype: torch.dtype = torch.float64
-    ) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
-        """(a_t, s_t) at integer labels, on the labels' device, with `trailing` axes of length 1 appended."""
-        shape = (*timestep.shape, *([1] * trailing))
-        a, s = self._tables(timestep.device, dtype)
-        index = timestep.long()
-        return a[index].reshape(shape), s[index].reshape(shape)
-
-    def _tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(a, s) on a device, copied there once: a look-up per call would wait for the device."""
-        key = (device, dtype)
-        if key not in self._copies:
-            self._copies[key] = (self.a.to(dtype).to(device), self.s.to(dtype).to(device))
-        return self._copies[key]
-
-    def timestep_from_sigma(self, sigma: float) -> int:
-        """The label whose sigma is nearest to `sigma` in the logarithm. Inverse of `sigma`."""
-        return int((self.sigma.log() - float(np.log(sigma))).abs().argmin())
+        self, timestep: Int[np.ndarray, "*shape"]
+    ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+        """(a_t, s_t), float64."""
+        index = timestep.astype(np.int64)
+        return self.signal.numpy()[index], self.noise.numpy()[index]
 
 
 def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, "grid"]:

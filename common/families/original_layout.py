@@ -18,6 +18,13 @@ State = Mapping[str, Tensor]
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+PREFIXES = {
+    "unet": (UNET,),
+    "vae": (VAE,),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+"""Where the original layout keeps each component's weights."""
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -52,37 +59,23 @@ _OPEN_CLIP = (
 )
 
 
-def component_keys(component: str, state: State, config: Any, *, sdxl: bool) -> dict[str, Tensor]:
-    """A component's weights, `state`, under the original layout's names. `config` is the component's own.
+def component_keys(component: str, state: State, config: Any) -> dict[str, Tensor]:
+    """UNet or VAE, `state`, under the layout's names. `config` is the component's own.
 
     Raises ModelError for a UNet that the layout has no names for.
     """
-    if component == "unet":
-        layers = config.layers_per_block
-        if not isinstance(layers, int):
-            raise ModelError(
-                "The original layout needs the same number of layers in every block.",
-                where="unet/config.json, layers_per_block",
-                expected="a number",
-                got=layers,
-                fix="use the pipeline folder instead of a single file",
-            )
-        return unet_keys(state, layers_per_block=layers)
     if component == "vae":
         return vae_keys(state)
-    if sdxl:
-        first = component == "text_encoder"
-        keys, prefix = (
-            (clip_keys, "conditioner.embedders.0.") if first else (open_clip_keys, "conditioner.embedders.1.")
+    layers = config.layers_per_block
+    if not isinstance(layers, int):
+        raise ModelError(
+            "The original layout needs the same number of layers in every block.",
+            where="unet/config.json, layers_per_block",
+            expected="a number",
+            got=layers,
+            fix="use the pipeline folder instead of a single file",
         )
-        return keys(state, prefix)
-    # SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart.
-    return (open_clip_keys if is_open_clip(config) else clip_keys)(state, "cond_stage_model.")
-
-
-def is_open_clip(config: Any) -> bool:
-    """Whether a text encoder's configuration is OpenCLIP's."""
-    return bool(config.hidden_act == "gelu")
+    return unet_keys(state, layers_per_block=layers)
 
 
 def unet_keys(state: State, *, layers_per_block: int) -> dict[str, Tensor]:
