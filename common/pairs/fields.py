@@ -206,7 +206,8 @@ def _sides(fields: Fields, pairing: tuple[int, int] | None) -> list[tuple[str, A
         found = [name for name in IMAGE_FIELDS if name in fields]
     layouts = [layout for layout in ((WIN, LOSE), (FIRST, SECOND)) if any(name in found for name in sum(layout, ()))]
     if len(layouts) + (pairing is not None) > 1:
-        raise RowProblem(reason="bad_metadata", detail=f"images of two layouts: {', '.join(found)}")
+        words = "images of two layouts" if pairing is None else "a ranking and a pair in one row"
+        raise RowProblem(reason="bad_metadata", detail=f"{words}: {', '.join(found)}")
     if pairing is not None:
         name = next((name for name in IMAGES if isinstance(fields.get(name), list)), None)
         images, count = fields[name] if name else [], num_ranked(fields)
