@@ -38,7 +38,7 @@ def test_every_path(data: st.DataObject, n: int, seed: int, pair: str) -> None:
     noised_start = data.draw(st.sampled_from([0.0, 0.01, 0.3, 0.95, 1.0]))
     low = data.draw(st.integers(0, 900))
     high = data.draw(st.integers(low + 1, 1000))
-    chosen = identity(n=n, refine_start=refine, noised_start=noised_start, timestep_range=(low, high))
+    chosen = identity(grid_points=n, refine_start=refine, noised_start=noised_start, timestep_range=(low, high))
     try:
         check_settings(chosen, num_train_timesteps=1000, timesteps_per_pair=kept)
     except UsageError:
