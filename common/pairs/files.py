@@ -201,17 +201,17 @@ def _glob(pattern: str) -> list[str]:
     folder, _, name = pattern.rpartition("/")
     if folder and not re.search(r"[*?\[]", folder):
         # Listing one folder works on every file system and keeps the scheme; not every one can glob.
-        listed = list_folder(folder).files if exists(folder) else []
-        return [file for file in listed if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
+        found = list_folder(folder).files if exists(folder) else []
+        return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
     if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
         # A link to a folder above it leads to every file again and again: the shortest way to each counts.
-        found: dict[str, str] = {}
+        shortest: dict[str, str] = {}
         for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count("/"), file)):
             parent, name = os.path.split(file)
-            found.setdefault(os.path.join(os.path.realpath(parent), name), file)
-        return [prefix + file for file in found.values()]
+            shortest.setdefault(os.path.join(os.path.realpath(parent), name), file)
+        return [prefix + file for file in shortest.values()]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
 

@@ -131,7 +131,7 @@ def test_the_written_output_computes_what_was_trained(
         loaded.load_lora_weights(output / "lora")
         found["load_lora_weights"] = loaded.unet
         ours = base_pipeline(start)
-        load_lora(ours, lora_file(str(output / "lora")), "base")
+        load_lora(ours, lora_file(str(output / "lora")), open_model(str(start)))
         found["evaluate --lora"] = ours.unet
     else:
         found["pipeline"] = base_pipeline(output / "pipeline").unet
