@@ -45,7 +45,6 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""What any version of transformers reads for a CLIP tokenizer."""
 _CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
 """Entries of model_index.json that change what the text encoders give."""
 
@@ -118,7 +117,7 @@ class Model:
             if component in self.index and self.index[component][0] is not None:
                 prints[component] = self._fingerprint(component)
         for component in ("tokenizer", "tokenizer_2"):
-            files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
+            files = self._tokenizer_files(component)
             if files:
                 prints[component] = fingerprint.of_texts(files)
         return prints
@@ -131,6 +130,14 @@ class Model:
         if self.file is not None and self.in_file(component):
             return fingerprint.of_weights([self.file], config=config, prefix=single_file.PREFIXES[component])
         return fingerprint.of_weights(self.weight_files(component), config=config)
+
+    def _tokenizer_files(self, component: str) -> list[Path]:
+        """What any version of transformers reads for a CLIP tokenizer: a configuration may name files by version."""
+        folder = self.folder / component
+        config = folder / "tokenizer_config.json"
+        versions = read_json(config).get("fast_tokenizer_files") if config.is_file() else None
+        names = {*_TOKENIZER_FILES, *(map(str, versions) if isinstance(versions, list) else ())}
+        return [folder / name for name in names if (folder / name).is_file()]
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files that the libraries load for a component, of the chosen variant if it has one."""
