@@ -6,6 +6,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ Attempt = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 """Of a component, a library, a reason."""
 InputShardName = Annotated[str, Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,255}")
 Version = Annotated[str, Field(pattern="^[ -~]{1,100}$")]
 FilePath = Annotated[str, Field(pattern="^[a-z0-9_]+([./][a-z0-9_]+)*$", max_length=100)]
 Location = Annotated[str, Field(max_length=8192)]
@@ -310,7 +312,7 @@ class _Document(BaseModel):
     @classmethod
     def _parse(cls: type[_DocumentType], document: dict[str, Any], where: str) -> _DocumentType:
         try:
-            return cls.model_validate(document)
+            return cls.model_validate_json(json.dumps(document), strict=True)  # "3", 3.0 and true are not 3
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))

@@ -115,6 +115,9 @@ COMMIT = {
     "pairs beyond a shard": ("num_pairs", 257),
     "pairs below none": ("num_pairs", -1),
     "more pairs than rows": ("num_pairs", 100),
+    "pairs as text": ("num_pairs", "3"),
+    "pairs as a fraction": ("num_pairs", 3.0),
+    "pairs as a truth": ("num_pairs", True),
     "no pairs and files": ("num_pairs", 0),
     "an attempt elsewhere": ("attempt", "../s1/0123456789abcdef"),
     "an attempt of another form": ("attempt", "0123456789ABCDEF"),
@@ -354,6 +357,15 @@ def test_a_copy_of_a_commit_is_no_second_shard(folder):
     shutil.copy(folder / "commits" / "s0.json", folder / "commits" / "s7.json")
     with pytest.raises(CacheCorrupt, match="Two commits name one attempt: those of shards s0 and s7"):
         open_cache(str(folder))
+
+
+@pytest.mark.parametrize("name", ["..", ".s0", "s\x1b[31m", "s 0", "ä"])
+def test_a_commit_of_a_name_that_no_shard_has_is_refused(folder, name):
+    """`..` would be a shard whose attempts lie outside shards/."""
+    (folder / "commits" / "s0.json").rename(folder / "commits" / f"{name}.json")
+    with pytest.raises(CacheSchemaError, match="a name that no shard has"):
+        open_cache(str(folder))
+    assert list(open_cache(str(folder), damaged={}).commits) == ["s1"]
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "huge"])
