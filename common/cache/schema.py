@@ -30,6 +30,8 @@ MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""
 MAX_METADATA_BYTES = 1 << 16
 """Of a zarr.json."""
+MAX_WHOLE_BYTES = 1 << 30
+"""Of a file that is read in one piece: texts, embeddings, numbers of pairs."""
 
 Profile = Literal["full", "lean"]
 NetworkDtype = Literal["float32", "float16", "bfloat16"]
@@ -280,6 +282,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ),
 )
 SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
+_FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
 EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
 
 
@@ -514,8 +517,10 @@ class Commit(_Document):
             raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
         if set(self.files) != set(self.digests):
             raise ValueError("files and digests name different files")
-        if any(size > MAX_METADATA_BYTES for path, size in self.files.items() if path.endswith("zarr.json")):
-            raise ValueError(f"a zarr.json of more than {MAX_METADATA_BYTES} bytes")
+        for path, size in self.files.items():
+            limit = MAX_METADATA_BYTES if path.endswith("zarr.json") else MAX_WHOLE_BYTES
+            if size > limit and path not in _FILES_IN_PARTS:
+                raise ValueError(f"{path} of {size} bytes, limit {limit}")
         return self
 
     def check_files(self, manifest: Manifest, where: str) -> None:

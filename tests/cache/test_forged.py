@@ -127,6 +127,8 @@ COMMIT = {
     "a file above": ("files", lambda files: files | {DEEP: 1}),
     "a size beyond any disk": ("files", lambda files: files | {"x_t/zarr.json": HUGE}),
     "metadata of a megabyte": ("files", lambda files: files | {"x_t/zarr.json": 1 << 20}),
+    "texts beyond memory": ("files", lambda files: files | {"pair_id/c/0": 1 << 39}),
+    "embeddings beyond memory": ("files", lambda files: files | {"prompt/embedding/c/0/0/0": 1 << 39}),
     "a size that is none": ("files", lambda files: files | {"x_t/zarr.json": math.inf}),
     "no digests": ("digests", {}),
     "a digest that is none": ("digests", lambda digests: digests | {"x_t/zarr.json": "0" * 31}),
