@@ -88,7 +88,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     options = {"steps": 2, "objective": objective, "adam_eps": 1e2, "learning_rate": 1.0, "weight_decay": 0.0}
     one = run(output=tmp_path / "one", batch_size=4, **options)
     many = run(output=tmp_path / "many", batch_size=1, accumulate=4, **options)
-    start = world.model.load_unet().state_dict()
+    start = world.model.load_network().state_dict()
     left, right = (
         UNet2DConditionModel.from_pretrained(each / "pipeline", subfolder="unet").state_dict() for each in (one, many)
     )
@@ -163,7 +163,7 @@ def test_dropout_of_the_configuration_is_off(
     (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.1}))
     cache = type(world)(model=open_model(str(folder))).cache(tmp_path / "c")
     output = run(model=str(folder), caches=[cache], steps=2, log_every=1, learning_rate=1e-12)
-    assert "dropout layers of the UNet are off" in capsys.readouterr().out
+    assert "dropout layers of the network are off" in capsys.readouterr().out
     assert [line["loss"] for line in lines(output)] == pytest.approx([0.693147] * 3, abs=1e-3)
 
 
