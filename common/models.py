@@ -135,7 +135,7 @@ class Model:
         return fingerprint.of_weights(self.weight_files(component), config=config)
 
     def _tokenizer_files(self, component: str) -> list[Path]:
-        """What any version of transformers reads for a tokenizer of the families: a configuration may name files by version."""
+        """What any version of transformers reads for these tokenizers: a configuration may name files by version."""
         folder = self.folder / component
         config = folder / "tokenizer_config.json"
         versions = read_json(config).get("fast_tokenizer_files") if config.is_file() else None
