@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +102,10 @@ class DeadlyShard:
     @property
     def num_rows(self) -> int:
         return self.shard.num_rows
+
+    @property
+    def not_read(self) -> Mapping[str, int]:
+        return self.shard.not_read
 
     def fingerprint(self) -> str:
         return self.shard.fingerprint()
