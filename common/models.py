@@ -43,7 +43,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "spiece.model",
 )
-"""What any version of transformers reads for a tokenizer of the families."""
 _CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
 _CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
 """Entries of model_index.json that change what the text encoders give."""
@@ -121,7 +120,7 @@ class Model:
         for component in self.networks:
             prints["network" if component == self.family.network else component] = self._fingerprint(component)
         for component in self.family.tokenizers:
-            files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
+            files = self._tokenizer_files(component)
             if files:
                 prints[component] = fingerprint.of_texts(files)
         return prints
@@ -134,6 +133,14 @@ class Model:
         if self.file is not None and self.in_file(component):
             return fingerprint.of_weights([self.file], config=config, prefix=self.family.prefixes[component])
         return fingerprint.of_weights(self.weight_files(component), config=config)
+
+    def _tokenizer_files(self, component: str) -> list[Path]:
+        """What any version of transformers reads for these tokenizers: a configuration may name files by version."""
+        folder = self.folder / component
+        config = folder / "tokenizer_config.json"
+        versions = read_json(config).get("fast_tokenizer_files") if config.is_file() else None
+        names = {*_TOKENIZER_FILES, *(map(str, versions) if isinstance(versions, list) else ())}
+        return [folder / name for name in names if (folder / name).is_file()]
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files that the libraries load for a component, of the chosen variant if it has one."""

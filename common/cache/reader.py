@@ -11,7 +11,7 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, ArraySpec, Commit, Manifest, load
+from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, SHARD_NAME, ArraySpec, Commit, Manifest, load
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
 from inpo.common.errors import (
@@ -376,6 +376,14 @@ def _read_commits(
         try:
             if isinstance(document, CacheError):
                 raise document
+            if not SHARD_NAME.fullmatch(name):
+                raise CacheSchemaError(
+                    "A commit has a name that no shard has.",
+                    where=store.path(f"commits/{file}"),
+                    expected="letters, digits, dots, dashes, underscores, the first no dot",
+                    got=ascii(name)[:200],
+                    fix="it is no file of this cache: move it away",
+                )
             commit = Commit.from_json(document, store.path(f"commits/{file}"))
             if commit.manifest != manifest_digest:
                 raise CacheCorrupt(

@@ -6,6 +6,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ CONFIGURATION_SEAL = "# digest of the lines above: "
 MAX_PAIRS_PER_SHARD = 256
 MAX_METADATA_BYTES = 1 << 16
 """Of a zarr.json."""
+MAX_WHOLE_BYTES = 1 << 30
+"""Of a file that is read in one piece: texts, embeddings, numbers of pairs."""
 
 _TABLES = ("signal", "noise", "label")
 
@@ -39,6 +42,7 @@ Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 """Of a component, a library, a reason."""
 ConditionName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")]
 InputShardName = Annotated[str, Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,255}")
 Version = Annotated[str, Field(pattern="^[ -~]{1,100}$")]
 FilePath = Annotated[str, Field(pattern="^[a-z0-9_]+([./][a-z0-9_]+)*$", max_length=100)]
 Location = Annotated[str, Field(max_length=8192)]
@@ -250,6 +254,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
+_FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
 
 
 _DocumentType = TypeVar("_DocumentType", bound="_Document")
@@ -271,7 +276,7 @@ class _Document(BaseModel):
     @classmethod
     def _parse(cls: type[_DocumentType], document: dict[str, Any], where: str) -> _DocumentType:
         try:
-            return cls.model_validate(document)
+            return cls.model_validate_json(json.dumps(document), strict=True)  # "3", 3.0 and true are not 3
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -525,8 +530,10 @@ class Commit(_Document):
             raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
         if set(self.files) != set(self.digests):
             raise ValueError("files and digests name different files")
-        if any(size > MAX_METADATA_BYTES for path, size in self.files.items() if path.endswith("zarr.json")):
-            raise ValueError(f"a zarr.json of more than {MAX_METADATA_BYTES} bytes")
+        for path, size in self.files.items():
+            limit = MAX_METADATA_BYTES if path.endswith("zarr.json") else MAX_WHOLE_BYTES
+            if size > limit and path not in _FILES_IN_PARTS:
+                raise ValueError(f"{path} of {size} bytes, limit {limit}")
         return self
 
     def check_files(self, manifest: Manifest, where: str) -> None:

@@ -276,7 +276,7 @@ def shard_names(locations: Sequence[str]) -> list[str]:
 
 
 def _safe(text: str) -> str:
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:100]
+    safe = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", text)[:100]
     # Two names that differ in a replaced character must not become one.
     return safe if safe == text else f"{safe}-{_digest(text)}"
 

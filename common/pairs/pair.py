@@ -17,6 +17,8 @@ from inpo.common.printable import is_printable
 MAX_IMAGE_BYTES = 128 << 20
 """Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
 MAX_ID_CHARACTERS = 1000
+MAX_TEXT_CHARACTERS = 1_000_000
+"""Limit on any text of a row, so that the texts of a shard can always be read back."""
 
 SkipReason = Literal[
     "tie",
@@ -153,6 +155,10 @@ def check_text(value: object, *, what: str, missing: SkipReason) -> str:
         raise RowProblem(reason=missing, detail=f"{what} is missing")
     if not isinstance(value, str):
         raise RowProblem(reason="bad_metadata", detail=f"{what} is {type(value).__name__}, not text")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise RowProblem(
+            reason="bad_metadata", detail=f"{what} has {len(value)} characters, limit {MAX_TEXT_CHARACTERS}"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -113,6 +113,29 @@ def test_a_tokenizer_that_splits_otherwise_is_another(model_copy: Path, file: st
     assert {name for name in before if before[name] != after[name]} == {"tokenizer"}
 
 
+def test_a_tokenizer_file_that_a_configuration_names_counts(model_copy: Path) -> None:
+    folder = model_copy / "tokenizer"
+    versioned, config = folder / "tokenizer.4.0.json", folder / "tokenizer_config.json"
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = plain["model"]["vocab"]
+    plain["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+
+    def look() -> tuple[str, list[int]]:
+        model = open_model(str(model_copy))
+        return model.fingerprints["tokenizer"], model.load_text_pipeline().tokenizer("a red circle").input_ids
+
+    before = look()
+    versioned.write_text(json.dumps(plain))
+    assert look() == before  # it lies beside
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"fast_tokenizer_files": ["tokenizer.json", versioned.name]}))
+    named = look()
+    shutil.copy(folder / "tokenizer.json", versioned)
+    other = look()
+    assert named[0] != other[0]
+    assert named[1] != other[1] == before[1]
+
+
 def test_the_class_of_a_text_encoder_counts(model_copy: Path) -> None:
     before = open_model(str(model_copy)).fingerprints
     file = model_copy / "model_index.json"

@@ -22,7 +22,7 @@ CASES = {
     "empty": {
         "summary": (0, "Nothing is committed yet"),
         "report": (0, "0 of 0 pairs"),
-        "verify": (0, "nothing is committed yet"),
+        "verify": (1, "nothing is committed yet"),
         "pair": (1, "no committed pair yet"),
         "filter": (1, "no committed pair yet"),
         "drift": (1, "no committed pair yet"),

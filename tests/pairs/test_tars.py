@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from inpo.common.cache.schema import SHARD_NAME, ShardSource
 from inpo.common.errors import DataError
 from inpo.common.pairs import Pair, Skipped, open_source
 
@@ -51,6 +52,21 @@ def test_our_layout(tmp_path: Path, write_tar: WriteTar) -> None:
 def test_our_layout_without_label_and_id(tmp_path: Path, write_tar: WriteTar) -> None:
     path = write_tar(tmp_path / "a.tar", ours("x/0001", b"W", b"L", prompt=""))
     assert only(path) == Pair(pair_id="a/x/0001", prompt="", win=b"W", lose=b"L", label=1.0, row=0)
+
+
+@pytest.mark.parametrize("name", [".a", "..a", "-a", "a b", "ä", "a" * 200])
+def test_the_name_of_any_file_can_stand_in_a_commit(tmp_path: Path, write_tar: WriteTar, name: str) -> None:
+    path = write_tar(tmp_path / f"{name}.tar", ours("1", b"W", b"L", prompt="p"))
+    (shard,) = open_source(str(path)).input_shards()
+    source = ShardSource(location=str(path), input_shard=shard.name, rows=(0, 1), fingerprint=shard.fingerprint())
+    assert SHARD_NAME.fullmatch(f"{source.input_shard}-00000000")
+
+
+def test_a_prompt_longer_than_a_cache_can_hold_is_skipped(tmp_path: Path, write_tar: WriteTar) -> None:
+    item = only(write_tar(tmp_path / "a.tar", ours("1", b"W", b"L", prompt="p" * 1_000_001)))
+    assert isinstance(item, Skipped)
+    assert (item.reason, item.detail) == ("bad_metadata", "prompt has 1000001 characters, limit 1000000")
+    assert isinstance(only(write_tar(tmp_path / "b.tar", ours("1", b"W", b"L", prompt="p" * 1_000_000))), Pair)
 
 
 def test_a_label_below_one_half_swaps_the_sides(tmp_path: Path, write_tar: WriteTar) -> None:

@@ -230,6 +230,12 @@ def test_a_first_try_that_failed_says_that_its_cache_may_go(
     source = write_list([{"prompt": "a cat"}])
     with pytest.raises(ModelError, match="unet cannot be loaded"):
         run(source, broken, tmp_path / "cache")
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    run(source, pipelines(), tmp_path / "other")
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["fingerprints"]["network"] = "0" * 32
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CacheMismatch, match=r"(?s)fingerprints\.network.*nothing is committed here yet"):
         run(source, pipelines(), tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
