@@ -158,26 +158,26 @@ def clean(
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
     from inpo.common.cache import open_cache
+    from inpo.common.space import human_bytes
     from inpo.inspection.leftovers import find_leftovers, remove_leftover
-    from inpo.inspection.summary_view import readable_bytes
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
     found = find_leftovers(store)
     chosen = [leftover for leftover in found if everything or not leftover.is_young()]
     spared = len(found) - len(chosen)
     for leftover in chosen:
-        print(f"{leftover.paths[0]}  {readable_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
+        print(f"{leftover.paths[0]}  {human_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
     if spared:
         print(f"left alone: {spared} younger than an hour, a writer may be at work on them (--all takes them too)")
     if not chosen:
         print("nothing to remove")
         return
-    total = readable_bytes(sum(leftover.num_bytes for leftover in chosen))
+    total = human_bytes(sum(leftover.num_bytes for leftover in chosen))
     if not yes and not typer.confirm(f"Remove {len(chosen)} attempts, {total}?"):
         print("nothing was removed")
         raise typer.Exit(1)
     removed = [leftover for leftover in chosen if remove_leftover(store, leftover)]
-    print(f"removed {len(removed)} attempts, {readable_bytes(sum(leftover.num_bytes for leftover in removed))}")
+    print(f"removed {len(removed)} attempts, {human_bytes(sum(leftover.num_bytes for leftover in removed))}")
     if len(removed) < len(chosen):
         print(f"kept {len(chosen) - len(removed)}: committed in the meantime")
 

@@ -20,6 +20,7 @@ from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.labels import label_sets, read_shard_labels
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.space import human_bytes
 from inpo.inspection.leftovers import find_leftovers
 from inpo.inspection.pair_table import PairTable, read_pair_table
 from inpo.inspection.preview import linear_preview, vae_preview
@@ -27,7 +28,7 @@ from inpo.inspection.reinvert import choose_pairs
 from inpo.inspection.report_plots import curves, histogram
 from inpo.inspection.report_sample import GROUPS, MOST_TIMESTEPS, SampledPair, sample_pairs
 from inpo.inspection.summary import Summary, summary_of, timestep_bins
-from inpo.inspection.summary_view import number, readable_bytes
+from inpo.inspection.summary_view import number
 from inpo.inspection.words import cache_facts
 
 ASSETS = Path(__file__).parent / "assets"
@@ -95,7 +96,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     tiles = [
         ("pairs", f"{summary.num_pairs:,}", f"{summary.num_records:,} records"),
         ("shards", f"{summary.num_shards:,}", f"{summary.num_empty_shards:,} without a pair"),
-        ("bytes", readable_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
+        ("bytes", human_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
         ("prompts", f"{summary.num_prompts:,}", f"captions dropped: {summary.num_captions_dropped:,}"),
         ("skipped pairs", f"{skipped:,}", ", ".join(list(summary.skipped)[:2]) or "none"),
         (
@@ -106,9 +107,9 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("NaN or infinity", f"{sum(summary.num_nan.values()):,}", "in the small arrays"),
     ]
     if summary.num_pending:
-        tiles.append(("being written", f"{summary.num_pending:,}", readable_bytes(summary.pending_bytes)))
+        tiles.append(("being written", f"{summary.num_pending:,}", human_bytes(summary.pending_bytes)))
     if summary.num_orphaned:
-        tiles.append(("orphaned", f"{summary.num_orphaned:,}", readable_bytes(summary.orphaned_bytes)))
+        tiles.append(("orphaned", f"{summary.num_orphaned:,}", human_bytes(summary.orphaned_bytes)))
     return tiles
 
 

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from inpo.common.errors import command
+from inpo.common.space import human_bytes
 from inpo.inspection.summary import Summary
 
 _SETTINGS = (
@@ -64,12 +65,12 @@ def _state(summary: Summary) -> Table:
     empty = f", {summary.num_empty_shards:,} without a surviving pair" if summary.num_empty_shards else ""
     table.add_row("committed", f"{summary.num_shards:,} shards{empty}")
     table.add_row("pairs", f"{summary.num_pairs:,} ({summary.num_records:,} records, {summary.num_prompts:,} prompts)")
-    table.add_row("bytes", readable_bytes(summary.total_bytes))
+    table.add_row("bytes", human_bytes(summary.total_bytes))
     if summary.last_commit:
         table.add_row("written", f"{summary.first_commit} to {summary.last_commit}")
     if summary.num_pending:
-        table.add_row("being written", f"{summary.num_pending:,} attempts, {readable_bytes(summary.pending_bytes)}")
-    table.add_row("orphaned", f"{summary.num_orphaned:,} attempts, {readable_bytes(summary.orphaned_bytes)}")
+        table.add_row("being written", f"{summary.num_pending:,} attempts, {human_bytes(summary.pending_bytes)}")
+    table.add_row("orphaned", f"{summary.num_orphaned:,} attempts, {human_bytes(summary.orphaned_bytes)}")
     if summary.num_quarantined:
         table.add_row("quarantined", f"{summary.num_quarantined:,} commits set aside")
     if summary.label_sets:
@@ -122,10 +123,10 @@ def _bytes(summary: Summary, *, ascii_only: bool) -> Table:
     large = [item for item in summary.array_bytes.items() if item[1] >= 0.001 * summary.total_bytes]
     for name, size in large:
         share = size / summary.total_bytes
-        table.add_row(escape(name), readable_bytes(size), f"{100 * share:.1f}%", bar(share, 24, ascii_only=ascii_only))
+        table.add_row(escape(name), human_bytes(size), f"{100 * share:.1f}%", bar(share, 24, ascii_only=ascii_only))
     rest = summary.total_bytes - sum(size for _, size in large)
     if rest:
-        table.add_row("(the rest)", readable_bytes(rest), f"{100 * rest / summary.total_bytes:.1f}%", "")
+        table.add_row("(the rest)", human_bytes(rest), f"{100 * rest / summary.total_bytes:.1f}%", "")
     return table
 
 
@@ -206,13 +207,3 @@ def bar(share: float, width: int, *, ascii_only: bool) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def readable_bytes(count: int) -> str:
-    """Decimal units, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError

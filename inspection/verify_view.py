@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from inpo.common.space import human_bytes
 from inpo.inspection.checks import CHECKS
-from inpo.inspection.summary_view import readable_bytes
 from inpo.inspection.verify import Verification
 
 
@@ -52,7 +52,7 @@ def show(verification: Verification, console: Console) -> None:
         return
     console.print(
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
-        f"{readable_bytes(verification.bytes_read)} read: "
+        f"{human_bytes(verification.bytes_read)} read: "
         + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
         markup=False,
         highlight=False,

@@ -20,8 +20,8 @@ def prepare_unet(
     """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Training runs in eval mode, as inversion did: no dropout. Returns the trained
-    parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. Returns the
+    trained parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(unet, network_dtype=network_dtype, device=device)
@@ -50,20 +50,9 @@ def prepare_unet(
         unet.enable_gradient_checkpointing()
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    # Never in training mode: the reference errors are of the network without dropout, which makes noise of margins.
+    # Never in training mode: E_ref is the error of the whole network, and dropout would make noise of every margin.
     unet.eval()
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
-
-
-def switch_off_dropout(unet: torch.nn.Module) -> int:
-    """Set every dropout to 0 and return how many there were.
-
-    E_ref is the error of the whole network: with dropout a record's margin would be noise from the first step on.
-    """
-    layers = [each for each in unet.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0]
-    for each in layers:
-        each.p = 0.0
-    return len(layers)
 
 
 def build_optimizer(

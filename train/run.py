@@ -25,7 +25,7 @@ from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective
-from inpo.train.optim import build_optimizer, build_schedule, prepare_unet, switch_off_dropout
+from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
 from inpo.train.requirements import (
@@ -165,8 +165,10 @@ def run_train(
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if dropouts := switch_off_dropout(unet):
-        notes.append(f"{dropouts} dropout layers of the UNet are off: the reference errors were measured without them")
+    if unet.config.dropout:
+        notes.append(
+            f"the UNet's dropout {unet.config.dropout:g} is off: the reference errors were measured without it"
+        )
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         _start(trainer, resolved, index, chosen, say)
