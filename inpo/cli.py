@@ -42,10 +42,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(toyworld_app, name="toyworld")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"inpo {version('inpo-cache')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

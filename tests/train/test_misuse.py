@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_message_wherever_it_is_met(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         patch.setattr(Path, "open", opened)
-        with pytest.raises(StorageError, match="Could not write.*: No space left on device"):
+        with pytest.raises(StorageError, match=r"Could not write.*: No space left on device"):
             run(steps=1, **flags)
     assert not [each for each in (tmp_path / "run").rglob("*") if each.name == name or each.name.startswith(".")]
     run(steps=1, **flags)
