@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.nn.Module]]:
         return prepare(unet, *arguments, **options)
 
     monkeypatch.setattr(inpo.train.run, "prepare_unet", keep)
-    with torch.compiler.set_stance("force_eager"):  # wrapped as it is, and not translated, which takes minutes
+    # The network is wrapped as ever, and neither traced nor translated, which would take minutes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch.compiler.set_stance("force_eager"):
         yield kept
 
 
