@@ -21,12 +21,14 @@ import torch
 
 from benchmarks.measure import machine, synchronise
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import load_components
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -73,7 +75,7 @@ class World:
             self.pair_ids,
             identity=identity,
             seed=0,
-            timesteps_per_pair=identity.steps,
+            timesteps_per_pair=identity.grid_points,
             caption=self.caption,
             measure_inversion=measure,
             pairs_per_batch=16,
@@ -99,22 +101,22 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     x0 = images([torch.stack([levels(pair.win), levels(pair.lose)]) for pair in pairs], ids)
     prompts = text([pair.prompt for pair in pairs])
     rows = torch.tensor([prompts.row(pair.prompt) for pair in pairs]).repeat_interleave(2)
-    caption = Condition(embedding=prompts.embedding[rows].float())
+    caption = Condition.build(prompts.conditions, rows, {})
     return World(denoiser=components.denoiser, x0=x0, pair_ids=ids, caption=caption.to(device))
 
 
 @torch.inference_mode()
 def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300) -> list[dict[int, torch.Tensor]]:
     """Per pair {label: tau [side, c, h, w]} of the exact ODE dz/dsigma = eps(a z, t), z = x / a, by Heun's method."""
-    schedule, device = world.denoiser.schedule, world.denoiser.device
-    fine = np.linspace(0, schedule.num_train_timesteps - 1, points).round().astype(int).tolist()
+    total, device = world.denoiser.levels.num_train_timesteps, world.denoiser.device
+    fine = np.linspace(0, total - 1, points).round().astype(int).tolist()
     grids = [sorted({*fine, 0, 1, 2, 3, 5, 7, *mine}) for mine in timesteps]
     longest = max(map(len, grids))
     labels = torch.tensor([grid + [grid[-1]] * (longest - len(grid)) for grid in grids], device=device)
     clean = world.x0.to(device).float().flatten(0, 1)
 
     def slope(z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        a = schedule.at(label, trailing=3, dtype=torch.float32)[0]
+        a = world.denoiser.at(label)[0]
         return world.denoiser(a * z, label, world.caption)
 
     first = labels[:, 0].repeat_interleave(2)
@@ -123,7 +125,7 @@ def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300
     found: list[dict[int, torch.Tensor]] = [{} for _ in grids]
     for column in range(longest):
         label = labels[:, column].repeat_interleave(2)
-        a, s = schedule.at(label, trailing=3, dtype=torch.float32)
+        a, s, *_ = world.denoiser.at(label)
         step = s / a - sigma
         predicted = z + step * eps
         z = z + step * 0.5 * (eps + slope(predicted, label))
@@ -140,8 +142,8 @@ def clock(device: torch.device) -> float:
 
 
 def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Tensor]]) -> Row:
-    total = world.denoiser.schedule.num_train_timesteps
-    settings = PrecomputeSettings(steps=steps, timesteps_per_pair=steps, **CHOICES[name])
+    total = world.denoiser.levels.num_train_timesteps
+    settings = PrecomputeSettings(grid_points=steps, timesteps_per_pair=steps, **CHOICES[name])
     identity = settings.inverter_identity(total)
     device = world.denoiser.device
     calls, start = world.denoiser.num_calls, clock(device)
@@ -243,10 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = load(chosen, device)
-    total = world.denoiser.schedule.num_train_timesteps
+    total = world.denoiser.levels.num_train_timesteps
     grids: list[list[int]] = [[] for _ in world.pair_ids]
     for steps in chosen.steps:
-        made = world.run(PrecomputeSettings(steps=steps, inverter="noise").inverter_identity(total), measure=0.0)
+        made = world.run(PrecomputeSettings(grid_points=steps, inverter="noise").inverter_identity(total), measure=0.0)
         for pair, row in enumerate(made.timestep.tolist()):
             grids[pair].extend(row)
     exact = exact_targets(world, grids)

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import ReleasedLoop
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.train.objectives import inpo
@@ -38,22 +39,17 @@ class OnlineLoop:
         x0 = self.images(list(pixels), [str(number) for number in range(len(prompts))]).flatten(0, 1)
         table = self.text(prompts)
         rows = torch.tensor([table.row(prompt) for prompt in prompts]).repeat_interleave(2)
-        side = float(pixels.shape[-1])
-        time_ids = None
-        if table.pooled is not None:
-            time_ids = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(rows), 6)
-        condition = Condition(
-            embedding=table.embedding[rows].float(),
-            pooled=None if table.pooled is None else table.pooled[rows].float(),
-            time_ids=time_ids,
-        )
+        side = pixels.shape[-1]
+        own = self.text.family.of_image((side, side), (0, 0), (side, side))
+        images = {name: torch.tensor([values]).expand(len(rows), -1) for name, values in own.items()}
+        condition = Condition.build(table.conditions, rows, images)
         return x0.to(self.trained.device), condition.to(self.trained.device)
 
     def inpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of the released method, and the optimiser's step."""
         x0, condition = self.encode(pixels, prompts)
-        schedule = self.trained.schedule
-        timestep = torch.randint(0, schedule.num_train_timesteps, (len(prompts),)).repeat_interleave(2)
+        total = self.trained.levels.num_train_timesteps
+        timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2)
         with torch.no_grad():
             x_t, target = self.invert(x0, timestep, condition)
         self._update(x_t, target, timestep.to(x0.device), condition)
@@ -62,17 +58,17 @@ class OnlineLoop:
         """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike."""
         x0, condition = self.encode(pixels, prompts)
         x0 = x0.float()
-        schedule = self.trained.schedule
-        timestep = torch.randint(0, schedule.num_train_timesteps, (len(prompts),)).repeat_interleave(2).to(x0.device)
+        total = self.trained.levels.num_train_timesteps
+        timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2).to(x0.device)
         noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0)
-        a, s = schedule.at(timestep, trailing=3, dtype=torch.float32)
+        a, s, *_ = self.trained.at(timestep)
         self._update(a * x0 + s * noise, noise, timestep, condition)
 
     def invert(
         self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, "image"], condition: Condition
     ) -> tuple[Float[Tensor, "image c h w"], Float[Tensor, "image c h w"]]:
         """(what the network is trained on, what it aims at), float32; `timestep` is on the CPU."""
-        loop = ReleasedLoop(self.trained.schedule, self.steps)
+        loop = ReleasedLoop(self.trained.levels, self.steps)
         stop = torch.tensor([loop.level_of(int(t)) for t in timestep])
         x = x0.float()
         for level in loop.levels:
@@ -80,7 +76,7 @@ class OnlineLoop:
             if not len(active):
                 break
             label = torch.full((len(active),), loop.label(level), device=x0.device)
-            eps = self.trained(x[active], label, _rows(condition, active))
+            eps = self.trained(x[active], label, condition.rows(active))
             moved = loop.step(x[active], eps, level)
             x[active] = moved + loop.noise(torch.randn_like(moved), level)
         return x.half().float(), loop.target(x, x0, timestep)
@@ -103,14 +99,6 @@ class OnlineLoop:
             self.beta,
         )
         result.loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _rows(condition: Condition, rows: Int[Tensor, "row"]) -> Condition:
-    return Condition(
-        embedding=condition.embedding[rows],
-        pooled=None if condition.pooled is None else condition.pooled[rows],
-        time_ids=None if condition.time_ids is None else condition.time_ids[rows],
-    )

@@ -15,9 +15,10 @@ from inpo.common.cache import Cache, CacheWriter, open_cache
 from inpo.common.denoiser import Denoiser
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
-from inpo.precompute.decode import DecodePool
+from inpo.common.pairs.decode import DecodePool
+from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import ShardWorker, load_components
 from inpo.train.index import Index, build_index
@@ -64,7 +65,7 @@ class Setting:
 
     def settings(self, *, steps: int, kept: int, batch_size: int) -> PrecomputeSettings:
         return PrecomputeSettings(
-            steps=steps,
+            grid_points=steps,
             timesteps_per_pair=kept,
             resolution=self.resolution,
             batch_size=batch_size,
@@ -99,11 +100,11 @@ class Setting:
 
     def trained(self) -> tuple[Denoiser, torch.optim.Optimizer]:
         """A trainable network and its optimiser."""
-        unet = self.model.load_unet().to(self.device).train()
+        unet = self.model.load_network().to(self.device).train()
         if self.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=True)
-        return Denoiser(unet, self.model.schedule, network_dtype=self.dtype), optimizer
+        return self.model.denoiser(unet, network_dtype=self.dtype), optimizer
 
     def cached(self, cache: Cache, *, batch_size: int) -> "CachedLoop":
         """Ours: the real record stream of a cache, and one network."""
@@ -116,13 +117,13 @@ class Setting:
     def online(self) -> OnlineLoop:
         """The alternative, complete."""
         trained, optimizer = self.trained()
-        frozen = self.model.load_unet().requires_grad_(False).eval().to(self.device)
+        frozen = self.model.load_network().requires_grad_(False).eval().to(self.device)
         return OnlineLoop(
             trained=trained,
             optimizer=optimizer,
-            reference=Denoiser(frozen, self.model.schedule, network_dtype=self.dtype),
+            reference=self.model.denoiser(frozen, network_dtype=self.dtype),
             images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
-            text=TextEncoder(self.model.load_text_pipeline(), device=self.device),
+            text=TextEncoder(self.model.load_text_pipeline(), self.model.family, device=self.device),
         )
 
     def pixels(self, num_pairs: int) -> torch.Tensor:
@@ -143,7 +144,7 @@ class CachedLoop:
         batch = next(iter(self.stream)).to(self.device)
         error = record_errors(self.denoiser, batch)
         inpo(error, batch.reference_error, batch.label, 2000.0).loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.denoiser.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

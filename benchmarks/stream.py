@@ -23,8 +23,10 @@ import torch
 from benchmarks.measure import interleaved, machine, ratio_table, record
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
 from inpo.common.cache.derive import point_from_target
+from inpo.common.cache.schema import LevelTables
 from inpo.common.cache.store import CacheStore
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels
 from inpo.train.index import build_index
 from inpo.train.records import Needs
 from inpo.train.stream import RecordStream
@@ -148,12 +150,12 @@ def _on_s3() -> Iterator[str]:
 def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
     shape = (4, 64, 64)
     abar = torch.linspace(0.9991**0.5, 0.0047**0.5, 1000, dtype=torch.float64) ** 2
-    schedule = NoiseSchedule.from_alphas_cumprod(abar)
+    levels = Levels.from_alphas_cumprod(abar)
     manifest = Manifest(
         latent_shape=shape,
-        num_train_timesteps=1000,
-        alphas_cumprod=tuple(abar.tolist()),
-        prediction_type="epsilon",
+        family="sd",
+        levels=LevelTables.of(levels),
+        conditions=dict(FAMILIES["sd"].conditions),
         profile="full",
         seed=0,
         timesteps_per_pair=kept,
@@ -163,15 +165,15 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
         vae_latent="mean",
         vae_dtype="float32",
         network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
-        fingerprints={"unet": "0" * 32},
+        inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
+        fingerprints={"network": "0" * 32},
     )
     writer = CacheWriter.open(str(folder), manifest)
     rng = np.random.default_rng(0)
     timestep = np.sort(rng.integers(0, 1000, (pairs, kept)), axis=1)
     x0 = torch.from_numpy(rng.standard_normal((pairs, 2, *shape), dtype=np.float32)).half()
     target = torch.from_numpy(rng.standard_normal((pairs, kept, 2, *shape), dtype=np.float32)).half()
-    a, s = schedule.at(torch.from_numpy(timestep), trailing=4)
+    a, s = (torch.from_numpy(value)[..., None, None, None, None] for value in levels.at(timestep))
     x_t = point_from_target(x0[:, None], target, a, s)
     for shard in range(shards):
         arrays = {

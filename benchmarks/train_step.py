@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     images = 2 * options.batch_size * (options.rounds + 1)
     calls = {name: sum(network.num_calls for network in used) / images for name, used in networks.items()}
     held = {
-        "cached": [ours.denoiser.unet, ours.optimizer],
+        "cached": [ours.denoiser.network, ours.optimizer],
         **{
             name: [
-                loop.trained.unet,
+                loop.trained.network,
                 loop.optimizer,
-                loop.reference.unet,
+                loop.reference.network,
                 loop.images.vae,
                 loop.text.pipeline.text_encoder,
             ]

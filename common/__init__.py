@@ -1,1 +1,1 @@
-"""What the stages share and nothing else: noise schedule, cache, model loading, configuration, errors."""
+"""What the stages share and nothing else: noise levels, cache, model loading, configuration, errors."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import safe_open
 
 from inpo.common.models import Model
-from inpo.common.original_layout import component_keys
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,7 +41,7 @@ def _asked_for(model: Model, component: str, *, original: bool) -> Shapes:
     network = model.empty_component(component)
     state = network.state_dict()
     if original:
-        state = component_keys(component, state, network.config, sdxl=model.family == "sdxl")
+        state = model.family.layout(component, state, network.config)
     return {name: tuple(value.shape) for name, value in state.items()}
 
 

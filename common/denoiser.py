@@ -1,16 +1,16 @@
 """One network behind one signature: whatever it predicts, noise comes out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from inpo.common.conditions import Condition
 from inpo.common.errors import UsageError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
+from inpo.common.predictions import PREDICTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,61 +31,53 @@ def default_dtype(device_type: str) -> str:
     return "float32" if device_type == "cpu" else "bfloat16"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Condition:
-    """What the network is told beside the latent, one row per latent of the batch.
-
-    `pooled` and `time_ids` (original height, width, crop top, left, target height, width) are SDXL's.
-    """
-
-    embedding: Float[Tensor, "batch token width"]
-    pooled: Float[Tensor, "batch pooled"] | None = None
-    time_ids: Float[Tensor, "batch 6"] | None = None
-
-    def to(self, device: torch.device) -> "Condition":
-        return Condition(
-            embedding=self.embedding.to(device),
-            pooled=None if self.pooled is None else self.pooled.to(device),
-            time_ids=None if self.time_ids is None else self.time_ids.to(device),
-        )
+Call = Callable[
+    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
+]
+"""(network, x, label, condition) -> its output: a family's `call`."""
 
 
 class Denoiser:
-    """eps(x, t, c): the noise prediction of a UNet, in float32, whatever it was trained to predict.
+    """eps(x, t, c): the noise prediction of a network, in float32, whatever it was trained to predict.
 
-    The network runs under autocast in `network_dtype`; inputs and outputs are float32. The table stays with the
-    labels: noise comes from v by eps = s_t x + a_t v and from the sample by eps = (x - a_t x0) / s_t, at the label
-    the network was given.
+    The network runs under autocast in `network_dtype`; inputs and outputs are float32. What its output means at a
+    timestep follows from `levels` and `prediction` (common/predictions.py).
     """
 
-    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, *, network_dtype: str = "float32") -> None:
-        self.unet = unet
-        self.schedule = schedule
+    def __init__(
+        self,
+        network: nn.Module,
+        levels: Levels,
+        call: Call,
+        prediction: str = "epsilon",
+        *,
+        network_dtype: str = "float32",
+    ) -> None:
+        self.network = network
+        self.levels = levels
+        self.call = call
+        self.prediction = prediction
         self.network_dtype = dtype_name(network_dtype)
         self.num_calls = 0
         """Latents evaluated so far: one call is one latent through the network."""
-        self._table: Tensor | None = None
+        p, q = PREDICTIONS[prediction](levels.signal, levels.noise)
+        # In float64: for v the determinant is a^2 + s^2, which must come out as 1.
+        det = levels.signal * q - levels.noise * p
+        self._tables = torch.stack([levels.signal, levels.noise, p, q, det, levels.label]).float()
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     def predict(
         self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
-        added = None
-        if condition.pooled is not None:
-            added = {"text_embeds": condition.pooled.float(), "time_ids": condition.time_ids}
+        # Before the table, where the released code asks, the label goes on as the index does.
+        label = self._beside(timestep)[-1, timestep.long().clamp(min=0)] + timestep.clamp(max=0)
         with self.autocast():
-            output = self.unet(
-                x,
-                timestep,
-                encoder_hidden_states=condition.embedding.float(),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
+            output = self.call(self.network, x, label, condition)
         return output.float()
 
     def __call__(
@@ -97,34 +89,31 @@ class Denoiser:
     def to_noise(
         self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch c h w"]:
-        """Noise from the network's own output at (x, t)."""
-        if self.schedule.prediction_type == "epsilon":
+        """Noise from the network's own output at (x, t); the output itself where that is noise."""
+        if self.prediction == "epsilon":
             return output
-        a, s = self._levels(timestep)
-        if self.schedule.prediction_type == "v_prediction":
-            return s * x + a * output
-        return (x - a * output) / s
+        a, _, p, _, det = self.at(timestep)
+        return (a * output - p * x) / det
 
     def to_clean(
         self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch c h w"]:
-        """x0(t) from the network's own output at (x, t): Eq. 8 for noise; a x - s v directly for v."""
-        a, s = self._levels(timestep)
-        if self.schedule.prediction_type == "epsilon":
-            return (x - s * output) / a
-        if self.schedule.prediction_type == "v_prediction":
-            return a * x - s * output
-        return output
+        """x0(t) from the network's own output at (x, t), Eq. 8; the output itself where that is x0."""
+        if self.prediction == "sample":
+            return output
+        _, s, _, q, det = self.at(timestep)
+        return (q * x - s * output) / det
 
-    def _levels(
-        self, timestep: Int[Tensor, "batch"]
-    ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
-        """(a_t, s_t) in float32, from a copy of the table beside the labels: looking up must not wait for a GPU."""
-        if self._table is None or self._table.device != timestep.device:
+    def at(self, timestep: Int[Tensor, "batch"]) -> tuple[Float[Tensor, "batch 1 1 1"], ...]:
+        """(a, s, p, q, a q - s p) in float32 where the timesteps are."""
+        return self._beside(timestep)[:-1, timestep.long(), None, None, None].unbind()
+
+    def _beside(self, timestep: Tensor) -> Float[Tensor, "6 timestep"]:
+        """The tables on the timesteps' device, copied there once: looking up must not wait for a GPU."""
+        if self._tables.device != timestep.device:
             with torch.inference_mode(False):  # the copy outlives the call, and a trainer may differentiate past it
-                self._table = torch.stack([self.schedule.a, self.schedule.s]).float().to(timestep.device)
-        a, s = self._table[:, timestep.long(), None, None, None].unbind()
-        return a, s
+                self._tables = self._tables.to(timestep.device)
+        return self._tables
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -134,16 +123,16 @@ class Denoiser:
             yield
 
 
-def prepare_for_inference(unet: UNet2DConditionModel, *, network_dtype: str, device: torch.device) -> None:
-    """Freeze `unet`, move it, and store convolution and linear weights in `network_dtype`.
+def prepare_for_inference(network: nn.Module, *, network_dtype: str, device: torch.device) -> None:
+    """Freeze `network`, move it, and store convolution and linear weights in `network_dtype`.
 
     autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do.
     """
-    unet.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval().to(device)
     dtype = DTYPES[dtype_name(network_dtype)]
     if dtype != torch.float32:
-        for module in unet.modules():
+        for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
     if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

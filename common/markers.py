@@ -11,10 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inpo.common.errors import ModelError
-from inpo.common.schedule import PredictionType
-from inpo.common.supported import Family
 
-_WORDS: dict[str, PredictionType] = {
+_WORDS: dict[str, str] = {
     "epsilon": "epsilon",
     "eps": "epsilon",
     "noise": "epsilon",
@@ -26,15 +24,9 @@ _WORDS: dict[str, PredictionType] = {
     "x0": "sample",
 }
 _MODELSPEC = "modelspec.prediction_type"
-_ARCHITECTURES = {
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sd2-v": "stable-diffusion-v2-768-v",
-}
 
 
-def check_markers(file: Path, configured: PredictionType, *, scheduler_file: str) -> None:
+def check_markers(file: Path, configured: str, *, scheduler_file: str) -> None:
     """Raise ModelError, naming both, if the file says of itself another prediction type than is configured, or a
     schedule that is not supported. A file that says nothing is no contradiction.
     """
@@ -73,18 +65,17 @@ def check_markers(file: Path, configured: PredictionType, *, scheduler_file: str
 
 
 def markers_for(
-    prediction_type: PredictionType, family: Family, *, open_clip: bool, title: str, resolution: int
+    prediction: str, *, architecture: str, title: str, resolution: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header fields) that say of a single file what its weights are."""
-    is_v = prediction_type == "v_prediction"
-    kind = "sdxl" if family == "sdxl" else "sd1" if not open_clip else "sd2-v" if is_v else "sd2"
+    is_v = prediction == "v_prediction"
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES[kind],
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        _MODELSPEC: "v" if is_v else prediction_type,
+        _MODELSPEC: "v" if is_v else prediction,
     }
     return ({"v_pred": torch.zeros(0)} if is_v else {}), header
 

@@ -1,7 +1,7 @@
 """Finding a model and loading just the components a stage needs.
 
 A model is a pipeline folder, a hub id, or one .safetensors file (common/single_file.py). What is not supported
-(common/supported.py) is refused by name.
+(common/families/) is refused by name.
 """
 
 import logging
@@ -11,27 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from inpo.common import fingerprint, single_file
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
+from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
+from inpo.common.families.base import read_json
+from inpo.common.levels import Levels
 from inpo.common.markers import check_markers
-from inpo.common.prediction import check_prediction
+from inpo.common.prediction import check_prediction, noise_likeness
 from inpo.common.processes import settle_numbers
-from inpo.common.schedule import NoiseSchedule
-from inpo.common.supported import SUPPORTED, Family, check_configuration, family_of, read_json
 
 BUILT_IN = "toyworld/base"
 """The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
@@ -44,8 +41,10 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
 )
-"""What any version of transformers reads for a CLIP tokenizer."""
+"""What any version of transformers reads for a tokenizer of the families."""
+_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
 _CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
 """Entries of model_index.json that change what the text encoders give."""
 
@@ -107,17 +106,21 @@ class Model:
         return str(self.folder / "scheduler" / "scheduler_config.json")
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_scheduler(self.scheduler)
+    def levels(self) -> Levels:
+        return self.family.levels(self.scheduler)
+
+    @cached_property
+    def prediction(self) -> str:
+        """What the network predicts (common/predictions.py)."""
+        return self.family.prediction(self.scheduler)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """{component: digest of its weights and configuration}, for the cache's identity."""
         prints = {"scheduler": fingerprint.of_config(self.config("scheduler"))}
-        for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            if component in self.index and self.index[component][0] is not None:
-                prints[component] = self._fingerprint(component)
-        for component in ("tokenizer", "tokenizer_2"):
+        for component in self.networks:
+            prints["network" if component == self.family.network else component] = self._fingerprint(component)
+        for component in self.family.tokenizers:
             files = [file for file in (self.folder / component).glob("*") if file.name in _TOKENIZER_FILES]
             if files:
                 prints[component] = fingerprint.of_texts(files)
@@ -125,11 +128,11 @@ class Model:
 
     def _fingerprint(self, component: str) -> str:
         config = self.config(component)
-        if component.startswith("text_encoder"):
+        if component in self.family.text_encoders:
             config |= {"class": self.index[component][1]}
             config |= {name: self.index[name] for name in _CHANGES_NUMBERS if name in self.index}
         if self.file is not None and self.in_file(component):
-            return fingerprint.of_weights([self.file], config=config, prefix=single_file.PREFIXES[component])
+            return fingerprint.of_weights([self.file], config=config, prefix=self.family.prefixes[component])
         return fingerprint.of_weights(self.weight_files(component), config=config)
 
     def weight_files(self, component: str) -> list[Path]:
@@ -155,48 +158,57 @@ class Model:
         folder, library = self._component_folder(component), self._library(component)
         return self.variant if self.variant and _loaded_files(folder, library, self.variant) else None
 
-    def load_unet(self) -> UNet2DConditionModel:
-        """The UNet in float32 on the CPU. Raises ModelError if it does not predict what the scheduler says
-        (common/prediction.py).
+    def load_network(self) -> nn.Module:
+        """The trained component in float32 on the CPU. Raises ModelError if it does not predict what the scheduler
+        says (common/prediction.py).
         """
-        unet = self.load_component("unet")
+        family, network = self.family, self.load_component(self.family.network)
+        side, factor = family.probe_side(self.config(family.network)), family.vae_factor(self.config)
+        shape = (int(self.config("vae")["latent_channels"]), side, side)
         check_prediction(
-            unet, self.schedule, where=self.name, scheduler_file=self.scheduler_file, guessed_from=self.guessed_from
+            noise_likeness(self.denoiser(network), family.blank(self.config, 2, side * factor), shape),
+            self.levels,
+            self.prediction,
+            where=self.name,
+            scheduler_file=self.scheduler_file,
+            guessed_from=self.guessed_from,
         )
-        return unet
+        return cast(nn.Module, network)
 
-    def load_vae(self) -> AutoencoderKL:
+    def denoiser(self, network: nn.Module, levels: Levels | None = None, *, network_dtype: str = "float32") -> Denoiser:
+        """A network of this model's kind, on the model's own levels or on a cache's."""
+        return Denoiser(network, levels or self.levels, self.family.call, self.prediction, network_dtype=network_dtype)
+
+    def load_vae(self) -> Any:
         """The VAE in float32 on the CPU."""
         return self.load_component("vae")
 
     def load_text_pipeline(self) -> DiffusionPipeline:
-        """A pipeline that holds only tokenizers and text encoders, in float32: for `encode_prompt`."""
-        return self.load_pipeline(unet=None, vae=None)
+        """A pipeline that holds only tokenizers and text encoders, in float32: for its own encoding of prompts."""
+        return self.load_pipeline(**{self.family.network: None, "vae": None})
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
-        """The whole pipeline in float32, with any component replaced (for instance unet=the trained one).
+        """The whole pipeline in float32, with any component replaced (for instance the network by the trained one).
 
         What images of a text do not need (safety checker, feature extractor, image encoder) is left out.
         """
-        if "unet" not in components:
-            components["unet"] = self.load_unet()
+        if self.family.network not in components:
+            components[self.family.network] = self.load_network()
         if "vae" not in components:
             components["vae"] = self.load_vae()
         for part in self.networks:
             if part not in components:
                 components[part] = self.load_component(part)
-        unneeded: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
-        if self.family == "sd":
-            unneeded |= {"safety_checker": None, "requires_safety_checker": False}
-        cls = StableDiffusionPipeline if self.family == "sd" else StableDiffusionXLPipeline
         with _loading("pipeline", self.folder):  # of which tokenizers and scheduler are left
-            return cls.from_pretrained(self.folder, use_safetensors=True, **unneeded, **components)
+            return self.family.pipeline.from_pretrained(
+                self.folder, use_safetensors=True, **self.family.unneeded, **components
+            )
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The components that have weights and are needed: UNet, VAE and text encoders."""
-        texts = (name for name in ("text_encoder", "text_encoder_2") if self.index.get(name, [None])[0] is not None)
-        return ("unet", "vae", *texts)
+        """The components that have weights and are needed: the network, the VAE and the text encoders."""
+        texts = (name for name in self.family.text_encoders if self.index.get(name, [None])[0] is not None)
+        return (self.family.network, "vae", *texts)
 
     def in_file(self, component: str) -> bool:
         """Whether a component's weights are in the single file."""
@@ -227,7 +239,7 @@ class Model:
         return single_file.empty_network(self._class_of(component), self._component_folder(component))
 
     def _class_of(self, component: str) -> Any:
-        known = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        known = {self.family.network: self.family.network_class, "vae": self.family.vae_class}
         return known.get(component) or getattr(transformers, self.index[component][1])
 
     def _component_folder(self, component: str) -> Path:
@@ -329,17 +341,46 @@ def open_model(
             folder = _folder_of(model_config, variant=None)
         else:
             folder, guessed_from = single_file.fetch_configuration(path)
-        model = _checked(
-            Model(location, folder, family_of(folder), file=path, vae_folder=vae_folder, guessed_from=guessed_from)
-        )
-        check_markers(path, model.schedule.prediction_type, scheduler_file=model.scheduler_file)
+        family = _family_of(folder)
+        if not family.prefixes:
+            raise ModelError(
+                f"A model of this family is not read from a single file: {family.title}.",
+                where=path,
+                expected="a pipeline folder",
+                fix="pass the pipeline's folder or hub id",
+            )
+        model = _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
+        check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
         return model
     folder = _folder_of(location, variant=variant)
-    model = _checked(Model(location, folder, family_of(folder), variant=variant, vae_folder=vae_folder))
+    model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
         print(f"note: {location} has no {variant} weights; its plain ones are used", file=sys.stderr)
     return model
+
+
+def _family_of(folder: Path) -> Family:
+    """By the pipeline's class in model_index.json. Raises ModelError if there is none, or another one."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(
+            "This folder is no diffusers pipeline.",
+            where=folder,
+            expected="model_index.json",
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
+            fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
+        )
+    name = read_json(index_file).get("_class_name", "?")
+    if name not in BY_PIPELINE:
+        raise ModelError(
+            f"A model of class {name} is not supported.",
+            where=folder,
+            expected=SUPPORTED,
+            got=name,
+            fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
+        )
+    return BY_PIPELINE[name]
 
 
 def _quieten() -> None:
@@ -347,8 +388,8 @@ def _quieten() -> None:
     whole; a run's own progress would drown in them, and it counts such prompts itself."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    for name in (StableDiffusionPipeline.__module__, StableDiffusionXLPipeline.__module__):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for family in FAMILIES.values():
+        logging.getLogger(family.pipeline.__module__).setLevel(logging.ERROR)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
@@ -372,9 +413,7 @@ def _folder_of(location: str, *, variant: str | None) -> Path:
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
-            snapshot_download(
-                location, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights], ignore_patterns="safety_checker/*"
-            )
+            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(
@@ -401,16 +440,16 @@ def _vae_folder(location: str) -> Path:
 
 def _checked(model: Model) -> Model:
     """Refuse early, from the configuration files alone, what later equations would not hold for."""
-    check_configuration(
+    family = model.family
+    family.check(
         name=model.name,
         folder=model.folder,
-        family=model.family,
         index=model.index,
-        unet=model.config("unet"),
+        network=model.config(family.network),
         vae=model.config("vae"),
     )
     try:
-        _ = model.schedule
+        _ = model.levels, model.prediction
     except ModelError as error:
         error.where = f"{model.name}: {error.where}"
         raise

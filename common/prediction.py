@@ -9,19 +9,14 @@ import math
 import os
 import sys
 from functools import cache
-from typing import cast
 
 import torch
-from diffusers import UNet2DConditionModel
-from jaxtyping import Float
-from torch import Tensor, nn
 
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
-_LATENTS = 2
-_TOKENS = 77
 _ALIKE = 0.9
 """With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a
 cosine of 0.99.
@@ -31,27 +26,25 @@ _LARGEST_A = 0.1
 
 
 def check_prediction(
-    unet: UNet2DConditionModel, schedule: NoiseSchedule, *, where: str, scheduler_file: str, guessed_from: str | None
+    likeness: float, levels: Levels, configured: str, *, where: str, scheduler_file: str, guessed_from: str | None
 ) -> None:
-    """Compare one network call with the configured prediction type; says nothing of schedules that keep more than a
+    """Compare `noise_likeness` with the configured prediction type; says nothing of schedules that keep more than a
     tenth of the image at the last label.
 
     Raises ModelError if the output is not finite, if it is the noise that went in although v or the sample is
     configured, or if it is not although noise is configured by `guessed_from`, a hub model that the file merely looks
     like. Where the user has named the configuration, the latter is a note: weights that are not trained look the same.
     """
-    likeness = noise_likeness(unet, schedule)
     if math.isnan(likeness):
         raise ModelError(
-            "The UNet gives numbers that are not finite.",
+            "The network gives numbers that are not finite.",
             where=where,
             expected="finite weights",
             got="NaN or infinity from standard normal latents, in float32",
             fix="download or convert the model again",
         )
-    if schedule.a[-1] > _LARGEST_A:
+    if levels.signal[-1] > _LARGEST_A:
         return
-    configured = schedule.prediction_type
     got = f"a cosine of {likeness:.2f} between the two"
     if configured != "epsilon" and likeness > _ALIKE:
         if guessed_from is None:
@@ -94,23 +87,11 @@ def _note(text: str) -> None:
 
 
 @torch.no_grad()
-def noise_likeness(unet: UNet2DConditionModel, schedule: NoiseSchedule) -> float:
-    """The cosine between standard normal latents and the network's own output for them at the last label, no text.
-
-    The latents are as small as the network takes them twice over: 16 x 16 for Stable Diffusion.
+def noise_likeness(denoiser: Denoiser, blank: Condition, shape: tuple[int, int, int]) -> float:
+    """The cosine between standard normal latents of this shape and the network's own output for them at the last label,
+    under a `blank` condition of one row per latent.
     """
-    config = unet.config
-    size = 2 ** len(config.block_out_channels)
-    generator = torch.Generator().manual_seed(0)
-    x: Float[Tensor, "batch c h w"] = torch.randn(_LATENTS, config.in_channels, size, size, generator=generator)
-    pooled = time_ids = None
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        pooled = torch.zeros(_LATENTS, width)
-        time_ids = torch.tensor([[8.0 * size, 8.0 * size, 0.0, 0.0, 8.0 * size, 8.0 * size]]).repeat(_LATENTS, 1)
-    condition = Condition(
-        embedding=torch.zeros(_LATENTS, _TOKENS, config.cross_attention_dim), pooled=pooled, time_ids=time_ids
-    )
-    last = torch.full((_LATENTS,), schedule.num_train_timesteps - 1)
-    output = Denoiser(cast(nn.Module, unet), schedule).predict(x, last, condition)
+    x = torch.randn(len(next(iter(blank.values()))), *shape, generator=torch.Generator().manual_seed(0))
+    last = torch.full((len(x),), denoiser.levels.num_train_timesteps - 1)
+    output = denoiser.predict(x, last, blank)
     return float(torch.nn.functional.cosine_similarity(output.flatten(), x.flatten(), dim=0))

@@ -26,7 +26,7 @@ _CHANGE_NUMBERS = {
     "ONEDNN_DEFAULT_FPMATH_MODE": "would round float32 on the CPU",
     "DNNL_DEFAULT_FPMATH_MODE": "would round float32 on the CPU",
     # transformers then reads no weights but in the first process; accelerate is to fill the others, which only a
-    # sharded UNet meets.
+    # sharded network meets.
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "would leave the text encoders of all processes but the first without weights",
 }
 

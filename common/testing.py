@@ -12,13 +12,25 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
-TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl"]
+TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma"]
 _WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "the", "sky", "photo", "of")
 
 
@@ -26,11 +38,11 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
     """Write a tiny random-weight pipeline folder and return it.
 
     Images of 32 px give latents of [4, 8, 8]. Kinds: noise prediction (sd15), v-prediction (sd2-v), sample
-    prediction, and SDXL with two text encoders. Equal seeds give equal weights.
+    prediction, SDXL with two text encoders, and PixArt-Sigma with a T5 encoder. Equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline: Any = _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
+        pipeline: Any = _pixart() if kind == "pixart-sigma" else _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -150,3 +162,44 @@ def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
         scheduler=_ddim(),
         force_zeros_for_empty_prompt=True,
     )
+
+
+def _pixart() -> PixArtSigmaPipeline:
+    tokenizer = _t5_tokenizer()
+    text_config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(text_config).eval(),
+        vae=_vae(0.13025),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            cross_attention_dim=16,
+            sample_size=8,
+            caption_channels=text_config.d_model,
+            use_additional_conditions=False,
+        ).eval(),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    )
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """A real unigram tokenizer over letters and a few words, with T5's special tokens."""
+    words = [f"\u2581{word}" for word in _WORDS]
+    letters = ["\u2581", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -1.0) for word in words)]
+    core = Tokenizer(models.Unigram([*pieces, *((letter, -5.0) for letter in letters)], unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=core, extra_ids=0, model_max_length=512)

@@ -15,13 +15,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
 from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
+from inpo.common.families import Family
 from inpo.common.models import Model
 from inpo.common.printable import shown
 from inpo.common.processes import processes
@@ -87,14 +88,14 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     if pipeline is not None:
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
-        num_cut = len({entry.prompt for entry in entries if _is_cut(pipeline.tokenizer, entry.prompt)})
-        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})
+        size = model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process
         with ProgressReport("generate", total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar:
             for start in range(0, len(left), per_batch):
                 batch = left[start : start + per_batch]
-                for entry, image in zip(batch, _draw(pipeline, batch, settings), strict=True):
+                for entry, image in zip(batch, _draw(pipeline, batch, settings, model.family), strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
                     write_file(out / entry.file, buffer.getvalue())
@@ -114,7 +115,7 @@ def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline
     """
     pipeline = model.load_pipeline()
     if settings.scheduler == "ddim":
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = model.family.sampler(pipeline.scheduler)
     try:
         pipeline.scheduler.set_timesteps(settings.inference_steps)
     except ValueError as error:
@@ -126,12 +127,14 @@ def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline
             fix="pass fewer steps, 50 for instance",
         ) from error
     if settings.lora is not None:
-        load_lora(pipeline, lora_file(settings.lora), model.name)
+        load_lora(pipeline, lora_file(settings.lora), model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: EvaluateSettings) -> list[Image.Image]:
+def _draw(
+    pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: EvaluateSettings, family: Family
+) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
     try:
         with torch.inference_mode():
@@ -141,6 +144,7 @@ def _draw(pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: Ev
                 guidance_scale=settings.guidance,
                 generator=generators,
                 output_type="np",
+                **family.draw_arguments,
             ).images
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -219,10 +223,6 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
             got="; ".join(f"{name} = {identity[name]}" for name in names) + " (this run)",
             fix="give this run its own --out, or repeat the folder's settings",
         )
-
-
-def _is_cut(tokenizer: Any, prompt: str) -> bool:
-    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
 
 
 def _is_done(file: Path) -> bool:

@@ -11,8 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from inpo.common.errors import ModelError
-
-_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+from inpo.common.models import Model
 
 
 def lora_file(location: str) -> Path:
@@ -41,7 +40,7 @@ def lora_file(location: str) -> Path:
     return found[0]
 
 
-def load_lora(pipeline: DiffusionPipeline, file: Path, model_name: str) -> None:
+def load_lora(pipeline: DiffusionPipeline, file: Path, model: Model) -> None:
     """Lay the file's weights over the pipeline.
 
     Raises ModelError if they do not fit it, or if a tensor of the file or of the adapters made for it is left over.
@@ -50,40 +49,23 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, model_name: str) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below
     try:
-        given = _tensors_of(pipeline, file)
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        given = model.family.lora_names(pipeline, file)
+        model.family.load_lora(pipeline, file)
     except Exception as error:  # diffusers and peft raise many kinds; each means the weights do not fit
         # torch's first line only announces the mismatches that it lists.
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-        raise _misfit(file, model_name, " ".join(lines[:2])[:300]) from error
+        raise _misfit(file, model.name, " ".join(lines[:2])[:300]) from error
     finally:
         logging.set_verbosity(verbosity)
-    placed = _placed(pipeline)
+    placed = model.family.placed_lora(pipeline)
     if len(given) != len(placed):
         leftover = sorted(given - placed) + sorted(placed - given)
         raise _misfit(
             file,
-            model_name,
+            model.name,
             f"{len(given)} LoRA tensors, of which the model takes {len(placed)}; the first of the others: "
             f"{leftover[0]}",
         )
-
-
-def _tensors_of(pipeline: DiffusionPipeline, file: Path) -> set[str]:
-    """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats."""
-    state, *_ = pipeline.lora_state_dict(str(file.parent), weight_name=file.name, unet_config=pipeline.unet.config)
-    return {name for name in state if "lora" in name and not name.endswith("alpha")}
-
-
-def _placed(pipeline: DiffusionPipeline) -> set[str]:
-    """Names of the adapters' tensors in the pipeline's networks, as the file should name them."""
-    found = set()
-    for part in _NETWORKS:
-        network = getattr(pipeline, part, None)
-        for name, _ in network.named_parameters() if network is not None else ():
-            if ".lora_" in name:
-                found.add(f"{part}.{name}".replace(".default_0", ""))
-    return found
 
 
 def _misfit(file: Path, model_name: str, got: str) -> ModelError:

@@ -78,7 +78,7 @@ class ShardResult:
 def check_shard(shard: Shard) -> ShardResult:
     """Read every byte of a committed shard and check everything that can be checked without a model."""
     result = ShardResult(shard=shard.name, bytes_read=sum(shard.commit.files.values()))
-    paths = sorted({path for path in shard.stored if _is_array(shard, path)} - _big(shard))
+    paths = sorted((shard.stored & shard.cache.manifest.specs.keys()) - _big(shard))
     small = {path: _read(shard, path, result) for path in paths}
     names = small.pop("pair_id", None)
     ids = [f"row {row}" for row in range(shard.num_pairs)] if names is None else [str(name) for name in names]
@@ -105,19 +105,8 @@ def check_shard(shard: Shard) -> ShardResult:
 
 
 def _big(shard: Shard) -> set[str]:
-    return {
-        path
-        for path in shard.stored
-        if _is_array(shard, path) and "step" in _axes(shard, path)[:2] and len(_axes(shard, path)) > 3
-    } | ({"x0"} & shard.stored)
-
-
-def _is_array(shard: Shard, path: str) -> bool:
-    return any(spec.path == path for spec in shard.cache.manifest.arrays)
-
-
-def _axes(shard: Shard, path: str) -> tuple[str, ...]:
-    return next(spec.axes for spec in shard.cache.manifest.arrays if spec.path == path)
+    """The latents."""
+    return {path for path, spec in shard.cache.manifest.specs.items() if "H" in spec.axes} & shard.stored
 
 
 def _read(shard: Shard, path: str, result: ShardResult, rows: slice | None = None) -> np.ndarray | None:
@@ -134,9 +123,10 @@ def _check_rows(
     shard: Shard, small: Mapping[str, np.ndarray | None], names: np.ndarray | None, result: ShardResult
 ) -> None:
     manifest = shard.cache.manifest
-    for path in ("reference_error", "label", "prompt/embedding", "prompt/pooled", "time_ids", "residual"):
-        values = small.get(path)
-        if values is not None and not np.isfinite(values).all():
+    for path, values in small.items():
+        if values is None or values.dtype.kind != "f" or path == "inversion_error":
+            continue
+        if not np.isfinite(values).all():
             result.bad("finite", f"{path}: {int((~np.isfinite(values)).sum())} values are NaN or infinite")
     error = small.get("inversion_error")
     if error is not None and np.isinf(error).any():
@@ -173,9 +163,7 @@ def _check_identities(shard: Shard, arrays: Mapping[str, np.ndarray], ids: list[
     timestep = arrays.get("timestep")
     if timestep is None or (timestep < 0).any() or (timestep >= shard.cache.manifest.num_train_timesteps).any():
         return
-    schedule = shard.cache.schedule
-    label = timestep.astype(np.int64)
-    a, s = schedule.a.numpy()[label], schedule.s.numpy()[label]
+    a, s = shard.cache.levels.at(timestep)
     # Not-finite values have their own finding; here they only make comparisons false.
     with np.errstate(invalid="ignore", over="ignore"):
         if {"x0", "target", "x_t"} <= set(arrays):

@@ -85,15 +85,15 @@ def view_pair(cache: Cache, shard: Shard, row: int) -> PairView:
 
     timestep = shard.read("timestep", rows)[0].astype(np.int64)
     is_full = "delta" in shard.stored
-    schedule = cache.schedule
+    a, s = cache.levels.at(timestep)
     return PairView(
         pair_id=str(shard.read("pair_id", rows)[0]),
         prompt=str(shard.read("prompt/text")[int(shard.read("prompt_index", rows)[0])]),
         caption_dropped=bool(shard.read("caption_dropped", rows)[0]),
         label=float(shard.read("label", rows)[0]),
         timestep=timestep,
-        a=schedule.a.numpy()[timestep],
-        s=schedule.s.numpy()[timestep],
+        a=a,
+        s=s,
         x0=latents("x0"),
         x_t=latents("x_t"),
         target=latents("target"),

@@ -9,20 +9,11 @@ from jaxtyping import Float, UInt8
 
 from inpo.common.cache import Cache
 from inpo.common.errors import CacheMismatch, InpoError
+from inpo.common.families import FAMILIES
 from inpo.common.models import Model
 
 _SAMPLE_PAIRS = 64
 _LATENTS_PER_VAE_CALL = 8
-
-# One row per channel, columns red, green, blue; output 0..1 after `bias`. For latents scaled by the VAE factor.
-# SD1.x: "Decoding latents to RGB without upscaling", discuss.huggingface.co (output -1..1 there, halved here).
-_SD_WEIGHT = (
-    np.array([[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]]) / 2
-)
-_SD_BIAS = np.full(3, 0.5)
-# SDXL: "Explaining the SDXL latent space", huggingface.co/blog (output 0..255 there).
-_SDXL_WEIGHT = np.array([[60, 60, 60], [-60, -5, 10], [25, 15, -5], [-70, -50, -35]]) / 255
-_SDXL_BIAS = np.array([150, 140, 130]) / 255
 
 
 @runtime_checkable
@@ -69,17 +60,13 @@ class VaePreview:
 
 
 def linear_preview(cache: Cache) -> LinearPreview:
-    """The known map of Stable Diffusion's VAEs where the latents are theirs by shape, or one fitted to this cache."""
+    """The known map of the family's VAE where the latents are its by shape, or one fitted to this cache."""
     manifest = cache.manifest
     channels, height, _ = manifest.latent_shape
-    if channels == 4 and manifest.resolution == 8 * height:
-        if manifest.is_sdxl:
-            return LinearPreview(
-                weight=_SDXL_WEIGHT, bias=_SDXL_BIAS, note="latents through a linear approximation of SDXL's VAE"
-            )
-        return LinearPreview(
-            weight=_SD_WEIGHT, bias=_SD_BIAS, note="latents through a linear approximation of SD's VAE"
-        )
+    colours = FAMILIES[manifest.family].latent_colours if manifest.family in FAMILIES else None
+    if colours is not None and channels == len(colours[0]) and manifest.resolution == 8 * height:
+        weight, bias = map(np.array, colours)
+        return LinearPreview(weight=weight, bias=bias, note="latents through a linear approximation of the VAE")
     return fitted_preview(_sample_x0(cache))
 
 

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from inpo.common.cache import Cache, Shard
-from inpo.common.conditions import pair_condition
-from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.cache.identity import same_levels
+from inpo.common.cache.schema import LevelTables
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
@@ -63,33 +65,24 @@ def choose_pairs(
 def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     """The model's network in the cache's dtype, on the GPU if there is one.
 
-    Raises CacheMismatch if it takes other latents or walks another schedule than the cache's.
+    Raises CacheMismatch if it takes other latents or conditions or walks other levels than the cache's.
     """
     manifest = cache.manifest
-    channels = model.config("unet").get("in_channels")
-    table = tuple(float(value) for value in (model.schedule.a**2).tolist())
-    same_table = len(table) == manifest.num_train_timesteps and np.allclose(
-        table, manifest.alphas_cumprod, rtol=1e-6, atol=0
-    )
-    if (
-        channels != manifest.latent_shape[0]
-        or not same_table
-        or (model.schedule.prediction_type != manifest.prediction_type)
-    ):
+    shape, levels = model.family.latent_shape(model.config, manifest.resolution), LevelTables.of(model.levels)
+    same = same_levels(levels, manifest.levels)
+    if shape != manifest.latent_shape or not same or model.family.name != manifest.family:
         raise CacheMismatch(
             "The model cannot walk this cache's latents.",
             where=model.name,
-            expected=f"{manifest.latent_shape[0]} latent channels, {manifest.prediction_type} prediction, the cache's "
-            f"schedule of {manifest.num_train_timesteps} timesteps",
-            got=f"{channels} channels, {model.schedule.prediction_type} prediction, "
-            f"{'the same' if same_table else 'another'} schedule",
+            expected=f"latents {list(manifest.latent_shape)} of a {manifest.family} model, the cache's levels "
+            f"(T = {manifest.num_train_timesteps})",
+            got=f"latents {list(shape)}, {model.family.name}, {'the same' if same else 'other'} levels",
             fix="pass the model that the cache was made with, or one trained from it",
         )
-    unet = model.load_unet()
-    prepare_for_inference(
-        unet, network_dtype=manifest.network_dtype, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    return Denoiser(unet, model.schedule, network_dtype=manifest.network_dtype)
+    network = model.load_network()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
+    return model.denoiser(network, cache.levels, network_dtype=manifest.network_dtype)
 
 
 def reinvert(
@@ -130,8 +123,8 @@ def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> A
         identity=manifest.inverter,
         seed=manifest.seed,
         timesteps_per_pair=manifest.timesteps_per_pair,
-        caption=pair_condition(shard, rows),
-        empty=_empty_condition(shard, rows),
+        caption=Condition.of(shard, rows),
+        empty=Condition.empty(shard, rows),
     )
     error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
     return Again(
@@ -159,7 +152,7 @@ def _at_stored(
     """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
     errors, sizes = [], []
     for index, row in enumerate(rows):
-        condition = pair_condition(shard, np.array([row])).to(denoiser.device)
+        condition = Condition.of(shard, np.array([row])).to(denoiser.device)
         for step in range(timestep.shape[1]):
             x = torch.from_numpy(x_t[index, step]).to(denoiser.device)
             label = torch.full((2,), int(timestep[index, step]), device=denoiser.device)
@@ -168,16 +161,3 @@ def _at_stored(
             sizes.append(np.sqrt((eps**2).mean((1, 2, 3))))
     shape = (*timestep.shape, 2)
     return np.stack(errors).reshape(shape), np.stack(sizes).reshape(shape)
-
-
-def _empty_condition(shard: Shard, rows: Int[np.ndarray, "pair"]) -> Condition:
-    """Row 0 of the shard's prompts, the empty one, for every image; SDXL's time ids stay the pair's own."""
-    count = 2 * len(rows)
-    embedding = torch.from_numpy(shard.read("prompt/embedding")[:1]).float()
-    if "prompt/pooled" not in shard:
-        return Condition(embedding=embedding.repeat(count, 1, 1))
-    return Condition(
-        embedding=embedding.repeat(count, 1, 1),
-        pooled=torch.from_numpy(shard.read("prompt/pooled")[:1]).float().repeat(count, 1),
-        time_ids=torch.from_numpy(shard.read("time_ids", rows)).reshape(-1, 6),
-    )

@@ -4,7 +4,7 @@ levels uint8 --> pixels [-1, 1] --VAE--> latent --scale--> x0 float16
 prompts --text encoders--> embeddings float16
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
 from inpo.common.denoiser import DTYPES
+from inpo.common.families import Family
 from inpo.common.seeding import normal
 
 _IMAGES_PER_VAE_CALL = 16
@@ -29,8 +30,8 @@ class PromptTable:
     """Distinct prompts of a shard, row 0 the empty one, as float16 on the CPU."""
 
     text: tuple[str, ...]
-    embedding: Float16[Tensor, "prompt token width"]
-    pooled: Float16[Tensor, "prompt pooled"] | None
+    conditions: Mapping[str, Tensor]
+    """What the network is told of each prompt, by name."""
     cut: frozenset[str]
     """Prompts longer than the encoder takes: the model saw only their beginning."""
 
@@ -40,16 +41,14 @@ class PromptTable:
     @property
     def finite(self) -> Bool[Tensor, "prompt"]:
         """False where the text encoder gave NaN or infinity."""
-        rows = self.embedding.isfinite().flatten(1).all(1)
-        return rows if self.pooled is None else rows & self.pooled.isfinite().all(1)
+        return torch.stack([each.isfinite().flatten(1).all(1) for each in self.conditions.values()]).all(0)
 
     def only(self, prompts: Collection[str]) -> "PromptTable":
         """The table without the prompts that no pair needs; the empty one stays row 0."""
         rows = [row for row, text in enumerate(self.text) if row == 0 or text in prompts]
         return PromptTable(
             text=tuple(self.text[row] for row in rows),
-            embedding=self.embedding[rows],
-            pooled=None if self.pooled is None else self.pooled[rows],
+            conditions={name: tensor[rows] for name, tensor in self.conditions.items()},
             cut=self.cut,
         )
 
@@ -95,37 +94,22 @@ class ImageEncoder:
 
 
 class TextEncoder:
-    """The pipeline's own prompt encoding, once per distinct prompt."""
+    """A family's own prompt encoding, once per distinct prompt."""
 
-    def __init__(self, pipeline: DiffusionPipeline, *, device: torch.device) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, *, device: torch.device) -> None:
         self.pipeline = pipeline.to(device)
+        self.family = family
         self.device = device
-        self.is_sdxl = hasattr(pipeline, "text_encoder_2")
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> PromptTable:
         """Encode the distinct prompts among `prompts`, sorted, behind the empty one."""
         text = ("", *sorted(set(prompts) - {""}))
-        embeddings: list[Tensor] = []
-        pooled: list[Tensor] = []
+        parts: list[dict[str, Tensor]] = []
         for first in range(0, len(text), _PROMPTS_PER_TEXT_CALL):
-            chunk = list(text[first : first + _PROMPTS_PER_TEXT_CALL])
-            encoded = self.pipeline.encode_prompt(
-                prompt=chunk, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            embeddings.append(encoded[0].half().cpu())
-            if self.is_sdxl:
-                pooled.append(encoded[2].half().cpu())
-        embedding = torch.cat(embeddings)
-        pooled_rows = torch.cat(pooled) if pooled else None
-        if self.is_sdxl and getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
-            embedding[0] = 0
-            if pooled_rows is not None:
-                pooled_rows[0] = 0
-        return PromptTable(text=text, embedding=embedding, pooled=pooled_rows, cut=self._cut(text))
-
-    def _cut(self, text: Sequence[str]) -> frozenset[str]:
-        tokenizer = self.pipeline.tokenizer
-        limit = tokenizer.model_max_length
-        lengths = [len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) for prompt in text]
-        return frozenset(prompt for prompt, length in zip(text, lengths, strict=True) if length > limit)
+            encoded = self.family.encode(self.pipeline, text[first : first + _PROMPTS_PER_TEXT_CALL], self.device)
+            dtypes = {name: getattr(torch, self.family.conditions[name].dtype) for name in encoded}
+            parts.append({name: tensor.to(dtypes[name]).cpu() for name, tensor in encoded.items()})
+        conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        cut = frozenset(prompt for prompt in text if self.family.is_cut(self.pipeline, prompt))
+        return PromptTable(text=text, conditions=conditions, cut=cut)

@@ -1,7 +1,7 @@
 """What a run will cost, before any model work: shards, pairs, network calls, bytes by array, free disk."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Plan:
     num_pairs: int
     """Rows still to be made: pairs at most, since ties and unreadable images give none."""
     network_calls_per_image: float
-    """UNet evaluations per image, mean over the pairs' own paths; one is one latent through the network."""
+    """Network evaluations per image, mean over the pairs' own paths; one is one latent through the network."""
     bytes_by_array: dict[str, int]
     free_bytes: int | None
     """Free space where the cache lies; None for an object store."""
@@ -63,9 +63,13 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
     """Estimate what the tasks that are not committed yet will cost."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
-    token_width = _token_width(model)
-    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, token_width) for spec in manifest.arrays}
-    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in manifest.arrays)
+    own = {
+        spec.array(name).path: dict(zip(spec.axes, model.family.lengths(model.config)[name], strict=True))
+        for name, spec in manifest.conditions.items()
+    }
+    arrays = manifest.arrays
+    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, own.get(spec.path, {})) for spec in arrays}
+    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in arrays)
     bytes_by_array["metadata"] = (
         _JSON_BYTES_PER_ARRAY * len(manifest.arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
     )
@@ -79,24 +83,11 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
     )
 
 
-def bytes_per_pair(spec: ArraySpec, manifest: Manifest, token_width: tuple[int, int, int]) -> int:
-    """Bytes of one array per pair; text arrays by a typical length."""
-    channels, height, width = manifest.latent_shape
-    tokens, embedding_width, pooled_width = token_width
+def bytes_per_pair(spec: ArraySpec, manifest: Manifest, lengths: Mapping[str, int]) -> int:
+    """Bytes of one array per pair; text arrays by a typical length. `lengths` of a condition's own axes."""
     if spec.is_text:
         return 16 if spec.path == "pair_id" else 80
-    sizes = {
-        "pair": 1,
-        "side": 2,
-        "step": manifest.timesteps_per_pair,
-        "C": channels,
-        "H": height,
-        "W": width,
-        "prompt": 1,
-        "token": tokens,
-        "time_id": 6,
-        "width": pooled_width if spec.path == "prompt/pooled" else embedding_width,
-    }
+    sizes = manifest.lengths(1) | {"prompt": 1, **lengths}
     return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
 
 
@@ -113,7 +104,7 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
     for index in range(_SAMPLED_PATHS):
         path = build_path(
             manifest.inverter,
-            model.schedule,
+            model.levels,
             seed=manifest.seed,
             pair_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,
@@ -152,12 +143,3 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
         hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
         table.add_row("device hours", hours)
     console.print(table)
-
-
-def _token_width(model: Model) -> tuple[int, int, int]:
-    """(tokens, embedding width, pooled width) of the text encoders."""
-    first = model.config("text_encoder")
-    tokens = int(first.get("max_position_embeddings", 77))
-    width = int(model.config("unet")["cross_attention_dim"])
-    pooled = int(model.config("text_encoder_2").get("projection_dim", 0)) if model.family == "sdxl" else 0
-    return tokens, width, pooled

@@ -6,24 +6,25 @@ write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16
+from jaxtyping import Float16, Int
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser, prepare_for_inference
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
+from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.common.seeding import uniform
-from inpo.precompute.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.precompute.encode import ImageEncoder, PromptTable, TextEncoder
 from inpo.precompute.tasks import ShardTask
 
@@ -49,12 +50,12 @@ class Components:
 
 
 def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
-    """Load the UNet, the VAE and the text encoders onto `device`."""
-    unet = model.load_unet()
-    prepare_for_inference(unet, network_dtype=manifest.network_dtype, device=device)
-    schedule = replace(manifest.schedule(), sampler=model.schedule.sampler)
+    """Load the network, the VAE and the text encoders onto `device`."""
+    network = model.load_network()
+    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
+    levels = replace(manifest.levels.levels(), sampler=model.levels.sampler)
     return Components(
-        denoiser=Denoiser(unet, schedule, network_dtype=manifest.network_dtype),
+        denoiser=model.denoiser(network, levels, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,
@@ -62,7 +63,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
             seed=manifest.seed,
             device=device,
         ),
-        text=TextEncoder(model.load_text_pipeline(), device=device),
+        text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
     )
 
 
@@ -124,8 +125,9 @@ class ShardWorker:
             dropped = [
                 uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout for each in pairs
             ]
-            time_ids = _time_ids(pairs, manifest.resolution) if prompts.pooled is not None else None
-            training_rows = [0 if drop else prompts.row(each.prompt) for each, drop in zip(pairs, dropped, strict=True)]
+            images = self._image_conditions(pairs)
+            rows = torch.tensor([prompts.row(each.prompt) for each in pairs])
+            training = rows.masked_fill(torch.tensor(dropped), 0)
             inverted = invert(
                 components.denoiser,
                 x0,
@@ -133,19 +135,19 @@ class ShardWorker:
                 identity=manifest.inverter,
                 seed=manifest.seed,
                 timesteps_per_pair=manifest.timesteps_per_pair,
-                caption=_condition(prompts, training_rows, time_ids),
-                empty=_condition(prompts, [0] * len(pairs), time_ids),
+                caption=_condition(prompts, training, images),
+                empty=_condition(prompts, torch.zeros_like(rows), images),
                 measure_inversion=manifest.measure_inversion,
                 extra=manifest.extra,
                 pairs_per_batch=self.pairs_per_batch,
             )
-            everything = _arrays(pairs, x0, inverted, prompts, dropped, time_ids)
+            everything = _arrays(pairs, x0, inverted, prompts, rows, dropped, images)
             for index in (~inverted.finite).nonzero().flatten().tolist():
                 skipped.append(_not_finite(pairs[index], "a stored tensor of the inversion"))
             finite = inverted.finite.numpy()
             arrays = {
-                spec.path: everything[spec.path][finite] if spec.axes[0] == "pair" else everything[spec.path]
-                for spec in manifest.arrays
+                path: everything[path][finite] if spec.axes[0] == "pair" else everything[path]
+                for path, spec in manifest.specs.items()
             }
             if not finite.any():
                 arrays = {}
@@ -169,6 +171,16 @@ class ShardWorker:
             counts={name: count for name, count in counts.items() if count},
             seconds=seconds,
         )
+
+    def _image_conditions(self, pairs: list[PreparedPair]) -> dict[str, Tensor]:
+        """{name: [pair, side, ...]} of what the network is told of each image."""
+        family, side = self.components.text.family, self.manifest.resolution
+        told = [
+            family.of_image(image.original_size, image.crop_top_left, (side, side))
+            for each in pairs
+            for image in (each.win, each.lose)
+        ]
+        return {name: torch.tensor([each[name] for each in told]).unflatten(0, (-1, 2)) for name in told[0]}
 
     def write(self, name: str, data: ShardData) -> Commit | None:
         """Write and commit; None if another writer committed the shard first."""
@@ -235,25 +247,10 @@ def _finite_inputs(
     return keep
 
 
-def _time_ids(pairs: list[PreparedPair], resolution: int) -> Float[Tensor, "pair side 6"]:
-    """SDXL's micro-conditioning: original size, crop corner, target size, each as (height, width)."""
-    return torch.tensor(
-        [
-            [[*image.original_size, *image.crop_top_left, resolution, resolution] for image in (each.win, each.lose)]
-            for each in pairs
-        ],
-        dtype=torch.float32,
-    )
-
-
-def _condition(prompts: PromptTable, rows: list[int], time_ids: Float[Tensor, "pair side 6"] | None) -> Condition:
-    """One row per image, from the rounded embeddings: what a trainer will see, not what the encoder said."""
-    per_image = torch.tensor(rows).repeat_interleave(2)
-    return Condition(
-        embedding=prompts.embedding[per_image].float(),
-        pooled=None if prompts.pooled is None else prompts.pooled[per_image].float(),
-        time_ids=None if time_ids is None else time_ids.reshape(-1, 6),
-    )
+def _condition(prompts: PromptTable, rows: Int[Tensor, "pair"], images: Mapping[str, Tensor]) -> Condition:
+    """From the rounded embeddings: what a trainer will see, not what the encoder said."""
+    flat = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
+    return Condition.build(prompts.conditions, rows.repeat_interleave(2), flat)
 
 
 def _arrays(
@@ -261,18 +258,18 @@ def _arrays(
     x0: Float16[Tensor, "pair side c h w"],
     inverted: Inverted,
     prompts: PromptTable,
+    rows: Int[Tensor, "pair"],
     dropped: list[bool],
-    time_ids: Float[Tensor, "pair side 6"] | None,
+    images: Mapping[str, Tensor],
 ) -> dict[str, np.ndarray]:
     """Every array that could be stored, by path; the manifest chooses."""
     arrays: dict[str, np.ndarray] = {
         "x0": x0.numpy(),
         "pair_id": np.array([each.pair_id for each in pairs], dtype=object),
-        "prompt_index": np.array([prompts.row(each.prompt) for each in pairs], dtype=np.int32),
+        "prompt_index": rows.numpy().astype(np.int32),
         "caption_dropped": np.array(dropped, dtype=bool),
         "label": np.array([each.label for each in pairs], dtype=np.float32),
         "prompt/text": np.array(prompts.text, dtype=object),
-        "prompt/embedding": prompts.embedding.numpy(),
     }
     for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
         arrays[name] = getattr(inverted, name).numpy()
@@ -280,8 +277,8 @@ def _arrays(
         values = getattr(inverted, name)
         if values is not None:
             arrays[name] = values.numpy()
-    if prompts.pooled is not None:
-        arrays["prompt/pooled"] = prompts.pooled.numpy()
-    if time_ids is not None:
-        arrays["time_ids"] = time_ids.numpy()
-    return arrays
+    return (
+        arrays
+        | {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.conditions.items()}
+        | {name: tensor.numpy() for name, tensor in images.items()}
+    )

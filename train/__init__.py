@@ -1,1 +1,1 @@
-"""Training: streams a cache and computes the preference loss. One UNet in memory, forward and backward."""
+"""Training: streams a cache and computes the preference loss. One network in memory, forward and backward."""

@@ -1,6 +1,6 @@
 """Checkpoints: everything that the next step depends on, in a folder that appears whole or not at all.
 
-    step-00000100/model.safetensors       the UNet's weights (trained.safetensors: the LoRA layers alone)
+    step-00000100/model.safetensors       the network's weights (trained.safetensors: the LoRA layers alone)
                   optimizer, schedule, scaler, ema, random-<process>    states, as common/state_files.py writes them
                   run.json                written last, sealed: step, stream, identity, size and digest of each file
 
@@ -99,7 +99,7 @@ class Resumable:
     """The parts of a run that a checkpoint holds."""
 
     accelerator: Accelerator
-    unet: nn.Module
+    network: nn.Module
     """As accelerate wrapped it."""
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -119,7 +119,7 @@ class Resumable:
         return TRAINED if self._bare_and_frozen()[1] else WEIGHTS
 
     def _bare_and_frozen(self) -> tuple[nn.Module, set[str]]:
-        bare = self.accelerator.unwrap_model(self.unet)
+        bare = self.accelerator.unwrap_model(self.network)
         return bare, {name for name, each in bare.named_parameters() if not each.requires_grad}
 
     @property
@@ -131,7 +131,7 @@ class Resumable:
     def collect(self) -> dict[str, Any]:
         """The states by the names they are written under, whole in the first process. Takes all processes."""
         if self._sharded:
-            weights, optimizer = full_state(self.unet, self._bare_optimizer)
+            weights, optimizer = full_state(self.network, self._bare_optimizer)
         else:
             bare, frozen = self._bare_and_frozen()
             weights = {name: each for name, each in bare.state_dict().items() if name not in frozen}
@@ -148,7 +148,9 @@ class Resumable:
             if self._sharded:
                 main = self.accelerator.is_main_process
                 weights = load_file(place / self._weights_name) if main else {}
-                set_full_state(self.unet, self._bare_optimizer, weights, read_state(place, "optimizer") if main else {})
+                set_full_state(
+                    self.network, self._bare_optimizer, weights, read_state(place, "optimizer") if main else {}
+                )
             else:
                 bare, frozen = self._bare_and_frozen()
                 found = bare.load_state_dict(load_file(place / self._weights_name), strict=False)
@@ -169,19 +171,19 @@ class Resumable:
             ) from error
 
 
-def full_state(unet: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def full_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole weights and optimiser state of a sharded network, on the CPU of the first process; others get nothing."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(unet, options=options), get_optimizer_state_dict(unet, optimizer, options=options)
+    return get_model_state_dict(network, options=options), get_optimizer_state_dict(network, optimizer, options=options)
 
 
 def set_full_state(
-    unet: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """The opposite of `full_state`: the first process has the whole, every process takes its shards."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(unet, weights, options=options)
-    set_optimizer_state_dict(unet, optimizer, state, options=options)
+    set_model_state_dict(network, weights, options=options)
+    set_optimizer_state_dict(network, optimizer, state, options=options)
 
 
 def save(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DDIMScheduler
 from torch import nn
 
 from inpo.common.completeness import check_complete
@@ -27,14 +26,14 @@ def check_parts(model: Model, settings: TrainSettings) -> None:
         return
     check_complete(model)
     if settings.sample_every:
-        scheduler = DDIMScheduler.from_config(model.scheduler.config)
+        scheduler = model.family.sampler(model.scheduler)
         try:
             scheduler.set_timesteps(settings.sample_steps)
         except ValueError as error:
             raise UsageError(
                 "The scheduler does not take this number of steps.",
                 where="sample_steps in [train]",
-                expected=f"at most {model.schedule.num_train_timesteps} (the model's timesteps)",
+                expected=f"at most {model.levels.num_train_timesteps} (the model's timesteps)",
                 got=settings.sample_steps,
                 fix="set fewer, 20 for instance",
             ) from error
@@ -51,7 +50,7 @@ def check_space(
     most = min(settings.keep_last + 1, there + math.ceil((settings.steps - step) / settings.save_every))
     result = weights
     if not settings.lora_rank:
-        parts = [model.empty_component(name) for name in model.networks if name != "unet"]
+        parts = [model.empty_component(name) for name in model.networks if name != model.family.network]
         result += _FLOAT * sum(parameter.numel() for part in parts for parameter in part.parameters())
     needed, free = round(max(0, most - there) * checkpoint + result), free_bytes(output)
     if needed > free:

@@ -1,4 +1,4 @@
-"""`inpo export`: a run's pipeline as one safetensors file in the original Stable Diffusion layout."""
+"""`inpo export`: a run's pipeline as one safetensors file in the layout that other programs read."""
 
 import tomllib
 from pathlib import Path
@@ -12,9 +12,7 @@ from inpo.common.durable import new_file
 from inpo.common.errors import UsageError
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
-from inpo.common.original_layout import component_keys, is_open_clip
 from inpo.common.recipe import ModelSection, resolve
-from inpo.common.single_file import PREFIXES
 from inpo.train.output import make_readable
 
 
@@ -33,15 +31,13 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
         )
     number = DTYPES[dtype_name(dtype)]
     model, pipeline = _open(run)
-    tensors = {
-        name: value.detach().to(number).contiguous().clone() for name, value in original_layout(pipeline, model).items()
-    }
+    weights = single_file_weights(pipeline, model)
+    tensors = {name: value.detach().to(number).contiguous().clone() for name, value in weights.items()}
     markers, header = markers_for(
-        model.schedule.prediction_type,
-        model.family,
-        open_clip=is_open_clip(pipeline.text_encoder.config),
+        model.prediction,
+        architecture=model.family.architecture(pipeline, model.prediction),
         title=run.resolve().name,
-        resolution=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        resolution=model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor,
     )
     with new_file(file, action="write the single file") as staged:
         save_file(tensors | markers, staged, metadata={"format": "pt"} | header)
@@ -49,14 +45,12 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     return file
 
 
-def original_layout(pipeline: Any, model: Model) -> dict[str, Tensor]:
-    """All weights of a pipeline under the original layout's names."""
+def single_file_weights(pipeline: Any, model: Model) -> dict[str, Tensor]:
+    """All weights of a pipeline under the names that they have in a single file."""
     tensors: dict[str, Tensor] = {}
-    for component in PREFIXES:
-        network = getattr(pipeline, component, None)
-        if network is not None:
-            sdxl = model.family == "sdxl"
-            tensors |= component_keys(component, network.state_dict(), network.config, sdxl=sdxl)
+    for component in model.networks:
+        network = getattr(pipeline, component)
+        tensors |= model.family.layout(component, network.state_dict(), network.config)
     return tensors
 
 

@@ -18,7 +18,7 @@ from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
 from inpo.train.metrics import Accumulator, MetricsWriter
-from inpo.train.objectives import Objective, ObjectiveResult
+from inpo.train.objectives import Objective, ObjectiveResult, beta_of
 from inpo.train.proof import record_errors
 from inpo.train.records import Batch
 from inpo.train.settings import TrainSettings
@@ -35,7 +35,7 @@ class Trainer:
         output: Path,
         objective: Objective,
         accelerator: Accelerator,
-        unet: torch.nn.Module,
+        network: torch.nn.Module,
         trained: list[torch.nn.Parameter],
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
@@ -50,9 +50,9 @@ class Trainer:
         self.settings = settings
         self.output = output
         self.objective = objective
-        self.beta = settings.resolved_beta
+        self.beta = beta_of(settings)
         self.accelerator = accelerator
-        self.unet = unet
+        self.network = network
         self.trained = trained
         self.denoiser = denoiser
         self.optimizer = optimizer
@@ -69,7 +69,7 @@ class Trainer:
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
         # 1 / abar_t, for the objective that aims at the previous delta.
-        self._weights = (1 / denoiser.schedule.a**2).float().to(accelerator.device)
+        self._weights = (1 / denoiser.levels.signal**2).float().to(accelerator.device)
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
         self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -144,7 +144,7 @@ class Trainer:
         for _ in range(self.settings.accumulate):
             batch = next(batches).to(self.accelerator.device)
             records += batch.num_records
-            with self.accelerator.accumulate(self.unet):
+            with self.accelerator.accumulate(self.network):
                 result = self.losses(batch)
                 self.accelerator.backward(result.loss.mean())
                 loss = result.loss.detach()
@@ -162,7 +162,7 @@ class Trainer:
         return records
 
     def _clip(self) -> None:
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.settings.clip or float("inf"))
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip or float("inf"))
         if norm is None:
             return
         self._gradient_norm = norm.detach()
@@ -191,7 +191,11 @@ class Trainer:
     @property
     def _parts(self) -> checkpoint.Resumable:
         return checkpoint.Resumable(
-            accelerator=self.accelerator, unet=self.unet, optimizer=self.optimizer, schedule=self.schedule, ema=self.ema
+            accelerator=self.accelerator,
+            network=self.network,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            ema=self.ema,
         )
 
     def save(self) -> Path:
@@ -255,9 +259,7 @@ class Trainer:
         return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
 
     def _new_sums(self) -> Accumulator:
-        return Accumulator(
-            device=self.accelerator.device, num_train_timesteps=self.denoiser.schedule.num_train_timesteps
-        )
+        return Accumulator(device=self.accelerator.device, num_train_timesteps=self.denoiser.levels.num_train_timesteps)
 
     def _reduce(self, value: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(value, reduction="sum")

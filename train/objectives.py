@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from inpo.common.errors import UsageError
+from inpo.train.settings import ObjectiveName, TrainSettings
 
 SMPO_GAMMA = 10.0
 SMPO_TEMPERATURE = 0.28201571 - 0.11543526
@@ -166,7 +166,7 @@ ObjectiveFunction = Callable[..., ObjectiveResult]
 class Objective:
     """An objective and what it asks of a cache."""
 
-    name: str
+    name: ObjectiveName
     function: ObjectiveFunction
     beta: float
     """Default beta, in the objective's own scaling."""
@@ -190,7 +190,7 @@ class Objective:
         return ("x_t", "target") if self.target == "target" else ("x_t", "delta_prev", "eps_ref")
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[ObjectiveName, Objective] = {
     objective.name: objective
     for objective in (
         Objective(name="inpo", function=inpo, beta=2000.0, beta_source="InPO, for SD1.5 (SDXL: 5000)", logistic=True),
@@ -227,8 +227,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def objective_named(name: str) -> Objective:
-    """Raises UsageError listing the objectives there are."""
-    if name not in OBJECTIVES:
-        raise UsageError("Unknown objective.", where="--objective", expected=", ".join(OBJECTIVES), got=name)
-    return OBJECTIVES[name]
+def beta_of(settings: TrainSettings) -> float:
+    """The run's beta: the one asked for, or the objective's own."""
+    return OBJECTIVES[settings.objective].beta if settings.beta is None else settings.beta

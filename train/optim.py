@@ -3,62 +3,64 @@
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
 from inpo.common.denoiser import prepare_for_inference
 from inpo.common.errors import UsageError
+from inpo.common.families import Family
 from inpo.train.settings import TrainSettings
 
 
-def prepare_unet(
-    unet: UNet2DConditionModel, settings: TrainSettings, *, network_dtype: str, device: torch.device
+def prepare_network(
+    network: nn.Module, family: Family, settings: TrainSettings, *, network_dtype: str, device: torch.device
 ) -> list[torch.nn.Parameter]:
-    """Make the UNet trainable: whole, or through LoRA layers that start as zero (theta = reference).
+    """Make the network trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
     cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. Returns the
     trained parameters.
     """
     if settings.lora_rank:
-        prepare_for_inference(unet, network_dtype=network_dtype, device=device)
+        prepare_for_inference(network, network_dtype=network_dtype, device=device)
+        targets = settings.lora_targets or family.lora_targets
         layers = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha or settings.lora_rank,
             init_lora_weights="gaussian",
-            target_modules=list(settings.lora_targets),
+            target_modules=list(targets),
         )
         try:
-            unet.add_adapter(layers)
+            inject_adapter_in_model(layers, network)
         except ValueError as error:
             raise UsageError(
                 "LoRA layers cannot be added to these modules.",
                 where="--lora-targets",
-                expected="ends of names of linear or convolution layers of the UNet, such as to_q or ff.net.2",
-                got=f"{', '.join(settings.lora_targets)}: {str(error).splitlines()[0]}",
+                expected="ends of names of linear or convolution layers of the network, such as to_q or ff.net.2",
+                got=f"{', '.join(targets)}: {str(error).splitlines()[0]}",
                 fix="correct the names, or leave --lora-targets out for the attention's projections",
             ) from None
-        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
     else:
-        unet.requires_grad_(True)
+        network.requires_grad_(True)
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Never in training mode: E_ref is the error of the whole network, and dropout would make noise of every margin.
-    unet.eval()
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    network.eval()
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def build_optimizer(
     parameters: list[torch.nn.Parameter], settings: TrainSettings, *, network_dtype: str
 ) -> torch.optim.Optimizer:
-    """AdamW, Adafactor with the paper's settings for SDXL, or bitsandbytes' 8-bit AdamW."""
+    """AdamW, Adafactor with the paper's settings for its large model, or bitsandbytes' 8-bit AdamW."""
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.adam_betas,
@@ -85,9 +87,6 @@ def build_optimizer(
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:
     """diffusers' learning-rate schedules, in optimiser steps."""
-    try:
-        return get_scheduler(
-            settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
-        )
-    except ValueError as error:
-        raise UsageError("Unknown schedule.", where="--schedule", got=str(error), fix="see --help") from None
+    return get_scheduler(
+        settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
+    )

@@ -3,10 +3,10 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from inpo.common.cache import Cache
 from inpo.common.durable import new_folder, storage_errors
@@ -38,31 +38,29 @@ def make_readable(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def scaled_lora(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def scaled_lora(network: Any) -> dict[str, Tensor]:
     """The LoRA layers by peft's names, alpha / rank multiplied into their up weights.
 
     A file has no place for alpha that every loader reads, and without one all of them take the rank for it.
     """
-    (adapter,) = unet.peft_config
-    config = unet.peft_config[adapter]
+    (adapter,) = network.peft_config
+    config = network.peft_config[adapter]
     factor = config.lora_alpha / config.r
     return {
         name: value * factor if ".lora_B." in name else value
-        for name, value in get_peft_model_state_dict(unet, adapter_name=adapter).items()
+        for name, value in get_peft_model_state_dict(network, adapter_name=adapter).items()
     }
 
 
-def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card: str, lora: bool) -> Path:
+def write_output(network: nn.Module, model: Model, output: Path, *, card: str, lora: bool) -> Path:
     """Write `output`/pipeline (or `output`/lora), whole or not at all; an older one is replaced. Returns its path."""
     final = output / ("lora" if lora else "pipeline")
-    # Only here are the VAE and the text encoders read, to write them beside the trained UNet.
-    pipeline = None if lora else model.load_pipeline(unet=unet)
+    # Only here are the VAE and the text encoders read, to write them beside the trained network.
+    pipeline = None if lora else model.load_pipeline(**{model.family.network: network})
     with new_folder(final, replace=True, action="write the trained model") as staged:
         if pipeline is None:
             # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
-            layers = scaled_lora(unet)
-            cls = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
-            cls.save_lora_weights(str(staged), unet_lora_layers=layers, safe_serialization=True)
+            model.family.save_lora(scaled_lora(network), staged)
         else:
             pipeline.save_pretrained(str(staged), safe_serialization=True)
         (staged / "README.md").write_text(card)
@@ -73,7 +71,7 @@ def write_output(unet: UNet2DConditionModel, model: Model, output: Path, *, card
 def model_card(start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
     """A model card with the resolved configuration and the caches' fingerprints. `start`: whose weights were trained,
     the reference's or those of --init-from."""
-    tags = "lora" if lora else "stable-diffusion-xl" if model.family == "sdxl" else "stable-diffusion"
+    tags = "lora" if lora else model.family.tag
     lines = [
         "---",
         "library_name: diffusers",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.reader import Shard
-from inpo.common.denoiser import Condition
+from inpo.common.conditions import Condition, owned
 from inpo.common.errors import CacheCorrupt, CacheSchemaError, command
 from inpo.train.buffers import Buffers
 from inpo.train.index import IndexedShard
@@ -26,10 +26,10 @@ class Batch:
     reference_error: Float32[Tensor, "record side"]
     timestep: Int[Tensor, "record"]
     label: Float32[Tensor, "record"]
-    embedding: Float16[Tensor, "record token width"]
-    pooled: Float16[Tensor, "record pooled"] | None = None
-    """SDXL's, as are the time ids."""
-    time_ids: Float[Tensor, "record side 6"] | None = None
+    prompts: Condition
+    """What prompts own, one row per record."""
+    images: Condition
+    """What images own, one row per image: record 0 win, record 0 lose, record 1 win, ..."""
 
     @property
     def num_records(self) -> int:
@@ -37,12 +37,8 @@ class Batch:
 
     @property
     def condition(self) -> Condition:
-        """One row per image: record 0 win, record 0 lose, record 1 win, ... Expanded where the batch is: on the GPU."""
-        return Condition(
-            embedding=self.embedding.repeat_interleave(2, dim=0),
-            pooled=None if self.pooled is None else self.pooled.repeat_interleave(2, dim=0),
-            time_ids=None if self.time_ids is None else self.time_ids.flatten(0, 1),
-        )
+        """One row per image. Expanded where the batch is: on the GPU."""
+        return Condition(**self.prompts.repeat(2), **self.images)
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, so that the copy to the GPU overlaps with compute."""
@@ -52,8 +48,13 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Batch(**{name: None if tensor is None else function(tensor) for name, tensor in tensors.items()})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Batch(
+            **{
+                name: value.map(function) if isinstance(value, Condition) else function(value)
+                for name, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,8 @@ class LoadedShard:
         self._label = indexed.label[used]
         dropped = shard.read("caption_dropped", rows)
         self._prompt = np.where(dropped, 0, shard.read("prompt_index", rows)).astype(np.int64)
-        self._embedding = shard.read("prompt/embedding")
-        is_sdxl = "prompt/pooled" in shard.stored
-        self._pooled = shard.read("prompt/pooled") if is_sdxl else None
-        self._time_ids = shard.read("time_ids", rows) if is_sdxl else None
+        self._prompts = {name: shard.read(path) for name, path in owned(shard, "prompt").items()}
+        self._images = {name: shard.read(path, rows) for name, path in owned(shard, "image").items()}
 
     def _x_t(
         self, shard: Shard, selection: Int[np.ndarray, "row"] | None, needs: Needs
@@ -104,8 +103,7 @@ class LoadedShard:
         """x_t; of a lean cache from the target that has been read already."""
         if "x_t" in shard.stored or needs.aim != "target":
             return shard.read("x_t", selection, allocate=self._allocate)
-        schedule, timestep = shard.cache.schedule, self.timestep.astype(np.int64)
-        a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
+        a, s = shard.cache.levels.at(self.timestep)
         return derive_x_t(shard.read("x0", selection), self.aim, a, s)
 
     def _reference_error(
@@ -125,10 +123,10 @@ class LoadedShard:
         batch["reference_error"][place] = self.reference_error[local, step]
         batch["timestep"][place] = self.timestep[local, step]
         batch["label"][place] = self._label[number]
-        batch["embedding"][place] = self._embedding[prompt]
-        if self._pooled is not None and self._time_ids is not None:
-            batch["pooled"][place] = self._pooled[prompt]
-            batch["time_ids"][place] = self._time_ids[number]
+        for name, values in self._prompts.items():
+            batch[name][place] = values[prompt]
+        for name, values in self._images.items():
+            batch[name][place] = values[number]
 
     def give_back(self, buffers: Buffers) -> None:
         """The end of this object: its big arrays' memory is another's now."""
@@ -155,11 +153,16 @@ class LoadedShard:
             "reference_error": np.zeros(2, np.float32),
             "timestep": np.zeros((), np.int64),
             "label": np.zeros((), np.float32),
-            "embedding": self._embedding[0],
         }
-        if self._pooled is not None and self._time_ids is not None:
-            like |= {"pooled": self._pooled[0], "time_ids": self._time_ids[0]}
+        like |= {name: values[0] for name, values in {**self._prompts, **self._images}.items()}
         return {name: np.empty((num_records, *value.shape), value.dtype) for name, value in like.items()}
+
+    def batch(self, arrays: dict[str, np.ndarray]) -> Batch:
+        """The filled arrays of `empty_batch` as a micro-batch."""
+        tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        prompts = Condition(**{name: tensors.pop(name) for name in self._prompts})
+        images = Condition(**{name: tensors.pop(name).flatten(0, 1) for name in self._images})
+        return Batch(prompts=prompts, images=images, **tensors)
 
 
 RecordPlace = tuple[LoadedShard, int, int]
@@ -173,7 +176,7 @@ def gather(places: Sequence[RecordPlace]) -> Batch:
         shard.check_fits(arrays)
     for row, (shard, pair, step) in enumerate(places):
         shard.copy_record(pair, step, arrays, row)
-    return Batch(**{name: torch.from_numpy(values) for name, values in arrays.items()})
+    return places[0][0].batch(arrays)
 
 
 _BLOCK = 1 << 18

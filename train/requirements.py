@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
-import torch
 from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
+from inpo.common.cache.identity import same_levels
 from inpo.common.cache.labels import label_settings
+from inpo.common.cache.schema import LevelTables
 from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index
@@ -35,8 +36,7 @@ def check_installed(settings: TrainSettings) -> None:
 
 def check_lora(settings: TrainSettings) -> None:
     """Raise UsageError for an option of LoRA layers that nobody asked for."""
-    default = TrainSettings.model_fields["lora_targets"].default
-    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets != default, "--lora-targets")):
+    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets, "--lora-targets")):
         if asked and not settings.lora_rank:
             raise UsageError(
                 f"{option} does nothing in full fine-tuning.",
@@ -51,10 +51,11 @@ def check_origin(origin: Model, reference: Model) -> None:
     """Raise UsageError if --init-from's network predicts something else, or on another schedule, than the reference:
     it would be read, trained and written as what it is not.
     """
-    ours, theirs = origin.schedule, reference.schedule
-    if ours.prediction_type != theirs.prediction_type:
-        expected, got = f"prediction_type {theirs.prediction_type}", ours.prediction_type
-    elif ours.a.shape != theirs.a.shape or not torch.allclose(ours.a, theirs.a, atol=1e-6):
+    if origin.family is not reference.family:
+        expected, got = f"a {reference.family.name} model", origin.family.name
+    elif origin.prediction != reference.prediction:
+        expected, got = f"prediction_type {reference.prediction}", origin.prediction
+    elif not same_levels(LevelTables.of(origin.levels), LevelTables.of(reference.levels)):
         expected, got = f"the noise schedule of {reference.name}", "another table"
     else:
         return

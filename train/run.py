@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.denoiser import Denoiser, dtype_name
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
@@ -24,8 +23,8 @@ from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective
-from inpo.train.optim import build_optimizer, build_schedule, prepare_unet
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of
+from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
 from inpo.train.requirements import (
@@ -73,7 +72,7 @@ def run_train(
         check_fingerprints(cache, model)
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
-    network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
+    network_dtype = settings.dtype or opened[0].manifest.network_dtype
     index = build_index(
         opened,
         soft=objective.labels == "soft",
@@ -105,16 +104,16 @@ def run_train(
         )
     say(resolved.toml)
 
-    unet = origin.load_unet()
-    trained = prepare_unet(unet, settings, network_dtype=network_dtype, device=accelerator.device)
+    network = origin.load_network()
+    trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
     if accelerator.is_main_process:
         check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
-    wrapped, optimizer = accelerator.prepare(unet, optimizer)
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
-    denoiser = Denoiser(called, model.schedule, network_dtype=network_dtype)
+    denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,
@@ -150,7 +149,7 @@ def run_train(
         output=resolved.output,
         objective=objective,
         accelerator=accelerator,
-        unet=wrapped,
+        network=wrapped,
         trained=trained,
         denoiser=denoiser,
         optimizer=optimizer,
@@ -165,10 +164,8 @@ def run_train(
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if unet.config.dropout:
-        notes.append(
-            f"the UNet's dropout {unet.config.dropout:g} is off: the reference errors were measured without it"
-        )
+    if dropout := network.config.get("dropout"):
+        notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         _start(trainer, resolved, index, chosen, say)
@@ -273,11 +270,11 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             fix="take more --steps, a lower --beta, or --dtype bfloat16 with a cache of that dtype",
         )
     accelerator.wait_for_everyone()
-    bare = accelerator.unwrap_model(trainer.unet)
+    bare = accelerator.unwrap_model(trainer.network)
     if accelerator.distributed_type == DistributedType.FSDP:
-        weights = accelerator.get_state_dict(trainer.unet)  # all processes take part, the first one gets the whole
+        weights = accelerator.get_state_dict(trainer.network)  # all processes take part, the first one gets the whole
         if accelerator.is_main_process:
-            bare = resolved.model.load_unet()
+            bare = resolved.model.load_network()
             bare.load_state_dict(weights)
     if accelerator.is_main_process:
         if trainer.ema is not None:
@@ -324,7 +321,7 @@ def run_identity(
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps
     values |= {
-        "beta": settings.resolved_beta,
+        "beta": beta_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
@@ -345,7 +342,7 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {settings.resolved_beta:g}; effective batch {batch} records "
+        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )

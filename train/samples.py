@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import UInt8
 from PIL import Image
+from torch import nn
 
 from inpo.common.cache import Cache
 from inpo.common.denoiser import DTYPES
@@ -28,7 +28,7 @@ def cached_prompts(cache: Cache) -> tuple[str, ...]:
 
 @torch.no_grad()
 def sample_images(
-    unet: UNet2DConditionModel,
+    network: nn.Module,
     model: Model,
     prompts: Sequence[str],
     *,
@@ -40,13 +40,13 @@ def sample_images(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
     own seed. VAE and text encoders are loaded for this and freed again."""
-    device = next(unet.parameters()).device
+    device = next(network.parameters()).device
     dtype = DTYPES[network_dtype]
     images = []
     # Loading and sampling leave the training's random state alone.
     with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        pipeline = model.load_pipeline(unet=unet)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline = model.load_pipeline(**{model.family.network: network})
+        pipeline.scheduler = model.family.sampler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
         for number, prompt in enumerate(prompts):
@@ -58,6 +58,7 @@ def sample_images(
                     output_type="np",
                     height=resolution,
                     width=resolution,
+                    **model.family.draw_arguments,
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )

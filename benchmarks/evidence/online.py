@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.evidence.conditions import BASE
 from benchmarks.online import OnlineLoop
-from inpo.common.denoiser import Denoiser
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
 from inpo.precompute.encode import ImageEncoder, TextEncoder
@@ -19,12 +18,12 @@ def train_online(
     """Train the base with online inversion and write a pipeline folder. Winner and loser as the labels say."""
     model = open_model(BASE)
     device = torch.device("cpu")
-    unet = model.load_unet().train()
+    unet = model.load_network().train()
     loop = OnlineLoop(
-        trained=Denoiser(unet, model.schedule, network_dtype="float32"),
-        reference=Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule, network_dtype="float32"),
+        trained=model.denoiser(unet),
+        reference=model.denoiser(model.load_network().requires_grad_(False).eval()),
         images=ImageEncoder(model.load_vae(), vae_dtype="float32", sample=False, seed=0, device=device),
-        text=TextEncoder(model.load_text_pipeline(), device=device),
+        text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
         optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2),
         beta=beta,
     )

@@ -14,7 +14,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import MemoryStore, WrapperStore
 
-from inpo.common.cache.schema import SPECS, ArraySpec
+from inpo.common.cache.schema import ArraySpec
 from inpo.common.cache.store import check_process, digest_of_sample
 
 _CHUNKS_PER_BATCH = 64
@@ -100,14 +100,14 @@ def quiet_strings() -> Iterator[None]:
         yield
 
 
-def write_group(store: Store, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a plain zarr v3 group. Arrays must already have the contract's dtype and rank."""
+def write_group(store: Store, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
+    """Write a plain zarr v3 group. Arrays must already have the dtype and rank of their `specs`."""
     with quiet_strings():
         zarr.create_group(store=store, zarr_format=3)
         for path in sorted({path.split("/")[0] for path in arrays if "/" in path}):
             zarr.create_group(store=store, path=path, zarr_format=3)
         for path, values in arrays.items():
-            _create(store, SPECS[path], values.shape)[...] = values
+            _create(store, specs[path], values.shape)[...] = values
 
 
 def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array[Any]:
@@ -129,19 +129,19 @@ def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array
 
 
 @lru_cache(maxsize=512)
-def _contract(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def _contract(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
     """The metadata that an array of this shape has by the contract. Nothing of the array's size is made for it."""
     with quiet_strings():
-        return _metadata(_create(MemoryStore(), SPECS[path], shape))
+        return _metadata(_create(MemoryStore(), spec, shape))
 
 
 def _metadata(array: zarr.Array[Any]) -> dict[str, Any]:
     return {name: value for name, value in array.metadata.to_dict().items() if name != "attributes"}
 
 
-def metadata_problem(array: zarr.Array[Any], path: str) -> str | None:
+def metadata_problem(array: zarr.Array[Any], spec: ArraySpec) -> str | None:
     """The first entry of an opened array's metadata that is not the contract's (chunks, codecs, axes), or None."""
-    found, expected = _metadata(array), _contract(path, array.shape)
+    found, expected = _metadata(array), _contract(spec, array.shape)
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             return f"{name} {ascii(found.get(name))[:200]} instead of {ascii(expected.get(name))[:200]}"

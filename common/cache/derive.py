@@ -75,16 +75,6 @@ def derive_x_t(
     return x_t
 
 
-def clean_estimate(
-    x_t: Float[Tensor, "*pair c h w"],
-    eps: Float[Tensor, "*pair c h w"],
-    a: Float[Tensor, "*pair 1 1 1"],
-    s: Float[Tensor, "*pair 1 1 1"],
-) -> Float[Tensor, "*pair c h w"]:
-    """x0(t) = (x_t - s_t * eps) / a_t (Eq. 8)."""
-    return (x_t - s * eps) / a
-
-
 def mean_square(value: Float[Tensor, "*pair c h w"]) -> Float[Tensor, "*pair"]:
     """Mean over channel, height and width of the square: the MSE of the released code."""
     return torch.mean(value.float() ** 2, dim=(-3, -2, -1))

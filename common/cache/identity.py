@@ -1,20 +1,19 @@
 """Whether two caches, two runs, or a cache and a model are one: compared whole, both values shown."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inpo.common.cache.schema import Manifest
+from inpo.common.cache.schema import LevelTables, Manifest
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheMismatch
 
 if TYPE_CHECKING:
     from inpo.common.cache.reader import Cache
 
-_INVERTS = ("unet", "scheduler")
-_ONE_RUN = ("latent_shape", "resolution", "crop", "vae_latent", "vae_dtype", "network_dtype", "prediction_type")
+_INVERTS = ("network", "scheduler")
+_ONE_RUN = ("latent_shape", "resolution", "crop", "vae_latent", "vae_dtype", "network_dtype", "family")
 """What caches must share to be trained on together: what x0 and the embeddings are and what inverted them. How they
 were inverted, which pairs were mirrored or lost their caption, and K may differ: each record is whole in itself."""
 
@@ -22,9 +21,9 @@ were inverted, which pairs were mirrored or lost their caption, and K may differ
 def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:
     """Raise CacheMismatch, with both values of every difference, unless the two manifests are one identity."""
     have, want = existing.identity(), wanted.identity()
-    if not _same_table(existing.alphas_cumprod, wanted.alphas_cumprod):
+    if not same_levels(existing.levels, wanted.levels):
         # One fingerprint of the scheduler, two tables: another version of the library reads its settings otherwise.
-        have["alphas_cumprod"], want["alphas_cumprod"] = map(_ends, (existing.alphas_cumprod, wanted.alphas_cumprod))
+        have["levels"], want["levels"] = map(_ends, (existing.levels, wanted.levels))
     names = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
     if names:
         raise CacheMismatch(
@@ -37,16 +36,29 @@ def check_identity(existing: Manifest, wanted: Manifest, location: object) -> No
 
 
 _TABLE_TOLERANCE = 1e-6
-"""Relative. The table is float32 in its library; writers take the cache's own (Manifest.schedule), to the last bit."""
+"""Of a squared table. The tables are float32 in their library; writers take the cache's own, to the last bit."""
 
 
-def _same_table(left: Sequence[float], right: Sequence[float]) -> bool:
-    return len(left) == len(right) and np.allclose(left, right, rtol=_TABLE_TOLERANCE, atol=0)
+def same_levels(left: LevelTables, right: LevelTables) -> bool:
+    """Whether two sets of tables are one, to the rounding of the libraries."""
+    if (left.space, len(left.signal)) != (right.space, len(right.signal)):
+        return False
+
+    def close(one: Sequence[float], other: Sequence[float], *, relative: float, absolute: float) -> bool:
+        return np.allclose(np.square(one), np.square(other), rtol=relative, atol=absolute)
+
+    return (
+        close(left.signal, right.signal, relative=_TABLE_TOLERANCE, absolute=0.0)
+        # Near the clean end noise^2 = 1 - signal^2 is small, and signal's rounding large beside it.
+        and close(left.noise, right.noise, relative=_TABLE_TOLERANCE, absolute=_TABLE_TOLERANCE)
+        and close(left.label, right.label, relative=_TABLE_TOLERANCE, absolute=0.0)
+        and close([left.floor], [right.floor], relative=0.0, absolute=_TABLE_TOLERANCE)
+    )
 
 
-def _ends(table: Sequence[float]) -> str:
-    digits = digest(json.dumps(list(table)).encode())[:8]
-    return f"{table[0]:.9g} to {table[-1]:.9g}, {len(table)} values, digest {digits}"
+def _ends(levels: LevelTables) -> str:
+    signal, digits = levels.signal, digest(levels.to_json())[:8]
+    return f"{levels.space}, signal {signal[0]:.9g} to {signal[-1]:.9g}, {len(signal)} values, digest {digits}"
 
 
 def check_components(cache: "Cache", fingerprints: Mapping[str, str], *, model: str, fix: str) -> None:
@@ -77,10 +89,8 @@ def check_one_run(caches: "Sequence[Cache]") -> None:
 
     for cache in caches[1:]:
         have, found = facts(caches[0].manifest), facts(cache.manifest)
-        if not _same_table(caches[0].manifest.alphas_cumprod, cache.manifest.alphas_cumprod):
-            have["alphas_cumprod"], found["alphas_cumprod"] = (
-                _ends(each.manifest.alphas_cumprod) for each in (caches[0], cache)
-            )
+        if not same_levels(caches[0].manifest.levels, cache.manifest.levels):
+            have["levels"], found["levels"] = (_ends(each.manifest.levels) for each in (caches[0], cache))
         names = [name for name in sorted({*have, *found}) if have.get(name) != found.get(name)]
         if names:
             raise CacheMismatch(

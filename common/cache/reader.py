@@ -11,7 +11,7 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, SPECS, ArraySpec, Commit, Manifest, load
+from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, ArraySpec, Commit, Manifest, load
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
 from inpo.common.errors import (
@@ -23,7 +23,7 @@ from inpo.common.errors import (
     InpoError,
     command,
 )
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
 _Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
 """What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
@@ -67,7 +67,7 @@ class Shard:
     def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
         """`file` is a path below the shard's folder; its array is named."""
         array = file.split("/c/")[0].removesuffix("/zarr.json")
-        part = f"array {array}" if array in SPECS else "a group's metadata"
+        part = f"array {array}" if array in self.cache.manifest.specs else "a group's metadata"
         return CacheCorrupt(
             f"{what}: {part} of shard {self.name}.",
             where=f"{self.location}/{file}",
@@ -88,10 +88,11 @@ class Shard:
                     raise self._corrupt(
                         "A file is not the committed one", file, expected=f"digest {expected}", got=found
                     )
-        self._check_metadata(SPECS[path])
+        spec = self.cache.manifest.specs[path]
+        self._check_metadata(spec)
         committed = CommittedStore(store.zarr(self.folder), self.commit.files, remote=store.remote)
         array = open_array(committed, path)
-        problem = metadata_problem(array, path)
+        problem = metadata_problem(array, spec)
         if problem is not None:
             raise self._misfit(path, problem)
         return array
@@ -179,7 +180,7 @@ class Shard:
         one's), eps_ref where it is delta. Raises CacheIncomplete, naming the option that would store it, for the
         rest, and CacheCorrupt, naming shard, array and pairs, for damaged bytes.
         """
-        if path not in self.stored:
+        if path not in self.stored or path not in self.cache.manifest.specs:
             if path == "x_t" and "target" in self.stored:
                 return self._derive_x_t(pairs)
             if self._is_delta(path):
@@ -212,7 +213,7 @@ class Shard:
 
     def _culprits(self, path: str, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> str:
         """The pairs whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
-        if SPECS[path].chunking == "whole" or path not in self._arrays:
+        if path not in self._arrays or self.cache.manifest.specs[path].chunking == "whole":
             return ""
         array = self._arrays[path]
         bad = []
@@ -230,9 +231,8 @@ class Shard:
         return f" (pair{'s' if len(bad) > 1 else ''} {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
 
     def _derive_x_t(self, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> Float[np.ndarray, "pair step side c h w"]:
-        timestep = self.read("timestep", pairs).astype(np.int64)
-        schedule = self.cache.schedule
-        a, s = schedule.a.numpy()[timestep], schedule.s.numpy()[timestep]
+        timestep = self.read("timestep", pairs)
+        a, s = self.cache.levels.at(timestep)
         return derive_x_t(self.read("x0", pairs), self.read("target", pairs), a, s)
 
     def _incomplete(self, path: str) -> CacheIncomplete:
@@ -242,7 +242,7 @@ class Shard:
         elif path in ("delta_prev", "eps_ref"):
             fix = f"precompute a cache with --extra {path}"
         else:
-            fix = f"stored here: {', '.join(sorted(self.stored & set(SPECS)))}"
+            fix = f"stored here: {', '.join(sorted(self.stored & manifest.specs.keys()))}"
         return CacheIncomplete(
             f"This cache does not hold {path!r}.", where=self.cache.location, got=f"profile {manifest.profile}", fix=fix
         )
@@ -259,7 +259,7 @@ def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "pair"], path: str)
         return array[:0]
     if rows.min() < 0 or rows.max() >= length:
         raise IndexError(f"rows {rows.min()}..{rows.max()} of {path}, which has {length}")
-    if SPECS[path].chunking == "whole":
+    if array.shards is None:  # one chunk
         return np.asarray(array[...])[rows]
     distinct, place = np.unique(rows, return_inverse=True)
     runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)
@@ -282,9 +282,9 @@ class Cache:
         return self.store.location
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """The reference's noise schedule, from the manifest."""
-        return self.manifest.schedule()
+    def levels(self) -> Levels:
+        """The reference's levels, from the manifest."""
+        return self.manifest.levels.levels()
 
     @property
     def num_pairs(self) -> int:

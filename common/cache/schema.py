@@ -16,22 +16,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inpo.common.cache.store import digest
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels, Space
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REMOVING = ".removing"
 """Ends the name of the mark beside an attempt that `inpo inspect clean` is removing."""
 CONFIGURATION_SEAL = "# digest of the lines above: "
 MAX_PAIRS_PER_SHARD = 256
-MAX_TIMESTEPS = 32767
-"""Timesteps are stored as int16."""
 MAX_METADATA_BYTES = 1 << 16
 """Of a zarr.json."""
 
-Profile = Literal["full", "lean"]
-NetworkDtype = Literal["float32", "float16", "bfloat16"]
+_TABLES = ("signal", "noise", "label")
 
 # Every value of a document has a range or a pattern: a document may come from anywhere, and what it says is used as a
 # path, a length or a line on a screen before anything else could tell that it is wrong.
@@ -39,6 +37,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Attempt = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 """Of a component, a library, a reason."""
+ConditionName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")]
 InputShardName = Annotated[str, Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 Version = Annotated[str, Field(pattern="^[ -~]{1,100}$")]
 FilePath = Annotated[str, Field(pattern="^[a-z0-9_]+([./][a-z0-9_]+)*$", max_length=100)]
@@ -73,7 +72,7 @@ class ArraySpec:
     profiles: tuple[Profile, ...]
     meaning: str
     option: str | None = None
-    """The `--extra` name, model family or inverter that makes this array appear; None: always there."""
+    """The `--extra` name or inverter that makes this array appear; None: always there."""
 
     @property
     def is_text(self) -> bool:
@@ -197,7 +196,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         axes=("pair",),
         chunking="whole",
         profiles=_BOTH,
-        meaning="row of prompt/text and prompt/embedding with the original caption, also where it was dropped",
+        meaning="row of the prompt arrays with the original caption, also where it was dropped",
     ),
     ArraySpec(
         path="caption_dropped",
@@ -222,32 +221,6 @@ ARRAYS: tuple[ArraySpec, ...] = (
         chunking="whole",
         profiles=_BOTH,
         meaning="distinct prompts of the shard; row 0 is the empty prompt",
-    ),
-    ArraySpec(
-        path="prompt/embedding",
-        dtype="float16",
-        axes=("prompt", "token", "width"),
-        chunking="whole",
-        profiles=_BOTH,
-        meaning="text encoder states, one row per distinct prompt",
-    ),
-    ArraySpec(
-        path="prompt/pooled",
-        dtype="float16",
-        axes=("prompt", "width"),
-        chunking="whole",
-        profiles=_BOTH,
-        option="sdxl",
-        meaning="pooled text embedding (SDXL)",
-    ),
-    ArraySpec(
-        path="time_ids",
-        dtype="float32",
-        axes=("pair", "side", "time_id"),
-        chunking="whole",
-        profiles=_BOTH,
-        option="sdxl",
-        meaning="original height, width, crop top, left, target height, width (SDXL)",
     ),
     ArraySpec(
         path="delta_prev",
@@ -277,18 +250,6 @@ ARRAYS: tuple[ArraySpec, ...] = (
         meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
-SPECS: Mapping[str, ArraySpec] = {spec.path: spec for spec in ARRAYS}
-EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
-
-
-def arrays_of(
-    profile: Profile, *, sdxl: bool = False, extra: tuple[str, ...] = (), inverter: str = "ddim"
-) -> tuple[ArraySpec, ...]:
-    """The arrays that a shard of this profile holds, in the contract's order."""
-    options = {*extra, *(("sdxl",) if sdxl else ()), inverter}
-    return tuple(
-        spec for spec in ARRAYS if profile in spec.profiles and (spec.option is None or spec.option in options)
-    )
 
 
 _DocumentType = TypeVar("_DocumentType", bound="_Document")
@@ -347,8 +308,8 @@ def load(data: bytes, where: str) -> dict[str, Any]:
 class InverterIdentity(_Document):
     """How the latents were made: every setting that changes numbers."""
 
-    name: Name
-    steps: Timesteps
+    name: InverterName
+    grid_points: Timesteps
     refine_start: Annotated[int, Field(ge=0, le=16)] = 0
     noised_start: Share = 0.0
     guidance: Annotated[float, Field(ge=0, le=1e6)] = 1.0
@@ -357,30 +318,88 @@ class InverterIdentity(_Document):
     timestep_range: tuple[int, int]
     """Kept timesteps lie in [low, high)."""
     iterations: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """fixed_point only: the maximum of iterations per step."""
+    """fixed_point only: the maximum of iterations per grid point."""
     tolerance: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """fixed_point only: the relative RMS change at which the iteration stops."""
+
+
+class ConditionSpec(_Document):
+    """One of the tensors that the network is told: its array is prompt/<name> or image/<name>."""
+
+    dtype: Literal["float16", "float32", "bool"]
+    axes: Annotated[tuple[ConditionName, ...], Field(max_length=4)]
+    """Names of the axes behind the owner's."""
+    per: Literal["prompt", "image"]
+
+    def array(self, name: str) -> ArraySpec:
+        """The array that holds it."""
+        return ArraySpec(
+            path=f"prompt/{name}" if self.per == "prompt" else name,
+            dtype=self.dtype,
+            axes=("prompt", *self.axes) if self.per == "prompt" else ("pair", "side", *self.axes),
+            chunking="whole",
+            profiles=_BOTH,
+            meaning=f"what the network is told as {name}, by {self.per}",
+        )
+
+
+class LevelTables(_Document):
+    """The levels that every writer and reader of a cache walks: with them no reader needs the model to derive x_t.
+
+    Taken from here to the last bit, even where another version of the libraries would round a scheduler's table
+    differently.
+    """
+
+    space: Space
+    floor: Annotated[float, Field(gt=0, le=1e3)]
+    signal: Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)]
+    """a_t for t = 0..T-1."""
+    noise: Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)]
+    """s_t."""
+    label: Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], Field(max_length=MAX_TIMESTEPS)]
+    """What the network is told at t."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LevelTables":
+        """What one field says of another; ValueError says which."""
+        lengths = {name: len(getattr(self, name)) for name in _TABLES}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"tables of several lengths: {lengths}")
+        for name, table in (("signal", self.signal), ("noise", self.noise[::-1])):
+            if table[-1] <= 0 or any(later >= earlier for earlier, later in itertools.pairwise(table)):
+                raise ValueError(f"{name} is not strictly monotonic and above 0")
+        return self
+
+    @classmethod
+    def of(cls, levels: Levels) -> "LevelTables":
+        tables = {name: tuple(getattr(levels, name).tolist()) for name in _TABLES}
+        return cls(space=levels.space, floor=levels.floor, **tables)
+
+    def levels(self) -> Levels:
+        signal, noise, label = (torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES)
+        return Levels(space=self.space, floor=self.floor, signal=signal, noise=noise, label=label)
 
 
 class Manifest(_Document):
     """CACHE/manifest.json: the identity of a cache, put-if-absent. All fields but `versions` are compared."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    family: Name
+    """Of the model, by the name that its file in common/families/ gives it; readers need no more than is here."""
     latent_shape: tuple[Pixels, Pixels, Pixels]
-    num_train_timesteps: Timesteps
-    alphas_cumprod: Annotated[tuple[Share, ...], Field(max_length=MAX_TIMESTEPS)]
-    """The reference's schedule, abar_t for t = 0..T-1: with it a reader needs no model to derive x_t."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    levels: LevelTables
+    conditions: Annotated[dict[ConditionName, ConditionSpec], Field(min_length=1, max_length=16)]
+    """What the network is told beside latent and label, by name."""
     profile: Profile
-    extra: Annotated[tuple[Literal["delta_prev", "eps_ref"], ...], Field(max_length=2)] = ()
+    extra: Annotated[tuple[ExtraName, ...], Field(max_length=2)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     timesteps_per_pair: Timesteps
     resolution: Pixels
     crop: Literal["center"]
     flip: bool
     vae_latent: Literal["mean", "sample"]
-    vae_dtype: NetworkDtype
-    network_dtype: NetworkDtype
+    vae_dtype: DtypeName
+    network_dtype: DtypeName
     measure_inversion: Share = 0.0
     inverter: InverterIdentity
     fingerprints: Annotated[dict[Name, Digest], Field(min_length=1, max_length=32)]
@@ -390,15 +409,15 @@ class Manifest(_Document):
     def _fits_together(self) -> "Manifest":
         """What one field says of another; ValueError says which."""
         total, (low, high) = self.num_train_timesteps, self.inverter.timestep_range
-        table = self.alphas_cumprod
-        if len(table) != total:
-            raise ValueError(f"alphas_cumprod has {len(table)} entries for {total} timesteps")
-        if table[-1] <= 0 or any(later >= earlier for earlier, later in itertools.pairwise(table)):
-            raise ValueError("alphas_cumprod does not fall from below 1 to above 0")
+        taken = {"prompt", *(spec.path for spec in ARRAYS)} & {
+            spec.array(name).path for name, spec in self.conditions.items()
+        }
+        if taken:
+            raise ValueError(f"a condition cannot be the array {', '.join(sorted(taken))}")
         if not 0 <= low < high <= total:
             raise ValueError(f"timestep_range [{low}, {high}) lies outside 0..{total}")
-        if self.timesteps_per_pair > self.inverter.steps:
-            raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.steps} points")
+        if self.timesteps_per_pair > self.inverter.grid_points:
+            raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.grid_points} points")
         return self
 
     @classmethod
@@ -417,12 +436,20 @@ class Manifest(_Document):
         return cls._parse(document, where)
 
     @property
-    def is_sdxl(self) -> bool:
-        return "text_encoder_2" in self.fingerprints
+    def num_train_timesteps(self) -> int:
+        """T, the length of the levels' tables."""
+        return len(self.levels.signal)
+
+    @cached_property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays that a shard holds, by path: the contract's, and one per condition."""
+        options = {None, *self.extra, self.inverter.name}
+        contract = [spec for spec in ARRAYS if self.profile in spec.profiles and spec.option in options]
+        return {spec.path: spec for spec in [*contract, *(each.array(name) for name, each in self.conditions.items())]}
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return arrays_of(self.profile, sdxl=self.is_sdxl, extra=self.extra, inverter=self.inverter.name)
+        return tuple(self.specs.values())
 
     @cached_property
     def files(self) -> frozenset[str]:
@@ -434,29 +461,15 @@ class Manifest(_Document):
         return frozenset(names)
 
     def lengths(self, num_pairs: int) -> dict[str, int]:
-        """Lengths of the axes of a shard with so many pairs; token, width and prompt are free."""
+        """Lengths of the axes of a shard with so many pairs; a condition's axes and prompt are free."""
         channel, height, width = self.latent_shape
-        return {
-            "pair": num_pairs,
-            "step": self.timesteps_per_pair,
-            "side": 2,
-            "C": channel,
-            "H": height,
-            "W": width,
-            "time_id": 6,
-        }
-
-    def schedule(self) -> NoiseSchedule:
-        """The reference's noise schedule from the table here, so that writers and readers walk the very same numbers
-        even where another version of the libraries would round the scheduler's table differently."""
-        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return NoiseSchedule.from_alphas_cumprod(table, self.prediction_type)
+        return {"pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width}
 
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""
         flat: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
-            if name in ("versions", "alphas_cumprod"):  # check_identity compares the table, to rounding
+            if name in ("versions", "levels"):  # check_identity compares the tables, to rounding
                 continue
             if isinstance(value, dict):
                 flat.update({f"{name}.{key}": inner for key, inner in value.items()})

@@ -28,7 +28,6 @@ from inpo.common.cache.schema import (
     MANIFEST,
     MAX_PAIRS_PER_SHARD,
     REMOVING,
-    SPECS,
     Commit,
     Manifest,
     ShardSource,
@@ -186,7 +185,8 @@ class CacheWriter:
         try:
             with storage_errors("write a shard", self.store.path(folder)):
                 written = self._written.setdefault(folder, {})
-                write_group(WrittenStore(self.store.zarr(folder, read_only=False), written), arrays)
+                store = WrittenStore(self.store.zarr(folder, read_only=False), written)
+                write_group(store, arrays, self.manifest.specs)
             self.store.sync_folder(folder)
         except InpoError:
             with contextlib.suppress(InpoError):
@@ -197,14 +197,14 @@ class CacheWriter:
         """Our own bugs, caught before they reach a disk: names, dtypes, shapes and references follow the contract."""
         if not data.arrays:
             return
-        expected = {spec.path for spec in self.manifest.arrays}
+        expected = self.manifest.specs.keys()
         if expected != set(data.arrays):
             raise AssertionError(f"shard {name}: arrays {sorted(data.arrays)} instead of {sorted(expected)}")
         if not 0 < data.num_pairs <= MAX_PAIRS_PER_SHARD:
             raise AssertionError(f"shard {name}: {data.num_pairs} pairs")
         lengths = self.manifest.lengths(data.num_pairs)
         for path, values in data.arrays.items():
-            spec = SPECS[path]
+            spec = self.manifest.specs[path]
             problem = spec.problem(values.shape, values.dtype, lengths)
             if problem is None and spec.is_text and values.dtype.kind not in "OT":
                 problem = f"{values.dtype} instead of text"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion.inverters import Asked, Question, Request
 from inpo.common.inversion.trajectory import Records
 
@@ -82,11 +83,11 @@ def _evaluate(
     device = x.device
     timestep = _upload([request.timestep for _, request in requests for _ in range(2)], device)
     rows = _upload([2 * pair + side for pair, _ in requests for side in range(2)], device)
-    condition = _rows(caption, rows)
+    condition = caption.rows(rows)
     if any(request.empty for _, request in requests):
         assert empty is not None, "guidance other than 1 needs the empty prompt"
         is_empty = _upload([request.empty for _, request in requests for _ in range(2)], device)
-        condition = _mixed(is_empty, _rows(empty, rows), condition)
+        condition = empty.rows(rows).where(is_empty, condition)
     return list(denoiser.predict(x, timestep, condition).split(2))
 
 
@@ -94,26 +95,3 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     """Integers or truth values as a tensor, without waiting for what the device still has to do."""
     tensor = torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _rows(condition: Condition, rows: Tensor) -> Condition:
-    return Condition(
-        embedding=condition.embedding[rows],
-        pooled=None if condition.pooled is None else condition.pooled[rows],
-        time_ids=None if condition.time_ids is None else condition.time_ids[rows],
-    )
-
-
-def _mixed(first: Tensor, one: Condition, other: Condition) -> Condition:
-    """Rows of `one` where `first` is true, of `other` elsewhere."""
-
-    def mixed(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        if left is None or right is None:
-            return None
-        return torch.where(first.view(-1, *[1] * (left.ndim - 1)), left, right)
-
-    embedding = mixed(one.embedding, other.embedding)
-    assert embedding is not None
-    return Condition(
-        embedding=embedding, pooled=mixed(one.pooled, other.pooled), time_ids=mixed(one.time_ids, other.time_ids)
-    )

@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float16, Float32, Int16
 from torch import Tensor
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion.batching import run_trajectories
 from inpo.common.inversion.inverters import Asked
 from inpo.common.inversion.path import Path, exact_path
 from inpo.common.inversion.released import released_path, released_trajectory
 from inpo.common.inversion.trajectory import Records, trajectory
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import uniform
 
 
@@ -39,7 +40,7 @@ class Inverted:
 
 
 def build_path(
-    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> Path:
     """The path of one pair, on the exact grid or the released code's."""
     build = released_path if identity.faithful else exact_path
@@ -79,9 +80,7 @@ def invert(
 
     def start(pair: int) -> Generator[Asked, Tensor, Records]:
         pair_id = pair_ids[pair]
-        path = build_path(
-            identity, denoiser.schedule, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair
-        )
+        path = build_path(identity, denoiser.levels, seed=seed, pair_id=pair_id, timesteps_per_pair=timesteps_per_pair)
         walk = released_trajectory if identity.faithful else trajectory
         return walk(
             clean[pair],

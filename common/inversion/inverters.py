@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inpo.common.cache.schema import InverterIdentity
+from inpo.common.choices import InverterName
 from inpo.common.denoiser import Denoiser
-from inpo.common.errors import UsageError
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ Evaluate = Callable[[Tensor, int], Calls]
 class Stepper:
     """What a step may use: the schedule, the network behind `evaluate`, and a place for the residual."""
 
-    schedule: NoiseSchedule
+    schedule: Levels
     denoiser: Denoiser
     evaluate: Evaluate
     identity: InverterIdentity
@@ -88,7 +88,7 @@ def ab2(history: list[State], timestep: int, stepper: Stepper) -> Calls:
         return (yield from ddim(history, timestep, stepper))
     a, s = _levels(stepper.schedule, timestep)
     before, last = history[-2], history[-1]
-    floor = float(stepper.schedule.sigma[0])
+    floor = stepper.schedule.floor
 
     def stretched(sigma: float) -> float:
         return math.asinh(sigma / floor)
@@ -125,7 +125,7 @@ def fixed_point(history: list[State], timestep: int, stepper: Stepper) -> Calls:
     return x
 
 
-INVERTERS: dict[str, Callable[[list[State], int, Stepper], Calls]] = {
+INVERTERS: dict[InverterName, Callable[[list[State], int, Stepper], Calls]] = {
     "ddim": ddim,
     "ab2": ab2,
     "fixed_point": fixed_point,
@@ -133,12 +133,5 @@ INVERTERS: dict[str, Callable[[list[State], int, Stepper], Calls]] = {
 }
 
 
-def inverter_named(name: str) -> Callable[[list[State], int, Stepper], Calls]:
-    """Raises UsageError listing the inverters there are."""
-    if name not in INVERTERS:
-        raise UsageError("Unknown inverter.", where="--inverter", expected=", ".join(INVERTERS), got=name)
-    return INVERTERS[name]
-
-
-def _levels(schedule: NoiseSchedule, timestep: int) -> tuple[float, float]:
-    return float(schedule.a[timestep]), float(schedule.s[timestep])
+def _levels(schedule: Levels, timestep: int) -> tuple[float, float]:
+    return float(schedule.signal[timestep]), float(schedule.noise[timestep])

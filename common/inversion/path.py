@@ -7,11 +7,10 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.errors import UsageError
-from inpo.common.schedule import NoiseSchedule, exact_grid
+from inpo.common.levels import Levels, exact_grid
 from inpo.common.seeding import generator, uniform
 
 
@@ -61,11 +60,11 @@ class Path:
 
 
 def exact_path(
-    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> Path:
     """The path of one pair on the exact grid."""
     num_train_timesteps = schedule.num_train_timesteps
-    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.steps, num_train_timesteps)
+    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.grid_points, num_train_timesteps)
     low, high = identity.timestep_range
     candidates = grid[(grid >= low) & (grid < high)]
     kept = set(
@@ -74,7 +73,7 @@ def exact_path(
     start = 1.0 if identity.name == "noise" else identity.noised_start
     noised = [int(t) for t in grid if t < start * num_train_timesteps]
     inverted = [int(t) for t in grid if t >= start * num_train_timesteps]
-    refined = _refine(noised[-1:] + inverted, schedule.sigma.numpy(), identity.refine_start, clean=not noised)
+    refined = _refine(noised[-1:] + inverted, schedule, identity.refine_start, clean=not noised)
     levels = sorted({*noised, *inverted, *(refined if inverted else ())})
     last = max(kept)
     return Path(
@@ -86,19 +85,19 @@ def exact_path(
     )
 
 
-def _refine(levels: list[int], sigma: Float[np.ndarray, "timestep"], extra: int, *, clean: bool) -> list[int]:
+def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> list[int]:
     """`--refine-start p`: p times, split the step with the largest ratio of sigmas at its geometric middle.
 
-    The clean end counts as 0.8 * sigma_0, so that its step has a finite ratio. Nothing is inserted where no label
+    The clean end counts as 0.8 times the floor, so that its step has a finite ratio. Nothing is inserted where no label
     lies strictly between the ends of the widest step.
     """
-    levels = list(levels)
+    levels, sigma = list(levels), schedule.sigma.numpy()
     for _ in range(extra):
         ends: list[tuple[int | None, int]] = [(None, levels[0])] if clean else []
         ends += list(itertools.pairwise(levels))
         if not ends:  # all is noised: there is no step to refine
             break
-        sigmas = [(0.8 * sigma[0] if left is None else sigma[left], sigma[right]) for left, right in ends]
+        sigmas = [(0.8 * schedule.floor if left is None else sigma[left], sigma[right]) for left, right in ends]
         ratios = [right / left for left, right in sigmas]
         widest = int(np.argmax(ratios))
         middle = np.sqrt(sigmas[widest][0] * sigmas[widest][1])
@@ -112,15 +111,15 @@ def _refine(levels: list[int], sigma: Float[np.ndarray, "timestep"], extra: int,
 
 def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
     """Refuse settings that some pair could not follow. Raises UsageError."""
-    n, k = identity.steps, timesteps_per_pair
+    n, k = identity.grid_points, timesteps_per_pair
     exact_grid(0.0, n, num_train_timesteps)
     if not 1 <= k <= n:
         raise UsageError(
             "Cannot keep that many timesteps per pair.",
             where="--timesteps-per-pair",
-            expected=f"1..{n} (--steps)",
+            expected=f"1..{n} (--grid-points)",
             got=k,
-            fix="raise --steps or lower --timesteps-per-pair",
+            fix="raise --grid-points or lower --timesteps-per-pair",
         )
     low, high = identity.timestep_range
     if not 0 <= low < high <= num_train_timesteps:
@@ -142,7 +141,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--timestep-range",
             expected=f"at least {k} grid points (--timesteps-per-pair)",
             got=f"{fewest} of {n} in [{low}, {high})",
-            fix="widen the range, raise --steps, or lower --timesteps-per-pair",
+            fix="widen the range, raise --grid-points, or lower --timesteps-per-pair",
         )
     if identity.faithful and (
         identity.name != "ddim"

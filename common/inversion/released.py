@@ -19,44 +19,44 @@ from inpo.common.errors import ModelError, UsageError
 from inpo.common.inversion.inverters import Asked, Request, State
 from inpo.common.inversion.path import Path, Point
 from inpo.common.inversion.trajectory import Records, round_trip
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import generator, normal
 
 _EXTRA_NOISE = 0.1
 
 
 class ReleasedLoop:
-    """Grid and steps of the released loop over `steps` points of a schedule.
+    """Grid and steps of the released loop over `grid_points` points of a schedule.
 
     A step takes x, made at the level before, to `level`, and calls the network with the label `level` - T // n: -99 for
     the first step of n = 10. Raises ModelError for a scheduler that the released code refuses, UsageError for too many
     steps.
     """
 
-    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+    def __init__(self, schedule: Levels, grid_points: int) -> None:
         sampler = schedule.sampler
-        if schedule.prediction_type != "epsilon" or sampler.timestep_spacing != "leading":
+        if sampler.prediction_type != "epsilon" or sampler.timestep_spacing != "leading":
             raise ModelError(
                 "The released code does not invert this model.",
                 where="--faithful",
                 expected="a scheduler with prediction_type epsilon and timestep_spacing leading",
-                got=f"{schedule.prediction_type}, {sampler.timestep_spacing}",
+                got=f"{sampler.prediction_type}, {sampler.timestep_spacing}",
                 fix="leave --faithful out",
             )
-        self.stride = schedule.num_train_timesteps // steps
+        self.stride = schedule.num_train_timesteps // grid_points
         if self.stride <= sampler.steps_offset:
             raise UsageError(
-                "The released code's grid has no clean end with that many steps.",
-                where="--steps",
+                "The released code's grid has no clean end with that many grid points.",
+                where="--grid-points",
                 expected=f"at most {schedule.num_train_timesteps // (sampler.steps_offset + 1)} with --faithful",
-                got=steps,
+                got=grid_points,
                 fix="the released code uses 10",
             )
-        self.levels = tuple(sampler.steps_offset + index * self.stride for index in range(steps))
+        self.levels = tuple(sampler.steps_offset + index * self.stride for index in range(grid_points))
         self.clip_range = sampler.clip_range
         # The scheduler that steps keeps its float32 table; the other one, which gives the noise's variance and the
         # target, has it cast to the weights' float16. Both keep the clean end in float32.
-        self._abar = (schedule.a**2).float()
+        self._abar = (schedule.signal**2).float()
         self._half_abar = self._abar.half()
         self._clean_end = torch.tensor(1.0) if sampler.set_alpha_to_one else self._abar[0]
 
@@ -99,10 +99,10 @@ class ReleasedLoop:
 
 
 def released_path(
-    identity: InverterIdentity, schedule: NoiseSchedule, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> "ReleasedPath":
     """The released grid, up to the largest timestep; timesteps are drawn from 0..T-1, whatever the levels."""
-    loop = ReleasedLoop(schedule, identity.steps)
+    loop = ReleasedLoop(schedule, identity.grid_points)
     total = schedule.num_train_timesteps
     drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
     records: dict[int, list[int]] = {}
@@ -140,12 +140,12 @@ def released_trajectory(
     One noise is drawn for a level and a side, and shared by the timesteps that pass it. At a record the stored-point
     rule holds, with the manifest's table; the path goes on from x itself, in float32.
     """
-    schedule = denoiser.schedule
-    loop = ReleasedLoop(schedule, identity.steps)
+    schedule = denoiser.levels
+    loop = ReleasedLoop(schedule, identity.grid_points)
 
     def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         eps = yield Request(x=x, timestep=timestep)
-        a, s = float(schedule.a[timestep]), float(schedule.s[timestep])
+        a, s = float(schedule.signal[timestep]), float(schedule.noise[timestep])
         return State(a=a, s=s, x=x, clean=(x - s * eps) / a, delta=eps)
 
     records = Records()
@@ -157,7 +157,7 @@ def released_trajectory(
         x = loop.step(x, carried, point.level) + loop.noise(randn, point.level)
         for timestep in point.records:
             target = loop.target(x, x0, torch.tensor([timestep])).half()
-            x_t = point_from_target(x0, target, float(schedule.a[timestep]), float(schedule.s[timestep]))
+            x_t = point_from_target(x0, target, float(schedule.signal[timestep]), float(schedule.noise[timestep]))
             state = yield from visit(x_t.float(), timestep)
             records.add(timestep, target, x_t, state, eps_ref=state.delta, carried=carried, extra=extra)
     if measure:

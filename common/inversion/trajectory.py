@@ -14,9 +14,9 @@ from torch import Tensor
 from inpo.common.cache.derive import mean_square, point_from_target, stored_point
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
+from inpo.common.inversion.inverters import INVERTERS, Asked, Calls, Request, State, Stepper
 from inpo.common.inversion.path import Path
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
 Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
@@ -78,8 +78,8 @@ def trajectory(
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
     inverts (guidance 1), or a part of it (any but 0), it costs no call; under the empty prompt one more per record.
     """
-    schedule = denoiser.schedule
-    step = inverter_named(identity.name)
+    schedule = denoiser.levels
+    step = INVERTERS[identity.name]
     guidance = identity.guidance
     under_caption: Tensor | None = None
     """Raw output under the caption at the point evaluated last, if the inverting model asked for it."""
@@ -100,8 +100,8 @@ def trajectory(
         output = yield from evaluate(x, timestep)
         label = torch.full((2,), timestep, device=x.device)
         return State(
-            a=float(schedule.a[timestep]),
-            s=float(schedule.s[timestep]),
+            a=float(schedule.signal[timestep]),
+            s=float(schedule.noise[timestep]),
             x=x,
             clean=denoiser.to_clean(output, x, label),
             delta=denoiser.to_noise(output, x, label),
@@ -124,7 +124,7 @@ def trajectory(
         history = [State(a=1.0, s=0.0, x=clean, clean=clean, delta=start.delta)]
     for index, point in enumerate(path.points):
         stepper.residual = None
-        a, s = float(schedule.a[point.level]), float(schedule.s[point.level])
+        a, s = float(schedule.signal[point.level]), float(schedule.noise[point.level])
         if point.noised:
             if noise is None:
                 noise = normal(tuple(x0.shape[1:]), seed, pair_id, "noise").to(x0.device).expand_as(clean)
@@ -158,11 +158,11 @@ def trajectory(
     return records
 
 
-def round_trip(clean: Tensor, last: State, path: Path, schedule: NoiseSchedule, visit: Visit) -> Calls:
+def round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit: Visit) -> Calls:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):
-        x = float(schedule.a[point.level]) * state.clean + float(schedule.s[point.level]) * state.delta
+        x = float(schedule.signal[point.level]) * state.clean + float(schedule.noise[point.level]) * state.delta
         state = yield from visit(x, point.level)
     error = (state.clean - clean).square().mean((-3, -2, -1)).sqrt()
     return error / clean.square().mean((-3, -2, -1)).sqrt()

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.fields import FIRST, KNOWN, LOSE, SECOND, WIN, Fields, brief, missing_field, rows_of
+from inpo.common.pairs.fields import FIRST, LOSE, SECOND, WIN, brief, is_ranking, missing_field, rows_of, without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.pairs.signatures import Likely, likely_kind
@@ -132,12 +132,11 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def count_unknown(fields: Fields, unknown: Counter[str], what: str) -> None:
-    """Count the fields that no pair is made of."""
-    for name in fields:
-        if name not in KNOWN:
-            key = f"{what} {brief(name)}"
-            unknown[key if key in unknown or len(unknown) < _MANY else f"{what}: others"] += 1
+def count_fields(names: Iterable[str], not_read: Counter[str]) -> None:
+    """Count these fields as not read."""
+    for name in names:
+        key = f"field {brief(name)}"
+        not_read[key if key in not_read or len(not_read) < _MANY else "field: others"] += 1
 
 
 class EntryReader:
@@ -220,7 +219,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any) -> ListIndex:
     offsets, lines, first_rows = [], [], [0]
-    unknown: Counter[str] = Counter()
+    not_read: Counter[str] = Counter()
     for entry in entries:
         offsets.append(entry.offset)
         lines.append(entry.line)
@@ -231,18 +230,16 @@ def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any
             except RowProblem:
                 fields = {}
             rows = rows_of(fields)
-            count_unknown(fields, unknown, "field")
+            count_fields(without_part(fields, is_ranking=is_ranking(fields)), not_read)
         first_rows.append(first_rows[-1] + rows)
     if header is not None:
-        for name in header:
-            if name not in KNOWN:
-                unknown[f"column {brief(name)}"] = len(offsets)
+        not_read.update({f"column {brief(name)}": len(offsets) for name in without_part(header, is_ranking=False)})
     return ListIndex(
         offsets=np.array(offsets, dtype=np.int64),
         lines=np.array(lines, dtype=np.int64),
         first_rows=np.array(first_rows, dtype=np.int64),
         header=header,
-        not_read=dict(unknown),
+        not_read=dict(not_read),
         fingerprint=digest.hexdigest(),
     )
 

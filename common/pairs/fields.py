@@ -50,12 +50,28 @@ _EXACT_FLOATS = 2**53
 
 def rows_of(fields: Fields) -> int:
     """How many rows these fields stand for: the comparisons of a ranking, else 1."""
-    return comparisons_of(_num_ranked(fields)) if _is_ranking(fields) else 1
+    return comparisons_of(num_ranked(fields)) if is_ranking(fields) else 1
 
 
-def comparisons_of(num_ranked: int) -> int:
+def comparisons_of(count: int) -> int:
     """Every two of so many images; 1, a row that gives no pair, where nothing or too much is to be compared."""
-    return math.comb(num_ranked, 2) if 2 <= num_ranked <= MAX_RANKED else 1
+    return math.comb(count, 2) if 2 <= count <= MAX_RANKED else 1
+
+
+def num_ranked(fields: Fields) -> int:
+    """How many ranks or scores the row has: the length of the first field of ORDER that is a list, else 0."""
+    return next((len(fields[name]) for name in ORDER if isinstance(fields.get(name), list)), 0)
+
+
+def without_part(names: Iterable[str], *, is_ranking: bool) -> list[str]:
+    """Those of a row's fields that no pair is made of: the unknown ones, and those that say nothing beside the others,
+    as ranks do where there is no list of images.
+    """
+    names = list(names)
+    void = {"label", "label_0", "label_1"} if is_ranking else {*IMAGES, *ORDER}
+    if {*FIRST, *SECOND} & set(names):
+        void.add("label")
+    return [name for name in names if name not in KNOWN or name in void]
 
 
 def items(
@@ -66,13 +82,13 @@ def items(
     Where the fields have no id, a pair is named `default_id`, or after what the row says if that is None; a row too
     broken for that is `name`/row.
     """
-    if not _is_ranking(fields):
+    if not is_ranking(fields):
         yield _item(fields, None, row=row, name=name, default_id=default_id, read=read)
         return
     once = _remember(read)
     # What cannot be compared is one row, which says why.
-    num_ranked = _num_ranked(fields) if 2 <= _num_ranked(fields) <= MAX_RANKED else 2
-    for number, pairing in enumerate(combinations(range(num_ranked), 2)):
+    count = num_ranked(fields) if 2 <= num_ranked(fields) <= MAX_RANKED else 2
+    for number, pairing in enumerate(combinations(range(count), 2)):
         if number >= skip:
             yield _item(fields, pairing, row=row + number, name=name, default_id=default_id, read=once)
 
@@ -95,9 +111,9 @@ def brief(name: str) -> str:
 
 def parse_label(value: object, *, what: str = "label") -> float:
     """`value` as a probability in [0, 1], else RowProblem: unlabelled for null and "", bad_label otherwise."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if _is_blank(value):
         raise RowProblem(reason="unlabelled", detail=f"{what} is null")
-    number = _number(value)
+    number = as_number(value)
     if number is None or not 0.0 <= number <= 1.0:
         raise RowProblem(reason="bad_label", detail=f"{what} is {_cut(value)}, expected 0..1")
     return number
@@ -107,7 +123,7 @@ def parse_flag(value: object, *, what: str) -> bool | None:
     """`value` as a boolean: a bool, 0 or 1, or a word for one of them; None for null. RowProblem bad_metadata."""
     if _is_null(value):
         return None
-    number = _number(value)
+    number = as_number(value)
     if number not in (0.0, 1.0):
         raise RowProblem(reason="bad_metadata", detail=f"{what} is {_cut(value)}, expected true or false")
     return number == 1.0
@@ -117,13 +133,8 @@ def parse_id(value: object, *, what: str) -> str | None:
     """`value` as text, None for null. A number is the same id whether its column was stored as integers, as floats
     (as a column with nulls often is) or as text. Raises RowProblem bad_metadata.
     """
-    if _is_null(value):
+    if value == "" or (_is_null(value) and not isinstance(value, str)):
         return None
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise RowProblem(reason="bad_metadata", detail=f"{what} is not UTF-8") from None
     if isinstance(value, str):
         whole = re.fullmatch(r"(-?\d+)\.0+", value)
         return check_id(whole[1] if whole else value, what=what)
@@ -183,25 +194,26 @@ def _content_id(sides: list[tuple[str, Any]], prompt: object) -> str:
     return hashlib.blake2b(content.encode("ascii"), digest_size=8).hexdigest()
 
 
-def _is_ranking(fields: Fields) -> bool:
-    return any(isinstance(fields.get(name), list) for name in IMAGES)
-
-
-def _num_ranked(fields: Fields) -> int:
-    return next((len(fields[name]) for name in ORDER if isinstance(fields.get(name), list)), 0)
+def is_ranking(fields: Fields) -> bool:
+    """Whether there is a list of images, or a field for one and ranks, whose images are missing then."""
+    return any(isinstance(fields.get(name), list) or (name in fields and num_ranked(fields)) for name in IMAGES)
 
 
 def _sides(fields: Fields, pairing: tuple[int, int] | None) -> list[tuple[str, Any]]:
     """(name, value) of the two image fields, the first one first."""
-    layouts = [layout for layout in ((WIN, LOSE), (FIRST, SECOND)) if any(name in fields for name in sum(layout, ()))]
-    found = [name for name in IMAGE_FIELDS if name in fields]
+    found = [name for name in IMAGE_FIELDS if fields.get(name) is not None]
+    if pairing is None and not found:
+        found = [name for name in IMAGE_FIELDS if name in fields]
+    layouts = [layout for layout in ((WIN, LOSE), (FIRST, SECOND)) if any(name in found for name in sum(layout, ()))]
     if len(layouts) + (pairing is not None) > 1:
-        raise RowProblem(reason="bad_metadata", detail=f"images of two layouts: {', '.join(found)}")
+        words = "images of two layouts" if pairing is None else "a ranking and a pair in one row"
+        raise RowProblem(reason="bad_metadata", detail=f"{words}: {', '.join(found)}")
     if pairing is not None:
-        name = next(name for name in IMAGES if isinstance(fields.get(name), list))
-        images, num_ranked = fields[name], _num_ranked(fields)
-        if len(images) != num_ranked or not 2 <= num_ranked <= MAX_RANKED:
-            words = f"{name} has {len(images)} images, {' or '.join(ORDER)} has {num_ranked} values; 2..{MAX_RANKED}"
+        name = next((name for name in IMAGES if isinstance(fields.get(name), list)), None)
+        images, count = fields[name] if name else [], num_ranked(fields)
+        if name is None or len(images) != count or not 2 <= count <= MAX_RANKED:
+            words = f"{name or ' or '.join(IMAGES)} has {len(images)} images, {' or '.join(ORDER)} has {count} values"
+            words += f"; 2..{MAX_RANKED}"
             raise RowProblem(reason="bad_metadata", detail=f"{words} of both are needed")
         return [(f"{name}[{i}]", images[i]) for i in pairing]
     if not layouts:
@@ -250,7 +262,7 @@ def _from_two(fields: Fields) -> float:
     if "label_0" not in fields:
         return 1.0 - parse_label(fields["label_1"], what="label_1")
     label_0 = parse_label(fields["label_0"], what="label_0")
-    if fields.get("label_1") is None:
+    if _is_blank(fields.get("label_1")):
         return label_0
     label_1 = parse_label(fields["label_1"], what="label_1")
     if abs(label_0 + label_1 - 1.0) > 1e-4:
@@ -265,13 +277,13 @@ def _ranked(fields: Fields, pairing: tuple[int, int]) -> float:
         values = fields.get(name)
         if not isinstance(values, list):
             continue
-        if len(values) != _num_ranked(fields):
+        if len(values) != num_ranked(fields):
             raise RowProblem(reason="bad_metadata", detail=f"{name} has {len(values)} values")
         numbers = []
         for i in pairing:
             if _is_null(values[i]):
                 raise RowProblem(reason="unlabelled", detail=f"{name}[{i}] is null")
-            number = _number(values[i])
+            number = as_number(values[i])
             if number is None:
                 raise RowProblem(reason="bad_label", detail=f"{name}[{i}] is {_cut(values[i])}, no number")
             numbers.append(number)
@@ -294,11 +306,15 @@ def _remember(read: ReadImage) -> ReadImage:
     return once
 
 
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _is_null(value: object) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return _is_blank(value) or (isinstance(value, float) and math.isnan(value))
 
 
-def _number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """A bool, number or text as a finite float; None for anything else."""
     try:
         if isinstance(value, str):

@@ -68,6 +68,13 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a location and the path in it. Raises DataError for an unknown or uninstalled scheme."""
     scheme, separator, rest = location.partition("://")
     if separator and scheme in OBJECT_STORES:
+        if scheme in ("http", "https") and "?" in rest:
+            raise DataError(
+                "an address with a query cannot be opened as a source",
+                where=location,
+                expected="an address without ?, which the library that reads by ranges would leave out",
+                fix="download the file and name the copy, or name the bucket (s3://, gs://) and set its credentials",
+            )
         login = rest.partition("/")[0].rpartition("@")[0] if scheme in ("http", "https") else ""
         return _object_store(scheme, unquote(login)), location
     try:
@@ -177,10 +184,10 @@ def broken_link(location: str) -> str | None:
 def expand_pattern(location: str) -> list[str]:
     """The locations behind a brace pattern or a glob, sorted; the location itself when it is neither.
 
-    A name that exists is never taken for a pattern. Braces may name files that are not there (each becomes an
-    unreadable shard); a glob gives existing files only.
+    A name that exists is never taken for a pattern, and in a web address ? begins a query. Braces may name files that
+    are not there (each becomes an unreadable shard); a glob gives existing files only.
     """
-    if not re.search(r"[{*?\[]", location):
+    if not re.search(r"[{*?\[]", location) or re.match(r"https?://[^{*\[]*\?", location):
         return [location]
     if is_local(filesystem(location)[0]) and exists(location):
         return [location]
@@ -199,7 +206,12 @@ def _glob(pattern: str) -> list[str]:
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
     if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
-        return [prefix + file for file in glob.glob(path, recursive=True)]
+        # A link to a folder above it leads to every file again and again: the shortest way to each counts.
+        found: dict[str, str] = {}
+        for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count("/"), file)):
+            parent, name = os.path.split(file)
+            found.setdefault(os.path.join(os.path.realpath(parent), name), file)
+        return [prefix + file for file in found.values()]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
 

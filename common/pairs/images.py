@@ -52,7 +52,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """Pixels for the VAE and what SDXL's time ids need."""
+    """Pixels for the VAE and what a network may be told of the image."""
 
     levels: UInt8[np.ndarray, "3 h w"]
     """8-bit RGB, h = w = resolution: a quarter of the memory while a shard's images wait for the VAE."""

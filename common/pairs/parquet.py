@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from inpo.common.errors import DataError
 from inpo.common.pairs.fields import (
     FIRST,
+    IMAGE_FIELDS,
     IMAGES,
     KNOWN,
     LOSE,
@@ -30,6 +31,8 @@ from inpo.common.pairs.fields import (
     comparisons_of,
     items,
     missing_field,
+    num_ranked,
+    without_part,
 )
 from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
@@ -93,24 +96,25 @@ class ParquetShard:
             for group in range(parquet.num_row_groups):
                 total += parquet.metadata.row_group(group).num_rows
                 ends.append(total)
-            columns = tuple(name for name in names if name in KNOWN)
-            order = next((name for name in ORDER if name in columns), None)
-            is_ranking = any(name in columns and _is_list(parquet.schema_arrow.field(name).type) for name in IMAGES)
+            lists = _lists(parquet.schema_arrow)
+            order = [name for name in ORDER if name in lists]
+            is_ranking = bool(order) and any(name in lists for name in IMAGES)
+            not_read = set(without_part(names, is_ranking=is_ranking))
+            if is_ranking:  # what has another type in such a file is none of them
+                not_read |= {name for name in names if name in (*IMAGES, *ORDER) and name not in lists}
             return _Footer(
                 group_ends=tuple(ends),
-                columns=columns,
-                not_read={f"column {brief(name)}": total for name in names if name not in KNOWN},
-                first_rows=self._rankings(parquet, order) if is_ranking and order else None,
+                columns=tuple(name for name in names if name not in not_read),
+                not_read={f"column {brief(name)}": total for name in names if name in not_read},
+                first_rows=self._rankings(parquet, order) if is_ranking else None,
             )
 
-    def _rankings(self, parquet: pq.ParquetFile, order: str) -> np.ndarray:
-        """Rows by row of the file, from the one small column that has the ranks."""
+    def _rankings(self, parquet: pq.ParquetFile, order: list[str]) -> np.ndarray:
+        """Rows by row of the file, from the small columns that have the ranks."""
         counts = [0]
         try:
-            for batch in parquet.iter_batches(columns=[order], use_threads=False):
-                for value in batch.column(0):
-                    ranked = value.as_py()
-                    counts.append(comparisons_of(len(ranked) if isinstance(ranked, list) else 0))
+            for batch in parquet.iter_batches(columns=order, use_threads=False):
+                counts += [comparisons_of(num_ranked(fields)) for fields in batch.to_pylist()]
         except Exception as error:  # pyarrow passes on whatever the file object raises
             raise unreadable_file(self.file, error) from error
         return np.cumsum(np.array(counts, dtype=np.int64))
@@ -254,22 +258,29 @@ def _schema_problem(schema: pa.Schema) -> str | None:
     names = set(schema.names)
     if any(set(first) & names and set(second) & names for first, second in ((WIN, LOSE), (FIRST, SECOND))):
         return None
-    lists = [name for name in IMAGES if name in names and _is_list(schema.field(name).type)]
-    if lists:
-        return None if names & set(ORDER) else missing_field(ORDER, schema.names)
+    lists = _lists(schema)
+    if lists & set(IMAGES):
+        if lists & set(ORDER):
+            return None
+        one_value = [name for name in ORDER if name in names]
+        return f"{one_value[0]} is no list" if one_value else missing_field(ORDER, schema.names)
     one_side = next((other for side, other in ((WIN, LOSE), (FIRST, SECOND)) if set(side) & names), None)
     return missing_field(one_side or (*WIN, *LOSE), schema.names)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+def _lists(schema: pa.Schema) -> set[str]:
+    """The columns that hold lists."""
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return {str(field.name) for field in schema if any(test(field.type) for test in tests)}
 
 
 def _fields(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RowProblem:
     fields = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            fields[name] = column[i].as_py()
+            value = column[i].as_py()
+            # Some writers store text without saying that it is text.
+            fields[name] = value.decode("utf-8") if isinstance(value, bytes) and name not in IMAGE_FIELDS else value
         except UnicodeDecodeError:
             return RowProblem(reason="bad_metadata", detail=f"{name} is not UTF-8")
         except (ValueError, OverflowError, pa.ArrowException) as error:  # a date or a number that Python has not

@@ -116,7 +116,7 @@ class Reach:
         except FileNotFoundError:
             raise RowProblem(reason="missing_image", detail=missing) from None
         except OSError as error:  # no permission, a name too long: this image, not the source
-            raise RowProblem(reason="missing_image", detail=f"{side}: {type(error).__name__} {named}") from None
+            raise RowProblem(reason="missing_image", detail=f"{side}: {error.strerror or error}: {named}") from None
 
     def _read_remote(self, address: str, side: str) -> bytes:
         if "::" in address and address.partition("://")[0] not in OBJECT_STORES:  # fsspec would follow both

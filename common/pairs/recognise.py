@@ -31,13 +31,11 @@ def open_source(location: str, *, allow_remote: bool = False) -> PairSource:
     """
     files = expand_pattern(location)
     if not files:
-        raise _nothing_there(location, "no file matches the pattern")
+        raise _nothing_there(location, [])
     if len(files) > 1:
         return _from_files(location, files, allow_remote)
     if not exists(files[0]):
-        target = broken_link(files[0])
-        got = "nothing of that name" if target is None else f"a symbolic link to {target}, which is not there"
-        raise _nothing_there(location, got)
+        raise _nothing_there(location, files)
     folder = is_folder(files[0])
     if _kind(files[0]) is not None and not folder:
         return _from_files(location, files, allow_remote)
@@ -46,7 +44,8 @@ def open_source(location: str, *, allow_remote: bool = False) -> PairSource:
     return _from_folder(location, allow_remote)
 
 
-def _from_folder(location: str, allow_remote: bool) -> PairSource:
+def _from_folder(location: str, allow_remote: bool, *, around: Counter[str] | None = None) -> PairSource:
+    """`around`: what lies beside this folder, where it is a repository's data."""
     listing = list_folder(location)
     names = [PurePosixPath(file).name for file in listing.files]
     lists = [file for file, name in zip(listing.files, names, strict=True) if name in LIST_NAMES]
@@ -63,18 +62,21 @@ def _from_folder(location: str, allow_remote: bool) -> PairSource:
             fix="name the one you mean, for example the file itself or a pattern such as train-*.parquet",
         )
     if found:
-        return _from_files(location, found[0], allow_remote, not_read=_beside(listing, found[0]))
+        not_read = (around or Counter()) + _beside(listing, found[0])
+        return _from_files(location, found[0], allow_remote, not_read=dict(sorted(not_read.items())))
     folders = {PurePosixPath(folder).name: folder for folder in listing.folders}
-    if DATA_FOLDER in folders:
-        return _from_folder(folders[DATA_FOLDER], allow_remote)
+    if DATA_FOLDER in folders and around is None:
+        return _from_folder(folders[DATA_FOLDER], allow_remote, around=_beside(listing, [folders[DATA_FOLDER]]))
     got = ", ".join(map(brief, names[:8])) or "no files directly in it"
     if folders:
         got += f"; folders in it: {', '.join(map(brief, list(folders)[:8]))}"
+    if listing.others:
+        got += f"; pipes, sockets or devices: {', '.join(map(brief, listing.others[:8]))}"
     raise _not_recognised(location, f"a folder with {got}")
 
 
-def _beside(listing: Listing, taken: list[str]) -> dict[str, int]:
-    """What a folder holds beside its input shards. A list names the images and folders that belong to it."""
+def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
+    """What a folder holds beside what is taken of it. A list names the images and folders that belong to it."""
     not_read: Counter[str] = Counter()
     with_list = _kind(taken[0]) == "list"
     for file in set(listing.files) - set(taken):
@@ -83,9 +85,9 @@ def _beside(listing: Listing, taken: list[str]) -> dict[str, int]:
             not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
     not_read["hidden file or folder"] += listing.hidden
     not_read["pipe, socket or device"] += len(listing.others)
-    for folder in [] if with_list else listing.folders:
+    for folder in set() if with_list else set(listing.folders) - set(taken):
         not_read[f"folder {brief(PurePosixPath(folder).name)}"] += 1
-    return {name: count for name, count in sorted(not_read.items()) if count}
+    return +not_read
 
 
 def _from_files(
@@ -95,7 +97,7 @@ def _from_files(
     if len(kinds) > 1 or None in kinds:
         raise _not_recognised(location, ", ".join(PurePosixPath(file).name for file in files[:8]))
     if not any(exists(file) for file in files):
-        raise _nothing_there(location, f"none of {len(files)} names is there, from {files[0]}")
+        raise _nothing_there(location, files)
     kind = kinds.pop()
     if kind == "list":
         if len(files) > 1:
@@ -134,7 +136,14 @@ def _kind(location: str) -> str | None:
     return {".tar": "tar", ".parquet": "parquet", **dict.fromkeys(LIST_SUFFIXES, "list")}.get(suffix)
 
 
-def _nothing_there(location: str, got: str) -> DataError:
+def _nothing_there(location: str, files: list[str]) -> DataError:
+    target = broken_link(files[0]) if files else None
+    if not files:
+        got = "no file matches the pattern"
+    elif target is not None:
+        got = f"{files[0]}, a symbolic link to {target}, which is not there"
+    else:
+        got = "nothing of that name" if len(files) == 1 else f"none of {len(files)} names is there, from {files[0]}"
     return DataError("no pairs found", where=location, expected=EXPECTED, got=got, fix="check the path or URL")
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.entries import count_unknown, parse_object
-from inpo.common.pairs.fields import FIRST, ID, LOSE, SECOND, WIN, brief
+from inpo.common.pairs.entries import count_fields, parse_object
+from inpo.common.pairs.fields import FIRST, ID, IMAGE_FIELDS, LOSE, SECOND, WIN, brief, without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.text import TextProblem, decode_text
@@ -198,12 +198,13 @@ def _count_fields(data: bytes, not_read: Counter[str]) -> None:
         fields = parse_object(decode_text(data))
     except (TextProblem, RowProblem):
         return  # the row says it when it is read
-    count_unknown(fields, not_read, "field")
+    # Images are members of their own.
+    count_fields({*without_part(fields, is_ranking=False), *fields.keys() & set(IMAGE_FIELDS)}, not_read)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
-        tar.members = []  # tarfile keeps every header otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         yield info
 
 

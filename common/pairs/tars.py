@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from inpo.common.pairs.entries import parse_object
-from inpo.common.pairs.fields import IMAGE_FIELDS, items
+from inpo.common.pairs.fields import IMAGE_FIELDS, as_number, items
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
 from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
@@ -99,7 +99,7 @@ class _Sample:
     row: int
 
     def fields(self) -> dict[str, Any]:
-        """What the sample says. The value of an image is its role; a text member goes before the JSON's field."""
+        """What the sample says. The value of an image is its role; a text member and a field of the JSON must agree."""
         doubled, linked = self.index.doubled_roles(self.row), self.index.linked_roles(self.row)
         if doubled:
             raise RowProblem(reason="bad_metadata", detail=f"more than one member for {', '.join(doubled)}")
@@ -113,8 +113,9 @@ class _Sample:
             text = self.text(role)
             if text is None:
                 continue
-            if role == "caption" and fields.get(role) not in (None, text):
-                raise RowProblem(reason="bad_metadata", detail="the caption member and the JSON's caption differ")
+            other = fields.get(role)
+            if other not in (None, text) and (as_number(text) is None or as_number(text) != as_number(other)):
+                raise RowProblem(reason="bad_metadata", detail=f"the {role} member and the JSON's {role} differ")
             fields[role] = text
         images = [role for role in IMAGE_ROLES if self.index.member(self.row, role) is not None]
         if not images:

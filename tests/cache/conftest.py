@@ -9,11 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import ConditionSpec, LevelTables
+from inpo.common.levels import Levels
 
 _BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-ALPHAS_CUMPROD = tuple(float(value) for value in np.cumprod(1 - _BETAS))
+
+
+def levels_of(alphas_cumprod: np.ndarray) -> LevelTables:
+    return LevelTables.of(Levels.from_alphas_cumprod(torch.from_numpy(alphas_cumprod)))
+
+
+LEVELS = levels_of(np.cumprod(1 - _BETAS))
+EMBEDDING = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+CONDITIONS = {
+    "embedding": EMBEDDING,
+    "mask": ConditionSpec(dtype="bool", axes=("token",), per="prompt"),
+    "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt"),
+    "time_ids": ConditionSpec(dtype="float32", axes=("time_id",), per="image"),
+}
 
 
 def manifest_of(
@@ -21,18 +37,16 @@ def manifest_of(
     profile: str = "full",
     steps: int = 2,
     latent: tuple[int, int, int] = (4, 8, 8),
-    sdxl: bool = False,
+    told: tuple[str, ...] = ("embedding",),
     extra: tuple[str, ...] = (),
     **changes: Any,
 ) -> Manifest:
-    fingerprints = {"unet": "a" * 32, "vae": "b" * 32, "text_encoder": "c" * 32, "scheduler": "d" * 32}
-    if sdxl:
-        fingerprints["text_encoder_2"] = "e" * 32
+    fingerprints = {"network": "a" * 32, "vae": "b" * 32, "text_encoder": "c" * 32, "scheduler": "d" * 32}
     values: dict[str, Any] = {
         "latent_shape": latent,
-        "num_train_timesteps": 1000,
-        "alphas_cumprod": ALPHAS_CUMPROD,
-        "prediction_type": "epsilon",
+        "family": "sd",
+        "levels": LEVELS,
+        "conditions": {name: CONDITIONS[name] for name in told},
         "profile": profile,
         "extra": extra,
         "seed": 0,
@@ -43,7 +57,7 @@ def manifest_of(
         "vae_latent": "mean",
         "vae_dtype": "float32",
         "network_dtype": "float32",
-        "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        "inverter": InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
         "fingerprints": fingerprints,
         "versions": {"inpo-cache": "0"},
     }
@@ -55,21 +69,24 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str,
     rng = np.random.default_rng(seed)
     steps, latent = manifest.timesteps_per_pair, manifest.latent_shape
     timestep = np.sort(np.stack([rng.choice(1000, steps, replace=False) for _ in range(num_pairs)]), axis=1)
-    abar = np.array(manifest.alphas_cumprod)[timestep][..., None, None, None, None]
+    a, s = (
+        np.array(table)[timestep][..., None, None, None, None]
+        for table in (manifest.levels.signal, manifest.levels.noise)
+    )
 
     def latents(*shape: int) -> np.ndarray:
         return rng.standard_normal((*shape, *latent)).astype(np.float16)
 
     x0, target, delta = latents(num_pairs, 2), latents(num_pairs, steps, 2), latents(num_pairs, steps, 2)
-    signal = np.sqrt(abar) * x0[:, None].astype(np.float64)
-    x_t = (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
+    signal = a * x0[:, None].astype(np.float64)
+    x_t = (signal + s * target.astype(np.float64)).astype(np.float16)
     num_prompts = num_pairs + 1
     made = {
         "x0": x0,
         "x_t": x_t,
         "delta": delta,
         "target": target,
-        "x0_t": ((x_t - np.sqrt(1 - abar) * delta) / np.sqrt(abar)).clip(-60000, 60000).astype(np.float16),
+        "x0_t": ((x_t - s * delta) / a).clip(-60000, 60000).astype(np.float16),
         "reference_error": rng.random((num_pairs, steps, 2)).astype(np.float32),
         "inversion_error": np.where(rng.random((num_pairs, 2)) < 0.5, np.nan, seed).astype(np.float32),
         "residual": rng.random((num_pairs, steps, 2)).astype(np.float32),
@@ -80,6 +97,7 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0) -> dict[str,
         "label": rng.random(num_pairs).astype(np.float32),
         "prompt/text": np.array(["", *(f"prompt {seed} {row}" for row in range(num_pairs))], dtype=object),
         "prompt/embedding": rng.standard_normal((num_prompts, 5, 6)).astype(np.float16),
+        "prompt/mask": rng.random((num_prompts, 5)) < 0.5,
         "prompt/pooled": rng.standard_normal((num_prompts, 7)).astype(np.float16),
         "time_ids": rng.random((num_pairs, 2, 6)).astype(np.float32),
         "delta_prev": latents(num_pairs, steps, 2),
@@ -100,12 +118,14 @@ class Build:
 
     manifest: Callable[..., Manifest] = manifest_of
     shard: Callable[..., ShardData] = shard_of
+    levels: Callable[..., LevelTables] = levels_of
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
 
     everything: Any = field(
         default_factory=lambda: {
-            "sdxl": True,
+            "told": tuple(CONDITIONS),
             "extra": ("delta_prev", "eps_ref"),
-            "inverter": InverterIdentity(name="fixed_point", steps=10, timestep_range=(0, 1000), iterations=3),
+            "inverter": InverterIdentity(name="fixed_point", grid_points=10, timestep_range=(0, 1000), iterations=3),
         }
     )
     """Options that make every array of the contract appear."""

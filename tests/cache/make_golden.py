@@ -1,19 +1,21 @@
 """Write the golden caches of the current schema version.
 
-    python tests/cache/make_golden.py tests/cache/golden/v1
+    python tests/cache/make_golden.py tests/cache/golden/v2
 
-Every later version must read them or refuse them by version, so a version's folder is written once and never changed;
-the numbers follow from `number` below and from the contract alone.
+A version's folder is written once and never changed; the numbers follow from `number` and the contract alone.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache.schema import ConditionSpec, LevelTables
+from inpo.common.levels import Levels
 
 NUM_PAIRS, STEPS, LATENT = 3, 2, (4, 4, 4)
 TIMESTEPS = np.array([[0, 999], [37, 512], [500, 501]], dtype=np.int16)
@@ -60,15 +62,29 @@ def alphas_cumprod() -> tuple[float, ...]:
     return tuple(round(float(value), 9) for value in np.cumprod(1 - betas))
 
 
+def levels() -> LevelTables:
+    return LevelTables.of(Levels.from_alphas_cumprod(torch.tensor(alphas_cumprod(), dtype=torch.float64)))
+
+
 def write(folder: Path, profile: str) -> None:
     manifest = Manifest(
-        latent_shape=LATENT, num_train_timesteps=1000, alphas_cumprod=alphas_cumprod(), prediction_type="epsilon",
-        profile=profile, seed=42, timesteps_per_pair=STEPS, resolution=32, crop="center", flip=False, vae_latent="mean",
-        vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
-        fingerprints={"unet": "0" * 32, "vae": "1" * 32, "text_encoder": "2" * 32, "scheduler": "3" * 32},
+        family="sd",
+        latent_shape=LATENT,
+        levels=levels(),
+        conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
+        profile=profile,
+        seed=42,
+        timesteps_per_pair=STEPS,
+        resolution=32,
+        crop="center",
+        flip=False,
+        vae_latent="mean",
+        vae_dtype="float32",
+        network_dtype="float32",
+        inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
+        fingerprints={"network": "0" * 32, "vae": "1" * 32, "text_encoder": "2" * 32, "scheduler": "3" * 32},
         versions={"inpo-cache": "0.1.0"},
-    )  # fmt: skip
+    )
     writer = CacheWriter.open(str(folder), manifest)
     source = ShardSource(location="golden", input_shard="0", rows=(0, 4), fingerprint="4" * 32)
     skipped = [{"pair_id": "fourth", "reason": "tie", "detail": "label 0.5", "row": 3}]

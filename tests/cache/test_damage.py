@@ -14,7 +14,7 @@ from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
 from inpo.common.errors import CacheCorrupt, CacheError, CacheMissing, CacheSchemaError
 from inpo.inspection.checks import check_shard
 
-PATHS = [spec.path for spec in ARRAYS]
+PATHS = [spec.path for spec in ARRAYS] + [f"prompt/{name}" for name in ("embedding", "mask", "pooled")] + ["time_ids"]
 
 
 def flip(file: Path, position: float) -> None:
@@ -222,8 +222,8 @@ DOCUMENT_DAMAGES = {
 }
 EDITS = {
     "manifest.json": {
-        "version": ('"schema_version": 1', '"schema_version": 2'),
-        "no version": ('"schema_version": 1,', ""),
+        "version": ('"schema_version": 2', '"schema_version": 3'),
+        "no version": ('"schema_version": 2,', ""),
         "seed": ('"seed": 0', '"seed": 1'),
         "resolution": ('"resolution": 64', '"resolution": 65'),
         "fingerprint": ("aaaaaaaa", "baaaaaaa"),

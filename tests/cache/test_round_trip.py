@@ -30,7 +30,7 @@ def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
         profile=data.draw(st.sampled_from(["full", "lean"])),
         steps=data.draw(st.integers(1, 4)),
         latent=data.draw(st.tuples(*[st.integers(1, 9)] * 3)),
-        sdxl=data.draw(st.booleans()),
+        told=data.draw(st.lists(st.sampled_from(build.conditions), min_size=1, unique=True).map(tuple)),
         extra=data.draw(st.sampled_from([(), ("eps_ref",), ("delta_prev", "eps_ref")])),
     )
     shard = build.shard(manifest, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 9)))
@@ -219,26 +219,36 @@ def test_another_identity_is_refused_with_both_values(tmp_path, build):
 
 def test_another_noise_table_under_one_fingerprint_is_refused(tmp_path, build):
     """The scheduler's settings may be read otherwise by another version of its library."""
-    table = np.array(build.cache(tmp_path, pairs=(1,)).alphas_cumprod)
+    signal = build.cache(tmp_path, pairs=(1,)).levels.signal
+    table = np.array(signal) ** 2
     for other in (table * (1 + 1e-4), table[:-1], np.concatenate([table[:500], table[500:] * 0.999])):
         manifest = build.manifest(
-            alphas_cumprod=tuple(other.tolist()),
-            num_train_timesteps=len(other),
-            inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, len(other))),
+            levels=build.levels(other),
+            inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, len(other))),
         )
-        with pytest.raises(CacheMismatch, match="alphas_cumprod") as caught:
+        with pytest.raises(CacheMismatch, match="levels") as caught:
             CacheWriter.open(str(tmp_path), manifest)
-        for words in (f"{table[0]:.9g} to {table[-1]:.9g}, 1000 values", f"{len(other)} values"):
+        for words in (f"signal {signal[0]:.9g} to {signal[-1]:.9g}, 1000 values", f"{len(other)} values"):
             assert words in str(caught.value)
 
 
 def test_a_table_that_differs_in_the_last_bit_gives_way_to_the_caches_own(tmp_path, build):
-    table = build.cache(tmp_path, pairs=(1,)).alphas_cumprod
-    rounded = tuple(np.array(table, np.float32).astype(np.float64).tolist())
-    assert rounded != table
-    writer = CacheWriter.open(str(tmp_path), build.manifest(alphas_cumprod=rounded))
-    assert writer.manifest.alphas_cumprod == table
-    assert torch.equal(writer.manifest.schedule().a, torch.tensor(table, dtype=torch.float64).sqrt())
+    levels = build.cache(tmp_path, pairs=(1,)).levels
+    rounded = build.levels((np.array(levels.signal) ** 2).astype(np.float32).astype(np.float64))
+    assert rounded.signal != levels.signal
+    assert rounded.noise != levels.noise
+    writer = CacheWriter.open(str(tmp_path), build.manifest(levels=rounded))
+    assert writer.manifest.levels == levels
+    assert torch.equal(writer.manifest.levels.levels().signal, torch.tensor(levels.signal, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "change", [{"space": "velocity"}, {"floor": 0.05}, {"label": tuple(map(float, range(1, 1001)))}]
+)
+def test_levels_that_mean_something_else_are_refused(tmp_path, build, change):
+    levels = build.cache(tmp_path, pairs=(1,)).levels
+    with pytest.raises(CacheMismatch, match="levels"):
+        CacheWriter.open(str(tmp_path), build.manifest(levels=levels.model_copy(update=change)))
 
 
 def test_what_changes_no_number_is_no_identity(tmp_path, build):

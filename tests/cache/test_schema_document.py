@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from inpo.common.cache import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, open_cache
+from inpo.common.cache.schema import ConditionSpec, LevelTables
+from inpo.common.families import FAMILIES
 
 DOCUMENT = (Path(__file__).parents[2] / "cache_schema.md").read_text()
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDEN = Path(__file__).parent / "golden" / "v2"
 
 
 def table(first_column: str) -> list[list[str]]:
@@ -41,6 +43,15 @@ def test_the_arrays_are_those_of_the_code():
     assert table("path") == written
 
 
+def test_the_conditions_are_those_of_the_families():
+    written = [
+        [family.name, spec.array(name).path, spec.dtype, ", ".join(spec.array(name).axes)]
+        for family in FAMILIES.values()
+        for name, spec in family.conditions.items()
+    ]
+    assert [row[:4] for row in table("family")] == written
+
+
 def json_type(properties: dict[str, object]) -> str:
     options = properties.get("anyOf", [properties])
     kinds = {option.get("type", "object") for option in options} - {"null"}
@@ -52,6 +63,8 @@ def json_type(properties: dict[str, object]) -> str:
     ("column", "model"),
     [
         ("manifest field", Manifest),
+        ("levels field", LevelTables),
+        ("condition field", ConditionSpec),
         ("inverter field", InverterIdentity),
         ("commit field", Commit),
         ("source field", ShardSource),

@@ -167,10 +167,10 @@ def test_configurations_without_what_changes_no_number():
 def test_sharded_and_whole_weights_are_told_apart_by_content_and_not_by_mtime(tiny, model_copy):
     prints = open_model(str(model_copy)).fingerprints
     assert prints == open_model(str(tiny("sd15"))).fingerprints
-    assert set(prints) == {"unet", "vae", "text_encoder", "scheduler", "tokenizer"}
+    assert set(prints) == {"network", "vae", "text_encoder", "scheduler", "tokenizer"}
     (file,) = (model_copy / "unet").glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     changed = open_model(str(model_copy)).fingerprints
-    assert {name for name in prints if prints[name] != changed[name]} == {"unet"}
+    assert {name for name in prints if prints[name] != changed[name]} == {"network"}

@@ -33,7 +33,7 @@ def split(file: Path, index: str, stem: str) -> None:
 def loaded(model: Model, component: str) -> dict[str, torch.Tensor]:
     if component == "text_encoder":
         return dict(model.load_text_pipeline().text_encoder.state_dict())
-    return dict((model.load_vae() if component == "vae" else model.load_unet()).state_dict())
+    return dict((model.load_vae() if component == "vae" else model.load_network()).state_dict())
 
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -71,7 +71,7 @@ def test_a_file_counts_exactly_if_it_is_loaded(model_copy: Path, component: str,
 
     def look() -> tuple[str, dict[str, torch.Tensor]]:
         model = open_model(str(model_copy), variant=variant)
-        return model.fingerprints[component], loaded(model, component)
+        return model.fingerprints[{"unet": "network"}.get(component, component)], loaded(model, component)
 
     before, weights = look()
     files = sorted(folder.glob("*.safetensors"))
@@ -96,7 +96,7 @@ def test_the_written_pipeline_has_the_vae_of_the_fingerprint(model_copy: Path) -
         changed(file, file.with_name(f"{stem}.fp16.safetensors"))
     (model_copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     model = open_model(str(model_copy), variant="fp16")
-    pipeline = model.load_pipeline(unet=model.load_unet())
+    pipeline = model.load_pipeline(unet=model.load_network())
     expected = load_file(model_copy / "vae" / "diffusion_pytorch_model.fp16.safetensors")
     assert all(torch.equal(pipeline.vae.state_dict()[name], value) for name, value in expected.items())
 

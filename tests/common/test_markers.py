@@ -89,4 +89,4 @@ def test_a_written_file_says_what_it_predicts(tiny, tmp_path, kind, prediction_t
     assert header["modelspec.prediction_type"] == word
     assert header["modelspec.architecture"] == architecture
     assert header["modelspec.resolution"] == "32x32"
-    open_model(str(file), model_config=str(folder)).load_unet()
+    open_model(str(file), model_config=str(folder)).load_network()

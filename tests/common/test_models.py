@@ -34,9 +34,9 @@ def change(file, **values) -> None:
 )
 def test_supported_pipelines_open_and_load(tiny, kind, family, prediction_type):
     model = open_model(str(tiny(kind)))
-    assert (model.family, model.schedule.prediction_type) == (family, prediction_type)
+    assert (model.family.name, model.prediction) == (family, prediction_type)
     assert ("text_encoder_2" in model.fingerprints) == (kind == "sdxl")
-    unet = model.load_unet()
+    unet = model.load_network()
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     assert model.load_vae().config.latent_channels == 4
     assert model.load_text_pipeline().unet is None
@@ -49,7 +49,7 @@ def test_equal_seeds_give_equal_models(tiny, tmp_path):
     again = save_tiny_pipeline(tmp_path / "again", "sd15")
     assert open_model(str(again)).fingerprints == open_model(str(tiny("sd15"))).fingerprints
     other = save_tiny_pipeline(tmp_path / "other", "sd15", seed=1)
-    assert open_model(str(other)).fingerprints["unet"] != open_model(str(again)).fingerprints["unet"]
+    assert open_model(str(other)).fingerprints["network"] != open_model(str(again)).fingerprints["network"]
 
 
 def refusal(location, **options) -> str:
@@ -196,7 +196,7 @@ def test_weights_that_are_missing_or_of_another_variant(model_copy, capsys):
     model = open_model(str(model_copy))
     with pytest.raises(ModelError, match=r"(?s)no weights in safetensors(.*)fp16(.*)--variant"):
         _ = model.fingerprints
-    assert "unet" in open_model(str(model_copy), variant="fp16").fingerprints
+    assert "network" in open_model(str(model_copy), variant="fp16").fingerprints
     assert not capsys.readouterr().err
     plain = open_model(str(model_copy), variant="bf16")
     assert f"{model_copy} has no bf16 weights; its plain ones are used" in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_a_lost_tokenizer_and_an_unknown_scheduler(model_copy):
 def test_weights_that_do_not_fit_their_configuration(model_copy):
     change(model_copy / "unet/config.json", cross_attention_dim=64)
     with pytest.raises(ModelError, match="unet cannot be loaded") as caught:
-        open_model(str(model_copy)).load_unet()
+        open_model(str(model_copy)).load_network()
     assert "to_k.weight" in str(caught.value)
 
 
@@ -298,7 +298,7 @@ def test_a_weight_that_is_missing_is_never_drawn_at_random(tiny, tmp_path, compo
     del weights[lost]
     save_file(weights, file, metadata={"format": "pt"})
     model = open_model(str(folder))
-    load = {"unet": model.load_unet, "vae": model.load_vae}.get(component, model.load_text_pipeline)
+    load = {"unet": model.load_network, "vae": model.load_vae}.get(component, model.load_text_pipeline)
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         load()
     for word in (str(folder / component), "1 weights are missing: ", lost.removeprefix("text_model."), "to do:"):

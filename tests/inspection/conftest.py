@@ -12,7 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.cache.schema import LevelTables
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
 from inpo.common.inversion import invert
 from inpo.common.models import open_model
@@ -78,7 +80,7 @@ def write_cache(tiny) -> Callable[..., Path]:
         if (kind, settings, index, num_pairs) not in inverted:
             if kind not in denoisers:
                 model = open_model(str(tiny(kind)))
-                denoisers[kind] = Denoiser(model.load_unet().requires_grad_(False).eval(), model.schedule)
+                denoisers[kind] = model.denoiser(model.load_network().requires_grad_(False).eval())
             inverted[kind, settings, index, num_pairs] = _shard(manifest, denoisers[kind], index, num_pairs)
         data = inverted[kind, settings, index, num_pairs]
         wanted = {spec.path for spec in manifest.arrays} if data.num_pairs else set()
@@ -93,12 +95,12 @@ def write_cache(tiny) -> Callable[..., Path]:
         **changes: Any,
     ) -> Path:
         model = open_model(str(tiny(kind)))
-        inverter = {"name": "ddim", "steps": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
+        inverter = {"name": "ddim", "grid_points": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
         values = {
             "latent_shape": (4, 8, 8),
-            "num_train_timesteps": 1000,
-            "alphas_cumprod": tuple((model.schedule.a**2).tolist()),
-            "prediction_type": model.schedule.prediction_type,
+            "family": model.family.name,
+            "levels": LevelTables.of(model.levels),
+            "conditions": dict(model.family.conditions),
             "profile": "full",
             "seed": 0,
             "timesteps_per_pair": KEPT,
@@ -140,14 +142,14 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
         .unflatten(0, (num_pairs, 2))
         .half()
     )
-    config = denoiser.unet.config
+    config = denoiser.network.config
     embedding = torch.randn(len(PROMPTS), 5, config.cross_attention_dim, generator=noise).half()
     prompt_index = np.arange(num_pairs, dtype=np.int32) % (len(PROMPTS) - 1) + 1
     dropped = np.arange(num_pairs) == 1
     rows = torch.from_numpy(np.where(dropped, 0, prompt_index).astype(np.int64)).repeat_interleave(2)
     extra: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    if manifest.is_sdxl:
+    if "pooled" in manifest.conditions:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         pooled = torch.randn(len(PROMPTS), width, generator=noise).half()
         time_ids = torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0]).expand(num_pairs, 2, 6).contiguous()

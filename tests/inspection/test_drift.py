@@ -9,8 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from inpo.common.cache import open_cache
-from inpo.common.conditions import pair_condition
-from inpo.common.denoiser import Denoiser
+from inpo.common.conditions import Condition
 from inpo.common.inversion import invert
 from inpo.common.models import open_model
 from inpo.inspection.drift import refresh_command
@@ -55,13 +54,13 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     for shard in cache:
         rows = np.arange(shard.num_pairs)
         again = invert(
-            Denoiser(unet, open_model(str(tiny())).schedule),
+            open_model(str(tiny())).denoiser(unet),
             torch.from_numpy(shard.read("x0")),
             [str(name) for name in shard.read("pair_id")],
             identity=cache.manifest.inverter,
             seed=0,
             timesteps_per_pair=2,
-            caption=pair_condition(shard, rows),
+            caption=Condition.of(shard, rows),
         )
         old, new = shard.read("target").astype(np.float64), again.target.double().numpy()
         squares.append(((new - old) ** 2).mean((-3, -2, -1)) / (old**2).mean((-3, -2, -1)))

@@ -11,16 +11,18 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
+from inpo.common.families import FAMILIES
 from inpo.common.inversion import Inverted, invert
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from inpo.common.testing import save_tiny_pipeline
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def sd15_schedule(prediction_type: str = "epsilon") -> NoiseSchedule:
-    return NoiseSchedule.from_scheduler(DDIMScheduler(**SD15, prediction_type=prediction_type))
+def sd15_levels() -> Levels:
+    return Levels.from_scheduler(DDIMScheduler(**SD15))
 
 
 class Linear(nn.Module):
@@ -55,7 +57,7 @@ def linear() -> Callable[..., Denoiser]:
     """linear(prediction_type, shape): a Denoiser around the cheap network, on SD1.5's schedule."""
 
     def build(prediction_type: str = "epsilon", shape: tuple[int, int, int] = (2, 3, 3)) -> Denoiser:
-        return Denoiser(Linear(int(np.prod(shape)), 1000), sd15_schedule(prediction_type))
+        return Denoiser(Linear(int(np.prod(shape)), 1000), sd15_levels(), FAMILIES["sd"].call, prediction_type)
 
     return build
 
@@ -88,19 +90,19 @@ def condition(num_pairs: int, width: int = 32, seed: int = 1) -> Condition:
 def inverted() -> Callable[..., Inverted]:
     """inverted(denoiser, x0, **settings): the function under test with short settings.
 
-    Settings that belong to the identity (name, steps, guidance, ...) and to the call (seed, timesteps_per_pair, extra,
-    measure_inversion, pairs_per_batch) may be mixed.
+    Settings that belong to the identity (name, grid_points, guidance, ...) and to the call (seed, timesteps_per_pair,
+    extra, measure_inversion, pairs_per_batch) may be mixed.
     """
 
     def build(denoiser: Denoiser, x0: Tensor, **settings: Any) -> Inverted:
         count = x0.shape[0]
-        total = denoiser.schedule.num_train_timesteps
+        total = denoiser.levels.num_train_timesteps
         call = {
             key: settings.pop(key)
             for key in ("seed", "timesteps_per_pair", "extra", "measure_inversion", "pairs_per_batch", "pair_ids")
             if key in settings
         }
-        steps = settings.setdefault("steps", 5)
+        grid_points = settings.setdefault("grid_points", 5)
         identity = InverterIdentity(**{"name": "ddim", "timestep_range": (0, total), **settings})
         return invert(
             denoiser,
@@ -109,7 +111,7 @@ def inverted() -> Callable[..., Inverted]:
                 "pair_ids": [f"pair-{index}" for index in range(count)],
                 "identity": identity,
                 "seed": 0,
-                "timesteps_per_pair": steps,
+                "timesteps_per_pair": grid_points,
                 "caption": condition(count),
                 "empty": condition(count, seed=2),
                 **call,

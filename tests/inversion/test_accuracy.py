@@ -9,7 +9,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from inpo.common.denoiser import Denoiser
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.families import FAMILIES
+from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 from tests.rounding import assert_alike
 
@@ -38,14 +39,14 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, **ignored: object) -> tuple[Tensor]:
         rows = []
-        for row, t in zip(x.double().numpy(), timestep.tolist(), strict=True):
+        for row, t in zip(x.double().numpy(), timestep.long().tolist(), strict=True):
             rows.append(mixture_eps(row * np.sqrt(1 + SIGMA[t] ** 2), SIGMA[t]))
         return (torch.from_numpy(np.stack(rows)).float(),)
 
 
 @pytest.fixture(scope="module")
 def mixture() -> Denoiser:
-    return Denoiser(Mixture(), NoiseSchedule.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))))
+    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))), FAMILIES["sd"].call)
 
 
 def ode_error(
@@ -53,7 +54,7 @@ def ode_error(
     inverted: Callable,
     x0: Tensor,
     name: str,
-    steps: int,
+    grid_points: int,
     *,
     noised_start: float = 0.0,
     **settings: object,
@@ -66,15 +67,15 @@ def ode_error(
         mixture,
         x0,
         name=name,
-        steps=steps,
+        grid_points=grid_points,
         timesteps_per_pair=1,
-        timestep_range=(T - T // steps, T),
+        timestep_range=(T - T // grid_points, T),
         noised_start=noised_start,
         **settings,
     )
     squares = []
     if noised_start:
-        grid = inverted(mixture, x0, name="noise", noised_start=1.0, steps=steps).timestep.numpy()
+        grid = inverted(mixture, x0, name="noise", noised_start=1.0, grid_points=grid_points).timestep.numpy()
     for pair in range(len(x0)):
         start, begin = x0[pair].double().numpy().ravel(), 0.0
         if noised_start:
@@ -92,7 +93,7 @@ def test_ddim_is_of_first_order_and_ab2_of_second(mixture: Denoiser, latents: Ca
     x0 = latents(2, (1, 5, 5))
     order = {}
     for name in ("ddim", "ab2"):
-        errors = [ode_error(mixture, inverted, x0, name, steps) for steps in (32, 64, 128)]
+        errors = [ode_error(mixture, inverted, x0, name, grid_points) for grid_points in (32, 64, 128)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (np.abs(order["ddim"] - 1) < 0.1).all(), order
     # Second order up to a logarithm: at the clean end the extrapolation's variable is the logarithm of sigma.
@@ -108,7 +109,7 @@ def test_from_a_noised_point_on_ab2_is_of_full_second_order(
     order = {}
     for name in ("ddim", "ab2"):
         # Not finer: at n = 64 the rounding of what is stored is as large as ab2's error.
-        errors = [ode_error(mixture, inverted, x0, name, steps, noised_start=0.25) for steps in (8, 16, 32)]
+        errors = [ode_error(mixture, inverted, x0, name, grid_points, noised_start=0.25) for grid_points in (8, 16, 32)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
     print(order)
     # The grid's offset moves where the inversion begins and ends from one n to the next: 1.8 to 2.3 without rounding.
@@ -130,14 +131,14 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
 ) -> None:
     """Every forward DDIM step, in float64 from the stored points, lands on the stored point below it."""
     denoiser = linear(prediction_type)
-    denoiser.unet.mix.data *= 0.3  # a contraction, so that the iteration has a limit
+    denoiser.network.mix.data *= 0.3  # a contraction, so that the iteration has a limit
     x0 = latents(2)
-    settings = {"steps": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
+    settings = {"grid_points": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
     made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
     explicit = inverted(denoiser, x0, name="ddim", **settings)
     assert made.residual is not None
-    table = denoiser.schedule
-    a, s = table.a.numpy(), table.s.numpy()
+    table = denoiser.levels
+    a, s = table.signal.numpy(), table.noise.numpy()
     worst = {"fixed_point": 0.0, "ddim": 0.0}
     for name, result in (("fixed_point", made), ("ddim", explicit)):
         for pair, step, side in np.ndindex(2, 12, 2):
@@ -159,12 +160,12 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
 
 def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Callable, inverted: Callable) -> None:
     denoiser, x0 = linear(), latents(2)
-    loose = inverted(denoiser, x0, name="fixed_point", steps=4, iterations=2, tolerance=1e-12)
+    loose = inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=2, tolerance=1e-12)
     assert loose.residual is not None
     assert (loose.residual > 1e-12).all()
     assert loose.finite.all()
     calls = denoiser.num_calls
-    inverted(denoiser, x0, name="fixed_point", steps=4, iterations=9, tolerance=1e9)
+    inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=9, tolerance=1e9)
     # one iteration is enough for any tolerance that large: start, then 2 calls per point
     assert denoiser.num_calls - calls == 2 * 2 * (1 + 2 * 4)
 
@@ -172,10 +173,10 @@ def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Ca
 def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t: once more, in float64."""
     denoiser, x0 = linear(), latents(3)
-    made = inverted(denoiser, x0, steps=6, measure_inversion=1.0)
-    mix = denoiser.unet.mix.detach().double()
+    made = inverted(denoiser, x0, grid_points=6, measure_inversion=1.0)
+    mix = denoiser.network.mix.detach().double()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
-    a, s = denoiser.schedule.a, denoiser.schedule.s
+    a, s = denoiser.levels.signal, denoiser.levels.noise
     for pair in range(3):
         for side in range(2):
             x = made.x_t[pair, -1, side].double().flatten()
@@ -192,11 +193,13 @@ def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Ca
 
 def test_the_share_of_measured_pairs(linear: Callable, latents: Callable, inverted: Callable) -> None:
     denoiser, x0 = linear(), latents(40)
-    none = inverted(denoiser, x0, steps=2, measure_inversion=0.0)
-    some = inverted(denoiser, x0, steps=2, measure_inversion=0.3)
+    none = inverted(denoiser, x0, grid_points=2, measure_inversion=0.0)
+    some = inverted(denoiser, x0, grid_points=2, measure_inversion=0.3)
     assert none.inversion_error.isnan().all()
     measured = ~some.inversion_error.isnan()
     assert (measured[:, 0] == measured[:, 1]).all()
     assert 4 <= int(measured[:, 0].sum()) <= 24
     assert some.finite.all()
-    assert_alike(none, some, denoiser.schedule.a.numpy(), denoiser.schedule.s.numpy())  # measuring changes nothing else
+    assert_alike(
+        none, some, denoiser.levels.signal.numpy(), denoiser.levels.noise.numpy()
+    )  # measuring changes nothing else

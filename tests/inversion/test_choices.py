@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser, prepare_for_inference
+from inpo.common.families import FAMILIES
 from inpo.common.inversion import build_path
-from inpo.common.schedule import NoiseSchedule
+from inpo.common.levels import Levels
 from tests.rounding import assert_alike, half_unit
 
 SCHEDULER = DDIMScheduler(
@@ -30,7 +31,7 @@ A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """x_t = scheduler.add_noise(x0, noise, t), target = noise, one noise for both sides and all timesteps of a pair."""
     denoiser, x0 = linear(shape=(4, 8, 8)), latents(6, (4, 8, 8))
-    made = inverted(denoiser, x0, name="noise", noised_start=1.0, steps=4)
+    made = inverted(denoiser, x0, name="noise", noised_start=1.0, grid_points=4)
     noise = made.target[:, :1, :1]
     assert (made.target == noise).all()
     assert len({tuple(pair.flatten().tolist()) for pair in noise}) == 6
@@ -48,7 +49,7 @@ def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, in
     )
     # the same as a start noised up to the last label; and no network call but one per record
     calls = denoiser.num_calls
-    same = inverted(denoiser, x0, name="ddim", noised_start=1.0, steps=4)
+    same = inverted(denoiser, x0, name="ddim", noised_start=1.0, grid_points=4)
     assert denoiser.num_calls - calls == 6 * 2 * 4
     for name in ("timestep", "target", "x_t", "delta", "reference_error"):
         assert torch.equal(getattr(same, name), getattr(made, name)), name
@@ -58,9 +59,9 @@ def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, in
 def test_noised_start_then_inversion(linear: Callable, latents: Callable, inverted: Callable, name: str) -> None:
     denoiser, x0 = linear(), latents(4)
     made = inverted(
-        denoiser, x0, name=name, noised_start=0.4, steps=8, extra=("delta_prev",), iterations=1, tolerance=0.0
+        denoiser, x0, name=name, noised_start=0.4, grid_points=8, extra=("delta_prev",), iterations=1, tolerance=0.0
     )
-    pure = inverted(denoiser, x0, name="noise", noised_start=1.0, steps=8)
+    pure = inverted(denoiser, x0, name="noise", noised_start=1.0, grid_points=8)
     for pair in range(4):
         below = made.timestep[pair] < 400
         assert 2 <= int(below.sum()) <= 4
@@ -92,7 +93,7 @@ def test_noised_start_does_not_depend_on_which_points_are_kept(
 ) -> None:
     denoiser, x0 = linear(), latents(6)
     for name in ("ddim", "ab2"):
-        settings = {"name": name, "noised_start": 0.5, "steps": 8}
+        settings = {"name": name, "noised_start": 0.5, "grid_points": 8}
         whole = inverted(denoiser, x0, timesteps_per_pair=8, **settings)
         some = inverted(denoiser, x0, timesteps_per_pair=2, **settings)
         for pair in range(6):
@@ -108,7 +109,7 @@ def test_guidance_calls_and_reference(linear: Callable, latents: Callable, inver
     made, calls = {}, {}
     for guidance in (0.0, 1.0, 5.0):
         denoiser = linear()
-        made[guidance] = inverted(denoiser, x0, steps=4, guidance=guidance, extra=("eps_ref",))
+        made[guidance] = inverted(denoiser, x0, grid_points=4, guidance=guidance, extra=("eps_ref",))
         calls[guidance] = denoiser.num_calls / 4
     assert calls == {0.0: 5 + 4, 1.0: 5, 5.0: 2 * 5}
     assert torch.equal(made[1.0].eps_ref, made[1.0].delta)
@@ -138,8 +139,8 @@ def test_the_released_codes_target_is_not_the_noise(
 
     The loop's own noise is at most 0.1 of the target: over 2,304 values that leaves the weights uncertain by 0.002.
     """
-    identity = InverterIdentity(name="ddim", steps=10, faithful=True, timestep_range=(0, 1000))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    identity = InverterIdentity(name="ddim", grid_points=10, faithful=True, timestep_range=(0, 1000))
+    schedule = Levels.from_scheduler(SCHEDULER)
 
     def kept(number: int) -> list[int]:
         path = build_path(identity, schedule, seed=0, pair_id=str(number), timesteps_per_pair=10)
@@ -149,8 +150,8 @@ def test_the_released_codes_target_is_not_the_noise(
     random = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, 2, 4, 24, 24, generator=random).half()
     noise = torch.randn(4, 24, 24, generator=random)
-    denoiser = Denoiser(Constant(noise), schedule)
-    made = inverted(denoiser, x0, steps=10, faithful=True, pair_ids=[str(number)])
+    denoiser = Denoiser(Constant(noise), schedule, FAMILIES["sd"].call)
+    made = inverted(denoiser, x0, grid_points=10, faithful=True, pair_ids=[str(number)])
     step = made.timestep[0].tolist().index(timestep)
     for side in range(2):
         columns = np.stack([x0[0, side].double().numpy().ravel(), noise.double().numpy().ravel()], axis=1)
@@ -175,10 +176,10 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     tiny_unet: nn.Module, latents: Callable, inverted: Callable, name: str
 ) -> None:
     x0 = latents(6, (4, 8, 8))
-    denoiser = Denoiser(tiny_unet, NoiseSchedule.from_scheduler(SCHEDULER))
+    denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER), FAMILIES["sd"].call)
     settings = {
         "name": name,
-        "steps": 4,
+        "grid_points": 4,
         "timesteps_per_pair": 3,
         "refine_start": 3 if name == "ab2" else 0,
         "noised_start": 1.0 if name == "noise" else 0.0,
@@ -205,13 +206,13 @@ def test_half_precision_networks_agree_to_their_own_rounding(
 
     unet = copy.deepcopy(tiny_unet)
     prepare_for_inference(unet, network_dtype=dtype, device=torch.device("cpu"))
-    schedule = NoiseSchedule.from_scheduler(SCHEDULER)
+    schedule = Levels.from_scheduler(SCHEDULER)
     x0 = latents(6, (4, 8, 8))
-    half = Denoiser(unet, schedule, network_dtype=dtype)
+    half = Denoiser(unet, schedule, FAMILIES["sd"].call, network_dtype=dtype)
     seen: set[torch.dtype] = set()
     unet.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
     one, eight = inverted(half, x0, pairs_per_batch=1), inverted(half, x0, pairs_per_batch=8)
-    exact = inverted(Denoiser(tiny_unet, schedule), x0)
+    exact = inverted(Denoiser(tiny_unet, schedule, FAMILIES["sd"].call), x0)
     assert seen == {torch.float32}, "the state enters the network in float32; autocast rounds inside"
     assert torch.equal(one.timestep, eight.timestep)
     batches, rounding = _compare(eight, one), _compare(one, exact)
@@ -222,8 +223,8 @@ def test_half_precision_networks_agree_to_their_own_rounding(
     assert least < rounding["x_t"] < most  # it did run in this dtype
     # The stored-point rule does not care for the network's dtype.
     axes = one.timestep.long()[:, :, None, None, None, None]
-    signal = schedule.a[axes].numpy() * x0[:, None].double().numpy()
-    x_t = signal + schedule.s[axes].numpy() * one.target.double().numpy()
+    signal = schedule.signal[axes].numpy() * x0[:, None].double().numpy()
+    x_t = signal + schedule.noise[axes].numpy() * one.target.double().numpy()
     np.testing.assert_array_equal(one.x_t.numpy(), x_t.astype(np.float16))
 
 
@@ -250,7 +251,7 @@ def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     well = inverted(linear(), x0, **settings)
     x0[2, 1] *= 60
     denoiser = linear()
-    denoiser.unet = NotANumber(denoiser.unet, value)
+    denoiser.network = NotANumber(denoiser.network, value)
     made = inverted(denoiser, x0, pairs_per_batch=3, **settings)
     assert made.finite.tolist() == [True, True, False, True, True]
     others = [0, 1, 3, 4]

@@ -1,4 +1,4 @@
-"""A whole run's cache against a re-computation in float64 from diffusers' own UNet, VAE, text encoders and scheduler.
+"""A whole run's cache against a re-computation in float64 from diffusers' network, VAE, text encoders and scheduler.
 
 Nothing of the inversion is used here: the network is called as diffusers calls it, x0(t) comes from
 `DDIMScheduler.step`, the noise from it. Each record is judged from the stored point before it, so that roundings do not
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 HALF_STEP = 2.0**-11
 """Relative rounding error of float16."""
@@ -25,8 +25,15 @@ class Float64Model:
     def __init__(self, folder: Path) -> None:
         pipeline: Any = DiffusionPipeline.from_pretrained(folder)
         self.pipeline = pipeline
-        self.unet, self.vae = pipeline.unet.double().eval(), pipeline.vae.double().eval()
-        self.scheduler = pipeline.scheduler
+        self.is_pixart = hasattr(pipeline, "transformer")
+        network = pipeline.transformer if self.is_pixart else pipeline.unet
+        self.network, self.vae = network.double().eval(), pipeline.vae.double().eval()
+        # The multistep scheduler gives no x0(t) in one step; DDIM on the same table does.
+        self.scheduler = (
+            DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+            if self.is_pixart
+            else pipeline.scheduler
+        )
         self.scheduler.set_timesteps(self.scheduler.config.num_train_timesteps)
         self.is_sdxl = hasattr(pipeline, "text_encoder_2")
 
@@ -40,7 +47,9 @@ class Float64Model:
         return (self.vae.encode(image).latent_dist.mean * self.vae.config.scaling_factor)[0].numpy()
 
     @torch.no_grad()
-    def text(self, prompt: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def text(self, prompt: str) -> dict[str, np.ndarray]:
+        """{condition: array} of one prompt."""
+
         def tokens(tokenizer: Any) -> torch.Tensor:
             return tokenizer(
                 prompt,
@@ -51,43 +60,47 @@ class Float64Model:
             ).input_ids
 
         p = self.pipeline
+        if self.is_pixart:
+            told = p.tokenizer(
+                prompt.lower(), padding="max_length", truncation=True, max_length=300, return_tensors="pt"
+            )
+            states = p.text_encoder.double()(told.input_ids, attention_mask=told.attention_mask)[0][0]
+            return {"embedding": states.numpy(), "mask": told.attention_mask[0].numpy()}
         if not self.is_sdxl:
-            return p.text_encoder.double()(tokens(p.tokenizer))[0][0].numpy(), None
+            return {"embedding": p.text_encoder.double()(tokens(p.tokenizer))[0][0].numpy()}
         first = p.text_encoder.double()(tokens(p.tokenizer), output_hidden_states=True)
         second = p.text_encoder_2.double()(tokens(p.tokenizer_2), output_hidden_states=True)
         both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return both[0].numpy(), second.text_embeds[0].numpy()
+        return {"embedding": both[0].numpy(), "pooled": second.text_embeds[0].numpy()}
 
     @torch.no_grad()
-    def predict(
-        self, x: np.ndarray, t: int, embedding: np.ndarray, pooled: np.ndarray | None, time_ids: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, x: np.ndarray, t: int, told: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(noise, x0(t)) at one latent."""
         latent = torch.from_numpy(x.astype(np.float64))[None]
-        added = None
-        if pooled is not None and time_ids is not None:
-            added = {
-                "text_embeds": torch.from_numpy(pooled.astype(np.float64))[None],
-                "time_ids": torch.from_numpy(time_ids.astype(np.float64))[None],
-            }
-        output = self.unet(
-            latent,
-            t,
-            encoder_hidden_states=torch.from_numpy(embedding.astype(np.float64))[None],
-            added_cond_kwargs=added,
-        ).sample
+        given = {name: torch.from_numpy(values.astype(np.float64))[None] for name, values in told.items()}
+        if self.is_pixart:
+            output = self.network(
+                latent,
+                encoder_hidden_states=given["embedding"],
+                encoder_attention_mask=given["mask"],
+                timestep=torch.tensor([t]),
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample.chunk(2, dim=1)[0]
+        else:
+            added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]} if self.is_sdxl else None
+            output = self.network(latent, t, encoder_hidden_states=given["embedding"], added_cond_kwargs=added).sample
         clean = self.scheduler.step(output, t, latent).pred_original_sample[0].numpy()
         a, s = self.a_s(t)
         return (x - a * clean) / s, clean
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sample", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma"])
 def test_every_stored_tensor(
     kind: str, pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     pairs = examples(2)
     source = write_tars(tmp_path / "pairs", pairs, 2)
-    cache = run.cache(source, pipelines(kind), tmp_path / "cache", steps=4, timesteps_per_pair=4)
+    cache = run.cache(source, pipelines(kind), tmp_path / "cache", grid_points=4, timesteps_per_pair=4)
     model = Float64Model(pipelines(kind))
     (shard,) = cache
     read = {path: shard.read(path) for path in (spec.path for spec in cache.manifest.arrays)}
@@ -105,22 +118,19 @@ def test_every_stored_tensor(
     for row, pair in enumerate(pairs):
         index = int(read["prompt_index"][row])
         assert texts[index] == pair.prompt
-        embedding = read["prompt/embedding"][index]
-        pooled = read["prompt/pooled"][index] if kind == "sdxl" else None
-        want_embedding, want_pooled = model.text(pair.prompt)
-        close("embedding", embedding, want_embedding, 4 * HALF_STEP)
-        if pooled is not None:
-            close("pooled", pooled, want_pooled, 4 * HALF_STEP)
+        wanted = model.text(pair.prompt)
+        told = {name: read[f"prompt/{name}"][index] for name in wanted}
+        for name, want in wanted.items():
+            close(name, told[name], want, 4 * HALF_STEP)
         for side, image in enumerate((pair.win, pair.lose)):
-            time_ids = None
             if kind == "sdxl":
-                time_ids = read["time_ids"][row, side]
-                assert time_ids.tolist() == [32, 32, 0, 0, 32, 32]
+                told["time_ids"] = read["time_ids"][row, side]
+                assert told["time_ids"].tolist() == [32, 32, 0, 0, 32, 32]
             x0 = read["x0"][row, side]
             close("x0", x0, model.latent(image), 4 * HALF_STEP)
             x0 = x0.astype(np.float64)
             # The trajectory leaves the clean latent with eps at (x0, label 0).
-            delta, clean = model.predict(x0, 0, embedding, pooled, time_ids)[0], x0
+            delta, clean = model.predict(x0, 0, told)[0], x0
             for step, t in enumerate(read["timestep"][row].tolist()):
                 a, s = model.a_s(t)
                 x_t, target = read["x_t"][row, step, side], read["target"][row, step, side]
@@ -128,7 +138,7 @@ def test_every_stored_tensor(
                 # The stored-point rule, bit for bit.
                 rounded = (a * x0 + s * target.astype(np.float64)).astype(np.float16)
                 np.testing.assert_array_equal(x_t, rounded)
-                delta, clean = model.predict(x_t.astype(np.float64), t, embedding, pooled, time_ids)
+                delta, clean = model.predict(x_t.astype(np.float64), t, told)
                 close("delta", read["delta"][row, step, side], delta, 4 * HALF_STEP)
                 close("x0_t", read["x0_t"][row, step, side], clean, 4 * HALF_STEP)
                 error = np.mean(np.square(target.astype(np.float64) - delta))
@@ -148,8 +158,12 @@ def test_the_grid_comes_from_the_hash_of_seed_and_pair_id(
 ) -> None:
     pairs = examples(6)
     source = write_tars(tmp_path / "pairs", pairs, 6)
-    whole = by_id(run.cache(source, pipelines(), tmp_path / "all", steps=4, timesteps_per_pair=4, seed=3), "timestep")
-    some = by_id(run.cache(source, pipelines(), tmp_path / "some", steps=4, timesteps_per_pair=2, seed=3), "timestep")
+    whole = by_id(
+        run.cache(source, pipelines(), tmp_path / "all", grid_points=4, timesteps_per_pair=4, seed=3), "timestep"
+    )
+    some = by_id(
+        run.cache(source, pipelines(), tmp_path / "some", grid_points=4, timesteps_per_pair=2, seed=3), "timestep"
+    )
     for pair in pairs:
         u = _uniform(3, pair.pair_id, "offset")
         grid = [int((i + u) * 1000 // 4) for i in range(4)]

@@ -83,7 +83,7 @@ def test_a_dropped_caption_is_the_empty_prompt(
     dropped, index = shard.read("caption_dropped"), shard.read("prompt_index")
     assert 0 < dropped.sum() < 6
     assert (index > 0).all()
-    unet = run.components[-1].denoiser.unet
+    unet = run.components[-1].denoiser.network
     embedding = torch.from_numpy(shard.read("prompt/embedding")).float()
     x_t = torch.from_numpy(shard.read("x_t")[:, 0, 0]).float()
     timestep = torch.from_numpy(shard.read("timestep")[:, 0]).long()
@@ -166,7 +166,7 @@ def test_extras(pipelines: Callable, examples: Callable, write_tars: Callable, r
     np.testing.assert_array_equal(shard.read("delta_prev")[:, 1:], shard.read("delta")[:, :-1])
     # E_ref belongs to the caption, delta to the empty prompt.
     assert np.abs(eps_ref - shard.read("delta")).max() > 1e-3
-    unet = run.components[-1].denoiser.unet
+    unet = run.components[-1].denoiser.network
     embedding = torch.from_numpy(shard.read("prompt/embedding")).float()[shard.read("prompt_index")]
     with torch.no_grad():
         eps = unet(

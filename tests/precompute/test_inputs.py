@@ -16,7 +16,8 @@ from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.errors import CacheMismatch, CacheMissing, DataError, ModelError
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -68,7 +69,7 @@ def test_a_cache_shard_has_at_most_256_rows(
     source = write_list(
         [{"prompt": "a cat", "id": str(row), "label": 1.0 if row in kept else 0.5} for row in range(600)]
     )
-    cache = run.cache(source, pipelines(), tmp_path / "cache", steps=1, timesteps_per_pair=1)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", grid_points=1, timesteps_per_pair=1)
     assert [commit.source.rows for commit in cache.commits.values()] == [(0, 256), (256, 512), (512, 600)]
     assert [commit.num_pairs for commit in cache.commits.values()] == [2, 1, 0]
     assert [commit.skipped for commit in cache.commits.values()] == [{"tie": 254}, {"tie": 255}, {"tie": 88}]
@@ -229,7 +230,7 @@ def test_a_first_try_that_failed_says_that_its_cache_may_go(
     source = write_list([{"prompt": "a cat"}])
     with pytest.raises(ModelError, match="unet cannot be loaded"):
         run(source, broken, tmp_path / "cache")
-    with pytest.raises(CacheMismatch, match=r"(?s)fingerprints\.unet.*nothing is committed here yet"):
+    with pytest.raises(CacheMismatch, match=r"(?s)fingerprints\.network.*nothing is committed here yet"):
         run(source, pipelines(), tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 1
@@ -239,10 +240,14 @@ def test_shards_are_made_with_the_caches_own_noise_table(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """Another machine's libraries may round the scheduler's table otherwise: what is appended obeys the manifest's."""
-    settings = PrecomputeSettings(resolution=32, steps=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32")
+    settings = PrecomputeSettings(
+        resolution=32, grid_points=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32"
+    )
     made = build_manifest(settings, open_model(str(pipelines())), device_type="cpu")
-    table = np.array(made.alphas_cumprod) * (1 - 9e-7)
-    CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"alphas_cumprod": tuple(table.tolist())}))
+    abar = np.array(made.levels.signal) ** 2
+    table = abar * (1 - 9e-7)
+    levels = LevelTables.of(Levels.from_alphas_cumprod(torch.from_numpy(table)))
+    CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"levels": levels}))
     run.cache(write_tars(tmp_path / "pairs", examples(4), 4), pipelines(), tmp_path / "cache")
     cache = open_cache(str(tmp_path / "cache"))
     (shard,) = cache
@@ -254,4 +259,4 @@ def test_shards_are_made_with_the_caches_own_noise_table(
         return (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
 
     assert np.array_equal(points(table), x_t)
-    assert not np.array_equal(points(np.array(made.alphas_cumprod)), x_t)
+    assert not np.array_equal(points(abar), x_t)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.cache.schema import LevelTables
+from inpo.common.conditions import Condition
+from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import invert
 from inpo.common.models import Model, open_model
 from inpo.common.testing import save_tiny_pipeline
@@ -45,19 +47,19 @@ class World:
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
         may edit a shard's arrays before they are committed."""
-        schedule = self.model.schedule
+        levels = self.model.levels
         identity = InverterIdentity(
             name=inverter,
-            steps=4,
-            timestep_range=(0, schedule.num_train_timesteps),
+            grid_points=4,
+            timestep_range=(0, levels.num_train_timesteps),
             guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,
         )
         manifest = Manifest(
             latent_shape=(4, side, side),
-            num_train_timesteps=schedule.num_train_timesteps,
-            alphas_cumprod=tuple((schedule.a**2).tolist()),
-            prediction_type=schedule.prediction_type,
+            family=self.model.family.name,
+            levels=LevelTables.of(levels),
+            conditions=dict(self.model.family.conditions),
             profile=profile,
             extra=extra,
             seed=seed,
@@ -72,7 +74,7 @@ class World:
             fingerprints={**self.model.fingerprints, **fingerprints},
         )
         writer = CacheWriter.open(str(location), manifest)
-        denoiser = Denoiser(self.model.load_unet().eval(), schedule, network_dtype=network_dtype)
+        denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
             arrays = self._arrays(manifest, denoiser, first, num_pairs, label, drop_caption)
@@ -98,23 +100,19 @@ class World:
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
     ) -> dict[str, np.ndarray]:
-        sdxl = manifest.is_sdxl
-        width = int(self.model.config("unet")["cross_attention_dim"])
-        embedding = _noise((PROMPTS + 1, 16, width), 1).half()
+        width = self.model.family.lengths(self.model.config)["embedding"][1]
+        prompts = {"embedding": _noise((PROMPTS + 1, 16, width), 1).half()}
+        images = {}
+        if "pooled" in manifest.conditions:
+            prompts["pooled"] = _noise((PROMPTS + 1, 48), 2).half()
+            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous()
+        if "mask" in manifest.conditions:
+            prompts["mask"] = torch.arange(16) < torch.arange(3, PROMPTS + 4)[:, None]
         numbers = np.arange(first, first + num_pairs)
         prompt_index = (numbers % PROMPTS + 1).astype(np.int32)
         dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
         rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt_index).astype(np.int64), 2))
-        pooled = _noise((PROMPTS + 1, 48), 2).half() if sdxl else None
-        time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous() if sdxl else None
-
-        def condition(row: torch.Tensor) -> Condition:
-            return Condition(
-                embedding=embedding[row].float(),
-                pooled=None if pooled is None else pooled[row].float(),
-                time_ids=None if time_ids is None else time_ids.flatten(0, 1),
-            )
-
+        told = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
         x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
         found = invert(
@@ -124,8 +122,8 @@ class World:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=condition(rows),
-            empty=condition(torch.zeros_like(rows)),
+            caption=Condition.build(prompts, rows, told),
+            empty=Condition.build(prompts, torch.zeros_like(rows), told),
             extra=manifest.extra,
         )
         assert bool(found.finite.all())
@@ -136,10 +134,9 @@ class World:
             "caption_dropped": dropped,
             "label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
             "prompt/text": np.array(["", *(f"prompt {number}" for number in range(PROMPTS))], dtype=object),
-            "prompt/embedding": embedding.numpy(),
-            "prompt/pooled": None if pooled is None else pooled.numpy(),
-            "time_ids": None if time_ids is None else time_ids.numpy(),
         }
+        arrays |= {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.items()}
+        arrays |= {name: tensor.numpy() for name, tensor in images.items()}
         names = (
             "x_t",
             "delta",

@@ -90,13 +90,13 @@ def forward(unet: torch.nn.Module) -> torch.Tensor:
 def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.nn.Module]]:
     """The networks that runs trained, as those left them."""
     kept: list[torch.nn.Module] = []
-    prepare = inpo.train.run.prepare_unet
+    prepare = inpo.train.run.prepare_network
 
     def keep(unet: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
         kept.append(unet)
         return prepare(unet, *arguments, **options)
 
-    monkeypatch.setattr(inpo.train.run, "prepare_unet", keep)
+    monkeypatch.setattr(inpo.train.run, "prepare_network", keep)
     # The network is wrapped as ever, and neither traced nor translated, which would take minutes.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch.compiler.set_stance("force_eager"):
@@ -147,7 +147,7 @@ def test_the_written_output_computes_what_was_trained(
         loaded.load_lora_weights(output / "lora")
         found["load_lora_weights"] = loaded.unet
         ours = base_pipeline(start)
-        load_lora(ours, lora_file(str(output / "lora")), "base")
+        load_lora(ours, lora_file(str(output / "lora")), open_model(str(start)))
         found["evaluate --lora"] = ours.unet
     else:
         found["pipeline"] = unet_in(output / "pipeline")
@@ -245,6 +245,6 @@ def test_dropout_is_off_in_training_and_said(
                 model=str(model.folder), caches=[location], steps=3, learning_rate=1e-3, output=tmp_path / f"{name}-run"
             )
         )
-        assert ("the UNet's dropout 0.5 is off" in capsys.readouterr().out) == (name == "dropout")
+        assert ("the network's dropout 0.5 is off" in capsys.readouterr().out) == (name == "dropout")
     left, right = (load_file(next((each / "pipeline/unet").glob("*.safetensors"))) for each in outputs)
     assert all(torch.equal(left[name], right[name]) for name in left)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.run import RayOptions, run_precompute
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 
 
 @pytest.fixture
@@ -31,19 +32,21 @@ def pairs(tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' multistep scheduler
 @pytest.mark.parametrize(
     ("kind", "pipeline_class", "prediction_type"),
     [
         ("sd15", StableDiffusionPipeline, "epsilon"),
         ("sd2-v", StableDiffusionPipeline, "v_prediction"),
         ("sdxl", StableDiffusionXLPipeline, "epsilon"),
+        ("pixart-sigma", PixArtSigmaPipeline, "epsilon"),
     ],
 )
 def test_precompute_train_and_generate(
     pairs: str, run: Callable[..., Path], tmp_path: Path, kind: Any, pipeline_class: type, prediction_type: str
 ) -> None:
     model, cache = save_tiny_pipeline(tmp_path / "model", kind), str(tmp_path / "cache")
-    settings = {"resolution": 32, "steps": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
+    settings = {"resolution": 32, "grid_points": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
     assert (
         run_precompute(
             None,
@@ -60,10 +63,12 @@ def test_precompute_train_and_generate(
     assert type(trained) is pipeline_class
     assert trained.scheduler.config.prediction_type == prediction_type
     base: Any = DiffusionPipeline.from_pretrained(model)
-    before, after = base.unet.state_dict(), trained.unet.state_dict()
+    network = "transformer" if kind == "pixart-sigma" else "unet"
+    before, after = (getattr(each, network).state_dict() for each in (base, trained))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     trained.set_progress_bar_config(disable=True)
-    (image,) = trained("a red cat", num_inference_steps=2, height=32, width=32, output_type="np").images
+    own = {"use_resolution_binning": False, "clean_caption": False} if kind == "pixart-sigma" else {}
+    (image,) = trained("a red cat", num_inference_steps=2, height=32, width=32, output_type="np", **own).images
     assert image.shape == (32, 32, 3)
     assert np.isfinite(image).all()

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from benchmarks.tensor_watch import TensorWatch
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.arrays import CommittedStore
 from inpo.common.denoiser import Denoiser
-from inpo.common.tensor_watch import TensorWatch
 from inpo.train.buffers import Buffers
 from inpo.train.index import build_index
 from inpo.train.records import Needs
@@ -135,8 +135,8 @@ def test_no_more_is_held_than_one_network_in_training_needs(
             run(output=tmp_path / "-".join(map(str, flags.values())), steps=2, save_every=100, **flags)
         return watch.peak
 
-    weights = sum(p.numel() * p.element_size() for p in world.model.load_unet().parameters())
-    unet = world.model.load_unet().train()
+    weights = sum(p.numel() * p.element_size() for p in world.model.load_network().parameters())
+    unet = world.model.load_network().train()
     one = _inputs(world, cache, 4)
     with TensorWatch() as alone:
         unet(**one).sample.square().mean().backward()

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from inpo.common.cache import open_cache
-from inpo.common.denoiser import Condition, Denoiser
+from inpo.common.conditions import Condition
 from inpo.common.inversion import invert
 from inpo.train.index import build_index
 from inpo.train.order import GlobalOrder
@@ -45,8 +45,8 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
     manifest = opened.manifest
     shards = [part.shard for part in build_index([opened], soft=False, held_out=0.0).training]
     order = GlobalOrder([shard.num_pairs * manifest.timesteps_per_pair for shard in shards], window_shards=4, seed=0)
-    reference = Denoiser(world.model.load_unet().eval(), world.model.schedule)
-    unet = world.model.load_unet().train()
+    reference = world.model.denoiser(world.model.load_network().eval())
+    unet = world.model.load_network().train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=EPS, weight_decay=1e-2)
     for step in range(20):
         rows, kept = [], []
@@ -81,7 +81,7 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-    start = dict(world.model.load_unet().state_dict())
+    start = dict(world.model.load_network().state_dict())
     moved = difference(start, dict(unet.state_dict()))
     assert moved > 1e-4
     assert difference(weights(output), dict(unet.state_dict())) < 1e-3 * moved

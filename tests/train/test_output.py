@@ -44,7 +44,7 @@ def test_the_pipeline_loads_and_differs_in_the_unet_alone(
         assert all(torch.equal(left[key], right[key]) for key in right)
     assert not list((output / "pipeline").rglob("*.bin"))
     card = (output / "pipeline" / "README.md").read_text()
-    assert world.model.fingerprints["unet"] in card
+    assert world.model.fingerprints["network"] in card
     assert "learning_rate = 0.001" in card
 
 

@@ -82,7 +82,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
         for output in (tmp_path / "two", one)
     )
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-6
-    assert any(not torch.equal(left[name], value) for name, value in world.model.load_unet().state_dict().items())
+    assert any(not torch.equal(left[name], value) for name, value in world.model.load_network().state_dict().items())
     mine, theirs = (
         [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
         for output in (one, tmp_path / "two")

@@ -86,7 +86,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     options = {"steps": 2, "objective": objective, "adam_eps": 1e2, "learning_rate": 1.0, "weight_decay": 0.0}
     one = run(output=tmp_path / "one", batch_size=4, **options)
     many = run(output=tmp_path / "many", batch_size=1, accumulate=4, **options)
-    start = world.model.load_unet().state_dict()
+    start = world.model.load_network().state_dict()
     left, right = (
         UNet2DConditionModel.from_pretrained(each / "pipeline", subfolder="unet").state_dict() for each in (one, many)
     )

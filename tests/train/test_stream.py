@@ -40,7 +40,7 @@ def same(left: Batch, right: Batch) -> bool:
     return all(
         torch.equal(getattr(left, name), getattr(right, name))
         for name in ("x_t", "aim", "reference_error", "timestep", "label")
-    ) and torch.equal(left.condition.embedding, right.condition.embedding)
+    ) and torch.equal(left.condition["embedding"], right.condition["embedding"])
 
 
 @given(
@@ -110,12 +110,10 @@ def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_p
             prompt = 0 if shard.read("caption_dropped")[pair] else shard.read("prompt_index")[pair]
             images = [2 * number, 2 * number + 1]
             for image in images:
-                assert np.array_equal(batch.condition.embedding[image], shard.read("prompt/embedding")[prompt])
+                assert np.array_equal(batch.condition["embedding"][image], shard.read("prompt/embedding")[prompt])
             if kind == "sdxl":
-                assert batch.condition.pooled is not None
-                assert batch.condition.time_ids is not None
-                assert np.array_equal(batch.condition.pooled[images[0]], shard.read("prompt/pooled")[prompt])
-                assert np.array_equal(batch.condition.time_ids[images], shard.read("time_ids")[pair])
+                assert np.array_equal(batch.condition["pooled"][images[0]], shard.read("prompt/pooled")[prompt])
+                assert np.array_equal(batch.condition["time_ids"][images], shard.read("time_ids")[pair])
     assert seen == set(rows)
 
 

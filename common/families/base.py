@@ -1,0 +1,245 @@
+"""What a model family answers. Defaults are what most families share; a family's file says what is its own.
+
+Packing, ids, signs and time scales of a network never leave its family: outside, a network takes plain latents
+[batch, c, h, w], the label of its level and a Condition, and gives latents back.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inpo.common.cache.schema import ConditionSpec
+from inpo.common.conditions import Condition
+from inpo.common.errors import ModelError
+from inpo.common.levels import Levels
+
+Config = Mapping[str, Any]
+State = Mapping[str, Tensor]
+EMBEDDING = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration file. Raises ModelError if it is not a JSON object."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"{type(document).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "A configuration file of the model cannot be read.",
+            where=file,
+            expected="a JSON object",
+            got=str(error),
+            fix="download the model again",
+        ) from error
+    return document
+
+
+class Family(ABC):
+    """One family of models."""
+
+    name: str
+    """In the manifest of a cache."""
+    title: str
+    """For messages: what of it is supported."""
+    tag: str
+    """On a model card."""
+    pipelines: tuple[str, ...]
+    """Class names in model_index.json that are this family."""
+    pipeline: type[Any]
+    """The diffusers pipeline that images are made with."""
+    unneeded: Mapping[str, Any]
+    """Arguments that leave out what images of a text do not need."""
+    network: str
+    """The trained component."""
+    network_class: type[Any]
+    vae_class: type[Any] = AutoencoderKL
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    tokenizer_files: tuple[str, ...] = ("tokenizer.json", "vocab.json")
+    """One of them makes a tokenizer."""
+    conditions: Mapping[str, ConditionSpec]
+    """What the network is told beside latent and label."""
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    prefixes: Mapping[str, tuple[str, ...]] = {}
+    """Where a single file keeps each component's weights; empty: this family has no such file."""
+    draw_arguments: Mapping[str, Any] = {}
+    """What the pipeline is called with beside prompt, steps, guidance and size."""
+    latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
+    """(weight [4, 3], bias [3]) of a linear map from latents to RGB in 0..1, where one is known."""
+
+    # Configuration
+
+    def check(self, *, name: str, folder: Path, index: Config, network: Config, vae: Config) -> None:
+        """Raise ModelError for a model, called `name` in messages, that the equations or the conditions do not hold
+        for. `index` is model_index.json, `network` and `vae` are those components' configurations.
+        """
+        if network.get("in_channels") != vae.get("latent_channels"):
+            raise ModelError(
+                f"The {self.network} does not take plain latents of this VAE.",
+                where=name,
+                expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
+                got=f"in_channels {network.get('in_channels')}",
+                fix=f"inpainting and depth models are not supported; supported: {self.title}",
+            )
+        self.check_network(name, network)
+        if index.get("scheduler", [None, None])[1] is None:
+            raise ModelError("The pipeline has no scheduler.", where=name, fix=f"supported: {self.title}")
+        for component in self.tokenizers:
+            # The libraries make an empty tokenizer of an empty folder, and fail much later.
+            if not any((folder / component / file).is_file() for file in self.tokenizer_files):
+                raise ModelError(
+                    f"The model has no {component}.",
+                    where=folder / component,
+                    expected=" or ".join(self.tokenizer_files),
+                    got="none of them",
+                    fix="download the model again",
+                )
+
+    @abstractmethod
+    def check_network(self, name: str, network: Config) -> None:
+        """Raise ModelError for a network's configuration that asks for what this family does not give."""
+
+    def levels(self, scheduler: object) -> Levels:
+        """Raises ModelError for a scheduler that the equations do not hold for."""
+        return Levels.from_scheduler(scheduler)
+
+    def prediction(self, scheduler: object) -> str:
+        """What the network's output is (common/predictions.py). Raises ModelError for what this family does not do."""
+        name = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
+        if name not in self.predictions:
+            raise ModelError(
+                "Unknown prediction type.",
+                where=type(scheduler).__name__,
+                expected=", ".join(self.predictions),
+                got=name,
+                fix=f"use a model that predicts one of them; supported: {self.title}",
+            )
+        return str(name)
+
+    # Latents
+
+    def latent_shape(self, config: Callable[[str], Config], resolution: int) -> tuple[int, int, int]:
+        """[C, H, W] of a square image's latent. `config` gives a component's configuration by its name."""
+        vae = config("vae")
+        side = resolution // self.vae_factor(config)
+        return (int(vae["latent_channels"]), side, side)
+
+    def vae_factor(self, config: Callable[[str], Config]) -> int:
+        """Pixels along a side of a latent's element."""
+        return int(2 ** (len(config("vae")["block_out_channels"]) - 1))
+
+    def pixel_step(self, config: Callable[[str], Config]) -> int:
+        """What a resolution must be a multiple of."""
+        return self.vae_factor(config)
+
+    @abstractmethod
+    def probe_side(self, network: Config) -> int:
+        """A small side of a latent that the network takes."""
+
+    # Conditions
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """{name: [prompt, ...]} of what prompts own, from a pipeline that holds tokenizers and text encoders."""
+
+    def token_limit(self, tokenizer: Any) -> int:
+        """How many tokens of a prompt the model sees."""
+        return int(tokenizer.model_max_length)
+
+    def is_cut(self, pipeline: Any, prompt: str) -> bool:
+        """Whether the model sees only the beginning of a prompt."""
+        tokenizers = [getattr(pipeline, name) for name in self.tokenizers]
+        return any(
+            len(each(prompt, truncation=False, verbose=False)["input_ids"]) > self.token_limit(each)
+            for each in tokenizers
+        )
+
+    def of_image(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, tuple[float, ...]]:
+        """What an image owns, from its size before, the corner it was cut at, and its size now: (height, width)."""
+        return {}
+
+    @abstractmethod
+    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+        """{condition: lengths of its axes} as the configurations give them."""
+
+    def blank(self, config: Callable[[str], Config], images: int, side: int) -> Condition:
+        """A condition that says nothing: zeros for prompts, and plain square images of `side` pixels."""
+        lengths = self.lengths(config)
+        own = self.of_image((side, side), (0, 0), (side, side))
+        return Condition(
+            **{
+                name: torch.zeros(images, *lengths[name], dtype=getattr(torch, spec.dtype))
+                if spec.per == "prompt"
+                else torch.tensor([own[name]]).repeat(images, 1)
+                for name, spec in self.conditions.items()
+            }
+        )
+
+    # The network
+
+    @abstractmethod
+    def call(
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        """The network's output, of the latents' shape."""
+
+    # LoRA
+
+    def save_lora(self, state: State, folder: Path) -> None:
+        """Write LoRA layers, by peft's names and with their scale multiplied in, as diffusers loads them."""
+        self.pipeline.save_lora_weights(str(folder), **{f"{self.network}_lora_layers": state}, safe_serialization=True)
+
+    def lora_names(self, pipeline: Any, file: Path) -> set[str]:
+        """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats."""
+        state, *_ = pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, unet_config=self.network_of(pipeline).config
+        )
+        return {name for name in state if "lora" in name and not name.endswith("alpha")}
+
+    def load_lora(self, pipeline: Any, file: Path) -> None:
+        """Lay a file's LoRA layers over a pipeline; whatever the libraries raise is the caller's to tell."""
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+
+    def placed_lora(self, pipeline: Any) -> set[str]:
+        """Names of the LoRA tensors that a pipeline's networks hold, as `lora_names` has them."""
+        return {
+            f"{part}.{re.sub(r'[.]default(_0)?(?=[.])', '', name)}"
+            for part in (self.network, *self.text_encoders)
+            for name, _ in getattr(pipeline, part).named_parameters()
+            if ".lora_" in name
+        }
+
+    # Pipelines and single files
+
+    def network_of(self, pipeline: DiffusionPipeline) -> Any:
+        """The trained component of a pipeline."""
+        return getattr(pipeline, self.network)
+
+    def sampler(self, scheduler: Any) -> Any:
+        """Deterministic DDIM on a scheduler's own table."""
+        return DDIMScheduler.from_config({"clip_sample": False, **scheduler.config})
+
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        """What a single file's header calls it, by the Stability AI model metadata standard."""
+        raise NotImplementedError
+
+    def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
+        """A component's weights under the names that they have in a single file."""
+        raise ModelError(
+            f"A model of this family has no single-file layout: {self.title}.",
+            where=component,
+            expected="a family that programs read from one file",
+            fix="use the pipeline folder",
+        )

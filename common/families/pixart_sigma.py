@@ -1,0 +1,131 @@
+"""PixArt-Sigma: a transformer that predicts noise on the old schedule, under a T5 encoder's states and their mask."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from jaxtyping import Float
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from inpo.common.cache.schema import ConditionSpec
+from inpo.common.conditions import Condition
+from inpo.common.errors import ModelError
+from inpo.common.families.base import EMBEDDING, Config, Family, State, read_json
+
+_TOKENS = 300
+"""Of a prompt, as the pipeline cuts it."""
+_WRAPPER = "base_model.model."
+
+
+class PixArtSigma(Family):
+    """PixArt-Sigma."""
+
+    name = "pixart_sigma"
+    title = "PixArt-Sigma"
+    tag = "pixart-sigma"
+    pipelines = ("PixArtSigmaPipeline",)
+    pipeline = PixArtSigmaPipeline
+    unneeded = {}
+    network = "transformer"
+    network_class = PixArtTransformer2DModel
+    tokenizer_files = ("tokenizer.json", "spiece.model")
+    conditions = {"embedding": EMBEDDING, "mask": ConditionSpec(dtype="bool", axes=("token",), per="prompt")}
+    predictions = ("epsilon",)
+    # The size asked for, and the prompt as precompute encodes it.
+    draw_arguments = {"use_resolution_binning": False, "clean_caption": False}
+
+    def check_network(self, name: str, network: Config) -> None:
+        channels = network.get("in_channels", 4)
+        if network.get("out_channels", 8) not in (channels, 2 * channels):
+            raise ModelError(
+                "The transformer gives other channels than a prediction, and a variance beside it.",
+                where=f"{name}: transformer/config.json, out_channels",
+                expected=f"{channels} or {2 * channels}",
+                got=network.get("out_channels"),
+                fix=f"supported: {self.title}",
+            )
+        sizes = network.get("use_additional_conditions")
+        if sizes or (sizes is None and network.get("sample_size", 128) == 128):
+            raise ModelError(
+                "The transformer takes other conditions than text.",
+                where=f"{name}: transformer/config.json, use_additional_conditions",
+                expected="false",
+                got="unset, which is true at sample_size 128" if sizes is None else sizes,
+                fix=f"PixArt-Alpha is not supported; supported: {self.title}",
+            )
+
+    def pixel_step(self, config: Callable[[str], Config]) -> int:
+        return self.vae_factor(config) * int(config("transformer").get("patch_size", 2))
+
+    def probe_side(self, network: Config) -> int:
+        return 4 * int(network.get("patch_size", 2))
+
+    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+        return {"embedding": (_TOKENS, int(config("transformer")["caption_channels"])), "mask": (_TOKENS,)}
+
+    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        embedding, mask, *_ = pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            clean_caption=False,
+            max_sequence_length=_TOKENS,
+        )
+        return {"embedding": embedding, "mask": mask.bool()}
+
+    def token_limit(self, tokenizer: Any) -> int:
+        return _TOKENS
+
+    def is_cut(self, pipeline: Any, prompt: str) -> bool:
+        return super().is_cut(pipeline, prompt.lower().strip())  # as the pipeline encodes it
+
+    def call(
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        """The noise; the variance that the transformer gives beside it is nobody's."""
+        output: Tensor = network(
+            x,
+            encoder_hidden_states=condition["embedding"].float(),
+            encoder_attention_mask=condition["mask"],
+            timestep=label,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return output[:, : x.shape[1]]
+
+    # diffusers has no LoRA loader for this pipeline: its layers are a peft adapter, which
+    # PeftModel.from_pretrained(pipeline.transformer, folder) takes.
+
+    def save_lora(self, state: State, folder: Path) -> None:
+        rank = next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+        targets = sorted({name.split(".lora_")[0] for name in state})
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(str(folder))
+        save_file(
+            {_WRAPPER + name: value.contiguous() for name, value in state.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+    def lora_names(self, pipeline: Any, file: Path) -> set[str]:
+        return {f"{self.network}.{name.removeprefix(_WRAPPER)}" for name in load_file(file)}
+
+    def load_lora(self, pipeline: Any, file: Path) -> None:
+        state = {name.removeprefix(_WRAPPER): value for name, value in load_file(file).items()}
+        config = read_json(file.parent / "adapter_config.json")
+        layers = LoraConfig(
+            r=int(config["r"]),
+            lora_alpha=config.get("lora_alpha", config["r"]),
+            target_modules=sorted({name.split(".lora_")[0] for name in state}),
+        )
+        transformer = self.network_of(pipeline)
+        inject_adapter_in_model(layers, transformer)
+        set_peft_model_state_dict(transformer, state)
+
+
+FAMILIES = (PixArtSigma(),)

@@ -1,0 +1,110 @@
+"""Stable Diffusion 1.x and 2.x: a UNet under one text encoder's states."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inpo.common.conditions import Condition
+from inpo.common.errors import ModelError
+from inpo.common.families.base import EMBEDDING, Config, Family, State
+from inpo.common.families.original_layout import PREFIXES, clip_keys, component_keys, open_clip_keys
+
+
+class UNetFamily(Family):
+    """What UNets with cross-attention share."""
+
+    network = "unet"
+    network_class = UNet2DConditionModel
+    prefixes = PREFIXES
+
+    def check_network(self, name: str, network: Config) -> None:
+        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
+            if network.get(key) is not None:
+                raise ModelError(
+                    "The UNet takes other conditions than text.",
+                    where=f"{name}: unet/config.json, {key}",
+                    expected="null",
+                    got=network[key],
+                    fix=f"supported: {self.title}",
+                )
+        if not isinstance(network.get("cross_attention_dim"), int):
+            raise ModelError(
+                "The UNet's text conditions have no single width.",
+                where=f"{name}: unet/config.json, cross_attention_dim",
+                expected="a number",
+                got=network.get("cross_attention_dim"),
+                fix=f"supported: {self.title}",
+            )
+
+    def probe_side(self, network: Config) -> int:
+        return int(2 ** len(network["block_out_channels"]))
+
+    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+        tokens = int(config("text_encoder").get("max_position_embeddings", 77))
+        return {"embedding": (tokens, int(config("unet")["cross_attention_dim"]))}
+
+    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        return {"embedding": self.encoded(pipeline, prompts, device)[0]}
+
+    def encoded(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> tuple[Any, ...]:
+        """What the pipeline's own encoding gives, without guidance."""
+        encoded: tuple[Any, ...] = pipeline.encode_prompt(
+            prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return encoded
+
+    def call(
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        added = None
+        if "pooled" in condition:
+            added = {"text_embeds": condition["pooled"].float(), "time_ids": condition["time_ids"]}
+        embedding = condition["embedding"].float()
+        output: Tensor = network(x, label, encoder_hidden_states=embedding, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+        return output
+
+
+class StableDiffusion(UNetFamily):
+    """Stable Diffusion 1.x and 2.x."""
+
+    name = "sd"
+    title = "Stable Diffusion 1.x, 2.x (noise, v- or sample-prediction)"
+    tag = "stable-diffusion"
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipeline = StableDiffusionPipeline
+    unneeded = {
+        "image_encoder": None,
+        "feature_extractor": None,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+    conditions = {"embedding": EMBEDDING}
+    # "Decoding latents to RGB without upscaling", discuss.huggingface.co (output -1..1 there, halved here).
+    latent_colours = (
+        [[0.149, 0.1035, 0.104], [0.0935, 0.143, 0.0865], [-0.079, 0.0945, 0.132], [-0.092, -0.1355, -0.2365]],
+        [0.5, 0.5, 0.5],
+    )
+
+    def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
+        if component != "text_encoder":
+            return component_keys(component, state, config)
+        return (open_clip_keys if _is_open_clip(config) else clip_keys)(state, "cond_stage_model.")
+
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        if not _is_open_clip(pipeline.text_encoder.config):
+            return "stable-diffusion-v1"
+        return f"stable-diffusion-v2-{'768-v' if prediction == 'v_prediction' else '512'}"
+
+
+def _is_open_clip(config: Any) -> bool:
+    """SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart."""
+    return bool(config.hidden_act == "gelu")
+
+
+FAMILIES = (StableDiffusion(),)

@@ -1,0 +1,69 @@
+"""SDXL: a UNet under the states of two text encoders, a pooled one, and the image's sizes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from inpo.common.cache.schema import ConditionSpec
+from inpo.common.families.base import EMBEDDING, Config, State
+from inpo.common.families.original_layout import clip_keys, component_keys, open_clip_keys
+from inpo.common.families.sd import UNetFamily
+
+
+class StableDiffusionXL(UNetFamily):
+    """SDXL."""
+
+    name = "sdxl"
+    title = "SDXL"
+    tag = "stable-diffusion-xl"
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    pipeline = StableDiffusionXLPipeline
+    unneeded = {"image_encoder": None, "feature_extractor": None}
+    text_encoders = ("text_encoder", "text_encoder_2")
+    tokenizers = ("tokenizer", "tokenizer_2")
+    conditions = {
+        "embedding": EMBEDDING,
+        "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt"),
+        "time_ids": ConditionSpec(dtype="float32", axes=("time_id",), per="image"),
+    }
+    # "Explaining the SDXL latent space", huggingface.co/blog (output 0..255 there).
+    latent_colours = (
+        [[each / 255 for each in row] for row in ([60, 60, 60], [-60, -5, 10], [25, 15, -5], [-70, -50, -35])],
+        [150 / 255, 140 / 255, 130 / 255],
+    )
+
+    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+        unet = config("unet")
+        pooled = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
+        return super().lengths(config) | {"pooled": (pooled,), "time_ids": (6,)}
+
+    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        encoded = self.encoded(pipeline, prompts, device)
+        conditions = {"embedding": encoded[0], "pooled": encoded[2]}
+        if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=device)
+            for tensor in conditions.values():
+                tensor[empty] = 0
+        return conditions
+
+    def of_image(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, tuple[float, ...]]:
+        """Micro-conditioning: original size, crop corner, target size."""
+        return {"time_ids": tuple(float(each) for each in (*original, *crop, *target))}
+
+    def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
+        if component == "text_encoder":
+            return clip_keys(state, "conditioner.embedders.0.")
+        if component == "text_encoder_2":
+            return open_clip_keys(state, "conditioner.embedders.1.")
+        return component_keys(component, state, config)
+
+    def architecture(self, pipeline: Any, prediction: str) -> str:
+        return "stable-diffusion-xl-v1-base"
+
+
+FAMILIES = (StableDiffusionXL(),)

@@ -1,0 +1,155 @@
+"""The levels of a model's noise schedule, and the inversion grid over them.
+
+Timestep t is an index 0..T-1 into three float64 tables (docs/equations.md):
+
+    x_t = signal[t] * x0 + noise[t] * eps         label[t]: what the network is told
+
+a_t and s_t are signal and noise, sigma_t = s_t / a_t. The clean end of a trajectory lies outside the tables: a = 1,
+s = 0. A table of another family is another constructor here; nothing else asks where the tables come from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from inpo.common.errors import ModelError, UsageError
+
+Space = Literal["noise", "velocity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """What diffusers' DDIM schedulers take from the scheduler's configuration beside the table.
+
+    Only the released code's inversion (inversion/released.py) reads it. The defaults are Stable Diffusion's.
+    """
+
+    prediction_type: str = "epsilon"
+    steps_offset: int = 1
+    """The first label of a sampler's grid."""
+    set_alpha_to_one: bool = False
+    """Whether the clean end has abar = 1; else abar_0."""
+    clip_range: float | None = None
+    """x0(t) is clamped to [-r, r]; None: it is not."""
+    timestep_spacing: str = "leading"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "SamplerSettings":
+        """From a scheduler's configuration; what it does not say is as diffusers' DDIM schedulers take it."""
+        return cls(
+            prediction_type=config.get("prediction_type", "epsilon"),
+            steps_offset=config.get("steps_offset", 0),
+            set_alpha_to_one=config.get("set_alpha_to_one", True),
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Levels:
+    """Immutable tables, float64 of shape [timestep], on the CPU."""
+
+    signal: Float[Tensor, "timestep"]
+    noise: Float[Tensor, "timestep"]
+    label: Float[Tensor, "timestep"]
+    floor: float
+    """The sigma below which a step in log sigma is stretched (ab2) and from which the clean end is counted."""
+    space: Space = "noise"
+    """What `target` and the errors are of: noise, or velocity = noise - x0."""
+    sampler: SamplerSettings = SamplerSettings()
+
+    @classmethod
+    def from_scheduler(cls, scheduler: object) -> "Levels":
+        """Build from any diffusers scheduler that has `alphas_cumprod`.
+
+        Raises ModelError for a scheduler without such a table (flow matching) and for a zero-terminal-SNR table
+        (a = 0 at T-1: x_t holds nothing of x0).
+        """
+        table = getattr(scheduler, "alphas_cumprod", None)
+        name = type(scheduler).__name__
+        if table is None:
+            raise ModelError(
+                "The scheduler has no alphas_cumprod table.",
+                where=name,
+                expected="a discrete DDPM/DDIM-family schedule",
+                fix="flow-matching and other continuous-time models are not supported yet",
+            )
+        config = getattr(scheduler, "config", {})
+        if config.get("rescale_betas_zero_snr", False):
+            # diffusers patches the last entry to a tiny positive number; the sigma there is meaningless all the same.
+            raise ModelError(
+                "A zero-terminal-SNR schedule is not supported.",
+                where=f"{name}.rescale_betas_zero_snr",
+                expected="false",
+                got="true",
+                fix="at T-1 such a schedule has a = 0 and the latent holds nothing of the image; use another model",
+            )
+        return replace(cls.from_alphas_cumprod(torch.as_tensor(table)), sampler=SamplerSettings.from_config(config))
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, "timestep"]) -> "Levels":
+        """Build from the table abar_t itself, in (0, 1) and decreasing: signal^2 + noise^2 = 1, the label is t."""
+        abar = alphas_cumprod.detach().to("cpu", torch.float64)
+        if not bool((abar > 1e-9).all()):
+            raise ModelError(
+                "A zero-terminal-SNR schedule is not supported.",
+                where="alphas_cumprod",
+                expected="every entry above 0",
+                got=f"minimum {abar.min().item():.3g}",
+                fix="use a model whose last timestep still holds a little of the image",
+            )
+        if not bool((abar < 1).all()) or not bool((abar.diff() < 0).all()):
+            raise ModelError(
+                "alphas_cumprod is not a decreasing table below 1.",
+                where="scheduler",
+                expected="1 > abar_0 > abar_1 > ... > 0",
+                got=f"first {abar[0].item():.6g}, last {abar[-1].item():.6g}",
+                fix="check the scheduler's configuration",
+            )
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
+        label = torch.arange(len(abar), dtype=torch.float64)
+        return cls(signal=signal, noise=noise, label=label, floor=float(noise[0] / signal[0]))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the length of the tables."""
+        return self.signal.shape[0]
+
+    @property
+    def sigma(self) -> Float[Tensor, "timestep"]:
+        """sigma_t = s_t / a_t, float64."""
+        return self.noise / self.signal
+
+    def at(
+        self, timestep: Int[np.ndarray, "*shape"]
+    ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+        """(a_t, s_t), float64."""
+        index = timestep.astype(np.int64)
+        return self.signal.numpy()[index], self.noise.numpy()[index]
+
+
+def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, "grid"]:
+    """The exact inversion grid of a pair: t_i = floor((i + u) * T / n), i = 0..n-1, int64 ascending.
+
+    `offset` is u in [0, 1). Over uniform u every timestep 0..T-1 is covered uniformly, for any n, and every record
+    sits exactly on its own level. Our derivation; it replaces the released code's grid, where x_t and its label
+    disagree.
+    """
+    if not 0.0 <= offset < 1.0:
+        raise UsageError("The grid's offset lies outside [0, 1).", got=offset, fix="draw it from the pair's hash")
+    if not 1 <= steps <= num_train_timesteps:
+        raise UsageError(
+            "The number of inversion steps is out of range.",
+            where="--grid-points",
+            expected=f"1..{num_train_timesteps}",
+            got=steps,
+            fix="the paper uses 10",
+        )
+    # Nearer to 1 than 2^-32, i + u would round up to i + 1 and leave its cell.
+    offset = min(offset, 1.0 - 2.0**-32)
+    return np.floor((np.arange(steps) + offset) * num_train_timesteps / steps).astype(np.int64)

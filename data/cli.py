@@ -1,0 +1,209 @@
+"""`inpo data`: pack pairs into webdataset tars, and check a source without a model. Nothing heavy is imported before a
+command runs: the front door mounts this, and every command would wait for it."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from inpo.common.durable import new_file
+from inpo.common.errors import DataError, UsageError
+from inpo.common.options import AllowRemote, help_text
+from inpo.common.paths import home
+from inpo.common.printable import shown_message
+from inpo.common.progress import ProgressReport
+from inpo.common.recipe import DataSection
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from inpo.common.pairs import InputShard, Pair, Skipped
+    from inpo.common.pairs.pair import SkipReason
+    from inpo.common.pairs.walk import Walk
+    from inpo.data.check import CheckReport
+    from inpo.data.pack import PackReport
+
+app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
+
+SOURCE_HELP = help_text(DataSection, "pairs")
+
+
+@app.command("pack")
+def pack_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.", callback=home)],
+    allow_remote: AllowRemote = False,
+    pairs_per_tar: Annotated[
+        int, typer.Option(min=1, help="Pairs in one tar; a multiple of 256 gives full cache shards.")
+    ] = 1024,
+) -> None:
+    """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
+    from inpo.common.console import console
+    from inpo.common.pairs import open_source
+    from inpo.common.pairs.walk import Walk, count_not_read
+    from inpo.data.pack import pack, refuse_occupied
+
+    if "://" in output:
+        raise UsageError(
+            "tars are packed to a local folder",
+            where="OUT",
+            expected="a path",
+            got=output,
+            fix="pack locally, then copy the folder",
+        )
+    refuse_occupied(Path(output))
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
+    shards = _counted(walk)
+    with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
+
+        def rows() -> "Iterator[tuple[str, Pair | Skipped]]":
+            for name, item in walk.rows(shards):
+                yield name, item
+                progress.advance()
+
+        report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
+    not_read = count_not_read(walk.source, [shard for shard, _ in shards])
+    console().print(_pack_table(report, output, len(walk.unreadable), not_read))
+    if walk.unreadable:
+        raise typer.Exit(1)
+
+
+@app.command("check")
+def check_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    allow_remote: AllowRemote = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.", show_default="off")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.",
+            show_default="none",
+            callback=home,
+        ),
+    ] = None,
+    decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
+) -> None:
+    """Read and decode everything, and count pairs and reasons. Exit code 1 if an input shard is unreadable or there is
+    no pair.
+    """
+    from inpo.common.console import console
+    from inpo.common.pairs import Skipped, open_source
+    from inpo.common.pairs.walk import Walk
+    from inpo.data.check import check_source
+    from inpo.data.pack import skipped_line
+
+    messages = console(stderr=True)
+    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
+    shards = _counted(walk)
+    num_rows = sum(rows for _, rows in shards)
+    with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
+
+        def on_row(name: str, item: "Pair | Skipped") -> None:
+            progress.advance()
+            if bad is not None and isinstance(item, Skipped):
+                bad.write(skipped_line(name, item))
+
+        report = check_source(walk, shards, on_row=on_row, workers=decode_workers)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        console().print(_check_table(report))
+    if not report.num_pairs:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
+        messages.print(f"no pair: nothing here can be used ({reasons or 'no rows'})", markup=False, highlight=False)
+    if report.unreadable or not report.num_pairs:
+        raise typer.Exit(1)
+
+
+def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
+    """The readable shards with their rows; the headers of many tars take a while, so this has its own progress."""
+    found = walk.source.input_shards()
+    with ProgressReport("count", total=len(found), unit="shards", quiet=len(found) < 10) as progress:
+
+        def counting() -> "Iterator[InputShard]":
+            for shard in found:
+                yield shard
+                progress.advance()
+
+        return walk.readable_shards(counting())
+
+
+@contextmanager
+def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
+    if path is None:
+        yield None
+        return
+    with new_file(path, action="write the list") as staged, staged.open("w", encoding="utf-8") as stream:
+        yield stream
+
+
+def _error_line(console: "Console") -> Callable[[str, DataError], None]:
+    def show(name: str, error: DataError) -> None:
+        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
+        console.print(shown_message(line), markup=False, highlight=False, soft_wrap=True)
+
+    return show
+
+
+def _check_table(report: "CheckReport") -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{escape(report.location)} ({report.kind})", title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("meaning")
+    table.add_row("input shards", f"{report.num_input_shards:,}", "")
+    table.add_row("rows", f"{report.num_rows:,}", "")
+    table.add_row("pairs", f"{report.num_pairs:,}", "rows whose two images decode")
+    table.add_row("  soft labels", f"{report.num_soft_labels:,}", "label below 1")
+    table.add_row("  empty prompts", f"{report.num_empty_prompts:,}", "")
+    if report.smallest_side is not None:
+        table.add_row("  image sides", f"{report.smallest_side:,}..{report.largest_side:,}", "pixels")
+    _add_reasons(table, report.skipped)
+    _add_not_read(table, report.not_read)
+    if report.unreadable:
+        table.add_row("unreadable shards", f"{len(report.unreadable):,}", escape(", ".join(report.unreadable)))
+    return table
+
+
+def _pack_table(report: "PackReport", output: str, num_unreadable: int, not_read: dict[str, int]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(output), title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("meaning")
+    table.add_row("tars", f"{report.num_tars:,}", "")
+    table.add_row("pairs", f"{report.num_pairs:,}", "images copied, not decoded")
+    _add_reasons(table, report.skipped)
+    _add_not_read(table, not_read)
+    if num_unreadable:
+        table.add_row("unreadable shards", f"{num_unreadable:,}", "not packed, or only up to the damage")
+    return table
+
+
+def _add_reasons(table: "Table", skipped: "dict[SkipReason, int]") -> None:
+    from inpo.common.pairs import SKIP_REASONS
+
+    for reason, meaning in SKIP_REASONS.items():
+        if reason in skipped:
+            table.add_row(f"skipped: {reason}", f"{skipped[reason]:,}", meaning)
+
+
+def _add_not_read(table: "Table", not_read: dict[str, int]) -> None:
+    from rich.markup import escape
+
+    from inpo.common.pairs.walk import not_read_words
+
+    if not_read:
+        table.add_row("not read", f"{sum(not_read.values()):,}", escape(not_read_words(not_read)))

@@ -1,0 +1,74 @@
+"""Families: the rest of the house knows none by name, and each is one file, one row here and one row of the docs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED
+
+ROOT = Path(__file__).parents[2]
+NAMES = re.compile(
+    r"sdxl|pixart|sd15|stablediffusion|unet2d|\bpooled\b|time_ids|[\"']unet[\"']|[\"']transformer[\"']", re.IGNORECASE
+)
+EXCEPTIONS = {
+    "common/testing.py": "makes tiny pipelines of every family",
+    "toyworld": "has a base model, which is of one family",
+}
+
+ROWS = {
+    # name: (network, text encoders, tokenizers, conditions by owner, single file)
+    "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "mask": "prompt"}, False),
+    "sd": ("unet", 1, 1, {"embedding": "prompt"}, True),
+    "sdxl": ("unet", 2, 2, {"embedding": "prompt", "pooled": "prompt", "time_ids": "image"}, True),
+}
+
+
+def product() -> list[Path]:
+    stages = ("common", "precompute", "train", "inspection", "evaluation", "data", "rounds", "toyworld")
+    files = [file for stage in stages for file in (ROOT / stage).rglob("*.py")]
+    return [*files, *(ROOT / "inpo").glob("*.py")]
+
+
+def test_no_file_outside_the_families_knows_one_by_name():
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for file in product()
+        if not (name := str(file.relative_to(ROOT))).startswith(("common/families/", *EXCEPTIONS))
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if NAMES.search(line)
+    ]
+    assert found == []
+
+
+def test_every_exception_is_still_one():
+    for name in EXCEPTIONS:
+        files = [ROOT / name] if name.endswith(".py") else list((ROOT / name).rglob("*.py"))
+        assert any(NAMES.search(file.read_text()) for file in files), name
+
+
+def test_every_family_has_its_row():
+    assert list(FAMILIES) == list(ROWS)
+    assert set(BY_PIPELINE.values()) == set(FAMILIES.values())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_family_answers(name):
+    network, num_encoders, num_tokenizers, owners, single = ROWS[name]
+    family = FAMILIES[name]
+    assert family.name == name
+    assert (family.network, len(family.text_encoders), len(family.tokenizers)) == (
+        network,
+        num_encoders,
+        num_tokenizers,
+    )
+    assert {each: spec.per for each, spec in family.conditions.items()} == owners
+    assert bool(family.prefixes) == single
+    assert BY_PIPELINE[family.pipeline.__name__] is family
+    assert family.title in SUPPORTED
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_documents_name_every_family(name):
+    document = (ROOT / "docs" / "models.md").read_text()
+    assert f"| `{name}` |" in document
