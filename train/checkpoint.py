@@ -286,8 +286,8 @@ def _verified(path: Path) -> Document | str:
     if wrong:
         return f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written"
     match, each = _NAME.fullmatch(path.name), document.identity.get("accumulate")
-    consumed = document.step * each if isinstance(each, int) else None
-    if (match and int(match[1]) != document.step) or document.stream.get("consumed") != consumed:
+    counted = isinstance(each, int) and document.stream.get("consumed") == document.step * each
+    if not counted or (match and int(match[1]) != document.step):
         return f"{STATE} is of another step"
     return document
 

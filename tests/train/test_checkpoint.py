@@ -146,6 +146,7 @@ def test_damage_to_any_file_falls_back_to_the_one_before(copied: Path, how: Call
         {"stream": {"consumed": "6"}},
         {"identity": 3},
         {"identity": {}},
+        {"identity": {}, "stream": {}},
         {"step": 10**15, "identity": {"accumulate": "1"}},
         {"files": {"../model.safetensors": {"bytes": 1, "digest": "0" * 32}}},
         {"files": {"model.safetensors": {"bytes": -1, "digest": "0" * 32}}},
