@@ -16,7 +16,7 @@ def human_bytes(size: int) -> str:
     """Decimal units, three digits."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
+        if value < 999.5:  # what rounds to 1000 is one of the next unit
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} PB"

@@ -3,7 +3,7 @@
 import os
 
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
 
 from inpo.common.processes import check_launcher, note, on_cpu
 from inpo.train.settings import TrainSettings
@@ -27,10 +27,13 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
         asked = os.environ.get(name, "").lower()
         if asked not in ("", "no", "auto", ours):
             note(f"the environment's {name}={os.environ[name]} is not followed: {option}")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         # As a number it would give way to the environment's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         cpu=on_cpu(),
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        note("the environment's ACCELERATE_USE_FSDP is not followed: weights are split over processes with GPUs only")
+    return accelerator

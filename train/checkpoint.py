@@ -279,15 +279,15 @@ def _verified(path: Path) -> Document | str:
         with ThreadPoolExecutor(_THREADS) as pool:
             seals = pool.map(_seal, [path / name for name in document.files])
             wrong = [name for (name, seal), now in zip(document.files.items(), seals, strict=True) if seal != now]
-    except (CacheError, ValidationError, RecursionError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, CacheError):
-            return f"{Path(str(error.filename)).name}: {error.strerror}"
+    except (CacheError, ValidationError, RecursionError):
         return f"{STATE} is not the one that was written"
+    except OSError as error:
+        return f"{Path(error.filename or STATE).name}: {error.strerror}"
     if wrong:
         return f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written"
-    match = _NAME.fullmatch(path.name)
-    position = document.stream.get("consumed"), document.identity.get("accumulate")
-    if (match and int(match[1]) != document.step) or position[0] != document.step * (position[1] or 0):
+    match, each = _NAME.fullmatch(path.name), document.identity.get("accumulate")
+    counted = isinstance(each, int) and document.stream.get("consumed") == document.step * each
+    if not counted or (match and int(match[1]) != document.step):
         return f"{STATE} is of another step"
     return document
 

@@ -21,8 +21,8 @@ def prepare_network(
     """Make the network trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Training runs in eval mode, as inversion did: no dropout. Returns the trained
-    parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. Returns the
+    trained parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(network, network_dtype=network_dtype, device=device)
@@ -52,22 +52,9 @@ def prepare_network(
         network.enable_gradient_checkpointing()
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # Never in training mode: the reference errors are of the network without dropout, which makes noise of margins.
+    # Never in training mode: E_ref is the error of the whole network, and dropout would make noise of every margin.
     network.eval()
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def switch_off_dropout(network: torch.nn.Module) -> int:
-    """Set every dropout to 0 and return how many there were.
-
-    E_ref is the error of the whole network: with dropout a record's margin would be noise from the first step on.
-    """
-    layers = [
-        each for each in network.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0
-    ]
-    for each in layers:
-        each.p = 0.0
-    return len(layers)
 
 
 def build_optimizer(

@@ -24,7 +24,7 @@ from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, beta_of
-from inpo.train.optim import build_optimizer, build_schedule, prepare_network, switch_off_dropout
+from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
 from inpo.train.requirements import (
@@ -164,10 +164,8 @@ def run_train(
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if dropouts := switch_off_dropout(network):
-        notes.append(
-            f"{dropouts} dropout layers of the network are off: the reference errors were measured without them"
-        )
+    if dropout := network.config.get("dropout"):
+        notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         _start(trainer, resolved, index, chosen, say)

@@ -1,5 +1,6 @@
 """What a slip of the hand asks for, refused in words before anything is trained or overwritten."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -104,3 +105,38 @@ def test_a_single_file_that_cannot_be_written(run: Callable[..., Path], tmp_path
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StorageError, match="Could not write the single file"):
         export_single_file(run(steps=1), tmp_path / "file" / "one.safetensors", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("recipe.toml", {}),
+        ("metrics.jsonl", {}),
+        ("step-00000001", {}),
+        ("step-00000001.png", {"sample_every": 1, "sample_steps": 1}),
+        ("pipeline", {}),
+        ("lora", {"lora_rank": 2}),
+    ],
+)
+def test_a_full_disk_is_one_message_wherever_it_is_met(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, flags: dict[str, Any]
+) -> None:
+    """Nothing half written stays, and with room the same command ends the run."""
+    replace, open_ = os.replace, Path.open
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
+        return open_(Path("/dev/full") if self.name == name == "metrics.jsonl" else self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(StorageError, match=r"Could not write.*: No space left on device"):
+            run(steps=1, **flags)
+    assert not [each for each in (tmp_path / "run").rglob("*") if each.name == name or each.name.startswith(".")]
+    run(steps=1, **flags)
+    assert list((tmp_path / "run").rglob(name))

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from inpo.cli import main
 
 SETTINGS = """
 [model]
@@ -100,3 +103,18 @@ def test_another_number_of_processes_is_refused_on_resume(
     done = launch(recipe)
     assert done.returncode != 0
     assert "world_size" in done.stderr
+
+
+def test_torchs_launcher_ends_with_our_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows last is what a process left in the file it named, read by its own code."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(sys, "argv", ["inpo", "train", "--cache", str(tmp_path / "none"), "--output", str(tmp_path)])
+    for stream in ("stdout", "stderr"):  # `main` puts others in their place
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    with pytest.raises(SystemExit):
+        main()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    shown = ChildFailedError("inpo", {0: failure}).format_msg()
+    assert "traceback : There is no cache here." in shown
+    assert str(tmp_path / "none") in shown

@@ -1,7 +1,6 @@
 """What a run shares with the released codes, and where it says that it does not."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from inpo.common.cache import open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, TrainingError
-from inpo.common.models import open_model
 from inpo.common.recipe import read_recipe
 from inpo.train.index import build_index
 from inpo.train.objectives import OBJECTIVES
@@ -151,20 +149,6 @@ def test_smpo_says_what_its_labels_temperature_does(
     assert "other scores have another unit" in says("other")
     with pytest.raises(CacheMismatch, match="is a mixture"):
         says("mixed")
-
-
-def test_dropout_of_the_configuration_is_off(
-    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first step's loss, in training mode at a rate of nothing, is still ln 2."""
-    world = make_world()
-    folder = shutil.copytree(world.model.folder, tmp_path / "model")
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.1}))
-    cache = type(world)(model=open_model(str(folder))).cache(tmp_path / "c")
-    output = run(model=str(folder), caches=[cache], steps=2, log_every=1, learning_rate=1e-12)
-    assert "dropout layers of the network are off" in capsys.readouterr().out
-    assert [line["loss"] for line in lines(output)] == pytest.approx([0.693147] * 3, abs=1e-3)
 
 
 def test_every_default_beta_is_told_with_its_source() -> None:

@@ -201,13 +201,10 @@ def start_and_signal(arguments: list[str], output: Path, number: int) -> subproc
     return process
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_zero(
-    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path, stop: signal.Signals
-) -> None:
-    """A real process, far too many steps, SIGTERM or Ctrl-C in the middle; resumed here to the step after it."""
+def test_sigterm_saves_and_ends_with_zero(world: Any, cache: str, run: Callable[..., Path], tmp_path: Path) -> None:
+    """A real process, far too many steps, SIGTERM in the middle; resumed here to the step after it."""
     output = tmp_path / "terminated"
-    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, stop)
+    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert "run the same command again to go on" in text
@@ -216,6 +213,26 @@ def test_a_signal_saves_and_ends_with_zero(
     assert step >= 3
     options = {"steps": step + 1, "log_every": 1, "save_every": 2}
     assert equal(weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options)))
+
+
+def test_ctrl_c_saves_and_ends_with_zero(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the third step, which is finished first."""
+    output, optimise = tmp_path / "stopped", Trainer._optimise
+
+    def interrupted(self: Trainer, batches: Iterator[Batch]) -> int:
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return optimise(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimise", interrupted)
+        run(output=output, steps=100)
+    assert "stopped at step 3; run the same command again to go on" in capsys.readouterr().out
+    assert [each.name for each in checkpoint.list_checkpoints(output / "checkpoints")] == ["step-00000003"]
+    assert not (output / "pipeline").exists()
+    assert equal(weights(run(output=output, steps=4)), weights(run(output=tmp_path / "whole", steps=4)))
 
 
 @pytest.mark.slow
