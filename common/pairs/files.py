@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.signatures import Likely, likely_kind
@@ -206,14 +208,35 @@ def _glob(pattern: str) -> list[str]:
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
     if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
-        # A link to a folder above it leads to every file again and again: the shortest way to each counts.
-        shortest: dict[str, str] = {}
-        for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count("/"), file)):
-            parent, name = os.path.split(file)
-            shortest.setdefault(os.path.join(os.path.realpath(parent), name), file)
-        return [prefix + file for file in shortest.values()]
+        if "**" not in path.split("/"):
+            return [prefix + file for file in glob.glob(path)]
+        with _reaching(pattern):
+            return [prefix + file for file in _glob_below(path)]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
+
+
+def _glob_below(pattern: str) -> Iterator[str]:
+    """The files of a local pattern with **. Each folder is entered once, by the shortest way: a link to a folder above it
+    would lead to every file again, and two such links to countless names.
+    """
+    matches = re.compile(glob_translate(re.sub(r"(?<=[^/])\*\*+|\*\*+(?=[^/])", "*", pattern))).match
+    folders = deque([re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]])
+    seen: set[str] = set()
+    while folders:
+        folder = folders.popleft()
+        real = os.path.realpath(folder)
+        if real in seen or not os.path.isdir(real):
+            continue
+        seen.add(real)
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                continue
+            if os.path.isdir(path):
+                folders.append(path)
+            elif matches(path):
+                yield path
 
 
 @dataclass(frozen=True, kw_only=True)
