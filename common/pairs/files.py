@@ -217,7 +217,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _glob_below(pattern: str) -> Iterator[str]:
-    """The files of a local pattern with **. Each folder is entered once, by the shortest way: a link to a folder above it
+    """The files of a local pattern with **. Each folder is entered once, by the shortest way: a link to one above it
     would lead to every file again, and two such links to countless names.
     """
     matches = re.compile(glob_translate(re.sub(r"(?<=[^/])\*\*+|\*\*+(?=[^/])", "*", pattern))).match
