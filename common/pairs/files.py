@@ -77,8 +77,17 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
                 expected="an address without ?, which the library that reads by ranges would leave out",
                 fix="download the file and name the copy, or name the bucket (s3://, gs://) and set its credentials",
             )
-        login = rest.partition("/")[0].rpartition("@")[0] if scheme in ("http", "https") else ""
-        return _object_store(scheme, unquote(login)), location
+        login = rest.partition("/")[0].rpartition("@")[0]
+        if scheme in ("http", "https"):
+            return _object_store(scheme, unquote(login)), location
+        if ":" in login:
+            raise DataError(
+                "a bucket's address has no login",
+                where=location,
+                expected="an address without user and password, which would be passed over",
+                fix="set the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the like)",
+            )
+        return _object_store(scheme, ""), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError) as error:

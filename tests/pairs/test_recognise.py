@@ -194,6 +194,12 @@ def test_a_web_address_with_a_query_is_refused_and_not_opened_without_it() -> No
             open_source(address)
 
 
+def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_passed_over() -> None:
+    with pytest.raises(DataError, match=r"(?s)has no login.*s3://bucket/a\.tar") as caught:
+        open_source("s3://KEY:SIGNED@bucket/a.tar")
+    assert "SIGNED" not in str(caught.value)
+
+
 def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path) -> None:
     (tars / "set").mkdir()
     (tars / "set" / "images").mkdir()
