@@ -196,7 +196,9 @@ def _content_id(sides: list[tuple[str, Any]], prompt: object) -> str:
 
 def is_ranking(fields: Fields) -> bool:
     """Whether there is a list of images, or a field for one and ranks, whose images are missing then."""
-    return any(isinstance(fields.get(name), list) or (name in fields and num_ranked(fields)) for name in IMAGES)
+    return any(isinstance(fields.get(name), list) for name in IMAGES) or (
+        num_ranked(fields) > 0 and any(fields.get(name, "") is None for name in IMAGES)
+    )
 
 
 def _sides(fields: Fields, pairing: tuple[int, int] | None) -> list[tuple[str, Any]]:

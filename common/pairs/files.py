@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.signatures import Likely, likely_kind
@@ -75,8 +77,17 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
                 expected="an address without ?, which the library that reads by ranges would leave out",
                 fix="download the file and name the copy, or name the bucket (s3://, gs://) and set its credentials",
             )
-        login = rest.partition("/")[0].rpartition("@")[0] if scheme in ("http", "https") else ""
-        return _object_store(scheme, unquote(login)), location
+        login = rest.partition("/")[0].rpartition("@")[0]
+        if scheme in ("http", "https"):
+            return _object_store(scheme, unquote(login)), location
+        if ":" in login:
+            raise DataError(
+                "a bucket's address has no login",
+                where=location,
+                expected="an address without user and password, which would be passed over",
+                fix="set the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the like)",
+            )
+        return _object_store(scheme, ""), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError) as error:
@@ -206,14 +217,35 @@ def _glob(pattern: str) -> list[str]:
     fs, path = filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
     if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
-        # A link to a folder above it leads to every file again and again: the shortest way to each counts.
-        shortest: dict[str, str] = {}
-        for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count("/"), file)):
-            parent, name = os.path.split(file)
-            shortest.setdefault(os.path.join(os.path.realpath(parent), name), file)
-        return [prefix + file for file in shortest.values()]
+        if "**" not in path.split("/"):
+            return [prefix + file for file in glob.glob(path)]
+        with _reaching(pattern):
+            return [prefix + file for file in _glob_below(path)]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
+
+
+def _glob_below(pattern: str) -> Iterator[str]:
+    """The files of a local pattern with **. Each folder is entered once, by the shortest way: a link to one above it
+    would lead to every file again, and two such links to countless names.
+    """
+    matches = re.compile(glob_translate(re.sub(r"(?<=[^/])\*\*+|\*\*+(?=[^/])", "*", pattern))).match
+    folders = deque([re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]])
+    seen: set[str] = set()
+    while folders:
+        folder = folders.popleft()
+        real = os.path.realpath(folder)
+        if real in seen or not os.path.isdir(real):
+            continue
+        seen.add(real)
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                continue
+            if os.path.isdir(path):
+                folders.append(path)
+            elif matches(path):
+                yield path
 
 
 @dataclass(frozen=True, kw_only=True)

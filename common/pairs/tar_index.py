@@ -23,7 +23,7 @@ from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.text import TextProblem, decode_text
 
-Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label_0", "label_1", "has_label", "id"]
+Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label", "label_0", "label_1", "has_label", "id"]
 ROLES: tuple[Role, ...] = get_args(Role)
 IMAGE_ROLES: tuple[Role, ...] = ("win", "lose", "jpg_0", "jpg_1")
 _NAMES: dict[str, Role] = {
@@ -33,7 +33,7 @@ _NAMES: dict[str, Role] = {
     **dict.fromkeys(SECOND, "jpg_1"),
     **dict.fromkeys(("caption", "prompt", "original_prompt", "txt", "text"), "caption"),
     **dict.fromkeys(ID, "id"),
-    **{name: name for name in ("json", "label_0", "label_1", "has_label")},
+    **{name: name for name in ("json", "label", "label_0", "label_1", "has_label")},
 }
 
 _ABSENT, _DOUBLED, _LINK = -1, -2, -3
@@ -49,7 +49,7 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """Places of the members, by row and role. 160 bytes a row and its key; picklable."""
+    """Places of the members, by row and role. 176 bytes a row and its key; picklable."""
 
     keys: bytes
     """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""

@@ -22,7 +22,7 @@ from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text
 
 LAYOUTS: tuple[tuple[Role, Role], ...] = (("win", "lose"), ("jpg_0", "jpg_1"))
-TEXT_ROLES: tuple[Role, ...] = ("caption", "label_0", "label_1", "has_label", "id")
+TEXT_ROLES: tuple[Role, ...] = ("caption", "label", "label_0", "label_1", "has_label", "id")
 
 
 @dataclass(frozen=True, kw_only=True)

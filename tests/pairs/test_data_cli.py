@@ -305,13 +305,15 @@ def test_what_is_not_read_is_in_both_tables(tmp_path: Path, parquet: Path) -> No
 
 
 def test_check_says_where_its_list_cannot_be_written(tmp_path: Path, bad: Path) -> None:
-    with pytest.raises(StorageError, match=r"(?s)missing.*a folder that is there.*make its folder first"):
-        run("check", bad, "--out", tmp_path / "missing" / "bad.jsonl")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match=r"(?s)write the list.*/file\n.*where a folder is needed"):
+        run("check", bad, "--out", tmp_path / "file" / "bad.jsonl")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_pack_says_where_its_folder_cannot_be_made(tmp_path: Path, parquet: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match=r"(?s)cannot be made.*file/out.*to do: +name another folder"):
+    with pytest.raises(StorageError, match=r"(?s)write the tars.*/file\n.*where a folder is needed"):
         run("pack", parquet, tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -212,3 +212,73 @@ def test_images_of_a_ranking_are_read_once(tmp_path: Path, monkeypatch: pytest.M
     ).input_shards()
     assert len(list(shard.rows(0, 6))) == 6
     assert sorted(map(str, asked)) == sorted(IMAGES)
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_blank_value_says_nothing(write: Callable[..., Path], blank: object) -> None:
+    """A second label and has_label: what a container has for "nothing" differs, what it means does not."""
+    (item,) = read(write([pick(label_0=1.0, label_1=blank, has_label=blank)]))
+    assert item == Pair(pair_id="7", prompt="p", win=b"A", lose=b"B", label=1.0, row=0)
+
+
+def test_text_that_parquet_stores_as_binary_is_text(tmp_path: Path) -> None:
+    row = {"win": b"A", "lose": b"B", "prompt": "é".encode(), "id": b"7.0", "label": b"0.75", "has_label": b"true"}
+    pq.write_table(pa.Table.from_pylist([row, row | {"prompt": b"\xe9"}]), tmp_path / "a.parquet")
+    pair, bad = read(tmp_path / "a.parquet")
+    assert pair == Pair(pair_id="7", prompt="é", win=b"A", lose=b"B", label=0.75, row=0)
+    assert isinstance(bad, Skipped)
+    assert (bad.reason, bad.detail) == ("bad_metadata", "prompt is not UTF-8")
+
+
+THREE = ["a.png", "b.png", "c.png"]
+IRREGULAR: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "the first order is null in one row": (
+        [
+            {"images": THREE, "rank": None, "scores": [1.0, 2.0, 3.0], "prompt": "p"},
+            {"images": THREE[:2], "rank": [1, 2], "scores": None, "prompt": "p"},
+        ],
+        ["BA", "CA", "CB", "AB"],
+    ),
+    "the images are null in one row": (
+        [
+            {"images": None, "rank": [1, 2, 3], "prompt": "p"},
+            {"images": THREE[:2], "rank": [1, 2], "prompt": "p"},
+            {"images": None, "rank": None, "prompt": "p"},
+        ],
+        [*["bad_metadata"] * 3, "AB", "bad_metadata"],
+    ),
+    "pairs and rankings in one file": (
+        [
+            {"win": "a.png", "lose": "b.png", "images": None, "rank": None, "prompt": "p"},
+            {"win": None, "lose": None, "images": THREE[:2], "rank": [2, 1], "prompt": "p"},
+            {"win": "a.png", "lose": "b.png", "images": THREE[:2], "rank": [2, 1], "prompt": "p"},
+        ],
+        ["AB", "BA", "bad_metadata"],
+    ),
+    "a path that is no list beside the images of a pair": (
+        [{"win": "a.png", "lose": "b.png", "image_path": "x", "scores": [1.0, 2.0, 3.0], "prompt": "p"}] * 2,
+        ["AB", "AB"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "expected"), IRREGULAR.values(), ids=IRREGULAR)
+@pytest.mark.parametrize("container", [as_lines, as_array, as_parquet])
+def test_rows_are_counted_as_they_are_read(
+    tmp_path: Path, rows: list[dict[str, Any]], expected: list[str], container: Callable[..., Path]
+) -> None:
+    for file, data in IMAGES.items():
+        (tmp_path / file).write_bytes(data)
+    if container is as_parquet:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        found = read(tmp_path / "a.parquet")
+    else:
+        found = read(container(tmp_path, rows))
+    assert [said(item) for item in found] == expected
+
+
+@pytest.mark.parametrize("container", [as_parquet, as_lines, as_array, as_csv])
+def test_fields_that_say_nothing_beside_the_others_are_not_read(tmp_path: Path, container: Callable[..., Path]) -> None:
+    path = container(tmp_path, [pick(label_0=1.0, label=0.0, score=3.0)])
+    (shard,) = open_source(str(path)).input_shards()
+    assert {name.partition(" ")[2]: count for name, count in shard.not_read.items()} == {"label": 1, "score": 1}

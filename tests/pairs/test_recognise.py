@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -166,10 +167,37 @@ def test_a_repository_with_its_files_in_data(tars: Path) -> None:
     (tars / "repository" / "README.md").touch()
     for path in tars.glob("*.tar"):
         path.rename(tars / "repository" / "data" / path.name)
+    (tars / "repository" / "images").mkdir()
     assert ids(tars / "repository") == ["0", "1", "2", "3"]
+    assert dict(open_source(str(tars / "repository")).not_read) == {"file *.md": 1, "folder images": 1}
     (tars / "repository" / "data").rename(tars / "repository" / "train")
-    with pytest.raises(DataError, match="folders in it: train"):
+    with pytest.raises(DataError, match="folders in it: images, train"):
         open_source(str(tars / "repository"))
+
+
+def test_links_that_lead_back_give_nothing_twice(tars: Path) -> None:
+    (tars / "round").symlink_to(".")
+    (tars / "data").symlink_to(".")
+    assert ids(f"{tars}/**/*.tar") == ["0", "1", "2", "3"]
+    assert [shard.name for shard in open_source(f"{tars}/**/*.tar").input_shards()] == [
+        f"pairs-{i:04d}" for i in range(4)
+    ]
+    for path in tars.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=rf"(?s)where: +{re.escape(str(tars))}/data\n"):
+        open_source(str(tars))
+
+
+def test_a_web_address_with_a_query_is_refused_and_not_opened_without_it() -> None:
+    for address in ("http://127.0.0.1:9/a.tar?sig=SIGNED", "https://127.0.0.1:9/{0..1}.tar?sig=SIGNED"):
+        with pytest.raises(DataError, match=r"(?s)address with a query.*\.tar\?sig=\*\*\*"):
+            open_source(address)
+
+
+def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_passed_over() -> None:
+    with pytest.raises(DataError, match=r"(?s)has no login.*s3://bucket/a\.tar") as caught:
+        open_source("s3://KEY:SIGNED@bucket/a.tar")
+    assert "SIGNED" not in str(caught.value)
 
 
 def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path) -> None:

@@ -119,6 +119,10 @@ SKIPS: dict[str, tuple[Members, str]] = {
     "has_label false in our layout": (ours("1", b"W", b"L", prompt="p", has_label="0"), "unlabelled"),
     "a member twice": ([*ours("1", b"W", b"L", prompt="p"), ("1.win.png", b"V")], "bad_metadata"),
     "two captions": ([*ours("1", b"W", b"L", prompt="p"), ("1.txt", b"another")], "bad_metadata"),
+    "two first labels": (
+        [*mirror("1", b"A", b"B", "1", "0", "p"), ("1.json", b'{"label_0": 0, "label_1": 1}')],
+        "bad_metadata",
+    ),
     "no object": ([("1.json", b'"p"'), ("1.lose.png", b"L"), ("1.win.png", b"W")], "bad_metadata"),
     "labels that contradict": (mirror("1", b"A", b"B", "1", "1", "p"), "bad_label"),
     "no prompt": (ours("1", b"W", b"L", label=1.0), "missing_prompt"),
