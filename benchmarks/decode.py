@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.measure import interleaved, ratio_table, record
 from inpo.common.pairs import Pair, Skipped
-from inpo.precompute.decode import DecodePool, prepare_pair
+from inpo.common.pairs.decode import DecodePool, prepare_pair
 
 OURS = "2 processes"
 SIDE, RESOLUTION = 1024, 512

@@ -26,8 +26,9 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import load_components
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ class World:
             self.pair_ids,
             identity=identity,
             seed=0,
-            timesteps_per_pair=identity.steps,
+            timesteps_per_pair=identity.grid_points,
             caption=self.caption,
             measure_inversion=measure,
             pairs_per_batch=16,
@@ -142,7 +143,7 @@ def clock(device: torch.device) -> float:
 
 def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Tensor]]) -> Row:
     total = world.denoiser.levels.num_train_timesteps
-    settings = PrecomputeSettings(steps=steps, timesteps_per_pair=steps, **CHOICES[name])
+    settings = PrecomputeSettings(grid_points=steps, timesteps_per_pair=steps, **CHOICES[name])
     identity = settings.inverter_identity(total)
     device = world.denoiser.device
     calls, start = world.denoiser.num_calls, clock(device)
@@ -247,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     total = world.denoiser.levels.num_train_timesteps
     grids: list[list[int]] = [[] for _ in world.pair_ids]
     for steps in chosen.steps:
-        made = world.run(PrecomputeSettings(steps=steps, inverter="noise").inverter_identity(total), measure=0.0)
+        made = world.run(PrecomputeSettings(grid_points=steps, inverter="noise").inverter_identity(total), measure=0.0)
         for pair, row in enumerate(made.timestep.tolist()):
             grids[pair].extend(row)
     exact = exact_targets(world, grids)

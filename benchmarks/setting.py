@@ -15,9 +15,10 @@ from inpo.common.cache import Cache, CacheWriter, open_cache
 from inpo.common.denoiser import Denoiser
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
-from inpo.precompute.decode import DecodePool
+from inpo.common.pairs.decode import DecodePool
+from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import ShardWorker, load_components
 from inpo.train.index import Index, build_index
@@ -64,7 +65,7 @@ class Setting:
 
     def settings(self, *, steps: int, kept: int, batch_size: int) -> PrecomputeSettings:
         return PrecomputeSettings(
-            steps=steps,
+            grid_points=steps,
             timesteps_per_pair=kept,
             resolution=self.resolution,
             batch_size=batch_size,

@@ -165,7 +165,7 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
         vae_latent="mean",
         vae_dtype="float32",
         network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
         fingerprints={"network": "0" * 32},
     )
     writer = CacheWriter.open(str(folder), manifest)

@@ -145,7 +145,7 @@ def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.nd
     if not 1 <= steps <= num_train_timesteps:
         raise UsageError(
             "The number of inversion steps is out of range.",
-            where="--steps",
+            where="--grid-points",
             expected=f"1..{num_train_timesteps}",
             got=steps,
             fix="the paper uses 10",

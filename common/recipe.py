@@ -9,9 +9,10 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic.fields import FieldInfo
 
 from inpo.common.errors import UsageError
 from inpo.common.paths import expand_home
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "data", "precompute", "train", "evaluate")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
-_OPTIONS = {"model_config_dir": "--model-config", "caches": "--cache"}
+_OPTIONS = {
+    "model_config_dir": "--model-config",
+    "caches": "--cache",
+    "scorers": "--scorer",
+    "address": "--ray-address",
+    "workers": "--ray-workers",
+}
 """Options that are not their setting's name with dashes."""
 
 
@@ -33,22 +40,37 @@ LocalPath = Annotated[Path, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; unknown keys, infinity and NaN refused."""
+    """Base of every section: frozen; unknown keys, infinity and NaN refused.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    The text below a field is its only wording: command lines show it too (common/options.py).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    panels: ClassVar[Mapping[str, str]] = {}
+    """{first field of a group: the group's heading in --help}."""
+    recipe_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields without an option."""
+
+
+def option_name(setting: str, field: FieldInfo | None = None) -> str:
+    """The option of a setting, for instance --model-config."""
+    return _OPTIONS.get(setting, f"--{((field and field.alias) or setting).replace('_', '-')}")
 
 
 class ModelSection(Section):
     """[model]: which model is inverted, trained and compared against."""
 
+    panels: ClassVar = {"model": "Model"}
+
     model: Location | None = None
     """A pipeline folder, a hub id, or one .safetensors file."""
     variant: str | None = None
-    """Weights variant, for instance fp16."""
+    """Weights variant, for instance fp16; unset: the plain weights."""
     model_config_dir: Location | None = None
-    """For a single file: the pipeline folder that has its configurations."""
+    """For a single file: the pipeline folder that has its configurations; unset: found by what its weights look like.
+    """
     vae: Location | None = None
-    """A replacement VAE."""
+    """A replacement VAE: its folder or hub id; unset: the pipeline's own."""
 
     def open(self) -> "inpo.common.models.Model":
         # diffusers takes seconds to import, and most commands that read a recipe open no model.
@@ -64,10 +86,13 @@ class ModelSection(Section):
 class DataSection(Section):
     """[data]: where the pairs come from and where the cache lies."""
 
+    panels: ClassVar = {"pairs": "Data"}
+
     pairs: Location | None = None
-    """A pair source: webdataset tars, parquet files, or a folder with pairs.jsonl, .json, .csv or .tsv."""
+    """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
+    with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."""
     allow_remote: bool = False
-    """Whether a list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
+    """A list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
     cache: Location | None = None
     """The cache: a folder, or s3:// or gs://."""
 
@@ -161,7 +186,7 @@ def resolve(
         is_range = rule != first["msg"]
         raise UsageError(
             f"Bad value for {name}." if is_range else f"Bad value for {name}: {rule.removeprefix('Value error, ')}.",
-            where=_OPTIONS.get(setting, f"--{setting.replace('_', '-')}") if is_flag else f"[{section}] of {file}",
+            where=option_name(setting) if is_flag else f"[{section}] of {file}",
             expected=rule if is_range else None,
             got=repr(first.get("input")),
             fix="correct the value; --help says what each option means",

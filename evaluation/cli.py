@@ -1,80 +1,38 @@
-"""`inpo evaluate`: generate images, score them, compare two models."""
+"""`inpo evaluate`: generate images, score them, compare two models; `inpo relabel`: label a cache's pairs anew."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from inpo.common.options import AllowRemote, Given, RecipeOption, help_text, options
 from inpo.common.paths import home
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
+from inpo.evaluation.settings import EvaluateSettings
 
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
-RecipeOption = Annotated[
-    Path | None, typer.Option(help="TOML recipe; its \\[evaluate] section gives what no flag does.", callback=home)
-]
-ScorerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Scorer by name; may be repeated. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, "
-        "toyworld-oracle, toyworld-heldout; others come from installed packages."
-    ),
-]
-
 
 @app.command("generate")
+@options(ModelSection, EvaluateSettings, without=("scorers",))
 def generate_command(
+    given: Given,
     out: Annotated[
         Path, typer.Option(help="Folder for the images: new, or begun with the same settings.", callback=home)
     ],
-    model: Annotated[str | None, typer.Option(help="Pipeline folder, hub id, or .safetensors file.")] = None,
-    lora: Annotated[str | None, typer.Option(help="LoRA weights to lay over the model (safetensors).")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or "
-            "a hub dataset as OWNER/NAME[:SPLIT[:COLUMN]]."
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal noise. \\[default: 0]")] = None,
-    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Images for each prompt. \\[default: 1]")] = None,
-    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. \\[default: 50]")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance scale. \\[default: 7.5]")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, or own: the scheduler of the pipeline folder. \\[default: ddim]")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. \\[default: bfloat16 on a GPU, float32 on a CPU]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; changes no noise.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
     from inpo.common.errors import UsageError
-    from inpo.common.recipe import ModelSection, read_recipe, resolve
 
     _quieten()
     from inpo.evaluation.generate import generate
     from inpo.evaluation.prompts import read_prompts
-    from inpo.evaluation.settings import EvaluateSettings
 
     sections = read_recipe(recipe)
-    flags = {
-        "prompts": prompts,
-        "lora": lora,
-        "seed": seed,
-        "images_per_prompt": images_per_prompt,
-        "inference_steps": inference_steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "limit": limit,
-    }
-    settings = resolve(EvaluateSettings, "evaluate", sections, flags)
-    chosen = resolve(ModelSection, "model", sections, {"model": model})
+    settings = resolve(EvaluateSettings, "evaluate", sections, given[EvaluateSettings])
+    chosen = resolve(ModelSection, "model", sections, given[ModelSection])
     if settings.prompts is None:
         raise UsageError(
             "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
@@ -85,12 +43,12 @@ def generate_command(
 
 
 @app.command("score")
+@options(EvaluateSettings, only=("scorers", "batch_size"))
 def score_command(
+    given: Given,
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.", callback=home)
     ],
-    scorer: ScorerOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images scored at once. \\[default: 32]")] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
@@ -98,7 +56,7 @@ def score_command(
     from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.score import score_folder, try_scorers
 
-    settings = _settings(recipe, scorer, batch_size)
+    settings = _settings(recipe, given)
     images = ImageFolder(folder)
     try_scorers(_needed(settings.scorers), images)
     for name in settings.scorers:
@@ -108,12 +66,16 @@ def score_command(
 
 
 @app.command("compare")
+@options(EvaluateSettings, only=("scorers", "batch_size"))
 def compare_command(
+    given: Given,
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.", callback=home)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.", callback=home)],
-    scorer: ScorerOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for comparison.md, comparison.json and comparison.png.", callback=home)
+        Path | None,
+        typer.Option(
+            help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none", callback=home
+        ),
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
@@ -125,7 +87,7 @@ def compare_command(
     from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.score import score_folder, try_scorers
 
-    settings = _settings(recipe, scorer, None)
+    settings = _settings(recipe, given)
     folders = ImageFolder(a), ImageFolder(b)
     # Before hours of scoring: whether there is anything to compare, all scorers, and a place for the outcome.
     shared_keys(*folders)
@@ -151,12 +113,73 @@ def compare_command(
         print(f"\ntable and picture in {out}")
 
 
-def _settings(recipe: Path | None, scorer: list[str] | None, batch_size: int | None):
-    from inpo.common.recipe import read_recipe, resolve
-    from inpo.evaluation.settings import EvaluateSettings
+def relabel(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"), callback=home)],
+    pairs: Annotated[str, typer.Option(help=help_text(DataSection, "pairs"), callback=home)],
+    scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="P(win preferred) = sigmoid((win - lose) / temperature), in the scorer's unit. For "
+            "`train --objective smpo` SmPO's released labels are --scorer pickscore --temperature 0.16658.",
+            show_default="the scorer's own: 0.01 for cosines, else 1",
+        ),
+    ] = None,
+    set_name: Annotated[
+        str | None,
+        typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
+    ] = None,
+    allow_remote: AllowRemote = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
+) -> None:
+    """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
+    from inpo.common.cache import open_cache
+    from inpo.common.cache.labels import check_set_name
+    from inpo.common.errors import UsageError, command
+    from inpo.common.processes import processes
+    from inpo.common.progress import ProgressReport
+    from inpo.common.scorer import load_scorer
+    from inpo.evaluation.relabel import default_temperature, relabel_cache
 
-    flags = {"scorers": tuple(dict.fromkeys(scorer)) if scorer else None, "batch_size": batch_size}
-    return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), flags)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(
+            "The temperature must be above 0 and finite.",
+            where="--temperature",
+            expected="for instance 0.01",
+            got=temperature,
+            fix="leave it out for the scorer's own",
+        )
+    judge = load_scorer(scorer)
+    used = default_temperature(judge) if temperature is None else temperature
+    name = check_set_name(set_name or scorer)
+    opened = open_cache(cache)
+    main = processes().is_main_process
+    share = -(-opened.num_pairs // processes().num_processes)
+    with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
+        report = relabel_cache(
+            opened,
+            pairs,
+            judge,
+            set_name=name,
+            temperature=used,
+            allow_remote=allow_remote,
+            pairs_per_batch=batch_size,
+            on_pairs=progress.advance,
+        )
+    if main:
+        agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
+        print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards, temperature {used:g}")
+        print(
+            f"  {scorer} prefers the source's winner in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs"
+        )
+        if report.num_replaced:
+            print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
+        labelled = ("--cache", opened.location, "--labels", name)
+        print(f"next: {command('train', *labelled, '--model', 'MODEL', '--output', 'RUN')}")
+
+
+def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:
+    return resolve(EvaluateSettings, "evaluate", read_recipe(recipe), given[EvaluateSettings])
 
 
 def _needed(scorers: tuple[str, ...]) -> tuple[str, ...]:

@@ -56,9 +56,12 @@ def read_settings(file: Path) -> dict[str, Any]:
             raise ValueError(f"{type(settings).__name__}, not an object")
     except ValueError as error:
         raise DataError(
-            "The folder's settings cannot be read.", where=file, expected="a JSON object, as `generate` wrote it",
-            got=str(error), fix="restore the file from a copy, or make the images in a new --out",
-        ) from None  # fmt: skip
+            "The folder's settings cannot be read.",
+            where=file,
+            expected="a JSON object, as `generate` wrote it",
+            got=str(error),
+            fix="restore the file from a copy, or make the images in a new --out",
+        ) from None
     return settings
 
 

@@ -4,20 +4,17 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from PIL import Image
 
+from inpo.common.fonts import OWN_FONT, font_with, signs_lacking
 from inpo.common.seeding import stable_hash
 from inpo.evaluation.compare import Comparison, ScoredPairs
 
 COLUMNS = 4
-_FONT = "DejaVu Sans"
 _CELL_INCHES = 3.6
 _GROUPS = (("Most improved", "#1a7f37"), ("Most worsened", "#b42318"), ("Random", "#475467"))
 _SMALL_PIXELS = 128
@@ -102,24 +99,10 @@ def draw_picture(comparison: Comparison, scored: ScoredPairs) -> bytes:
 
 
 def font_names(text: str) -> list[str]:
-    """DejaVu Sans, which matplotlib ships, and behind it the installed font that has most of what it lacks."""
-    signs = {ord(sign) for sign in text if not sign.isspace()}
-    lacking = signs - _signs_of(font_manager.findfont(_FONT))
-    best = max(
-        (len(lacking & _signs_of(font.fname)), font.name)
-        for font in font_manager.fontManager.ttflist
-        if "Last Resort" not in font.name  # boxes with the name of a script, for every sign there is
-    ) if lacking else (0, "")  # fmt: skip
-    return [_FONT, best[1]] if best[0] else [_FONT]
-
-
-@cache
-def _signs_of(file: str) -> frozenset[int]:
-    """Code points of a font file's glyphs; none for a font that matplotlib cannot read, as those of coloured emoji."""
-    try:
-        return frozenset(FT2Font(file).get_charmap())
-    except (RuntimeError, OSError):
-        return frozenset()
+    """DejaVu Sans, and behind it the installed font that has most of what it lacks."""
+    lacking = signs_lacking(text)
+    other = font_with(lacking) if lacking else None
+    return [OWN_FONT, other.name] if other else [OWN_FONT]
 
 
 def _show(axes, image: Image.Image) -> None:

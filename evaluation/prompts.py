@@ -26,9 +26,12 @@ def read_prompts(location: str) -> list[str]:
         reader = _READERS.get(path.suffix.lower(), _read_lines)
         if path.suffix.lower() in _NOT_LINES:
             raise DataError(
-                "Prompts are not read from this kind of file.", where=path, expected=EXPECTED, got=path.suffix,
+                "Prompts are not read from this kind of file.",
+                where=path,
+                expected=EXPECTED,
+                got=path.suffix,
                 fix="its lines are no prompts: save them in one of these forms",
-            )  # fmt: skip
+            )
         found = reader(path)
     elif path.exists() or location.startswith(("/", ".", "~")) or location.split(":")[0].count("/") != 1:
         got = "a folder" if path.is_dir() else "nothing"
@@ -38,9 +41,12 @@ def read_prompts(location: str) -> list[str]:
     prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
         raise DataError(
-            "No prompt found.", where=location, expected=EXPECTED, got="nothing, or only blank entries",
+            "No prompt found.",
+            where=location,
+            expected=EXPECTED,
+            got="nothing, or only blank entries",
             fix="check --prompts",
-        )  # fmt: skip
+        )
     return prompts
 
 
@@ -60,11 +66,12 @@ def _read_tsv(path: Path) -> list[str]:
     for row in rows:
         if row[column] is None:
             raise DataError(
-                "A row has too few columns.", where=f"{path}, line {rows.line_num}",
-                expected=f"{len(rows.fieldnames or ())}, with "
-                f"{column}", got=sum(v is not None for v in row.values()),
+                "A row has too few columns.",
+                where=f"{path}, line {rows.line_num}",
+                expected=f"{len(rows.fieldnames or ())}, with {column}",
+                got=sum(v is not None for v in row.values()),
                 fix="correct that line; columns are separated by tabs",
-            )  # fmt: skip
+            )
         found.append(row[column])
     return found
 
@@ -91,9 +98,12 @@ def _json_entry(entry: Any, where: str) -> str:
     prompt = entry.get("prompt") if isinstance(entry, dict) else entry
     if not isinstance(prompt, str):
         raise DataError(
-            "No prompt in this entry.", where=where, expected="text, or an object with prompt", got=str(entry)[:200],
+            "No prompt in this entry.",
+            where=where,
+            expected="text, or an object with prompt",
+            got=str(entry)[:200],
             fix="correct or remove the entry",
-        )  # fmt: skip
+        )
     return prompt
 
 
@@ -144,9 +154,12 @@ def _column(names: Iterable[str], where: object) -> str:
         if name in names:
             return name
     raise DataError(
-        "No column of prompts.", where=where, expected=" or ".join(_COLUMNS), got=", ".join(names) or "none",
+        "No column of prompts.",
+        where=where,
+        expected=" or ".join(_COLUMNS),
+        got=", ".join(names) or "none",
         fix="name the column so; for a hub dataset give it as OWNER/NAME:SPLIT:COLUMN",
-    )  # fmt: skip
+    )
 
 
 _NOT_LINES = (".csv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html")

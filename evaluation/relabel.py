@@ -116,9 +116,12 @@ def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[st
                 images.append(decode_image(data))
             except ImageError as error:
                 raise DataError(
-                    "An image of a committed pair cannot be read.", where=name, expected="the image that was inverted",
-                    got=str(error), fix="restore it in the source; shards labelled so far stay labelled",
-                ) from error  # fmt: skip
+                    "An image of a committed pair cannot be read.",
+                    where=name,
+                    expected="the image that was inverted",
+                    got=str(error),
+                    fix="restore it in the source; shards labelled so far stay labelled",
+                ) from error
             names.append(name)
     scores = checked_scores(scorer, images, [pair.prompt for pair in pairs for _ in range(2)], names)
     return {

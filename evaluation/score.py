@@ -72,15 +72,21 @@ def checked_scores(scorer: Scorer, images: Sequence, prompts: Sequence[str], nam
     scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):
         raise DataError(
-            "The scorer does not give one number per image.", where=scorer.name, expected=(len(images),),
-            got=scores.shape, fix="correct the scorer's package",
-        )  # fmt: skip
+            "The scorer does not give one number per image.",
+            where=scorer.name,
+            expected=(len(images),),
+            got=scores.shape,
+            fix="correct the scorer's package",
+        )
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise DataError(
-            "The scorer gave a number that is not finite.", where=f"{scorer.name}, {names[bad[0]]}",
-            expected="a finite number", got=scores[bad[0]], fix="look at that image; check the scorer's weights",
-        )  # fmt: skip
+            "The scorer gave a number that is not finite.",
+            where=f"{scorer.name}, {names[bad[0]]}",
+            expected="a finite number",
+            got=scores[bad[0]],
+            fix="look at that image; check the scorer's weights",
+        )
     return [float(score) for score in scores]
 
 

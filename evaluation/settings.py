@@ -1,34 +1,47 @@
 """The [evaluate] section of a recipe."""
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from inpo.common.choices import DtypeName
 from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
 class EvaluateSettings(Section):
     """[evaluate]: how images are generated, and by what they are scored."""
 
+    panels: ClassVar = {"prompts": "Images"}
+
     prompts: Location | None = None
-    """A text, TSV or JSON file, or a hub dataset; see evaluation/prompts.py."""
+    """Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or a hub
+    dataset as OWNER/NAME[:SPLIT[:COLUMN]]."""
     lora: Location | None = None
     """LoRA weights in safetensors format, laid over the model."""
     seed: int = 0
-    """Together with the prompt and the image's number it gives each image's own seed."""
-    images_per_prompt: Annotated[int, Field(ge=1)] = 1
-    inference_steps: Annotated[int, Field(ge=1)] = 50
-    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Together with the prompt and the image's number it gives each image's own seed: equal seeds, equal noise."""
+    images_per_prompt: int = Field(1, ge=1)
+    """Images for each prompt."""
+    inference_steps: int = Field(50, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance scale."""
     scheduler: SchedulerName = "ddim"
-    """ddim: deterministic DDIM on the model's schedule. own: the scheduler in the pipeline folder."""
+    """ddim: deterministic DDIM on the model's schedule; own: the scheduler in the pipeline folder."""
     dtype: DtypeName | None = None
-    """None: bfloat16 on a GPU, float32 on a CPU."""
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images made or scored at once. None: as many as have the pixels of 8 images of 512 px, 32 at most."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """The first so many prompts; a later run without it completes the folder."""
+    """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images made or scored at once, which changes no noise; unset: 32, of large images as many as have the pixels of
+    8 images of 512 px."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many prompts, a later run without it completes the folder; unset: all."""
     scorers: tuple[str, ...] = ()
-    """Names of scorers, for `score` and `compare`."""
+    """Scorer by name; repeatable. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, toyworld-oracle,
+    toyworld-heldout; others come from installed packages."""
+
+    @field_validator("scorers")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))

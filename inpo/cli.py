@@ -16,11 +16,11 @@ import typer
 
 from inpo.common.errors import InpoError
 from inpo.common.terminal import escape_streams
+from inpo.data.cli import app as data_app
 from inpo.evaluation.cli import app as evaluate_app
-from inpo.evaluation.relabel_cli import relabel
+from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.precompute.cli import plan, precompute
-from inpo.precompute.data_cli import app as data_app
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, train
 
@@ -42,10 +42,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(toyworld_app, name="toyworld")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"inpo {version('inpo-cache')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

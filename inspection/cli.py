@@ -4,27 +4,31 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
+
+if TYPE_CHECKING:
+    from inpo.common.models import Model
 
 app = typer.Typer(
     help="Look at a cache: figures, pictures, proof that it is whole, and whether it has aged.", no_args_is_help=True
 )
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help="The cache: a folder, or s3:// or gs://.", callback=home)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+_CACHE_HELP = help_text(DataSection, "cache")
+Cache = Annotated[str, typer.Argument(metavar="CACHE", help=_CACHE_HELP, callback=home)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", show_default="off")]
 
 
 @app.command()
 def summary(
     cache: Annotated[
-        str | None, typer.Argument(metavar="[CACHE]", help="The cache: a folder, or s3:// or gs://.")
+        str | None, typer.Argument(metavar="[CACHE]", help=_CACHE_HELP, show_default="the recipe's")
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML recipe whose \\[data] names the cache.", callback=home)
-    ] = None,
+    recipe: RecipeOption = None,
     as_json: Json = False,
 ) -> None:
     """Identity, settings, what is committed, skipped and orphaned, bytes, timesteps and errors.
@@ -33,7 +37,6 @@ def summary(
     """
     from inpo.common.console import console
     from inpo.common.errors import UsageError
-    from inpo.common.recipe import DataSection, read_recipe, resolve
     from inpo.inspection.summary import summarise
     from inpo.inspection.summary_view import show
 
@@ -52,22 +55,24 @@ def summary(
 
 
 @app.command()
+@options(ModelSection)
 def pair(
+    given: Given,
     cache: Cache,
     pair_id: Annotated[str | None, typer.Argument(metavar="PAIR_ID", help="The pair's id in its source.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.", callback=home)] = Path("pair.png"),
-    model: Annotated[
-        str | None,
-        typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.", callback=home),
-    ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Take the cache's first readable pair.")] = False,
+    first: Annotated[
+        bool, typer.Option("--first", help="Take the cache's first readable pair.", show_default="off")
+    ] = False,
 ) -> None:
-    """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|."""
+    """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|.
+
+    Latents are decoded by the VAE of --model, or without one by a fast linear approximation.
+    """
     from io import BytesIO
 
     from inpo.common.cache import open_cache
     from inpo.common.errors import UsageError
-    from inpo.common.models import open_model
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_view import find_pair
     from inpo.inspection.preview import linear_preview, vae_preview
@@ -86,7 +91,8 @@ def pair(
     damaged: dict[str, Any] = {}
     opened = open_cache(cache, damaged=damaged)
     view = find_pair(opened, pair_id, damaged)
-    preview = linear_preview(opened) if model is None else vae_preview(opened, open_model(model))
+    model = _model(given)
+    preview = linear_preview(opened) if model is None else vae_preview(opened, model)
     sheet = draw_sheet(view, preview, facts=f"{pair_facts(view)}   ·   {cache_facts(opened.manifest)}")
     content = BytesIO()
     sheet.save(content, format="PNG", optimize=True)
@@ -97,31 +103,36 @@ def pair(
 
 
 @app.command()
+@options(ModelSection)
 def verify(
+    given: Given,
     cache: Cache,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The model that made the cache: inverts a sample again and compares.", callback=home),
-    ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Pairs inverted again with --model. \\[default: 16]")
+        int | None, typer.Option(min=1, help="Pairs inverted again with --model.", show_default="16")
     ] = None,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Move the commits of bad shards aside: precompute makes them again.")
+        bool,
+        typer.Option(
+            "--quarantine",
+            help="Move the commits of bad shards aside: precompute makes them again.",
+            show_default="off",
+        ),
     ] = False,
 ) -> None:
     """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
     is committed.
+
+    With --model, the model that made the cache, a sample is inverted again and compared.
     """
     from inpo.common.cache import open_cache
     from inpo.common.console import console
     from inpo.common.errors import UsageError
-    from inpo.common.models import open_model
     from inpo.common.progress import ProgressReport
     from inpo.inspection.verify import quarantine as move_commits
     from inpo.inspection.verify import verify as verify_cache
     from inpo.inspection.verify_view import show
 
+    model = _model(given)
     if sample is not None and model is None:
         raise UsageError(
             "A sample is inverted again by a model, and none is given.",
@@ -132,12 +143,7 @@ def verify(
         )
     total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
     with ProgressReport("verify", total=total, unit="shards") as progress:
-        found = verify_cache(
-            cache,
-            model=None if model is None else open_model(model),
-            num_sampled=sample or 16,
-            on_shard=progress.advance,
-        )
+        found = verify_cache(cache, model=model, num_sampled=sample or 16, on_shard=progress.advance)
     show(found, console())
     if quarantine and found.findings:
         moved = move_commits(cache, found)
@@ -150,10 +156,14 @@ def verify(
 @app.command()
 def clean(
     cache: Cache,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.", show_default="off")] = False,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Also attempts younger than an hour; only while no precompute works on this cache."),
+        typer.Option(
+            "--all",
+            help="Also attempts younger than an hour; only while no precompute works on this cache.",
+            show_default="off",
+        ),
     ] = False,
 ) -> None:
     """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
@@ -195,7 +205,7 @@ def filter_pairs(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="The list to write, one pair id a line. \\[default: standard output]", callback=home),
+        typer.Option(help="The list to write, one pair id a line.", show_default="standard output", callback=home),
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
@@ -239,21 +249,22 @@ def filter_pairs(
 
 
 @app.command()
+@options(ModelSection)
 def drift(
+    given: Given,
     cache: Cache,
-    model: Annotated[str, typer.Option(help="The trained model: pipeline folder or hub id.", callback=home)],
     sample: Annotated[int, typer.Option(min=1, help="Pairs inverted again.")] = 64,
     as_json: Json = False,
 ) -> None:
-    """How far the cached points are from those that a trained model would invert to, and whether to refresh."""
+    """How far the cached points are from those that the trained --model would invert to, and whether to refresh."""
     from inpo.common.console import console
-    from inpo.common.models import open_model
     from inpo.common.progress import ProgressReport
     from inpo.inspection.drift import measure_drift
     from inpo.inspection.drift_view import show
 
+    model = resolve(ModelSection, "model", {}, given[ModelSection]).open()
     with ProgressReport("drift", total=None, unit="pairs", quiet=as_json) as progress:
-        found = measure_drift(cache, open_model(model), num_sampled=sample, on_pairs=progress.advance)
+        found = measure_drift(cache, model, num_sampled=sample, on_pairs=progress.advance)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -263,26 +274,24 @@ def drift(
 
 
 @app.command()
+@options(ModelSection)
 def report(
+    given: Given,
     cache: Cache,
     out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("report.html"),
-    model: Annotated[
-        str | None,
-        typer.Option(help="Decode through this model's VAE; without, a fast linear approximation.", callback=home),
-    ] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
 ) -> None:
-    """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read."""
-    from inpo.common.models import open_model
+    """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read.
+
+    Latents are decoded by the VAE of --model, or without one by a fast linear approximation.
+    """
     from inpo.common.progress import ProgressReport
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.report import make_report
 
     refuse_output(out, what="report")
     with ProgressReport("report", total=None, unit="pairs") as progress:
-        made = make_report(
-            cache, model=None if model is None else open_model(model), per_group=pairs, on_pair=progress.advance
-        )
+        made = make_report(cache, model=_model(given), per_group=pairs, on_pair=progress.advance)
     write_output(out, made.html, what="report")
     size = out.stat().st_size / 1e6
     print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
@@ -290,3 +299,9 @@ def report(
         print(f"damaged: {name}: {error.what}", file=sys.stderr)
     if made.damaged:
         raise typer.Exit(1)
+
+
+def _model(given: Given) -> "Model | None":
+    """The model of the command line. None without any of its options."""
+    chosen = resolve(ModelSection, "model", {}, given[ModelSection])
+    return None if chosen == ModelSection() else chosen.open()

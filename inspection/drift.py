@@ -5,7 +5,7 @@ measured here: the same pairs, settings and randomness, another network.
 """
 
 import itertools
-import shlex
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.errors import InpoError
+from inpo.common.cache_settings import CacheSettings
+from inpo.common.errors import InpoError, command
 from inpo.common.models import Model
+from inpo.common.options import flags
+from inpo.common.recipe import DataSection, ModelSection
 from inpo.inspection.pair_table import nothing_readable, read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
 from inpo.inspection.summary import NUM_BINS
@@ -137,34 +140,30 @@ def _advice(cache: Cache, model: Model, verdict: str) -> str:
 
 
 def refresh_command(cache: Cache, model: Model) -> str:
-    """The precompute command that makes this cache anew with another model."""
-    manifest, inverter = cache.manifest, cache.manifest.inverter
-    sources = sorted({commit.source.location for commit in cache.commits.values()})
-    pairs = shlex.quote(sources[0]) if sources else "SRC"
-    words = [
-        "inpo precompute",
-        f"--pairs {pairs}",
-        f"--model {shlex.quote(model.name)}",
-        f"--cache {shlex.quote(f'{cache.location}-refreshed')}",
-        f"--resolution {manifest.resolution}",
-        f"--steps {inverter.steps}",
-        f"--timesteps-per-pair {manifest.timesteps_per_pair}",
-        f"--inverter {inverter.name}",
-        f"--profile {manifest.profile}",
-        f"--seed {manifest.seed}",
-        f"--dtype {manifest.network_dtype}",
-    ]
-    words += [f"--refine-start {inverter.refine_start}"] if inverter.refine_start else []
-    words += [f"--noised-start {inverter.noised_start:g}"] if 0 < inverter.noised_start < 1 else []
-    words += [f"--guidance {inverter.guidance:g}"] if inverter.guidance != 1 else []
-    words += [f"--caption-dropout {inverter.caption_dropout:g}"] if inverter.caption_dropout else []
-    words += ["--faithful"] if inverter.faithful else []
-    words += ["--flip"] if manifest.flip else []
-    words += [f"--vae-latent {manifest.vae_latent}"] if manifest.vae_latent != "mean" else []
-    if inverter.timestep_range != (0, manifest.num_train_timesteps):
-        words.append(f"--timestep-range {inverter.timestep_range[0]} {inverter.timestep_range[1]}")
-    if inverter.iterations is not None:
-        words += [f"--iterations {inverter.iterations}", f"--tolerance {inverter.tolerance:g}"]
-    words += [f"--extra {name}" for name in manifest.extra]
-    words.append(f"--measure-inversion {manifest.measure_inversion:g}")
-    return " ".join(words)
+    """The precompute command that makes this cache anew with another model; one for each source of its pairs."""
+    vae = model.vae_folder
+    if vae is None and model.fingerprints.get("vae") != cache.manifest.fingerprints.get("vae"):
+        vae = _recorded_vae(cache)
+    chosen = ModelSection(
+        model=model.name,
+        variant=model.variant,
+        model_config_dir=str(model.folder) if model.file is not None and model.guessed_from is None else None,
+        vae=None if vae is None else str(vae),
+    )
+    sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
+    return " &&\n  ".join(
+        command(
+            "precompute",
+            *flags(DataSection(pairs=source, cache=f"{cache.location}-refreshed"), chosen),
+            *flags(CacheSettings.of(cache.manifest)),
+        )
+        for source in sources
+    )
+
+
+def _recorded_vae(cache: Cache) -> str | None:
+    """The replacement VAE of the last precompute run, as its configuration tells."""
+    names = sorted(cache.store.listing("configurations/"))
+    data = cache.store.get(names[-1]) if names else None
+    vae = tomllib.loads(data.decode()).get("model", {}).get("vae") if data else None
+    return None if vae is None else str(vae)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from fontTools.ttLib import TTFont, TTLibError
 from jaxtyping import Float, UInt8
-from matplotlib.font_manager import findSystemFonts
 from PIL import Image, ImageDraw, ImageFont
 
+from inpo.common.fonts import font_with, signs_lacking
 from inpo.inspection.pair_view import PairView
 from inpo.inspection.preview import Preview
 
@@ -241,24 +240,8 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans Bold, or for a prompt in a script that it lacks, the installed font that has most of its signs."""
-    own = _font(size, bold=True)
-    most, best = _num_lacking(str(own.path), text), own
-    if most:
-        for path in sorted(findSystemFonts()):
-            lacking = most if "emoji" in path.lower() else _num_lacking(path, text)  # colour bitmaps cannot be scaled
-            if lacking < most:
-                most, best = lacking, ImageFont.truetype(path, size)
-    return best
-
-
-def _num_lacking(path: str, text: str) -> int:
-    """How many of the text's signs a font file has no glyph for; all of them if it cannot be read."""
-    signs = {ord(sign) for sign in text if not sign.isspace()}
-    try:
-        with TTFont(path, fontNumber=0, lazy=True) as font:
-            return len(signs - set(font.getBestCmap() or {}))
-    except (TTLibError, OSError, AssertionError):
-        return len(signs)
+    other = font_with({ord(sign) for sign in text if not sign.isspace()}) if signs_lacking(text) else None
+    return ImageFont.truetype(other.fname, size) if other else _font(size, bold=True)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, *, most: int) -> list[str]:

@@ -19,7 +19,7 @@ def cache_facts(manifest: Manifest) -> str:
     options += ["faithful to the released code"] if inverter.faithful else []
     return ", ".join(
         [
-            f"{inverter.name}, {inverter.steps} steps",
+            f"{inverter.name}, {inverter.grid_points} grid points",
             condition,
             *options,
             manifest.network_dtype,

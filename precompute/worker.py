@@ -23,8 +23,8 @@ from inpo.common.errors import DataError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
+from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.common.seeding import uniform
-from inpo.precompute.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.precompute.encode import ImageEncoder, PromptTable, TextEncoder
 from inpo.precompute.tasks import ShardTask
 

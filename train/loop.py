@@ -18,7 +18,7 @@ from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
 from inpo.train.metrics import Accumulator, MetricsWriter
-from inpo.train.objectives import Objective, ObjectiveResult
+from inpo.train.objectives import Objective, ObjectiveResult, beta_of
 from inpo.train.proof import record_errors
 from inpo.train.records import Batch
 from inpo.train.settings import TrainSettings
@@ -50,7 +50,7 @@ class Trainer:
         self.settings = settings
         self.output = output
         self.objective = objective
-        self.beta = settings.resolved_beta
+        self.beta = beta_of(settings)
         self.accelerator = accelerator
         self.network = network
         self.trained = trained

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from inpo.train.settings import ObjectiveName, TrainSettings
+
 SMPO_GAMMA = 10.0
 SMPO_TEMPERATURE = 0.28201571 - 0.11543526
 """Of the released labels, in raw PickScore cosines: the range that SmPO's preprocessing divides them by."""
@@ -164,7 +166,7 @@ ObjectiveFunction = Callable[..., ObjectiveResult]
 class Objective:
     """An objective and what it asks of a cache."""
 
-    name: str
+    name: ObjectiveName
     function: ObjectiveFunction
     beta: float
     """Default beta, in the objective's own scaling."""
@@ -188,7 +190,7 @@ class Objective:
         return ("x_t", "target") if self.target == "target" else ("x_t", "delta_prev", "eps_ref")
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[ObjectiveName, Objective] = {
     objective.name: objective
     for objective in (
         Objective(name="inpo", function=inpo, beta=2000.0, beta_source="InPO, for SD1.5 (SDXL: 5000)", logistic=True),
@@ -223,3 +225,8 @@ OBJECTIVES: dict[str, Objective] = {
         ),
     )
 }
+
+
+def beta_of(settings: TrainSettings) -> float:
+    """The run's beta: the one asked for, or the objective's own."""
+    return OBJECTIVES[settings.objective].beta if settings.beta is None else settings.beta

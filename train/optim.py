@@ -100,9 +100,6 @@ def build_optimizer(
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:
     """diffusers' learning-rate schedules, in optimiser steps."""
-    try:
-        return get_scheduler(
-            settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
-        )
-    except ValueError as error:
-        raise UsageError("Unknown schedule.", where="--schedule", got=str(error), fix="see --help") from None
+    return get_scheduler(
+        settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
+    )

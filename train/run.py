@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.denoiser import dtype_name
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
@@ -24,7 +23,7 @@ from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network, switch_off_dropout
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_fingerprints, refuse, run_proof
@@ -73,7 +72,7 @@ def run_train(
         check_fingerprints(cache, model)
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
-    network_dtype = dtype_name(settings.dtype or opened[0].manifest.network_dtype)
+    network_dtype = settings.dtype or opened[0].manifest.network_dtype
     index = build_index(
         opened,
         soft=objective.labels == "soft",
@@ -324,7 +323,7 @@ def run_identity(
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps
     values |= {
-        "beta": settings.resolved_beta,
+        "beta": beta_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
@@ -345,7 +344,7 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {settings.resolved_beta:g}; effective batch {batch} records "
+        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )

@@ -1,23 +1,47 @@
 """[train]: every setting of the second stage."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from inpo.common.choices import DtypeName
 from inpo.common.recipe import LocalPath, Location, Section
-from inpo.train.objectives import OBJECTIVES
+
+ObjectiveName = Literal["inpo", "dpo", "ipo", "hinge", "kto", "sft", "smpo", "mapo", "inversion_dpo"]
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 class TrainSettings(Section):
     """What is optimised, how, and what is written."""
 
+    panels: ClassVar = {
+        "output": "Run",
+        "objective": "Objective",
+        "learning_rate": "Optimisation",
+        "dtype": "Network",
+        "gradient_checkpointing": "Memory and speed",
+        "lora_rank": "LoRA",
+        "labels": "Pairs",
+        "evaluate_every": "While it runs",
+    }
+
     output: LocalPath | None = None
+    """Folder of the run."""
     caches: tuple[Location, ...] = ()
-    """Caches to train on together; unset: the one of [data]."""
-    objective: str = "inpo"
+    """Cache to train on; repeatable: several are trained on together."""
+    seed: int = 0
+    """Seed of the order and of new weights."""
+
+    objective: ObjectiveName = "inpo"
+    """The loss."""
     beta: float | None = Field(None, gt=0)
-    """Strength of the reference; unset: the objective's own default."""
+    """Strength of the reference. diffusers' DPO has no 1/2: double its beta here; unset: inpo 2000 (InPO, for SD1.5),
+    dpo 2000 (ours; released launchers 5000), ipo 0.05 and hinge 1000 (ours; diffusers' example 5000), kto 1000
+    (Diffusion-KTO's script), smpo 2000 (SmPO's launcher), mapo 1000 (MaPO's code), inversion_dpo 100 (ours, as the loss
+    is)."""
+
     learning_rate: float = Field(1e-5, gt=0)
+    """Effective: nothing scales it."""
     steps: int = Field(400, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(8, ge=1)
@@ -25,61 +49,75 @@ class TrainSettings(Section):
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    """adamw8bit needs bitsandbytes."""
     weight_decay: float = Field(1e-2, ge=0)
+    """Share of the learning rate by which weights shrink each step."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
-    schedule: str = "constant_with_warmup"
-    """diffusers' name: constant, constant_with_warmup, linear, cosine, ..."""
+    """Adam's decay of the gradient's and of its square's moving average."""
+    adam_eps: float = Field(1e-8, ge=0)
+    """Adam's epsilon."""
+    schedule: ScheduleName = "constant_with_warmup"
+    """Learning-rate schedule, by diffusers' name."""
     warmup_steps: int = Field(0, ge=0)
+    """Warm-up in optimiser steps."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
-    s / (9 + s), as in diffusers, so that short runs do not average in their start."""
-    dtype: str | None = None
+    s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."""
+
+    dtype: DtypeName | None = None
     """Network dtype; unset: the cache's, which the stored reference errors belong to."""
+    init_from: Location | None = None
+    """Start from another model's UNet than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False
+    """Trade time for memory."""
     compile: bool = False
+    """torch.compile the network."""
     lora_rank: int = Field(0, ge=0)
-    """0: full fine-tuning."""
+    """Rank of the LoRA layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the LoRA layers is alpha / rank; unset: the rank."""
     lora_targets: tuple[str, ...] = ()
-    """Ends of the names of the layers; unset: the projections of the attention."""
-    init_from: Location | None = None
-    """Start from another model's network than the cache's reference."""
+    """Ends of the names of the layers that get LoRA layers; repeatable; unset: the projections of the attention."""
+
     labels: str | None = None
-    """A label set made by `inpo relabel`."""
+    """A label set made by `inpo relabel` (for smpo: at SmPO's temperature); unset: the labels of the pair source."""
     only: LocalPath | None = None
+    """File of pair ids to train on; unset: all."""
     except_: LocalPath | None = Field(None, alias="except")
+    """File of pair ids to leave out."""
     held_out: float = Field(0.02, ge=0, lt=1)
     """Share of the prompts whose pairs are never trained on."""
     held_out_records: int = Field(256, ge=1)
     """Most held-out records per evaluation."""
-    evaluate_every: int = Field(50, ge=1)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(100, ge=1)
-    keep_last: int = Field(2, ge=1)
     window_shards: int = Field(4, ge=1)
     """Shards whose records are shuffled together; two windows are in memory."""
+
+    evaluate_every: int = Field(50, ge=1)
+    """Steps between held-out evaluations."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints to keep."""
     reference_guard: bool = True
     """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where curves go beside metrics.jsonl."""
     sample_every: int = Field(0, ge=0)
-    """Sample images every N steps; 0: none."""
+    """Steps between sample images; 0: none."""
     sample_prompts: tuple[str, ...] = ()
-    """unset: the first four of the cache."""
+    """Prompt of a sample image, in place of the cache's first four; repeatable."""
     sample_steps: int = Field(20, ge=1)
+    """Denoising steps of a sample image."""
     sample_guidance: float = Field(7.5, ge=0)
-    seed: int = 0
+    """Classifier-free guidance scale of a sample image."""
 
-    @field_validator("objective")
+    @field_validator("adam_betas")
     @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in OBJECTIVES:
-            raise ValueError(f"unknown objective {value!r}; there are {', '.join(OBJECTIVES)}")
+    def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= each < 1 for each in value):
+            raise ValueError("both lie in [0, 1)")
         return value
-
-    @property
-    def resolved_beta(self) -> float:
-        return self.beta if self.beta is not None else OBJECTIVES[self.objective].beta

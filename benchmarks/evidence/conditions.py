@@ -90,7 +90,7 @@ class CacheChoice:
 
     def command(self) -> list[str]:
         shared = [
-            "--steps",
+            "--grid-points",
             "10",
             "--timesteps-per-pair",
             "4",
@@ -173,9 +173,9 @@ OTHER_CACHES: dict[str, CacheChoice] = {
     "empty-prompt inversion": CacheChoice(name="guidance-0", options=("--guidance", "0")),
     "faithful grid": CacheChoice(name="faithful", options=("--faithful",)),
     "fixed_point": CacheChoice(name="fixed-point", options=("--inverter", "fixed_point")),
-    "n = 3, K = 3": CacheChoice(name="n-3", options=("--steps", "3", "--timesteps-per-pair", "3")),
-    "n = 5": CacheChoice(name="n-5", options=("--steps", "5")),
-    "n = 30": CacheChoice(name="n-30", options=("--steps", "30")),
+    "n = 3, K = 3": CacheChoice(name="n-3", options=("--grid-points", "3", "--timesteps-per-pair", "3")),
+    "n = 5": CacheChoice(name="n-5", options=("--grid-points", "5")),
+    "n = 30": CacheChoice(name="n-30", options=("--grid-points", "30")),
     # All with as many records: pairs that are ties have left 958 of 1,024.
     "K = 1, 958 pairs": CacheChoice(name="k-1", options=("--timesteps-per-pair", "1")),
     "K = 2, 483 pairs": CacheChoice(name="k-2", options=("--timesteps-per-pair", "2"), limit=512),

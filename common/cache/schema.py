@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inpo.common.cache.store import digest
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
 from inpo.common.levels import Levels, Space
 
@@ -25,14 +26,10 @@ REMOVING = ".removing"
 """Ends the name of the mark beside an attempt that `inpo inspect clean` is removing."""
 CONFIGURATION_SEAL = "# digest of the lines above: "
 MAX_PAIRS_PER_SHARD = 256
-MAX_TIMESTEPS = 32767
-"""Timesteps are stored as int16."""
 MAX_METADATA_BYTES = 1 << 16
 """Of a zarr.json."""
 
-Profile = Literal["full", "lean"]
 _TABLES = ("signal", "noise", "label")
-NetworkDtype = Literal["float32", "float16", "bfloat16"]
 
 # Every value of a document has a range or a pattern: a document may come from anywhere, and what it says is used as a
 # path, a length or a line on a screen before anything else could tell that it is wrong.
@@ -253,7 +250,6 @@ ARRAYS: tuple[ArraySpec, ...] = (
         meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
-EXTRAS: tuple[str, ...] = ("delta_prev", "eps_ref")
 
 
 _DocumentType = TypeVar("_DocumentType", bound="_Document")
@@ -312,8 +308,8 @@ def load(data: bytes, where: str) -> dict[str, Any]:
 class InverterIdentity(_Document):
     """How the latents were made: every setting that changes numbers."""
 
-    name: Name
-    steps: Timesteps
+    name: InverterName
+    grid_points: Timesteps
     refine_start: Annotated[int, Field(ge=0, le=16)] = 0
     noised_start: Share = 0.0
     guidance: Annotated[float, Field(ge=0, le=1e6)] = 1.0
@@ -322,7 +318,7 @@ class InverterIdentity(_Document):
     timestep_range: tuple[int, int]
     """Kept timesteps lie in [low, high)."""
     iterations: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """fixed_point only: the maximum of iterations per step."""
+    """fixed_point only: the maximum of iterations per grid point."""
     tolerance: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """fixed_point only: the relative RMS change at which the iteration stops."""
 
@@ -395,15 +391,15 @@ class Manifest(_Document):
     conditions: Annotated[dict[ConditionName, ConditionSpec], Field(min_length=1, max_length=16)]
     """What the network is told beside latent and label, by name."""
     profile: Profile
-    extra: Annotated[tuple[Literal["delta_prev", "eps_ref"], ...], Field(max_length=2)] = ()
+    extra: Annotated[tuple[ExtraName, ...], Field(max_length=2)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     timesteps_per_pair: Timesteps
     resolution: Pixels
     crop: Literal["center"]
     flip: bool
     vae_latent: Literal["mean", "sample"]
-    vae_dtype: NetworkDtype
-    network_dtype: NetworkDtype
+    vae_dtype: DtypeName
+    network_dtype: DtypeName
     measure_inversion: Share = 0.0
     inverter: InverterIdentity
     fingerprints: Annotated[dict[Name, Digest], Field(min_length=1, max_length=32)]
@@ -420,8 +416,8 @@ class Manifest(_Document):
             raise ValueError(f"a condition cannot be the array {', '.join(sorted(taken))}")
         if not 0 <= low < high <= total:
             raise ValueError(f"timestep_range [{low}, {high}) lies outside 0..{total}")
-        if self.timesteps_per_pair > self.inverter.steps:
-            raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.steps} points")
+        if self.timesteps_per_pair > self.inverter.grid_points:
+            raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.grid_points} points")
         return self
 
     @classmethod

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inpo.common.cache.schema import InverterIdentity
+from inpo.common.choices import InverterName
 from inpo.common.denoiser import Denoiser
-from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 
 
@@ -125,19 +125,12 @@ def fixed_point(history: list[State], timestep: int, stepper: Stepper) -> Calls:
     return x
 
 
-INVERTERS: dict[str, Callable[[list[State], int, Stepper], Calls]] = {
+INVERTERS: dict[InverterName, Callable[[list[State], int, Stepper], Calls]] = {
     "ddim": ddim,
     "ab2": ab2,
     "fixed_point": fixed_point,
     "noise": ddim,  # every grid point is noised (path.py), so that no step is ever taken
 }
-
-
-def inverter_named(name: str) -> Callable[[list[State], int, Stepper], Calls]:
-    """Raises UsageError listing the inverters there are."""
-    if name not in INVERTERS:
-        raise UsageError("Unknown inverter.", where="--inverter", expected=", ".join(INVERTERS), got=name)
-    return INVERTERS[name]
 
 
 def _levels(schedule: Levels, timestep: int) -> tuple[float, float]:

@@ -64,7 +64,7 @@ def exact_path(
 ) -> Path:
     """The path of one pair on the exact grid."""
     num_train_timesteps = schedule.num_train_timesteps
-    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.steps, num_train_timesteps)
+    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.grid_points, num_train_timesteps)
     low, high = identity.timestep_range
     candidates = grid[(grid >= low) & (grid < high)]
     kept = set(
@@ -111,15 +111,15 @@ def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> 
 
 def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
     """Refuse settings that some pair could not follow. Raises UsageError."""
-    n, k = identity.steps, timesteps_per_pair
+    n, k = identity.grid_points, timesteps_per_pair
     exact_grid(0.0, n, num_train_timesteps)
     if not 1 <= k <= n:
         raise UsageError(
             "Cannot keep that many timesteps per pair.",
             where="--timesteps-per-pair",
-            expected=f"1..{n} (--steps)",
+            expected=f"1..{n} (--grid-points)",
             got=k,
-            fix="raise --steps or lower --timesteps-per-pair",
+            fix="raise --grid-points or lower --timesteps-per-pair",
         )
     low, high = identity.timestep_range
     if not 0 <= low < high <= num_train_timesteps:
@@ -141,7 +141,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--timestep-range",
             expected=f"at least {k} grid points (--timesteps-per-pair)",
             got=f"{fewest} of {n} in [{low}, {high})",
-            fix="widen the range, raise --steps, or lower --timesteps-per-pair",
+            fix="widen the range, raise --grid-points, or lower --timesteps-per-pair",
         )
     if identity.faithful and (
         identity.name != "ddim"

@@ -26,14 +26,14 @@ _EXTRA_NOISE = 0.1
 
 
 class ReleasedLoop:
-    """Grid and steps of the released loop over `steps` points of a schedule.
+    """Grid and steps of the released loop over `grid_points` points of a schedule.
 
     A step takes x, made at the level before, to `level`, and calls the network with the label `level` - T // n: -99 for
     the first step of n = 10. Raises ModelError for a scheduler that the released code refuses, UsageError for too many
     steps.
     """
 
-    def __init__(self, schedule: Levels, steps: int) -> None:
+    def __init__(self, schedule: Levels, grid_points: int) -> None:
         sampler = schedule.sampler
         if sampler.prediction_type != "epsilon" or sampler.timestep_spacing != "leading":
             raise ModelError(
@@ -43,16 +43,16 @@ class ReleasedLoop:
                 got=f"{sampler.prediction_type}, {sampler.timestep_spacing}",
                 fix="leave --faithful out",
             )
-        self.stride = schedule.num_train_timesteps // steps
+        self.stride = schedule.num_train_timesteps // grid_points
         if self.stride <= sampler.steps_offset:
             raise UsageError(
-                "The released code's grid has no clean end with that many steps.",
-                where="--steps",
+                "The released code's grid has no clean end with that many grid points.",
+                where="--grid-points",
                 expected=f"at most {schedule.num_train_timesteps // (sampler.steps_offset + 1)} with --faithful",
-                got=steps,
+                got=grid_points,
                 fix="the released code uses 10",
             )
-        self.levels = tuple(sampler.steps_offset + index * self.stride for index in range(steps))
+        self.levels = tuple(sampler.steps_offset + index * self.stride for index in range(grid_points))
         self.clip_range = sampler.clip_range
         # The scheduler that steps keeps its float32 table; the other one, which gives the noise's variance and the
         # target, has it cast to the weights' float16. Both keep the clean end in float32.
@@ -102,7 +102,7 @@ def released_path(
     identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
 ) -> "ReleasedPath":
     """The released grid, up to the largest timestep; timesteps are drawn from 0..T-1, whatever the levels."""
-    loop = ReleasedLoop(schedule, identity.steps)
+    loop = ReleasedLoop(schedule, identity.grid_points)
     total = schedule.num_train_timesteps
     drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
     records: dict[int, list[int]] = {}
@@ -141,7 +141,7 @@ def released_trajectory(
     rule holds, with the manifest's table; the path goes on from x itself, in float32.
     """
     schedule = denoiser.levels
-    loop = ReleasedLoop(schedule, identity.steps)
+    loop = ReleasedLoop(schedule, identity.grid_points)
 
     def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         eps = yield Request(x=x, timestep=timestep)

@@ -14,7 +14,7 @@ from torch import Tensor
 from inpo.common.cache.derive import mean_square, point_from_target, stored_point
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion.inverters import Asked, Calls, Request, State, Stepper, inverter_named
+from inpo.common.inversion.inverters import INVERTERS, Asked, Calls, Request, State, Stepper
 from inpo.common.inversion.path import Path
 from inpo.common.levels import Levels
 from inpo.common.seeding import normal
@@ -79,7 +79,7 @@ def trajectory(
     inverts (guidance 1), or a part of it (any but 0), it costs no call; under the empty prompt one more per record.
     """
     schedule = denoiser.levels
-    step = inverter_named(identity.name)
+    step = INVERTERS[identity.name]
     guidance = identity.guidance
     under_caption: Tensor | None = None
     """Raw output under the caption at the point evaluated last, if the inverting model asked for it."""

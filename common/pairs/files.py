@@ -207,11 +207,11 @@ def _glob(pattern: str) -> list[str]:
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
     if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
         # A link to a folder above it leads to every file again and again: the shortest way to each counts.
-        found: dict[str, str] = {}
+        shortest: dict[str, str] = {}
         for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count("/"), file)):
             parent, name = os.path.split(file)
-            found.setdefault(os.path.join(os.path.realpath(parent), name), file)
-        return [prefix + file for file in found.values()]
+            shortest.setdefault(os.path.join(os.path.realpath(parent), name), file)
+        return [prefix + file for file in shortest.values()]
     with _reaching(pattern):
         return [prefix + str(file) for file in fs.glob(path)]
 

@@ -271,7 +271,7 @@ def _schema_problem(schema: pa.Schema) -> str | None:
 def _lists(schema: pa.Schema) -> set[str]:
     """The columns that hold lists."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return {field.name for field in schema if any(test(field.type) for test in tests)}
+    return {str(field.name) for field in schema if any(test(field.type) for test in tests)}
 
 
 def _fields(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RowProblem:

@@ -204,7 +204,7 @@ def _count_fields(data: bytes, not_read: Counter[str]) -> None:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
-        tar.members = []  # tarfile keeps every header otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         yield info
 
 

@@ -74,10 +74,12 @@ class AestheticScorer:
         width = head.layers[0].in_features
         if clip.config.projection_dim != width:
             raise ModelError(
-                "The aesthetic head does not fit the CLIP model.", where=location,
-                expected=f"embeddings of width {width}", got=clip.config.projection_dim,
+                "The aesthetic head does not fit the CLIP model.",
+                where=location,
+                expected=f"embeddings of width {width}",
+                got=clip.config.projection_dim,
                 fix=f"use {CLIP_MODEL}",
-            )  # fmt: skip
+            )
         return clip, processor, head.to(device())
 
     @torch.inference_mode()

@@ -28,9 +28,11 @@ def load_clip(scorer: str, location: str, *, local_name: str) -> Any:
         lacking = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
         if lacking:
             raise ModelError(
-                f"The weights of scorer {scorer} are not a whole CLIP model.", where=location,
-                got=f"{len(lacking)} weights missing or of another shape, the first {lacking[0]}", fix=fix,
-            )  # fmt: skip
+                f"The weights of scorer {scorer} are not a whole CLIP model.",
+                where=location,
+                got=f"{len(lacking)} weights missing or of another shape, the first {lacking[0]}",
+                fix=fix,
+            )
     return model.eval().to(device())
 
 
@@ -55,9 +57,13 @@ class ClipSimilarity:
         """Cosine between each image and its own prompt; text is cut at 77 tokens, or the model's own limit."""
         model, processor = self._loaded
         inputs = processor(
-            text=list(prompts), images=list(images), return_tensors="pt", padding=True, truncation=True,
+            text=list(prompts),
+            images=list(images),
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
             max_length=min(MAX_TOKENS, model.config.text_config.max_position_embeddings),
-        )  # fmt: skip
+        )
         output = model(**inputs.to(model.device))
         # The embeddings are normalised by the model itself.
         return (output.image_embeds * output.text_embeds).sum(dim=-1).double().cpu().numpy()

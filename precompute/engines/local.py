@@ -1,8 +1,10 @@
 """The local engine: one process, or as many as `accelerate launch` starts, with a static split of the shards."""
 
 import contextlib
+import random
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed
@@ -11,9 +13,8 @@ from accelerate import PartialState
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
+from inpo.common.pairs.decode import DecodePool
 from inpo.common.processes import processes
-from inpo.precompute.decode import DecodePool
-from inpo.precompute.engines.task_queue import TaskQueue
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
@@ -49,11 +50,12 @@ def run_local(
             decode=DecodePool(settings.decode_workers),
         )
         try:
-            order = TaskQueue(mine)
+            met_another_run = threading.Event()
+            order = in_order(mine, met_another_run)
             with Watchdog(timing), contextlib.closing(run_tasks(worker, order, timing)) as outcomes:
                 for outcome in outcomes:
                     if outcome.lost_race:
-                        order.shuffle()
+                        met_another_run.set()
                     on_outcome(outcome)
         finally:
             worker.close()
@@ -61,6 +63,20 @@ def run_local(
     for each in waiting_room.meet(timing):
         whole.merge(each)
     return whole.report() + (f", over {state.num_processes} processes" if state.num_processes > 1 else "")
+
+
+def in_order(tasks: Iterable[ShardTask], met_another_run: threading.Event) -> Iterator[ShardTask]:
+    """The tasks in order; what is left in random order each time that another run is met at work on the same cache.
+
+    Two runs that go through the same shards in the same order would make each of them twice, for ever side by side.
+    In random order they meet only now and then: about ln(n) times in n shards.
+    """
+    left = list(tasks)
+    while left:
+        if met_another_run.is_set():
+            met_another_run.clear()
+            random.SystemRandom().shuffle(left)
+        yield left.pop(0)
 
 
 class _WaitingRoom:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError, UsageError
@@ -19,11 +19,8 @@ from inpo.precompute.engines.assignment import Assignment
 from inpo.precompute.engines.ray_cluster import connect, deferred_stop, disconnect, has_gpus, places
 from inpo.precompute.engines.ray_worker import RayWorker, Reply
 from inpo.precompute.pipeline import Outcome, Timing
-from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.settings import PrecomputeSettings, RayOptions
 from inpo.precompute.tasks import ShardTask
-
-if TYPE_CHECKING:
-    from inpo.precompute.run import RayOptions
 
 _POLL_SECONDS = 2.0
 """How often the cluster is asked for nodes that joined or left."""
@@ -48,7 +45,7 @@ def run_ray(
     model: ModelSection,
     writer: CacheWriter,
     settings: PrecomputeSettings,
-    options: "RayOptions",
+    options: RayOptions,
     on_outcome: Callable[[Outcome], None],
 ) -> str:
     """Make `tasks` on the cluster; returns the time report. Leaves or stops the cluster in any case.
@@ -86,7 +83,7 @@ class _Run:
         model: ModelSection,
         writer: CacheWriter,
         settings: PrecomputeSettings,
-        options: "RayOptions",
+        options: RayOptions,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         import ray

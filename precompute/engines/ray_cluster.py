@@ -7,18 +7,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inpo.common.errors import UsageError
-
-if TYPE_CHECKING:
-    from inpo.precompute.run import RayOptions
+from inpo.precompute.settings import RayOptions
 
 _OBJECT_STORE_BYTES = 100_000_000
 """Tasks and commits go through Ray, never tensors."""
 
 
-def connect(options: "RayOptions") -> None:
+def connect(options: RayOptions) -> None:
     """Join the cluster at `--ray-address`, or start one on this machine. Does nothing if already connected.
 
     Raises UsageError if Ray is not installed, the address does not answer, or the options make no sense.
@@ -75,7 +73,7 @@ def has_gpus() -> bool:
     return any(node["Resources"].get("GPU", 0) > 0 for node in ray.nodes() if node["Alive"])
 
 
-def places(options: "RayOptions", *, use_gpus: bool) -> dict[str, int]:
+def places(options: RayOptions, *, use_gpus: bool) -> dict[str, int]:
     """{node id: workers that fit} for every living node with room: by GPUs, or by CPUs where there are none."""
     import ray
 

@@ -18,8 +18,8 @@ from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
 from inpo.common.pairs import InputShard
+from inpo.common.pairs.decode import DecodePool
 from inpo.common.recipe import ModelSection
-from inpo.precompute.decode import DecodePool
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings

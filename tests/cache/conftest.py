@@ -57,7 +57,7 @@ def manifest_of(
         "vae_latent": "mean",
         "vae_dtype": "float32",
         "network_dtype": "float32",
-        "inverter": InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        "inverter": InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
         "fingerprints": fingerprints,
         "versions": {"inpo-cache": "0"},
     }
@@ -125,7 +125,7 @@ class Build:
         default_factory=lambda: {
             "told": tuple(CONDITIONS),
             "extra": ("delta_prev", "eps_ref"),
-            "inverter": InverterIdentity(name="fixed_point", steps=10, timestep_range=(0, 1000), iterations=3),
+            "inverter": InverterIdentity(name="fixed_point", grid_points=10, timestep_range=(0, 1000), iterations=3),
         }
     )
     """Options that make every array of the contract appear."""

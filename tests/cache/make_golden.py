@@ -68,14 +68,23 @@ def levels() -> LevelTables:
 
 def write(folder: Path, profile: str) -> None:
     manifest = Manifest(
-        family="sd", latent_shape=LATENT, levels=levels(),
+        family="sd",
+        latent_shape=LATENT,
+        levels=levels(),
         conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
-        profile=profile, seed=42, timesteps_per_pair=STEPS, resolution=32, crop="center", flip=False, vae_latent="mean",
-        vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, 1000)),
+        profile=profile,
+        seed=42,
+        timesteps_per_pair=STEPS,
+        resolution=32,
+        crop="center",
+        flip=False,
+        vae_latent="mean",
+        vae_dtype="float32",
+        network_dtype="float32",
+        inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, 1000)),
         fingerprints={"network": "0" * 32, "vae": "1" * 32, "text_encoder": "2" * 32, "scheduler": "3" * 32},
         versions={"inpo-cache": "0.1.0"},
-    )  # fmt: skip
+    )
     writer = CacheWriter.open(str(folder), manifest)
     source = ShardSource(location="golden", input_shard="0", rows=(0, 4), fingerprint="4" * 32)
     skipped = [{"pair_id": "fourth", "reason": "tie", "detail": "label 0.5", "row": 3}]

@@ -229,7 +229,7 @@ MANIFEST = {
     "a version with an escape": ("versions", {"torch": "\x1b[31m"}),
     "an infinite guidance": ("inverter.guidance", math.inf),
     "a dropout below none": ("inverter.caption_dropout", -0.5),
-    "an inverter without end": ("inverter.steps", HUGE),
+    "an inverter without end": ("inverter.grid_points", HUGE),
     "an inverter's name": ("inverter.name", DEEP),
     "a range outside the table": ("inverter.timestep_range", [0, HUGE]),
     "an empty range": ("inverter.timestep_range", [5, 5]),

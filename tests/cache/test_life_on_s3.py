@@ -18,7 +18,8 @@ from inpo.common.cache.store import CacheStore
 from inpo.common.errors import StorageError
 from inpo.common.testing import save_tiny_pipeline
 from inpo.inspection.cli import app
-from inpo.precompute.run import RayOptions, run_precompute
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 from inpo.train.run import run_train
 
 
@@ -37,7 +38,13 @@ def precompute(tmp_path: Path, s3: Any) -> Callable[..., int]:
     (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(**flags: Any) -> int:
-        settings = {"resolution": 32, "steps": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0, "batch_size": 4}
+        settings = {
+            "resolution": 32,
+            "grid_points": 2,
+            "timesteps_per_pair": 2,
+            "measure_inversion": 0.0,
+            "batch_size": 4,
+        }
         return run_precompute(
             None,
             {"model": str(model)},

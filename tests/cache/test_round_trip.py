@@ -223,7 +223,8 @@ def test_another_noise_table_under_one_fingerprint_is_refused(tmp_path, build):
     table = np.array(signal) ** 2
     for other in (table * (1 + 1e-4), table[:-1], np.concatenate([table[:500], table[500:] * 0.999])):
         manifest = build.manifest(
-            levels=build.levels(other), inverter=InverterIdentity(name="ddim", steps=10, timestep_range=(0, len(other)))
+            levels=build.levels(other),
+            inverter=InverterIdentity(name="ddim", grid_points=10, timestep_range=(0, len(other))),
         )
         with pytest.raises(CacheMismatch, match="levels") as caught:
             CacheWriter.open(str(tmp_path), manifest)

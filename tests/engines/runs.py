@@ -39,7 +39,7 @@ class World:
             str(cache),
             "--resolution",
             "32",
-            "--steps",
+            "--grid-points",
             "4",
             "--timesteps-per-pair",
             "2",

@@ -14,11 +14,12 @@ from inpo.common.cache import CacheWriter, Commit, ShardData
 from inpo.common.errors import DataError, StorageError
 from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
-from inpo.precompute.decode import DecodePool
-from inpo.precompute.engines.task_queue import TaskQueue
+from inpo.common.pairs.decode import DecodePool
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Timing, run_tasks
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.worker import Components, PreparedShard, ShardWorker, load_components
 from tests.engines.runs import World, until
@@ -52,7 +53,9 @@ def components(world: World, tmp_path_factory: pytest.TempPathFactory) -> Compon
     return load_components(model, build_manifest(_SETTINGS, model, device_type="cpu"), PartialState(cpu=True).device)
 
 
-_SETTINGS = PrecomputeSettings(resolution=32, steps=2, timesteps_per_pair=1, measure_inversion=0.0, dtype="float32")
+_SETTINGS = PrecomputeSettings(
+    resolution=32, grid_points=2, timesteps_per_pair=1, measure_inversion=0.0, dtype="float32"
+)
 
 
 @pytest.fixture
@@ -246,11 +249,15 @@ def test_a_shard_committed_by_somebody_else_is_neither_read_nor_computed(
     assert ("compute", 1) not in work
 
 
-def test_the_queue_of_tasks_keeps_its_order_until_it_is_shuffled(tasks: list[ShardTask]) -> None:
-    queue = TaskQueue(tasks)
-    assert next(queue) == tasks[0]
-    queue.shuffle()
-    assert sorted(task.name for task in queue) == [task.name for task in tasks[1:]]
+def test_tasks_keep_their_order_until_another_run_is_met(tasks: list[ShardTask]) -> None:
+    many, met = [replace(tasks[0], name=f"{number:03d}") for number in range(200)], threading.Event()
+    order = in_order(many, met)
+    assert [next(order) for _ in range(100)] == many[:100]
+    met.set()
+    left = list(order)
+    assert left != many[100:]
+    assert sorted(left, key=lambda task: task.name) == many[100:]
+    assert not met.is_set()
 
 
 def test_the_report_says_where_the_time_went() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from inpo.common.errors import UsageError
 from inpo.precompute.engines.ray_cluster import connect, has_gpus, places
-from inpo.precompute.run import RayOptions
+from inpo.precompute.settings import RayOptions
 from tests.engines.runs import (
     NUM_SHARDS,
     ROOT,

@@ -22,9 +22,12 @@ SIDE_FOLDER = ROOT / "build" / "open_clip"
 def test_hps_equals_its_projects_computing(tmp_path: Path) -> None:
     paths = [str(ROOT), str(SIDE_FOLDER)] if SIDE_FOLDER.is_dir() else [str(ROOT)]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "hps_equality.py"), str(tmp_path)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}, timeout=200,
-    )  # fmt: skip
+        [sys.executable, str(Path(__file__).parent / "hps_equality.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     scores = json.loads(done.stdout.splitlines()[-1])
     assert scores["ours"] == pytest.approx(scores["upstream"], rel=1e-4, abs=1e-6)

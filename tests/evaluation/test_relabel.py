@@ -23,8 +23,8 @@ from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.levels import Levels
 from inpo.common.pairs import open_source
+from inpo.evaluation.cli import relabel
 from inpo.evaluation.relabel import relabel_cache
-from inpo.evaluation.relabel_cli import relabel
 from inpo.train.index import build_index
 from inpo.train.objectives import OBJECTIVES
 from inpo.train.records import Needs
@@ -57,26 +57,40 @@ def write_source(folder: Path, reds: dict[str, tuple[int, int]] = REDS) -> Path:
 def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]] = ((0, 2), (2, 5))) -> Path:
     """A cache with the contract's arrays, as precompute would commit it for these rows, one pair of them left out."""
     manifest = Manifest(
-        latent_shape=(1, 2, 2), family="sd",
+        latent_shape=(1, 2, 2),
+        family="sd",
         levels=LevelTables.of(Levels.from_alphas_cumprod(torch.tensor([0.9 - 0.05 * i for i in range(10)]))),
         conditions={"embedding": ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")},
-        profile="lean", seed=0, timesteps_per_pair=1, resolution=8, crop="center",
-        flip=False, vae_latent="mean", vae_dtype="float32", network_dtype="float32",
-        inverter=InverterIdentity(name="ddim", steps=5, timestep_range=(0, 10)), fingerprints={"network": "0" * 32},
-    )  # fmt: skip
+        profile="lean",
+        seed=0,
+        timesteps_per_pair=1,
+        resolution=8,
+        crop="center",
+        flip=False,
+        vae_latent="mean",
+        vae_dtype="float32",
+        network_dtype="float32",
+        inverter=InverterIdentity(name="ddim", grid_points=5, timestep_range=(0, 10)),
+        fingerprints={"network": "0" * 32},
+    )
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()
     for start, stop in rows:
         ids = [item.pair_id for item in input_shard.rows(start, stop) if "fourth" not in item.pair_id]
         count = len(ids)
         arrays = {
-            "x0": np.zeros((count, 2, 1, 2, 2), np.float16), "target": np.zeros((count, 1, 2, 1, 2, 2), np.float16),
-            "reference_error": np.zeros((count, 1, 2), np.float32), "inversion_error": np.zeros((count, 2), np.float32),
-            "timestep": np.zeros((count, 1), np.int16), "pair_id": np.array(ids, dtype=object),
-            "prompt_index": np.zeros(count, np.int32), "caption_dropped": np.zeros(count, bool),
-            "label": np.ones(count, np.float32), "prompt/text": np.array([""], dtype=object),
+            "x0": np.zeros((count, 2, 1, 2, 2), np.float16),
+            "target": np.zeros((count, 1, 2, 1, 2, 2), np.float16),
+            "reference_error": np.zeros((count, 1, 2), np.float32),
+            "inversion_error": np.zeros((count, 2), np.float32),
+            "timestep": np.zeros((count, 1), np.int16),
+            "pair_id": np.array(ids, dtype=object),
+            "prompt_index": np.zeros(count, np.int32),
+            "caption_dropped": np.zeros(count, bool),
+            "label": np.ones(count, np.float32),
+            "prompt/text": np.array([""], dtype=object),
             "prompt/embedding": np.zeros((1, 2, 2), np.float16),
-        }  # fmt: skip
+        }
         made_from = ShardSource(
             location=str(source),
             input_shard=input_shard.name,

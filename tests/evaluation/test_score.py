@@ -69,14 +69,12 @@ def test_a_number_that_is_not_finite_is_refused_with_its_image(save_images: Save
         (lambda folder: (folder / "images.jsonl").write_text(""), "names no image"),
         (lambda folder: (folder / "images.jsonl").unlink(), "no folder of generated images"),
         (
-            lambda folder: (folder / "images.jsonl").write_text(
-                (folder / "images.jsonl").read_text() * 2
-            ),
+            lambda folder: (folder / "images.jsonl").write_text((folder / "images.jsonl").read_text() * 2),
             "same prompt and seed",
         ),
         (lambda folder: (folder / "images.jsonl").write_bytes(b'{"prompt": "gr\xfcn"}\n'), "not UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_folder_is_refused(
     save_images: SaveImages, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
@@ -128,7 +126,7 @@ def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, 
 
 @pytest.mark.parametrize(
     ("command", "shown"),
-    [("generate", "[default: 7.5]"), ("score", "[default: 32]"), ("compare", "[evaluate] section")],
+    [("generate", "[default: 7.5]"), ("score", "[default: (32, of large"), ("generate", "NAME[:SPLIT[:COLUMN]]")],
 )
 def test_help_shows_what_stands_in_brackets(command: str, shown: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})

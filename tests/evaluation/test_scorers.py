@@ -36,14 +36,24 @@ def clip_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A whole CLIP in transformers' format, with random weights and a tokenizer of 16 tokens."""
     tokenizer = open_model(str(tiny_model)).load_text_pipeline().tokenizer
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
         "patch_size": 7,
-    }  # fmt: skip
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
@@ -117,9 +127,15 @@ def write_head(file: Path, width: int) -> torch.nn.Sequential:
 
     torch.manual_seed(1)
     layers = Sequential(
-        Linear(width, 1024), Dropout(0.2), Linear(1024, 128), Dropout(0.2), Linear(128, 64), Dropout(0.1),
-        Linear(64, 16), Linear(16, 1),
-    )  # fmt: skip
+        Linear(width, 1024),
+        Dropout(0.2),
+        Linear(1024, 128),
+        Dropout(0.2),
+        Linear(128, 64),
+        Dropout(0.1),
+        Linear(64, 16),
+        Linear(16, 1),
+    )
     torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, file)
     return layers.eval()
 

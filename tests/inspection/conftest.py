@@ -95,7 +95,7 @@ def write_cache(tiny) -> Callable[..., Path]:
         **changes: Any,
     ) -> Path:
         model = open_model(str(tiny(kind)))
-        inverter = {"name": "ddim", "steps": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
+        inverter = {"name": "ddim", "grid_points": STEPS, "timestep_range": (0, 1000)} | changes.pop("inverter", {})
         values = {
             "latent_shape": (4, 8, 8),
             "family": model.family.name,

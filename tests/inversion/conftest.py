@@ -90,8 +90,8 @@ def condition(num_pairs: int, width: int = 32, seed: int = 1) -> Condition:
 def inverted() -> Callable[..., Inverted]:
     """inverted(denoiser, x0, **settings): the function under test with short settings.
 
-    Settings that belong to the identity (name, steps, guidance, ...) and to the call (seed, timesteps_per_pair, extra,
-    measure_inversion, pairs_per_batch) may be mixed.
+    Settings that belong to the identity (name, grid_points, guidance, ...) and to the call (seed, timesteps_per_pair,
+    extra, measure_inversion, pairs_per_batch) may be mixed.
     """
 
     def build(denoiser: Denoiser, x0: Tensor, **settings: Any) -> Inverted:
@@ -102,7 +102,7 @@ def inverted() -> Callable[..., Inverted]:
             for key in ("seed", "timesteps_per_pair", "extra", "measure_inversion", "pairs_per_batch", "pair_ids")
             if key in settings
         }
-        steps = settings.setdefault("steps", 5)
+        grid_points = settings.setdefault("grid_points", 5)
         identity = InverterIdentity(**{"name": "ddim", "timestep_range": (0, total), **settings})
         return invert(
             denoiser,
@@ -111,7 +111,7 @@ def inverted() -> Callable[..., Inverted]:
                 "pair_ids": [f"pair-{index}" for index in range(count)],
                 "identity": identity,
                 "seed": 0,
-                "timesteps_per_pair": steps,
+                "timesteps_per_pair": grid_points,
                 "caption": condition(count),
                 "empty": condition(count, seed=2),
                 **call,

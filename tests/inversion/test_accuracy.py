@@ -54,7 +54,7 @@ def ode_error(
     inverted: Callable,
     x0: Tensor,
     name: str,
-    steps: int,
+    grid_points: int,
     *,
     noised_start: float = 0.0,
     **settings: object,
@@ -67,15 +67,15 @@ def ode_error(
         mixture,
         x0,
         name=name,
-        steps=steps,
+        grid_points=grid_points,
         timesteps_per_pair=1,
-        timestep_range=(T - T // steps, T),
+        timestep_range=(T - T // grid_points, T),
         noised_start=noised_start,
         **settings,
     )
     squares = []
     if noised_start:
-        grid = inverted(mixture, x0, name="noise", noised_start=1.0, steps=steps).timestep.numpy()
+        grid = inverted(mixture, x0, name="noise", noised_start=1.0, grid_points=grid_points).timestep.numpy()
     for pair in range(len(x0)):
         start, begin = x0[pair].double().numpy().ravel(), 0.0
         if noised_start:
@@ -93,7 +93,7 @@ def test_ddim_is_of_first_order_and_ab2_of_second(mixture: Denoiser, latents: Ca
     x0 = latents(2, (1, 5, 5))
     order = {}
     for name in ("ddim", "ab2"):
-        errors = [ode_error(mixture, inverted, x0, name, steps) for steps in (32, 64, 128)]
+        errors = [ode_error(mixture, inverted, x0, name, grid_points) for grid_points in (32, 64, 128)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (np.abs(order["ddim"] - 1) < 0.1).all(), order
     # Second order up to a logarithm: at the clean end the extrapolation's variable is the logarithm of sigma.
@@ -109,7 +109,7 @@ def test_from_a_noised_point_on_ab2_is_of_full_second_order(
     order = {}
     for name in ("ddim", "ab2"):
         # Not finer: at n = 64 the rounding of what is stored is as large as ab2's error.
-        errors = [ode_error(mixture, inverted, x0, name, steps, noised_start=0.25) for steps in (8, 16, 32)]
+        errors = [ode_error(mixture, inverted, x0, name, grid_points, noised_start=0.25) for grid_points in (8, 16, 32)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
     print(order)
     # The grid's offset moves where the inversion begins and ends from one n to the next: 1.8 to 2.3 without rounding.
@@ -133,7 +133,7 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
     denoiser = linear(prediction_type)
     denoiser.network.mix.data *= 0.3  # a contraction, so that the iteration has a limit
     x0 = latents(2)
-    settings = {"steps": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
+    settings = {"grid_points": 12, "timesteps_per_pair": 12, "timestep_range": (0, 1000)}
     made = inverted(denoiser, x0, name="fixed_point", iterations=60, tolerance=2e-6, **settings)
     explicit = inverted(denoiser, x0, name="ddim", **settings)
     assert made.residual is not None
@@ -160,12 +160,12 @@ def test_fixed_point_converges_to_the_exact_ddim_inverse(
 
 def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Callable, inverted: Callable) -> None:
     denoiser, x0 = linear(), latents(2)
-    loose = inverted(denoiser, x0, name="fixed_point", steps=4, iterations=2, tolerance=1e-12)
+    loose = inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=2, tolerance=1e-12)
     assert loose.residual is not None
     assert (loose.residual > 1e-12).all()
     assert loose.finite.all()
     calls = denoiser.num_calls
-    inverted(denoiser, x0, name="fixed_point", steps=4, iterations=9, tolerance=1e6)
+    inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=9, tolerance=1e6)
     # one iteration is enough for any tolerance that large: start, then 2 calls per point
     assert denoiser.num_calls - calls == 2 * 2 * (1 + 2 * 4)
 
@@ -173,7 +173,7 @@ def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Ca
 def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t: once more, in float64."""
     denoiser, x0 = linear(), latents(3)
-    made = inverted(denoiser, x0, steps=6, measure_inversion=1.0)
+    made = inverted(denoiser, x0, grid_points=6, measure_inversion=1.0)
     mix = denoiser.network.mix.detach().double()
     text = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).mean().item()
     a, s = denoiser.levels.signal, denoiser.levels.noise
@@ -193,8 +193,8 @@ def test_inversion_error_is_the_forward_round_trip(linear: Callable, latents: Ca
 
 def test_the_share_of_measured_pairs(linear: Callable, latents: Callable, inverted: Callable) -> None:
     denoiser, x0 = linear(), latents(40)
-    none = inverted(denoiser, x0, steps=2, measure_inversion=0.0)
-    some = inverted(denoiser, x0, steps=2, measure_inversion=0.3)
+    none = inverted(denoiser, x0, grid_points=2, measure_inversion=0.0)
+    some = inverted(denoiser, x0, grid_points=2, measure_inversion=0.3)
     assert none.inversion_error.isnan().all()
     measured = ~some.inversion_error.isnan()
     assert (measured[:, 0] == measured[:, 1]).all()

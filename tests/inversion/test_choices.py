@@ -31,7 +31,7 @@ A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """x_t = scheduler.add_noise(x0, noise, t), target = noise, one noise for both sides and all timesteps of a pair."""
     denoiser, x0 = linear(shape=(4, 8, 8)), latents(6, (4, 8, 8))
-    made = inverted(denoiser, x0, name="noise", noised_start=1.0, steps=4)
+    made = inverted(denoiser, x0, name="noise", noised_start=1.0, grid_points=4)
     noise = made.target[:, :1, :1]
     assert (made.target == noise).all()
     assert len({tuple(pair.flatten().tolist()) for pair in noise}) == 6
@@ -49,7 +49,7 @@ def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, in
     )
     # the same as a start noised up to the last label; and no network call but one per record
     calls = denoiser.num_calls
-    same = inverted(denoiser, x0, name="ddim", noised_start=1.0, steps=4)
+    same = inverted(denoiser, x0, name="ddim", noised_start=1.0, grid_points=4)
     assert denoiser.num_calls - calls == 6 * 2 * 4
     for name in ("timestep", "target", "x_t", "delta", "reference_error"):
         assert torch.equal(getattr(same, name), getattr(made, name)), name
@@ -59,9 +59,9 @@ def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, in
 def test_noised_start_then_inversion(linear: Callable, latents: Callable, inverted: Callable, name: str) -> None:
     denoiser, x0 = linear(), latents(4)
     made = inverted(
-        denoiser, x0, name=name, noised_start=0.4, steps=8, extra=("delta_prev",), iterations=1, tolerance=0.0
+        denoiser, x0, name=name, noised_start=0.4, grid_points=8, extra=("delta_prev",), iterations=1, tolerance=0.0
     )
-    pure = inverted(denoiser, x0, name="noise", noised_start=1.0, steps=8)
+    pure = inverted(denoiser, x0, name="noise", noised_start=1.0, grid_points=8)
     for pair in range(4):
         below = made.timestep[pair] < 400
         assert 2 <= int(below.sum()) <= 4
@@ -93,7 +93,7 @@ def test_noised_start_does_not_depend_on_which_points_are_kept(
 ) -> None:
     denoiser, x0 = linear(), latents(6)
     for name in ("ddim", "ab2"):
-        settings = {"name": name, "noised_start": 0.5, "steps": 8}
+        settings = {"name": name, "noised_start": 0.5, "grid_points": 8}
         whole = inverted(denoiser, x0, timesteps_per_pair=8, **settings)
         some = inverted(denoiser, x0, timesteps_per_pair=2, **settings)
         for pair in range(6):
@@ -109,7 +109,7 @@ def test_guidance_calls_and_reference(linear: Callable, latents: Callable, inver
     made, calls = {}, {}
     for guidance in (0.0, 1.0, 5.0):
         denoiser = linear()
-        made[guidance] = inverted(denoiser, x0, steps=4, guidance=guidance, extra=("eps_ref",))
+        made[guidance] = inverted(denoiser, x0, grid_points=4, guidance=guidance, extra=("eps_ref",))
         calls[guidance] = denoiser.num_calls / 4
     assert calls == {0.0: 5 + 4, 1.0: 5, 5.0: 2 * 5}
     assert torch.equal(made[1.0].eps_ref, made[1.0].delta)
@@ -139,7 +139,7 @@ def test_the_released_codes_target_is_not_the_noise(
 
     The loop's own noise is at most 0.1 of the target: over 2,304 values that leaves the weights uncertain by 0.002.
     """
-    identity = InverterIdentity(name="ddim", steps=10, faithful=True, timestep_range=(0, 1000))
+    identity = InverterIdentity(name="ddim", grid_points=10, faithful=True, timestep_range=(0, 1000))
     schedule = Levels.from_scheduler(SCHEDULER)
 
     def kept(number: int) -> list[int]:
@@ -151,7 +151,7 @@ def test_the_released_codes_target_is_not_the_noise(
     x0 = torch.randn(1, 2, 4, 24, 24, generator=random).half()
     noise = torch.randn(4, 24, 24, generator=random)
     denoiser = Denoiser(Constant(noise), schedule, FAMILIES["sd"].call)
-    made = inverted(denoiser, x0, steps=10, faithful=True, pair_ids=[str(number)])
+    made = inverted(denoiser, x0, grid_points=10, faithful=True, pair_ids=[str(number)])
     step = made.timestep[0].tolist().index(timestep)
     for side in range(2):
         columns = np.stack([x0[0, side].double().numpy().ravel(), noise.double().numpy().ravel()], axis=1)
@@ -179,7 +179,7 @@ def test_batch_size_and_order_change_nothing_but_rounding(
     denoiser = Denoiser(tiny_unet, Levels.from_scheduler(SCHEDULER), FAMILIES["sd"].call)
     settings = {
         "name": name,
-        "steps": 4,
+        "grid_points": 4,
         "timesteps_per_pair": 3,
         "refine_start": 3 if name == "ab2" else 0,
         "noised_start": 1.0 if name == "noise" else 0.0,

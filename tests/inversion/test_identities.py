@@ -45,7 +45,7 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
     """x0(t+k) = x0(t) - sigma_{t+k} * [eps(a_{t+k} x0(t) + s_{t+k} delta_t, t+k, c) - delta_t]."""
     denoiser = linear(prediction_type)
     x0 = latents(3)
-    made = inverted(denoiser, x0, steps=6)
+    made = inverted(denoiser, x0, grid_points=6)
     for pair in range(3):
         for side in range(2):
             clean = x0[pair, side].double().numpy()
@@ -65,7 +65,7 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
 @given(
     prediction_type=st.sampled_from(PREDICTIONS),
     name=st.sampled_from(["ddim", "ab2", "fixed_point", "noise"]),
-    steps=st.integers(1, 12),
+    grid_points=st.integers(1, 12),
     kept=st.integers(1, 12),
     refine=st.integers(0, 3),
     noised=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
@@ -79,7 +79,7 @@ def test_the_identities_hold_for_every_inverter(
     inverted: Callable,
     prediction_type: str,
     name: str,
-    steps: int,
+    grid_points: int,
     kept: int,
     refine: int,
     noised: float,
@@ -89,12 +89,12 @@ def test_the_identities_hold_for_every_inverter(
 ) -> None:
     denoiser = linear(prediction_type, shape)
     x0 = latents(2, shape)
-    kept = min(kept, steps)
+    kept = min(kept, grid_points)
     made = inverted(
         denoiser,
         x0,
         name=name,
-        steps=steps,
+        grid_points=grid_points,
         timesteps_per_pair=kept,
         seed=seed,
         refine_start=0 if name == "noise" else refine,
@@ -146,7 +146,7 @@ def test_the_step_before_the_first_record_leaves_the_clean_end(
     linear: Callable, latents: Callable, inverted: Callable, name: str
 ) -> None:
     denoiser, x0 = linear(), latents(1)
-    made = inverted(denoiser, x0, name=name, steps=4, extra=("delta_prev",))
+    made = inverted(denoiser, x0, name=name, grid_points=4, extra=("delta_prev",))
     t = int(made.timestep[0, 0])
     clean = x0[0].double().numpy()
     for side in range(2):
@@ -157,7 +157,7 @@ def test_the_step_before_the_first_record_leaves_the_clean_end(
 
 def test_identity_4_delta_prev_carried_the_trajectory(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """delta_{t-k} = (x_t - a_t x0(t-k)) / s_t: the noise that carried the trajectory is the previous point's."""
-    made = inverted(linear(), latents(2), steps=6, extra=("delta_prev",))
+    made = inverted(linear(), latents(2), grid_points=6, extra=("delta_prev",))
     for pair, step, side in np.ndindex(2, 6, 2):
         if step == 0:
             continue
@@ -172,7 +172,7 @@ def test_identity_4_delta_prev_carried_the_trajectory(linear: Callable, latents:
 def test_ab2_step_as_printed(linear: Callable, latents: Callable, inverted: Callable) -> None:
     """z_t = z_s + (sigma_t - sigma_s) delta_s + C (delta_s - delta_r), C from asinh, sigma_0 the table's first."""
     denoiser, x0 = linear(), latents(1)
-    made = inverted(denoiser, x0, name="ab2", steps=6)
+    made = inverted(denoiser, x0, name="ab2", grid_points=6)
 
     def big_a(sigma: float) -> float:
         return np.arcsinh(sigma / SIGMA[0])
@@ -201,7 +201,7 @@ def test_theta_equal_to_the_reference_has_the_stored_error(
 ) -> None:
     """Identity 6, the acceptance test of a cache: a trainer's E_theta at what is stored is E_ref, record by record."""
     denoiser = Denoiser(tiny_unet, Levels.from_alphas_cumprod(torch.from_numpy(ABAR)), FAMILIES["sd"].call)
-    made = inverted(denoiser, latents(3, (4, 8, 8)), steps=5, pairs_per_batch=2)
+    made = inverted(denoiser, latents(3, (4, 8, 8)), grid_points=5, pairs_per_batch=2)
     tokens = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     x_t, target = made.x_t.flatten(0, 2).float(), made.target.flatten(0, 2).float()
     timestep = made.timestep[:, :, None].expand(3, 5, 2).flatten().long()

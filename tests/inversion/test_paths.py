@@ -19,7 +19,7 @@ SIGMA = SCHEDULE.sigma.numpy()
 
 
 def identity(**changes: object) -> InverterIdentity:
-    return InverterIdentity(**{"name": "ddim", "steps": 10, "timestep_range": (0, 1000), **changes})
+    return InverterIdentity(**{"name": "ddim", "grid_points": 10, "timestep_range": (0, 1000), **changes})
 
 
 def levels_of(path: object) -> list[int]:
@@ -31,27 +31,27 @@ def kept_of(path: object) -> list[int]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), steps=st.integers(1, 60), seed=st.integers(0, 5), pair=st.text(max_size=8))
-def test_every_path(data: st.DataObject, steps: int, seed: int, pair: str) -> None:
-    kept = data.draw(st.integers(1, steps))
+@given(data=st.data(), n=st.integers(1, 60), seed=st.integers(0, 5), pair=st.text(max_size=8))
+def test_every_path(data: st.DataObject, n: int, seed: int, pair: str) -> None:
+    kept = data.draw(st.integers(1, n))
     refine = data.draw(st.integers(0, 8))
     noised_start = data.draw(st.sampled_from([0.0, 0.01, 0.3, 0.95, 1.0]))
     low = data.draw(st.integers(0, 900))
     high = data.draw(st.integers(low + 1, 1000))
-    chosen = identity(steps=steps, refine_start=refine, noised_start=noised_start, timestep_range=(low, high))
+    chosen = identity(n=n, refine_start=refine, noised_start=noised_start, timestep_range=(low, high))
     try:
         check_settings(chosen, num_train_timesteps=1000, timesteps_per_pair=kept)
     except UsageError:
-        assert kept > 1 or high - low < 1000 / steps + 1  # one point per 1000 / n labels is always there
+        assert kept > 1 or high - low < 1000 / n + 1  # one point per 1000 / n labels is always there
         return
     path = build_path(chosen, SCHEDULE, seed=seed, pair_id=pair, timesteps_per_pair=kept)
     # The grid, from a path that keeps everything and adds nothing.
-    whole = build_path(identity(steps=steps), SCHEDULE, seed=seed, pair_id=pair, timesteps_per_pair=steps)
+    whole = build_path(identity(grid_points=n), SCHEDULE, seed=seed, pair_id=pair, timesteps_per_pair=n)
     grid = kept_of(whole)
-    assert len(grid) == steps
+    assert len(grid) == n
     gaps = np.diff(grid)
-    assert steps == 1 or (np.floor(1000 / steps) <= gaps.min() and gaps.max() <= np.ceil(1000 / steps))
-    assert 0 <= grid[0] < np.ceil(1000 / steps)
+    assert n == 1 or (np.floor(1000 / n) <= gaps.min() and gaps.max() <= np.ceil(1000 / n))
+    assert 0 <= grid[0] < np.ceil(1000 / n)
     levels, records = levels_of(path), kept_of(path)
     assert len(records) == kept == len(set(records))
     assert records == sorted(records)
@@ -101,7 +101,7 @@ def test_all_noised_leaves_nothing_to_refine() -> None:
 def test_every_timestep_is_covered_uniformly() -> None:
     counts = np.zeros(1000)
     for pair in range(3000):
-        path = build_path(identity(steps=7), SCHEDULE, seed=0, pair_id=str(pair), timesteps_per_pair=2)
+        path = build_path(identity(grid_points=7), SCHEDULE, seed=0, pair_id=str(pair), timesteps_per_pair=2)
         counts[kept_of(path)] += 1
     assert counts.sum() == 6000
     tens = counts.reshape(10, 100).sum(1)
@@ -124,8 +124,8 @@ def test_the_released_grid() -> None:
         for t in kept_of(build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id=str(pair), timesteps_per_pair=6))
     }
     assert len(drawn) > 800  # any timestep, not just the grid's
-    # The stride is T // n: with 7 steps 142, and the last level is not T - T/n.
-    path = build_path(identity(faithful=True, steps=7), SCHEDULE, seed=0, pair_id="x", timesteps_per_pair=7)
+    # The stride is T // n: with 7 points 142, and the last level is not T - T/n.
+    path = build_path(identity(faithful=True, grid_points=7), SCHEDULE, seed=0, pair_id="x", timesteps_per_pair=7)
     assert set(levels_of(path)) <= {1, 143, 285, 427, 569, 711, 853}
 
 
@@ -134,7 +134,7 @@ def test_the_released_grid() -> None:
     [
         ({}, 11, ["--timesteps-per-pair", "1..10", "11"]),
         ({}, 0, ["--timesteps-per-pair", "0"]),
-        ({"steps": 1001}, 1, ["--steps", "1..1000", "1001"]),
+        ({"grid_points": 1001}, 1, ["--grid-points", "1..1000", "1001"]),
         ({"timestep_range": (0, 250)}, 3, ["--timestep-range", "at least 3", "2 of 10 in [0, 250)"]),
         ({"timestep_range": (500, 500)}, 1, ["--timestep-range", "500 500"]),
         ({"timestep_range": (0, 1001)}, 1, ["--timestep-range", "1000"]),
@@ -153,9 +153,9 @@ def test_settings_that_no_pair_could_follow_are_refused(
 
 
 @settings(max_examples=100, deadline=None)
-@given(steps=st.integers(1, 40), low=st.integers(0, 999), width=st.integers(1, 1000), kept=st.integers(1, 10))
-def test_an_accepted_range_serves_every_offset(steps: int, low: int, width: int, kept: int) -> None:
-    chosen = identity(steps=steps, timestep_range=(low, min(low + width, 1000)))
+@given(grid_points=st.integers(1, 40), low=st.integers(0, 999), width=st.integers(1, 1000), kept=st.integers(1, 10))
+def test_an_accepted_range_serves_every_offset(grid_points: int, low: int, width: int, kept: int) -> None:
+    chosen = identity(grid_points=grid_points, timestep_range=(low, min(low + width, 1000)))
     try:
         check_settings(chosen, num_train_timesteps=1000, timesteps_per_pair=kept)
     except UsageError:

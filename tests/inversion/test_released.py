@@ -37,15 +37,15 @@ half, single = np.float16, np.float32
 
 
 def released_loop(
-    config: dict[str, Any], latents: np.ndarray, timestep: int, unet: Network, randn: Randn, *, steps: int = 10
+    config: dict[str, Any], latents: np.ndarray, timestep: int, unet: Network, randn: Randn, *, grid_points: int = 10
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """(x in float32 before it is cast for the loss, target in float32, the labels that the network was told)."""
     abar = DDIMScheduler(**config).alphas_cumprod.numpy()  # float32: the inverse scheduler's, moved but not cast
     cast = abar.astype(half)  # the noise scheduler's, cast to the weights' type
     first = single(1) if config["set_alpha_to_one"] else abar[0]  # of both: made before the cast
-    stride = 1000 // steps
+    stride = 1000 // grid_points
     # set_timesteps: the grid rolled by one, its first entry replaced
-    labels = [config["steps_offset"] - stride] + [config["steps_offset"] + stride * i for i in range(steps - 1)]
+    labels = [config["steps_offset"] - stride] + [config["steps_offset"] + stride * i for i in range(grid_points - 1)]
     labels = [label for label in labels if label < timestep]
     x = latents.astype(single)
     for label in labels:
@@ -80,22 +80,24 @@ def rounding_of_x_t(x: np.ndarray, x0: np.ndarray, target: np.ndarray, timestep:
     return tables + coefficients + s * rounding_of_target(x, target, s) + half_unit(x0) + half_unit(x)
 
 
-@pytest.mark.parametrize("steps", [10, 7, 3])
+@pytest.mark.parametrize("grid_points", [10, 7, 3])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"set_alpha_to_one": True}, {"steps_offset": 0}, {"clip_sample": True}],
     ids=["stable-diffusion", "alpha-one", "offset-0", "clipped"],
 )
 def test_faithful_is_the_released_loop(
-    linear: Callable, latents: Callable, inverted: Callable, changes: dict[str, Any], steps: int
+    linear: Callable, latents: Callable, inverted: Callable, changes: dict[str, Any], grid_points: int
 ) -> None:
     """Every record of 8 pairs: the same latents, the same noise, to rounding."""
     config = {**STABLE_DIFFUSION, **changes}
     schedule = Levels.from_scheduler(DDIMScheduler(**config))
     denoiser = Denoiser(linear().network, schedule, FAMILIES["sd"].call)
     x0 = latents(8)
-    kept = min(steps, 6)
-    made = inverted(denoiser, x0, steps=steps, faithful=True, timesteps_per_pair=kept, seed=2, extra=("delta_prev",))
+    kept = min(grid_points, 6)
+    made = inverted(
+        denoiser, x0, grid_points=grid_points, faithful=True, timesteps_per_pair=kept, seed=2, extra=("delta_prev",)
+    )
     told: list[int] = []
 
     def unet(x: np.ndarray, label: int) -> np.ndarray:
@@ -114,7 +116,7 @@ def test_faithful_is_the_released_loop(
             t,
             unet,
             lambda level, pair=pair: normal((2, 2, 3, 3), 2, f"pair-{pair}", "extra", level).numpy(),
-            steps=steps,
+            grid_points=grid_points,
         )
         got = made.target[pair, step].double().numpy()
         bound = rounding_of_target(x, target, np.sqrt(1 - abar[t]))
@@ -130,7 +132,7 @@ def test_faithful_is_the_released_loop(
         np.testing.assert_array_equal(
             x_t, (np.sqrt(abar[t]) * clean.astype(np.float64) + np.sqrt(1 - abar[t]) * got).astype(half)
         )
-    assert min(told) == config["steps_offset"] - 1000 // steps
+    assert min(told) == config["steps_offset"] - 1000 // grid_points
 
 
 def test_the_online_loop_is_the_same_one(linear: Callable, latents: Callable) -> None:
@@ -167,22 +169,22 @@ def test_the_online_loop_is_the_same_one(linear: Callable, latents: Callable) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps", "words"),
+    ("changes", "grid_points", "words"),
     [
         ({"prediction_type": "v_prediction"}, 10, ["--faithful", "v_prediction"]),
         ({"timestep_spacing": "trailing"}, 10, ["--faithful", "trailing"]),
-        ({}, 501, ["--steps", "at most 500", "501"]),
+        ({}, 501, ["--grid-points", "at most 500", "501"]),
     ],
 )
 def test_what_the_released_loop_cannot_do_is_refused(
-    linear: Callable, latents: Callable, inverted: Callable, changes: dict[str, Any], steps: int, words: list[str]
+    linear: Callable, latents: Callable, inverted: Callable, changes: dict[str, Any], grid_points: int, words: list[str]
 ) -> None:
     schedule = Levels.from_scheduler(DDIMScheduler(**{**STABLE_DIFFUSION, **changes}))
     with pytest.raises((ModelError, UsageError)) as raised:
         inverted(
             Denoiser(linear().network, schedule, FAMILIES["sd"].call),
             latents(1),
-            steps=steps,
+            grid_points=grid_points,
             faithful=True,
             timesteps_per_pair=1,
         )

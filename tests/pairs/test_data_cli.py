@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from inpo.common.errors import DataError, StorageError, UsageError
 from inpo.common.pairs import Pair, open_source
-from inpo.precompute.data_cli import app
+from inpo.data.cli import app
 
 PickRow = Callable[..., dict[str, object]]
 WriteParquet = Callable[..., Path]
@@ -143,7 +143,7 @@ def test_a_killed_pack_leaves_no_output(tmp_path: Path, encoded: Callable[..., b
     (tmp_path / "a.png").write_bytes(encoded(0))
     lines = [{"win": "a.png", "lose": "a.png", "prompt": "p", "id": str(i)} for i in range(20_000)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    script = "import sys; from inpo.precompute.data_cli import app; app(sys.argv[1:])"
+    script = "import sys; from inpo.data.cli import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", script, "pack", tmp_path / "pairs.jsonl", tmp_path / "out", "--pairs-per-tar", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY)
     try:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from inpo.common.pairs import SKIP_REASONS
 from inpo.common.pairs.images import MAX_PIXELS
-from inpo.precompute.data_cli import app
+from inpo.data.cli import app
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 

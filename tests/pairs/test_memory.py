@@ -88,7 +88,7 @@ def test_one_huge_row_group_streams_in_little_memory(parquet: Path) -> None:
 
 
 def test_a_tar_streams_in_little_memory(parquet: Path, tmp_path: Path) -> None:
-    pack = "import sys; from inpo.precompute.data_cli import app; app(sys.argv[1:])"
+    pack = "import sys; from inpo.data.cli import app; app(sys.argv[1:])"
     python(pack, "pack", parquet, tmp_path / "out")
     found = measure(tmp_path / "out", decode_every=10)
     assert found["pairs"] == 1400

@@ -16,7 +16,8 @@ from PIL import Image
 import inpo.precompute.engines.local as local_engine
 from inpo.common.cache import Cache, open_cache
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.run import RayOptions, run_precompute
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 from inpo.precompute.worker import Components
 
 WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
@@ -102,7 +103,7 @@ class Runs:
     def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
         settings = {
             "resolution": 32,
-            "steps": 3,
+            "grid_points": 3,
             "timesteps_per_pair": 3,
             "batch_size": 4,
             "decode_workers": 0,

@@ -100,7 +100,7 @@ def test_every_stored_tensor(
 ) -> None:
     pairs = examples(2)
     source = write_tars(tmp_path / "pairs", pairs, 2)
-    cache = run.cache(source, pipelines(kind), tmp_path / "cache", steps=4, timesteps_per_pair=4)
+    cache = run.cache(source, pipelines(kind), tmp_path / "cache", grid_points=4, timesteps_per_pair=4)
     model = Float64Model(pipelines(kind))
     (shard,) = cache
     read = {path: shard.read(path) for path in (spec.path for spec in cache.manifest.arrays)}
@@ -158,8 +158,12 @@ def test_the_grid_comes_from_the_hash_of_seed_and_pair_id(
 ) -> None:
     pairs = examples(6)
     source = write_tars(tmp_path / "pairs", pairs, 6)
-    whole = by_id(run.cache(source, pipelines(), tmp_path / "all", steps=4, timesteps_per_pair=4, seed=3), "timestep")
-    some = by_id(run.cache(source, pipelines(), tmp_path / "some", steps=4, timesteps_per_pair=2, seed=3), "timestep")
+    whole = by_id(
+        run.cache(source, pipelines(), tmp_path / "all", grid_points=4, timesteps_per_pair=4, seed=3), "timestep"
+    )
+    some = by_id(
+        run.cache(source, pipelines(), tmp_path / "some", grid_points=4, timesteps_per_pair=2, seed=3), "timestep"
+    )
     for pair in pairs:
         u = _uniform(3, pair.pair_id, "offset")
         grid = [int((i + u) * 1000 // 4) for i in range(4)]

@@ -32,8 +32,8 @@ def recipe(pipelines: Callable, examples: Callable, write_tars: Callable, tmp_pa
     file = tmp_path / "recipe.toml"
     file.write_text(
         f'[model]\nmodel = "{pipelines()}"\n[data]\npairs = "{source}"\ncache = "{tmp_path / "cache"}"\n'
-        '[precompute]\nresolution = 32\nsteps = 6\ntimesteps_per_pair = 2\nextra = ["delta_prev"]\nfaithful = false\n'
-        "timestep_range = [100, 900]\nmeasure_inversion = 0.0\n"
+        '[precompute]\nresolution = 32\ngrid_points = 6\ntimesteps_per_pair = 2\nextra = ["delta_prev"]\n'
+        "faithful = false\ntimestep_range = [100, 900]\nmeasure_inversion = 0.0\n"
     )
     return file
 
@@ -41,13 +41,13 @@ def recipe(pipelines: Callable, examples: Callable, write_tars: Callable, tmp_pa
 def test_the_recipe_stands_where_no_flag_is_given(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run"])
     assert result.exit_code == 0, result.output
-    for line in ("steps = 6", "timesteps_per_pair = 2", 'extra = ["delta_prev"]', "timestep_range = [100, 900]"):
+    for line in ("grid_points = 6", "timesteps_per_pair = 2", 'extra = ["delta_prev"]', "timestep_range = [100, 900]"):
         assert line in result.output
 
 
 def test_flags_win_over_the_recipe(app: typer.Typer, recipe: Path) -> None:
     flags = [
-        "--steps",
+        "--grid-points",
         "8",
         "--timestep-range",
         "200",
@@ -69,7 +69,7 @@ def test_flags_win_over_the_recipe(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run", *flags])
     assert result.exit_code == 0, result.output
     for line in (
-        "steps = 8",
+        "grid_points = 8",
         "timestep_range = [200, 800]",
         'extra = ["delta_prev", "eps_ref"]',
         'inverter = "ab2"',
@@ -106,7 +106,7 @@ def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path) -> No
 def test_the_front_door_opens_without_the_heavy_libraries() -> None:
     """Every command, and --help, would wait for them; a Ctrl-C meanwhile falls into the middle of an import."""
     heavy = "torch diffusers transformers accelerate pyarrow webdataset zarr"
-    code = f"import sys, inpo; print(*(name for name in '{heavy}'.split() if name in sys.modules))"
+    code = f"import sys, inpo.cli; print(*(name for name in '{heavy}'.split() if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from inpo.common.pairs import Pair, Skipped
-from inpo.precompute.decode import DecodePool, PreparedPair, measure_pair, prepare_pair
+from inpo.common.pairs.decode import DecodePool, PreparedPair, measure_pair, prepare_pair
 
 
 class Deadly(bytes):
@@ -210,7 +210,7 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
 _KILLED = """
 import os, sys, time
 from inpo.common.pairs import Pair
-from inpo.precompute.decode import DecodePool
+from inpo.common.pairs.decode import DecodePool
 
 def process(pair):
     time.sleep(0.01)
@@ -261,7 +261,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     """Without the guard every worker would run the script again; Python refuses."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from inpo.precompute.decode import DecodePool, measure_pair\n"
+        "from inpo.common.pairs.decode import DecodePool, measure_pair\n"
         "from inpo.common.pairs import Pair\n"
         "pair = Pair(pair_id='a', prompt='', win=b'', lose=b'', label=1.0, row=0)\n"
         "list(DecodePool(1).map(measure_pair, [pair], on_crash=print))\n"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from inpo.common.models import open_model
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import Components
 
 
@@ -33,7 +34,7 @@ def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) ->
         (True, "bfloat16", "float32"),
         (None, "bfloat16", "float32"),
         (False, "bfloat16", "bfloat16"),
-        (False, "fp16", "float16"),
+        (False, "float16", "float16"),
         (False, "float32", "float32"),
     ],
 )
@@ -66,7 +67,7 @@ def test_the_vae_of_a_bfloat16_run_computes_in_float32(
         layer.register_forward_hook(lambda module, inputs, output: ran.append(output.dtype))
 
     run.prepare = watch
-    settings = {"steps": 1, "timesteps_per_pair": 1}
+    settings = {"grid_points": 1, "timesteps_per_pair": 1}
     single = by_id(run.cache(source, pipelines("sdxl"), tmp_path / "a", dtype="float32", **settings), "x0")
     mixed = by_id(run.cache(source, pipelines("sdxl"), tmp_path / "b", dtype="bfloat16", **settings), "x0")
     assert set(ran) == {torch.float32}
@@ -98,7 +99,7 @@ def test_each_distinct_prompt_of_a_shard_is_encoded_once(
     run.prepare = watch
     pairs = examples(6)  # four prompts in turn: two of them twice
     source = write_tars(tmp_path / "pairs", pairs, 6)
-    cache = run.cache(source, pipelines(kind), tmp_path / "cache", steps=1, timesteps_per_pair=1)
+    cache = run.cache(source, pipelines(kind), tmp_path / "cache", grid_points=1, timesteps_per_pair=1)
     prompts = ["", *sorted({pair.prompt for pair in pairs})]
     assert asked == prompts
     (shard,) = cache

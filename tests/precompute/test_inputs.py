@@ -19,7 +19,8 @@ from inpo.common.errors import CacheMismatch, CacheMissing, DataError, ModelErro
 from inpo.common.levels import Levels
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -71,7 +72,7 @@ def test_a_cache_shard_has_at_most_256_rows(
     source = write_list(
         [{"prompt": "a cat", "id": str(row), "label": 1.0 if row in kept else 0.5} for row in range(600)]
     )
-    cache = run.cache(source, pipelines(), tmp_path / "cache", steps=1, timesteps_per_pair=1)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", grid_points=1, timesteps_per_pair=1)
     assert [commit.source.rows for commit in cache.commits.values()] == [(0, 256), (256, 512), (512, 600)]
     assert [commit.num_pairs for commit in cache.commits.values()] == [2, 1, 0]
     assert [commit.skipped for commit in cache.commits.values()] == [{"tie": 254}, {"tie": 255}, {"tie": 88}]
@@ -242,7 +243,9 @@ def test_shards_are_made_with_the_caches_own_noise_table(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """Another machine's libraries may round the scheduler's table otherwise: what is appended obeys the manifest's."""
-    settings = PrecomputeSettings(resolution=32, steps=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32")
+    settings = PrecomputeSettings(
+        resolution=32, grid_points=3, timesteps_per_pair=3, measure_inversion=0.0, dtype="float32"
+    )
     made = build_manifest(settings, open_model(str(pipelines())), device_type="cpu")
     abar = np.array(made.levels.signal) ** 2
     table = abar * (1 - 9e-7)

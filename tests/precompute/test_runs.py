@@ -20,7 +20,8 @@ import inpo.precompute.plan as plan_module
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.cli import precompute as precompute_command
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 from inpo.precompute.worker import Components
 
 
@@ -208,18 +209,23 @@ def test_another_model_or_settings_are_refused_with_both_values(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     source = write_tars(tmp_path / "pairs", examples(1), 1)
-    run.cache(source, pipelines(), tmp_path / "cache", steps=3)
+    run.cache(source, pipelines(), tmp_path / "cache", grid_points=3)
     loaded = len(run.components)
     with pytest.raises(CacheMismatch) as raised:
-        run(source, pipelines(), tmp_path / "cache", steps=4, seed=7)
-    for words in ("inverter.steps = 3 (in the cache)", "inverter.steps = 4 (this run)", "seed = 0", "seed = 7"):
+        run(source, pipelines(), tmp_path / "cache", grid_points=4, seed=7)
+    for words in (
+        "inverter.grid_points = 3 (in the cache)",
+        "inverter.grid_points = 4 (this run)",
+        "seed = 0",
+        "seed = 7",
+    ):
         assert words in str(raised.value)
     other = save_tiny_pipeline(tmp_path / "other", seed=1)
     with pytest.raises(CacheMismatch, match=r"fingerprints\.network"):
-        run(source, other, tmp_path / "cache", steps=3)
+        run(source, other, tmp_path / "cache", grid_points=3)
     assert len(run.components) == loaded  # before any model work
     # What does not change the numbers may change.
-    assert run(source, pipelines(), tmp_path / "cache", steps=3, batch_size=1, decode_workers=2) == 0
+    assert run(source, pipelines(), tmp_path / "cache", grid_points=3, batch_size=1, decode_workers=2) == 0
 
 
 @pytest.mark.parametrize(
@@ -227,8 +233,8 @@ def test_another_model_or_settings_are_refused_with_both_values(
     [
         ({"timesteps_per_pair": 4}, UsageError, ["--timesteps-per-pair", "1..3", "4"]),
         ({"timestep_range": (0, 200)}, UsageError, ["--timestep-range", "[0, 200)"]),
-        ({"inverter": "euler"}, UsageError, ["euler", "ddim, ab2, fixed_point, noise"]),
-        ({"extra": ("noise",)}, UsageError, ["noise", "delta_prev, eps_ref"]),
+        ({"inverter": "euler"}, UsageError, ["--inverter", "euler", "'ddim', 'ab2', 'fixed_point' or 'noise'"]),
+        ({"extra": ("noise",)}, UsageError, ["--extra", "noise", "'delta_prev' or 'eps_ref'"]),
         ({"profile": "slim"}, UsageError, ["--profile", "slim"]),
         ({"guidance": -1.0}, UsageError, ["--guidance", "-1.0"]),
         ({"caption_dropout": 1.5}, UsageError, ["--caption-dropout", "1.5"]),
@@ -277,7 +283,7 @@ def test_missing_model_source_and_cache(
     with pytest.raises(CacheMismatch, match=r"thesis\.tex"):
         run(source, pipelines(), tmp_path / "mine")
     with pytest.raises(UsageError, match="--model"):
-        precompute_command(pairs=source, cache=str(tmp_path / "cache"))
+        run_precompute(None, {}, {"pairs": source, "cache": "c"}, {}, ray_options=RayOptions(), dry_run=False)
 
 
 def _disk(free: int) -> Callable[[Any], Any]:
@@ -325,14 +331,14 @@ def test_dry_run_writes_nothing_and_shows_the_configuration(
     "settings",
     [
         {},
-        {"profile": "lean", "steps": 5, "timesteps_per_pair": 5},
+        {"profile": "lean", "grid_points": 5, "timesteps_per_pair": 5},
         {"inverter": "fixed_point", "iterations": 2, "tolerance": 0.0},
         {"inverter": "noise"},
         {"guidance": 0.0, "measure_inversion": 1.0},
         {"guidance": 4.0, "measure_inversion": 1.0, "extra": ("eps_ref", "delta_prev")},
-        {"faithful": True, "steps": 5, "timesteps_per_pair": 5},
-        {"inverter": "ab2", "steps": 6, "timesteps_per_pair": 2},
-        {"noised_start": 0.5, "steps": 6, "timesteps_per_pair": 2},
+        {"faithful": True, "grid_points": 5, "timesteps_per_pair": 5},
+        {"inverter": "ab2", "grid_points": 6, "timesteps_per_pair": 2},
+        {"noised_start": 0.5, "grid_points": 6, "timesteps_per_pair": 2},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
@@ -355,8 +361,8 @@ def test_the_plan_is_what_the_run_costs(
     source = write_tars(tmp_path / "pairs", examples(count), count)
     cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
     (plan,) = plans
-    steps, kept = settings.get("steps", 3), settings.get("timesteps_per_pair", 3)
-    if steps == kept and not settings.get("faithful"):
+    grid_points, kept = settings.get("grid_points", 3), settings.get("timesteps_per_pair", 3)
+    if grid_points == kept and not settings.get("faithful"):
         assert plan.network_calls == run.network_calls
     else:
         assert plan.network_calls == pytest.approx(run.network_calls, rel=0.25)
@@ -395,7 +401,7 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(
         str(cache),
         "--resolution",
         "32",
-        "--steps",
+        "--grid-points",
         "8",
         "--timesteps-per-pair",
         "2",

@@ -59,10 +59,17 @@ def test_parquet_has_the_published_columns(folder):
     table = pq.read_table(folder / "parquet")
     types = {field.name: str(field.type) for field in table.schema}
     assert types == {
-        "jpg_0": "binary", "jpg_1": "binary", "label_0": "double", "label_1": "double", "has_label": "bool",
-        "caption": "string", "ranking_id": "int64",
-        "image_0_uid": "string", "image_1_uid": "string", "best_image_uid": "string",
-    }  # fmt: skip
+        "jpg_0": "binary",
+        "jpg_1": "binary",
+        "label_0": "double",
+        "label_1": "double",
+        "has_label": "bool",
+        "caption": "string",
+        "ranking_id": "int64",
+        "image_0_uid": "string",
+        "image_1_uid": "string",
+        "best_image_uid": "string",
+    }
     rows = read_parquet(folder)
     assert [row["ranking_id"] for row in rows] == list(range(NUM_PAIRS))
     assert len({row[name] for row in rows for name in ("image_0_uid", "image_1_uid")}) == 2 * NUM_PAIRS

@@ -50,7 +50,7 @@ class World:
         levels = self.model.levels
         identity = InverterIdentity(
             name=inverter,
-            steps=4,
+            grid_points=4,
             timestep_range=(0, levels.num_train_timesteps),
             guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,

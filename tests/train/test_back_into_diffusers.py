@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusionPip
 from PIL import Image
 
 from inpo.common.testing import save_tiny_pipeline
-from inpo.precompute.run import RayOptions, run_precompute
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_precompute_train_and_generate(
     pairs: str, run: Callable[..., Path], tmp_path: Path, kind: Any, pipeline_class: type, prediction_type: str
 ) -> None:
     model, cache = save_tiny_pipeline(tmp_path / "model", kind), str(tmp_path / "cache")
-    settings = {"resolution": 32, "steps": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
+    settings = {"resolution": 32, "grid_points": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
     assert (
         run_precompute(
             None,

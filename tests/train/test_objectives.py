@@ -14,11 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inpo.common.errors import UsageError
-from inpo.common.recipe import resolve
 from inpo.train.loop import Trainer
 from inpo.train.objectives import OBJECTIVES
-from inpo.train.settings import TrainSettings
 
 
 def log_sigmoid(value: np.ndarray) -> np.ndarray:
@@ -204,11 +201,6 @@ def test_what_is_reported_beside_the_loss() -> None:
     np.testing.assert_allclose(result.implicit_accuracy, [1.0, 0.0, 0.5])
     np.testing.assert_allclose(result.win_advantage, [0.1, -0.1, 0.0], atol=1e-12)
     np.testing.assert_allclose(result.lose_advantage, [-0.2, 0.0, 0.0], atol=1e-12)
-
-
-def test_unknown_objective_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="inversion_dpo"):
-        resolve(TrainSettings, "train", {}, {"objective": "ppo"})
 
 
 def _one_of_two(rank: int, folder: str) -> None:

@@ -220,7 +220,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"objective": "ppo"}, ["unknown objective 'ppo'", "inpo"]),
+        ({"objective": "ppo"}, ["--objective", "ppo", "'inpo'"]),
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),

@@ -12,9 +12,11 @@ import typer
 
 from inpo.common.durable import new_file
 from inpo.common.errors import DataError, UsageError
+from inpo.common.options import AllowRemote, help_text
 from inpo.common.paths import home
 from inpo.common.printable import shown_message
 from inpo.common.progress import ProgressReport
+from inpo.common.recipe import DataSection
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,21 +25,12 @@ if TYPE_CHECKING:
     from inpo.common.pairs import InputShard, Pair, Skipped
     from inpo.common.pairs.pair import SkipReason
     from inpo.common.pairs.walk import Walk
-    from inpo.precompute.check import CheckReport
-    from inpo.precompute.pack import PackReport
+    from inpo.data.check import CheckReport
+    from inpo.data.pack import PackReport
 
 app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
 
-SOURCE_HELP = (
-    "Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder "
-    "with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."
-)
-AllowRemote = Annotated[
-    bool,
-    typer.Option(
-        "--allow-remote", help="A list of pairs may name images outside its folder: elsewhere here, or on other hosts."
-    ),
-]
+SOURCE_HELP = help_text(DataSection, "pairs")
 
 
 @app.command("pack")
@@ -53,7 +46,7 @@ def pack_command(
     from inpo.common.console import console
     from inpo.common.pairs import open_source
     from inpo.common.pairs.walk import Walk, count_not_read
-    from inpo.precompute.pack import pack, refuse_occupied
+    from inpo.data.pack import pack, refuse_occupied
 
     if "://" in output:
         raise UsageError(
@@ -85,11 +78,15 @@ def pack_command(
 def check_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
     allow_remote: AllowRemote = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.", show_default="off")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.", callback=home
+            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.",
+            show_default="none",
+            callback=home,
         ),
     ] = None,
     decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
@@ -100,8 +97,8 @@ def check_command(
     from inpo.common.console import console
     from inpo.common.pairs import Skipped, open_source
     from inpo.common.pairs.walk import Walk
-    from inpo.precompute.check import check_source
-    from inpo.precompute.pack import skipped_line
+    from inpo.data.check import check_source
+    from inpo.data.pack import skipped_line
 
     messages = console(stderr=True)
     walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))

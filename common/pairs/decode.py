@@ -84,7 +84,7 @@ class _Worker:
     """A process and this side of its pipe. Raises OSError or EOFError if it cannot be started."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context(_METHOD)
+        context: Any = multiprocessing.get_context(_METHOD)
         self.pipe, theirs = context.Pipe()
         # A daemon: the interpreter ends it at the latest when it ends itself.
         self.process = context.Process(target=_work, args=(theirs,), name="decode", daemon=True)
@@ -126,7 +126,7 @@ class DecodePool:
         `work` is a function of a module. A pair over which a worker dies goes to another; when that dies too,
         `on_crash` says what becomes of it. Raises what `work` raises, and InpoError if no worker can start.
         """
-        waiting: deque[_Waiting[Result]] = deque()
+        waiting: deque[_Waiting[Result | Skipped]] = deque()
         ahead = _AHEAD_PER_WORKER * self.workers
         for row in rows:
             if isinstance(row, Skipped):
@@ -264,6 +264,7 @@ def _work(pipe: connection.Connection) -> None:
             work, pair, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = (work(pair, *arguments), None)
         except Exception as error:  # raised again where the result is asked for

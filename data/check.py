@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from inpo.common.pairs.decode import DecodePool, measure_pair
 from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
 from inpo.common.pairs.walk import Walk, count_not_read
 from inpo.common.printable import shown
-from inpo.precompute.decode import DecodePool, measure_pair
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,122 @@
+"""The settings that make a cache what it is: what is stored, and how it is made.
+
+[precompute] adds how the work is done. They live here because looking at a cache ends in advice how to make it anew.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, field_validator
+
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
+from inpo.common.recipe import Section
+
+if TYPE_CHECKING:
+    from inpo.common.cache.schema import InverterIdentity, Manifest
+
+
+class CacheSettings(Section):
+    """Everything that a user chooses of a cache's identity."""
+
+    panels: ClassVar = {"grid_points": "Inversion", "profile": "What is stored"}
+    recipe_only: ClassVar = frozenset({"crop"})  # there is only one
+
+    grid_points: int = Field(10, ge=1, le=MAX_TIMESTEPS)
+    """n: points of the inversion grid."""
+    timesteps_per_pair: int = Field(4, ge=1, le=MAX_TIMESTEPS)
+    """K: how many of the n grid points are kept as records."""
+    inverter: InverterName = "ddim"
+    """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it."""
+    refine_start: int | None = Field(None, ge=0, le=16)
+    """Extra path points near the clean end; unset: 3 for ab2, else 0."""
+    noised_start: float = Field(0.0, ge=0.0, le=1.0)
+    """Grid points below this share of T are noised instead of inverted."""
+    guidance: float = Field(1.0, ge=0.0, le=1e6)
+    """0: empty prompt (the paper); 1: caption, the reference error is free; more: classifier-free guidance."""
+    iterations: int = Field(5, ge=1, le=10_000)
+    """fixed_point: most network calls for each grid point."""
+    tolerance: float = Field(1e-3, ge=0.0, le=1e6)
+    """fixed_point: relative RMS change at which a grid point is done."""
+    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of the pairs that are inverted, and trained, under the empty prompt."""
+    faithful: bool = False
+    """The released code's grid, noise and rounding."""
+    timestep_range: tuple[int, int] | None = None
+    """Kept timesteps lie in [LOW, HIGH); unset: all."""
+
+    profile: Profile = "full"
+    """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
+    extra: tuple[ExtraName, ...] = ()
+    """Arrays to store too; repeatable."""
+    resolution: int = Field(512, ge=8, le=1 << 16)
+    """Side of the square images in pixels."""
+    crop: Literal["center"] = "center"
+    """The part of an image that is not square."""
+    flip: bool = False
+    """Mirror half of the pairs, both sides alike."""
+    vae_latent: Literal["mean", "sample"] = "mean"
+    """What is taken of the VAE's posterior."""
+    measure_inversion: float = Field(0.02, ge=0.0, le=1.0)
+    """Share of the pairs whose round trip is measured."""
+    dtype: DtypeName | None = None
+    """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    """Seed of everything random."""
+
+    @field_validator("extra")
+    @classmethod
+    def _in_order(cls, value: tuple[ExtraName, ...]) -> tuple[ExtraName, ...]:
+        return tuple(name for name in get_args(ExtraName) if name in value)
+
+    def inverter_identity(self, num_train_timesteps: int) -> "InverterIdentity":
+        """The inverter's part of the identity; what the chosen inverter does not use is left out of it."""
+        from inpo.common.cache.schema import InverterIdentity  # torch and zarr, for which a command line would wait
+
+        refine = _usual_refinement(self.inverter) if self.refine_start is None else self.refine_start
+        is_noise = self.inverter == "noise"
+        is_fixed_point = self.inverter == "fixed_point"
+        return InverterIdentity(
+            name=self.inverter,
+            grid_points=self.grid_points,
+            refine_start=0 if is_noise else refine,
+            noised_start=1.0 if is_noise else self.noised_start,
+            guidance=self.guidance,
+            caption_dropout=self.caption_dropout,
+            faithful=self.faithful,
+            timestep_range=self.timestep_range or (0, num_train_timesteps),
+            iterations=self.iterations if is_fixed_point else None,
+            tolerance=self.tolerance if is_fixed_point else None,
+        )
+
+    @classmethod
+    def of(cls, manifest: "Manifest") -> "CacheSettings":
+        """The settings that give this identity again, with whatever model and device."""
+        inverter = manifest.inverter
+        whole = (0, manifest.num_train_timesteps)
+        usual = inverter.refine_start == _usual_refinement(inverter.name)
+        used: dict[str, Any] = {} if inverter.iterations is None else {"iterations": inverter.iterations}
+        used |= {} if inverter.tolerance is None else {"tolerance": inverter.tolerance}
+        used |= {} if inverter.name == "noise" else {"noised_start": inverter.noised_start}
+        return cls(
+            grid_points=inverter.grid_points,
+            timesteps_per_pair=manifest.timesteps_per_pair,
+            inverter=inverter.name,
+            refine_start=None if usual else inverter.refine_start,
+            guidance=inverter.guidance,
+            caption_dropout=inverter.caption_dropout,
+            faithful=inverter.faithful,
+            timestep_range=None if inverter.timestep_range == whole else inverter.timestep_range,
+            profile=manifest.profile,
+            extra=manifest.extra,
+            resolution=manifest.resolution,
+            crop=manifest.crop,
+            flip=manifest.flip,
+            vae_latent=manifest.vae_latent,
+            measure_inversion=manifest.measure_inversion,
+            dtype=manifest.network_dtype,
+            seed=manifest.seed,
+            **used,
+        )
+
+
+def _usual_refinement(inverter: InverterName) -> int:
+    return 3 if inverter == "ab2" else 0

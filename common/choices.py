@@ -1,0 +1,10 @@
+"""The closed sets of names, and the bounds, that settings offer and documents of a cache keep to."""
+
+from typing import Literal
+
+InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
+Profile = Literal["full", "lean"]
+ExtraName = Literal["delta_prev", "eps_ref"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+MAX_TIMESTEPS = 32767
+"""Timesteps are stored as int16."""

@@ -1,0 +1,175 @@
+"""Command-line options told once: made from the fields of the settings, and written back from their values.
+
+    @options(ModelSection, TrainSettings)
+    def train(given: Given, *, resume: ...) -> None:
+
+is a Typer command with an option for every field. A field's text is its help; "; unset: ..." at the end of the text
+says what a default of None means, and is shown as the default.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from inpo.common.paths import home
+from inpo.common.recipe import DataSection, Section, option_name
+
+Given = Mapping[type[Section], dict[str, Any]]
+"""{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
+
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML recipe; flags win over it.", show_default="none", callback=home)
+]
+
+
+def options(
+    *sections: type[Section], only: Collection[str] = (), without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make `command(given, **its own parameters)` a command with an option for each field of `sections`.
+
+    Args:
+        only: the fields that become options; empty: all that a command line can have.
+        without: fields that do not.
+    """
+    chosen = {
+        section: [name for name in fields_with_option(section) if (not only or name in only) and name not in without]
+        for section in sections
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(context: Any, **values: Any) -> None:
+            given: dict[type[Section], dict[str, Any]] = {}
+            for section, names in chosen.items():
+                asked = {name: values.pop(name) for name in names}
+                given[section] = {
+                    section.model_fields[name].alias or name: value
+                    for name, value in asked.items()
+                    if _is_given(context, name)
+                }
+            command(given, **values)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        made = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for section, names in chosen.items()
+            for name in names
+            for annotation, default in [_parameter(section, name)]
+        ]
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        signature = inspect.Signature([context, *parameters, *made])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+        return run
+
+    return decorate
+
+
+def fields_with_option(section: type[Section]) -> list[str]:
+    """The names of a section's fields that have an option, in its order."""
+    return [name for name in section.model_fields if name not in section.recipe_only]
+
+
+def flags(*sections: Section) -> list[str]:
+    """The arguments that give these settings: whatever is not the default. `options` reads them back."""
+    words: list[str] = []
+    for section in sections:
+        for name in fields_with_option(type(section)):
+            field, value = type(section).model_fields[name], getattr(section, name)
+            if value == field.default:
+                continue
+            option = option_name(name, field)
+            if isinstance(value, bool):
+                words.append(option if value else f"--no-{option.removeprefix('--')}")
+            elif _is_list(_bare(field)):
+                words += [word for each in value for word in (option, _word(each))]
+            else:
+                words += [option, *map(_word, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def _word(value: object) -> str:
+    """A value as one would type it, with all its digits."""
+    short = f"{value:g}" if isinstance(value, float) else ""
+    return short if short and float(short) == value else str(value)
+
+
+def help_text(section: type[Section], name: str) -> str:
+    """A field's text, for the command line; "unset: ..." is left out of it."""
+    text, _ = _text(section.model_fields[name])
+    return text.replace("[", "\\[")  # rich would take "[evaluate]" for markup
+
+
+def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
+    """Annotation and default of the Typer parameter for a field."""
+    field = section.model_fields[name]
+    kind, default = _bare(field), field.default
+    text, (_, unset) = help_text(section, name), _text(field)
+    option, metavar = option_name(name, field), None
+    shown: bool | str = unset if default is None else True
+    if kind is bool:
+        shown = "on" if default else "off"
+    inner = _plain(get_args(kind)[0]) if _is_list(kind) else kind
+    if get_origin(inner) is Literal:
+        text, metavar = f"{text} ({', '.join(get_args(inner))})", "<name>"
+        if inner is not kind:  # Typer has no lists of choices; the settings check them
+            inner = str
+    if _is_list(kind):
+        kind, default = list[inner], list(default)
+        metavar, shown = metavar or f"<{inner.__name__}>", shown if default else unset
+    elif get_origin(kind) is tuple:
+        metavar = " ".join(f"<{each.__name__}>" for each in get_args(kind))
+    names = (f"{option}/--no-{option.removeprefix('--')}",) if kind is bool else (option,)
+    panel = _panel(section, name)
+    made = typer.Option(*names, help=text, show_default=shown, metavar=metavar, rich_help_panel=panel)
+    return Annotated[kind | None if default is None else kind, made], default
+
+
+def _is_given(context: Any, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _text(field: FieldInfo) -> tuple[str, str]:
+    """(what a field is, what its default of None means)."""
+    text, _, unset = " ".join((field.description or "").split()).partition("; unset: ")
+    return text.rstrip("."), unset.rstrip(".") or "none"
+
+
+def _panel(section: type[Section], name: str) -> str | None:
+    """The heading of the last group that begins at this field or before it."""
+    panel = None
+    for each in section.model_fields:
+        panel = section.panels.get(each, panel)
+        if each == name:
+            break
+    return panel
+
+
+def _bare(field: FieldInfo) -> Any:
+    """The field's type, without `| None`."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    return _plain(kind)
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+
+
+AllowRemote = Annotated[
+    bool, typer.Option("--allow-remote", help=help_text(DataSection, "allow_remote"), show_default="off")
+]
+"""For commands that read pairs and no recipe."""

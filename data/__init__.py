@@ -1,0 +1,1 @@
+"""Looks at preference pairs without a model: checks a source, packs it into tars."""

@@ -1,0 +1,94 @@
+"""From recipe and flags to a run's settings, and from these and a model to the identity of its cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from inpo.common.cache.schema import LevelTables, Manifest
+from inpo.common.denoiser import default_dtype
+from inpo.common.errors import UsageError
+from inpo.common.inversion import check_settings
+from inpo.common.models import Model
+from inpo.common.processes import processes
+from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.precompute.settings import PrecomputeSettings, RayOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """The settings of a run, as resolved."""
+
+    model_section: ModelSection
+    data: DataSection
+    settings: PrecomputeSettings
+
+    def to_toml(self) -> str:
+        return to_toml({"model": self.model_section, "data": self.data, "precompute": self.settings})
+
+
+def configure(
+    recipe: Path | None, model_flags: Mapping[str, Any], data_flags: Mapping[str, Any], flags: Mapping[str, Any]
+) -> Configuration:
+    """Flags win over the recipe, the recipe over defaults. Raises UsageError for a bad value of any."""
+    sections = read_recipe(recipe)
+    return Configuration(
+        model_section=resolve(ModelSection, "model", sections, model_flags),
+        data=resolve(DataSection, "data", sections, data_flags),
+        settings=resolve(PrecomputeSettings, "precompute", sections, flags),
+    )
+
+
+def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: str) -> Manifest:
+    """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made."""
+    levels = model.levels
+    vae = model.config("vae")
+    family = model.family
+    factor = family.pixel_step(model.config)
+    identity = settings.inverter_identity(levels.num_train_timesteps)
+    check_settings(
+        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
+    )
+    network_dtype = settings.dtype or default_dtype(device_type)
+    # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
+    vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
+    if settings.resolution % factor:
+        raise UsageError(
+            "The resolution does not fit the model.",
+            where="--resolution",
+            expected=f"a multiple of {factor}",
+            got=settings.resolution,
+            fix=f"round it to {round(settings.resolution / factor) * factor}",
+        )
+    return Manifest(
+        family=family.name,
+        latent_shape=family.latent_shape(model.config, settings.resolution),
+        levels=LevelTables.of(levels),
+        conditions=dict(family.conditions),
+        profile=settings.profile,
+        extra=settings.extra,
+        seed=settings.seed,
+        timesteps_per_pair=settings.timesteps_per_pair,
+        resolution=settings.resolution,
+        crop=settings.crop,
+        flip=settings.flip,
+        vae_latent=settings.vae_latent,
+        vae_dtype=vae_dtype,
+        network_dtype=network_dtype,
+        measure_inversion=settings.measure_inversion,
+        inverter=identity,
+        fingerprints=model.fingerprints,
+        versions={name: version(name) for name in ("torch", "diffusers", "transformers", "zarr", "numpy", "pillow")},
+    )
+
+
+def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:
+    """The device that will do the work. Ray's workers may have GPUs that this process has not, so the cluster is asked;
+    without `ray_options` nothing is started and this machine stands for it."""
+    if settings.engine == "ray" and ray_options is not None:
+        from inpo.precompute.engines.ray_cluster import connect, has_gpus
+
+        connect(ray_options)
+        return "cuda" if has_gpus() else "cpu"
+    return processes().device.type

@@ -1,0 +1,63 @@
+"""`inpo plan`: what a run would cost, printed."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inpo.common.cache import Manifest
+from inpo.common.completeness import check_complete
+from inpo.common.console import console
+from inpo.common.models import Model
+from inpo.common.processes import processes
+from inpo.precompute.configuration import build_manifest, configure, device_type
+from inpo.precompute.inputs import committed_shards, list_work
+from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.worker import load_components
+
+
+def run_plan(
+    recipe: Path | None,
+    model_flags: Mapping[str, Any],
+    data_flags: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    *,
+    gpus: int,
+    calibrate: bool,
+    as_json: bool,
+) -> None:
+    """Print what a run would cost; raises StorageError if the disk is too small for it."""
+    resolved = configure(recipe, model_flags, data_flags, flags)
+    cache = resolved.data.need("cache")
+    model = resolved.model_section.open()
+    manifest = build_manifest(resolved.settings, model, device_type=device_type(resolved.settings, None))
+    check_complete(model)
+    _, tasks, _ = list_work(resolved.data, limit=resolved.settings.limit)
+    plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
+    hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
+    if as_json:
+        print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
+    else:
+        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
+    check_disk(plan, cache)
+
+
+def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
+    """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
+    device = processes().device
+    components = load_components(model, manifest, device)
+    latents = 2 * settings.batch_size
+    x = torch.randn(latents, *manifest.latent_shape, device=device)
+    condition = model.family.blank(model.config, latents, settings.resolution).to(device)
+    timestep = torch.full((latents,), 500, device=device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(5):
+            clock = time.perf_counter()
+            components.denoiser.predict(x, timestep, condition).sum().item()
+            times.append(time.perf_counter() - clock)
+    return plan.network_calls / latents * sorted(times[1:])[len(times[1:]) // 2] / 3600

@@ -1,0 +1,114 @@
+"""What a run finds before it begins: the pairs it is to read, the shards that its cache holds already."""
+
+import sys
+from pathlib import Path
+
+from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.identity import check_identity
+from inpo.common.cache.schema import MANIFEST
+from inpo.common.cache.store import CacheStore, is_remote
+from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.pairs import PairSource, open_source
+from inpo.common.recipe import DataSection
+from inpo.precompute.tasks import ShardTask, list_tasks
+
+
+def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list[ShardTask], list[DataError]]:
+    """The pair source, its shards, and an error for each input shard that cannot be read.
+
+    Raises DataError if there is nothing to do: before there is a cache, since the next try may have other settings.
+    """
+    pairs = data.need("pairs")
+    source = open_source(pairs, allow_remote=data.allow_remote)
+    tasks, unreadable = list_tasks(source, limit=limit)
+    if not tasks:
+        raise _nothing_to_read(pairs, unreadable)
+    return source, tasks, unreadable
+
+
+def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
+    """Why a source gives no work at all: what is wrong with its first file, or that its files hold no rows."""
+    if not unreadable:
+        return DataError(
+            "The pair source has no rows.",
+            where=pairs,
+            expected="at least one pair",
+            got="0 rows",
+            fix="`inpo data check` shows what a source holds; docs/data.md shows the three kinds",
+        )
+    if len(unreadable) > 1:
+        print(f"none of {len(unreadable)} input shards can be read; the first:", file=sys.stderr, flush=True)
+    return unreadable[0]
+
+
+def committed_shards(cache: str, manifest: Manifest) -> set[str]:
+    """Names of shards done already; {} for a cache that does not exist yet. Raises CacheMismatch for another's."""
+    if not is_remote(cache) and not Path(cache).is_dir():
+        if Path(cache).exists():
+            raise UsageError("The cache is no folder.", where=cache, got="a file", fix="choose another --cache")
+        return set()
+    store = CacheStore(cache)
+    data = store.get(MANIFEST)
+    if data is None:
+        # A manifest that another process is writing at this moment is no foreign file.
+        foreign = [] if is_remote(cache) else [e.name for e in Path(cache).iterdir() if not e.name.startswith(MANIFEST)]
+        if foreign and store.get(MANIFEST) is None:
+            if "commits" in foreign:
+                open_cache(cache)  # raises CacheMissing, which tells a cache that has lost its manifest
+            raise CacheMismatch(
+                "The folder is not empty and holds no cache.",
+                where=cache,
+                expected="a cache, or a new or empty folder",
+                got=", ".join(sorted(foreign)[:6]),
+                fix="choose another --cache, so that nothing of yours is mixed with the cache",
+            )
+        return set()
+    existing: Manifest = Manifest.from_json(data, store.path(MANIFEST))
+    committed = CacheWriter(store, existing).committed()
+    try:
+        check_identity(existing, manifest, cache)
+    except CacheMismatch as error:
+        if not committed:  # what a first try leaves that failed for its model or its pairs
+            error.fix = "nothing is committed here yet: remove this cache and run again, or repeat its settings"
+        raise
+    return committed
+
+
+def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
+    """What a user should know about inputs before days of work: a line per committed shard whose input file is not
+    what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
+    paths = [f"commits/{name}.json" for name in sorted(committed)]
+    documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
+    commits = {
+        name: Commit.from_json(data, writer.store.path(path))
+        for name, path, data in documents
+        if isinstance(data, bytes)
+    }
+    made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
+    lines: list[str] = []
+    fingerprints: dict[str, str | None] = {}
+    for task in tasks if commits else []:
+        name, commit = task.input_shard.name, commits.get(task.name)
+        is_first = name not in fingerprints
+        if is_first:
+            try:
+                fingerprints[name] = task.input_shard.fingerprint()
+            except InpoError as error:  # the run itself meets and reports it where there is work to do
+                fingerprints[name] = None
+                if commit is not None:
+                    lines.append(f"input {name} cannot be compared with what its shards were made from: {error}")
+        found = fingerprints[name]
+        if found is None:
+            continue
+        if commit is not None and commit.source.fingerprint != found:
+            lines.append(
+                f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
+                f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
+            )
+        if commit is None and is_first and made_from.get(found, name) != name:
+            lines.append(
+                f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs "
+                f"come into "
+                f"the cache twice. If the file was renamed or moved, stop and give it back its name"
+            )
+    return lines
