@@ -70,13 +70,17 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     manifest = cache.manifest
     shape, levels = model.family.latent_shape(model.config, manifest.resolution), LevelTables.of(model.levels)
     same = same_levels(levels, manifest.levels)
+    # The very weights under another scheduler's configuration would be read as predicting something else.
+    found, stored = model.fingerprints, manifest.fingerprints
+    if found["network"] == stored.get("network") and found["scheduler"] != stored.get("scheduler"):
+        same = False
     if shape != manifest.latent_shape or not same or model.family.name != manifest.family:
         raise CacheMismatch(
             "The model cannot walk this cache's latents.",
             where=model.name,
             expected=f"latents {list(manifest.latent_shape)} of a {manifest.family} model, the cache's levels "
-            f"(T = {manifest.num_train_timesteps})",
-            got=f"latents {list(shape)}, {model.family.name}, {'the same' if same else 'other'} levels",
+            f"(T = {manifest.num_train_timesteps}) and scheduler",
+            got=f"latents {list(shape)}, {model.family.name}, {'the same' if same else 'other'} levels or scheduler",
             fix="pass the model that the cache was made with, or one trained from it",
         )
     network = model.load_network()

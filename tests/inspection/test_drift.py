@@ -28,9 +28,8 @@ def rounding_of(location: object) -> dict[str, float]:
             names = ("x_t", "delta", "x0_t", "target", "reference_error", "timestep")
             arrays = {name: shard.read(name) for name in names}
         for (pair, step), t in np.ndenumerate(arrays["timestep"]):
-            abar = cache.manifest.alphas_cumprod[t]
             record = {name: values[pair, step] for name, values in arrays.items()}
-            bounds.append(record_bounds(record, abar**0.5, (1 - abar) ** 0.5))
+            bounds.append(record_bounds(record, cache.manifest.levels.signal[t], cache.manifest.levels.noise[t]))
     return {name: max(each[name] for each in bounds) for name in ("x_t", "target")}
 
 

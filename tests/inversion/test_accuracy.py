@@ -165,7 +165,7 @@ def test_fixed_point_records_what_did_not_converge(linear: Callable, latents: Ca
     assert (loose.residual > 1e-12).all()
     assert loose.finite.all()
     calls = denoiser.num_calls
-    inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=9, tolerance=1e9)
+    inverted(denoiser, x0, name="fixed_point", grid_points=4, iterations=9, tolerance=1e6)
     # one iteration is enough for any tolerance that large: start, then 2 calls per point
     assert denoiser.num_calls - calls == 2 * 2 * (1 + 2 * 4)
 

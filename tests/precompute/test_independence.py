@@ -19,14 +19,14 @@ def assert_same_but_for_rounding(first: Cache, second: Cache, by_id: Callable) -
     left, right = (
         {name: by_id(cache, name) for name in (*LATENTS, "x0", "reference_error")} for cache in (first, second)
     )
-    abar = np.array(first.manifest.alphas_cumprod)
+    levels = first.manifest.levels
     for pair_id, timesteps in by_id(first, "timestep").items():
         for step, t in enumerate(timesteps):
             one, other = (
                 {name: each[name][pair_id][step] for name in (*LATENTS, "reference_error")} for each in (left, right)
             )
             one["x0"], other["x0"] = left["x0"][pair_id], right["x0"][pair_id]
-            bounds = record_bounds(one, a=np.sqrt(abar[t]), s=np.sqrt(1 - abar[t]))
+            bounds = record_bounds(one, a=levels.signal[t], s=levels.noise[t])
             for name, bound in bounds.items():
                 apart = rms(one[name].astype(float) - other[name]) / rms(one[name])
                 assert apart < bound, (name, pair_id, t, apart, bound)
@@ -63,10 +63,10 @@ def test_batch_size_tars_and_order(
     assert 0 < sum(dropped.values()) < 8
     assert_same_but_for_rounding(first, second, by_id)
     left, right = by_id(first, "inversion_error"), by_id(second, "inversion_error")
-    x0, last, abar = by_id(first, "x0"), by_id(first, "x0_t"), np.array(first.manifest.alphas_cumprod)
+    x0, last, signal = by_id(first, "x0"), by_id(first, "x0_t"), first.manifest.levels.signal
     for pair_id, value in left.items():
         # Where the last x_t leads is off by what its x0(t) is; the error is that distance's mean over x0's size.
-        a = np.sqrt(abar[by_id(first, "timestep")[pair_id][-1]])
+        a = signal[by_id(first, "timestep")[pair_id][-1]]
         moved = UNIT * (rms(last[pair_id][-1]) + 2 / a) / rms(x0[pair_id])
         bound = of_mean(moved, x0[pair_id][0].size)
         np.testing.assert_allclose(value, right[pair_id], rtol=0, atol=bound, equal_nan=True)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.schema import LevelTables
 from inpo.common.errors import CacheMismatch, CacheMissing, DataError, ModelError
+from inpo.common.levels import Levels
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.configuration import build_manifest

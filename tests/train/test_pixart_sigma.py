@@ -19,7 +19,8 @@ from inpo.common.errors import ModelError, UsageError
 from inpo.common.models import open_model
 from inpo.evaluation.generate import generate
 from inpo.evaluation.settings import EvaluateSettings
-from inpo.precompute.settings import PrecomputeSettings, build_manifest
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.train.export import export_single_file
 
 KIND = "pixart-sigma"
