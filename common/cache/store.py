@@ -73,6 +73,13 @@ class CacheStore:
         self.location = shown(self.address)
         """The same for messages and documents."""
         if self.remote:
+            login = self.address.partition("://")[2].partition("/")[0].rpartition("@")[0]
+            if ":" in login:
+                raise StorageError(
+                    "A bucket's address has no login: it would be passed over.",
+                    where=self.location,
+                    fix="set the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the like)",
+                )
             with storage_errors("open the object store", location):
                 self._store: Any = from_url(self.address, retry_config=RETRY)
             return

@@ -347,3 +347,9 @@ def test_errors_and_caches_cross_process_borders(tmp_path, build):
     with pytest.raises(CacheIncomplete) as caught:
         cache.shards["s0"].read("delta_prev")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_shown() -> None:
+    with pytest.raises(StorageError, match="has no login") as caught:
+        CacheStore("s3://KEY:pw42@bucket/cache")
+    assert "pw42" not in str(caught.value)
