@@ -31,7 +31,7 @@ RecipeOption = Annotated[
 def options(
     *sections: type[Section], only: Collection[str] = (), without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make `command(given, **its own parameters)` a command with an option for each field of `sections`.
+    """Make `body(given, **its own parameters)` a command with an option for each field of `sections`.
 
     Args:
         only: the fields that become options; empty: all that a command line can have.
@@ -42,8 +42,8 @@ def options(
         for section in sections
     }
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @wraps(body)
         def run(context: Any, **values: Any) -> None:
             given: dict[type[Section], dict[str, Any]] = {}
             for section, names in chosen.items():
@@ -53,9 +53,9 @@ def options(
                     for name, value in asked.items()
                     if _is_given(context, name)
                 }
-            command(given, **values)
+            body(given, **values)
 
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
         made = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for section, names in chosen.items()

@@ -78,7 +78,7 @@ class CacheStore:
                 raise StorageError(
                     "A bucket's address has no login: it would be passed over.",
                     where=self.location,
-                    fix="set the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the like)",
+                    fix="set the credentials in the environment (AWS_ACCESS_KEY_ID and the like)",
                 )
             with storage_errors("open the object store", location):
                 self._store: Any = from_url(self.address, retry_config=RETRY)

@@ -62,7 +62,7 @@ def test_micro_batches_wait_for_nothing_and_the_device_is_asked_once_per_log(
 ) -> None:
     def waits(**flags: Any) -> int:
         settings = {"steps": 3, "accumulate": 1, "log_every": 100, "save_every": 100} | flags
-        name = "-".join(map(str, flags.values())) or "plain"
+        name = "-".join(f"{name}-{value}" for name, value in flags.items()) or "plain"
         with TensorWatch() as watch:
             run(output=tmp_path / name, **settings)
         return watch.waits.total()

@@ -163,7 +163,7 @@ def test_every_default_beta_is_told_with_its_source() -> None:
         assert float(rows[name][3]) == objective.beta
         assert rows[name][4].strip() == objective.beta_source
     options = typer.main.get_command(app).commands["train"].params
-    text = " ".join(option.help or "" for option in options)
+    text = " ".join(f"{option.help} {option.show_default}" for option in options)
     for part in ("inpo 2000", "dpo 2000", "ipo 0.05 and hinge 1000", "kto 1000", "smpo 2000", "mapo 1000"):
         assert part in text
     assert "inversion_dpo 100" in text
