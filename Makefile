@@ -58,7 +58,7 @@ inspect: $(INSTALLED) ## look at the recipe's cache (RECIPE=...)
 	$(INPO) inspect summary --recipe $(RECIPE)
 
 test: $(INSTALLED) ## the tests: CPU only, no network
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## ruff, mypy, import-linter
 	.venv/bin/ruff check .
