@@ -14,7 +14,7 @@ import numpy as np
 
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.errors import InpoError, command
+from inpo.common.errors import CacheCorrupt, InpoError, command
 from inpo.common.models import Model
 from inpo.common.options import flags
 from inpo.common.recipe import DataSection, ModelSection
@@ -141,29 +141,42 @@ def _advice(cache: Cache, model: Model, verdict: str) -> str:
 
 def refresh_command(cache: Cache, model: Model) -> str:
     """The precompute command that makes this cache anew with another model; one for each source of its pairs."""
+    told = _last_configuration(cache)
     vae = model.vae_folder
     if vae is None and model.fingerprints.get("vae") != cache.manifest.fingerprints.get("vae"):
-        vae = _recorded_vae(cache)
+        vae = told.get("model", {}).get("vae")
     chosen = ModelSection(
         model=model.name,
         variant=model.variant,
         model_config_dir=str(model.folder) if model.file is not None and model.guessed_from is None else None,
         vae=None if vae is None else str(vae),
     )
+    allow_remote = told.get("data", {}).get("allow_remote", False)
     sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
     return " &&\n  ".join(
         command(
             "precompute",
-            *flags(DataSection(pairs=source, cache=f"{cache.location}-refreshed"), chosen),
+            *flags(DataSection(pairs=source, allow_remote=allow_remote, cache=f"{cache.location}-refreshed"), chosen),
             *flags(CacheSettings.of(cache.manifest)),
         )
         for source in sources
     )
 
 
-def _recorded_vae(cache: Cache) -> str | None:
-    """The replacement VAE of the last precompute run, as its configuration tells."""
-    names = sorted(cache.store.listing("configurations/"))
-    data = cache.store.get(names[-1]) if names else None
-    vae = tomllib.loads(data.decode()).get("model", {}).get("vae") if data else None
-    return None if vae is None else str(vae)
+def _last_configuration(cache: Cache) -> dict[str, dict[str, Any]]:
+    """What the last precompute run was told, by section of the recipe; nothing if that is not kept.
+
+    Raises CacheCorrupt for a document that is not the one that was written.
+    """
+    names = sorted(cache.store.listing("configurations"))
+    data = cache.store.get(f"configurations/{names[-1]}") if names else None
+    try:
+        return tomllib.loads(data.decode()) if data else {}
+    except ValueError as error:
+        raise CacheCorrupt(
+            "What the last precompute run was told cannot be read.",
+            where=cache.store.path(f"configurations/{names[-1]}"),
+            expected="the recipe that the run wrote",
+            got=str(error),
+            fix="remove the file: it is kept for people",
+        ) from None

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
+from inpo.common.errors import CacheCorrupt
 from inpo.common.inversion import invert
 from inpo.common.models import open_model
 from inpo.inspection.drift import refresh_command
@@ -100,3 +101,17 @@ def test_the_refreshing_command_makes_the_same_kind_of_cache_from_any_path(write
     assert words[words.index("--measure-inversion") + 1] == "0.6"
     assert words[words.index("--guidance") + 1] == "0"
     assert "--flip" in words
+
+
+def test_the_refreshing_command_tells_what_the_last_run_was_told(write_cache, tiny, tmp_path):
+    folder = write_cache(tmp_path / "cache", pairs=(1,))
+    kept = folder / "configurations"
+    kept.mkdir()
+    (kept / "1.toml").write_text('[model]\nvae = "first"\n')
+    (kept / "2.toml").write_text('[model]\nvae = "/vaes/other one"\n[data]\nallow_remote = true\n')
+    words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(tiny()))))
+    assert words[words.index("--vae") + 1] == "/vaes/other one"
+    assert "--allow-remote" in words
+    (kept / "2.toml").write_text("[model\n")
+    with pytest.raises(CacheCorrupt, match=r"(?s)told cannot be read.*2\.toml"):
+        refresh_command(open_cache(str(folder)), open_model(str(tiny())))
