@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
@@ -109,7 +111,10 @@ def test_the_refreshing_command_tells_what_the_last_run_was_told(write_cache, ti
     kept.mkdir()
     (kept / "1.toml").write_text('[model]\nvae = "first"\n')
     (kept / "2.toml").write_text('[model]\nvae = "/vaes/other one"\n[data]\nallow_remote = true\n')
-    words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(tiny()))))
+    trained = shutil.copytree(tiny(), tmp_path / "trained")  # a pipeline with its own VAE, not the cache's
+    weights = trained / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(trained))))
     assert words[words.index("--vae") + 1] == "/vaes/other one"
     assert "--allow-remote" in words
     (kept / "2.toml").write_text("[model\n")
