@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -183,8 +183,11 @@ class Model:
         return cast(nn.Module, network)
 
     def denoiser(self, network: nn.Module, levels: Levels | None = None, *, network_dtype: str = "float32") -> Denoiser:
-        """A network of this model's kind, on the model's own levels or on a cache's."""
-        return Denoiser(network, levels or self.levels, self.family.call, self.prediction, network_dtype=network_dtype)
+        """A network of this model's kind, on the model's own levels or on the tables of a cache, which says nothing of
+        its sampler's settings: those are the model's.
+        """
+        levels = self.levels if levels is None else replace(levels, sampler=self.levels.sampler)
+        return Denoiser(network, levels, self.family.call, self.prediction, network_dtype=network_dtype)
 
     def load_vae(self) -> Any:
         """The VAE in float32 on the CPU."""

@@ -7,7 +7,7 @@ write               attempt folder, fsync, commit
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,8 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     """Load the network, the VAE and the text encoders onto `device`."""
     network = model.load_network()
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
-    levels = replace(manifest.levels.levels(), sampler=model.levels.sampler)
     return Components(
-        denoiser=model.denoiser(network, levels, network_dtype=manifest.network_dtype),
+        denoiser=model.denoiser(network, manifest.levels.levels(), network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,

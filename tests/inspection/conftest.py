@@ -1,5 +1,6 @@
 """Small real caches in every state: inverted by tiny pipelines, written as precompute writes them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,12 +54,19 @@ def inspect() -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Callable[..., Path]:
-    """tiny(kind, seed=0): a tiny pipeline's folder, made once."""
+    """tiny(kind, seed=0): a tiny pipeline's folder, made once. `sd15-one`: its scheduler's every setting of the released
+    code's sampler is another one than Stable Diffusion's.
+    """
     made: dict[tuple[str, int], Path] = {}
 
     def folder(kind: str = "sd15", seed: int = 0) -> Path:
         if (kind, seed) not in made:
-            made[kind, seed] = save_tiny_pipeline(tmp_path_factory.mktemp(f"{kind}-{seed}"), kind, seed=seed)
+            path = tmp_path_factory.mktemp(f"{kind}-{seed}")
+            made[kind, seed] = save_tiny_pipeline(path, kind.removesuffix("-one"), seed=seed)
+            if kind.endswith("-one"):
+                file = path / "scheduler" / "scheduler_config.json"
+                other = {"set_alpha_to_one": True, "steps_offset": 0, "clip_sample": True, "clip_sample_range": 2.0}
+                file.write_text(json.dumps(json.loads(file.read_text()) | other))
         return made[kind, seed]
 
     return folder

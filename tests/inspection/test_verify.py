@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from tests.inspection.test_drift import rounding_of
+
 
 def one_step_up(values, at):
     """The next float16, at one place."""
@@ -140,6 +142,20 @@ def test_the_model_that_made_the_cache_inverts_to_the_same_points(states, inspec
     done = inspect("verify", states(state), "--model", tiny(kind), "--sample", "3")
     assert done.code == 0, done.out
     assert "largest relative change on re-inversion" in done.out
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd15-one"])
+def test_a_faithful_cache_is_inverted_again_with_the_settings_of_its_models_scheduler(
+    write_cache, inspect, tiny, tmp_path, kind
+):
+    """The manifest has the tables alone; the clean end, the offset and the clamp are the model's to say."""
+    folder = write_cache(tmp_path / "cache", kind=kind, inverter={"faithful": True})
+    done = inspect("verify", folder, "--model", tiny(kind))
+    assert done.code == 0, done.out
+    found = json.loads(inspect("drift", folder, "--model", tiny(kind), "--json").out)
+    for name, bound in rounding_of(folder).items():
+        assert found[name] < bound
+    assert (found["num_sampled"], found["verdict"]) == (5, "keep")
 
 
 def test_another_model_is_refused_and_other_latents_are_found(write_cache, states, inspect, tiny, tmp_path):
