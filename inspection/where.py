@@ -87,7 +87,16 @@ def select(table: PairTable, condition: str) -> Selection:
             fix="put the whole condition into quotes",
         ) from None
     evaluation = _Evaluation(table, condition)
-    truth = evaluation.truth(tree.body)
+    try:
+        truth = evaluation.truth(tree.body)
+    except (RecursionError, OverflowError) as error:
+        raise UsageError(
+            "The condition cannot be evaluated.",
+            where="--where",
+            got="too many signs in one another" if isinstance(error, RecursionError) else str(error),
+            expected="fewer of not, -, + in one another, and numbers below 1e308",
+            fix="write it shorter",
+        ) from None
     lacking = {
         name: int(np.isnan(values).sum()) for name, values in evaluation.used.items() if values.dtype.kind == "f"
     }

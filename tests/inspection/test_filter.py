@@ -64,6 +64,9 @@ def test_text_and_flags(states, inspect, tmp_path):
         "label < 'a'",
         "label if label else label",
         "label := 2",
+        "-" * 1500 + "1 < label",
+        "not " * 480 + "label",
+        "label < " + "9" * 400,
     ],
 )
 def test_anything_but_a_condition_is_refused(states, inspect, tmp_path, monkeypatch, condition):
