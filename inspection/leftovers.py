@@ -33,10 +33,8 @@ class Leftover:
     """UTC; the youngest of its files."""
 
     @property
-    def paths(self) -> tuple[str, str, str]:
-        """Its folder, its list of skipped rows, and the mark that it is being removed."""
-        folder = f"shards/{self.shard}/{self.attempt}"
-        return (folder, f"skipped/{self.shard}/{self.attempt}.jsonl", f"{folder}{REMOVING}")
+    def folder(self) -> str:
+        return f"shards/{self.shard}/{self.attempt}"
 
     def is_young(self, now: datetime | None = None) -> bool:
         return (now or datetime.now(UTC)) - self.modified < GRACE
@@ -54,7 +52,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
             parts = name.split("/")
             if len(parts) < 2:
                 continue
-            key = (parts[0], parts[1].removesuffix(".jsonl" if folder == "skipped" else REMOVING))
+            key = (parts[0], parts[1].partition(".")[0])  # of a list, a mark, or one of them on its way
             sizes[key] = sizes.get(key, 0) + size
             modified[key] = max(when, modified.get(key, when))
     committed: dict[str, str | None] = {}
@@ -73,11 +71,9 @@ _UNKNOWN = "?"
 def committed_attempt(store: CacheStore, shard: str) -> str | None:
     """The attempt that a shard's commit names now; None: no commit; "?": a commit that cannot be read."""
     name = f"commits/{shard}.json"
-    data = store.get(name)
-    if data is None:
-        return None
     try:
-        return Commit.from_json(data, store.path(name)).attempt
+        data = store.get(name)
+        return None if data is None else Commit.from_json(data, store.path(name)).attempt
     except CacheError:
         return _UNKNOWN
 
@@ -102,11 +98,18 @@ def _files(store: CacheStore, folder: str) -> Iterator[tuple[str, int, datetime]
 
 def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
     """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
-    mark = leftover.paths[-1]
+    mark = f"{leftover.folder}{REMOVING}"
     store.put_new(mark, b"")
     if committed_attempt(store, leftover.shard) in (leftover.attempt, _UNKNOWN):
         store.remove(mark)
         return False
-    for path in leftover.paths:  # the mark last: a writer that finds it takes its commit back
+    store.remove(leftover.folder)
+    beside = [
+        f"{top}/{leftover.shard}/{name}"
+        for top in ("skipped", "shards")
+        for name in store.listing(f"{top}/{leftover.shard}")
+        if name.partition(".")[0] == leftover.attempt
+    ]
+    for path in sorted(beside, key=mark.__eq__):  # the mark last: a writer that finds it takes its commit back
         store.remove(path)
     return True

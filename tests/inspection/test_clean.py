@@ -90,3 +90,33 @@ def test_attempts_of_a_shard_whose_commit_cannot_be_read_stay(fresh, inspect):
     before = files(folder)
     inspect("clean", folder, "--yes", "--all")
     assert files(folder) == before
+
+
+def test_a_list_that_was_on_its_way_belongs_to_its_attempt(fresh, inspect):
+    """A writer that dies while it writes a list, or a mark, leaves a .staged file."""
+    folder = fresh("healthy")
+    survivors = with_orphan(folder, old=True)
+    for name in ("skipped/s0/feedfeedfeedfeed.jsonl.0f.staged", "shards/s0/deaddeaddeaddead.removing.0f.staged"):
+        (folder / name).write_text("{")
+    grow_old(folder)
+    assert {each.attempt for each in find_leftovers(CacheStore(str(folder)))} == {
+        "feedfeedfeedfeed",
+        "deaddeaddeaddead",
+    }
+    assert "removed 2 attempts" in inspect("clean", folder, "--yes").out
+    assert files(folder) == survivors
+    assert "nothing to remove" in inspect("clean", folder, "--yes").out
+
+
+def test_where_a_commit_is_no_document_the_rest_is_shown_and_nothing_removed(fresh, inspect):
+    folder = fresh("healthy")
+    with_orphan(folder, old=True)
+    with (folder / "commits" / "s0.json").open("wb") as stream:
+        stream.truncate(1 << 30)  # sparse
+    for command in (("summary", folder), ("report", folder, "--out", folder.parent / "r.html")):
+        done = inspect(*command)
+        assert done.code == 1
+        assert "s0" in done.out
+        assert "no document of a cache" in done.out
+        assert "error:" not in done.out
+    assert "nothing to remove" in inspect("clean", folder, "--yes", "--all").out
