@@ -64,7 +64,7 @@ def make_report(
     summary = summary_of(cache, table, find_leftovers(cache.store))
     preview = linear_preview(cache) if model is None else vae_preview(cache, model)
     sampled = sample_pairs(cache, table, preview, per_group=per_group, damaged=damaged, on_pair=on_pair)
-    norms = _noise_norms(cache, table, damaged)
+    plots = _plots(cache, table, summary, damaged) if len(table) else ""
     _, height, width = cache.manifest.latent_shape
     data = {"pairs": [asdict(pair) for pair in sampled], "note": preview.note, "ratio": width / height}
     page = Template((ASSETS / "report.html").read_text(encoding="utf-8")).substitute(
@@ -76,7 +76,7 @@ def make_report(
         damaged=_damaged(damaged),
         tiles="".join(_tile(*tile) for tile in _tiles(summary)),
         settings=_settings(summary),
-        plots=_plots(cache, table, summary, norms) if len(table) else "",
+        plots=plots,
         sampling=escape(_sampling(len(table), summary, sampled)),
         groups=_group_options(sampled),
         footer=escape(_footer(summary)),
@@ -139,7 +139,8 @@ def _damaged(damaged: dict[str, InpoError]) -> str:
     )
 
 
-def _plots(cache: Cache, table: PairTable, summary: Summary, norms: Float[np.ndarray, "value"]) -> str:
+def _plots(cache: Cache, table: PairTable, summary: Summary, damaged: dict[str, InpoError]) -> str:
+    norms = _noise_norms(cache, table, damaged)
     total = cache.manifest.num_train_timesteps
     bins = timestep_bins(table, total)
     middles = [(each.low + each.high) / 2 for each in bins]
@@ -196,7 +197,7 @@ def _plots(cache: Cache, table: PairTable, summary: Summary, norms: Float[np.nda
             "From the source of the pairs; hard labels are 1.",
         )
     )
-    figures += _label_set_figures(cache)
+    figures += _label_set_figures(cache, damaged)
     prompts = Counter(table.prompt.tolist()).most_common(_MOST_FREQUENT)
     figures.append(_figure("Most frequent prompts", _ranks([(text or "(empty prompt)", n) for text, n in prompts]), ""))
     if summary.skipped:
@@ -241,13 +242,19 @@ def _edges(values: Float[np.ndarray, "value"], include: float) -> Float[np.ndarr
     return np.linspace(low, high if high > low else low + 1.0, 31)
 
 
-def _label_set_figures(cache: Cache) -> list[str]:
-    """P(win preferred) of every label set made later, over the shards it has."""
+def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]:
+    """P(win preferred) of every label set made later, over the shards it has. One that cannot be read lands in
+    `damaged`.
+    """
     figures = []
     for name in label_sets(cache.store):
         labels, margins = [], []
         for shard in cache:
-            found = read_shard_labels(cache.store, name, shard.name)
+            try:
+                found = read_shard_labels(cache.store, name, shard.name)
+            except InpoError as error:
+                damaged.setdefault(shard.name, error)
+                continue
             for pair in found.pairs.values() if found is not None and found.attempt == shard.commit.attempt else ():
                 labels.append(pair.label)
                 margins.append(pair.scores[0] - pair.scores[1])

@@ -121,6 +121,15 @@ def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, ins
     assert any("agrees with the source on 40% of 5 pairs" in text for text in page.text["figcaption"])
 
 
+def test_a_damaged_label_set_is_named_and_hides_no_pair(fresh, inspect, tmp_path):
+    folder = fresh("healthy")
+    (folder / "labels" / "mine").mkdir(parents=True)
+    (folder / "labels" / "mine" / "s1.json").write_text("{}")
+    page = page_of(inspect, folder, tmp_path / "r.html", code=1)
+    assert len(page.data["pairs"]) == 5
+    assert any("label" in text and "s1.json" in text for text in page.text["pre"])
+
+
 def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
     rng = np.random.default_rng(0)
     count = 100_000
