@@ -50,9 +50,9 @@ class Drift:
     num_not_finite: int
     """Sampled pairs whose new inversion holds NaN or infinity; left out of the figures."""
     same_weights: bool
-    x_t: float
-    """Relative RMS change over all sampled records."""
-    target: float
+    x_t: float | None
+    """Relative RMS change over all sampled records; None if no inversion was finite."""
+    target: float | None
     bins: list[DriftBin]
     damaged: list[str]
     verdict: str
@@ -91,9 +91,10 @@ def measure_drift(
         raise nothing_readable(cache, damaged)
     timestep = np.concatenate(timesteps)
     x_t, target = np.concatenate(changes["x_t"]), np.concatenate(changes["target"])
-    overall = float(np.sqrt((target.astype(np.float64) ** 2).mean())) if len(target) else float("inf")
+    overall = {name: _rms(values) for name, values in (("x_t", x_t), ("target", target))}
+    moved = float("inf") if overall["target"] is None else overall["target"]
     same = cache.manifest.fingerprints.get("network") == model.fingerprints.get("network")
-    verdict = "refresh" if overall > REFRESH_ABOVE else "watch" if overall > KEEP_BELOW else "keep"
+    verdict = "refresh" if moved > REFRESH_ABOVE else "watch" if moved > KEEP_BELOW else "keep"
     return Drift(
         location=cache.location,
         model=model.name,
@@ -101,13 +102,16 @@ def measure_drift(
         num_sampled=num_sampled_pairs,
         num_not_finite=num_not_finite,
         same_weights=same,
-        x_t=float(np.sqrt((x_t.astype(np.float64) ** 2).mean())) if len(x_t) else float("inf"),
-        target=overall,
+        **overall,
         bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps),
         damaged=sorted(damaged),
         verdict=verdict,
         advice=_advice(cache, model, verdict),
     )
+
+
+def _rms(values: np.ndarray) -> float | None:
+    return float(np.sqrt((values.astype(np.float64) ** 2).mean())) if len(values) else None
 
 
 def _bins(timestep: np.ndarray, x_t: np.ndarray, target: np.ndarray, num_train_timesteps: int) -> list[DriftBin]:
@@ -168,7 +172,7 @@ def _last_configuration(cache: Cache) -> dict[str, dict[str, Any]]:
 
     Raises CacheCorrupt for a document that is not the one that was written.
     """
-    names = sorted(cache.store.listing("configurations"))
+    names = sorted(name for name in cache.store.listing("configurations") if name.endswith(".toml"))
     data = cache.store.get(f"configurations/{names[-1]}") if names else None
     try:
         return tomllib.loads(data.decode()) if data else {}

@@ -95,6 +95,21 @@ def test_a_damaged_shard_is_named_and_the_rest_is_measured(states, inspect, tiny
     assert "damaged shards left out: s1" in inspect("drift", states("corrupt"), "--model", tiny()).out
 
 
+def test_a_model_whose_inversion_holds_no_number_is_told_in_a_document_too(states, inspect, tiny, tmp_path):
+    """Its predictions are finite, and beyond float16."""
+    model = shutil.copytree(tiny(), tmp_path / "beyond")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    network = load_file(weights)
+    network["conv_out.weight"] *= 1e9
+    save_file(network, weights, metadata={"format": "pt"})
+    done = inspect("drift", states("healthy"), "--model", model, "--json")
+    found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (found["num_not_finite"], found["x_t"], found["target"], found["verdict"]) == (5, None, None, "refresh")
+    shown = inspect("drift", states("healthy"), "--model", model).out
+    assert "5 pairs came out NaN or infinite" in shown
+    assert "overall: x_t -, target -" in shown
+
+
 def test_the_refreshing_command_makes_the_same_kind_of_cache_from_any_path(write_cache, tiny, tmp_path):
     folder = write_cache(tmp_path / "my caches", pairs=(1,), flip=True, inverter={"guidance": 0.0})
     words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(tiny()))))
@@ -117,6 +132,8 @@ def test_the_refreshing_command_tells_what_the_last_run_was_told(write_cache, ti
     words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(trained))))
     assert words[words.index("--vae") + 1] == "/vaes/other one"
     assert "--allow-remote" in words
+    (kept / "3.toml.0123.staged").write_text("[mod")  # a writer's, on its way
+    assert "--allow-remote" in refresh_command(open_cache(str(folder)), open_model(str(trained)))
     (kept / "2.toml").write_text("[model\n")
     with pytest.raises(CacheCorrupt, match=r"(?s)told cannot be read.*2\.toml"):
         refresh_command(open_cache(str(folder)), open_model(str(tiny())))
