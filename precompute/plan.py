@@ -10,7 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from inpo.common.cache.schema import ArraySpec, Manifest
+from inpo.common.cache.schema import Manifest
+from inpo.common.cache.specs import ArraySpec
 from inpo.common.cache.store import is_remote
 from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inpo.common.cache.schema import MAX_PAIRS_PER_SHARD
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.errors import DataError
 from inpo.common.pairs import InputShard, PairSource
 from inpo.common.printable import shown

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from inpo.common.cache.schema import check_seal, load, sealed
+from inpo.common.cache.document import check_seal, load, sealed
 from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import CacheError, TrainingError, UsageError
 from inpo.common.state_files import read_state, write_state

@@ -14,7 +14,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import MemoryStore, WrapperStore
 
-from inpo.common.cache.schema import ArraySpec
+from inpo.common.cache.specs import ArraySpec
 from inpo.common.cache.store import check_process, digest_of_sample
 
 _CHUNKS_PER_BATCH = 64

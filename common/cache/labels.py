@@ -12,25 +12,25 @@ from typing import Annotated
 
 from pydantic import Field
 
-from inpo.common.cache.reader import Cache
-from inpo.common.cache.schema import (
+from inpo.common.cache.document import (
     MAX_PAIRS_PER_SHARD,
     Attempt,
+    Document,
     Location,
     PairId,
     Share,
-    _Document,
     check_seal,
     load,
     sealed,
 )
+from inpo.common.cache.reader import Cache
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
 
 Score = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
-class PairLabel(_Document):
+class PairLabel(Document):
     """One pair's raw scores, in the scorer's own unit, and P(win preferred) made from them."""
 
     scores: tuple[Score, Score]
@@ -39,7 +39,7 @@ class PairLabel(_Document):
     """P(win preferred) = sigmoid((win - lose) / temperature); below 0.5 the scorer prefers the side called lose."""
 
 
-class LabelSet(_Document):
+class LabelSet(Document):
     """The labels of one shard's pairs."""
 
     attempt: Attempt

@@ -11,7 +11,9 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.schema import MANIFEST, MAX_PAIRS_PER_SHARD, SHARD_NAME, ArraySpec, Commit, Manifest, load
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, SHARD_NAME, load
+from inpo.common.cache.schema import MANIFEST, Commit, Manifest
+from inpo.common.cache.specs import ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
 from inpo.common.errors import (

@@ -22,17 +22,9 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache.arrays import WrittenStore, write_group
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.identity import check_identity
-from inpo.common.cache.schema import (
-    CONFIGURATION_SEAL,
-    MANIFEST,
-    MAX_PAIRS_PER_SHARD,
-    REMOVING,
-    Commit,
-    Manifest,
-    ShardSource,
-    SkippedRow,
-)
+from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, Commit, Manifest, ShardSource, SkippedRow
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, InpoError, StorageError

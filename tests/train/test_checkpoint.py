@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from inpo.common.cache.schema import sealed
+from inpo.common.cache.document import sealed
 from inpo.common.errors import StorageError, TrainingError, UsageError
 from inpo.train import checkpoint
 from inpo.train.checkpoint import Checkpoint, choose, list_checkpoints
