@@ -17,23 +17,19 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 from torch import nn
 
-from inpo.common import fingerprint, single_file
+from inpo.common import fingerprint, single_file, weight_files
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
 from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
 from inpo.common.families.base import read_json
 from inpo.common.levels import Levels
 from inpo.common.markers import check_markers
+from inpo.common.model_folder import find_vae, folder_of
 from inpo.common.prediction import check_prediction, noise_likeness
 from inpo.common.processes import settle_numbers
 
-BUILT_IN = "toyworld/base"
-"""The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
-wins over a name.
-"""
 _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -43,7 +39,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "spiece.model",
 )
-_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
 _CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
 """Entries of model_index.json that change what the text encoders give."""
 
@@ -145,13 +140,13 @@ class Model:
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files that the libraries load for a component, of the chosen variant if it has one."""
         folder = self._component_folder(component)
-        chosen = _loaded_files(folder, self._library(component), self._variant_of(component))
+        chosen = weight_files.loaded_files(folder, self._library(component), self._variant_of(component))
         if not chosen:
             found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
             raise ModelError(
                 f"The model's {component} has no weights in safetensors format.",
                 where=folder,
-                expected=" or ".join(_weight_names(self._library(component), self.variant)),
+                expected=" or ".join(weight_files.weight_names(self._library(component), self.variant)),
                 got=found or "none",
                 fix="choose a --variant that exists" if found else "convert the weights to safetensors",
             )
@@ -163,7 +158,7 @@ class Model:
     def _variant_of(self, component: str) -> str | None:
         """The chosen variant if this component has it: its plain weights are loaded if not."""
         folder, library = self._component_folder(component), self._library(component)
-        return self.variant if self.variant and _loaded_files(folder, library, self.variant) else None
+        return self.variant if self.variant and weight_files.loaded_files(folder, library, self.variant) else None
 
     def load_network(self) -> nn.Module:
         """The trained component in float32 on the CPU. Raises ModelError if it does not predict what the scheduler
@@ -236,7 +231,7 @@ class Model:
         folder = self._component_folder(component)
         variant = self._variant_of(component)
         with _loading(component, folder):
-            _check_shards(folder, variant)
+            weight_files.check_parts(folder, variant)
             network, information = self._class_of(component).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
             )
@@ -254,17 +249,6 @@ class Model:
 
     def _component_folder(self, component: str) -> Path:
         return self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
-
-
-def _check_shards(folder: Path, variant: str | None) -> None:
-    """Raise ValueError, with their names, if files that a sharded component's index lists are not there."""
-    for index in folder.glob("*.safetensors.index*.json"):
-        if (f".{variant}." in index.name) == (variant is not None):
-            lost = sorted(
-                name for name in set(read_json(index)["weight_map"].values()) if not (folder / name).is_file()
-            )
-            if lost:
-                raise ValueError(f"{len(lost)} files of {index.name} are missing: {', '.join(lost[:3])}")
 
 
 @contextmanager
@@ -285,46 +269,6 @@ def _loading(what: str, where: Path) -> Iterator[None]:
         ) from error
 
 
-def _weight_names(library: str, variant: str | None) -> list[str]:
-    """Names of a component's weights, or of the list of their parts, in the order in which its library looks."""
-    tag = f".{variant}" if variant else ""
-    if library == "transformers":
-        return [f"model{tag}.safetensors", f"model.safetensors.index{tag}.json"]
-    stem = "diffusion_pytorch_model"
-    indexes = [f"{stem}.safetensors.index{tag}.json", f"{stem}.safetensors{tag}.index.json"]
-    return [*dict.fromkeys(indexes), f"{stem}{tag}.safetensors"]
-
-
-def _loaded_files(folder: Path, library: str, variant: str | None) -> list[Path]:
-    """The files that `from_pretrained` of this library loads from a folder; [] if it finds none.
-
-    Raises ModelError for a list of parts that cannot be read, and for what would be loaded beside the weights.
-    """
-    names = _weight_names(library, variant)
-    if library == "transformers":
-        if (folder / "adapter_config.json").exists():
-            raise ModelError(
-                "An adapter lies beside a text encoder's weights, and would be loaded into them.",
-                where=folder / "adapter_config.json",
-                expected="the text encoder alone",
-                fix="merge the adapter into the weights, or move it away",
-            )
-        explicit = read_json(folder / "config.json").get("transformers_weights")
-        names = [str(explicit)] if explicit else names
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None or found.suffix == ".safetensors":
-        return [] if found is None else [found]
-    parts = read_json(found).get("weight_map")
-    if not isinstance(parts, dict) or any(Path(str(part)).name != part for part in parts.values()):
-        raise ModelError(
-            "The list of a model's weight files cannot be used.",
-            where=found,
-            expected="weight_map: the name of a file beside it for each tensor",
-            fix="download the file again",
-        )
-    return [folder / part for part in sorted(set(parts.values()))]
-
-
 def open_model(
     location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
 ) -> Model:
@@ -337,7 +281,7 @@ def open_model(
     settle_numbers()
     _quieten()
     path = Path(location)
-    vae_folder = None if vae is None else _vae_folder(vae)
+    vae_folder = None if vae is None else find_vae(vae)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(
@@ -348,7 +292,7 @@ def open_model(
             )
         guessed_from = None
         if model_config:
-            folder = _folder_of(model_config, variant=None)
+            folder = folder_of(model_config, variant=None)
         else:
             folder, guessed_from = single_file.fetch_configuration(path)
         family = _family_of(folder)
@@ -362,7 +306,7 @@ def open_model(
         model = _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
         check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
         return model
-    folder = _folder_of(location, variant=variant)
+    folder = folder_of(location, variant=variant)
     model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
@@ -401,51 +345,6 @@ def _quieten() -> None:
     for family in FAMILIES.values():
         logging.getLogger(family.pipeline.__module__).setLevel(logging.ERROR)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-
-
-def _folder_of(location: str, *, variant: str | None) -> Path:
-    path = Path(location)
-    if path.is_dir():
-        return path
-    if location == BUILT_IN and not path.exists():
-        return Path(__file__).parents[1] / BUILT_IN
-    if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
-        raise ModelError(
-            "There is no model here.",
-            where=location,
-            expected="a pipeline folder, a hub id like owner/name, or a .safetensors file",
-            got="a file" if path.exists() else "nothing",
-            fix="check the path",
-        )
-    tag = f".{variant}" if variant else ""
-    # Whole, or in numbered parts; of one variant; the last pattern is a repository that is a VAE alone.
-    stems = ("*/model", "*/diffusion_pytorch_model", "diffusion_pytorch_model")
-    weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
-    try:
-        return Path(
-            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
-        )
-    except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
-        raise ModelError(
-            "The model is no local folder, and could not be fetched from the hub.",
-            where=location,
-            got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
-            fix="check the name, the network and HF_HUB_OFFLINE, or download it and pass the folder",
-        ) from error
-
-
-def _vae_folder(location: str) -> Path:
-    path = Path(location) if Path(location).is_dir() else _folder_of(location, variant=None)
-    for folder in (path, path / "vae"):
-        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-            return folder
-    raise ModelError(
-        "There is no VAE here.",
-        where=location,
-        expected="config.json and *.safetensors, there or in vae/",
-        got=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder",
-        fix="check --vae",
-    )
 
 
 def _checked(model: Model) -> Model:

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int, Shaped
 from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
+from inpo.common.cache.commits import read_commits
 from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, SHARD_NAME, load
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, load
 from inpo.common.cache.schema import MANIFEST, Commit, Manifest
 from inpo.common.cache.specs import ArraySpec
 from inpo.common.cache.store import CacheStore, digest
@@ -346,7 +347,7 @@ def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, C
             fix="run `inpo precompute --cache` with this path first, or correct the path",
         )
     manifest = Manifest.from_json(data, store.path(MANIFEST))
-    commits, bad = _read_commits(store, manifest, digest(data))
+    commits, bad = read_commits(store, manifest, digest(data))
     if damaged is None and bad:
         raise next(iter(bad.values()))
     if damaged is not None:
@@ -361,52 +362,3 @@ def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, C
             "`inpo inspect summary`",
         )
     return cache
-
-
-def _read_commits(
-    store: CacheStore, manifest: Manifest, manifest_digest: str
-) -> tuple[dict[str, Commit], dict[str, CacheError]]:
-    """(commits by shard name, what is wrong with the others by shard name)."""
-    files = [name for name in store.listing("commits") if name.endswith(".json") and "/" not in name]
-    commits: dict[str, Commit] = {}
-    bad: dict[str, CacheError] = {}
-    owner: dict[str, str] = {}
-    for file, document in zip(files, store.get_many([f"commits/{file}" for file in files]), strict=True):
-        name = file.removesuffix(".json")
-        if document is None:  # moved aside in between
-            continue
-        try:
-            if isinstance(document, CacheError):
-                raise document
-            if not SHARD_NAME.fullmatch(name):
-                raise CacheSchemaError(
-                    "A commit has a name that no shard has.",
-                    where=store.path(f"commits/{file}"),
-                    expected="letters, digits, dots, dashes, underscores, the first no dot",
-                    got=ascii(name)[:200],
-                    fix="it is no file of this cache: move it away",
-                )
-            commit = Commit.from_json(document, store.path(f"commits/{file}"))
-            if commit.manifest != manifest_digest:
-                raise CacheCorrupt(
-                    f"The manifest is not the one that shard {name} was made under.",
-                    where=store.path(MANIFEST),
-                    expected=f"digest {commit.manifest} (from commits/{file})",
-                    got=manifest_digest,
-                    fix="manifest.json was edited or replaced: restore it from a copy; or the commit came from another "
-                    "cache: remove it",
-                )
-            commit.check_files(manifest, store.path(f"commits/{file}"))
-            first = owner.setdefault(commit.attempt, name)
-            if first != name:
-                raise CacheCorrupt(
-                    f"Two commits name one attempt: those of shards {first} and {name}.",
-                    where=store.path(f"commits/{file}"),
-                    expected="an attempt of its own",
-                    got=f"attempt {commit.attempt}",
-                    fix="remove the one that is a copy: its pairs would count twice",
-                )
-            commits[name] = commit
-        except CacheError as error:
-            bad[name] = error
-    return commits, bad

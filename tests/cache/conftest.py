@@ -1,5 +1,6 @@
 """Small caches with known numbers, an S3 server on loopback that can be told to fail, full and read-only disks."""
 
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -142,6 +143,24 @@ class Build:
 @pytest.fixture(scope="session")
 def build() -> Build:
     return Build()
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory, build) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "cache"
+    manifest = build.manifest(**build.everything)
+    writer = CacheWriter.open(str(folder), manifest)
+    skipped = [{"pair_id": "tie", "reason": "tie", "detail": "label 0.5", "row": 3}]
+    assert writer.write("s0", build.shard(manifest, 3, skipped=skipped))
+    assert writer.write("s1", build.shard(manifest, 2, seed=1))
+    writer.write_configuration('[data]\ncache = "x"\n')
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path) -> Path:
+    """A copy of a cache with every array there is, a skipped row and a configuration, for a test to forge."""
+    return Path(shutil.copytree(sound, tmp_path / "cache"))
 
 
 @dataclass

@@ -275,7 +275,7 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, var
         fetched.update(kept)
         return str(model_copy)
 
-    monkeypatch.setattr("inpo.common.models.snapshot_download", download)
+    monkeypatch.setattr("inpo.common.model_folder.snapshot_download", download)
     open_model("owner/name", variant=variant)
     assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == expected
     assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= fetched

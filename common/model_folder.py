@@ -1,0 +1,60 @@
+"""The folder of a pipeline or a VAE: a local one, the built-in model's, or one that the hub client fetches."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from inpo.common.errors import ModelError
+
+BUILT_IN = "toyworld/base"
+"""The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
+wins over a name.
+"""
+_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
+
+
+def folder_of(location: str, *, variant: str | None) -> Path:
+    """The folder of a model, with its weights of this variant alone if it had to be fetched. Raises ModelError."""
+    path = Path(location)
+    if path.is_dir():
+        return path
+    if location == BUILT_IN and not path.exists():
+        return Path(__file__).parents[1] / BUILT_IN
+    if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
+        raise ModelError(
+            "There is no model here.",
+            where=location,
+            expected="a pipeline folder, a hub id like owner/name, or a .safetensors file",
+            got="a file" if path.exists() else "nothing",
+            fix="check the path",
+        )
+    tag = f".{variant}" if variant else ""
+    # Whole, or in numbered parts; of one variant; the last pattern is a repository that is a VAE alone.
+    stems = ("*/model", "*/diffusion_pytorch_model", "diffusion_pytorch_model")
+    weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
+    try:
+        return Path(
+            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
+        )
+    except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
+        raise ModelError(
+            "The model is no local folder, and could not be fetched from the hub.",
+            where=location,
+            got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
+            fix="check the name, the network and HF_HUB_OFFLINE, or download it and pass the folder",
+        ) from error
+
+
+def find_vae(location: str) -> Path:
+    """The folder with a VAE's own configuration and weights. Raises ModelError if there is none."""
+    path = folder_of(location, variant=None)
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return folder
+    raise ModelError(
+        "There is no VAE here.",
+        where=location,
+        expected="config.json and *.safetensors, there or in vae/",
+        got=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder",
+        fix="check --vae",
+    )

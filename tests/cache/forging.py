@@ -1,0 +1,79 @@
+"""Documents and files that are whole and sealed, and say what no writer of ours says; and what verify finds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inpo.common.cache import open_cache
+from inpo.common.cache.store import CacheStore, digest
+from inpo.common.errors import CacheError
+from inpo.inspection.checks import Finding
+from inpo.inspection.verify import verify
+
+
+def edit(document: Any, path: str, value: Any) -> None:
+    """Set `a.b.0` of a document to a value; to what a function makes of it, if the value is one."""
+    *parents, last = path.split(".")
+    for name in parents:
+        document = document[int(name) if isinstance(document, list) else name]
+    key: Any = int(last) if isinstance(document, list) else last
+    document[key] = value(document[key]) if callable(value) else value
+
+
+def forge_commit(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "s0") -> None:
+    file = folder / "commits" / f"{name}.json"
+    document = json.loads(file.read_text())
+    change(document)
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    checksum = digest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+    file.write_text(json.dumps(rest | {"checksum": checksum}))
+
+
+RANDOM = ("x0_t", "reference_error")
+"""Checks of numbers that are random here, and fulfil no identity."""
+
+
+def verified(folder: Path) -> list[Finding]:
+    """What verify finds beside that."""
+    return [each for each in verify(str(folder)).findings if each.check not in RANDOM]
+
+
+def forge_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and make every commit one of it."""
+    file = folder / "manifest.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    for commit in (folder / "commits").iterdir():
+        forge_commit(folder, lambda each: each.update(manifest=digest(file.read_bytes())), commit.stem)
+
+
+def forge_file(folder: Path, path: str, data: bytes) -> None:
+    """Replace a file of s0's attempt and have the commit say so."""
+    (attempt,) = (folder / "shards" / "s0").iterdir()
+    (attempt / path).write_bytes(data)
+    store = CacheStore(str(folder))
+
+    def change(document: dict[str, Any]) -> None:
+        document["files"][path] = len(data)
+        document["digests"][path] = store.sample_digest(f"shards/s0/{attempt.name}/{path}", len(data))
+
+    forge_commit(folder, change)
+
+
+def refused(folder: Path, document: Path, *, others: set[str]) -> None:
+    """Opening refuses, naming the document and what to do; what goes on without damaged shards has the others."""
+    with pytest.raises(CacheError) as caught:
+        open_cache(str(folder))
+    assert str(document) in str(caught.value)
+    assert "to do:" in str(caught.value)
+    damaged: dict[str, CacheError] = {}
+    try:
+        left = set(open_cache(str(folder), damaged=damaged).commits)
+    except CacheError:  # the manifest is refused, or no commit is left
+        left = set()
+    assert left == others
+    assert not others or str(damaged["s0"]) == str(caught.value)

@@ -1,0 +1,126 @@
+"""What happens to an attempt between its arrays and its commit: no commit of what is not there stays."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import StorageError
+from inpo.inspection.leftovers import find_leftovers, remove_leftover
+from tests.cache.forging import verified
+
+
+def meddle(monkeypatch, what: Callable[[CacheWriter, str], None], *, times: int = 1) -> list[str]:
+    """Something happens to an attempt between its arrays and its commit."""
+    real, folders = CacheWriter._write_arrays, []
+
+    def write(self: CacheWriter, folder: str, arrays: Any) -> None:
+        real(self, folder, arrays)
+        folders.append(folder)
+        if len(folders) <= times:
+            what(self, folder)
+
+    monkeypatch.setattr(CacheWriter, "_write_arrays", write)
+    return folders
+
+
+def clean(writer: CacheWriter, folder: str) -> None:
+    for leftover in find_leftovers(writer.store):
+        assert remove_leftover(writer.store, leftover)
+
+
+def change_a_file(how: Callable[[Path], object]) -> Callable[[CacheWriter, str], None]:
+    return lambda writer, folder: (
+        how(Path(writer.store.location) / folder / "x0" / "c" / "0" / "0" / "0" / "0" / "0") and None
+    )
+
+
+MEDDLING = {
+    "clean --all": clean,
+    "a file is lost": change_a_file(lambda file: file.unlink()),
+    "a file is short": change_a_file(lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    "a file is zeros": change_a_file(lambda file: file.write_bytes(bytes(file.stat().st_size))),
+    "a file too many": change_a_file(lambda file: file.with_name("1").write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("name", MEDDLING)
+def test_an_attempt_that_changed_before_its_commit_is_made_again(tmp_path, build, monkeypatch, name):
+    manifest = build.manifest()
+    folders = meddle(monkeypatch, MEDDLING[name])
+    commit = CacheWriter.open(str(tmp_path), manifest).write("s0", build.shard(manifest, 3))
+    assert commit is not None
+    assert folders[1] == f"shards/s0/{commit.attempt}"
+    assert verified(tmp_path) == []
+    assert len(open_cache(str(tmp_path)).shards["s0"].read("x_t")) == 3
+
+
+@pytest.mark.parametrize("name", MEDDLING)
+def test_an_attempt_that_always_changes_is_never_committed(tmp_path, build, monkeypatch, name):
+    manifest = build.manifest()
+    meddle(monkeypatch, MEDDLING[name], times=9)
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    with pytest.raises(StorageError, match="nothing is committed") as caught:
+        writer.write("s0", build.shard(manifest, 3))
+    assert "inspect clean --all" in str(caught.value)
+    assert writer.committed() == set()
+
+
+def test_a_listing_that_lags_makes_no_commit_with_fewer_files(tmp_path, build, monkeypatch):
+    manifest = build.manifest()
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    real = CacheStore.listing
+    monkeypatch.setattr(
+        CacheStore, "listing", lambda self, prefix: dict(list(real(self, prefix).items())[:3]) if "/" in prefix else {}
+    )
+    with pytest.raises(StorageError, match="no such file"):
+        writer.write("s0", build.shard(manifest, 3))
+    assert not (tmp_path / "commits").exists()
+
+
+def test_clean_and_a_commit_at_the_same_moment(tmp_path, build, monkeypatch):
+    """clean has looked for the commit and found none; then the writer commits; then clean removes. In every order one
+    sees the other: no commit of an attempt that is gone stays."""
+    manifest = build.manifest()
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    store = CacheStore(str(tmp_path))
+    put_new, remove = CacheStore.put_new, CacheStore.remove
+    commits = []
+
+    def at_commit(self: CacheStore, name: str, data: bytes) -> bool:
+        if name.startswith("commits/") and not commits:
+            commits.append(name)
+            (leftover,) = find_leftovers(store)
+
+            def removing(each: CacheStore, prefix: str) -> None:  # the commit comes before the first removal
+                monkeypatch.setattr(CacheStore, "remove", remove)
+                assert put_new(self, name, data)
+                assert writer._difference("s0", leftover.attempt, b"", digests=False) is not None
+                remove(each, prefix)
+
+            monkeypatch.setattr(CacheStore, "remove", removing)
+            assert remove_leftover(store, leftover)
+            return True
+        return put_new(self, name, data)
+
+    monkeypatch.setattr(CacheStore, "put_new", at_commit)
+    commit = writer.write("s0", build.shard(manifest, 3))
+    assert commit is not None
+    assert verified(tmp_path) == []
+    assert len(open_cache(str(tmp_path)).shards["s0"].read("x_t")) == 3
+
+
+def test_clean_leaves_what_was_committed_while_it_looked(tmp_path, build, monkeypatch):
+    manifest = build.cache(tmp_path, pairs=(2,))
+    store = CacheStore(str(tmp_path))
+    commit = (tmp_path / "commits" / "s0.json").read_bytes()
+    (tmp_path / "commits" / "s0.json").unlink()
+    (leftover,) = find_leftovers(store)
+    (tmp_path / "commits" / "s0.json").write_bytes(commit)
+    assert remove_leftover(store, leftover) is False
+    assert verified(tmp_path) == []
+    assert not [name for name in store.listing("shards") if name.endswith(".removing")]
+    assert open_cache(str(tmp_path)).manifest == manifest
