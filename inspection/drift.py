@@ -4,7 +4,6 @@ The released code inverts with the network in training; a cache inverts once, wi
 measured here: the same pairs, settings and randomness, another network.
 """
 
-import itertools
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from inpo.common.options import flags
 from inpo.common.recipe import DataSection, ModelSection
 from inpo.inspection.pair_table import nothing_readable, read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
-from inpo.inspection.summary import NUM_BINS
+from inpo.inspection.summary import timestep_ranges
 
 KEEP_BELOW, REFRESH_ABOVE = 0.1, 0.2
 """Relative RMS change of the target. Yardstick: the target of ddim with 10 steps is itself about 0.2 away from the
@@ -115,9 +114,8 @@ def _rms(values: np.ndarray) -> float | None:
 
 
 def _bins(timestep: np.ndarray, x_t: np.ndarray, target: np.ndarray, num_train_timesteps: int) -> list[DriftBin]:
-    edges = np.unique(np.linspace(0, num_train_timesteps, NUM_BINS + 1).round().astype(int)).tolist()
     bins = []
-    for low, high in itertools.pairwise(edges):
+    for low, high in timestep_ranges(num_train_timesteps):
         inside = (timestep >= low) & (timestep < high)
         some = bool(inside.any())
         bins.append(

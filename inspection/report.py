@@ -3,7 +3,6 @@
 Figures and plots cover every committed pair; the gallery and the norms of delta a sample, as the page says.
 """
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from inpo.inspection.preview import linear_preview, vae_preview
 from inpo.inspection.reinvert import choose_pairs
 from inpo.inspection.report_plots import curves, histogram
 from inpo.inspection.report_sample import GROUPS, MOST_TIMESTEPS, SampledPair, sample_pairs
-from inpo.inspection.summary import Summary, summary_of, timestep_bins
+from inpo.inspection.summary import Summary, summary_of, timestep_ranges
 from inpo.inspection.summary_view import number
 from inpo.inspection.words import cache_facts
 
@@ -142,7 +141,7 @@ def _damaged(damaged: dict[str, InpoError]) -> str:
 def _plots(cache: Cache, table: PairTable, summary: Summary, damaged: dict[str, InpoError]) -> str:
     norms = _noise_norms(cache, table, damaged)
     total = cache.manifest.num_train_timesteps
-    bins = timestep_bins(table, total)
+    bins = summary.timesteps
     middles = [(each.low + each.high) / 2 for each in bins]
     figures = [
         _figure(
@@ -214,8 +213,7 @@ def _inversion_figures(table: PairTable, total: int) -> list[str]:
     if not len(values):
         return []
     last = np.repeat(table.timestep[:, -1:], 2, axis=1)[measured]
-    edges = np.unique(np.linspace(0, total, 11).round().astype(int))
-    inside = [(low, high, values[(last >= low) & (last < high)]) for low, high in itertools.pairwise(edges.tolist())]
+    inside = [(low, high, values[(last >= low) & (last < high)]) for low, high in timestep_ranges(total)]
     return [
         _figure(
             "Inversion error",

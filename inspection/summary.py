@@ -1,5 +1,6 @@
 """`inpo inspect summary`: a cache in figures, from its documents and small arrays; no latent is read."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from inpo.common.errors import InpoError
 from inpo.inspection.leftovers import Leftover, find_leftovers
 from inpo.inspection.pair_table import PairTable, read_pair_table
 
-NUM_BINS = 10
+_NUM_BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +142,16 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
     )
 
 
+def timestep_ranges(num_train_timesteps: int) -> list[tuple[int, int]]:
+    """[low, high) of ten equal bins over the model's table; fewer if it is shorter."""
+    edges = np.unique(np.linspace(0, num_train_timesteps, _NUM_BINS + 1).round().astype(int))
+    return list(itertools.pairwise(edges.tolist()))
+
+
 def timestep_bins(table: PairTable, num_train_timesteps: int) -> list[TimestepBin]:
-    """Ten equal bins over the model's table (fewer if it is shorter)."""
-    edges = np.unique(np.linspace(0, num_train_timesteps, NUM_BINS + 1).round().astype(int))
+    """The records and their mean errors in each of the bins."""
     bins = []
-    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for low, high in timestep_ranges(num_train_timesteps):
         inside = table.reference_error[(table.timestep >= low) & (table.timestep < high)].astype(np.float64)
         win, lose = inside.mean(0).tolist() if len(inside) else (None, None)
         bins.append(
