@@ -13,8 +13,12 @@ wins over a name.
 _CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
 
 
-def folder_of(location: str, *, variant: str | None) -> Path:
-    """The folder of a model, with its weights of this variant alone if it had to be fetched. Raises ModelError."""
+def folder_of(
+    location: str, *, variant: str | None, stems: tuple[str, ...] = ("*/model", "*/diffusion_pytorch_model")
+) -> Path:
+    """The folder of a model. What has to be fetched is its configuration, and the weights of these names and this
+    variant. Raises ModelError.
+    """
     path = Path(location)
     if path.is_dir():
         return path
@@ -29,8 +33,7 @@ def folder_of(location: str, *, variant: str | None) -> Path:
             fix="check the path",
         )
     tag = f".{variant}" if variant else ""
-    # Whole, or in numbered parts; of one variant; the last pattern is a repository that is a VAE alone.
-    stems = ("*/model", "*/diffusion_pytorch_model", "diffusion_pytorch_model")
+    # Whole, or in numbered parts.
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
@@ -47,7 +50,8 @@ def folder_of(location: str, *, variant: str | None) -> Path:
 
 def find_vae(location: str) -> Path:
     """The folder with a VAE's own configuration and weights. Raises ModelError if there is none."""
-    path = folder_of(location, variant=None)
+    # Of a pipeline, or of a repository that is a VAE alone.
+    path = folder_of(location, variant=None, stems=("vae/diffusion_pytorch_model", "diffusion_pytorch_model"))
     for folder in (path, path / "vae"):
         if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
             return folder

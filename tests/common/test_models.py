@@ -226,28 +226,31 @@ def test_weights_that_do_not_fit_their_configuration(model_copy):
 
 
 @pytest.mark.parametrize(
-    ("variant", "expected"),
+    ("options", "expected"),
     [
         (
-            None,
+            {},
             {
                 "unet/diffusion_pytorch_model.safetensors",
                 "text_encoder/model.safetensors",
                 "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
-                "diffusion_pytorch_model.safetensors",
             },
         ),
         (
-            "fp16",
+            {"variant": "fp16"},
             {
                 "unet/diffusion_pytorch_model.fp16.safetensors",
                 "text_encoder/model.fp16.safetensors",
                 "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
             },
         ),
+        (
+            {"vae": "owner/name"},  # of the pipeline's gigabytes nothing but this
+            {"vae/diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors"},
+        ),
     ],
 )
-def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, variant, expected):
+def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, options, expected):
     """File names as hub repositories have them; the selection is the hub client's own."""
     names = [
         "model_index.json",
@@ -276,7 +279,7 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, var
         return str(model_copy)
 
     monkeypatch.setattr("inpo.common.model_folder.snapshot_download", download)
-    open_model("owner/name", variant=variant)
+    open_model(str(model_copy) if "vae" in options else "owner/name", **options)
     assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == expected
     assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= fetched
 
