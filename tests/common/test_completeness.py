@@ -102,14 +102,20 @@ def test_two_encoders_of_one_width_are_told_apart(tiny, tmp_path):
         assert torch.equal(pipeline.text_encoder_2.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("part", ["feature_extractor", "safety_checker", "image_encoder"])
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("sd15", "feature_extractor"),
+        ("sd15", "safety_checker"),
+        ("sd15", "image_encoder"),
+        ("sdxl", "feature_extractor"),
+        ("sdxl", "image_encoder"),
+    ],
+)
 def test_a_part_that_no_stage_needs_is_not_missed(tiny, tmp_path, kind, part):
     folder = shutil.copytree(tiny(kind), tmp_path / "model")
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {part: ["transformers", "CLIPImageProcessor"]}))
-    if (kind, part) == ("sdxl", "safety_checker"):
-        return  # not a part of that pipeline
     model = open_model(str(folder))
     check_complete(model)
     model.load_pipeline().save_pretrained(tmp_path / "written")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,10 +162,3 @@ def test_an_accepted_range_serves_every_offset(grid_points: int, low: int, width
     for pair in range(30):
         path = build_path(chosen, SCHEDULE, seed=0, pair_id=str(pair), timesteps_per_pair=kept)
         assert len(kept_of(path)) == kept
-
-
-def test_a_zero_terminal_snr_table_is_refused() -> None:
-    from inpo.common.errors import ModelError
-
-    with pytest.raises(ModelError, match="zero-terminal-SNR"):
-        Levels.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]))
