@@ -90,7 +90,7 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return _object_store(scheme, ""), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
-    except Exception as error:  # every file system has exceptions of its own: a package, a host or an inner file missing
+    except Exception as error:  # every file system has exceptions of its own
         raise DataError(
             "this location cannot be opened",
             where=location,
