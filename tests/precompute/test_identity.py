@@ -7,6 +7,7 @@ import pytest
 
 from inpo.common.cache import Manifest
 from inpo.common.cache_settings import CacheSettings
+from inpo.common.errors import UsageError
 from inpo.common.models import open_model
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.settings import PrecomputeSettings
@@ -49,6 +50,14 @@ def test_every_setting_comes_back_from_a_manifest(pipelines: Callable, case: str
     document = build_manifest(settings, model, device_type="cpu").to_json()
     found = CacheSettings.of(Manifest.from_json(document, "manifest.json"))
     assert found.model_dump() == {name: getattr(settings, name) for name in CacheSettings.model_fields}
+
+
+def test_the_resolution_that_is_advised_is_one(pipelines: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PixArt-Sigma's step is 16 pixels, twice the smallest resolution."""
+    model = open_model(str(pipelines("pixart-sigma")))
+    monkeypatch.setattr(type(model.family), "vae_factor", lambda self, config: 8)
+    with pytest.raises(UsageError, match=r"(?s)a multiple of 16.*round it up to 16"):
+        build_manifest(PrecomputeSettings(resolution=8), model, device_type="cpu")
 
 
 def test_no_setting_is_left_out_above() -> None:
