@@ -3,7 +3,7 @@
 [precompute] adds how the work is done. They live here because looking at a cache ends in advice how to make it anew.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -91,31 +91,15 @@ class CacheSettings(Section):
     def of(cls, manifest: "Manifest") -> "CacheSettings":
         """The settings that give this identity again, with whatever model and device."""
         inverter = manifest.inverter
-        whole = (0, manifest.num_train_timesteps)
-        usual = inverter.refine_start == _usual_refinement(inverter.name)
-        used: dict[str, Any] = {} if inverter.iterations is None else {"iterations": inverter.iterations}
-        used |= {} if inverter.tolerance is None else {"tolerance": inverter.tolerance}
-        used |= {} if inverter.name == "noise" else {"noised_start": inverter.noised_start}
-        return cls(
-            grid_points=inverter.grid_points,
-            timesteps_per_pair=manifest.timesteps_per_pair,
-            inverter=inverter.name,
-            refine_start=None if usual else inverter.refine_start,
-            guidance=inverter.guidance,
-            caption_dropout=inverter.caption_dropout,
-            faithful=inverter.faithful,
-            timestep_range=None if inverter.timestep_range == whole else inverter.timestep_range,
-            profile=manifest.profile,
-            extra=manifest.extra,
-            resolution=manifest.resolution,
-            crop=manifest.crop,
-            flip=manifest.flip,
-            vae_latent=manifest.vae_latent,
-            measure_inversion=manifest.measure_inversion,
-            dtype=manifest.network_dtype,
-            seed=manifest.seed,
-            **used,
-        )
+        told = {**dict(manifest), **dict(inverter), "inverter": inverter.name, "dtype": manifest.network_dtype}
+        # What the inverter does not use, and what it takes anyway, stays unset.
+        if inverter.refine_start == _usual_refinement(inverter.name):
+            told["refine_start"] = None
+        if inverter.timestep_range == (0, manifest.num_train_timesteps):
+            told["timestep_range"] = None
+        if inverter.name == "noise":
+            told["noised_start"] = None
+        return cls(**{name: told[name] for name in CacheSettings.model_fields if told[name] is not None})
 
 
 def _usual_refinement(inverter: InverterName) -> int:

@@ -1,4 +1,4 @@
-"""~ in paths, expanded once, where settings and options are parsed."""
+"""Paths as users write them, settled once, where settings and options are parsed: ~, and names that are not UTF-8."""
 
 import os
 import re
@@ -14,15 +14,20 @@ def expand_home(place: _Place) -> _Place:
     """A path or address with ~ and ~user at its beginning replaced by the home folder; all else stays as it is.
 
     Paths go through libraries of which some expand and some make a folder named ~, so it is done here, once. A folder
-    of that name is ./~. Raises ValueError for a user without a home.
+    of that name is ./~. Raises ValueError for a user without a home, and for a name that is not UTF-8: manifests,
+    commits and recipes are UTF-8 and could not hold it.
     """
     scheme, path = re.match(r"(file://)?(.*)", str(place), flags=re.DOTALL).groups("")  # type: ignore[union-attr]
-    if not path.startswith("~"):
-        return place
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError(f"there is no home folder for {path.partition('/')[0]}")
-    return type(place)(scheme + expanded)
+    if path.startswith("~"):
+        expanded = os.path.expanduser(path)
+        if expanded.startswith("~"):
+            raise ValueError(f"there is no home folder for {path.partition('/')[0]}")
+        place = type(place)(scheme + expanded)
+    try:
+        str(place).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("this name is not UTF-8, so nothing that is written down can hold it: rename it") from None
+    return place
 
 
 def home(value: Any) -> Any:
@@ -30,4 +35,4 @@ def home(value: Any) -> Any:
     try:
         return expand_home(value) if isinstance(value, str | Path) else value
     except ValueError as error:
-        raise UsageError("A path cannot be expanded.", where=value, got=str(error), fix="write the path out") from None
+        raise UsageError("A path cannot be used.", where=value, got=str(error), fix="write another path") from None

@@ -31,13 +31,15 @@ class Leftover:
     num_bytes: int
     modified: datetime
     """UTC; the youngest of its files."""
+    has_arrays: bool
+    """False: the list alone, which `inpo precompute` leaves when it takes back the commit of a source without pairs."""
 
     @property
     def folder(self) -> str:
         return f"shards/{self.shard}/{self.attempt}"
 
     def is_young(self, now: datetime | None = None) -> bool:
-        return (now or datetime.now(UTC)) - self.modified < GRACE
+        return self.has_arrays and (now or datetime.now(UTC)) - self.modified < GRACE
 
 
 def find_leftovers(store: CacheStore) -> list[Leftover]:
@@ -47,6 +49,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
     """
     sizes: dict[tuple[str, str], int] = {}
     modified: dict[tuple[str, str], datetime] = {}
+    with_arrays: set[tuple[str, str]] = set()
     for folder in ("shards", "skipped"):
         for name, size, when in _files(store, folder):
             parts = name.split("/")
@@ -55,13 +58,17 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
             key = (parts[0], parts[1].partition(".")[0])  # of a list, a mark, or one of them on its way
             sizes[key] = sizes.get(key, 0) + size
             modified[key] = max(when, modified.get(key, when))
+            if folder == "shards" and len(parts) > 2:
+                with_arrays.add(key)
     committed: dict[str, str | None] = {}
     for shard in {shard for shard, _ in sizes}:
         committed[shard] = committed_attempt(store, shard)
     return [
-        Leftover(shard=shard, attempt=attempt, num_bytes=sizes[shard, attempt], modified=modified[shard, attempt])
-        for shard, attempt in sorted(sizes)
-        if committed[shard] not in (attempt, _UNKNOWN)
+        Leftover(
+            shard=key[0], attempt=key[1], num_bytes=sizes[key], modified=modified[key], has_arrays=key in with_arrays
+        )
+        for key in sorted(sizes)
+        if committed[key[0]] not in (key[1], _UNKNOWN)
     ]
 
 

@@ -215,7 +215,7 @@ def _labels_without_commit(
 
 def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]) -> list[str]:
     """What a commit that is not there leaves behind, files that belong to nothing, and what cannot be known."""
-    without: dict[str, None] = {}
+    without: dict[str, set[str]] = {}
     strays = []
     for name in files:
         folder, *rest = name.split("/")
@@ -234,12 +234,19 @@ def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, Cach
         if not known and not name.endswith(".staged"):
             strays.append(name)
         if known and folder in ("shards", "skipped") and shard not in cache.commits and shard not in unreadable:
-            without[shard] = None
+            without.setdefault(shard, set()).add(folder)
     notes = []
-    if without:
+    attempts = [shard for shard, folders in without.items() if "shards" in folders]
+    if attempts:
         notes.append(
-            f"{len(without)} shards have an attempt and no commit ({_few(without)}): a writer is at work or died, or "
+            f"{len(attempts)} shards have an attempt and no commit ({_few(attempts)}): a writer is at work or died, or "
             "the commit was moved or removed; `inpo precompute` makes them again"
+        )
+    lists = [shard for shard in without if shard not in attempts]
+    if lists:
+        notes.append(
+            f"{len(lists)} shards have nothing but a list of skipped rows ({_few(lists)}): no pair was kept, and the "
+            "commit was taken back or removed; `inpo precompute` reads their rows again"
         )
     gaps = _gaps(cache)
     if gaps:

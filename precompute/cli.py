@@ -66,7 +66,7 @@ def plan(
     """What a precompute run will cost: shards, network calls, bytes, device hours. Refuses if the disk is short."""
     from inpo.precompute.estimate import run_plan
 
-    run_plan(
+    code = run_plan(
         recipe,
         given[ModelSection],
         given[DataSection],
@@ -75,6 +75,7 @@ def plan(
         calibrate=calibrate,
         as_json=as_json,
     )
+    raise typer.Exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -59,7 +59,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             where="--resolution",
             expected=f"a multiple of {factor}",
             got=settings.resolution,
-            fix=f"round it to {round(settings.resolution / factor) * factor}",
+            fix=f"round it up to {-(-settings.resolution // factor) * factor}",
         )
     return Manifest(
         family=family.name,

@@ -1,6 +1,7 @@
 """`inpo plan`: what a run would cost, printed."""
 
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from inpo.common.console import console
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.configuration import build_manifest, configure, device_type
-from inpo.precompute.inputs import committed_shards, list_work
+from inpo.precompute.inputs import committed_shards, list_work, print_inputs
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import load_components
@@ -29,14 +30,18 @@ def run_plan(
     gpus: int,
     calibrate: bool,
     as_json: bool,
-) -> None:
-    """Print what a run would cost; raises StorageError if the disk is too small for it."""
+) -> int:
+    """Print what a run would cost. Returns the exit code: 1 if an input shard is left out that cannot be read.
+
+    Raises StorageError if the disk is too small.
+    """
     resolved = configure(recipe, model_flags, data_flags, flags)
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
     manifest = build_manifest(resolved.settings, model, device_type=device_type(resolved.settings, None))
     check_complete(model)
-    _, tasks, _ = list_work(resolved.data, limit=resolved.settings.limit)
+    source, tasks, unreadable = list_work(resolved.data, limit=resolved.settings.limit)
+    print_inputs(source, tasks, unreadable)
     plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
     if as_json:
@@ -44,6 +49,7 @@ def run_plan(
     else:
         print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
     check_disk(plan, cache)
+    return 1 if unreadable else 0
 
 
 def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
@@ -53,11 +59,11 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     latents = 2 * settings.batch_size
     x = torch.randn(latents, *manifest.latent_shape, device=device)
     condition = model.family.blank(model.config, latents, settings.resolution).to(device)
-    timestep = torch.full((latents,), 500, device=device)
+    timestep = torch.full((latents,), manifest.num_train_timesteps // 2, device=device)
     times = []
     with torch.inference_mode():
         for _ in range(5):
             clock = time.perf_counter()
             components.denoiser.predict(x, timestep, condition).sum().item()
             times.append(time.perf_counter() - clock)
-    return plan.network_calls / latents * sorted(times[1:])[len(times[1:]) // 2] / 3600
+    return plan.network_calls / latents * statistics.median(times[1:]) / 3600

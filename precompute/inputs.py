@@ -9,6 +9,7 @@ from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.pairs import PairSource, open_source
+from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
 from inpo.precompute.tasks import ShardTask, list_tasks
 
@@ -24,6 +25,15 @@ def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     return source, tasks, unreadable
+
+
+def print_inputs(source: PairSource, tasks: list[ShardTask], unreadable: list[DataError]) -> None:
+    """Say on standard error which input shards cannot be read, and what no pair is made of."""
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
+    if not_read:
+        print(f"note: not read, for no pair is made of it: {not_read_words(not_read)}", file=sys.stderr)
 
 
 def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
@@ -42,7 +52,7 @@ def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
 
 
 def committed_shards(cache: str, manifest: Manifest) -> set[str]:
-    """Names of shards done already; {} for a cache that does not exist yet. Raises CacheMismatch for another's."""
+    """Names of shards done already; none for a cache that does not exist yet. Raises CacheMismatch for another's."""
     if not is_remote(cache) and not Path(cache).is_dir():
         if Path(cache).exists():
             raise UsageError("The cache is no folder.", where=cache, got="a file", fix="choose another --cache")
@@ -108,7 +118,6 @@ def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[s
         if commit is None and is_first and made_from.get(found, name) != name:
             lines.append(
                 f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs "
-                f"come into "
-                f"the cache twice. If the file was renamed or moved, stop and give it back its name"
+                f"come into the cache twice. If the file was renamed or moved, stop and give it back its name"
             )
     return lines

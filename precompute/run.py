@@ -13,7 +13,6 @@ from inpo.common.console import console
 from inpo.common.errors import DataError, UsageError, command
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
-from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
@@ -21,7 +20,7 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, input_warnings, list_work
+from inpo.precompute.inputs import committed_shards, input_warnings, list_work, print_inputs
 from inpo.precompute.pipeline import Outcome
 from inpo.precompute.plan import check_disk, make_plan, print_plan
 from inpo.precompute.settings import RayOptions
@@ -61,17 +60,13 @@ def run_precompute(
     if is_main:
         print(resolved.to_toml(), flush=True)
         print_plan(plan, console())
+        print_inputs(source, tasks, unreadable)
     check_disk(plan, cache)
     if dry_run:
-        return 0
+        return 1 if unreadable else 0
     writer = CacheWriter.open(cache, manifest)
     if is_main:
         writer.write_configuration(resolved.to_toml())
-        for error in unreadable:
-            print(f"error: {error}", file=sys.stderr)
-        not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
-        if not_read:
-            print(f"note: not read, for no pair is made of it: {not_read_words(not_read)}", file=sys.stderr)
         for line in input_warnings(writer, tasks, committed):
             print(f"warning: {line}", file=sys.stderr)
     failures: list[DataError] = list(unreadable)

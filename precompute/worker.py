@@ -155,7 +155,7 @@ class ShardWorker:
             )
             if inverted.residual is not None:
                 missed = (inverted.residual > (manifest.inverter.tolerance or 0.0)).flatten(1).any(1)
-                counts["fixed_point_not_converged"] = int(missed.sum())
+                counts["fixed_point_not_converged"] = int((missed & inverted.finite).sum())
             seconds["invert"] = time.perf_counter() - clock
         task = prepared.task
         return ShardData(
@@ -212,8 +212,7 @@ def _crashed(task: ShardTask, pair: Pair) -> Skipped:
         expected="images, or bytes that are refused",
         got="the end of the process",
         fix="if the machine ran out of memory, take fewer --decode-workers; if not, the images crash the "
-        "decoder: remove "
-        "the pair from the source. The same command then makes this shard",
+        "decoder: remove the pair from the source. The same command then makes this shard",
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.fields import FIRST, LOSE, SECOND, WIN, brief, is_ranking, missing_field, rows_of, without_part
+from inpo.common.pairs.fields import LAYOUTS, LOSE, WIN, brief, is_ranking, missing_field, rows_of, without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.pairs.signatures import Likely, likely_kind
@@ -324,8 +324,7 @@ def _refuse_other_kinds(location: str, head: bytes) -> None:
 
 def _check_header(location: str, header: tuple[str, ...]) -> None:
     twice = [name for name, count in Counter(header).items() if count > 1]
-    layouts = ((WIN, LOSE), (FIRST, SECOND))
-    if not twice and any(all(set(names) & set(header) for names in layout) for layout in layouts):
+    if not twice and any(all(set(names) & set(header) for names in layout) for layout in LAYOUTS):
         return
     wanted = next((names for names in (WIN, LOSE) if not set(names) & set(header)), WIN)
     raise DataError(

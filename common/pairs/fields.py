@@ -27,6 +27,7 @@ ReadImage = Callable[[Any, str], bytes | None]
 
 WIN, LOSE = ("win", "chosen"), ("lose", "rejected")
 FIRST, SECOND = ("jpg_0",), ("jpg_1",)
+LAYOUTS = ((WIN, LOSE), (FIRST, SECOND))
 PROMPT = ("prompt", "caption")
 ID = ("id", "pair_id", "ranking_id")
 UIDS = ("image_0_uid", "image_1_uid")
@@ -206,7 +207,7 @@ def _sides(fields: Fields, pairing: tuple[int, int] | None) -> list[tuple[str, A
     found = [name for name in IMAGE_FIELDS if fields.get(name) is not None]
     if pairing is None and not found:
         found = [name for name in IMAGE_FIELDS if name in fields]
-    layouts = [layout for layout in ((WIN, LOSE), (FIRST, SECOND)) if any(name in found for name in sum(layout, ()))]
+    layouts = [layout for layout in LAYOUTS if any(name in found for name in sum(layout, ()))]
     if len(layouts) + (pairing is not None) > 1:
         words = "images of two layouts" if pairing is None else "a ranking and a pair in one row"
         raise RowProblem(reason="bad_metadata", detail=f"{words}: {', '.join(found)}")

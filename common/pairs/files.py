@@ -90,13 +90,13 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return _object_store(scheme, ""), location
     try:
         fs, path = fsspec.core.url_to_fs(location)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # every file system has exceptions of its own
         raise DataError(
             "this location cannot be opened",
             where=location,
             expected="a local path or a URL that fsspec knows (s3://, gs://, https://, memory://, ...)",
-            got=str(error),
-            fix="install the fsspec package that the message names, or copy the data to a local folder",
+            got=one_line(error)[:300],
+            fix="check the address, install the package if the message names one, or copy the data to a local folder",
         ) from error
     return fs, path
 
@@ -203,7 +203,16 @@ def expand_pattern(location: str) -> list[str]:
     if is_local(filesystem(location)[0]) and exists(location):
         return [location]
     expanded: list[str] = []
-    for one in braceexpand.braceexpand(location) if "{" in location else [location]:
+    try:
+        names = list(braceexpand.braceexpand(location)) if "{" in location else [location]
+    except braceexpand.UnbalancedBracesError:
+        raise DataError(
+            "a brace in this pattern of names does not close",
+            where=location,
+            expected="a pattern such as pairs-{0000..0003}.tar, or the name of a file that is there",
+            fix="write the other brace; quote the pattern, so that the shell leaves it alone",
+        ) from None
+    for one in names:
         expanded.extend(_glob(one) if re.search(r"[*?\[]", one) else [one])
     return sorted(set(expanded))
 

@@ -28,9 +28,6 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Formats that are read. Others are refused: Pillow's list also holds formats that start outside programs."""
 
-RESIZE_FILTER = "lanczos"
-"""Pillow's antialiased LANCZOS, on 8-bit values, for shrinking and for enlarging."""
-
 Crop = Literal["center"]
 
 # `decode_image` has its own limit. Set once here and not around each call: filters belong to the process, threads

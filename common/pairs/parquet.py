@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.fields import (
-    FIRST,
     IMAGE_FIELDS,
     IMAGES,
     KNOWN,
+    LAYOUTS,
     LOSE,
     ORDER,
-    SECOND,
     WIN,
     ReadImage,
     brief,
@@ -256,7 +255,7 @@ def _schema_problem(schema: pa.Schema) -> str | None:
     if twice:
         return f"{', '.join(twice)} is there twice"
     names = set(schema.names)
-    if any(set(first) & names and set(second) & names for first, second in ((WIN, LOSE), (FIRST, SECOND))):
+    if any(set(first) & names and set(second) & names for first, second in LAYOUTS):
         return None
     lists = _lists(schema)
     if lists & set(IMAGES):
@@ -264,7 +263,7 @@ def _schema_problem(schema: pa.Schema) -> str | None:
             return None
         one_value = [name for name in ORDER if name in names]
         return f"{one_value[0]} is no list" if one_value else missing_field(ORDER, schema.names)
-    one_side = next((other for side, other in ((WIN, LOSE), (FIRST, SECOND)) if set(side) & names), None)
+    one_side = next((other for side, other in LAYOUTS if set(side) & names), None)
     return missing_field(one_side or (*WIN, *LOSE), schema.names)
 
 

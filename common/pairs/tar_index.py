@@ -98,6 +98,8 @@ class _Member(NamedTuple):
     suffix: str
     name: str
     place: tuple[int, int]
+    fields: frozenset[str]
+    """Names in a JSON member."""
 
 
 def index_tar(location: str) -> TarIndex:
@@ -113,8 +115,9 @@ def index_tar(location: str) -> TarIndex:
     tables: list[np.ndarray] = []
     for key, sample in groupby(members, key=lambda member: member.key):
         table = np.full((len(ROLES), 2), _ABSENT, dtype=np.int64)
+        fields: frozenset[str] = frozenset()
         for member in sample:
-            role = role_of(member.suffix)
+            role, fields = role_of(member.suffix), fields | member.fields
             if role is None:
                 not_read[f"member .{brief(member.suffix)}"] += 1
                 continue
@@ -123,6 +126,7 @@ def index_tar(location: str) -> TarIndex:
         present = {role for role, (offset, _) in zip(ROLES, table, strict=True) if offset != _ABSENT}
         if not present:
             continue  # a README or a checksum list beside the samples
+        _count_void(fields, present, not_read)
         key = key.removeprefix("./")
         earlier = rows.setdefault(key, [])
         if any(present.isdisjoint(other) for other in earlier):
@@ -168,7 +172,7 @@ def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], st
                 continue
             suffix = suffix.lower()
             role = role_of(suffix)
-            place = (info.offset_data, info.size)
+            place, fields = (info.offset_data, info.size), frozenset[str]()
             if not info.isreg() or info.issparse():
                 not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
                 if role is None:
@@ -182,8 +186,8 @@ def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], st
                     digest.update(part)
                     head, left = head or part, left - len(part)
                 if role == "json" and info.size <= _PART:
-                    _count_fields(head, not_read)
-            members.append(_Member(key, suffix, info.name, place))
+                    fields = _names(head)
+            members.append(_Member(key, suffix, info.name, place, fields))
     # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
     stream.seek(end)
     block = stream.read(_BLOCK)
@@ -193,13 +197,19 @@ def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], st
     return members, digest.hexdigest()
 
 
-def _count_fields(data: bytes, not_read: Counter[str]) -> None:
+def _names(data: bytes) -> frozenset[str]:
     try:
-        fields = parse_object(decode_text(data))
+        return frozenset(parse_object(decode_text(data)))
     except (TextProblem, RowProblem):
-        return  # the row says it when it is read
-    # Images are members of their own.
-    count_fields({*without_part(fields, is_ranking=False), *fields.keys() & set(IMAGE_FIELDS)}, not_read)
+        return frozenset()  # the row says it when it is read
+
+
+def _count_void(fields: frozenset[str], present: set[Role], not_read: Counter[str]) -> None:
+    """Count what has no part in a sample's pair: fields of its JSON, and a label where it cannot say which image."""
+    void = set(without_part({*fields, *present} - {"json"}, is_ranking=False))
+    count_fields(fields & (void | set(IMAGE_FIELDS)), not_read)  # images are members of their own
+    if "label" in void & present:
+        not_read["member .label"] += 1
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

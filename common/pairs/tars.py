@@ -14,14 +14,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from inpo.common.pairs.entries import parse_object
-from inpo.common.pairs.fields import IMAGE_FIELDS, as_number, items
+from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
 from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
 from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text
 
-LAYOUTS: tuple[tuple[Role, Role], ...] = (("win", "lose"), ("jpg_0", "jpg_1"))
 TEXT_ROLES: tuple[Role, ...] = ("caption", "label", "label_0", "label_1", "has_label", "id")
 
 
@@ -121,8 +120,9 @@ class _Sample:
         if not images:
             raise RowProblem(reason="missing_image", detail="no image member")
         for layout in LAYOUTS:
-            if set(layout) & set(images):
-                fields |= {role: role if role in images else None for role in layout}
+            roles = [names[0] for names in layout]
+            if set(roles) & set(images):
+                fields |= {role: role if role in images else None for role in roles}
         return fields
 
     def read(self, role: Role) -> bytes | None:

@@ -19,19 +19,8 @@ _OBJECT_STORE_BYTES = 100_000_000
 def connect(options: RayOptions) -> None:
     """Join the cluster at `--ray-address`, or start one on this machine. Does nothing if already connected.
 
-    Raises UsageError if Ray is not installed, the address does not answer, or the options make no sense.
+    Raises UsageError if Ray is not installed or the address does not answer.
     """
-    share = options.gpus_per_worker
-    if share is not None and not 0 < share <= 1:
-        raise UsageError(
-            "Bad share of a GPU.",
-            where="--gpus-per-worker",
-            expected="more than 0, at most 1",
-            got=share,
-            fix="a worker uses one device or a part of it; several workers use several",
-        )
-    if options.workers is not None and options.workers < 1:
-        raise UsageError("Too few workers.", where="--ray-workers", expected="at least 1", got=options.workers)
     with _kept_signal_handlers():
         try:
             import ray

@@ -1,5 +1,6 @@
 """~ is expanded in every option, argument and setting that is a place, of every command."""
 
+import os
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,3 +98,14 @@ def test_what_is_no_home_stays_and_what_cannot_be_expanded_is_refused(monkeypatc
     assert expand_home(Path("~")) == Path("/home/somebody")
     with pytest.raises(UsageError, match="no home folder for ~nobody-of-this-name"):
         home("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("name", ["pairs", "cache"])
+def test_a_name_that_no_document_can_hold_is_refused(name: str) -> None:
+    """A file system's names are bytes; manifests, commits and recipes are UTF-8."""
+    place = os.fsdecode(b"/data/caf\xe9")
+    with pytest.raises(UsageError, match="not UTF-8") as refused:
+        resolve(DataSection, "data", {}, {name: place})
+    assert refused.value.where == f"--{name}"
+    with pytest.raises(UsageError, match="not UTF-8"):
+        home(Path(place))

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from inpo.common.errors import UsageError
+from inpo.common.recipe import resolve
 from inpo.precompute.engines.ray_cluster import connect, has_gpus, places
 from inpo.precompute.settings import RayOptions
 from tests.engines.runs import (
@@ -174,14 +175,14 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (RayOptions(gpus_per_worker=0.0), "--gpus-per-worker"),
-        (RayOptions(gpus_per_worker=1.5), "--gpus-per-worker"),
-        (RayOptions(workers=0), "--ray-workers"),
+        ({"gpus_per_worker": 0.0}, "--gpus-per-worker"),
+        ({"gpus_per_worker": 1.5}, "--gpus-per-worker"),
+        ({"workers": 0}, "--ray-workers"),
     ],
 )
-def test_impossible_options_are_refused(options: RayOptions, name: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, float], name: str) -> None:
     with pytest.raises(UsageError) as error:
-        connect(options)
+        resolve(RayOptions, "ray", {}, options)
     assert error.value.where == name
 
 

@@ -22,7 +22,7 @@ from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.inspection.cli import app
 
-STATES = ("healthy", "empty", "writing", "corrupt", "lean", "sdxl")
+STATES = ("healthy", "empty", "taken back", "writing", "corrupt", "lean", "sdxl")
 PROMPTS = ("", "a red cat", "a blue house on the sky", 'the dog & <b>a</b> "cat"')
 STEPS, KEPT = 4, 2
 
@@ -198,6 +198,9 @@ def states(write_cache, tmp_path_factory) -> Callable[[str], Path]:
             folder = tmp_path_factory.mktemp(name) / "cache"
             if name == "empty":
                 write_cache(folder, pairs=())
+            elif name == "taken back":
+                write_cache(folder, pairs=(0,))
+                (folder / "commits" / "s0.json").unlink()  # as precompute does for a source without pairs
             elif name == "writing":
                 write_cache(folder)
                 (folder / "commits" / "s1.json").unlink()  # its attempt is there, its commit is still to come

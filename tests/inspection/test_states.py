@@ -35,6 +35,15 @@ CASES = {
         "report": (0, "3 of 3 pairs"),
         "clean": (0, "1 younger than an hour"),
     },
+    # No writer is waited for: what is left is a list of skipped rows.
+    "taken back": {
+        "summary": (0, "Nothing is committed yet.\n"),
+        "verify": (1, "1 shards have nothing but a list of skipped rows (s0): no pair was kept"),
+        "clean": (0, "removed 1 attempts"),
+        "pair": (1, "no committed pair yet"),
+        "filter": (1, "no committed pair yet"),
+        "drift": (1, "no committed pair yet"),
+    },
     # One bit of a latent array is flipped: summary and filter read no latent, and need none.
     "corrupt": {
         "summary": (0, "5 (10 records"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -277,8 +278,10 @@ def test_rows_are_counted_as_they_are_read(
     assert [said(item) for item in found] == expected
 
 
-@pytest.mark.parametrize("container", [as_parquet, as_lines, as_array, as_csv])
-def test_fields_that_say_nothing_beside_the_others_are_not_read(tmp_path: Path, container: Callable[..., Path]) -> None:
-    path = container(tmp_path, [pick(label_0=1.0, label=0.0, score=3.0)])
+def test_fields_that_say_nothing_beside_the_others_are_not_read(write: Callable[..., Path]) -> None:
+    path = write([pick(label_0=1.0, label=0.0, score=3.0)])
     (shard,) = open_source(str(path)).input_shards()
-    assert {name.partition(" ")[2]: count for name, count in shard.not_read.items()} == {"label": 1, "score": 1}
+    assert {re.sub(r"^\w+ \.?|\.txt$", "", name): count for name, count in shard.not_read.items()} == {
+        "label": 1,
+        "score": 1,
+    }

@@ -250,6 +250,7 @@ def test_a_row_that_cannot_be_fetched_is_skipped_with_its_reason(folder: Path, h
         "http://127.0.0.1:1/a.png?sig=SIGNED": "unreachable",
         "http://[nonsense/a.png": "missing_image",
         "carrierpigeon://loft/a.png": "unreachable",
+        "github://a.png": "unreachable",
         "simplecache::file:///etc/hostname": "missing_image",
         f"zip://a.png::{host('a.png')}": "not_allowed",
     }

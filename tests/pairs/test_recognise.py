@@ -64,6 +64,20 @@ def test_a_name_with_braces_that_exists_is_no_pattern(tars: Path) -> None:
     assert ids(tars / "odd{1,2}.tar") == ["2"]
 
 
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("pairs-{0000..0001.tar", "a brace in this pattern of names does not close"),
+        ("file://{", "a brace in this pattern of names does not close"),
+        ("github://pairs.tar", "cannot be opened.*'org' and 'repo'"),
+        ("zip://pairs.tar::missing.zip", "cannot be opened.*FileNotFoundError"),
+    ],
+)
+def test_a_location_that_no_library_understands_is_an_error_with_advice(location: str, words: str) -> None:
+    with pytest.raises(DataError, match=f"(?s){words}.*to do:"):
+        open_source(location)
+
+
 def test_a_missing_member_of_a_brace_pattern_is_one_unreadable_shard(tars: Path) -> None:
     (tars / "pairs-0001.tar").unlink()
     shards = open_source(f"{tars}/pairs-{{0000..0002}}.tar").input_shards()

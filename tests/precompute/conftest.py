@@ -93,6 +93,12 @@ def write_tars() -> Callable[..., str]:
     return build
 
 
+@pytest.fixture
+def tars(examples: Callable[..., list[Example]], write_tars: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """tars(count, per_tar): a source of so many pairs of the test's own."""
+    return lambda count, per_tar: write_tars(tmp_path / "pairs", examples(count), per_tar)
+
+
 @dataclass
 class Runs:
     """Runs precompute in this process and keeps the components of each run, for counting or breaking them."""

@@ -1,6 +1,7 @@
 """`inpo precompute` and `inpo plan` as typed: flags, recipe, exit codes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,8 +98,23 @@ def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
     assert document["cache_bytes"] == sum(document["bytes_by_array"].values())
 
 
-def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path) -> None:
-    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--calibrate", "--json", "--gpus", "2"])
+def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs" / "00009.tar").write_bytes(b"this is no tar file at all" * 100)
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["num_pairs"] == 4
+    assert "00009.tar" in result.stderr
+
+
+@pytest.mark.parametrize("levels", [1000, 100])
+def test_plan_with_calibration_gives_hours(
+    app: typer.Typer, recipe: Path, pipelines: Callable, tmp_path: Path, levels: int
+) -> None:
+    model = shutil.copytree(pipelines(), tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": levels}))
+    options = ["--model", str(model), "--timestep-range", "0", str(levels), "--calibrate", "--json", "--gpus", "2"]
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), *options])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["device_hours"] > 0
 

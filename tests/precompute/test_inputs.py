@@ -183,9 +183,9 @@ def test_the_public_mirrors_tars_give_the_same_cache_as_our_own_layout(
 
 
 def test_new_input_shards_extend_a_cache(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+    pipelines: Callable, examples: Callable, write_tars: Callable, tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(2), 1)
+    source = tars(2, 1)
     before = run.cache(source, pipelines(), tmp_path / "cache")
     calls = run.network_calls
     write_tars(tmp_path / "more", examples(1, first=7), 1)
@@ -197,14 +197,9 @@ def test_new_input_shards_extend_a_cache(
 
 
 def test_a_renamed_input_is_reported_before_its_pairs_come_twice(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(2), 1)
+    source = tars(2, 1)
     run.cache(source, pipelines(), tmp_path / "cache")
     assert "warning" not in capsys.readouterr().err
     (tmp_path / "pairs" / "00001.tar").rename(tmp_path / "pairs" / "renamed.tar")
@@ -246,7 +241,7 @@ def test_a_first_try_that_failed_says_that_its_cache_may_go(
 
 
 def test_shards_are_made_with_the_caches_own_noise_table(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """Another machine's libraries may round the scheduler's table otherwise: what is appended obeys the manifest's."""
     settings = PrecomputeSettings(
@@ -257,7 +252,7 @@ def test_shards_are_made_with_the_caches_own_noise_table(
     table = abar * (1 - 9e-7)
     levels = LevelTables.of(Levels.from_alphas_cumprod(torch.from_numpy(table)))
     CacheWriter.open(str(tmp_path / "cache"), made.model_copy(update={"levels": levels}))
-    run.cache(write_tars(tmp_path / "pairs", examples(4), 4), pipelines(), tmp_path / "cache")
+    run.cache(tars(4, 4), pipelines(), tmp_path / "cache")
     cache = open_cache(str(tmp_path / "cache"))
     (shard,) = cache
     x0, target, x_t = (shard.read(name) for name in ("x0", "target", "x_t"))

@@ -1,13 +1,11 @@
-"""Whole runs: resume, quarantine, refusals, plans, and what a user is told."""
+"""Whole runs: resume, quarantine, refusals, and what a user is told."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-import inpo.precompute.plan as plan_module
 from inpo.common.cache import open_cache
-from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, StorageError, UsageError
+from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, UsageError
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
@@ -26,14 +23,9 @@ from inpo.precompute.worker import Components
 
 
 def test_resume_makes_no_committed_shard_again(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(3), 1)
+    source = tars(3, 1)
     whole = run.cache(source, pipelines(), tmp_path / "whole")
     all_calls = run.network_calls
     assert run(source, pipelines(), tmp_path / "parts", limit=2) == 0
@@ -59,16 +51,11 @@ def test_resume_makes_no_committed_shard_again(
 
 
 def test_a_run_that_dies_between_shards_is_completed(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from inpo.precompute.worker import ShardWorker
 
-    source = write_tars(tmp_path / "pairs", examples(6), 2)
+    source = tars(6, 2)
     compute, made = ShardWorker.compute, []
 
     def failing(self: ShardWorker, prepared: Any) -> Any:
@@ -129,8 +116,7 @@ def _nan_network(components: Components) -> None:
 )
 def test_a_pair_that_is_not_finite_is_quarantined(
     pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
+    tars: Callable,
     run: Callable,
     tmp_path: Path,
     by_id: Callable,
@@ -138,8 +124,7 @@ def test_a_pair_that_is_not_finite_is_quarantined(
     breakage: Callable[[Components], None],
     words: str,
 ) -> None:
-    pairs = examples(4)  # the second one has the prompt "a blue dog on the house"
-    source = write_tars(tmp_path / "pairs", pairs, 4)
+    source = tars(4, 4)  # the second pair has the prompt "a blue dog on the house"
     well = run.cache(source, pipelines(), tmp_path / "well")
     run.prepare = breakage
     cache = run.cache(source, pipelines(), tmp_path / "cache")
@@ -159,15 +144,30 @@ def test_a_pair_that_is_not_finite_is_quarantined(
         assert np.isfinite(shard.read("prompt/embedding")).all()
 
 
-def test_no_pair_left_is_a_failure_and_no_commit(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_what_is_counted_is_counted_of_the_pairs_that_are_kept(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(2), 2)
+    """No start converges in one iteration; the second pair's network breaks down afterwards, at the higher levels."""
+
+    def late(components: Components) -> None:
+        whole = components.denoiser.network.forward
+        _nan_network(components)
+        broken = components.denoiser.network.forward
+        components.denoiser.network.forward = lambda x, timestep, **rest: (broken if timestep.max() > 600 else whole)(
+            x, timestep, **rest
+        )
+
+    run.prepare = late
+    cache = run.cache(tars(4, 4), pipelines(), tmp_path / "cache", inverter="fixed_point", iterations=1, tolerance=0.0)
+    (commit,) = cache.commits.values()
+    assert commit.skipped == {"not_finite": 1}
+    assert commit.counts == {"fixed_point_not_converged": 3}
+
+
+def test_no_pair_left_is_a_failure_and_no_commit(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tars(2, 2)
 
     def broken(components: Components) -> None:
         components.denoiser.network.conv_out.bias.data.fill_(float("nan"))
@@ -181,19 +181,16 @@ def test_no_pair_left_is_a_failure_and_no_commit(
 
 
 def test_bad_images_and_shards_stop_nothing_else(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "pairs"
-    write_tars(source, examples(4), 2)
+    source = Path(tars(4, 2))
     (source / "00009.tar").write_bytes(b"this is no tar file at all" * 100)
     data = (source / "00001.tar").read_bytes()
     first = data.index(b"\x89PNG\r\n\x1a\n")
     (source / "00001.tar").write_bytes(data[:first] + b"not an image" + data[first + 12 :])
+    # The plan is without it, and says so as the run does.
+    assert run(str(source), pipelines(), tmp_path / "cache", dry_run=True) == 1
+    assert "00009.tar" in capsys.readouterr().err
     code = run(str(source), pipelines(), tmp_path / "cache")
     output = capsys.readouterr()
     assert code == 1
@@ -206,9 +203,9 @@ def test_bad_images_and_shards_stop_nothing_else(
 
 
 def test_another_model_or_settings_are_refused_with_both_values(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(1), 1)
+    source = tars(1, 1)
     run.cache(source, pipelines(), tmp_path / "cache", grid_points=3)
     loaded = len(run.components)
     with pytest.raises(CacheMismatch) as raised:
@@ -246,15 +243,14 @@ def test_another_model_or_settings_are_refused_with_both_values(
 )
 def test_wrong_settings(
     pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
+    tars: Callable,
     run: Callable,
     tmp_path: Path,
     settings: dict[str, Any],
     kind: type[InpoError],
     words: list[str],
 ) -> None:
-    source = write_tars(tmp_path / "pairs", examples(1), 1)
+    source = tars(1, 1)
     with pytest.raises(kind) as raised:
         run(source, pipelines(), tmp_path / "cache", **settings)
     for word in words:
@@ -263,10 +259,8 @@ def test_wrong_settings(
     assert not (tmp_path / "cache").exists()
 
 
-def test_missing_model_source_and_cache(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
-) -> None:
-    source = write_tars(tmp_path / "pairs", examples(1), 1)
+def test_missing_model_source_and_cache(pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path) -> None:
+    source = tars(1, 1)
     with pytest.raises(ModelError, match="no model here"):
         run(source, tmp_path / "nowhere", tmp_path / "cache")
     with pytest.raises(ModelError, match=r"model_index\.json"):
@@ -286,107 +280,8 @@ def test_missing_model_source_and_cache(
         run_precompute(None, {}, {"pairs": source, "cache": "c"}, {}, ray_options=RayOptions(), dry_run=False)
 
 
-def _disk(free: int) -> Callable[[Any], Any]:
-    usage = namedtuple("usage", "total used free")
-    return lambda path: usage(10**12, 10**12 - free, free)
-
-
-def test_a_disk_too_small_is_refused_before_any_work(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source = write_tars(tmp_path / "pairs", examples(4), 4)
-    monkeypatch.setattr(shutil, "disk_usage", _disk(10_000))
-    for dry_run in (False, True):
-        with pytest.raises(StorageError) as raised:
-            run(source, pipelines(), tmp_path / "cache", dry_run=dry_run)
-        for word in ("10 kB free", "largest array", "--profile lean"):
-            assert word in str(raised.value)
-    assert not run.components
-    assert not (tmp_path / "cache").exists()
-
-
-def test_dry_run_writes_nothing_and_shows_the_configuration(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = write_tars(tmp_path / "pairs", examples(4), 2)
-    assert run(source, pipelines(), tmp_path / "cache", dry_run=True) == 0
-    output = capsys.readouterr().out
-    for words in ("[precompute]", "timesteps_per_pair = 3", "network calls", "32 latents", "bytes in all"):
-        assert words in output
-    assert not (tmp_path / "cache").exists()
-    assert not run.components
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"profile": "lean", "grid_points": 5, "timesteps_per_pair": 5},
-        {"inverter": "fixed_point", "iterations": 2, "tolerance": 0.0},
-        {"inverter": "noise"},
-        {"guidance": 0.0, "measure_inversion": 1.0},
-        {"guidance": 4.0, "measure_inversion": 1.0, "extra": ("eps_ref", "delta_prev")},
-        {"faithful": True, "grid_points": 5, "timesteps_per_pair": 5},
-        {"inverter": "ab2", "grid_points": 6, "timesteps_per_pair": 2},
-        {"noised_start": 0.5, "grid_points": 6, "timesteps_per_pair": 2},
-    ],
-    ids=lambda settings: ",".join(map(str, settings.values())) or "default",
-)
-def test_the_plan_is_what_the_run_costs(
-    pipelines: Callable,
-    examples: Callable,
-    write_tars: Callable,
-    run: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-) -> None:
-    """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
-    import inpo.precompute.run as run_module
-
-    plans: list[plan_module.Plan] = []
-    make = run_module.make_plan
-    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
-    count = 6
-    source = write_tars(tmp_path / "pairs", examples(count), count)
-    cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
-    (plan,) = plans
-    grid_points, kept = settings.get("grid_points", 3), settings.get("timesteps_per_pair", 3)
-    if grid_points == kept and not settings.get("faithful"):
-        assert plan.network_calls == run.network_calls
-    else:
-        assert plan.network_calls == pytest.approx(run.network_calls, rel=0.25)
-    (shard,) = cache
-    text = {"pair_id", "prompt/text"}
-    real = {spec.path: shard.read(spec.path).nbytes for spec in cache.manifest.arrays if spec.path not in text}
-    prompts = len(shard.read("prompt/text"))
-    for path, size in real.items():
-        predicted = plan.bytes_by_array[path]
-        if path.startswith("prompt/"):
-            assert predicted == size // prompts * count
-        else:
-            assert predicted == size, path
-    # Files on the disk, with the prompts' number set right.
-    on_disk = sum((Path(shard.location) / file).stat().st_size for file in shard.commit.files)
-    embedding = plan.bytes_by_array["prompt/embedding"]
-    predicted = plan.cache_bytes - embedding + embedding * prompts / count
-    assert predicted == pytest.approx(on_disk, rel=0.03)
-
-
-def test_sigterm_ends_cleanly_and_says_how_to_go_on(
-    pipelines: Callable, examples: Callable, write_tars: Callable, tmp_path: Path
-) -> None:
-    source = write_tars(tmp_path / "pairs", examples(120), 1)
+def test_sigterm_ends_cleanly_and_says_how_to_go_on(pipelines: Callable, tars: Callable, tmp_path: Path) -> None:
+    source = tars(120, 1)
     cache = tmp_path / "cache"
     command = [
         sys.executable,

@@ -1,0 +1,98 @@
+"""Plans: what they cost, what they show, and a disk that is too small for them."""
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inpo.precompute.plan as plan_module
+from inpo.common.errors import StorageError
+
+
+def _disk(free: int) -> Callable[[Any], Any]:
+    usage = namedtuple("usage", "total used free")
+    return lambda path: usage(10**12, 10**12 - free, free)
+
+
+def test_a_disk_too_small_is_refused_before_any_work(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tars(4, 4)
+    monkeypatch.setattr(shutil, "disk_usage", _disk(10_000))
+    for dry_run in (False, True):
+        with pytest.raises(StorageError) as raised:
+            run(source, pipelines(), tmp_path / "cache", dry_run=dry_run)
+        for word in ("10 kB free", "largest array", "--profile lean"):
+            assert word in str(raised.value)
+    assert not run.components
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_writes_nothing_and_shows_the_configuration(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tars(4, 2)
+    assert run(source, pipelines(), tmp_path / "cache", dry_run=True) == 0
+    output = capsys.readouterr().out
+    for words in ("[precompute]", "timesteps_per_pair = 3", "network calls", "32 latents", "bytes in all"):
+        assert words in output
+    assert not (tmp_path / "cache").exists()
+    assert not run.components
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"profile": "lean", "grid_points": 5, "timesteps_per_pair": 5},
+        {"inverter": "fixed_point", "iterations": 2, "tolerance": 0.0},
+        {"inverter": "noise"},
+        {"guidance": 0.0, "measure_inversion": 1.0},
+        {"guidance": 4.0, "measure_inversion": 1.0, "extra": ("eps_ref", "delta_prev")},
+        {"faithful": True, "grid_points": 5, "timesteps_per_pair": 5},
+        {"inverter": "ab2", "grid_points": 6, "timesteps_per_pair": 2},
+        {"noised_start": 0.5, "grid_points": 6, "timesteps_per_pair": 2},
+    ],
+    ids=lambda settings: ",".join(map(str, settings.values())) or "default",
+)
+def test_the_plan_is_what_the_run_costs(
+    pipelines: Callable,
+    tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
+    import inpo.precompute.run as run_module
+
+    plans: list[plan_module.Plan] = []
+    make = run_module.make_plan
+    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    count = 6
+    source = tars(count, count)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
+    (plan,) = plans
+    grid_points, kept = settings.get("grid_points", 3), settings.get("timesteps_per_pair", 3)
+    if grid_points == kept and not settings.get("faithful"):
+        assert plan.network_calls == run.network_calls
+    else:
+        assert plan.network_calls == pytest.approx(run.network_calls, rel=0.25)
+    (shard,) = cache
+    text = {"pair_id", "prompt/text"}
+    real = {spec.path: shard.read(spec.path).nbytes for spec in cache.manifest.arrays if spec.path not in text}
+    prompts = len(shard.read("prompt/text"))
+    for path, size in real.items():
+        predicted = plan.bytes_by_array[path]
+        if path.startswith("prompt/"):
+            assert predicted == size // prompts * count
+        else:
+            assert predicted == size, path
+    # Files on the disk, with the prompts' number set right.
+    on_disk = sum((Path(shard.location) / file).stat().st_size for file in shard.commit.files)
+    embedding = plan.bytes_by_array["prompt/embedding"]
+    predicted = plan.cache_bytes - embedding + embedding * prompts / count
+    assert predicted == pytest.approx(on_disk, rel=0.03)
