@@ -116,16 +116,7 @@ def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline
     pipeline = model.load_pipeline()
     if settings.scheduler == "ddim":
         pipeline.scheduler = model.family.sampler(pipeline.scheduler)
-    try:
-        pipeline.scheduler.set_timesteps(settings.inference_steps)
-    except ValueError as error:
-        raise UsageError(
-            "The scheduler does not take this number of steps.",
-            where="--inference-steps",
-            expected=f"at most {pipeline.scheduler.config.num_train_timesteps} (the model's timesteps)",
-            got=settings.inference_steps,
-            fix="pass fewer steps, 50 for instance",
-        ) from error
+    model.family.check_steps(pipeline.scheduler, settings.inference_steps, where="--inference-steps")
     if settings.lora is not None:
         load_lora(pipeline, lora_file(settings.lora), model)
     pipeline.set_progress_bar_config(disable=True)

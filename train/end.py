@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from inpo.common.completeness import check_complete
-from inpo.common.errors import StorageError, UsageError
+from inpo.common.errors import StorageError
 from inpo.common.models import Model
 from inpo.common.space import free_bytes, human_bytes
 from inpo.train.checkpoint import list_checkpoints
@@ -26,17 +26,7 @@ def check_parts(model: Model, settings: TrainSettings) -> None:
         return
     check_complete(model)
     if settings.sample_every:
-        scheduler = model.family.sampler(model.scheduler)
-        try:
-            scheduler.set_timesteps(settings.sample_steps)
-        except ValueError as error:
-            raise UsageError(
-                "The scheduler does not take this number of steps.",
-                where="sample_steps in [train]",
-                expected=f"at most {model.levels.num_train_timesteps} (the model's timesteps)",
-                got=settings.sample_steps,
-                fix="set fewer, 20 for instance",
-            ) from error
+        model.family.check_steps(model.family.sampler(model.scheduler), settings.sample_steps, where="--sample-steps")
 
 
 def check_space(

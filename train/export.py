@@ -9,17 +9,19 @@ from torch import Tensor
 
 from inpo.common.denoiser import DTYPES, dtype_name
 from inpo.common.durable import new_file
-from inpo.common.errors import UsageError
+from inpo.common.errors import StorageError, UsageError
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, resolve
+from inpo.common.space import free_bytes, human_bytes
 from inpo.train.output import make_readable
 
 
 def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
     """Write `file` from a run's output folder (its pipeline, or its LoRA merged into the model) or a pipeline folder.
 
-    Whole or not at all. Raises UsageError if `run` holds neither, ModelError if the architecture has no such layout.
+    Whole or not at all. Raises UsageError if `run` holds neither, ModelError if the architecture has no such layout,
+    StorageError if the disk is too small.
     """
     if file.suffix != ".safetensors":
         raise UsageError(
@@ -39,6 +41,15 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
         title=run.resolve().name,
         resolution=model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor,
     )
+    needed, free = sum(value.nbytes for value in tensors.values()), free_bytes(file)
+    if needed > free:
+        raise StorageError(
+            "The disk is too small for this file.",
+            where=file,
+            expected=f"{human_bytes(needed)} free",
+            got=f"{human_bytes(free)} free",
+            fix="free some space, or choose another --single-file; float16 takes half of float32",
+        )
     with new_file(file, action="write the single file") as staged:
         save_file(tensors | markers, staged, metadata={"format": "pt"} | header)
         make_readable(staged)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
@@ -165,7 +166,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip or float("inf"))
         if norm is None:
             return
-        self._gradient_norm = norm.detach()
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
         if self.accelerator.scaler is None:  # float16's scaler meets infinite gradients by design, and skips the step
             self._bad = self._bad + (~self._gradient_norm.isfinite())
 
@@ -224,12 +225,15 @@ class Trainer:
         """The same metrics on held-out records, each process its share."""
         if not self.held_out:
             return {}
-        sums = self._new_sums()
+        sums, processes = self._new_sums(), self.accelerator.num_processes
         with torch.no_grad():
-            for batch in self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
-                here = batch.to(self.accelerator.device)
-                # Processes may have different numbers of batches, but a batch is the same for any number of processes.
-                sums.add(self.losses(here, alone=True), here.timestep)
+            for first in range(0, len(self.held_out), processes):
+                number = first + self.accelerator.process_index
+                # All make equally many calls, which FSDP's processes make together: one without a batch repeats one.
+                here = self.held_out[min(number, len(self.held_out) - 1)].to(self.accelerator.device)
+                result = self.losses(here, alone=True)
+                if number < len(self.held_out):
+                    sums.add(result, here.timestep)
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _guard(self) -> None:
@@ -244,7 +248,8 @@ class Trainer:
 
     def _guard_weights(self) -> None:
         """Stop before weights that are not finite are written: the last update's are in no loss yet."""
-        bad = torch.stack([~parameter.detach().isfinite().all() for parameter in self.trained]).any()
+        here = [each.to_local() if isinstance(each, DTensor) else each for each in self.trained]
+        bad = torch.stack([~each.detach().isfinite().all() for each in here]).any()
         if float(self._reduce(bad.float())) > 0:
             raise TrainingError(
                 "The trained weights are not finite, and were not written.",

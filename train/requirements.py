@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
-from accelerate.utils import DistributedType
 
 from inpo.common.cache import Cache
 from inpo.common.cache.identity import same_levels
@@ -68,17 +67,29 @@ def check_origin(origin: Model, reference: Model) -> None:
     )
 
 
-def check_distribution(kind: DistributedType, settings: TrainSettings) -> None:
-    """Raise UsageError for options that need whole weights in every process, which FSDP splits."""
-    if kind != DistributedType.FSDP:
-        return
-    for asked, option in ((settings.ema, "--ema"), (settings.lora_rank, "--lora-rank")):
-        if asked:
+def check_distribution(fsdp: int, settings: TrainSettings) -> None:
+    """Raise UsageError for what does not work where FSDP splits the weights. `fsdp`: its version; 0: it does not."""
+    if fsdp not in (0, 2):
+        raise UsageError(
+            "Only version 2 of FSDP is supported.",
+            where="accelerate's configuration, fsdp_version",
+            expected="2",
+            got=fsdp,
+            fix="launch with --config_file recipes/sdxl_fsdp.yaml, or set fsdp_version: 2 in your own file",
+        )
+    for option, used, works in (
+        ("--ema", settings.ema, 0),
+        ("--lora-rank", settings.lora_rank, 0),
+        ("--sample-every", settings.sample_every, 0),
+        ("--optimizer", settings.optimizer, "adamw"),
+    ):
+        if fsdp and used != works:
             raise UsageError(
-                f"{option} does not work under FSDP: no process has whole weights.",
-                where=f"{option} {asked:g}",
-                expected="0 under FSDP",
-                fix="leave it out, or launch with DDP: `accelerate launch --multi_gpu -m inpo train ...`",
+                f"{option} {used} does not work under FSDP: no process has whole weights.",
+                where=option,
+                expected=f"{works} under FSDP",
+                got=used,
+                fix=f"pass {option} {works}, or launch with DDP: `accelerate launch --multi_gpu -m inpo train ...`",
             )
 
 

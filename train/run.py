@@ -84,7 +84,8 @@ def run_train(
     refuse_hard_labels(index, objective)
 
     accelerator = build_accelerator(settings, network_dtype)
-    check_distribution(accelerator.distributed_type, settings)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    check_distribution(accelerator.state.fsdp_plugin.fsdp_version if sharded else 0, settings)
     say = accelerator.print
     if accelerator.is_main_process:
         check_parts(model, settings)
@@ -111,6 +112,7 @@ def run_train(
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
     wrapped, optimizer = accelerator.prepare(network, optimizer)
+    trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
     called = torch.compile(wrapped) if settings.compile else wrapped
     denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)

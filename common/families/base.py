@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
-from inpo.common.errors import ModelError
+from inpo.common.errors import ModelError, UsageError
 from inpo.common.levels import Levels
 
 Config = Mapping[str, Any]
@@ -230,6 +230,19 @@ class Family(ABC):
     def sampler(self, scheduler: Any) -> Any:
         """Deterministic DDIM on a scheduler's own table."""
         return DDIMScheduler.from_config({"clip_sample": False, **scheduler.config})
+
+    def check_steps(self, scheduler: Any, steps: int, *, where: str) -> None:
+        """Raise UsageError if a scheduler does not take so many steps; `where` they were asked for."""
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise UsageError(
+                "The scheduler does not take this number of steps.",
+                where=where,
+                expected=f"at most {scheduler.config.num_train_timesteps} (the model's timesteps)",
+                got=steps,
+                fix="take fewer, 20 or 50 for instance",
+            ) from error
 
     def architecture(self, pipeline: Any, prediction: str) -> str:
         """What a single file's header calls it, by the Stability AI model metadata standard."""

@@ -1,49 +1,24 @@
 """`accelerate launch -m inpo precompute` itself, with two processes on CPUs."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.engines.runs import NUM_SHARDS, ROOT, Tensors, World, Zygote, assert_same, attempts, tensors
+from tests.launching import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def launch(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """--multi_gpu starts two processes, with gloo where there is no GPU; --cpu would start one."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-            "-m",
-            "inpo",
-            "precompute",
-            *arguments,
-        ],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def launched(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    command = launch("precompute", *arguments)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_two_processes(world: World, uninterrupted: Tensors, child_environment: dict[str, str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    done = launch(world.arguments(cache), child_environment)
+    done = launched(world.arguments(cache), child_environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("committed:") == 1
     assert done.stdout.count("over 2 processes") == 1
@@ -60,7 +35,7 @@ def test_a_process_that_fails_fails_the_launch_and_keeps_what_is_committed(
     before = attempts(cache)
     blocked = cache / "shards" / "0007-00000000"
     blocked.write_text("in the way")
-    done = launch(world.arguments(cache), child_environment)
+    done = launched(world.arguments(cache), child_environment)
     assert done.returncode != 0
     assert "Could not write a shard" in done.stderr
     blocked.unlink()

@@ -1,7 +1,9 @@
 """The single file in the original layout, judged by diffusers' own loader."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from inpo.common.errors import UsageError
+from inpo.common.errors import StorageError, UsageError
 from inpo.common.testing import save_tiny_pipeline
 from inpo.train.export import export_single_file
 
@@ -64,6 +66,20 @@ def test_names_of_the_real_layout(make_world: Callable[..., Any], tmp_path: Path
         "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
     } <= tensors.keys()
     assert {value.dtype for value in tensors.values()} == {torch.float16}
+
+
+def test_the_space_is_looked_at_first(
+    make_world: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth less than the file takes is refused before anything is written."""
+    folder, file = make_world("sd15").model.folder, tmp_path / "out/one.safetensors"
+    size = export_single_file(folder, tmp_path / "whole.safetensors", dtype="float16").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 9 // 10))
+    with pytest.raises(StorageError, match="too small for this file"):
+        export_single_file(folder, file, dtype="float16")
+    assert not file.parent.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    assert export_single_file(folder, file, dtype="float16").stat().st_size == size
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:

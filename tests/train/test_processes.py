@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from inpo.cli import main
+from tests.launching import launch
 
 SETTINGS = """
 [model]
@@ -34,36 +35,10 @@ adam_eps = 1e-2
 """
 
 
-def launch(recipe: Path, *options: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """--multi_gpu starts so many processes, with gloo where there is no GPU; --cpu would start one."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-            "-m",
-            "inpo",
-            "train",
-            "--recipe",
-            str(recipe),
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def launched(recipe: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = launch("train", "--recipe", str(recipe))
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(
@@ -73,7 +48,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     recipe.write_text(
         SETTINGS.format(model=world.model.folder, cache=cache, output=tmp_path / "two", steps=4, accumulate=1)
     )
-    done = launch(recipe)
+    done = launched(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x 1 accumulated x 2 processes" in done.stdout
     one = run(output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2)
@@ -100,7 +75,7 @@ def test_another_number_of_processes_is_refused_on_resume(
     output = run(held_out=0.4, adam_eps=1e-2)
     recipe = tmp_path / "two.toml"
     recipe.write_text(SETTINGS.format(model=world.model.folder, cache=cache, output=output, steps=8, accumulate=1))
-    done = launch(recipe)
+    done = launched(recipe)
     assert done.returncode != 0
     assert "world_size" in done.stderr
 

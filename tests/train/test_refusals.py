@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
 
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
@@ -261,22 +260,33 @@ def test_a_package_that_is_not_installed_is_named(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("flags", "option"), [({"ema": 0.9}, "--ema"), ({"lora_rank": 4}, "--lora-rank")])
-def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any], option: str) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [{"ema": 0.9}, {"lora_rank": 4}, {"sample_every": 1}, {"optimizer": "adafactor"}, {"optimizer": "adamw8bit"}],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(flags: dict[str, Any]) -> None:
     chosen = resolve(TrainSettings, "train", {}, flags)
-    requirements.check_distribution(DistributedType.MULTI_GPU, chosen)
-    with pytest.raises(UsageError, match=f"{option} does not work under FSDP"):
-        requirements.check_distribution(DistributedType.FSDP, chosen)
+    requirements.check_distribution(0, chosen)
+    option = "--" + next(iter(flags)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"{option} .* does not work under FSDP"):
+        requirements.check_distribution(2, chosen)
 
 
-def test_the_fsdp_file_is_accelerates_and_wraps_layers_that_sdxl_has(make_world: Callable[..., Any]) -> None:
+def test_fsdp_of_version_1_is_refused() -> None:
+    with pytest.raises(UsageError, match="Only version 2 of FSDP"):
+        requirements.check_distribution(1, resolve(TrainSettings, "train", {}, {}))
+
+
+def test_the_fsdp_file_wraps_layers_that_sdxl_has_and_goes_with_its_recipe(make_world: Callable[..., Any]) -> None:
+    """That it trains is in test_fsdp.py."""
     config = load_config_from_file(str(RECIPES / "sdxl_fsdp.yaml"))
-    assert config.distributed_type == "FSDP"
     layers = {type(layer).__name__ for layer in make_world("sdxl").model.load_network().modules()}
     assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= layers
-    requirements.check_distribution(
-        DistributedType.FSDP, resolve(TrainSettings, "train", read_recipe(RECIPES / "sdxl.toml"), {})
-    )
+    advised = {line for line in (RECIPES / "sdxl_fsdp.yaml").read_text().splitlines() if "accelerate launch" in line}
+    assert all(line.endswith("--optimizer adamw") for line in advised)
+    assert advised
+    chosen = resolve(TrainSettings, "train", read_recipe(RECIPES / "sdxl.toml"), {"optimizer": "adamw"})
+    requirements.check_distribution(config.fsdp_config["fsdp_version"], chosen)
 
 
 def test_a_misspelt_setting_is_answered_with_the_right_name() -> None:

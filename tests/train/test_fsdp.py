@@ -1,0 +1,72 @@
+"""Weights split with the shipped file: those of one process with twice the accumulation, through a checkpoint too."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inpo.common.state_files import read_state
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"steps": 4, "save_every": 2, "keep_last": 3, "adam_eps": 1e-2, "held_out": 0.4, "evaluate_every": 2}
+WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def sharded(world: Any, cache: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """sharded(output, *options): train in two processes."""
+
+    def call(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        command += ["--config_file", str(ROOT / "recipes/sdxl_fsdp.yaml"), "--main_process_port", "0"]
+        command += [str(Path(__file__).with_name("sharded.py")), "train"]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+        command += [f"--model={world.model.folder}", f"--cache={cache}", f"--output={output}", "--batch-size=2"]
+        command += ["--learning-rate=1e-4", "--log-every=2", "--tracker=none", *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+
+    return call
+
+
+def test_split_weights_equal_whole_ones(sharded: Callable[..., Any], run: Callable[..., Path], tmp_path: Path) -> None:
+    """Three held-out batches: one process has none in the last round, and must call the network all the same."""
+    one = run(output=tmp_path / "one", accumulate=2, **SETTINGS)
+    two, resumed = tmp_path / "two", tmp_path / "resumed"
+    done = sharded(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x 1 accumulated x 2 processes" in done.stdout
+    checkpoint = "checkpoints/step-00000002"
+    for name in (WEIGHTS, f"{checkpoint}/model.safetensors"):
+        left, right = load_file(one / name), load_file(two / name)
+        assert left.keys() == right.keys()
+        assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-6, name
+    moments, theirs = (read_state(output / checkpoint, "optimizer")["state"].values() for output in (one, two))
+    for mine, other in zip(moments, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-6)
+    lines = [[json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (one, two)]
+    assert [line["step"] for line in lines[1]] == [0, 2, 4]
+    for here, there in zip(*lines, strict=True):
+        for name in ("loss", "margin", "gradient_norm", *(["held_out_loss"] if here["step"] else [])):
+            assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
+    done = sharded(resumed, f"--resume={two / checkpoint}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    left, right = load_file(two / WEIGHTS), load_file(resumed / WEIGHTS)
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def test_split_weights_that_are_not_finite_are_not_written(sharded: Callable[..., Any], tmp_path: Path) -> None:
+    """The guard looks at the weights that are trained, not at those that FSDP took them from."""
+    done = sharded(tmp_path / "run", "--no-reference-guard", "--learning-rate=1e38", "--weight-decay=10")
+    assert done.returncode != 0
+    assert "The trained weights are not finite, and were not written" in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
