@@ -205,7 +205,7 @@ def expand_pattern(location: str) -> list[str]:
     expanded: list[str] = []
     try:
         names = list(braceexpand.braceexpand(location)) if "{" in location else [location]
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:
         raise DataError(
             "a brace in this pattern of names does not close",
             where=location,
