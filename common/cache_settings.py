@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile
 from inpo.common.recipe import Section
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class CacheSettings(Section):
     """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
+    group: GroupName = "pair"
+    """prompt: the pairs of a shard that have one prompt share grid and noise, and an image of several is inverted once."""
     resolution: int = Field(512, ge=8, le=1 << 16)
     """Side of the square images in pixels."""
     crop: Literal["center"] = "center"
@@ -92,6 +94,7 @@ class CacheSettings(Section):
         """The settings that give this identity again, with whatever model and device."""
         inverter = manifest.inverter
         told = {**dict(manifest), **dict(inverter), "inverter": inverter.name, "dtype": manifest.network_dtype}
+        told["resolution"] = manifest.resolution[0]
         # What the inverter does not use, and what it takes anyway, stays unset.
         if inverter.refine_start == _usual_refinement(inverter.name):
             told["refine_start"] = None

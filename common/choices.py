@@ -5,6 +5,7 @@ from typing import Literal
 InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
 Profile = Literal["full", "lean"]
 ExtraName = Literal["delta_prev", "eps_ref"]
+GroupName = Literal["pair", "prompt"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""

@@ -3,15 +3,16 @@
 Which names a model has is its family's (common/families/) and stands in the cache's manifest; nothing here knows one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from inpo.common.cache.reader import Shard
+from inpo.common.cache.reader import Shard, Texts
+from inpo.common.cache.schema import EMPTY_PROMPT
 
 
 class Condition(Mapping[str, Tensor]):
@@ -59,28 +60,64 @@ class Condition(Mapping[str, Tensor]):
         return cls(**{name: tensor[prompt] for name, tensor in prompts.items()}, **images)
 
     @classmethod
-    def of(cls, shard: Shard, pairs: Int[np.ndarray, "pair"]) -> "Condition":
-        """What some pairs were inverted under and are to be trained under: win, lose, win, lose, ...
-
-        A dropped caption is the empty prompt, row 0.
-        """
-        row = np.where(shard.read("caption_dropped", pairs), 0, shard.read("prompt_index", pairs))
-        return cls._read(shard, row.astype(np.int64), pairs)
+    def of(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
+        """What some images were inverted under and are to be trained under. A dropped caption is the empty prompt."""
+        groups, index = np.unique(shard.read("image/group", images), return_inverse=True)
+        return cls._read(shard, images, training_places(shard, groups), index)
 
     @classmethod
-    def empty(cls, shard: Shard, pairs: Int[np.ndarray, "pair"]) -> "Condition":
+    def empty(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
         """The same under the empty prompt; what an image owns stays its own."""
-        return cls._read(shard, np.zeros(len(pairs), np.int64), pairs)
+        return cls._read(shard, images, [EMPTY_PLACE], np.zeros(len(images), np.int64))
 
     @classmethod
-    def _read(cls, shard: Shard, row: Int[np.ndarray, "pair"], pairs: Int[np.ndarray, "pair"]) -> "Condition":
-        prompts = {name: torch.from_numpy(shard.read(path)) for name, path in owned(shard, "prompt").items()}
-        images = {name: torch.from_numpy(shard.read(path, pairs)) for name, path in owned(shard, "image").items()}
-        return cls.build(
-            prompts,
-            torch.from_numpy(row).repeat_interleave(2),
-            {name: tensor.flatten(0, 1) for name, tensor in images.items()},
-        )
+    def _read(
+        cls, shard: Shard, images: Int[np.ndarray, "image"], places: Sequence["Place"], index: Int[np.ndarray, "image"]
+    ) -> "Condition":
+        prompts = {name: torch.from_numpy(each) for name, each in read_prompts(shard.cache.texts, places).items()}
+        own = {name: torch.from_numpy(shard.read(path, images)) for name, path in owned(shard, "image").items()}
+        return cls.build(prompts, torch.from_numpy(index), own)
+
+
+Place = tuple[str, int]
+"""Where a prompt stands: name of a text shard, row there."""
+EMPTY_PLACE: Place = (EMPTY_PROMPT, 0)
+
+
+def training_places(shard: Shard, groups: Int[np.ndarray, "group"]) -> list[Place]:
+    """Where the prompts stand that some groups are to be trained under: the empty one where the caption was dropped."""
+    texts = shard.commit.texts
+    found = zip(shard.read("group/prompt", groups).tolist(), shard.dropped()[groups].tolist(), strict=True)
+    return [EMPTY_PLACE if dropped else (texts[text], row) for (text, row), dropped in found]
+
+
+def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np.ndarray, "place ..."]]:
+    """{condition: rows} of prompts, those of a family with `max_tokens` padded with zeros to so many tokens.
+
+    Raises CacheIncomplete for a text shard that is not committed.
+    """
+    manifest = texts.manifest
+    by_text: dict[str, list[int]] = {}
+    for number, (name, _) in enumerate(places):
+        by_text.setdefault(name, []).append(number)
+    found: dict[str, np.ndarray] = {}
+    for text, numbers in by_text.items():
+        shard = texts.need(text)
+        rows = np.array([places[number][1] for number in numbers], dtype=np.int64)
+        for name, spec in manifest.text_conditions.items():
+            values = shard.read_stored(name, rows)
+            if "token" in spec.axes and manifest.max_tokens is not None:
+                axis = spec.axes.index("token") + 1
+                missing = manifest.max_tokens - values.shape[axis]
+                values = np.pad(values, [(0, missing if each == axis else 0) for each in range(values.ndim)])
+            if name not in found:
+                found[name] = np.empty((len(places), *values.shape[1:]), values.dtype)
+            if found[name].shape[1:] != values.shape[1:]:
+                raise shard.misfit(
+                    name, f"{list(values.shape[1:])}, and {list(found[name].shape[1:])} in another shard"
+                )
+            found[name][numbers] = values
+    return found
 
 
 def owned(shard: Shard, per: Literal["prompt", "image"]) -> dict[str, str]:

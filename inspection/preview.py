@@ -64,7 +64,7 @@ def linear_preview(cache: Cache) -> LinearPreview:
     manifest = cache.manifest
     channels, height, _ = manifest.latent_shape
     colours = FAMILIES[manifest.family].latent_colours if manifest.family in FAMILIES else None
-    if colours is not None and channels == len(colours[0]) and manifest.resolution == 8 * height:
+    if colours is not None and channels == len(colours[0]) and manifest.resolution == (8 * height, 8 * width):
         weight, bias = map(np.array, colours)
         return LinearPreview(weight=weight, bias=bias, note="latents through a linear approximation of the VAE")
     return fitted_preview(_sample_x0(cache))

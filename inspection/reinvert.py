@@ -68,7 +68,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     Raises CacheMismatch if it takes other latents or conditions or walks other levels than the cache's.
     """
     manifest = cache.manifest
-    shape, levels = model.family.latent_shape(model.config, manifest.resolution), LevelTables.of(model.levels)
+    shape, levels = model.family.latent_shape(model.config, manifest.resolution[0]), LevelTables.of(model.levels)
     same = same_levels(levels, manifest.levels)
     # The very weights under another scheduler's configuration would be read as predicting something else.
     found, stored = model.fingerprints, manifest.fingerprints

@@ -61,6 +61,14 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             got=settings.resolution,
             fix=f"round it up to {-(-settings.resolution // factor) * factor}",
         )
+    if settings.faithful and settings.group != "pair":
+        raise UsageError(
+            "--faithful draws its noise by pair.",
+            where="--group",
+            expected="pair",
+            got=settings.group,
+            fix="leave out --group or --faithful",
+        )
     return Manifest(
         family=family.name,
         latent_shape=family.latent_shape(model.config, settings.resolution),
@@ -70,7 +78,9 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         extra=settings.extra,
         seed=settings.seed,
         timesteps_per_pair=settings.timesteps_per_pair,
-        resolution=settings.resolution,
+        group=settings.group,
+        max_tokens=family.max_tokens,
+        resolution=(settings.resolution, settings.resolution),
         crop=settings.crop,
         flip=settings.flip,
         vae_latent=settings.vae_latent,

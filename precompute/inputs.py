@@ -12,6 +12,7 @@ from inpo.common.pairs import PairSource, open_source
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
 from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.texts import TextTable
 
 
 def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list[ShardTask], list[DataError]]:
@@ -84,16 +85,25 @@ def committed_shards(cache: str, manifest: Manifest) -> set[str]:
     return committed
 
 
-def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
-    """What a user should know about inputs before days of work: a line per committed shard whose input file is not
-    what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
-    paths = [f"commits/{name}.json" for name in sorted(committed)]
+def whole_shards(writer: CacheWriter, table: TextTable) -> set[str]:
+    """Names of the committed shards whose texts are all committed."""
+    return {name for name, commit in _commits(writer, writer.committed()).items() if set(commit.texts) <= table.names}
+
+
+def _commits(writer: CacheWriter, committed: set[str]) -> dict[str, Commit]:
+    paths = [f"{Commit.folder}/{name}.json" for name in sorted(committed)]
     documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
-    commits = {
+    return {
         name: Commit.from_json(data, writer.store.path(path))
         for name, path, data in documents
         if isinstance(data, bytes)
     }
+
+
+def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
+    """What a user should know about inputs before days of work: a line per committed shard whose input file is not
+    what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
+    commits = _commits(writer, committed)
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
     fingerprints: dict[str, str | None] = {}

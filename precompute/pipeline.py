@@ -9,22 +9,53 @@ computed, one being written.
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from inpo.common.cache import Commit, ShardData
+from inpo.common.cache.schema import AnyCommit
 from inpo.common.errors import DataError
-from inpo.precompute.tasks import ShardTask
-from inpo.precompute.worker import PreparedShard, ShardWorker
+
+
+class Task(Protocol):
+    """One shard to be made."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_rows(self) -> int:
+        """What progress counts: pairs, or prompts."""
+        ...
+
+
+class Worker(Protocol):
+    """Who makes shards of images, or of texts. `read` may run in another thread than `compute`, `write` in a third."""
+
+    def is_committed(self, task: Any) -> bool: ...
+
+    def read(self, task: Any) -> Any:
+        """Raises DataError if the input shard cannot be read."""
+        ...
+
+    def compute(self, item: Any) -> Any:
+        """From what was read to what is written; has `seconds`, by stage."""
+        ...
+
+    def write(self, task: Any, data: Any) -> AnyCommit | None:
+        """None if another writer committed the shard first."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one task: committed by us, committed by somebody else first, or its input unreadable."""
 
-    task: ShardTask
-    commit: Commit | None = None
+    task: Task
+    commit: AnyCommit | None = None
     lost_race: bool = False
     error: DataError | None = None
 
@@ -48,11 +79,11 @@ class Timing:
         self.activity, self.since = activity, time.perf_counter()
         return self.since
 
-    def add(self, data: ShardData, seconds: float) -> None:
+    def add(self, stages: Mapping[str, float], seconds: float) -> None:
         """One shard was computed."""
         self.computing += seconds
         self.longest_computing = max(self.longest_computing, seconds)
-        for name, value in data.seconds.items():
+        for name, value in stages.items():
             self.stages[name] = self.stages.get(name, 0.0) + value
 
     def merge(self, other: "Timing") -> None:
@@ -83,13 +114,21 @@ class Timing:
 class _Written:
     """The writing thread has finished a shard."""
 
-    task: ShardTask
-    result: Future[Commit | None]
+    task: Task
+    result: Future[AnyCommit | None]
 
     def outcome(self) -> Outcome:
         """Raises what the writing thread raised."""
         commit = self.result.result()
         return Outcome(task=self.task, commit=commit, lost_race=commit is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The reading thread has read a task."""
+
+    task: Task
+    item: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +138,14 @@ class _End:
     error: BaseException | None = None
 
 
-def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -> Generator[Outcome, None, None]:
+def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generator[Outcome, None, None]:
     """Make every task's shard; yields each outcome when the shard is committed, not in order.
 
     Tasks are pulled one ahead, in the reading thread, so `tasks` may be a queue that is filled while this runs. A
     shard that another run has committed meanwhile is not made again. The first failure of any thread is raised here;
     a shard that is being written then, or when the caller stops, is finished first.
     """
-    events: queue.SimpleQueue[PreparedShard | Outcome | _Written | _End] = queue.SimpleQueue()
+    events: queue.SimpleQueue[_Read | Outcome | _Written | _End] = queue.SimpleQueue()
     room = threading.Semaphore(1)
     stop = threading.Event()
     reader = threading.Thread(
@@ -115,7 +154,7 @@ def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -
     reader.start()
     writing = False
     ended = False
-    waiting: list[PreparedShard | Outcome] = []
+    waiting: list[_Read | Outcome] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
         try:
             while True:
@@ -144,12 +183,12 @@ def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -
                     continue
                 task = item.task
                 # Read a while ago: another run may have committed it in between.
-                if worker.writer.is_committed(task.name):
+                if worker.is_committed(task):
                     yield Outcome(task=task, lost_race=True)
                     continue
                 clock = timing.begin(f"computing shard {task.name}")
-                data = worker.compute(item)
-                timing.add(data, time.perf_counter() - clock)
+                data = worker.compute(item.item)
+                timing.add(data.seconds, time.perf_counter() - clock)
                 clock = timing.begin("writing the shard before")
                 while writing:
                     event = events.get()
@@ -163,7 +202,7 @@ def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -
                         ended = True
                     else:
                         waiting.append(event)
-                written = writer.submit(worker.write, task.name, data)
+                written = writer.submit(worker.write, task, data)
                 writing = True
                 written.add_done_callback(lambda done, task=task: events.put(_Written(task=task, result=done)))
         finally:
@@ -172,23 +211,23 @@ def run_tasks(worker: ShardWorker, tasks: Iterable[ShardTask], timing: Timing) -
 
 
 def _read_ahead(
-    worker: ShardWorker,
-    tasks: Iterable[ShardTask],
-    events: "queue.SimpleQueue[PreparedShard | Outcome | _Written | _End]",
+    worker: Worker,
+    tasks: Iterable[Task],
+    events: "queue.SimpleQueue[_Read | Outcome | _Written | _End]",
     room: threading.Semaphore,
     stop: threading.Event,
 ) -> None:
     """Read task after task, one ahead of the computing thread, until `stop`."""
     try:
         for task in tasks:
-            item: PreparedShard | Outcome
+            item: _Read | Outcome
             try:
                 if stop.is_set():
                     return
-                if worker.writer.is_committed(task.name):
+                if worker.is_committed(task):
                     item = Outcome(task=task, lost_race=True)
                 else:
-                    item = worker.read(task)
+                    item = _Read(task=task, item=worker.read(task))
             except DataError as error:
                 item = Outcome(task=task, error=error)
             while not room.acquire(timeout=0.2):

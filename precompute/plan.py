@@ -27,14 +27,14 @@ _BYTES_PER_CHUNK = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A cost estimate. Bytes are exact per pair; prompts are counted as one distinct prompt per pair (the most)."""
+    """A cost estimate: the most, two images, a group and a prompt of its own for every pair."""
 
     num_shards: int
     num_committed: int
     num_pairs: int
     """Rows still to be made: pairs at most, since ties and unreadable images give none."""
     network_calls_per_image: float
-    """Network evaluations per image, mean over the pairs' own paths; one is one latent through the network."""
+    """Network evaluations per image, mean over the groups' own paths; one is one latent through the network."""
     bytes_by_array: dict[str, int]
     free_bytes: int | None
     """Free space where the cache lies; None for an object store."""
@@ -68,11 +68,11 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
         spec.array(name).path: dict(zip(spec.axes, model.family.lengths(model.config)[name], strict=True))
         for name, spec in manifest.conditions.items()
     }
-    arrays = manifest.arrays
+    arrays = [*manifest.arrays, *manifest.text_specs.values()]
     bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, own.get(spec.path, {})) for spec in arrays}
     chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in arrays)
     bytes_by_array["metadata"] = (
-        _JSON_BYTES_PER_ARRAY * len(manifest.arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
+        _JSON_BYTES_PER_ARRAY * len(arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
     )
     return Plan(
         num_shards=len(tasks),
@@ -87,17 +87,17 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
 def bytes_per_pair(spec: ArraySpec, manifest: Manifest, lengths: Mapping[str, int]) -> int:
     """Bytes of one array per pair; text arrays by a typical length. `lengths` of a condition's own axes."""
     if spec.is_text:
-        return 16 if spec.path == "pair_id" else 80
-    sizes = manifest.lengths(1) | {"prompt": 1, **lengths}
+        return {"image/id": 72, "text": 80}.get(spec.path, 16)
+    sizes = manifest.lengths(2, 1, 1) | {"prompt": 1, **lengths}
     return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
 
 
 def _chunks_per_pair(spec: ArraySpec, manifest: Manifest) -> int:
-    return {"whole": 0, "pair": 1, "pair_step": manifest.timesteps_per_pair}[spec.chunking]
+    return {"whole": 0, "prompt": 1, "image": 2, "image_record": 2 * manifest.timesteps_per_pair}[spec.chunking]
 
 
 def calls_per_image(manifest: Manifest, model: Model) -> float:
-    """Mean number of network evaluations per image, counted on the paths of a sample of pair ids.
+    """Mean number of network evaluations per image, counted on the paths of a sample of group ids.
 
     For fixed_point the maximum of iterations is counted.
     """
@@ -107,7 +107,7 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
             manifest.inverter,
             model.levels,
             seed=manifest.seed,
-            pair_id=f"plan-{index}",
+            group_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,
         )
         total += path.num_calls(manifest.inverter, measured=manifest.measure_inversion)

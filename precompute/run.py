@@ -1,8 +1,10 @@
 """A precompute run from resolved settings to its exit code."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.errors import DataError, UsageError, command
+from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
 from inpo.common.printable import shown
@@ -20,11 +23,13 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, input_warnings, list_work, print_inputs
-from inpo.precompute.pipeline import Outcome
+from inpo.precompute.inputs import committed_shards, input_warnings, list_work, print_inputs, whole_shards
+from inpo.precompute.phases import Phase
+from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, make_plan, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask
+from inpo.precompute.texts import TextTable, list_texts
 
 
 def run_precompute(
@@ -70,31 +75,30 @@ def run_precompute(
         for line in input_warnings(writer, tasks, committed):
             print(f"warning: {line}", file=sys.stderr)
     failures: list[DataError] = list(unreadable)
-    total = sum(task.stop - task.start for task in tasks if task.name not in committed)
-    whole_total = total if state.num_processes == 1 or settings.engine == "ray" else total // state.num_processes
     start = time.perf_counter()
-    with ProgressReport("precompute", total=whole_total, unit="pairs", quiet=not is_main) as progress:
 
-        def on_outcome(outcome: Outcome) -> None:
-            if outcome.error is not None:
-                failures.append(outcome.error)
-                print(f"error: {outcome.error}", file=sys.stderr, flush=True)
-            progress.advance(outcome.task.stop - outcome.task.start)
+    def phase(name: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
+        """Make what is not done yet; returns the time report."""
+        total = sum(task.num_rows for task in tasks.values() if task.name not in done)
+        whole = total if state.num_processes == 1 or settings.engine == "ray" else total // state.num_processes
+        with ProgressReport(f"precompute {name}", total=whole, unit=unit, quiet=not is_main or not total) as progress:
 
-        if settings.engine == "ray":
-            from inpo.precompute.engines.ray import run_ray
+            def on_outcome(outcome: Outcome) -> None:
+                if outcome.error is not None:
+                    failures.append(outcome.error)
+                    print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+                progress.advance(outcome.task.num_rows)
 
-            remaining = [task for task in tasks if task.name not in committed]
-            report = run_ray(
-                remaining,
-                model=resolved.model_section,
-                writer=writer,
-                settings=settings,
-                options=ray_options,
-                on_outcome=on_outcome,
-            )
-        else:
-            report = run_local(tasks, model=model, writer=writer, settings=settings, on_outcome=on_outcome)
+            return make(name, tasks, committed=done, on_outcome=on_outcome)
+
+    with _engine(resolved, model, writer, ray_options) as make:
+        table = TextTable(writer)
+        texts = list_texts(tasks, whole_shards(writer, table), table, by_length=manifest.max_tokens is not None)
+        text_report = phase("texts", texts, set(), "prompts")
+        if is_main and texts:
+            num_prompts = sum(task.num_rows for task in texts.values())
+            print(f"texts: {num_prompts} prompts in {len(texts)} text shards; {text_report}", flush=True)
+        report = phase("images", dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(
             writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
@@ -103,6 +107,21 @@ def run_precompute(
             _take_back(writer, tasks)
             return 1
     return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def _engine(
+    resolved: Configuration, model: Model, writer: CacheWriter, ray_options: RayOptions
+) -> Iterator[Callable[..., str]]:
+    """What makes the tasks of a phase: make(phase, tasks, committed=..., on_outcome=...)."""
+    settings = resolved.settings
+    if settings.engine != "ray":
+        yield partial(run_local, model=model, writer=writer, settings=settings)
+        return
+    from inpo.precompute.engines.ray import ray_cluster, run_ray
+
+    with ray_cluster(ray_options):
+        yield partial(run_ray, model=resolved.model_section, writer=writer, settings=settings, options=ray_options)
 
 
 def _next_command(resolved: Configuration, recipe: Path | None) -> str:

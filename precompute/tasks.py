@@ -1,7 +1,7 @@
 """The units of work: cache shards of at most 256 consecutive rows of one input shard, and who does which."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.errors import DataError
@@ -19,6 +19,14 @@ class ShardTask:
     input_shard: InputShard
     start: int
     stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    def of(self, input_shard: InputShard | None) -> "ShardTask":
+        """The same task with this input shard, or without one: it may be large, and many tasks share it."""
+        return replace(self, input_shard=input_shard)  # type: ignore[arg-type]
 
 
 def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[ShardTask], list[DataError]]:

@@ -1,32 +1,39 @@
 """The shard worker: the one function behind every engine.
 
 read (CPU workers)  rows of an input shard -> decoded, resized pixels, bad pairs set aside with their reason
-compute (device)    pixels -> x0, prompts -> embeddings, inversion -> the shard's arrays
+compute (device)    pixels -> x0, committed texts -> conditions, inversion -> the shard's arrays
 write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int
+from jaxtyping import Bool, Float16
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
-from inpo.common.conditions import Condition
+from inpo.common.cache.schema import EMPTY_PROMPT
+from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
-from inpo.common.inversion import Inverted, invert
+from inpo.common.families import Family
+from inpo.common.inversion import invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
+from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
-from inpo.precompute.encode import ImageEncoder, PromptTable, TextEncoder
+from inpo.precompute.arrange import Arrangement, arrange, group_id
+from inpo.precompute.encode import ImageEncoder
 from inpo.precompute.tasks import ShardTask
+from inpo.precompute.texts import TextTable
+
+_OF_IMAGES = ("x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,16 +51,17 @@ class PreparedShard:
 class Components:
     """The models of one device, loaded once."""
 
+    family: Family
     denoiser: Denoiser
     images: ImageEncoder
-    text: TextEncoder
 
 
 def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
-    """Load the network, the VAE and the text encoders onto `device`."""
+    """Load the network and the VAE onto `device`."""
     network = model.load_network()
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
     return Components(
+        family=model.family,
         denoiser=model.denoiser(network, manifest.levels.levels(), network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
@@ -62,8 +70,16 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
             seed=manifest.seed,
             device=device,
         ),
-        text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Result:
+    """What the inversion of a shard gave; nothing if no pair was left."""
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Sequence[str] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,6 +88,7 @@ class ShardWorker:
 
     components: Components
     writer: CacheWriter
+    table: TextTable
     pairs_per_batch: int
     decode: DecodePool
 
@@ -86,11 +103,12 @@ class ShardWorker:
         rows = mark_duplicates(task.input_shard.rows(task.start, task.stop), set())
         pairs: list[PreparedPair] = []
         skipped: list[dict[str, Any]] = []
-        prepare = partial(prepare_pair, resolution=self.manifest.resolution)
+        prepare = partial(prepare_pair, resolution=self.manifest.resolution[0])
         rows = _with_shard(rows, task)
         for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):
-                pairs.append(item)
+                if self._has_texts(item, task, skipped):
+                    pairs.append(item)
             else:
                 skipped.append(_skipped(item.pair_id, item.reason, item.detail, item.row))
         return PreparedShard(
@@ -99,67 +117,31 @@ class ShardWorker:
 
     def _flip(self, pair: Pair) -> tuple[bool]:
         """One draw for both sides: a flip that differs between them would change what the pair compares."""
-        return (self.manifest.flip and uniform(self.manifest.seed, pair.pair_id, "flip") < 0.5,)
+        group = group_id(self.manifest.group, pair_id=pair.pair_id, prompt=pair.prompt)
+        return (self.manifest.flip and uniform(self.manifest.seed, group, "flip") < 0.5,)
 
     def compute(self, prepared: PreparedShard) -> ShardData:
         """Encode and invert; pairs with any number that is not finite are quarantined with the reason."""
-        manifest, components = self.manifest, self.components
+        task, manifest = prepared.task, self.manifest
         seconds = {"read": prepared.seconds}
-        pairs, skipped = list(prepared.pairs), list(prepared.skipped)
+        skipped = list(prepared.skipped)
         clock = time.perf_counter()
-        arrays: dict[str, np.ndarray] = {}
-        counts: dict[str, int] = {}
-        if pairs:
-            prompts = components.text([each.prompt for each in pairs])
-            x0 = components.images(
-                [torch.from_numpy(np.stack([each.win.levels, each.lose.levels])) for each in pairs],
-                [each.pair_id for each in pairs],
-            ).cpu()
-            keep = _finite_inputs(pairs, x0, prompts, skipped)
-            pairs, x0 = [pairs[index] for index in keep], x0[keep]
-            prompts = prompts.only({each.prompt for each in pairs})
+        result = _Result()
+        if prepared.pairs:
+            everything = arrange(prepared.pairs, manifest.group)
+            x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+            kept = arrange(
+                _finite_pairs(everything, x0.isfinite().flatten(1).all(1), "a VAE latent", skipped), manifest.group
+            )
+            x0 = x0[everything.rows_of(kept)[0]]
             seconds["encode"] = time.perf_counter() - clock
             clock = time.perf_counter()
-        if pairs:
-            dropped = [
-                uniform(manifest.seed, each.pair_id, "dropout") < manifest.inverter.caption_dropout for each in pairs
-            ]
-            images = self._image_conditions(pairs)
-            rows = torch.tensor([prompts.row(each.prompt) for each in pairs])
-            training = rows.masked_fill(torch.tensor(dropped), 0)
-            inverted = invert(
-                components.denoiser,
-                x0,
-                [each.pair_id for each in pairs],
-                identity=manifest.inverter,
-                seed=manifest.seed,
-                timesteps_per_pair=manifest.timesteps_per_pair,
-                caption=_condition(prompts, training, images),
-                empty=_condition(prompts, torch.zeros_like(rows), images),
-                measure_inversion=manifest.measure_inversion,
-                extra=manifest.extra,
-                pairs_per_batch=self.pairs_per_batch,
-            )
-            everything = _arrays(pairs, x0, inverted, prompts, rows, dropped, images)
-            for index in (~inverted.finite).nonzero().flatten().tolist():
-                skipped.append(_not_finite(pairs[index], "a stored tensor of the inversion"))
-            finite = inverted.finite.numpy()
-            arrays = {
-                path: everything[path][finite] if spec.axes[0] == "pair" else everything[path]
-                for path, spec in manifest.specs.items()
-            }
-            if not finite.any():
-                arrays = {}
-            counts["cut_prompt"] = sum(
-                each.prompt in prompts.cut for each, fine in zip(pairs, finite, strict=True) if fine
-            )
-            if inverted.residual is not None:
-                missed = (inverted.residual > (manifest.inverter.tolerance or 0.0)).flatten(1).any(1)
-                counts["fixed_point_not_converged"] = int((missed & inverted.finite).sum())
-            seconds["invert"] = time.perf_counter() - clock
-        task = prepared.task
+            if kept.pairs:
+                result = self._invert(kept, x0, skipped)
+                seconds["invert"] = time.perf_counter() - clock
         return ShardData(
-            arrays=arrays,
+            arrays=result.arrays,
+            texts=result.texts,
             source=ShardSource(
                 location=task.location,
                 input_shard=task.input_shard.name,
@@ -167,23 +149,99 @@ class ShardWorker:
                 fingerprint=prepared.fingerprint,
             ),
             skipped=sorted(skipped, key=lambda row: int(row["row"])),
-            counts={name: count for name, count in counts.items() if count},
+            counts={name: count for name, count in result.counts.items() if count},
             seconds=seconds,
         )
 
-    def _image_conditions(self, pairs: list[PreparedPair]) -> dict[str, Tensor]:
-        """{name: [pair, side, ...]} of what the network is told of each image."""
-        family, side = self.components.text.family, self.manifest.resolution
-        told = [
-            family.of_image(image.original_size, image.crop_top_left, (side, side))
-            for each in pairs
-            for image in (each.win, each.lose)
-        ]
-        return {name: torch.tensor([each[name] for each in told]).unflatten(0, (-1, 2)) for name in told[0]}
+    def _has_texts(self, pair: PreparedPair, task: ShardTask, skipped: list[dict[str, Any]]) -> bool:
+        """Whether the pair's prompt, and the empty one, have numbers; if not, it is added to `skipped`."""
+        for prompt, what in (("", "the empty prompt's embedding"), (pair.prompt, "the text embedding")):
+            if not self.table.is_finite(prompt):
+                skipped.append(_not_finite(pair, what))
+                return False
+            if self.table.place(prompt) is None:
+                raise DataError(
+                    "A prompt was not there when the prompts were read.",
+                    where=f"{task.location}: {task.input_shard.name}, pair {pair.pair_id}",
+                    expected="a source that stays as it is while it is read",
+                    got=ascii(prompt)[:200],
+                    fix="run the same command again",
+                )
+        return True
 
-    def write(self, name: str, data: ShardData) -> Commit | None:
+    def _invert(self, everything: Arrangement, x0: Float16[Tensor, "image c h w"], skipped: list[Any]) -> "_Result":
+        manifest = self.manifest
+        own = [self.table.place(prompt) or EMPTY_PLACE for prompt in everything.prompts]
+        share = manifest.inverter.caption_dropout
+        dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
+        training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
+        images = self._image_conditions(everything.images)
+        inverted = invert(
+            self.components.denoiser,
+            x0,
+            everything.groups,
+            identity=manifest.inverter,
+            seed=manifest.seed,
+            timesteps_per_pair=manifest.timesteps_per_pair,
+            caption=self._condition(training, everything, images),
+            empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
+            measure_inversion=manifest.measure_inversion,
+            extra=manifest.extra,
+            images_per_batch=2 * self.pairs_per_batch,
+        )
+        kept = arrange(
+            _finite_pairs(everything, inverted.finite, "a stored tensor of the inversion", skipped), manifest.group
+        )
+        if not kept.pairs:
+            return _Result()
+        rows, groups = everything.rows_of(kept)
+        texts = [EMPTY_PROMPT, *sorted({own[group][0] for group in groups} - {EMPTY_PROMPT})]
+        numbers: dict[str, np.ndarray] = {
+            name: getattr(inverted, name).numpy()[rows]
+            for name in (*_OF_IMAGES, *manifest.extra, *(["residual"] if inverted.residual is not None else []))
+        }
+        arrays = numbers | {
+            "x0": x0.numpy()[rows],
+            "timestep": inverted.timestep.numpy()[groups],
+            "image/id": np.array(kept.ids, dtype=object),
+            "image/group": np.array(kept.group_of, dtype=np.int32),
+            "image/score": np.full(len(rows), np.nan, dtype=np.float32),
+            "group/id": np.array([group.id for group in kept.groups], dtype=object),
+            "group/prompt": np.array([(texts.index(own[each][0]), own[each][1]) for each in groups], dtype=np.int32),
+            "group/caption_dropped": dropped[groups],
+            "pair/id": np.array([pair.pair_id for pair in kept.pairs], dtype=object),
+            "pair/win": np.array([win for win, _ in kept.sides], dtype=np.int32),
+            "pair/lose": np.array([lose for _, lose in kept.sides], dtype=np.int32),
+            "pair/label": np.array([pair.label for pair in kept.pairs], dtype=np.float32),
+        }
+        arrays |= {f"image/{name}": tensor.numpy()[rows] for name, tensor in images.items()}
+        counts = {
+            "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
+        }
+        if inverted.residual is not None:
+            missed = (numbers["residual"] > (manifest.inverter.tolerance or 0.0)).any(1)
+            counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
+        return _Result(arrays={path: arrays[path] for path in manifest.specs}, texts=texts, counts=counts)
+
+    def _condition(self, places: Sequence[Place], arrangement: Arrangement, images: Mapping[str, Tensor]) -> Condition:
+        """From the committed texts: what a trainer will see, not what the encoder said."""
+        distinct = {place: row for row, place in enumerate(sorted(set(places)))}
+        prompts = read_prompts(self.table.texts, list(distinct))
+        rows = torch.tensor([distinct[places[group]] for group in arrangement.group_of])
+        return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
+
+    def _image_conditions(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        """{name: [image, ...]} of what the network is told of each image."""
+        size = self.manifest.resolution
+        told = [self.components.family.of_image(each.original_size, each.crop_top_left, size) for each in images]
+        return {name: torch.tensor([each[name] for each in told]) for name in told[0]}
+
+    def is_committed(self, task: ShardTask) -> bool:
+        return self.writer.is_committed(task.name)
+
+    def write(self, task: ShardTask, data: ShardData) -> Commit | None:
         """Write and commit; None if another writer committed the shard first."""
-        return self.writer.write(name, data)
+        return self.writer.write(task.name, data)
 
     def close(self) -> None:
         self.decode.close()
@@ -224,59 +282,14 @@ def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
     return _skipped(each.pair_id, "not_finite", f"{what} is NaN or infinite", each.row)
 
 
-def _finite_inputs(
-    pairs: list[PreparedPair],
-    x0: Float16[Tensor, "pair side c h w"],
-    prompts: PromptTable,
-    skipped: list[dict[str, Any]],
-) -> list[int]:
-    """Rows whose latents and embeddings are finite; the others are added to `skipped`. Never zeroed."""
-    latents, texts = x0.isfinite().flatten(1).all(1), prompts.finite
-    keep: list[int] = []
-    for index, each in enumerate(pairs):
-        if not latents[index]:
-            skipped.append(_not_finite(each, "a VAE latent"))
-        elif not texts[0]:  # every shard stores it
-            skipped.append(_not_finite(each, "the empty prompt's embedding"))
-        elif not texts[prompts.row(each.prompt)]:
-            skipped.append(_not_finite(each, "the text embedding"))
+def _finite_pairs(
+    arrangement: Arrangement, finite: Bool[Tensor, "image"], what: str, skipped: list[dict[str, Any]]
+) -> list[PreparedPair]:
+    """The pairs of finite images; the others are added to `skipped`. Never zeroed."""
+    kept: list[PreparedPair] = []
+    for pair, sides in zip(arrangement.pairs, arrangement.sides, strict=True):
+        if bool(finite[list(sides)].all()):
+            kept.append(pair)
         else:
-            keep.append(index)
-    return keep
-
-
-def _condition(prompts: PromptTable, rows: Int[Tensor, "pair"], images: Mapping[str, Tensor]) -> Condition:
-    """From the rounded embeddings: what a trainer will see, not what the encoder said."""
-    flat = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
-    return Condition.build(prompts.conditions, rows.repeat_interleave(2), flat)
-
-
-def _arrays(
-    pairs: list[PreparedPair],
-    x0: Float16[Tensor, "pair side c h w"],
-    inverted: Inverted,
-    prompts: PromptTable,
-    rows: Int[Tensor, "pair"],
-    dropped: list[bool],
-    images: Mapping[str, Tensor],
-) -> dict[str, np.ndarray]:
-    """Every array that could be stored, by path; the manifest chooses."""
-    arrays: dict[str, np.ndarray] = {
-        "x0": x0.numpy(),
-        "pair_id": np.array([each.pair_id for each in pairs], dtype=object),
-        "prompt_index": rows.numpy().astype(np.int32),
-        "caption_dropped": np.array(dropped, dtype=bool),
-        "label": np.array([each.label for each in pairs], dtype=np.float32),
-        "prompt/text": np.array(prompts.text, dtype=object),
-    }
-    for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
-        arrays[name] = getattr(inverted, name).numpy()
-    for name in ("delta_prev", "eps_ref", "residual"):
-        values = getattr(inverted, name)
-        if values is not None:
-            arrays[name] = values.numpy()
-    return (
-        arrays
-        | {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.conditions.items()}
-        | {name: tensor.numpy() for name, tensor in images.items()}
-    )
+            skipped.append(_not_finite(pair, what))
+    return kept

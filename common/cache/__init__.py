@@ -1,9 +1,9 @@
 """The cache between the stages: schema, store, writer, reader, and what can be derived from what is stored."""
 
-from inpo.common.cache.reader import Cache, Shard, open_cache
-from inpo.common.cache.schema import SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource
+from inpo.common.cache.reader import Cache, Shard, Texts, TextShard, open_cache
+from inpo.common.cache.schema import SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, TextCommit
 from inpo.common.cache.specs import ARRAYS
-from inpo.common.cache.writer import CacheWriter, ShardData
+from inpo.common.cache.writer import CacheWriter, ShardData, TextData
 
 __all__ = [
     "ARRAYS",
@@ -16,5 +16,9 @@ __all__ = [
     "Shard",
     "ShardData",
     "ShardSource",
+    "TextCommit",
+    "TextData",
+    "TextShard",
+    "Texts",
     "open_cache",
 ]

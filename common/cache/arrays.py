@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import MemoryStore, WrapperStore
@@ -111,7 +111,7 @@ def write_group(store: Store, arrays: Mapping[str, np.ndarray], specs: Mapping[s
 
 
 def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array[Any]:
-    """Sharding codec with one file per big array; codecs bytes + crc32c, no compression; empty chunks are written, so
+    """Sharding codec with one file per big array; codecs bytes, zstd for texts, crc32c; empty chunks are written, so
     that a missing chunk is always damage and never an implicit fill value."""
     return zarr.create_array(
         store=store,
@@ -120,7 +120,7 @@ def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array
         dtype="string" if spec.is_text else spec.dtype,
         chunks=spec.inner_chunk(shape),
         shards=None if spec.chunking == "whole" else shape,
-        compressors=[Crc32cCodec()],
+        compressors=[ZstdCodec(level=3), Crc32cCodec()] if spec.compressed else [Crc32cCodec()],
         filters=None if not spec.is_text else "auto",
         dimension_names=spec.axes,
         fill_value="" if spec.is_text else 0,

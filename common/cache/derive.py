@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def stored_point(
-    x0: Float[Tensor, "*pair c h w"],
-    x_t: Float[Tensor, "*pair c h w"],
-    a: Float[Tensor, "*pair 1 1 1"] | float,
-    s: Float[Tensor, "*pair 1 1 1"] | float,
-) -> tuple[Float[Tensor, "*pair c h w"], Float[Tensor, "*pair c h w"]]:
+    x0: Float[Tensor, "*image c h w"],
+    x_t: Float[Tensor, "*image c h w"],
+    a: Float[Tensor, "*image 1 1 1"] | float,
+    s: Float[Tensor, "*image 1 1 1"] | float,
+) -> tuple[Float[Tensor, "*image c h w"], Float[Tensor, "*image c h w"]]:
     """(target, x_t), both float16, nearest to the trajectory's float32 `x_t`.
 
     tau_t = (x_t - a_t * x0) / s_t (Eq. 18 with Eq. 16), with x0 float16 as stored, a and s float64.
@@ -30,11 +30,11 @@ def stored_point(
 
 
 def point_from_target(
-    x0: Float[Tensor, "*pair c h w"],
-    target: Float[Tensor, "*pair c h w"],
-    a: Float[Tensor, "*pair 1 1 1"] | float,
-    s: Float[Tensor, "*pair 1 1 1"] | float,
-) -> Float[Tensor, "*pair c h w"]:
+    x0: Float[Tensor, "*image c h w"],
+    target: Float[Tensor, "*image c h w"],
+    a: Float[Tensor, "*image 1 1 1"] | float,
+    s: Float[Tensor, "*image 1 1 1"] | float,
+) -> Float[Tensor, "*image c h w"]:
     """x_t := float16(a_t * x0 + s_t * target), computed in float64."""
     signal = a * x0.double()
     noise = s * target.double()
@@ -57,24 +57,24 @@ def round_to_half(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def derive_x_t(
-    x0: Float[np.ndarray, "pair side c h w"],
-    target: Float[np.ndarray, "pair step side c h w"],
-    a: Float[np.ndarray, "pair step"],
-    s: Float[np.ndarray, "pair step"],
-) -> Float[np.ndarray, "pair step side c h w"]:
+    x0: Float[np.ndarray, "image c h w"],
+    target: Float[np.ndarray, "image record c h w"],
+    a: Float[np.ndarray, "image record"],
+    s: Float[np.ndarray, "image record"],
+) -> Float[np.ndarray, "image record c h w"]:
     """x_t of a lean cache, float16, bit-identical to what `point_from_target` stored in a full one.
 
     One record at a time: float64 intermediates that stay in the processor's cache take a third of the time.
     """
     x_t = np.empty_like(target)
-    for pair, step in np.ndindex(target.shape[:2]):
-        point = target[pair, step].astype(np.float64)
-        point *= s[pair, step]
-        point += a[pair, step] * x0[pair].astype(np.float64)
-        x_t[pair, step] = point
+    for image, record in np.ndindex(target.shape[:2]):
+        point = target[image, record].astype(np.float64)
+        point *= s[image, record]
+        point += a[image, record] * x0[image].astype(np.float64)
+        x_t[image, record] = point
     return x_t
 
 
-def mean_square(value: Float[Tensor, "*pair c h w"]) -> Float[Tensor, "*pair"]:
+def mean_square(value: Float[Tensor, "*image c h w"]) -> Float[Tensor, "*image"]:
     """Mean over channel, height and width of the square: the MSE of the released code."""
     return torch.mean(value.float() ** 2, dim=(-3, -2, -1))

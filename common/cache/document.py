@@ -11,6 +11,7 @@ from inpo.common.choices import MAX_TIMESTEPS
 from inpo.common.errors import CacheCorrupt, CacheSchemaError
 
 MAX_PAIRS_PER_SHARD = 256
+MAX_PROMPTS_PER_SHARD = 256
 MAX_METADATA_BYTES = 1 << 16
 """Of a zarr.json."""
 MAX_WHOLE_BYTES = 1 << 30
@@ -25,12 +26,15 @@ Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 ConditionName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")]
 InputShardName = Annotated[str, Field(pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$")]
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,255}")
+ShardName = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
 Version = Annotated[str, Field(pattern="^[ -~]{1,100}$")]
 FilePath = Annotated[str, Field(pattern="^[a-z0-9_]+([./][a-z0-9_]+)*$", max_length=100)]
 Location = Annotated[str, Field(max_length=8192)]
 PairId = Annotated[str, Field(max_length=1 << 16)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NumPairs = Annotated[int, Field(ge=0, le=MAX_PAIRS_PER_SHARD)]
+NumImages = Annotated[int, Field(ge=0, le=2 * MAX_PAIRS_PER_SHARD)]
+NumPrompts = Annotated[int, Field(ge=0, le=MAX_PROMPTS_PER_SHARD)]
 NumBytes = Annotated[int, Field(ge=0, le=1 << 40)]
 Row = Annotated[int, Field(ge=0, le=1 << 48)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]

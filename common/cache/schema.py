@@ -4,8 +4,10 @@
 """
 
 import itertools
+from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +15,7 @@ from pydantic import Field, model_validator
 from inpo.common.cache.document import (
     MAX_METADATA_BYTES,
     MAX_PAIRS_PER_SHARD,
+    MAX_PROMPTS_PER_SHARD,
     MAX_WHOLE_BYTES,
     Attempt,
     ConditionName,
@@ -23,11 +26,14 @@ from inpo.common.cache.document import (
     Location,
     Name,
     NumBytes,
+    NumImages,
     NumPairs,
+    NumPrompts,
     PairId,
     Pixels,
     Row,
     Seconds,
+    ShardName,
     Share,
     Timesteps,
     UtcTime,
@@ -36,8 +42,8 @@ from inpo.common.cache.document import (
     load,
     sealed,
 )
-from inpo.common.cache.specs import ARRAYS, ArraySpec
-from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, InverterName, Profile
+from inpo.common.cache.specs import ARRAYS, TEXT, ArraySpec
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile
 from inpo.common.errors import CacheSchemaError
 from inpo.common.levels import Levels, Space
 
@@ -49,6 +55,8 @@ CONFIGURATION_SEAL = "# digest of the lines above: "
 
 _TABLES = ("signal", "noise", "label")
 _FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
+EMPTY_PROMPT = "empty"
+"""Name of the text shard that has the empty prompt."""
 
 
 class InverterIdentity(Document):
@@ -70,9 +78,9 @@ class InverterIdentity(Document):
 
 
 class ConditionSpec(Document):
-    """One of the tensors that the network is told: its array is prompt/<name> or image/<name>."""
+    """One of the tensors that the network is told: an array of the text shards, or image/<name> of the others."""
 
-    dtype: Literal["float16", "float32", "bool"]
+    dtype: Literal["float16", "float32", "int32", "bool"]
     axes: Annotated[tuple[ConditionName, ...], Field(max_length=4)]
     """Names of the axes behind the owner's."""
     per: Literal["prompt", "image"]
@@ -80,11 +88,12 @@ class ConditionSpec(Document):
     def array(self, name: str) -> ArraySpec:
         """The array that holds it."""
         return ArraySpec(
-            path=f"prompt/{name}" if self.per == "prompt" else name,
+            path=name if self.per == "prompt" else f"image/{name}",
             dtype=self.dtype,
-            axes=("prompt", *self.axes) if self.per == "prompt" else ("pair", "side", *self.axes),
-            chunking="whole",
+            axes=(self.per, *self.axes),
+            chunking="prompt" if self.per == "prompt" and self.axes else "whole",
             meaning=f"what the network is told as {name}, by {self.per}",
+            compressed=self.per == "prompt",
         )
 
 
@@ -139,7 +148,12 @@ class Manifest(Document):
     extra: Annotated[tuple[ExtraName, ...], Field(max_length=2)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     timesteps_per_pair: Timesteps
-    resolution: Pixels
+    group: GroupName
+    """Whose images share grid and noise: those of a pair, or those of a shard's pairs of one prompt."""
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Tokens that every prompt is padded to (with zeros) for the network; None: text shards hold them so."""
+    resolution: tuple[Pixels, Pixels]
+    """(height, width)."""
     crop: Literal["center"]
     flip: bool
     vae_latent: Literal["mean", "sample"]
@@ -154,7 +168,7 @@ class Manifest(Document):
     def _fits_together(self) -> "Manifest":
         """What one field says of another; ValueError says which."""
         total, (low, high) = self.num_train_timesteps, self.inverter.timestep_range
-        taken = {"prompt", *(spec.path for spec in ARRAYS)} & {
+        taken = {TEXT.path, *(spec.path for spec in ARRAYS)} & {
             spec.array(name).path for name, spec in self.conditions.items()
         }
         if taken:
@@ -187,28 +201,34 @@ class Manifest(Document):
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
-        """The arrays that a shard holds, by path: the contract's, and one per condition."""
+        """The arrays that a shard of images holds, by path: the contract's, and one per condition of an image."""
         options = {None, *self.extra, self.inverter.name}
         contract = [spec for spec in ARRAYS if self.profile in spec.profiles and spec.option in options]
-        return {spec.path: spec for spec in [*contract, *(each.array(name) for name, each in self.conditions.items())]}
+        return {spec.path: spec for spec in [*contract, *self._owned("image").values()]}
+
+    @cached_property
+    def text_specs(self) -> dict[str, ArraySpec]:
+        """The arrays that a shard of texts holds, by path."""
+        return {TEXT.path: TEXT} | self._owned("prompt")
+
+    @property
+    def text_conditions(self) -> dict[str, ConditionSpec]:
+        """The conditions that prompts own."""
+        return {name: spec for name, spec in self.conditions.items() if spec.per == "prompt"}
+
+    def _owned(self, per: Literal["prompt", "image"]) -> dict[str, ArraySpec]:
+        arrays = [spec.array(name) for name, spec in self.conditions.items() if spec.per == per]
+        return {spec.path: spec for spec in arrays}
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         return tuple(self.specs.values())
 
-    @cached_property
-    def files(self) -> frozenset[str]:
-        """The files of a shard that has pairs: the groups' metadata, and of each array its metadata and one chunk."""
-        names = {"zarr.json"}
-        for spec in self.arrays:
-            group, _, array = spec.path.rpartition("/")
-            names |= {f"{spec.path}/zarr.json", spec.chunk_file, *([f"{group}/zarr.json"] if array and group else [])}
-        return frozenset(names)
-
-    def lengths(self, num_pairs: int) -> dict[str, int]:
-        """Lengths of the axes of a shard with so many pairs; a condition's axes and prompt are free."""
+    def lengths(self, num_images: int, num_groups: int, num_pairs: int) -> dict[str, int]:
+        """Lengths of the axes of a shard of images; a condition's own axes are free."""
         channel, height, width = self.latent_shape
-        return {"pair": num_pairs, "step": self.timesteps_per_pair, "side": 2, "C": channel, "H": height, "W": width}
+        lengths = {"image": num_images, "group": num_groups, "pair": num_pairs, "place": 2}
+        return lengths | {"record": self.timesteps_per_pair, "C": channel, "H": height, "W": width}
 
     def identity(self) -> dict[str, Any]:
         """Every value that two runs must share to write into one cache, flattened to dotted names."""
@@ -239,23 +259,30 @@ class ShardSource(Document):
         return self
 
 
-class Commit(Document):
-    """CACHE/commits/<name>.json: makes one attempt of a shard visible. Written last, put-if-absent."""
+def files_of(specs: Mapping[str, ArraySpec]) -> frozenset[str]:
+    """The files of a group that holds these arrays: the groups' metadata, and of each array its metadata and chunk."""
+    names = {"zarr.json"}
+    for spec in specs.values():
+        group, _, array = spec.path.rpartition("/")
+        names |= {f"{spec.path}/zarr.json", spec.chunk_file, *([f"{group}/zarr.json"] if array and group else [])}
+    return frozenset(names)
+
+
+class AnyCommit(Document):
+    """What a commit of images and one of texts share: it makes one attempt visible. Written last, put-if-absent."""
+
+    folder: ClassVar[str]
+    """Where such commits lie."""
+    arrays: ClassVar[str]
+    """Where the attempts that they name lie."""
 
     attempt: Attempt
-    num_pairs: NumPairs
     manifest: Digest
     """blake2b digest of the manifest.json that this shard was made under."""
     files: Annotated[dict[FilePath, NumBytes], Field(max_length=100)]
     """Bytes of every file of the attempt, by path."""
     digests: Annotated[dict[FilePath, Digest], Field(max_length=100)]
     """blake2b digest of each file's first, middle and last 4096 bytes: tells a file put in another's place."""
-    skipped: Annotated[dict[Name, NumPairs], Field(max_length=32)]
-    skipped_digest: Digest | None = None
-    """blake2b digest of the list of skipped rows; null: nothing was skipped, or the list is older than the digest."""
-    source: ShardSource
-    counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
-    """Things that happened to pairs that were kept, e.g. cut_prompt."""
     seconds: Annotated[dict[Name, Seconds], Field(default_factory=dict, max_length=32)]
     """Where the time went: decode, encode, invert, write, total."""
     created: UtcTime
@@ -264,10 +291,7 @@ class Commit(Document):
     """blake2b digest of all other fields (sorted keys, no white space): any edit of a commit is found."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Commit":
-        start, stop = self.source.rows
-        if self.num_pairs + sum(self.skipped.values()) > stop - start:
-            raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
+    def _files_fit(self) -> Self:
         if set(self.files) != set(self.digests):
             raise ValueError("files and digests name different files")
         for path, size in self.files.items():
@@ -276,12 +300,15 @@ class Commit(Document):
                 raise ValueError(f"{path} of {size} bytes, limit {limit}")
         return self
 
+    @abstractmethod
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        """(files of the attempt, what they are in words)."""
+
     def check_files(self, manifest: Manifest, where: str) -> None:
-        """Raise CacheSchemaError unless the commit names exactly the files that its pairs' arrays are made of."""
-        expected = manifest.files if self.num_pairs else frozenset[str]()
+        """Raise CacheSchemaError unless the commit names exactly the files that its arrays are made of."""
+        expected, words = self.expected_files(manifest)
         lacking, foreign = sorted(expected - self.files.keys()), sorted(self.files.keys() - expected)
         if lacking or foreign:
-            arrays = f"the arrays of {self.num_pairs} pairs, profile {manifest.profile}" if expected else "no pair"
             parts = [
                 f"{what} {len(names)}: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
                 for what, names in (("lacks", lacking), ("has besides", foreign))
@@ -290,7 +317,7 @@ class Commit(Document):
             raise CacheSchemaError(
                 "A commit does not name the files that its shard's arrays are made of.",
                 where=where,
-                expected=f"{len(expected)} files: {arrays}",
+                expected=f"{len(expected)} files: {words}",
                 got=f"{len(self.files)} files; it {'; it '.join(parts)}",
                 fix="`inpo inspect verify --quarantine` moves the commit aside; the next `inpo precompute` makes the "
                 "shard again",
@@ -300,7 +327,7 @@ class Commit(Document):
         return sealed(self.model_dump(mode="json"))
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> "Commit":
+    def from_json(cls, data: bytes, where: str) -> Self:
         """Parse; raises CacheCorrupt if any value is not the one that was written."""
         document = load(data, where)
         commit = cls._parse(document, where)
@@ -312,6 +339,65 @@ class Commit(Document):
             "makes this shard again",
         )
         return commit
+
+
+class Commit(AnyCommit):
+    """CACHE/commits/<name>.json: a shard of images."""
+
+    folder = "commits"
+    arrays = "shards"
+
+    num_images: NumImages
+    num_groups: NumPairs
+    num_pairs: NumPairs
+    texts: Annotated[tuple[ShardName, ...], Field(max_length=MAX_PROMPTS_PER_SHARD + 1)]
+    """The text shards that its prompts stand in: group/prompt counts places here."""
+    skipped: Annotated[dict[Name, NumPairs], Field(max_length=32)]
+    skipped_digest: Digest | None = None
+    """blake2b digest of the list of skipped rows; null: nothing was skipped."""
+    source: ShardSource
+    counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
+    """Things that happened to pairs that were kept, e.g. cut_prompt."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        start, stop = self.source.rows
+        if self.num_pairs + sum(self.skipped.values()) > stop - start:
+            raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
+        if not min(self.num_pairs, 1) <= self.num_groups <= self.num_pairs:
+            raise ValueError(f"{self.num_groups} groups of {self.num_pairs} pairs")
+        if not 2 * self.num_groups <= self.num_images <= 2 * self.num_pairs:
+            raise ValueError(f"{self.num_images} images in {self.num_groups} groups and {self.num_pairs} pairs")
+        return self
+
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        if not self.num_pairs:
+            return frozenset(), "no pair"
+        return files_of(manifest.specs), f"the arrays of {self.num_pairs} pairs, profile {manifest.profile}"
+
+
+class TextCommit(AnyCommit):
+    """CACHE/text-commits/<name>.json: a shard of texts."""
+
+    folder = "text-commits"
+    arrays = "texts"
+
+    num_prompts: NumPrompts
+    cut: Annotated[tuple[NumPrompts, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    """Rows of prompts that are longer than the encoder takes: the model sees only their beginning."""
+    not_finite: Annotated[tuple[Digest, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    """Digests of prompts for which the encoder gave NaN or infinity: they have no row."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if any(row >= self.num_prompts for row in self.cut):
+            raise ValueError(f"a cut prompt in row {max(self.cut)} of {self.num_prompts}")
+        return self
+
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        if not self.num_prompts:
+            return frozenset(), "no prompt"
+        return files_of(manifest.text_specs), f"the arrays of {self.num_prompts} prompts"
 
 
 class SkippedRow(Document):

@@ -11,24 +11,27 @@ from inpo.common.choices import Profile
 
 _CRC_BYTES, _INDEX_BYTES = 4, 16
 """CRC-32C of a chunk and of a chunk index; offset and length of a chunk in the index."""
+_MAX_ROW_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One array of a shard. `axes` name the dimensions; `chunking` says how the pair axis is cut.
+    """One array of a shard. `axes` name the dimensions; `chunking` says how its first axes are cut.
 
-    pair_step: zarr sharding codec, the outer chunk is all pairs of the shard, the inner chunk 1 pair and 1 step.
-    pair: the same with an inner chunk of 1 pair. whole: one chunk, no sharding.
+    image_record: zarr sharding codec, the outer chunk is the whole array, the inner chunk 1 image and 1 record. image,
+    prompt: the same with an inner chunk of 1 image, or 1 prompt. whole: one chunk, no sharding.
     """
 
     path: str
     dtype: str
     axes: tuple[str, ...]
-    chunking: Literal["pair_step", "pair", "whole"]
+    chunking: Literal["image_record", "image", "prompt", "whole"]
     meaning: str
     profiles: tuple[Profile, ...] = ("full", "lean")
     option: str | None = None
     """The `--extra` name or inverter that makes this array appear; None: always there."""
+    compressed: bool = False
+    """zstd before the checksum."""
 
     @property
     def is_text(self) -> bool:
@@ -44,19 +47,24 @@ class ArraySpec:
         return f"{self.path}/c" + "/0" * len(self.axes)
 
     def inner_chunk(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """1 pair and 1 step, 1 pair, or everything: see `chunking`."""
-        cut = {"pair_step": 2, "pair": 1, "whole": 0}[self.chunking]
+        """1 image and 1 record, 1 image or prompt, or everything: see `chunking`."""
+        cut = {"image_record": 2, "image": 1, "prompt": 1, "whole": 0}[self.chunking]
         return (*(1,) * cut, *shape[cut:])
 
     def chunk_bytes(self, shape: Sequence[int]) -> int | None:
-        """Bytes of the chunk file of an array of this shape; None for text, whose length is its own."""
-        if self.is_text:
+        """Bytes of the chunk file of an array of this shape; None for text and for what is compressed."""
+        if self.is_text or self.compressed:
             return None
         numbers = math.prod(shape) * self.numpy_dtype.itemsize
         if self.chunking == "whole":
             return numbers + _CRC_BYTES
         inner = math.prod(shape) // max(1, math.prod(self.inner_chunk(shape)))
         return numbers + inner * (_CRC_BYTES + _INDEX_BYTES) + _CRC_BYTES
+
+    def too_large(self, shape: Sequence[int]) -> str | None:
+        """What is wrong with the size of a row of a compressed array, whose file does not tell it; or None."""
+        size = math.prod(shape[1:]) * self.numpy_dtype.itemsize
+        return f"{size} bytes by {self.axes[0]}, limit {_MAX_ROW_BYTES}" if size > _MAX_ROW_BYTES else None
 
     def problem(self, shape: tuple[int, ...], dtype: object, lengths: Mapping[str, int]) -> str | None:
         """What is wrong with an array of this shape and dtype, or None. `lengths` gives known axes their length."""
@@ -70,21 +78,21 @@ class ArraySpec:
 
 
 _LATENT = ("C", "H", "W")
-_RECORD = ("pair", "step", "side")
+_RECORD = ("image", "record")
 
 ARRAYS: tuple[ArraySpec, ...] = (
     ArraySpec(
         path="x0",
         dtype="float16",
-        axes=("pair", "side", *_LATENT),
-        chunking="pair",
+        axes=("image", *_LATENT),
+        chunking="image",
         meaning="clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
     ),
     ArraySpec(
         path="x_t",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         profiles=("full",),
         meaning="latent at level t: float16 rounding of a_t * x0 + s_t * target, computed in float64",
     ),
@@ -92,7 +100,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         path="delta",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         profiles=("full",),
         meaning="noise prediction of the inverting model at the stored x_t",
     ),
@@ -100,7 +108,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         path="x0_t",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         profiles=("full",),
         meaning="x0(t) = (x_t - s_t * delta) / a_t, from the unrounded prediction (Eq. 8)",
     ),
@@ -108,7 +116,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         path="target",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         meaning="tau: what the loss aims at (Eq. 18), rounded to float16 before x_t is formed from it",
     ),
     ArraySpec(
@@ -121,53 +129,72 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ArraySpec(
         path="inversion_error",
         dtype="float32",
-        axes=("pair", "side"),
+        axes=("image",),
         chunking="whole",
         meaning="relative RMS between x0 and where deterministic DDIM lands from the last x_t; NaN: not measured",
     ),
     ArraySpec(
         path="timestep",
         dtype="int16",
-        axes=("pair", "step"),
+        axes=("group", "record"),
         chunking="whole",
         meaning="kept timesteps, ascending, 0..T-1",
     ),
     ArraySpec(
-        path="pair_id", dtype="string", axes=("pair",), chunking="whole", meaning="the pair's identity in its source"
+        path="image/id",
+        dtype="string",
+        axes=("image",),
+        chunking="whole",
+        meaning="digest of the image's file (blake2b, 128 bits)",
     ),
     ArraySpec(
-        path="prompt_index",
+        path="image/group", dtype="int32", axes=("image",), chunking="whole", meaning="row of the group, ascending"
+    ),
+    ArraySpec(
+        path="image/score",
+        dtype="float32",
+        axes=("image",),
+        chunking="whole",
+        meaning="the source's own score of the image; NaN: none",
+    ),
+    ArraySpec(
+        path="group/id",
+        dtype="string",
+        axes=("group",),
+        chunking="whole",
+        meaning="the pair's id, or where groups are prompts the prompt's digest",
+    ),
+    ArraySpec(
+        path="group/prompt",
         dtype="int32",
-        axes=("pair",),
+        axes=("group", "place"),
         chunking="whole",
-        meaning="row of the prompt arrays with the original caption, also where it was dropped",
+        meaning="the original caption, also where it was dropped: place in the commit's `texts`, row there",
     ),
     ArraySpec(
-        path="caption_dropped",
+        path="group/caption_dropped",
         dtype="bool",
-        axes=("pair",),
+        axes=("group",),
         chunking="whole",
-        meaning="true: inverted, and to be trained, under the empty prompt (row 0)",
+        meaning="true: inverted, and to be trained, under the empty prompt",
     ),
     ArraySpec(
-        path="label",
+        path="pair/id", dtype="string", axes=("pair",), chunking="whole", meaning="the pair's identity in its source"
+    ),
+    ArraySpec(path="pair/win", dtype="int32", axes=("pair",), chunking="whole", meaning="row of the preferred image"),
+    ArraySpec(path="pair/lose", dtype="int32", axes=("pair",), chunking="whole", meaning="row of the other image"),
+    ArraySpec(
+        path="pair/label",
         dtype="float32",
         axes=("pair",),
         chunking="whole",
         meaning="P(win preferred) from the source, 1.0 when hard",
     ),
     ArraySpec(
-        path="prompt/text",
-        dtype="string",
-        axes=("prompt",),
-        chunking="whole",
-        meaning="distinct prompts of the shard; row 0 is the empty prompt",
-    ),
-    ArraySpec(
         path="delta_prev",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         option="delta_prev",
         meaning="delta of the previous point of the inversion path",
     ),
@@ -175,7 +202,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         path="eps_ref",
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
-        chunking="pair_step",
+        chunking="image_record",
         option="eps_ref",
         meaning="reference noise prediction at x_t under the training caption, where it is not delta",
     ),
@@ -188,3 +215,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         meaning="relative RMS change of the last fixed-point iteration",
     ),
 )
+"""Of a shard of images."""
+
+TEXT = ArraySpec(path="text", dtype="string", axes=("prompt",), chunking="whole", meaning="the prompt", compressed=True)
+"""Of a shard of texts, beside what prompts own."""

@@ -17,35 +17,69 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from inpo.common.cache.arrays import WrittenStore, write_group
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.identity import check_identity
-from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, Commit, Manifest, ShardSource, SkippedRow
+from inpo.common.cache.schema import (
+    CONFIGURATION_SEAL,
+    MANIFEST,
+    REMOVING,
+    AnyCommit,
+    Commit,
+    Manifest,
+    ShardSource,
+    SkippedRow,
+    TextCommit,
+)
+from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, InpoError, StorageError
 
 _TRIES = 2
+_C = TypeVar("_C", bound=AnyCommit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardData:
-    """Everything of one shard: arrays by path (empty if no pair survived) and what happened on the way."""
+    """Everything of a shard of images: arrays by path (empty if no pair survived) and what happened on the way."""
 
     arrays: Mapping[str, np.ndarray]
     source: ShardSource
+    texts: Sequence[str] = ()
+    """The text shards that group/prompt counts places of."""
     skipped: Sequence[Mapping[str, Any]] = ()
     """One {pair_id, reason, detail, row} per row that gave no pair."""
     counts: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    def length(self, path: str) -> int:
+        """Rows of an array; 0 if there are no arrays."""
+        return len(self.arrays[path]) if self.arrays else 0
+
     @property
     def num_pairs(self) -> int:
-        return len(self.arrays["pair_id"]) if self.arrays else 0
+        return self.length("pair/id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Everything of a shard of texts: arrays by path (empty if no prompt has finite numbers)."""
+
+    arrays: Mapping[str, np.ndarray]
+    cut: Sequence[int] = ()
+    """Rows of prompts of which the model sees only the beginning."""
+    not_finite: Sequence[str] = ()
+    """Digests of prompts that have no row."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.arrays[TEXT.path]) if self.arrays else 0
 
 
 class CacheWriter:
@@ -84,12 +118,12 @@ class CacheWriter:
         check_identity(existing, manifest, location)
         return cls(store, existing, data)
 
-    def committed(self) -> set[str]:
+    def committed(self, kind: type[AnyCommit] = Commit) -> set[str]:
         """Names of the committed shards, by one listing."""
-        return {name.removesuffix(".json") for name in self.store.listing("commits") if name.endswith(".json")}
+        return {name.removesuffix(".json") for name in self.store.listing(kind.folder) if name.endswith(".json")}
 
-    def is_committed(self, name: str) -> bool:
-        return self.store.get(f"commits/{name}.json") is not None
+    def is_committed(self, name: str, kind: type[AnyCommit] = Commit) -> bool:
+        return self.store.get(f"{kind.folder}/{name}.json") is not None
 
     def write_configuration(self, toml: str) -> None:
         """Keep what a run was told, for people; the last line seals the others."""
@@ -98,62 +132,85 @@ class CacheWriter:
         self.store.put_new(f"configurations/{time.time_ns() // 1_000_000}.toml", data + seal)
 
     def write(self, name: str, data: ShardData) -> Commit | None:
-        """Write and commit one shard. Returns its commit, or None if another writer committed it first.
+        """Write and commit one shard of images. Returns its commit, or None if another writer committed it first.
 
         Raises StorageError if what was written did not stay where it was written to.
         """
         self._check(name, data)
+        reasons: dict[str, int] = {}
+        for row in data.skipped:
+            reasons[str(row["reason"])] = reasons.get(str(row["reason"]), 0) + 1
+        lines = _lines(data.skipped)
+        values = {
+            "num_pairs": data.num_pairs,
+            "num_groups": data.length("group/id"),
+            "num_images": data.length("image/id"),
+            "texts": tuple(data.texts),
+            "skipped": dict(sorted(reasons.items())),
+            "skipped_digest": digest(lines) if lines else None,
+            "source": data.source,
+            "counts": dict(sorted(data.counts.items())),
+        }
+        return self._write(Commit, name, data.arrays, self.manifest.specs, values, data.seconds, lines)
+
+    def write_texts(self, name: str, data: TextData) -> TextCommit | None:
+        """Write and commit one shard of texts; as `write`."""
+        _check_arrays(f"texts {name}", data.arrays, self.manifest.text_specs, {})
+        values = {"num_prompts": data.num_prompts, "cut": tuple(data.cut), "not_finite": tuple(data.not_finite)}
+        return self._write(TextCommit, name, data.arrays, self.manifest.text_specs, values, data.seconds, b"")
+
+    def _write(
+        self,
+        kind: type[_C],
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        specs: Mapping[str, ArraySpec],
+        values: Mapping[str, Any],
+        seconds: Mapping[str, float],
+        lines: bytes,
+    ) -> _C | None:
+        """`lines`: the list of skipped rows."""
         problem: str | None = None
         for _ in range(_TRIES):
             attempt = uuid.uuid4().hex[:16]
-            folder = f"shards/{name}/{attempt}"
+            folder = f"{kind.arrays}/{name}/{attempt}"
+            path = f"{kind.folder}/{name}.json"
             try:
-                if data.num_pairs:
-                    self._write_arrays(folder, data.arrays)
-                lines = _lines(data.skipped)
+                if arrays:
+                    self._write_arrays(folder, arrays, specs)
                 if lines:
                     self.store.put_new(f"skipped/{name}/{attempt}.jsonl", lines)
-                problem = self._difference(name, attempt, lines, digests=True)
+                problem = self._difference(folder, name, attempt, lines, digests=True)
                 if problem is None:
-                    commit = self._commit(attempt, data, self._written.get(folder, {}), lines)
-                    if not self.store.put_new(f"commits/{name}.json", commit.to_json()):
+                    written = self._written.get(folder, {})
+                    commit = kind(
+                        attempt=attempt,
+                        manifest=self._manifest_digest,
+                        files={path: size for path, (size, _) in sorted(written.items())},
+                        digests={path: value for path, (_, value) in sorted(written.items())},
+                        seconds={key: round(value, 3) for key, value in seconds.items()},
+                        created=datetime.now(UTC).isoformat(timespec="seconds"),
+                        **values,
+                    )
+                    if not self.store.put_new(path, commit.to_json()):
                         return None
-                    problem = self._difference(name, attempt, lines, digests=False)
+                    problem = self._difference(folder, name, attempt, lines, digests=False)
                     if problem is None:
                         return commit
-                    self.store.remove(f"commits/{name}.json")
+                    self.store.remove(path)
             finally:
                 self._written.pop(folder, None)
         raise StorageError(
             f"An attempt at shard {name} did not stay as it was written; nothing is committed.",
-            where=self.store.path(f"shards/{name}"),
+            where=self.store.path(f"{kind.arrays}/{name}"),
             expected="the files that were written",
             got=problem,
             fix="run `inpo inspect clean --all` only while nothing writes; then the same command again: what is "
             "committed stays",
         )
 
-    def _commit(self, attempt: str, data: ShardData, written: Mapping[str, tuple[int, str]], lines: bytes) -> Commit:
-        reasons: dict[str, int] = {}
-        for row in data.skipped:
-            reasons[str(row["reason"])] = reasons.get(str(row["reason"]), 0) + 1
-        return Commit(
-            attempt=attempt,
-            num_pairs=data.num_pairs,
-            manifest=self._manifest_digest,
-            files={path: size for path, (size, _) in sorted(written.items())},
-            digests={path: value for path, (_, value) in sorted(written.items())},
-            skipped=dict(sorted(reasons.items())),
-            skipped_digest=digest(lines) if lines else None,
-            source=data.source,
-            counts=dict(sorted(data.counts.items())),
-            seconds={key: round(value, 3) for key, value in data.seconds.items()},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-
-    def _difference(self, name: str, attempt: str, lines: bytes, *, digests: bool) -> str | None:
+    def _difference(self, folder: str, name: str, attempt: str, lines: bytes, *, digests: bool) -> str | None:
         """What of an attempt is not in the store as it was handed over, or None."""
-        folder = f"shards/{name}/{attempt}"
         written = self._written.get(folder, {})
         there = self.store.listing(folder)
         for path in sorted({*written, *there}):
@@ -172,13 +229,13 @@ class CacheWriter:
             return "`inpo inspect clean` is removing it"
         return None
 
-    def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
         """Write and flush. What a refusing disk leaves behind is removed at once: it may be what fills the disk."""
         try:
             with storage_errors("write a shard", self.store.path(folder)):
                 written = self._written.setdefault(folder, {})
                 store = WrittenStore(self.store.zarr(folder, read_only=False), written)
-                write_group(store, arrays, self.manifest.specs)
+                write_group(store, arrays, specs)
             self.store.sync_folder(folder)
         except InpoError:
             with contextlib.suppress(InpoError):
@@ -189,32 +246,42 @@ class CacheWriter:
         """Our own bugs, caught before they reach a disk: names, dtypes, shapes and references follow the contract."""
         if not data.arrays:
             return
-        expected = self.manifest.specs.keys()
-        if expected != set(data.arrays):
-            raise AssertionError(f"shard {name}: arrays {sorted(data.arrays)} instead of {sorted(expected)}")
         if not 0 < data.num_pairs <= MAX_PAIRS_PER_SHARD:
             raise AssertionError(f"shard {name}: {data.num_pairs} pairs")
-        lengths = self.manifest.lengths(data.num_pairs)
-        for path, values in data.arrays.items():
-            spec = self.manifest.specs[path]
-            problem = spec.problem(values.shape, values.dtype, lengths)
-            if problem is None and spec.is_text and values.dtype.kind not in "OT":
-                problem = f"{values.dtype} instead of text"
-            may_be_nan = values.dtype.kind != "f" or path == "inversion_error"
-            if problem is None and not may_be_nan and not np.isfinite(values).all():
-                problem = "NaN or infinity"
-            if problem is not None:
-                raise AssertionError(f"shard {name}, {path}: {problem}")
-            # Free axes (prompt, token) are fixed by the first array that has them; width differs between encoders.
-            free = {axis: size for axis, size in zip(spec.axes, values.shape, strict=True) if axis != "width"}
-            lengths = {**free, **lengths}
-        self._check_prompts(name, data.arrays)
+        arrays = data.arrays
+        lengths = self.manifest.lengths(data.length("image/id"), data.length("group/id"), data.num_pairs)
+        _check_arrays(f"shard {name}", arrays, self.manifest.specs, lengths)
+        group, win, lose = arrays["image/group"], arrays["pair/win"], arrays["pair/lose"]
+        if (np.diff(group) < 0).any() or set(group.tolist()) != set(range(data.length("group/id"))):
+            raise AssertionError(f"shard {name}: image/group {group.tolist()[:9]}")
+        if set(win.tolist()) | set(lose.tolist()) != set(range(data.length("image/id"))):
+            raise AssertionError(f"shard {name}: an image that is of no pair, or a pair of no image")
+        if (group[win] != group[lose]).any() or (win == lose).any():
+            raise AssertionError(f"shard {name}: a pair of images of two groups, or of one image")
+        if arrays["group/prompt"][:, 0].max() >= len(data.texts):
+            raise AssertionError(f"shard {name}: a place beyond its {len(data.texts)} texts")
 
-    @staticmethod
-    def _check_prompts(name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        text, index = arrays["prompt/text"], arrays["prompt_index"]
-        if text[0] != "" or index.min() < 0 or index.max() >= len(text):
-            raise AssertionError(f"shard {name}: row 0 must be the empty prompt and prompt_index in 0..{len(text) - 1}")
+
+def _check_arrays(
+    where: str, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec], lengths: Mapping[str, int]
+) -> None:
+    if not arrays:
+        return
+    if specs.keys() != set(arrays):
+        raise AssertionError(f"{where}: arrays {sorted(arrays)} instead of {sorted(specs)}")
+    for path, values in arrays.items():
+        spec = specs[path]
+        problem = spec.problem(values.shape, values.dtype, lengths)
+        if problem is None and spec.is_text and values.dtype.kind not in "OT":
+            problem = f"{values.dtype} instead of text"
+        may_be_nan = values.dtype.kind != "f" or path in ("inversion_error", "image/score")
+        if problem is None and not may_be_nan and not np.isfinite(values).all():
+            problem = "NaN or infinity"
+        if problem is not None:
+            raise AssertionError(f"{where}, {path}: {problem}")
+        # Free axes (prompt, token) are fixed by the first array that has them; width differs between encoders.
+        free = {axis: size for axis, size in zip(spec.axes, values.shape, strict=True) if axis != "width"}
+        lengths = {**free, **lengths}
 
 
 def _lines(skipped: Sequence[Mapping[str, Any]]) -> bytes:

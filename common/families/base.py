@@ -67,7 +67,10 @@ class Family(ABC):
     tokenizer_files: tuple[str, ...] = ("tokenizer.json", "vocab.json")
     """One of them makes a tokenizer."""
     conditions: Mapping[str, ConditionSpec]
-    """What the network is told beside latent and label."""
+    """What the network is told beside latent and label. A family with a condition `length` has a mask: what is behind
+    so many tokens of a prompt is not stored, and zeros stand for it."""
+    max_tokens: int | None = None
+    """Tokens that the network gets of every prompt, where `length` says how many count."""
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     prefixes: Mapping[str, tuple[str, ...]] = {}

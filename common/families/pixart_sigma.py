@@ -34,7 +34,8 @@ class PixArtSigma(Family):
     network = "transformer"
     network_class = PixArtTransformer2DModel
     tokenizer_files = ("tokenizer.json", "spiece.model")
-    conditions = {"embedding": EMBEDDING, "mask": ConditionSpec(dtype="bool", axes=("token",), per="prompt")}
+    conditions = {"embedding": EMBEDDING, "length": ConditionSpec(dtype="int32", axes=(), per="prompt")}
+    max_tokens = _TOKENS
     predictions = ("epsilon",)
     # The size asked for, and the prompt as precompute encodes it.
     draw_arguments = {"use_resolution_binning": False, "clean_caption": False}
@@ -66,7 +67,7 @@ class PixArtSigma(Family):
         return 4 * int(network.get("patch_size", 2))
 
     def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
-        return {"embedding": (_TOKENS, int(config("transformer")["caption_channels"])), "mask": (_TOKENS,)}
+        return {"embedding": (_TOKENS, int(config("transformer")["caption_channels"])), "length": ()}
 
     def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         embedding, mask, *_ = pipeline.encode_prompt(
@@ -77,7 +78,7 @@ class PixArtSigma(Family):
             clean_caption=False,
             max_sequence_length=_TOKENS,
         )
-        return {"embedding": embedding, "mask": mask.bool()}
+        return {"embedding": embedding, "length": mask.sum(1)}
 
     def token_limit(self, tokenizer: Any) -> int:
         return _TOKENS
@@ -89,10 +90,12 @@ class PixArtSigma(Family):
         self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The noise; the variance that the transformer gives beside it is nobody's."""
+        embedding = condition["embedding"].float()
+        tokens = torch.arange(embedding.shape[1], device=embedding.device)
         output: Tensor = network(
             x,
-            encoder_hidden_states=condition["embedding"].float(),
-            encoder_attention_mask=condition["mask"],
+            encoder_hidden_states=embedding,
+            encoder_attention_mask=tokens < condition["length"][:, None],
             timestep=label,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,

@@ -20,16 +20,16 @@ from inpo.common.levels import Levels
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One network evaluation of both sides at one label, under the caption or the empty prompt."""
+    """One network evaluation of a trajectory's images at one label, under the caption or the empty prompt."""
 
-    x: Float[Tensor, "side c h w"]
+    x: Float[Tensor, "image c h w"]
     timestep: int
     empty: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """A number that decides how a step goes on. Those of all pairs are fetched together: one wait for the device."""
+    """A number that decides how a step goes on. Those of all trajectories are fetched at once: one wait for the device."""
 
     value: Float[Tensor, ""]
 
@@ -43,9 +43,9 @@ class State:
 
     a: float
     s: float
-    x: Float[Tensor, "side c h w"]
-    clean: Float[Tensor, "side c h w"]
-    delta: Float[Tensor, "side c h w"]
+    x: Float[Tensor, "image c h w"]
+    clean: Float[Tensor, "image c h w"]
+    delta: Float[Tensor, "image c h w"]
 
     @property
     def sigma(self) -> float:
@@ -67,7 +67,7 @@ class Stepper:
     evaluate: Evaluate
     identity: InverterIdentity
     residual: Tensor | None = None
-    """fixed_point: relative RMS change of the last iteration, float32 [side]."""
+    """fixed_point: relative RMS change of the last iteration, float32 [image]."""
 
 
 def ddim(history: list[State], timestep: int, stepper: Stepper) -> Calls:

@@ -1,4 +1,4 @@
-"""The points a pair's inversion visits, drawn from (seed, pair id) alone.
+"""The points a group's inversion visits, drawn from (seed, group id) alone.
 
 grid -> which K of its points are kept as records -> extra points that refine the start -> which points are noised.
 """
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """A pair's points in ascending order, up to the largest kept one."""
+    """A group's points in ascending order, up to the largest kept one."""
 
     points: tuple[Point, ...]
 
@@ -60,15 +60,15 @@ class Path:
 
 
 def exact_path(
-    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, group_id: str, timesteps_per_pair: int
 ) -> Path:
-    """The path of one pair on the exact grid."""
+    """The path of one group on the exact grid."""
     num_train_timesteps = schedule.num_train_timesteps
-    grid = exact_grid(uniform(seed, pair_id, "offset"), identity.grid_points, num_train_timesteps)
+    grid = exact_grid(uniform(seed, group_id, "offset"), identity.grid_points, num_train_timesteps)
     low, high = identity.timestep_range
     candidates = grid[(grid >= low) & (grid < high)]
     kept = set(
-        generator(seed, pair_id, "timesteps").choice(candidates, size=timesteps_per_pair, replace=False).tolist()
+        generator(seed, group_id, "timesteps").choice(candidates, size=timesteps_per_pair, replace=False).tolist()
     )
     start = 1.0 if identity.name == "noise" else identity.noised_start
     noised = [int(t) for t in grid if t < start * num_train_timesteps]
@@ -110,7 +110,7 @@ def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> 
 
 
 def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
-    """Refuse settings that some pair could not follow. Raises UsageError."""
+    """Refuse settings that some group could not follow. Raises UsageError."""
     n, k = identity.grid_points, timesteps_per_pair
     exact_grid(0.0, n, num_train_timesteps)
     if not 1 <= k <= n:
@@ -137,7 +137,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
     )
     if fewest < k:
         raise UsageError(
-            "The timestep range holds too few grid points for some pairs.",
+            "The timestep range holds too few grid points for some groups.",
             where="--timestep-range",
             expected=f"at least {k} grid points (--timesteps-per-pair)",
             got=f"{fewest} of {n} in [{low}, {high})",

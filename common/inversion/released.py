@@ -99,12 +99,12 @@ class ReleasedLoop:
 
 
 def released_path(
-    identity: InverterIdentity, schedule: Levels, *, seed: int, pair_id: str, timesteps_per_pair: int
+    identity: InverterIdentity, schedule: Levels, *, seed: int, group_id: str, timesteps_per_pair: int
 ) -> "ReleasedPath":
     """The released grid, up to the largest timestep; timesteps are drawn from 0..T-1, whatever the levels."""
     loop = ReleasedLoop(schedule, identity.grid_points)
     total = schedule.num_train_timesteps
-    drawn = generator(seed, pair_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
+    drawn = generator(seed, group_id, "timesteps").choice(total, size=timesteps_per_pair, replace=False)
     records: dict[int, list[int]] = {}
     for timestep in sorted(drawn.tolist()):
         records.setdefault(loop.level_of(timestep), []).append(timestep)
@@ -125,19 +125,19 @@ class ReleasedPath(Path):
 
 
 def released_trajectory(
-    x0: Float16[Tensor, "side c h w"],
+    x0: Float16[Tensor, "image c h w"],
     path: Path,
     *,
     identity: InverterIdentity,
     denoiser: Denoiser,
     seed: int,
-    pair_id: str,
+    group_id: str,
     measure: bool,
     extra: tuple[str, ...] = (),
 ) -> Generator[Asked, Tensor, Records]:
-    """Invert one pair along `path` as the released code does for each of its timesteps.
+    """Invert the images of one pair along `path` as the released code does for each of its timesteps.
 
-    One noise is drawn for a level and a side, and shared by the timesteps that pass it. At a record the stored-point
+    One noise is drawn for a level and an image, and shared by the timesteps that pass it. At a record the stored-point
     rule holds, with the manifest's table; the path goes on from x itself, in float32.
     """
     schedule = denoiser.levels
@@ -153,7 +153,7 @@ def released_trajectory(
     state: State | None = None
     for point in path.points:
         carried = yield Request(x=x, timestep=loop.label(point.level))
-        randn = normal(tuple(x0.shape), seed, pair_id, "extra", point.level).to(x0.device)
+        randn = normal(tuple(x0.shape), seed, group_id, "extra", point.level).to(x0.device)
         x = loop.step(x, carried, point.level) + loop.noise(randn, point.level)
         for timestep in point.records:
             target = loop.target(x, x0, torch.tensor([timestep])).half()

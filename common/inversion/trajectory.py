@@ -1,7 +1,7 @@
-"""One pair's inversion from its clean latents to its last kept record, under the stored-point rule.
+"""The inversion of images of one group from their clean latents to the last kept record, by the stored-point rule.
 
 A trajectory is a generator: it yields Requests for network calls and receives raw outputs, so that a batch can mix
-pairs that stand at different points (batching.py). Both sides of the pair travel together.
+images that stand at different points (batching.py). What is inverted together here shares its path.
 """
 
 from collections.abc import Callable, Generator
@@ -25,28 +25,28 @@ Visit = Callable[[Tensor, int], Generator[Asked, Tensor, State]]
 
 @dataclass(kw_only=True, eq=False)
 class Records:
-    """What one pair's inversion stores: one entry per kept timestep, both sides."""
+    """What an inversion stores: one entry per kept timestep, all images."""
 
     timestep: list[int] = field(default_factory=list)
-    target: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    x_t: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    delta: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    x0_t: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    reference_error: list[Float32[Tensor, "side"]] = field(default_factory=list)
-    delta_prev: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    eps_ref: list[Float16[Tensor, "side c h w"]] = field(default_factory=list)
-    residual: list[Float32[Tensor, "side"]] = field(default_factory=list)
-    inversion_error: Float32[Tensor, "side"] | None = None
+    target: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    x_t: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    delta: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    x0_t: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    reference_error: list[Float32[Tensor, "image"]] = field(default_factory=list)
+    delta_prev: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    eps_ref: list[Float16[Tensor, "image c h w"]] = field(default_factory=list)
+    residual: list[Float32[Tensor, "image"]] = field(default_factory=list)
+    inversion_error: Float32[Tensor, "image"] | None = None
 
     def add(
         self,
         timestep: int,
-        target: Float16[Tensor, "side c h w"],
-        x_t: Float16[Tensor, "side c h w"],
+        target: Float16[Tensor, "image c h w"],
+        x_t: Float16[Tensor, "image c h w"],
         state: State,
         *,
-        eps_ref: Float32[Tensor, "side c h w"],
-        carried: Float[Tensor, "side c h w"],
+        eps_ref: Float32[Tensor, "image c h w"],
+        carried: Float[Tensor, "image c h w"],
         extra: tuple[str, ...],
     ) -> None:
         """One record: `state` is the point visited at `x_t`, `carried` the noise that led there."""
@@ -63,17 +63,17 @@ class Records:
 
 
 def trajectory(
-    x0: Float16[Tensor, "side c h w"],
+    x0: Float16[Tensor, "image c h w"],
     path: Path,
     *,
     identity: InverterIdentity,
     denoiser: Denoiser,
     seed: int,
-    pair_id: str,
+    group_id: str,
     measure: bool,
     extra: tuple[str, ...] = (),
 ) -> Generator[Asked, Tensor, Records]:
-    """Invert one pair along `path`.
+    """Invert images of one group along its `path`.
 
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
     inverts (guidance 1), or a part of it (any but 0), it costs no call; under the empty prompt one more per record.
@@ -98,7 +98,7 @@ def trajectory(
 
     def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         output = yield from evaluate(x, timestep)
-        label = torch.full((2,), timestep, device=x.device)
+        label = torch.full(x.shape[:1], timestep, device=x.device)
         return State(
             a=float(schedule.signal[timestep]),
             s=float(schedule.noise[timestep]),
@@ -112,11 +112,10 @@ def trajectory(
         if guidance == 1.0:
             return state.delta
         output = (yield Request(x=state.x, timestep=timestep)) if under_caption is None else under_caption
-        return denoiser.to_noise(output, state.x, torch.full((2,), timestep, device=x.device))
+        return denoiser.to_noise(output, state.x, torch.full(x.shape[:1], timestep, device=x.device))
 
     records = Records()
     clean = x0.float()
-    noise: Tensor | None = None
     history: list[State] = []
     stepper = Stepper(schedule=schedule, denoiser=denoiser, evaluate=evaluate, identity=identity)
     if path.starts_clean:
@@ -126,9 +125,8 @@ def trajectory(
         stepper.residual = None
         a, s = float(schedule.signal[point.level]), float(schedule.noise[point.level])
         if point.noised:
-            if noise is None:
-                noise = normal(tuple(x0.shape[1:]), seed, pair_id, "noise").to(x0.device).expand_as(clean)
-            carried = noise
+            noise = normal(tuple(x0.shape[1:]), seed, group_id, "noise", point.level).to(x0.device)
+            carried = noise.expand_as(clean)
             x = a * clean + s * noise
         else:
             carried = history[-1].delta
@@ -144,7 +142,7 @@ def trajectory(
             records.add(point.level, target, x_t, arrived, eps_ref=eps_ref, carried=carried, extra=extra)
             if identity.name == "fixed_point":
                 records.residual.append(
-                    torch.zeros(2, device=x.device) if stepper.residual is None else stepper.residual.float()
+                    torch.zeros(x.shape[:1], device=x.device) if stepper.residual is None else stepper.residual.float()
                 )
         elif point.noised and path.points[index + 1].noised:
             continue  # an unkept noised point matters only if the inversion goes on from it

@@ -8,6 +8,7 @@ while it writes leaves half a message there, and the pool waits for the rest for
 """
 
 import contextlib
+import hashlib
 import multiprocessing
 import signal
 import threading
@@ -38,6 +39,8 @@ class PreparedPair:
     row: int
     win: PreparedImage
     lose: PreparedImage
+    ids: tuple[str, str]
+    """Digests of both image files."""
 
 
 def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | Skipped:
@@ -48,9 +51,15 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | S
             sides.append(prepare_image(decode_image(data), resolution=resolution, crop="center", flip=flip))
         except ImageError as error:
             return _skipped(pair, side, error)
+    win, lose = sides
+    ids = (_digest(pair.win), _digest(pair.lose))
     return PreparedPair(
-        pair_id=pair.pair_id, prompt=pair.prompt, label=pair.label, row=pair.row, win=sides[0], lose=sides[1]
+        pair_id=pair.pair_id, prompt=pair.prompt, label=pair.label, row=pair.row, win=win, lose=lose, ids=ids
     )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def measure_pair(pair: Pair) -> list[int] | Skipped:

@@ -18,7 +18,16 @@ from itertools import combinations
 from numbers import Integral, Real
 from typing import Any
 
-from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, preference
+from inpo.common.pairs.pair import (
+    NO_IMAGE,
+    Pair,
+    RowProblem,
+    Skipped,
+    check_id,
+    check_image_bytes,
+    check_text,
+    preference,
+)
 from inpo.common.printable import escaped, is_printable
 
 Fields = Mapping[str, Any]
@@ -73,6 +82,11 @@ def without_part(names: Iterable[str], *, is_ranking: bool) -> list[str]:
     if {*FIRST, *SECOND} & set(names):
         void.add("label")
     return [name for name in names if name not in KNOWN or name in void]
+
+
+def no_image(value: object, what: str) -> bytes:
+    """A ReadImage that reads none."""
+    return NO_IMAGE
 
 
 def items(

@@ -30,6 +30,7 @@ from inpo.common.pairs.fields import (
     comparisons_of,
     items,
     missing_field,
+    no_image,
     num_ranked,
     without_part,
 )
@@ -147,12 +148,15 @@ class ParquetShard:
             raise unreadable_file(self.file, ValueError("not a whole parquet file: no footer"))
         return hashlib.blake2b(size.to_bytes(8, "little") + footer, digest_size=16).hexdigest()
 
-    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
         and dropped, a few at a time. Raises DataError, also when rows name files and no host gives one.
         """
         stop = min(stop, self.num_rows)
         if start >= stop:
+            return
+        if not images:
+            yield from self._rows(start, stop, no_image)
             return
         reach = Reach(self.file, allow_remote=self.allow_remote)
         yield from self._rows(start, stop, partial(_image, reach))
@@ -161,7 +165,8 @@ class ParquetShard:
     def _rows(self, start: int, stop: int, read: ReadImage) -> Iterator[Pair | Skipped]:
         first_rows = self._footer.first_rows
         if first_rows is None:
-            for entry, fields in self._entries(start, stop):
+            skipped = frozenset(IMAGE_FIELDS) if read is no_image else frozenset[str]()
+            for entry, fields in self._entries(start, stop, skipped):
                 yield from self._items(fields, entry, row=entry, skip=0, read=read)
             return
         first = int(np.searchsorted(first_rows, start, side="right")) - 1
@@ -185,8 +190,12 @@ class ParquetShard:
             return
         yield from items(fields, row=row, skip=skip, name=self.name, default_id=pair_id, read=read)
 
-    def _entries(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
-        """(number, fields) of the file's rows start..stop-1."""
+    def _entries(
+        self, start: int, stop: int, unread: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
+        """(number, fields) of the file's rows start..stop-1; something stands for the columns that are `unread`."""
+        columns = [name for name in self._footer.columns if name not in unread]
+        stand_in = {name: "-" for name in self._footer.columns if name in unread}
         ends = self._footer.group_ends
         begins = (0, *ends[:-1])
         groups = [i for i in range(len(ends)) if begins[i] < stop and ends[i] > start]
@@ -195,7 +204,7 @@ class ParquetShard:
             for group in groups:
                 # One group at a time, so that a damaged group costs none of the rows before it.
                 batches = parquet.iter_batches(
-                    batch_size=ROWS_PER_READ, row_groups=[group], columns=list(self._footer.columns), use_threads=False
+                    batch_size=ROWS_PER_READ, row_groups=[group], columns=columns, use_threads=False
                 )
                 while True:
                     try:
@@ -205,7 +214,8 @@ class ParquetShard:
                     if batch is None:
                         break
                     for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
-                        yield row + i, _fields(batch, i)
+                        fields = _fields(batch, i)
+                        yield row + i, fields if isinstance(fields, RowProblem) else stand_in | fields
                     row += batch.num_rows
                     if row >= stop:
                         return

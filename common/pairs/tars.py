@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from inpo.common.pairs.entries import parse_object
-from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items
+from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items, no_image
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
 from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
@@ -66,7 +66,7 @@ class TarShard:
         """blake2b of every member's name, size and time and of the content of all members that are not images."""
         return self._index.fingerprint
 
-    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
         """Samples start..stop-1, read by seeking. Raises DataError when the tar ends early or changed."""
         index = self._index
         stop = min(stop, len(index))
@@ -74,9 +74,9 @@ class TarShard:
             return
         with open_binary(self.file) as stream:
             for row in range(start, stop):
-                yield self._row(_Sample(file=self.file, stream=stream, index=index, row=row))
+                yield self._row(_Sample(file=self.file, stream=stream, index=index, row=row), images)
 
-    def _row(self, sample: "_Sample") -> Pair | Skipped:
+    def _row(self, sample: "_Sample", images: bool) -> Pair | Skipped:
         # A key names a sample within its tar only: mirrors count from 0 in every tar.
         key = f"{self.name}/{sample.index.key(sample.row)}"
         try:
@@ -84,7 +84,8 @@ class TarShard:
         except RowProblem as problem:
             pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
-        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
+        read = (lambda role, _: sample.read(role)) if images else no_image
+        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=read)
         return item
 
 

@@ -4,7 +4,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 
 import torch.distributed
@@ -13,42 +13,38 @@ from accelerate import PartialState
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
-from inpo.common.pairs.decode import DecodePool
 from inpo.common.processes import processes
 from inpo.precompute.engines.watchdog import Watchdog
-from inpo.precompute.pipeline import Outcome, Timing, run_tasks
+from inpo.precompute.phases import Phase, load_worker
+from inpo.precompute.pipeline import Outcome, Task, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.tasks import ShardTask, split
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.tasks import split
 
 _LONGEST_WAIT = timedelta(days=60)
 
 
 def run_local(
-    tasks: Sequence[ShardTask],
+    phase: Phase,
+    tasks: Mapping[int, Task],
     *,
     model: Model,
     writer: CacheWriter,
     settings: PrecomputeSettings,
+    committed: set[str],
     on_outcome: Callable[[Outcome], None],
 ) -> str:
     """Make this process's share of `tasks` on its own device, then wait for the others; returns the time report of all.
 
-    The split covers all tasks of the source, done or not, so it does not depend on when a process looked.
+    The split is by the tasks' numbers, so it does not depend on when a process looked. Nothing is loaded where there is
+    nothing to do.
     """
     state = processes()
     waiting_room = _WaitingRoom(state)
-    mine = [tasks[index] for index in split(len(tasks), state.process_index, state.num_processes)]
+    share = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
+    mine = [task for number, task in tasks.items() if number in share and task.name not in committed]
     timing = Timing()
-    committed = writer.committed()
-    mine = [task for task in mine if task.name not in committed]
     if mine:
-        worker = ShardWorker(
-            components=load_components(model, writer.manifest, state.device),
-            writer=writer,
-            pairs_per_batch=settings.batch_size,
-            decode=DecodePool(settings.decode_workers),
-        )
+        worker = load_worker(phase, model, writer, settings, state.device)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)
@@ -65,7 +61,7 @@ def run_local(
     return whole.report() + (f", over {state.num_processes} processes" if state.num_processes > 1 else "")
 
 
-def in_order(tasks: Iterable[ShardTask], met_another_run: threading.Event) -> Iterator[ShardTask]:
+def in_order(tasks: Iterable[Task], met_another_run: threading.Event) -> Iterator[Task]:
     """The tasks in order; what is left in random order each time that another run is met at work on the same cache.
 
     Two runs that go through the same shards in the same order would make each of them twice, for ever side by side.

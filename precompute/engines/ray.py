@@ -4,21 +4,23 @@ The driver holds names and commits, no tensors. What a dead worker had in flight
 is never made twice.
 """
 
+import contextlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inpo.common.cache import CacheWriter
+from inpo.common.cache import CacheWriter, Commit, TextCommit
 from inpo.common.errors import InpoError, UsageError
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.assignment import Assignment
 from inpo.precompute.engines.ray_cluster import connect, deferred_stop, disconnect, has_gpus, places
 from inpo.precompute.engines.ray_worker import RayWorker, Reply
-from inpo.precompute.pipeline import Outcome, Timing
+from inpo.precompute.phases import Phase
+from inpo.precompute.pipeline import Outcome, Task, Timing
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 from inpo.precompute.tasks import ShardTask
 
@@ -35,23 +37,15 @@ class _Worker:
     name: str
     node: str
     actor: Any
-    calls: dict[Any, ShardTask | None] = field(default_factory=dict)
+    calls: dict[Any, Task | None] = field(default_factory=dict)
     ready: bool = False
 
 
-def run_ray(
-    tasks: Sequence[ShardTask],
-    *,
-    model: ModelSection,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    options: RayOptions,
-    on_outcome: Callable[[Outcome], None],
-) -> str:
-    """Make `tasks` on the cluster; returns the time report. Leaves or stops the cluster in any case.
+@contextlib.contextmanager
+def ray_cluster(options: RayOptions) -> Iterator[None]:
+    """Join or start the cluster for some phases of work; leaves or stops it in any case.
 
-    Raises UsageError for a cluster that cannot do it, the first StorageError (and the like) of any worker, and
-    InpoError, after everything else is done, if shards killed every worker that had them.
+    Raises UsageError for a cluster that cannot do it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
@@ -62,15 +56,39 @@ def run_ray(
             fix="run `inpo precompute --engine ray` by itself",
         )
     connect(options)
+    try:
+        yield
+    finally:
+        disconnect()
+
+
+def run_ray(
+    phase: Phase,
+    tasks: Mapping[int, Task],
+    *,
+    model: ModelSection,
+    writer: CacheWriter,
+    settings: PrecomputeSettings,
+    options: RayOptions,
+    committed: set[str],
+    on_outcome: Callable[[Outcome], None],
+) -> str:
+    """Make those of `tasks` that are not committed on the connected cluster; returns the time report.
+
+    Raises UsageError for a cluster that cannot do it, the first StorageError (and the like) of any worker, and
+    InpoError, after everything else is done, if shards killed every worker that had them.
+    """
+    left = [task for task in tasks.values() if task.name not in committed]
     with deferred_stop() as stop:
-        run = _Run(tasks, model=model, writer=writer, settings=settings, options=options, on_outcome=on_outcome)
+        run = _Run(
+            left, phase=phase, model=model, writer=writer, settings=settings, options=options, on_outcome=on_outcome
+        )
         try:
             while run.assignment.num_unfinished and stop.signal is None:
                 run.turn()
             return run.report()
         finally:
             run.close()
-            disconnect()
 
 
 class _Run:
@@ -78,8 +96,9 @@ class _Run:
 
     def __init__(
         self,
-        tasks: Sequence[ShardTask],
+        tasks: Sequence[Task],
         *,
+        phase: Phase,
         model: ModelSection,
         writer: CacheWriter,
         settings: PrecomputeSettings,
@@ -90,9 +109,11 @@ class _Run:
 
         self._tasks = {task.name: task for task in tasks}
         self._writer = writer
+        self._kind = TextCommit if phase == "texts" else Commit
         self._options = options
         self._on_outcome = on_outcome
         self._arguments = {
+            "phase": phase,
             "folder": os.getcwd(),
             "model": model,
             "location": writer.store.address,
@@ -108,7 +129,7 @@ class _Run:
         self._workers: dict[str, _Worker] = {}
         self._inputs: dict[str, Any] = {}
         """Input shards in Ray's object store, while any of their shards is to be made."""
-        self._open_shards = Counter(task.input_shard.name for task in tasks)
+        self._open_shards = Counter(task.input_shard.name for task in tasks if isinstance(task, ShardTask))
         self._timings: dict[str, Timing] = {}
         self._node_deaths: dict[str, int] = {}
         self._next_poll = 0.0
@@ -136,16 +157,16 @@ class _Run:
             if owners[call].name in self._workers:  # not lost by another answer of this turn
                 self._answer(owners[call], call)
 
-    def _hand_out(self, task: ShardTask, worker: _Worker) -> None:
+    def _hand_out(self, task: Task, worker: _Worker) -> None:
         import ray
 
-        shard = task.input_shard
-        if shard.name not in self._inputs:
-            self._inputs[shard.name] = ray.put(shard)
-        call = worker.actor.make.remote(
-            self._inputs[shard.name], name=task.name, location=task.location, start=task.start, stop=task.stop
-        )
-        worker.calls[call] = task
+        sent, shared = task, None
+        if isinstance(task, ShardTask):
+            name = task.input_shard.name
+            if name not in self._inputs:
+                self._inputs[name] = ray.put(task.input_shard)
+            sent, shared = task.of(None), self._inputs[name]
+        worker.calls[worker.actor.make.remote(sent, shared)] = task
 
     def _match_cluster(self) -> None:
         """Start workers where there is room, forget those whose node has gone."""
@@ -214,7 +235,10 @@ class _Run:
         if not self.assignment.finished(worker.name, outcome.task.name, now):
             return
         self._on_outcome(outcome)
-        shard = outcome.task.input_shard.name
+        task = self._tasks[outcome.task.name]
+        if not isinstance(task, ShardTask):
+            return
+        shard = task.input_shard.name
         self._open_shards[shard] -= 1
         if not self._open_shards[shard]:
             self._inputs.pop(shard, None)
@@ -235,7 +259,7 @@ class _Run:
             return
         now = time.monotonic()
         for name in self.assignment.line(worker.name):
-            if self._writer.is_committed(name):  # before it could tell
+            if self._writer.is_committed(name, self._kind):  # before it could tell
                 self._finished(worker, Outcome(task=self._tasks[name]), now)
         loss = self.assignment.lost(worker.name, now)
         self._num_retried += len(loss.retried)

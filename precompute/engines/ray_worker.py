@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -17,14 +18,12 @@ from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
-from inpo.common.pairs import InputShard
-from inpo.common.pairs.decode import DecodePool
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.watchdog import Watchdog
-from inpo.precompute.pipeline import Outcome, Timing, run_tasks
+from inpo.precompute.phases import Phase, load_worker
+from inpo.precompute.pipeline import Outcome, Task, Timing, Worker, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
-from inpo.precompute.worker import ShardWorker, load_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +39,25 @@ class RayWorker:
     """An actor. `make` is called from several threads at once, each with one task, and feeds one pipeline."""
 
     def __init__(
-        self, *, folder: str, model: ModelSection, location: str, manifest: Manifest, settings: PrecomputeSettings
+        self,
+        *,
+        phase: Phase,
+        folder: str,
+        model: ModelSection,
+        location: str,
+        manifest: Manifest,
+        settings: PrecomputeSettings,
     ) -> None:
         # Relative paths of pairs and model mean the driver's folder, where this node has it.
         with contextlib.suppress(OSError):
             os.chdir(folder)
+        self._phase: Phase = phase
         self._model = model
         self._location = location
         self._manifest = manifest
         self._settings = settings
         self._timing = Timing()
-        self._tasks: queue.SimpleQueue[ShardTask] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._promises: dict[str, Future[Outcome]] = {}
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -72,21 +79,21 @@ class RayWorker:
             return error
         # Ray shows a worker only the devices that it was given.
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        worker = ShardWorker(
-            components=load_components(model, writer.manifest, device),
-            writer=writer,
-            pairs_per_batch=self._settings.batch_size,
-            decode=DecodePool(self._settings.decode_workers),
-        )
+        try:
+            worker = load_worker(self._phase, model, writer, self._settings, device)
+        except InpoError as error:
+            return error
         threading.Thread(target=self._run, args=(worker,), name="pipeline", daemon=True).start()
         return None
 
-    def make(self, input_shard: InputShard, *, name: str, location: str, start: int, stop: int) -> Reply:
+    def make(self, task: Task, shared: Any) -> Reply:
         """Make one shard and wait for its commit. Raises what no user can mend (a device that failed).
 
-        The parts of a ShardTask: the input shard, which may hold an index of many rows, travels to a node only once.
+        `shared` is the input shard that `task` was sent without: it may hold an index of many rows, and travels to a
+        node only once.
         """
-        task = ShardTask(name=name, location=location, input_shard=input_shard, start=start, stop=stop)
+        if shared is not None:
+            task = cast(ShardTask, task).of(shared)
         promise: Future[Outcome] = Future()
         with self._lock:
             if self._failure is None:
@@ -99,11 +106,11 @@ class RayWorker:
         except InpoError as error:
             return Reply(error=error, timing=copy.deepcopy(self._timing))
 
-    def _pulled(self) -> Iterator[ShardTask]:
+    def _pulled(self) -> Iterator[Task]:
         while True:
             yield self._tasks.get()
 
-    def _run(self, worker: ShardWorker) -> None:
+    def _run(self, worker: Worker) -> None:
         try:
             with Watchdog(self._timing, name=f"worker {os.getpid()} on {socket.gethostname()}"):
                 for outcome in run_tasks(worker, self._pulled(), self._timing):

@@ -1,0 +1,219 @@
+"""A committed attempt: a plain zarr v3 group, checked against its commit before the first byte is trusted."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Int, Shaped
+from zarr.core.buffer.cpu import NDBuffer
+
+from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
+from inpo.common.cache.document import load
+from inpo.common.cache.schema import AnyCommit
+from inpo.common.cache.specs import ArraySpec
+from inpo.common.cache.store import CacheStore
+from inpo.common.durable import storage_errors
+from inpo.common.errors import CacheCorrupt, CacheSchemaError, InpoError, command
+
+_Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
+"""What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
+
+Rows = Int[np.ndarray, "row"] | slice | None
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+
+
+class CommittedArrays:
+    """The arrays of one committed attempt. Read on demand, whole or some rows; nothing is kept."""
+
+    def __init__(self, store: CacheStore, folder: str, commit: AnyCommit, specs: Mapping[str, ArraySpec]) -> None:
+        self.store = store
+        self.folder = folder
+        self.specs = specs
+        self._files = commit.files
+        self._digests = commit.digests
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What the attempt is of, for messages: `shard 0-00000000`."""
+
+    @abstractmethod
+    def lengths(self) -> dict[str, int]:
+        """Known lengths of axes."""
+
+    def row_names(self, spec: ArraySpec, rows: list[int]) -> list[str]:
+        """Names of rows of an array's first axis, for messages."""
+        return [f"{spec.axes[0]} {row}" for row in rows]
+
+    @property
+    def location(self) -> str:
+        """Address of the committed attempt: a plain zarr v3 group."""
+        return self.store.path(self.folder)
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """Paths of the arrays in the store, from the commit."""
+        return frozenset(path.removesuffix("/zarr.json") for path in self._files if path.count("/zarr.json"))
+
+    @cached_property
+    def _verified(self) -> bool:
+        """Names and sizes in the store equal the commit's, or CacheCorrupt is raised.
+
+        zarr returns silent zeros for a missing chunk file, and for an empty one, so this comes before the first read.
+        """
+        present = self.store.listing(self.folder)
+        for path, size in self._files.items():
+            if path not in present:
+                raise self._corrupt("A committed file is missing", path, expected=f"{size} bytes", got="no such file")
+            if present[path] != size:
+                raise self._corrupt(
+                    "A committed file has another size", path, expected=f"{size} bytes", got=f"{present[path]} bytes"
+                )
+        return True
+
+    def _corrupt(self, what: str, file: str, *, expected: object, got: object) -> CacheCorrupt:
+        """`file` is a path below the attempt's folder; its array is named."""
+        array = file.split("/c/")[0].removesuffix("/zarr.json")
+        part = f"array {array}" if array in self.specs else "a group's metadata"
+        return CacheCorrupt(
+            f"{what}: {part} of {self.title}.",
+            where=f"{self.location}/{file}",
+            expected=expected,
+            got=got,
+            fix=self.advice(),
+        )
+
+    def _open(self, path: str) -> zarr.Array[Any]:
+        """Open an array after checking that its files are the committed ones and not another's."""
+        for file in self._files:
+            folder = file.removesuffix("zarr.json")  # the array's own metadata, and that of the groups above it
+            if file.startswith(f"{path}/c") or (folder != file and f"{path}/".startswith(folder)):
+                expected = self._digests.get(file)
+                found = self.store.sample_digest(f"{self.folder}/{file}", self._files[file])
+                if found != expected:
+                    raise self._corrupt(
+                        "A file is not the committed one", file, expected=f"digest {expected}", got=found
+                    )
+        spec = self.specs[path]
+        self._check_metadata(spec)
+        committed = CommittedStore(self.store.zarr(self.folder), self._files, remote=self.store.remote)
+        array = open_array(committed, path)
+        problem = metadata_problem(array, spec)
+        if problem is not None:
+            raise self.misfit(path, problem)
+        return array
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        if path not in self._arrays:
+            self._arrays[path] = self._open(path)
+        return self._arrays[path]
+
+    def _check_metadata(self, spec: ArraySpec) -> None:
+        """Shape and dtype are the contract's and the array's file has just the bytes that they take.
+
+        Looked at before zarr sees the metadata: what it says is how much memory is asked for.
+        """
+        path = spec.path
+        document = load(self.store.get(f"{self.folder}/{path}/zarr.json") or b"", f"{self.location}/{path}")
+        shape, dtype = document.get("shape"), document.get("data_type")
+        if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+            raise self.misfit(path, f"shape {ascii(shape)[:100]}")
+        if dtype != spec.dtype:
+            raise self.misfit(path, f"{ascii(dtype)[:100]} instead of {spec.dtype}")
+        problem = spec.problem(tuple(shape), spec.numpy_dtype, self.lengths())
+        size, wanted = self._files[spec.chunk_file], spec.chunk_bytes(shape)
+        if problem is None and wanted is not None and size != wanted:
+            problem = f"{size} bytes instead of the {wanted} of {spec.dtype} {shape}"
+        if problem is None and spec.compressed and not spec.is_text:
+            problem = spec.too_large(shape)
+        if problem is None and spec.is_text and not spec.compressed:
+            count = int.from_bytes(self.store.head(f"{self.folder}/{spec.chunk_file}", min(size, 4)), "little")
+            if count != shape[0]:
+                problem = f"{count} texts instead of {shape[0]}"
+        if problem is not None:
+            raise self.misfit(path, problem)
+
+    def misfit(self, path: str, problem: str) -> CacheSchemaError:
+        """The error for an array that is not what its commit and the manifest make it."""
+        return CacheSchemaError(
+            f"Array {path} of {self.title} does not fit the manifest.",
+            where=f"{self.location}/{path}",
+            got=problem,
+            fix=self.advice(),
+        )
+
+    def check_values(self, path: str, values: np.ndarray) -> None:
+        """Raise CacheSchemaError for numbers that are used as positions where there is nothing."""
+
+    def advice(self) -> str:
+        """What to do about damage."""
+        return (
+            f"`{command('inspect', 'verify', self.store.location, '--quarantine')}` moves the damaged shard's "
+            "commit aside; the next `inpo precompute` makes it again"
+        )
+
+    def read_stored(
+        self, path: str, rows: Rows = None, *, allocate: Allocate | None = None
+    ) -> Shaped[np.ndarray, "row ..."]:
+        """A stored array as numpy, whole or some rows of its first axis; see `Shard.read`."""
+        self._verified  # noqa: B018  (a cached check, not a value)
+        with storage_errors("read the cache", f"{self.location}/{path}"):
+            try:
+                array = self._array(path)
+                values: Any
+                if isinstance(rows, np.ndarray):
+                    values = _read_rows(array, rows, path)
+                elif allocate is not None and rows is None and not self.specs[path].is_text:
+                    out = allocate(array.shape, array.dtype)
+                    array.get_basic_selection(..., out=NDBuffer.from_numpy_array(out))
+                    values = out
+                else:
+                    values = array[...] if rows is None else array[rows]
+                self.check_values(path, np.asarray(values))
+            except InpoError:
+                raise
+            except _Unreadable as error:
+                raise CacheCorrupt(
+                    f"Array {path} of {self.title} cannot be read: its bytes are not the committed ones.",
+                    where=f"{self.location}/{path}" + self._culprits(path, rows),
+                    got=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                    fix=self.advice(),
+                ) from error
+        return np.asarray(values)
+
+    def _culprits(self, path: str, rows: Rows) -> str:
+        """The rows whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
+        if path not in self._arrays or self.specs[path].chunking == "whole":
+            return ""
+        array = self._arrays[path]
+        bad = []
+        for row in np.arange(array.shape[0])[rows if rows is not None else slice(None)]:
+            try:
+                array[int(row)]
+            except _Unreadable:
+                bad.append(int(row))
+        if not bad:
+            return ""
+        return f" ({', '.join(self.row_names(self.specs[path], bad[:5]))}{', ...' if len(bad) > 5 else ''})"
+
+
+def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "row"], path: str) -> Any:
+    """Some rows in their order, read as runs of neighbours.
+
+    zarr's own selection by a list moves every element by six indices, four times slower. Only what was asked for is
+    touched: damage elsewhere in the array does not matter here.
+    """
+    length = array.shape[0]
+    if len(rows) == 0:
+        return array[:0]
+    if rows.min() < 0 or rows.max() >= length:
+        raise IndexError(f"rows {rows.min()}..{rows.max()} of {path}, which has {length}")
+    if array.shards is None:  # one chunk
+        return np.asarray(array[...])[rows]
+    distinct, place = np.unique(rows, return_inverse=True)
+    runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)
+    return np.concatenate([array[int(run[0]) : int(run[-1]) + 1] for run in runs])[place]

@@ -1,0 +1,190 @@
+"""The text phase: every distinct prompt of the pairs, encoded and committed before the network is loaded.
+
+    rows without images -> distinct prompts, window by window -> text shards (TextTask) -> TextWorker -> commits
+
+A text shard's name is the digest of its prompts: whoever needs the same texts makes the same file, once.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, MAX_PROMPTS_PER_SHARD
+from inpo.common.cache.schema import EMPTY_PROMPT
+from inpo.common.cache.specs import TEXT
+from inpo.common.cache.store import digest
+from inpo.common.conditions import Place
+from inpo.common.errors import DataError
+from inpo.common.pairs import Pair
+from inpo.precompute.encode import TextEncoder
+from inpo.precompute.tasks import ShardTask
+
+WINDOW = 16
+"""Shards whose prompts share text shards: a shard's prompts then lie in few of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """One text shard to be made. Picklable; sent to workers as it is."""
+
+    prompts: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def name(self) -> str:
+        """`empty`, or the digest of the prompts."""
+        return EMPTY_PROMPT if self.prompts == ("",) else digest(json.dumps(self.prompts).encode())
+
+
+class TextTable:
+    """Where each committed prompt of a cache stands."""
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self._writer = writer
+        self.texts = Texts(writer.store, writer.manifest, {})
+        self.names: set[str] = set()
+        """The committed text shards."""
+        self._places: dict[bytes, Place] = {}
+        self._not_finite: set[bytes] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what has been committed since."""
+        for name in sorted(self._writer.committed(TextCommit) - self.names):
+            shard = self.texts.get(name)
+            if shard is None:  # moved aside in between
+                continue
+            self.names.add(name)
+            for row, text in enumerate(shard.text):
+                self._places.setdefault(_key(text), (name, row))
+            self._not_finite |= {bytes.fromhex(each) for each in shard.commit.not_finite}
+
+    def place(self, prompt: str) -> Place | None:
+        """Where a prompt stands; None if it is not committed, or not finite."""
+        return self._places.get(_key(prompt))
+
+    def is_known(self, prompt: str) -> bool:
+        """Whether a prompt has been encoded, with whatever outcome."""
+        return _key(prompt) in self._places or _key(prompt) in self._not_finite
+
+    def is_finite(self, prompt: str) -> bool:
+        """False for a prompt for which the encoder gave NaN or infinity."""
+        return _key(prompt) not in self._not_finite
+
+    def is_cut(self, place: Place) -> bool:
+        """Whether the model sees only the beginning of the prompt."""
+        name, row = place
+        return row in self.texts.need(name).commit.cut
+
+
+def _key(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+
+
+def list_texts(
+    tasks: Sequence[ShardTask], whole: set[str], table: TextTable, *, by_length: bool
+) -> dict[int, TextTask]:
+    """The text shards that are missing for these shards of images, each under a number of its own.
+
+    Neither a number nor what stands under it hangs on what is committed at this moment, so that processes which look
+    at different times share the work, and a run that was stopped goes on with the same text shards; only prompts that
+    another selection of pairs has brought in already are left out. A window whose shards are `whole`, committed with
+    their texts, is not read again.
+
+    Args:
+        by_length: shortest prompts first, so that little is padded.
+    """
+    found = {} if table.is_known("") else {0: TextTask(prompts=("",))}
+    seen = {_key("")}
+    for first in range(0, len(tasks), WINDOW):
+        window = tasks[first : first + WINDOW]
+        if all(task.name in whole for task in window):
+            continue
+        fresh = dict.fromkeys(prompt for prompt in _prompts(window) if _key(prompt) not in seen)
+        seen.update(map(_key, fresh))
+        prompts = sorted(fresh, key=lambda prompt: (len(prompt), prompt)) if by_length else list(fresh)
+        cut = _cut(prompts)
+        done = {prompt for task in cut if task.name in table.names for prompt in task.prompts}
+        if any(table.is_known(prompt) and prompt not in done for prompt in prompts):
+            cut = _cut([prompt for prompt in prompts if not table.is_known(prompt)])
+        for number, task in enumerate(cut, start=1 + first * MAX_PAIRS_PER_SHARD // MAX_PROMPTS_PER_SHARD):
+            if task.name not in table.names:
+                found[number] = task
+    return found
+
+
+def _prompts(tasks: Iterable[ShardTask]) -> Iterator[str]:
+    """The prompts of some shards. An input that cannot be read gives none; whoever reads its images says why."""
+    for task in tasks:
+        try:
+            for item in task.input_shard.rows(task.start, task.stop, images=False):
+                if isinstance(item, Pair):
+                    yield item.prompt
+        except DataError:
+            continue
+
+
+def _cut(prompts: Sequence[str]) -> list[TextTask]:
+    step = MAX_PROMPTS_PER_SHARD
+    return [TextTask(prompts=tuple(prompts[first : first + step])) for first in range(0, len(prompts), step)]
+
+
+@dataclass(kw_only=True, eq=False)
+class TextWorker:
+    """Makes text shards; `run_tasks` drives it as it drives a ShardWorker."""
+
+    encoder: TextEncoder
+    writer: CacheWriter
+
+    def is_committed(self, task: TextTask) -> bool:
+        return self.writer.is_committed(task.name, TextCommit)
+
+    def close(self) -> None:
+        """Nothing is held but the encoders."""
+
+    def read(self, task: TextTask) -> TextTask:
+        """A task is all there is to read."""
+        return task
+
+    def compute(self, task: TextTask) -> TextData:
+        """Encode; a prompt with any number that is not finite gets no row."""
+        clock = time.perf_counter()
+        tensors = self.encoder(task.prompts)
+        finite = torch.stack([each.isfinite().reshape(len(each), -1).all(1) for each in tensors.values()]).all(0)
+        kept = [prompt for prompt, fine in zip(task.prompts, finite.tolist(), strict=True) if fine]
+        arrays: dict[str, np.ndarray] = {}
+        if kept:
+            trimmed = self._trimmed({name: tensor[finite] for name, tensor in tensors.items()})
+            arrays = {TEXT.path: np.array(kept, dtype=object)} | {
+                name: tensor.numpy() for name, tensor in trimmed.items()
+            }
+        return TextData(
+            arrays=arrays,
+            cut=[row for row, prompt in enumerate(kept) if self.encoder.is_cut(prompt)],
+            not_finite=[_key(each).hex() for each in task.prompts if each not in kept],
+            seconds={"encode": time.perf_counter() - clock},
+        )
+
+    def _trimmed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without what no prompt of the shard has: tokens behind the longest."""
+        if self.writer.manifest.max_tokens is None:
+            return dict(tensors)
+        longest = int(tensors["length"].max())
+        specs = self.writer.manifest.conditions
+        return {
+            name: tensor.narrow(1, 0, longest).contiguous() if "token" in specs[name].axes else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def write(self, task: TextTask, data: TextData) -> TextCommit | None:
+        """Write and commit; None if another writer committed the shard first."""
+        return self.writer.write_texts(task.name, data)
