@@ -48,7 +48,7 @@ class CacheSettings(Section):
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
     group: GroupName = "pair"
-    """prompt: the pairs of a shard that have one prompt share grid and noise, and an image of several is inverted once."""
+    """prompt: a shard's pairs of one prompt share grid and noise, and an image of several is inverted once."""
     resolution: int = Field(512, ge=8, le=1 << 16)
     """Side of the square images in pixels."""
     crop: Literal["center"] = "center"

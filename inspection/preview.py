@@ -62,7 +62,7 @@ class VaePreview:
 def linear_preview(cache: Cache) -> LinearPreview:
     """The known map of the family's VAE where the latents are its by shape, or one fitted to this cache."""
     manifest = cache.manifest
-    channels, height, _ = manifest.latent_shape
+    channels, height, width = manifest.latent_shape
     colours = FAMILIES[manifest.family].latent_colours if manifest.family in FAMILIES else None
     if colours is not None and channels == len(colours[0]) and manifest.resolution == (8 * height, 8 * width):
         weight, bias = map(np.array, colours)

@@ -94,10 +94,10 @@ def run_precompute(
     with _engine(resolved, model, writer, ray_options) as make:
         table = TextTable(writer)
         texts = list_texts(tasks, whole_shards(writer, table), table, by_length=manifest.max_tokens is not None)
-        text_report = phase("texts", texts, set(), "prompts")
+        phase("texts", texts, set(), "prompts")
         if is_main and texts:
-            num_prompts = sum(task.num_rows for task in texts.values())
-            print(f"texts: {num_prompts} prompts in {len(texts)} text shards; {text_report}", flush=True)
+            num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start
+            print(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s", flush=True)
         report = phase("images", dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(

@@ -21,10 +21,13 @@ _THREADS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexedShard:
-    """A shard's usable pairs: rows and their labels."""
+    """A shard's usable pairs: rows, their images and their labels."""
 
     shard: Shard
     rows: Int[np.ndarray, "used"]
+    sides: Int[np.ndarray, "used 2"]
+    """Rows of the images: win, lose."""
+    group: Int[np.ndarray, "used"]
     label: Float[np.ndarray, "used"]
     """P(win preferred); the objective swaps the sides where it is below 0.5."""
 
@@ -84,11 +87,12 @@ def build_index(
     label_sets = {id(cache): read_labels(cache, labels) if labels else None for cache in caches}
 
     def index_one(shard: Shard) -> tuple[IndexedShard, IndexedShard, int, list[str]]:
-        ids = [str(pair_id) for pair_id in shard.read("pair_id")]
-        prompts = shard.read("prompt/text")[shard.read("prompt_index")]
+        ids = [str(pair_id) for pair_id in shard.read("pair/id")]
+        sides, group = shard.sides(), shard.groups()
+        prompts = shard.prompts()[group]
         label_set = label_sets[id(shard.cache)]
         if label_set is None:
-            label = shard.read("label").astype(np.float64)
+            label = shard.read("pair/label").astype(np.float64)
         else:
             found = label_set.get(shard.name, {})
             missing = [pair_id for pair_id in ids if pair_id not in found]
@@ -108,7 +112,9 @@ def build_index(
 
         def part(mask: np.ndarray) -> IndexedShard:
             rows = np.flatnonzero(mask)
-            return IndexedShard(shard=shard, rows=rows, label=label[rows].astype(np.float32))
+            return IndexedShard(
+                shard=shard, rows=rows, sides=sides[rows], group=group[rows], label=label[rows].astype(np.float32)
+            )
 
         digest = stable_hash(shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist())
         return part(use & ~aside), part(use & aside), digest, ids

@@ -142,7 +142,7 @@ def run_train(
                 steps=settings.sample_steps,
                 guidance=settings.sample_guidance,
                 seed=settings.seed,
-                resolution=opened[0].manifest.resolution,
+                resolution=opened[0].manifest.resolution[0],
                 network_dtype=network_dtype,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")

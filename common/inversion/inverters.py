@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """A number that decides how a step goes on. Those of all trajectories are fetched at once: one wait for the device."""
+    """A number that decides how a step goes on. Those of all trajectories are fetched together, with one wait."""
 
     value: Float[Tensor, ""]
 
