@@ -2,13 +2,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo precompute train inspect test check bench evidence toyworld-base clean
+.PHONY: help install dev demo precompute train inspect test check bench evidence toyworld-base clean
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
 DEMO_PAIRS   := 1024
 DEMO_PROMPTS := 200
 INSTALLED := .venv/.installed
+DEV       := .venv/.dev
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPO := .venv/bin/python -m inpo
 
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
@@ -23,11 +25,17 @@ help: ## this list
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2]'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable .
 	touch $@
 
-install: $(INSTALLED) ## create .venv with everything
+$(DEV): $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED) ## create .venv with what `inpo` needs
+
+dev: $(DEV) ## and with what the checks, tests and benchmarks need besides
 
 demo: $(INSTALLED) ## the whole job on a toy world: pairs, precompute, train, compare
 	@printf '\n== 1/5  preference pairs, made with the base model\n'
@@ -57,19 +65,19 @@ train: $(INSTALLED) ## train from the recipe's cache (RECIPE=...)
 inspect: $(INSTALLED) ## look at the recipe's cache (RECIPE=...)
 	$(INPO) inspect summary --recipe $(RECIPE)
 
-test: $(INSTALLED) ## the tests: CPU only, no network
+test: $(DEV) ## the tests: CPU only, no network
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-check: $(INSTALLED) ## ruff, mypy, import-linter
+check: $(DEV) ## ruff, mypy, import-linter
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-bench: $(INSTALLED) ## measure the ratios of docs/performance.md
+bench: $(DEV) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
 
-evidence: $(INSTALLED) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
+evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)

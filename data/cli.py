@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
@@ -39,12 +39,25 @@ def pack_command(
     output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.", callback=home)],
     allow_remote: AllowRemote = False,
     pairs_per_tar: Annotated[
-        int, typer.Option(min=1, help="Pairs in one tar; a multiple of 256 gives full cache shards.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pairs in one tar; a multiple of 256 gives full cache shards.",
+            show_default="1024; 256, which is the most, with --group prompt",
+        ),
+    ] = None,
+    group: Annotated[
+        Literal["pair", "prompt"],
+        typer.Option(
+            help="prompt: bring pairs with equal prompts together, into one tar where they fit. Needs disk space for "
+            "the pairs twice while it works."
+        ),
+    ] = "pair",
 ) -> None:
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
+    from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
     from inpo.common.console import console
-    from inpo.common.pairs import open_source
+    from inpo.common.pairs import Skipped, open_source
     from inpo.common.pairs.walk import Walk, count_not_read
     from inpo.data.pack import pack, refuse_occupied
 
@@ -56,18 +69,36 @@ def pack_command(
             got=output,
             fix="pack locally, then copy the folder",
         )
+    by_prompt = group == "prompt"
+    if by_prompt and pairs_per_tar is not None and pairs_per_tar > MAX_PAIRS_PER_SHARD:
+        raise UsageError(
+            "A tar of that size is several cache shards, whose borders may cut through the pairs of a prompt.",
+            where="--pairs-per-tar",
+            expected=f"at most {MAX_PAIRS_PER_SHARD} with --group prompt",
+            got=pairs_per_tar,
+            fix="leave --pairs-per-tar out",
+        )
     refuse_occupied(Path(output))
     messages = console(stderr=True)
     walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
     shards = _counted(walk)
-    with ProgressReport("pack", total=sum(num_rows for _, num_rows in shards), unit="rows") as progress:
+    num_rows = sum(rows for _, rows in shards)
+    passes, unit = (2, "rows read or written") if by_prompt else (1, "rows")
+    with ProgressReport("pack", total=passes * num_rows, unit=unit) as progress:
 
         def rows() -> "Iterator[tuple[str, Pair | Skipped]]":
             for name, item in walk.rows(shards):
                 yield name, item
-                progress.advance()
+                # A pair's last pass is over when it is written.
+                progress.advance(passes if isinstance(item, Skipped) else passes - 1)
 
-        report = pack(rows(), output=Path(output), pairs_per_tar=pairs_per_tar)
+        report = pack(
+            rows(),
+            output=Path(output),
+            pairs_per_tar=pairs_per_tar or (MAX_PAIRS_PER_SHARD if by_prompt else 1024),
+            by_prompt=by_prompt,
+            on_written=progress.advance,
+        )
     not_read = count_not_read(walk.source, [shard for shard, _ in shards])
     console().print(_pack_table(report, output, len(walk.unreadable), not_read))
     if walk.unreadable:

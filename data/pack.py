@@ -7,7 +7,7 @@ complete or not at all. Image files are copied byte for byte; the same pairs giv
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +17,7 @@ import webdataset
 from inpo.common.durable import new_folder
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs.pair import Pair, Skipped, SkipReason
+from inpo.data.group import group_by_prompt
 
 PATTERN = "pairs-%06d.tar"
 SKIPPED_NAME = "skipped.jsonl"
@@ -31,8 +32,18 @@ class PackReport:
     skipped: dict[SkipReason, int] = field(default_factory=dict)
 
 
-def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_tar: int) -> PackReport:
+def pack(
+    rows: Iterable[tuple[str, Pair | Skipped]],
+    *,
+    output: Path,
+    pairs_per_tar: int,
+    by_prompt: bool = False,
+    on_written: Callable[[], object] = lambda: None,
+) -> PackReport:
     """Write the pairs to `output` as tars of `pairs_per_tar`, and the rows without a pair to `skipped.jsonl` there.
+
+    With `by_prompt` pairs whose prompts are equal come one after another, in one tar if they fit into one (group.py
+    says in what order); tars are then closed before they are full. `on_written` is called for each pair in its tar.
 
     Images are not decoded, so a damaged one is copied. Raises UsageError when `output` exists and is not an empty
     folder, StorageError when the disk refuses, DataError when no row gives a pair; nothing is left under `output` then.
@@ -42,7 +53,12 @@ def pack(rows: Iterable[tuple[str, Pair | Skipped]], *, output: Path, pairs_per_
         raise UsageError("a tar holds at least one pair", got=pairs_per_tar)
     report = PackReport()
     with new_folder(output, action="write the tars") as building:
-        _write(rows, building, pairs_per_tar, report)
+        pairs = _pairs(rows, building, report)
+        if by_prompt:
+            groups = group_by_prompt(pairs, folder=building, most=pairs_per_tar)
+        else:
+            groups = ((1, iter([pair])) for pair in pairs)
+        _write(groups, building, pairs_per_tar, report, on_written)
         if not report.num_pairs:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
             raise DataError(
@@ -64,7 +80,25 @@ def refuse_occupied(output: Path) -> None:
         )
 
 
-def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_tar: int, report: PackReport) -> None:
+def _pairs(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, report: PackReport) -> Iterator[Pair]:
+    """The pairs; the other rows are counted and listed."""
+    with open(folder / SKIPPED_NAME, "w", encoding="utf-8") as skipped:
+        for name, item in rows:
+            if isinstance(item, Pair):
+                yield item
+            else:
+                report.skipped[item.reason] = report.skipped.get(item.reason, 0) + 1
+                skipped.write(skipped_line(name, item))
+
+
+def _write(
+    groups: Iterable[tuple[int, Iterator[Pair]]],
+    folder: Path,
+    pairs_per_tar: int,
+    report: PackReport,
+    on_written: Callable[[], object],
+) -> None:
+    """Write tars; a group whose size is no more than a tar holds lies in one."""
     streams: list[BinaryIO] = []
 
     def opened(name: str) -> BinaryIO:
@@ -76,26 +110,25 @@ def _write(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, pairs_per_t
 
     writer = None
     try:
-        with open(folder / SKIPPED_NAME, "w", encoding="utf-8") as skipped:
-            for name, item in rows:
-                if isinstance(item, Skipped):
-                    report.skipped[item.reason] = report.skipped.get(item.reason, 0) + 1
-                    skipped.write(skipped_line(name, item))
-                    continue
-                if writer is None:  # ShardWriter makes its first file at once, and an empty tar is no use
-                    writer = webdataset.ShardWriter(
-                        str(folder).replace("%", "%%") + "/" + PATTERN,
-                        maxcount=pairs_per_tar,
-                        maxsize=float("inf"),
-                        opener=opened,
-                        post=finished,
-                        verbose=0,
-                        mtime=0,
-                        encoder=False,
-                    )
-                writer.write(_sample(report.num_pairs, item))
+        for size, pairs in groups:
+            if writer is None:  # ShardWriter makes its first file at once, and an empty tar is no use
+                writer = webdataset.ShardWriter(
+                    str(folder).replace("%", "%%") + "/" + PATTERN,
+                    maxcount=pairs_per_tar,
+                    maxsize=float("inf"),
+                    opener=opened,
+                    post=finished,
+                    verbose=0,
+                    mtime=0,
+                    encoder=False,
+                )
+            if writer.count + size > pairs_per_tar:
+                writer.next_stream()
+            for pair in pairs:
+                writer.write(_sample(report.num_pairs, pair))
                 report.num_pairs += 1
                 report.num_tars = writer.shard
+                on_written()
     finally:
         if writer is not None:
             writer.close()

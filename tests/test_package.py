@@ -1,13 +1,18 @@
 """What is installed: one package, `inpo`, with every file that it needs, beside whatever else a user has."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 LINKED = sorted(entry.name for entry in (ROOT / "inpo").iterdir() if entry.is_symlink())
@@ -79,3 +84,49 @@ def test_it_runs_beside_files_and_packages_of_the_same_names(wheel: Path, tmp_pa
         check=True,
     )
     assert Path(where.stdout.strip()).is_relative_to(site)
+
+
+OPTIONAL = {"ImageReward", "bitsandbytes", "datasets", "open_clip", "ray", "wandb"}
+"""What a user installs for one option, and is told to."""
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _installed_for(requirements: list[str]) -> set[str]:
+    """Distributions that pip installs for these, here."""
+    found: set[str] = set()
+    todo = list(map(Requirement, requirements))
+    while todo:
+        requirement = todo.pop()
+        name = _canonical(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        try:
+            todo += map(Requirement, requires(name) or [])
+        except PackageNotFoundError:  # of another system
+            continue
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def test_it_imports_nothing_that_only_the_tests_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = _installed_for(project["dependencies"])
+    product = [name for name in _tracked() if name.endswith(".py") and name.split("/")[0] in {"inpo", *LINKED}]
+    imported = set.union(*(_imports(ROOT / name) for name in product)) - sys.stdlib_module_names - {"inpo"}
+    distributions = packages_distributions()
+    missing = {name for name in imported if installed.isdisjoint(map(_canonical, distributions.get(name, [name])))}
+    assert missing == OPTIONAL
+    assert {"torch", "webdataset"} <= imported

@@ -106,7 +106,6 @@ def pair_captions(settings: PairSettings) -> list[str]:
 
 def make_batch(settings: PairSettings, start: int, stop: int) -> list[LabelledPair]:
     """Pairs start..stop-1: samples two pictures each, judges and labels them."""
-    torch.set_num_threads(1)
     indices = range(start, stop)
     texts = pair_captions(settings)[start:stop]
     noise = [normal(LATENT_SHAPE, settings.seed, index, "picture", side) for side in (0, 1) for index in indices]
@@ -214,14 +213,22 @@ def _batch_spans(settings: PairSettings, part: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def _workers(num_jobs: int) -> Iterator[Callable[..., Iterator[list[LabelledPair]]]]:
-    """A `map` over as many processes as there are cores, or the builtin one where a single process will do."""
+    """A `map` over as many processes as there are cores, or the builtin one where a single process will do; with one
+    thread each, so that the same pairs come out everywhere."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if min(cores, num_jobs) < 2:
-        yield map
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield map
+        finally:
+            torch.set_num_threads(threads)
         return
     # A fresh interpreter for each worker: forking a process that has used torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(cores, num_jobs), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        min(cores, num_jobs), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         try:
             yield pool.map
         except BaseException:

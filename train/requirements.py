@@ -75,7 +75,7 @@ def check_distribution(fsdp: int, settings: TrainSettings) -> None:
             where="accelerate's configuration, fsdp_version",
             expected="2",
             got=fsdp,
-            fix="launch with --config_file recipes/sdxl_fsdp.yaml, or set fsdp_version: 2 in your own file",
+            fix="launch with the configuration in recipes/, or set fsdp_version: 2 in your own file",
         )
     for option, used, works in (
         ("--ema", settings.ema, 0),

@@ -165,12 +165,15 @@ def test_at_most_four_shards_are_in_memory(worker: WatchedWorker, tasks: list[Sh
 
 @pytest.mark.parametrize("stage", ["read", "compute", "write"])
 def test_an_interrupt_in_any_state_ends_without_hanging_and_loses_no_committed_shard(
-    worker: WatchedWorker, tasks: list[ShardTask], stage: str
+    worker: WatchedWorker, tasks: list[ShardTask], stage: str, request: pytest.FixtureRequest
 ) -> None:
     """The signal arrives while another thread is at work on shard 2: reading (this thread waits for input), computing
     (this thread), writing (this thread waits for the disk or computes)."""
     main = threading.main_thread().ident
     assert main is not None
+    # A shell starts what it puts into the background without SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def hook(now: str, number: int) -> None:
         if (now, number) == (stage, 2):

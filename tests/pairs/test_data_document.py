@@ -36,6 +36,7 @@ def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("inpo data check cubes", "2"),
         ("inpo data pack cubes cubes-tars", "2"),
         ("inpo data check cubes-tars", "2"),
+        ("inpo data pack cubes cubes-grouped", "2"),
         ("inpo data check mine-0000.tar", "1"),
         ("inpo data check pick.parquet", "2"),
         ("inpo data pack pick.parquet pick-tars", "2"),

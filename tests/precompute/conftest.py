@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import inpo.precompute.engines.local as local_engine
@@ -149,7 +148,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
         return components
 
     monkeypatch.setattr(local_engine, "load_components", watched)
-    torch.set_num_threads(1)
     return runs
 
 

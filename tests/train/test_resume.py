@@ -44,6 +44,12 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Of another process: its kernels may sum in another order. A step too many or another record moves the weights by
+    the rate times gradients above Adam's epsilon of 1e-2: by more than a hundred times this."""
+    return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -186,6 +192,8 @@ def command(model: Path, cache: str, output: Path, steps: int) -> list[str]:
         "2",
         "--learning-rate",
         "1e-4",
+        "--adam-eps",
+        "1e-2",
     ]
 
 
@@ -211,8 +219,8 @@ def test_sigterm_saves_and_ends_with_zero(world: Any, cache: str, run: Callable[
     (last,) = checkpoint.list_checkpoints(output / "checkpoints")[-1:]
     step = int(last.name.removeprefix("step-"))
     assert step >= 3
-    options = {"steps": step + 1, "log_every": 1, "save_every": 2}
-    assert equal(weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options)))
+    options = {"steps": step + 1, "log_every": 1, "save_every": 2, "adam_eps": 1e-2}
+    assert close(weights(run(output=output, **options)), weights(run(output=tmp_path / "whole", **options)))
 
 
 def test_ctrl_c_saves_and_ends_with_zero(
@@ -242,6 +250,6 @@ def test_kill_9_in_a_real_process(world: Any, cache: str, run: Callable[..., Pat
         process = start_and_signal(command(world.model.folder, cache, output, 40), output, signal.SIGKILL)
         process.communicate(timeout=120)
         assert process.returncode in (-signal.SIGKILL, 0)
-    options = {"steps": 40, "log_every": 1, "save_every": 2}
+    options = {"steps": 40, "log_every": 1, "save_every": 2, "adam_eps": 1e-2}
     resumed = run(output=output, **options)
-    assert equal(weights(resumed), weights(run(output=tmp_path / "whole", **options)))
+    assert close(weights(resumed), weights(run(output=tmp_path / "whole", **options)))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, Manifest, ShardData, open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.cache.reader import Shard
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, TrainingError, UsageError
@@ -117,8 +117,18 @@ def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_p
     assert seen == set(rows)
 
 
-def test_a_lean_cache_gives_the_same_bits(world: Any, cache: str, tmp_path: Path) -> None:
-    lean = world.cache(tmp_path / "lean", profile="lean")
+def lean_copy(location: str, to: Path) -> str:
+    """The same numbers without what a lean cache leaves out."""
+    full = open_cache(location)
+    writer = CacheWriter.open(str(to), Manifest(**full.manifest.model_dump() | {"profile": "lean"}))
+    for shard in full:
+        arrays = {path: shard.read(path) for path in writer.manifest.specs}
+        assert writer.write(shard.name, ShardData(arrays=arrays, source=shard.commit.source)) is not None
+    return str(to)
+
+
+def test_a_lean_cache_gives_the_same_bits(cache: str, tmp_path: Path) -> None:
+    lean = lean_copy(cache, tmp_path / "lean")
     full_batches, lean_batches = take(stream_of(index_of(cache)), 9), take(stream_of(index_of(lean)), 9)
     assert all(same(left, right) for left, right in zip(full_batches, lean_batches, strict=True))
 
