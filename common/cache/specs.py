@@ -9,7 +9,7 @@ import numpy as np
 
 from inpo.common.choices import Profile
 
-_CRC_BYTES, _INDEX_BYTES = 4, 16
+CRC_BYTES, INDEX_BYTES = 4, 16
 """CRC-32C of a chunk and of a chunk index; offset and length of a chunk in the index."""
 _MAX_ROW_BYTES = 1 << 28
 
@@ -48,8 +48,12 @@ class ArraySpec:
 
     def inner_chunk(self, shape: Sequence[int]) -> tuple[int, ...]:
         """1 image and 1 record, 1 image or prompt, or everything: see `chunking`."""
-        cut = {"image_record": 2, "image": 1, "prompt": 1, "whole": 0}[self.chunking]
-        return (*(1,) * cut, *shape[cut:])
+        return (*(1,) * self.num_cut, *shape[self.num_cut :])
+
+    @property
+    def num_cut(self) -> int:
+        """How many of the first axes are cut into single rows."""
+        return {"image_record": 2, "image": 1, "prompt": 1, "whole": 0}[self.chunking]
 
     def chunk_bytes(self, shape: Sequence[int]) -> int | None:
         """Bytes of the chunk file of an array of this shape; None for text and for what is compressed."""
@@ -57,9 +61,9 @@ class ArraySpec:
             return None
         numbers = math.prod(shape) * self.numpy_dtype.itemsize
         if self.chunking == "whole":
-            return numbers + _CRC_BYTES
+            return numbers + CRC_BYTES
         inner = math.prod(shape) // max(1, math.prod(self.inner_chunk(shape)))
-        return numbers + inner * (_CRC_BYTES + _INDEX_BYTES) + _CRC_BYTES
+        return numbers + inner * (CRC_BYTES + INDEX_BYTES) + CRC_BYTES
 
     def too_large(self, shape: Sequence[int]) -> str | None:
         """What is wrong with the size of a row of a compressed array, whose file does not tell it; or None."""

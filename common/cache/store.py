@@ -188,7 +188,7 @@ class CacheStore:
         """The first `size` bytes of a file; fewer, or none, where there are not so many."""
         with storage_errors("read", self.path(name)):
             try:
-                return b"".join(self._ranges(name, [(0, size)] if size else []))
+                return b"".join(self.ranges(name, [(0, size)] if size else []))
             except (NotFoundError, FileNotFoundError):
                 return b""
 
@@ -202,11 +202,12 @@ class CacheStore:
         spans = _sample_spans(size)
         with storage_errors("read", self.path(name)):
             try:
-                return digest(b"".join(self._ranges(name, spans)))
+                return digest(b"".join(self.ranges(name, spans)))
             except (NotFoundError, FileNotFoundError):
                 return "no such file"
 
-    def _ranges(self, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes [start, end) of a file, for each span; fewer where the file ends before. Errors are the library's."""
         if self.remote:
             starts, ends = [start for start, _ in spans], [end for _, end in spans]
             return [bytes(part) for part in obstore.get_ranges(self.client, name, starts=starts, ends=ends)]
