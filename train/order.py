@@ -53,7 +53,7 @@ class _Epoch:
     """An epoch's windows, one after the other, and where each ends."""
 
     keys: tuple[WindowKey, ...]
-    shards: tuple[Int[np.ndarray, "shard"], ...]
+    shards: tuple[Int[np.ndarray, "_"], ...]
     ends: Int[np.ndarray, "window"]
 
 
