@@ -45,6 +45,7 @@ class World:
         side: int = 8,
         seed: int = 0,
         fingerprints: Mapping[str, str] = MappingProxyType({}),
+        prompts: Sequence[str] = (),
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
         may edit a shard's arrays before they are committed."""
@@ -77,11 +78,11 @@ class World:
             fingerprints={**self.model.fingerprints, **fingerprints},
         )
         writer = CacheWriter.open(str(location), manifest)
-        prompts = self._write_texts(writer)
+        owned = self._write_texts(writer, prompts or [f"prompt {number}" for number in range(PROMPTS)])
         denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
-            arrays = self._arrays(manifest, prompts, denoiser, first, num_pairs, label, drop_caption)
+            arrays = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption)
             change(number, arrays)
             writer.write(
                 f"shard-{number:03d}",
@@ -96,7 +97,7 @@ class World:
             first += num_pairs
         return str(location)
 
-    def _write_texts(self, writer: CacheWriter) -> dict[str, torch.Tensor]:
+    def _write_texts(self, writer: CacheWriter, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Two text shards; returns what the prompts own, the empty one's in row 0."""
         width = self.model.family.lengths(self.model.config)["embedding"][1]
         prompts = {"embedding": _noise((PROMPTS + 1, TOKENS, width), 1).half()}
@@ -104,7 +105,7 @@ class World:
             prompts["pooled"] = _noise((PROMPTS + 1, 48), 2).half()
         if "length" in writer.manifest.conditions:
             prompts["length"] = torch.arange(3, PROMPTS + 4, dtype=torch.int32)
-        text = np.array(["", *(f"prompt {number}" for number in range(PROMPTS))], dtype=object)
+        text = np.array(["", *texts], dtype=object)
         for name, rows in (("empty", slice(0, 1)), ("texts", slice(1, None))):
             arrays = {each: tensor[rows].numpy() for each, tensor in prompts.items()}
             assert writer.write_texts(name, TextData(arrays={"text": text[rows], **arrays})) is not None
