@@ -10,16 +10,12 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
-import torch
-import zarr
 
 from inpo.common.cache import SCHEMA_VERSION, CacheWriter, TextCommit, open_cache
-from inpo.common.cache.derive import point_from_target
 from inpo.common.conditions import Condition
 from inpo.common.errors import CacheSchemaError
 
 GOLDEN = Path(__file__).parent / "golden" / "v2"
-FIRST = GOLDEN.parent / "v1"
 CACHES = ("full", "lean", "grouped")
 
 
@@ -161,56 +157,6 @@ def test_a_golden_cache_can_be_appended_to(tmp_path, made, name):
     assert writer.committed(TextCommit) == {"empty", "prompts"}
     assert writer.write("1-00000", made.shard(name, row=10))
     assert open_cache(cache.location).num_pairs == 2 * cache.num_pairs
-
-
-@pytest.mark.parametrize("profile", ["full", "lean"])
-def test_every_number_of_version_1_is_made_again_to_the_last_bit(tmp_path, made, profile):
-    """Version 1's arrays [pair, (record,) side], read with zarr alone: what this code writes for the same pairs has the
-    same bytes, image by image (win 2 i, lose 2 i + 1), and from x0, target and the levels it makes the same x_t.
-    """
-    (attempt,) = (FIRST / profile / "shards" / "0-00000").iterdir()
-    group = zarr.open_group(str(attempt), mode="r")
-    made.write(tmp_path / "again", profile)
-    shard = open_cache(str(tmp_path / "again")).shards["0-00000"]
-    by_image = {
-        name: array[...]
-        for name, array in group.arrays()
-        if name in ("x0", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
-    }
-    assert len(by_image) == {"full": 7, "lean": 4}[profile]
-    for name, old in by_image.items():
-        new = shard.read(name)
-        assert new.dtype == old.dtype
-        for pair in range(3):
-            for side in range(2):
-                of_pair = old[pair] if name in ("x0", "inversion_error") else np.moveaxis(old[pair], 1, 0)
-                assert new[2 * pair + side].tobytes() == of_pair[side].tobytes(), (name, pair, side)
-    assert shard.sides().tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert list(shard.read("pair/id")) == list(group["pair_id"][...])
-    assert list(shard.read("group/id")) == list(group["pair_id"][...])
-    for new, old in (("timestep", "timestep"), ("pair/label", "label"), ("group/caption_dropped", "caption_dropped")):
-        assert same(shard.read(new), group[old][...])
-    texts, row = group["prompt/text"][...], group["prompt_index"][...]
-    assert shard.prompts().tolist() == [texts[each] for each in row]
-    for pair in range(3):
-        want = group["prompt/embedding"][...][0 if group["caption_dropped"][pair] else row[pair]]
-        told = Condition.of(shard, np.array([2 * pair, 2 * pair + 1]))["embedding"].numpy()
-        assert told.tobytes() == np.stack([want, want]).tobytes()
-
-    (full,) = (FIRST / "full" / "shards" / "0-00000").iterdir()
-    x_t = zarr.open_array(str(full / "x_t"), mode="r")[...]
-    tables = made.levels(profile).levels().at(group["timestep"][...])
-    a, s = (torch.from_numpy(table)[..., None, None, None, None].expand(-1, -1, 2, 1, 1, 1) for table in tables)
-    target = torch.from_numpy(group["target"][...])
-    x0 = torch.from_numpy(group["x0"][...])[:, None].expand_as(target)
-    assert point_from_target(x0, target, a, s).numpy().tobytes() == x_t.tobytes()
-    assert shard.read("x_t").tobytes() == np.moveaxis(x_t, 2, 1).tobytes()
-
-
-def test_version_1_is_refused_by_its_number():
-    with pytest.raises(CacheSchemaError, match="another schema version") as caught:
-        open_cache(str(FIRST / "full"))
-    assert "got:      1" in str(caught.value)
 
 
 def test_golden_caches_stay_small():
