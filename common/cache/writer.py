@@ -258,7 +258,8 @@ class CacheWriter:
             raise AssertionError(f"shard {name}: an image that is of no pair, or a pair of no image")
         if (group[win] != group[lose]).any() or (win == lose).any():
             raise AssertionError(f"shard {name}: a pair of images of two groups, or of one image")
-        if arrays["group/prompt"][:, 0].max() >= len(data.texts):
+        prompt = arrays["group/prompt"]
+        if prompt.min() < 0 or prompt[:, 0].max() >= len(data.texts):
             raise AssertionError(f"shard {name}: a place beyond its {len(data.texts)} texts")
 
 

@@ -7,18 +7,16 @@ import shutil
 import struct
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
-import torch
-import zarr
 
-from inpo.common.cache import SCHEMA_VERSION, CacheWriter, open_cache
-from inpo.common.cache.derive import point_from_target
+from inpo.common.cache import SCHEMA_VERSION, CacheWriter, TextCommit, open_cache
+from inpo.common.conditions import Condition
 from inpo.common.errors import CacheSchemaError
 
 GOLDEN = Path(__file__).parent / "golden" / "v2"
-FIRST = GOLDEN.parent / "v1"
-PROFILES = ("full", "lean")
+CACHES = ("full", "lean", "grouped")
 
 
 @pytest.fixture(scope="module")
@@ -31,75 +29,111 @@ def made():
 
 
 def raw(folder: Path) -> np.ndarray | list[str]:
-    """An array from its files alone, with struct and numpy: no zarr, no code of ours."""
+    """An array from its files alone, with struct, numpy and numcodecs' zstd: no zarr, no code of ours."""
     meta = json.loads((folder / "zarr.json").read_text())
-    chunk = folder.joinpath("c", *["0"] * len(meta["shape"]))
-    data = chunk.read_bytes()
+    data = folder.joinpath("c", *["0"] * len(meta["shape"])).read_bytes()
+    codecs, shape = meta["codecs"], meta["shape"]
+    is_sharded = codecs[0]["name"] == "sharding_indexed"
+    inner = codecs[0]["configuration"]["chunk_shape"] if is_sharded else shape
+    codecs = codecs[0]["configuration"]["codecs"] if is_sharded else codecs
+
+    def chunk(part: bytes) -> bytes:
+        part = part[:-4]  # crc32c
+        return numcodecs.Zstd().decode(part) if codecs[1]["name"] == "zstd" else part
+
     if meta["data_type"] == "string":
+        data = chunk(data)
         (count,) = struct.unpack_from("<I", data)
         texts, at = [], 4
         for _ in range(count):
             (length,) = struct.unpack_from("<I", data, at)
             texts.append(data[at + 4 : at + 4 + length].decode())
             at += 4 + length
-        assert at == len(data) - 4  # crc32c
+        assert at == len(data)
         return texts
     dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-    if meta["codecs"][0]["name"] != "sharding_indexed":
-        return np.frombuffer(data[:-4], dtype).reshape(meta["shape"])
-    inner = meta["codecs"][0]["configuration"]["chunk_shape"]
-    grid = [size // step for size, step in zip(meta["shape"], inner, strict=True)]
+    if not is_sharded:
+        return np.frombuffer(chunk(data), dtype).reshape(shape)
+    grid = [size // step for size, step in zip(shape, inner, strict=True)]
     index = np.frombuffer(data[-4 - 16 * int(np.prod(grid)) : -4], "<u8").reshape(*grid, 2)
-    out = np.empty(meta["shape"], dtype)
+    out = np.empty(shape, dtype)
     for place in np.ndindex(*grid):
         offset, length = (int(value) for value in index[place])
-        values = np.frombuffer(data[offset : offset + length - 4], dtype).reshape(inner)
+        values = np.frombuffer(chunk(data[offset : offset + length]), dtype).reshape(inner)
         out[tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, inner, strict=True))] = values
     return out
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_golden_bytes_are_the_formulas_numbers(made, profile):
-    (attempt,) = (GOLDEN / profile / "shards" / "0-00000").iterdir()
-    for path, expected in made.arrays(profile).items():
-        got = raw(attempt / path)
-        assert got == list(expected) if isinstance(got, list) else got.tobytes() == expected.tobytes(), path
+def same(got: np.ndarray | list[str], expected: np.ndarray) -> bool:
+    if expected.dtype == object:
+        return list(got) == list(expected)
+    return got.shape == expected.shape and got.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_this_version_reads_the_golden_cache(made, profile):
-    cache = open_cache(str(GOLDEN / profile))
-    assert cache.num_pairs == 3
-    assert cache.num_records == 6
+@pytest.mark.parametrize("name", CACHES)
+def test_the_golden_bytes_are_the_formulas_numbers(made, name):
+    places = {"shards/0-00000": made.arrays(name)} | {f"texts/{text}": each for text, each in made.texts(name).items()}
+    for place, arrays in places.items():
+        (attempt,) = (GOLDEN / name / place).iterdir()
+        for path, expected in arrays.items():
+            assert same(raw(attempt / path), expected), path
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_this_version_reads_the_golden_cache(made, name):
+    cache = open_cache(str(GOLDEN / name))
+    assert cache.num_pairs == len(made.SIDES[name])
     assert list(cache.shards) == ["0-00000"]
     shard = cache.shards["0-00000"]
     assert shard.commit.skipped == {"tie": 1}
-    for path, expected in made.arrays("full").items():
-        if path in made.arrays(profile) or path == "x_t":  # a lean cache gives x_t as well
-            got = shard.read(path)
-            same = list(got) == list(expected) if expected.dtype == object else got.tobytes() == expected.tobytes()
-            assert same, path
-    if profile == "full":
+    everything = made.arrays(name) if name == "grouped" else made.arrays("full")
+    for path, expected in everything.items():
+        if path in made.arrays(name) or path == "x_t":  # a lean cache gives x_t as well
+            assert same(shard.read(path), expected), path
+    assert shard.sides().tolist() == [list(sides) for sides in made.SIDES[name]]
+    assert shard.prompts().tolist() == [made.PROMPTS[row] for _, row in everything["group/prompt"]]
+    for text, arrays in made.texts(name).items():
+        for path, expected in arrays.items():
+            assert same(cache.texts.need(text).read_stored(path), expected), path
+    assert cache.texts.need("prompts").commit.cut == (1,)
+    assert cache.texts.need("prompts").commit.not_finite == ("7" * 32,)
+    if name == "full":
         assert cache.commits["0-00004"].num_pairs == 0
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_commits_describe_their_files_and_seal_themselves(profile):
+def test_the_prompts_of_the_grouped_cache_are_padded_to_four_tokens(made):
+    shard = open_cache(str(GOLDEN / "grouped")).shards["0-00000"]
+    told = Condition.of(shard, np.array([4, 0]))  # the empty prompt, for a dropped caption, and the first one
+    texts = made.texts("grouped")
+    assert told["length"].tolist() == [1, 2]
+    assert told["embedding"].shape == (2, 4, 5)
+    for row, want in enumerate((texts["empty"]["embedding"][0], texts["prompts"]["embedding"][0])):
+        assert np.array_equal(told["embedding"][row, : len(want)], want)
+        assert not told["embedding"][row, len(want) :].any()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_commits_describe_their_files_and_seal_themselves(name):
     """Sizes, digests and checksum by the rules that cache_schema.md gives, in a few lines."""
 
     def digest(data: bytes) -> str:
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    root = GOLDEN / profile
-    commit = json.loads((root / "commits" / "0-00000.json").read_text())
-    attempt = root / "shards" / "0-00000" / commit["attempt"]
-    files = {str(file.relative_to(attempt)): file.read_bytes() for file in attempt.rglob("*") if file.is_file()}
-    assert commit["files"] == {name: len(data) for name, data in files.items()}
-    assert all(len(data) <= 3 * 4096 for data in files.values())  # so the sample is the file
-    assert commit["digests"] == {name: digest(data) for name, data in files.items()}
-    assert commit["manifest"] == digest((root / "manifest.json").read_bytes())
-    checksum = commit.pop("checksum")
-    assert checksum == digest(json.dumps(commit, sort_keys=True, separators=(",", ":")).encode())
+    root = GOLDEN / name
+    for path, place in (
+        ("commits/0-00000.json", "shards/0-00000"),
+        ("text-commits/empty.json", "texts/empty"),
+        ("text-commits/prompts.json", "texts/prompts"),
+    ):
+        commit = json.loads((root / path).read_text())
+        attempt = root / place / commit["attempt"]
+        files = {str(file.relative_to(attempt)): file.read_bytes() for file in attempt.rglob("*") if file.is_file()}
+        assert commit["files"] == {name: len(data) for name, data in files.items()}
+        assert all(len(data) <= 3 * 4096 for data in files.values())  # so the sample is the file
+        assert commit["digests"] == {name: digest(data) for name, data in files.items()}
+        assert commit["manifest"] == digest((root / "manifest.json").read_bytes())
+        checksum = commit.pop("checksum")
+        assert checksum == digest(json.dumps(commit, sort_keys=True, separators=(",", ":")).encode())
 
 
 @pytest.mark.parametrize("version", [0, 1, 3, "2", None])
@@ -114,47 +148,15 @@ def test_another_version_is_refused_by_number(tmp_path, version):
     assert f"got:      {version}".replace("None", "none") in str(caught.value)
 
 
-def test_a_golden_cache_can_be_appended_to(tmp_path, made):
-    shutil.copytree(GOLDEN / "full", tmp_path / "cache")
+@pytest.mark.parametrize("name", CACHES)
+def test_a_golden_cache_can_be_appended_to(tmp_path, made, name):
+    shutil.copytree(GOLDEN / name, tmp_path / "cache")
     cache = open_cache(str(tmp_path / "cache"))
     writer = CacheWriter.open(cache.location, cache.manifest)
-    assert writer.committed() == {"0-00000", "0-00004"}
-    source = cache.commits["0-00000"].source
-    from inpo.common.cache import ShardData
-
-    assert writer.write("1-00000", ShardData(arrays=made.arrays("full"), source=source))
-    assert open_cache(cache.location).num_pairs == 6
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_every_number_of_version_1_is_made_again_to_the_last_bit(tmp_path, made, profile):
-    """Version 1's arrays, read with zarr alone: what this code writes for the same pairs has the same bytes, and from
-    x0, target and the levels it makes the same x_t.
-    """
-    (attempt,) = (FIRST / profile / "shards" / "0-00000").iterdir()
-    old = {path: zarr.open_array(str(attempt / path), mode="r")[...] for path in made.arrays(profile)}
-    made.write(tmp_path / "again", profile)
-    (again,) = (tmp_path / "again" / "shards" / "0-00000").iterdir()
-    for path in old:
-        (one,), (other,) = (
-            [f for f in (root / path / "c").rglob("*") if f.is_file()] or [root / path / "c"]
-            for root in (attempt, again)
-        )
-        assert one.read_bytes() == other.read_bytes(), path
-    (full,) = (FIRST / "full" / "shards" / "0-00000").iterdir()
-    x_t = zarr.open_array(str(full / "x_t"), mode="r")[...]
-    tables = made.levels().levels().at(old["timestep"])
-    a, s = (torch.from_numpy(table)[..., None, None, None, None].expand(-1, -1, 2, 1, 1, 1) for table in tables)
-    target = torch.from_numpy(old["target"])
-    x0 = torch.from_numpy(old["x0"])[:, None].expand_as(target)
-    assert point_from_target(x0, target, a, s).numpy().tobytes() == x_t.tobytes()
-    assert open_cache(str(tmp_path / "again")).shards["0-00000"].read("x_t").tobytes() == x_t.tobytes()
-
-
-def test_version_1_is_refused_by_its_number():
-    with pytest.raises(CacheSchemaError, match="another schema version") as caught:
-        open_cache(str(FIRST / "full"))
-    assert "got:      1" in str(caught.value)
+    assert writer.committed() == set(cache.commits)
+    assert writer.committed(TextCommit) == {"empty", "prompts"}
+    assert writer.write("1-00000", made.shard(name, row=10))
+    assert open_cache(cache.location).num_pairs == 2 * cache.num_pairs
 
 
 def test_golden_caches_stay_small():

@@ -11,8 +11,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, InverterIdentity, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, TextCommit, TextData, open_cache
+from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
+from inpo.common.cache.specs import ArraySpec
+from inpo.common.conditions import Condition, read_prompts
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing
 
 
@@ -26,26 +29,101 @@ def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
 @given(data=st.data())
 def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
     folder = tmp_path_factory.mktemp("cache")
+    grouped = data.draw(st.booleans())
     manifest = build.manifest(
+        group="prompt" if grouped else "pair",
         profile=data.draw(st.sampled_from(["full", "lean"])),
         steps=data.draw(st.integers(1, 4)),
         latent=data.draw(st.tuples(*[st.integers(1, 9)] * 3)),
         told=data.draw(st.lists(st.sampled_from(build.conditions), min_size=1, unique=True).map(tuple)),
         extra=data.draw(st.sampled_from([(), ("eps_ref",), ("delta_prev", "eps_ref")])),
     )
-    shard = build.shard(manifest, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 9)))
-    assert CacheWriter.open(str(folder), manifest).write("s", shard) is not None
+    number = data.draw(st.integers(0, 9))
+    shard = build.shard(manifest, data.draw(st.integers(1, 9)), seed=number, grouped=grouped)
+    assert build.writer(folder, manifest, texts=(number,)).write("s", shard) is not None
 
     cache = open_cache(str(folder))
     assert cache.manifest == manifest
     read = cache.shards["s"]
     assert read.stored >= set(shard.arrays)
-    rows = np.array(data.draw(st.lists(st.integers(0, shard.num_pairs - 1), max_size=5)), dtype=np.int64)
+    assert (read.num_pairs, read.num_images) == (len(shard.arrays["pair/id"]), len(shard.arrays["x0"]))
     for path, values in shard.arrays.items():
+        rows = np.array(data.draw(st.lists(st.integers(0, len(values) - 1), max_size=5)), dtype=np.int64)
         assert same_bytes(read.read(path), values), path
-        if not path.startswith("prompt/"):
-            assert same_bytes(read.read(path, rows), values[rows]), path
-            assert same_bytes(read.read(path, slice(1, None)), values[1:]), path
+        assert same_bytes(read.read(path, rows), values[rows]), path
+        assert same_bytes(read.read(path, slice(1, None)), values[1:]), path
+    for name, texts in (("empty", build.texts(manifest, None)), (f"t{number}", build.texts(manifest, number))):
+        found = cache.texts.need(name)
+        assert found.stored == set(texts.arrays)
+        for path, values in texts.arrays.items():
+            assert same_bytes(found.read_stored(path), values), path
+            rows = np.array(data.draw(st.lists(st.integers(0, len(values) - 1), max_size=3)), dtype=np.int64)
+            assert same_bytes(found.read_stored(path, rows), values[rows]), path
+
+
+def test_a_pair_is_two_images_of_its_group(tmp_path, build):
+    """The four pairs of a group of three images, and a plain pair behind them."""
+    build.cache(tmp_path, pairs=(5,), grouped=True)
+    shard = open_cache(str(tmp_path)).shards["s0"]
+    assert (shard.num_pairs, shard.num_images, shard.commit.num_groups) == (5, 5, 2)
+    assert shard.sides().tolist() == [[0, 1], [1, 2], [0, 2], [1, 0], [3, 4]]
+    assert shard.sides(np.array([4, 1])).tolist() == [[3, 4], [1, 2]]
+    assert shard.groups().tolist() == [0, 0, 0, 0, 1]
+    assert shard.groups(np.array([4, 0])).tolist() == [1, 0]
+    timestep = shard.read("timestep")
+    assert same_bytes(shard.timesteps(), timestep[[0, 0, 0, 1, 1]])
+    assert same_bytes(shard.timesteps(np.array([3, 0])), timestep[[1, 0]])
+    places = shard.read("group/prompt")
+    assert shard.prompts().tolist() == [f"prompt 0 {row} ä" for row in places[:, 1]]
+    assert same_bytes(shard.dropped(), shard.read("group/caption_dropped"))
+
+
+def test_plain_pairs_are_groups_of_two(tmp_path, build):
+    build.cache(tmp_path, pairs=(3,))
+    shard = open_cache(str(tmp_path)).shards["s0"]
+    assert shard.sides().tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert shard.groups().tolist() == [0, 1, 2]
+    assert list(shard.read("group/id")) == list(shard.read("pair/id"))
+
+
+@pytest.mark.parametrize("told", [("embedding",), ("embedding", "pooled", "time_ids"), ("embedding", "length")])
+def test_what_the_network_is_told_of_an_image(tmp_path, build, told):
+    """Rows of the text shards where the group's prompt stands, the empty one's where the caption was dropped; padded
+    with zeros to max_tokens where prompts have a length."""
+    manifest = build.cache(tmp_path, pairs=(8, 7), grouped=True, told=told)
+    cache = open_cache(str(tmp_path))
+    for number, shard in enumerate(cache):
+        texts = [build.texts(manifest, None).arrays, build.texts(manifest, number).arrays]
+        images = np.array([4, 0, 5])
+        condition, empty = Condition.of(shard, images), Condition.empty(shard, images)
+        assert set(condition) == set(told)
+        for row, image in enumerate(images):
+            group = shard.read("image/group")[image]
+            text, prompt = (0, 0) if shard.dropped()[group] else shard.read("group/prompt")[group]
+            for name in set(told) - {"time_ids"}:
+                for found, want in ((condition, texts[text][name][prompt]), (empty, texts[0][name][0])):
+                    got = found[name][row].numpy()
+                    if "length" in told and name == "embedding":
+                        assert got.shape == (9, 6)
+                        assert not got[len(want) :].any()
+                        got = got[: len(want)]
+                    assert same_bytes(got, np.asarray(want)), name
+            if "time_ids" in told:
+                for found in (condition, empty):
+                    assert same_bytes(found["time_ids"][row].numpy(), shard.read("image/time_ids")[image])
+
+
+def test_prompts_of_several_text_shards_at_once(tmp_path, build):
+    """In the order asked for, those of longer shards beside those of shorter ones."""
+    manifest = build.cache(tmp_path, pairs=(1, 1, 1), told=("embedding", "length"))
+    places = [("t2", 3), ("empty", 0), ("t1", 0), ("t2", 0), ("t2", 3)]
+    told = read_prompts(open_cache(str(tmp_path)).texts, places)
+    assert told["embedding"].shape == (5, 9, 6)
+    for row, (name, prompt) in enumerate(places):
+        want = build.texts(manifest, None if name == "empty" else int(name[1:])).arrays
+        assert told["length"][row] == want["length"][prompt]
+        assert same_bytes(told["embedding"][row, : want["embedding"].shape[1]], want["embedding"][prompt])
+        assert not told["embedding"][row, want["embedding"].shape[1] :].any()
 
 
 def test_a_lean_cache_gives_the_x_t_of_a_full_one_bit_for_bit(tmp_path, build):
@@ -88,7 +166,7 @@ def test_round_to_half_is_the_nearest_half(values):
 @given(rows=st.lists(st.integers(0, 39), max_size=12))
 def test_any_rows_come_in_the_order_asked_for(large, rows):
     read, arrays = large
-    for path in ("x0", "timestep", "pair_id"):
+    for path in ("x0", "timestep", "pair/id"):
         assert same_bytes(read.read(path, np.array(rows, dtype=np.int64)), arrays[path][rows]), path
 
 
@@ -97,7 +175,7 @@ def large(tmp_path_factory, build):
     folder = tmp_path_factory.mktemp("large")
     manifest = build.manifest(latent=(1, 2, 2), profile="lean")
     shard = build.shard(manifest, 40)
-    CacheWriter.open(str(folder), manifest).write("s", shard)
+    build.writer(folder, manifest).write("s", shard)
     return open_cache(str(folder)).shards["s"], shard.arrays
 
 
@@ -126,53 +204,65 @@ def test_what_is_not_stored_is_named_with_the_option_that_would_store_it(tmp_pat
 def test_rows_outside_a_shard_are_the_callers_mistake(tmp_path, build):
     build.cache(tmp_path, pairs=(3,))
     shard = open_cache(str(tmp_path)).shards["s0"]
-    for rows in ([3], [-1]):
-        with pytest.raises(IndexError, match="which has 3"):
+    for rows in ([6], [-1]):
+        with pytest.raises(IndexError, match="which has 6"):
             shard.read("x0", np.array(rows))
 
 
+def groups_of(location: Path, manifest: Manifest) -> list[tuple[CommittedArrays, dict[str, ArraySpec]]]:
+    """Every committed attempt of a cache, of images and of texts, and the arrays that it must have."""
+    cache = open_cache(str(location))
+    return [(shard, manifest.specs) for shard in cache] + [(shard, manifest.text_specs) for shard in cache.texts]
+
+
 def test_tensorstore_and_zarr_read_the_same_bytes_with_no_code_of_ours(tmp_path, build):
-    manifest = build.cache(tmp_path, pairs=(3,), **build.everything)
-    shard = open_cache(str(tmp_path)).shards["s0"]
-    group = zarr.open_group(shard.location, mode="r")
-    for spec in manifest.arrays:
-        ours = shard.read(spec.path)
-        array = group[spec.path]
-        assert array.metadata.dimension_names == spec.axes
-        assert same_bytes(np.asarray(array[...]), ours), spec.path
-        if not spec.is_text:
-            theirs = tensorstore.open(
-                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{shard.location}/{spec.path}/"}}
-            ).result()
-            assert theirs.domain.labels == spec.axes
-            assert same_bytes(theirs.read().result(), ours), spec.path
+    manifest = build.cache(tmp_path, pairs=(3, 5), grouped=True, **build.everything)
+    for shard, specs in groups_of(tmp_path, manifest):
+        group = zarr.open_group(shard.location, mode="r")
+        assert set(specs) == {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
+        for spec in specs.values():
+            ours = shard.read_stored(spec.path)
+            array = group[spec.path]
+            assert array.metadata.dimension_names == spec.axes
+            assert same_bytes(np.asarray(array[...]), ours), spec.path
+            if not spec.is_text:
+                theirs = tensorstore.open(
+                    {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{shard.location}/{spec.path}/"}}
+                ).result()
+                assert theirs.domain.labels == spec.axes
+                assert same_bytes(theirs.read().result(), ours), spec.path
 
 
 def test_zarrs_reads_the_same_bytes(tmp_path, build):
     pytest.importorskip("zarrs")
+    manifest = build.cache(tmp_path, pairs=(3, 5), grouped=True, **build.everything)
+    for shard, specs in groups_of(tmp_path, manifest):
+        ours = {spec.path: shard.read_stored(spec.path) for spec in specs.values() if not spec.is_text}
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            group = zarr.open_group(shard.location, mode="r")
+            for path, values in ours.items():
+                assert same_bytes(np.asarray(group[path][...]), values), path
+
+
+def test_every_chunk_is_checksummed_and_only_texts_are_compressed(tmp_path, build):
     manifest = build.cache(tmp_path, pairs=(3,), **build.everything)
-    shard = open_cache(str(tmp_path)).shards["s0"]
-    ours = {spec.path: shard.read(spec.path) for spec in manifest.arrays if not spec.is_text}
-    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-        group = zarr.open_group(shard.location, mode="r")
-        for path, values in ours.items():
-            assert same_bytes(np.asarray(group[path][...]), values), path
-
-
-def test_every_numeric_chunk_is_checksummed_and_nothing_is_compressed(tmp_path, build):
-    manifest = build.cache(tmp_path, pairs=(3,), extra=("eps_ref",))
-    location = Path(open_cache(str(tmp_path)).shards["s0"].location)
-    for spec in manifest.arrays:
-        codecs = json.loads((location / spec.path / "zarr.json").read_text())["codecs"]
-        if spec.chunking != "whole":
-            assert [codec["name"] for codec in codecs] == ["sharding_indexed"]
+    for shard, specs in groups_of(tmp_path, manifest):
+        location = Path(shard.location)
+        for spec in specs.values():
+            codecs = json.loads((location / spec.path / "zarr.json").read_text())["codecs"]
             assert len([file for file in (location / spec.path).rglob("*") if file.is_file()]) == 2
-            shape = codecs[0]["configuration"]["chunk_shape"]
-            assert shape[0] == 1
-            assert shape[1] == (1 if spec.chunking == "pair_step" else 2)
-            assert codecs[0]["configuration"]["index_codecs"][-1]["name"] == "crc32c"
-            codecs = codecs[0]["configuration"]["codecs"]
-        assert [codec["name"] for codec in codecs] == ["vlen-utf8" if spec.is_text else "bytes", "crc32c"]
+            if spec.chunking != "whole":
+                assert [codec["name"] for codec in codecs] == ["sharding_indexed"]
+                shape = codecs[0]["configuration"]["chunk_shape"]
+                assert shape[0] == 1
+                if spec.chunking == "image_record":
+                    assert shape[1] == 1
+                    assert shape[2:] == list(manifest.latent_shape)
+                assert codecs[0]["configuration"]["index_codecs"][-1]["name"] == "crc32c"
+                codecs = codecs[0]["configuration"]["codecs"]
+            zstd = ["zstd"] if specs is manifest.text_specs else []
+            names = [codec["name"] for codec in codecs]
+            assert names == ["vlen-utf8" if spec.is_text else "bytes", *zstd, "crc32c"]
 
 
 def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
@@ -190,22 +280,51 @@ def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
     assert open_cache(str(tmp_path), allow_empty=True).num_pairs == 0
 
 
+def test_a_text_shard_without_prompts_is_committed_and_holds_nothing(tmp_path, build):
+    """Prompts for which the encoder gave no numbers are known by digest: nobody asks for them again."""
+    manifest = build.manifest()
+    writer = CacheWriter.open(str(tmp_path), manifest)
+    commit = writer.write_texts("t", TextData(arrays={}, not_finite=["0" * 32]))
+    assert commit is not None
+    assert (commit.num_prompts, commit.files, commit.not_finite) == (0, {}, ("0" * 32,))
+    assert writer.committed(TextCommit) == {"t"}
+    texts = open_cache(str(tmp_path), allow_empty=True).texts
+    assert texts.need("t").text == ()
+
+
 def test_attempts_without_a_commit_are_invisible(tmp_path, build):
     manifest = build.cache(tmp_path, pairs=(2,))
     writer = CacheWriter.open(str(tmp_path), manifest)
     assert writer.write("s0", build.shard(manifest, 2, seed=5)) is None  # the shard is committed: an orphan
-    (tmp_path / "shards" / "half" / "0123").mkdir(parents=True)
-    (tmp_path / "shards" / "half" / "0123" / "zarr.json").write_text("{")
-    (tmp_path / "commits" / "s9.json.5.staged").write_text("{")
+    assert writer.write_texts("t0", build.texts(manifest, 5)) is None
+    for kind, name in (("shards", "s9"), ("texts", "t9")):
+        (tmp_path / kind / "half" / "0123").mkdir(parents=True)
+        (tmp_path / kind / "half" / "0123" / "zarr.json").write_text("{")
+        commits = {"shards": "commits", "texts": "text-commits"}[kind]
+        (tmp_path / commits / f"{name}.json.5.staged").write_text("{")
 
     cache = open_cache(str(tmp_path))
     assert list(cache.shards) == ["s0"]
+    assert [shard.name for shard in cache.texts] == ["empty", "t0"]
     assert writer.committed() == {"s0"}
-    assert len(list((tmp_path / "shards" / "s0").iterdir())) == 2
-    assert list(cache.shards["s0"].read("pair_id")) == ["pair-0-0 ä", "pair-0-1 ä"]
+    assert writer.committed(TextCommit) == {"empty", "t0"}
+    for place in ("shards/s0", "texts/t0"):
+        assert len(list((tmp_path / place).iterdir())) == 2
+    assert list(cache.shards["s0"].read("pair/id")) == ["pair-0-0 ä", "pair-0-1 ä"]
+    assert cache.texts.need("t0").text == tuple(f"prompt 0 {row} ä" for row in range(4))
     assert cache.find("pair-0-1 ä") == (cache.shards["s0"], 1)
     with pytest.raises(CacheIncomplete, match="an id like"):
         cache.find("pair-5-0 ä")
+
+
+def test_a_text_shard_that_is_committed_later_is_found(tmp_path, build):
+    manifest = build.cache(tmp_path, pairs=(1,))
+    cache = open_cache(str(tmp_path))
+    assert cache.texts.get("t7") is None
+    with pytest.raises(CacheIncomplete, match=r"(?s)Text shard t7.*text-commits/t7\.json"):
+        cache.texts.need("t7")
+    build.writer(tmp_path, manifest, texts=(7,))
+    assert cache.texts.need("t7").text[0] == "prompt 7 0 ä"
 
 
 def test_another_identity_is_refused_with_both_values(tmp_path, build):
@@ -264,10 +383,15 @@ def test_what_changes_no_number_is_no_identity(tmp_path, build):
         ("x0", lambda v: v.astype(np.float32), "float32"),
         ("x0", lambda v: v[:, :, :3], "instead of float16"),
         ("delta", lambda v: np.where(v == v.max(), np.float16(np.inf), v), "NaN or infinity"),
-        ("label", lambda v: np.full_like(v, np.nan), "NaN or infinity"),
-        ("prompt_index", lambda v: v + 99, "prompt_index in 0"),
-        ("prompt/text", lambda v: np.array(["x", *v[1:]], dtype=object), "empty prompt"),
-        ("prompt/embedding", lambda v: v[:-1], "instead of"),
+        ("pair/label", lambda v: np.full_like(v, np.nan), "NaN or infinity"),
+        ("image/group", lambda v: v[::-1], "image/group"),
+        ("image/group", lambda v: v * 2, "image/group"),
+        ("pair/win", lambda v: v + 1, "of no pair"),
+        ("pair/win", lambda v: v + 99, "of no pair"),
+        ("pair/lose", lambda v: v[::-1].copy(), "two groups"),
+        ("pair/id", lambda v: v[:-1], "instead of"),
+        ("group/prompt", lambda v: v + 1, "beyond its 2 texts"),
+        ("group/prompt", lambda v: v - 2, "beyond its 2 texts"),
     ],
 )
 def test_the_writer_refuses_what_breaks_the_contract(tmp_path, build, path, change, message):
@@ -277,3 +401,23 @@ def test_the_writer_refuses_what_breaks_the_contract(tmp_path, build, path, chan
     with pytest.raises(AssertionError, match=message):
         CacheWriter.open(str(tmp_path), manifest).write("s", shard)
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("embedding", lambda v: v[:-1], "instead of"),
+        ("embedding", lambda v: v.astype(np.float32), "float32"),
+        ("embedding", lambda v: np.full_like(v, np.nan), "NaN or infinity"),
+        ("length", lambda v: v[:, None], "instead of"),
+        ("pooled", lambda v: np.where(v == v.max(), np.float16(np.inf), v), "NaN or infinity"),
+        ("text", lambda v: np.arange(len(v)), "instead of text"),
+    ],
+)
+def test_the_writer_refuses_texts_that_break_the_contract(tmp_path, build, path, change, message):
+    manifest = build.manifest(**build.everything)
+    texts = build.texts(manifest)
+    texts.arrays[path] = change(texts.arrays[path])
+    with pytest.raises(AssertionError, match=message):
+        CacheWriter.open(str(tmp_path), manifest).write_texts("t", texts)
+    assert not (tmp_path / "texts").exists()
