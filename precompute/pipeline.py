@@ -12,12 +12,13 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from inpo.common.cache.schema import AnyCommit
 from inpo.common.errors import DataError
 
 
+@runtime_checkable
 class Task(Protocol):
     """One shard to be made."""
 
@@ -30,6 +31,7 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
 class Worker(Protocol):
     """Who makes shards of images, or of texts. `read` may run in another thread than `compute`, `write` in a third."""
 

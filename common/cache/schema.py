@@ -7,7 +7,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -268,6 +268,9 @@ def files_of(specs: Mapping[str, ArraySpec]) -> frozenset[str]:
     return frozenset(names)
 
 
+_C = TypeVar("_C", bound="AnyCommit")
+
+
 class AnyCommit(Document):
     """What a commit of images and one of texts share: it makes one attempt visible. Written last, put-if-absent."""
 
@@ -291,7 +294,7 @@ class AnyCommit(Document):
     """blake2b digest of all other fields (sorted keys, no white space): any edit of a commit is found."""
 
     @model_validator(mode="after")
-    def _files_fit(self) -> Self:
+    def _files_fit(self) -> "AnyCommit":
         if set(self.files) != set(self.digests):
             raise ValueError("files and digests name different files")
         for path, size in self.files.items():
@@ -327,7 +330,7 @@ class AnyCommit(Document):
         return sealed(self.model_dump(mode="json"))
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Self:
+    def from_json(cls: type[_C], data: bytes, where: str) -> _C:
         """Parse; raises CacheCorrupt if any value is not the one that was written."""
         document = load(data, where)
         commit = cls._parse(document, where)
@@ -360,7 +363,7 @@ class Commit(AnyCommit):
     """Things that happened to pairs that were kept, e.g. cut_prompt."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self) -> "Commit":
         start, stop = self.source.rows
         if self.num_pairs + sum(self.skipped.values()) > stop - start:
             raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
@@ -389,7 +392,7 @@ class TextCommit(AnyCommit):
     """Digests of prompts for which the encoder gave NaN or infinity: they have no row."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self) -> "TextCommit":
         if any(row >= self.num_prompts for row in self.cut):
             raise ValueError(f"a cut prompt in row {max(self.cut)} of {self.num_prompts}")
         return self
