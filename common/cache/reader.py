@@ -130,11 +130,10 @@ class Shard(CommittedArrays):
             self._check_prompts(values)
 
     def _check_prompts(self, values: Int[np.ndarray, "group 2"]) -> None:
+        texts = self.commit.texts
         for place, row in np.unique(values, axis=0).tolist():
-            name = self.commit.texts[place] if 0 <= place < len(self.commit.texts) else None
-            found = None if name is None else self.cache.texts.get(name)
-            if found is None or not 0 <= row < found.num_prompts:
-                raise self.misfit("group/prompt", f"row {row} of text {place}, of texts {self.commit.texts[:4]}")
+            if not 0 <= place < len(texts) or not 0 <= row < self.cache.texts.need(texts[place]).num_prompts:
+                raise self.misfit("group/prompt", f"row {row} of text {place}, of texts {texts[:4]}")
 
     def __contains__(self, path: str) -> bool:
         return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)
