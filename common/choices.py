@@ -6,5 +6,6 @@ InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
 Profile = Literal["full", "lean"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+CompileName = Literal["auto", "blocks", "whole", "off"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""

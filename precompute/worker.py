@@ -17,6 +17,7 @@ from jaxtyping import Float16, Int
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
+from inpo.common.compiled import compile_network
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
@@ -26,6 +27,7 @@ from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.common.seeding import uniform
 from inpo.precompute.encode import ImageEncoder, PromptTable, TextEncoder
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 
 
@@ -64,6 +66,21 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
         ),
         text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
     )
+
+
+def compile_components(components: Components, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> None:
+    """Compile the network for batches of the settings' size, if they ask for it."""
+    denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
+    device = denoiser.device
+
+    @torch.inference_mode()
+    def first() -> None:
+        x = torch.zeros(images, *manifest.latent_shape, device=device)
+        timestep = torch.zeros(images, dtype=torch.int64, device=device)
+        denoiser.predict(x, timestep, family.blank(model.config, images, manifest.resolution).to(device))
+
+    if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
+        denoiser.rows = images
 
 
 @dataclass(kw_only=True, eq=False)

@@ -36,6 +36,7 @@ class PixArtSigma(Family):
     tokenizer_files = ("tokenizer.json", "spiece.model")
     conditions = {"embedding": EMBEDDING, "mask": ConditionSpec(dtype="bool", axes=("token",), per="prompt")}
     predictions = ("epsilon",)
+    blocks = ("BasicTransformerBlock",)
     # The size asked for, and the prompt as precompute encodes it.
     draw_arguments = {"use_resolution_binning": False, "clean_caption": False}
 

@@ -19,7 +19,7 @@ from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, split
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.worker import ShardWorker, compile_components, load_components
 
 _LONGEST_WAIT = timedelta(days=60)
 
@@ -43,8 +43,10 @@ def run_local(
     committed = writer.committed()
     mine = [task for task in mine if task.name not in committed]
     if mine:
+        components = load_components(model, writer.manifest, state.device)
+        compile_components(components, model, writer.manifest, settings)
         worker = ShardWorker(
-            components=load_components(model, writer.manifest, state.device),
+            components=components,
             writer=writer,
             pairs_per_batch=settings.batch_size,
             decode=DecodePool(settings.decode_workers),

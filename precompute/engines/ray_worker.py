@@ -24,7 +24,7 @@ from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.worker import ShardWorker, compile_components, load_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,10 @@ class RayWorker:
             return error
         # Ray shows a worker only the devices that it was given.
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        components = load_components(model, writer.manifest, device)
+        compile_components(components, model, writer.manifest, self._settings)
         worker = ShardWorker(
-            components=load_components(model, writer.manifest, device),
+            components=components,
             writer=writer,
             pairs_per_batch=self._settings.batch_size,
             decode=DecodePool(self._settings.decode_workers),
