@@ -6,7 +6,6 @@ minutes. So there is a first call at the very shape of all later ones, and it ha
 """
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from inpo.common.choices import CompileName
 from inpo.common.errors import InpoError
-from inpo.common.processes import note
+from inpo.common.processes import note, say
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _ENTRIES_PER_PART = 8
@@ -48,11 +47,9 @@ def compile_network(
     if not parts:
         return False
     what = "the whole network" if parts == [network] else f"{len(parts)} blocks of the network ({_names(parts)})"
-    _say(f"compiling {what}; kernels are kept in {kernel_folder()}")
+    say(f"compiling {what}; kernels are kept in {kernel_folder()}")
     clock = time.perf_counter()
     failure: Exception | None = None
-    for part in parts:
-        part.compile(dynamic=False)
     # All parts share a limit, because they share the code that calls a module.
     limit = _ENTRIES_PER_PART * len(parts)
     try:
@@ -60,15 +57,16 @@ def compile_network(
             torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=max(256, 2 * limit)),
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # left off on purpose
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # torch's own look at inputs
+            warnings.simplefilter("ignore")  # torch's, of how it compiles; what the network's calls warn of comes again
+            for part in parts:
+                part.compile(dynamic=False)
             first()
     except (InpoError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch, the C++ compiler, Triton, a full disk: whatever it was, eager does without it
         failure = error
     if agree(failure is None):
-        _say(f"compiled in {time.perf_counter() - clock:.1f} s, a first call included")
+        say(f"compiled in {time.perf_counter() - clock:.1f} s, a first call included")
         return True
     for part in parts:
         part._compiled_call_impl = None
@@ -114,8 +112,3 @@ def _in_words(error: Exception) -> str:
     """The beginning of an error: compilers print pages, with all that they were called with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from PIL import Image
 from inpo.common import fingerprint
 from inpo.common.compiled import compile_network
 from inpo.common.denoiser import DTYPES, default_dtype
+from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.families import Family
@@ -87,6 +88,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     with state.main_process_first():
         _claim(out, identity)
     if pipeline is not None:
+        if state.is_main_process:
+            say_device(state.device, str(dtype).removeprefix("torch."), num_processes=state.num_processes)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
         num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})

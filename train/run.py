@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
+from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
@@ -104,6 +105,8 @@ def run_train(
             fix="ask for as many steps or more, or start another run with another --output",
         )
     say(resolved.toml)
+    if accelerator.is_main_process:
+        say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 
     network = origin.load_network()
     trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)

@@ -23,8 +23,6 @@ from inpo.common.levels import Levels
 from inpo.common.models import open_model
 
 CPU = torch.device("cpu")
-# torch's own, when its code generator is imported
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
 
 class Block(nn.Module):
@@ -155,6 +153,18 @@ def test_where_compiling_fails_the_network_runs_as_it_is(
     assert len(said) < 1000
     torch.testing.assert_close(net(x), plain(x), rtol=0, atol=0)
     net(x).sum().backward()
+
+
+def test_where_there_is_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unsupported(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("torch.compile is not supported on Python 3.99+")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    net, plain = network(), network()
+    x = torch.randn(4, 6)
+    assert not compile_network(net, "whole", lambda: net(x), blocks=(), device=CPU)
+    assert "because compiling it failed: RuntimeError: torch.compile is not supported" in capsys.readouterr().err
+    torch.testing.assert_close(net(x), plain(x), rtol=0, atol=0)
 
 
 def test_all_processes_are_compiled_or_none(backend: Callable, capsys: pytest.CaptureFixture[str]) -> None:

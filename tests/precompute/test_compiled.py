@@ -87,7 +87,6 @@ def test_a_run_goes_on_where_compiling_fails(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks", "whole"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_generated_code(
     how: str,
     pipelines: Callable,
