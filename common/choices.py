@@ -6,6 +6,7 @@ InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
 Profile = Literal["full", "lean"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+Space = Literal["noise", "velocity"]
 CompileName = Literal["auto", "blocks", "whole", "off"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""

@@ -7,6 +7,7 @@ write               attempt folder, fsync, commit
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -204,6 +205,24 @@ class ShardWorker:
 
     def close(self) -> None:
         self.decode.close()
+
+
+def build_worker(model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device) -> ShardWorker:
+    """A worker for `device`. The processes that decode images start while the models are loaded and compiled.
+
+    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start.
+    """
+    decode = DecodePool(settings.decode_workers)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
+            started = beside.submit(decode.start)
+            components = load_components(model, writer.manifest, device)
+            compile_components(components, model, writer.manifest, settings)
+        started.result()
+    except BaseException:
+        decode.close()
+        raise
+    return ShardWorker(components=components, writer=writer, pairs_per_batch=settings.batch_size, decode=decode)
 
 
 def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pair | Skipped]:

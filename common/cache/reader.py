@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -11,7 +11,6 @@ from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import CommittedStore, metadata_problem, open_array
 from inpo.common.cache.commits import read_commits
-from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, load
 from inpo.common.cache.schema import MANIFEST, Commit, Manifest
 from inpo.common.cache.specs import ArraySpec
@@ -26,7 +25,9 @@ from inpo.common.errors import (
     InpoError,
     command,
 )
-from inpo.common.levels import Levels
+
+if TYPE_CHECKING:
+    from inpo.common.levels import Levels
 
 _Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
 """What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
@@ -234,8 +235,9 @@ class Shard:
         return f" (pair{'s' if len(bad) > 1 else ''} {', '.join(names)}{', ...' if len(bad) > 5 else ''})"
 
     def _derive_x_t(self, pairs: "Int[np.ndarray, 'pair'] | slice | None") -> Float[np.ndarray, "pair step side c h w"]:
-        timestep = self.read("timestep", pairs)
-        a, s = self.cache.levels.at(timestep)
+        from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
+
+        a, s = self.cache.levels.at(self.read("timestep", pairs))
         return derive_x_t(self.read("x0", pairs), self.read("target", pairs), a, s)
 
     def _incomplete(self, path: str) -> CacheIncomplete:
@@ -285,7 +287,7 @@ class Cache:
         return self.store.location
 
     @cached_property
-    def levels(self) -> Levels:
+    def levels(self) -> "Levels":
         """The reference's levels, from the manifest."""
         return self.manifest.levels.levels()
 

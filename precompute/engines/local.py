@@ -13,13 +13,12 @@ from accelerate import PartialState
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
-from inpo.common.pairs.decode import DecodePool
 from inpo.common.processes import processes
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, split
-from inpo.precompute.worker import ShardWorker, compile_components, load_components
+from inpo.precompute.worker import build_worker
 
 _LONGEST_WAIT = timedelta(days=60)
 
@@ -43,14 +42,7 @@ def run_local(
     committed = writer.committed()
     mine = [task for task in mine if task.name not in committed]
     if mine:
-        components = load_components(model, writer.manifest, state.device)
-        compile_components(components, model, writer.manifest, settings)
-        worker = ShardWorker(
-            components=components,
-            writer=writer,
-            pairs_per_batch=settings.batch_size,
-            decode=DecodePool(settings.decode_workers),
-        )
+        worker = build_worker(model, writer, settings, state.device)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)

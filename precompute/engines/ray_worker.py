@@ -18,13 +18,12 @@ from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
 from inpo.common.pairs import InputShard
-from inpo.common.pairs.decode import DecodePool
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.pipeline import Outcome, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
-from inpo.precompute.worker import ShardWorker, compile_components, load_components
+from inpo.precompute.worker import ShardWorker, build_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +71,7 @@ class RayWorker:
             return error
         # Ray shows a worker only the devices that it was given.
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        components = load_components(model, writer.manifest, device)
-        compile_components(components, model, writer.manifest, self._settings)
-        worker = ShardWorker(
-            components=components,
-            writer=writer,
-            pairs_per_batch=self._settings.batch_size,
-            decode=DecodePool(self._settings.decode_workers),
-        )
+        worker = build_worker(model, writer, self._settings, device)
         threading.Thread(target=self._run, args=(worker,), name="pipeline", daemon=True).start()
         return None
 
