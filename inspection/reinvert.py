@@ -12,7 +12,6 @@ from inpo.common.cache.identity import same_levels
 from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
-from inpo.common.device import say_device
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
 from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
@@ -86,7 +85,6 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
         )
     network = model.load_network()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say_device(device, manifest.network_dtype)
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
     return model.denoiser(network, cache.levels, network_dtype=manifest.network_dtype)
 
