@@ -27,7 +27,8 @@ from inpo.common.seeding import normal, stable_hash, uniform
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.pair_files import WRITERS, LabelledPair
 from inpo.toyworld.sampling import BASE_FOLDER, GUIDANCE, LATENT_SHAPE, STEPS, generate
-from inpo.toyworld.scenes import Split, captions
+from inpo.toyworld.scenes import captions
+from inpo.toyworld.split import Split
 
 PAIRS_PER_PART = 256
 PAIRS_PER_BATCH = 32

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import inpo.precompute.engines.local as local_engine
+import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import Cache, open_cache
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.run import run_precompute
@@ -138,7 +138,7 @@ class Runs:
 def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """run(pairs, model, cache, **settings) -> exit code; run.cache(...) -> the opened cache."""
     runs = Runs(components=[])
-    load = local_engine.load_components
+    load = precompute_worker.load_components
 
     def watched(*arguments: Any) -> Components:
         components = load(*arguments)
@@ -147,7 +147,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
         runs.components.append(components)
         return components
 
-    monkeypatch.setattr(local_engine, "load_components", watched)
+    monkeypatch.setattr(precompute_worker, "load_components", watched)
     return runs
 
 
