@@ -76,7 +76,7 @@ def relabel_cache(
         if existing is not None and existing.attempt == shard.commit.attempt:
             on_pairs(shard.num_pairs)
             continue
-        wanted = [str(pair_id) for pair_id in shard.read("pair_id")]
+        wanted = [str(pair_id) for pair_id in shard.read("pair/id")]
         input_shard = _input_of(shard, inputs, source_location)
         labels: dict[str, PairLabel] = {}
         committed = _pairs_of(shard, input_shard, set(wanted))

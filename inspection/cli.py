@@ -141,7 +141,8 @@ def verify(
             got=f"--sample {sample} alone",
             fix="pass the --model that made the cache, or leave out --sample",
         )
-    total = len(open_cache(cache, allow_empty=True, damaged={}).shards)
+    opened = open_cache(cache, allow_empty=True, damaged={})
+    total = len(opened.shards) + len(list(opened.texts))
     with ProgressReport("verify", total=total, unit="shards") as progress:
         found = verify_cache(cache, model=model, num_sampled=sample or 16, on_shard=progress.advance)
     show(found, console())
@@ -200,7 +201,7 @@ def filter_pairs(
         typer.Option(
             help='Condition, e.g. "inversion_error < 0.2 and reference_error < 3". Columns: inversion_error, '
             "reference_error (each also _win, _lose; reference_error_max), label, caption_dropped, timestep_min, "
-            'timestep_max, prompt, pair_id; "cat" in prompt looks for text.'
+            'timestep_max, num_images (of the group), prompt, pair_id; "cat" in prompt looks for text.'
         ),
     ],
     out: Annotated[

@@ -80,10 +80,10 @@ def measure_drift(
     timesteps, changes = [], {"x_t": [], "target": []}
     num_sampled_pairs = num_not_finite = 0
     for again in reinvert(cache, table, chosen, denoiser, on_pairs, damaged):
-        finite = again.inverted.finite.numpy()
+        finite = again.finite
         num_sampled_pairs += len(finite)
         num_not_finite += int((~finite).sum())
-        timesteps.append(np.repeat(again.timestep[finite][..., None], 2, axis=-1).ravel())
+        timesteps.append(np.repeat(again.timestep[finite][:, None], 2, axis=1).ravel())
         for name, values in changes.items():
             values.append(again.change(name)[finite].ravel())
     if not timesteps:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import obstore
 
-from inpo.common.cache import Commit
-from inpo.common.cache.schema import REMOVING
+from inpo.common.cache import Commit, TextCommit
+from inpo.common.cache.schema import REMOVING, AnyCommit
 from inpo.common.cache.store import CacheStore
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError
@@ -24,8 +24,10 @@ GRACE = timedelta(hours=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Leftover:
-    """One attempt without a commit: its folder below shards/, and its list of skipped pairs, if any."""
+    """One attempt without a commit: its folder below shards/ or texts/, and its list of skipped pairs, if any."""
 
+    kind: type[AnyCommit]
+    """Of the commit that it lacks."""
     shard: str
     attempt: str
     num_bytes: int
@@ -36,7 +38,7 @@ class Leftover:
 
     @property
     def folder(self) -> str:
-        return f"shards/{self.shard}/{self.attempt}"
+        return f"{self.kind.arrays}/{self.shard}/{self.attempt}"
 
     def is_young(self, now: datetime | None = None) -> bool:
         return self.has_arrays and (now or datetime.now(UTC)) - self.modified < GRACE
@@ -47,40 +49,46 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
 
     Attempts of a shard whose commit cannot be read are left out: which of them was committed is not known.
     """
-    sizes: dict[tuple[str, str], int] = {}
-    modified: dict[tuple[str, str], datetime] = {}
-    with_arrays: set[tuple[str, str]] = set()
-    for folder in ("shards", "skipped"):
+    sizes: dict[_Key, int] = {}
+    modified: dict[_Key, datetime] = {}
+    with_arrays: set[_Key] = set()
+    for folder, kind in (("shards", Commit), ("skipped", Commit), ("texts", TextCommit)):
         for name, size, when in _files(store, folder):
             parts = name.split("/")
             if len(parts) < 2:
                 continue
-            key = (parts[0], parts[1].partition(".")[0])  # of a list, a mark, or one of them on its way
+            key = (kind, parts[0], parts[1].partition(".")[0])  # of a list, a mark, or one of them on its way
             sizes[key] = sizes.get(key, 0) + size
             modified[key] = max(when, modified.get(key, when))
-            if folder == "shards" and len(parts) > 2:
+            if folder != "skipped" and len(parts) > 2:
                 with_arrays.add(key)
-    committed: dict[str, str | None] = {}
-    for shard in {shard for shard, _ in sizes}:
-        committed[shard] = committed_attempt(store, shard)
+    committed = {
+        (kind, shard): committed_attempt(store, kind, shard) for kind, shard in {(key[0], key[1]) for key in sizes}
+    }
     return [
         Leftover(
-            shard=key[0], attempt=key[1], num_bytes=sizes[key], modified=modified[key], has_arrays=key in with_arrays
+            kind=key[0],
+            shard=key[1],
+            attempt=key[2],
+            num_bytes=sizes[key],
+            modified=modified[key],
+            has_arrays=key in with_arrays,
         )
-        for key in sorted(sizes)
-        if committed[key[0]] not in (key[1], _UNKNOWN)
+        for key in sorted(sizes, key=lambda key: (key[0].arrays, *key[1:]))
+        if committed[key[0], key[1]] not in (key[2], _UNKNOWN)
     ]
 
 
+_Key = tuple[type[AnyCommit], str, str]
 _UNKNOWN = "?"
 
 
-def committed_attempt(store: CacheStore, shard: str) -> str | None:
+def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> str | None:
     """The attempt that a shard's commit names now; None: no commit; "?": a commit that cannot be read."""
-    name = f"commits/{shard}.json"
+    name = f"{kind.folder}/{shard}.json"
     try:
         data = store.get(name)
-        return None if data is None else Commit.from_json(data, store.path(name)).attempt
+        return None if data is None else kind.from_json(data, store.path(name)).attempt
     except CacheError:
         return _UNKNOWN
 
@@ -107,13 +115,13 @@ def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
     """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
     mark = f"{leftover.folder}{REMOVING}"
     store.put_new(mark, b"")
-    if committed_attempt(store, leftover.shard) in (leftover.attempt, _UNKNOWN):
+    if committed_attempt(store, leftover.kind, leftover.shard) in (leftover.attempt, _UNKNOWN):
         store.remove(mark)
         return False
     store.remove(leftover.folder)
     beside = [
         f"{top}/{leftover.shard}/{name}"
-        for top in ("skipped", "shards")
+        for top in ("skipped", leftover.kind.arrays)
         for name in store.listing(f"{top}/{leftover.shard}")
         if name.partition(".")[0] == leftover.attempt
     ]

@@ -18,13 +18,17 @@ class PairTable:
     shard: Int[np.ndarray, "pair"]
     """Index into `shard_names`."""
     row: Int[np.ndarray, "pair"]
+    image: Int[np.ndarray, "pair side"]
+    """Rows of the images in their shard: win, lose."""
+    num_images: Int[np.ndarray, "pair"]
+    """Of the pair's group."""
     pair_id: np.ndarray
     prompt: np.ndarray
     """The original caption, also where it was dropped."""
     caption_dropped: Bool[np.ndarray, "pair"]
     label: Float[np.ndarray, "pair"]
-    timestep: Int[np.ndarray, "pair step"]
-    reference_error: Float32[np.ndarray, "pair step side"]
+    timestep: Int[np.ndarray, "pair record"]
+    reference_error: Float32[np.ndarray, "pair side record"]
     inversion_error: Float32[np.ndarray, "pair side"]
     """NaN: not measured."""
     damaged: dict[str, InpoError]
@@ -32,6 +36,19 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.pair_id)
+
+    @property
+    def first_seen(self) -> Bool[np.ndarray, "pair side"]:
+        """True where an image stands for the first time: it may be of several pairs."""
+        key = self.shard[:, None] * (1 + self.image.max(initial=0)) + self.image
+        first = np.zeros(key.size, dtype=bool)
+        first[np.unique(key, return_index=True)[1]] = True
+        return first.reshape(key.shape)
+
+    @property
+    def measured(self) -> Bool[np.ndarray, "pair side"]:
+        """True for the images that have an inversion error, each at its first pair."""
+        return self.first_seen & np.isfinite(self.inversion_error)
 
     @property
     def mean_reference_error(self) -> Float[np.ndarray, "pair"]:
@@ -62,17 +79,19 @@ def read_pair_table(
             parts.append(columns)
         on_shard()
     if not parts:
-        steps = cache.manifest.timesteps_per_pair
+        records = cache.manifest.timesteps_per_pair
         parts = [
             {
                 "shard": np.zeros(0, np.int64),
                 "row": np.zeros(0, np.int64),
+                "image": np.zeros((0, 2), np.int64),
+                "num_images": np.zeros(0, np.int64),
                 "pair_id": np.zeros(0, object),
                 "prompt": np.zeros(0, object),
                 "caption_dropped": np.zeros(0, bool),
                 "label": np.zeros(0, np.float32),
-                "timestep": np.zeros((0, steps), np.int64),
-                "reference_error": np.zeros((0, steps, 2), np.float32),
+                "timestep": np.zeros((0, records), np.int64),
+                "reference_error": np.zeros((0, 2, records), np.float32),
                 "inversion_error": np.zeros((0, 2), np.float32),
             }
         ]
@@ -91,14 +110,16 @@ def nothing_readable(cache: Cache, damaged: dict[str, InpoError]) -> CacheMissin
 
 
 def _columns(shard: Shard) -> dict[str, np.ndarray]:
-    text = shard.read("prompt/text").astype(object)
+    sides, groups = shard.sides(), shard.groups()
     return {
         "row": np.arange(shard.num_pairs),
-        "pair_id": shard.read("pair_id").astype(object),
-        "prompt": text[shard.read("prompt_index")],
-        "caption_dropped": shard.read("caption_dropped"),
-        "label": shard.read("label"),
-        "timestep": shard.read("timestep").astype(np.int64),
-        "reference_error": shard.read("reference_error"),
-        "inversion_error": shard.read("inversion_error"),
+        "image": sides,
+        "num_images": np.bincount(shard.read("image/group"))[groups],
+        "pair_id": shard.read("pair/id").astype(object),
+        "prompt": shard.prompts()[groups],
+        "caption_dropped": shard.dropped()[groups],
+        "label": shard.read("pair/label"),
+        "timestep": shard.read("timestep")[groups].astype(np.int64),
+        "reference_error": shard.read("reference_error")[sides],
+        "inversion_error": shard.read("inversion_error")[sides],
     }

@@ -18,30 +18,30 @@ class PairView:
     prompt: str
     caption_dropped: bool
     label: float
-    timestep: Int[np.ndarray, "step"]
-    a: Float[np.ndarray, "step"]
-    s: Float[np.ndarray, "step"]
+    timestep: Int[np.ndarray, "record"]
+    a: Float[np.ndarray, "record"]
+    s: Float[np.ndarray, "record"]
     x0: Float[np.ndarray, "side c h w"]
-    x_t: Float[np.ndarray, "step side c h w"]
-    target: Float[np.ndarray, "step side c h w"]
-    delta: Float[np.ndarray, "step side c h w"] | None
-    x0_t: Float[np.ndarray, "step side c h w"] | None
-    reference_error: Float[np.ndarray, "step side"]
+    x_t: Float[np.ndarray, "side record c h w"]
+    target: Float[np.ndarray, "side record c h w"]
+    delta: Float[np.ndarray, "side record c h w"] | None
+    x0_t: Float[np.ndarray, "side record c h w"] | None
+    reference_error: Float[np.ndarray, "side record"]
     inversion_error: Float[np.ndarray, "side"]
     """NaN: not measured."""
 
     @property
-    def delta_map(self) -> Float[np.ndarray, "step side h w"] | None:
+    def delta_map(self) -> Float[np.ndarray, "side record h w"] | None:
         """|delta|: RMS over channels. A unit Gaussian gives values around 1."""
         return None if self.delta is None else np.sqrt((self.delta**2).mean(2))
 
     @property
-    def target_map(self) -> Float[np.ndarray, "step side h w"]:
+    def target_map(self) -> Float[np.ndarray, "side record h w"]:
         """|target|: RMS over channels."""
         return np.sqrt((self.target**2).mean(2))
 
     @property
-    def error_map(self) -> Float[np.ndarray, "step side h w"] | None:
+    def error_map(self) -> Float[np.ndarray, "side record h w"] | None:
         """|target - delta|: RMS over channels. Where delta is the reference's, its mean square is E_ref."""
         return None if self.delta is None else np.sqrt(((self.target - self.delta) ** 2).mean(2))
 
@@ -57,7 +57,7 @@ def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) 
         try:
             if pair_id is None:
                 return view_pair(cache, shard, 0)
-            names = shard.read("pair_id")
+            names = shard.read("pair/id")
         except InpoError as error:
             damaged[shard.name] = error
             continue
@@ -78,27 +78,27 @@ def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) 
 
 def view_pair(cache: Cache, shard: Shard, row: int) -> PairView:
     """Read one pair. Raises CacheCorrupt, naming shard and array, for damaged bytes."""
-    rows = np.array([row])
+    pair = np.array([row])
+    (sides,), (group,) = shard.sides(pair), shard.groups(pair)
 
     def latents(path: str) -> np.ndarray:
-        return shard.read(path, rows)[0].astype(np.float32)
+        return shard.read(path, sides).astype(np.float32)
 
-    timestep = shard.read("timestep", rows)[0].astype(np.int64)
-    is_full = "delta" in shard.stored
+    timestep = shard.read("timestep")[group].astype(np.int64)
     a, s = cache.levels.at(timestep)
     return PairView(
-        pair_id=str(shard.read("pair_id", rows)[0]),
-        prompt=str(shard.read("prompt/text")[int(shard.read("prompt_index", rows)[0])]),
-        caption_dropped=bool(shard.read("caption_dropped", rows)[0]),
-        label=float(shard.read("label", rows)[0]),
+        pair_id=str(shard.read("pair/id", pair)[0]),
+        prompt=shard.prompts()[group],
+        caption_dropped=bool(shard.dropped()[group]),
+        label=float(shard.read("pair/label", pair)[0]),
         timestep=timestep,
         a=a,
         s=s,
         x0=latents("x0"),
         x_t=latents("x_t"),
         target=latents("target"),
-        delta=latents("delta") if is_full else None,
+        delta=latents("delta") if "delta" in shard.stored else None,
         x0_t=latents("x0_t") if "x0_t" in shard.stored else None,
-        reference_error=shard.read("reference_error", rows)[0],
-        inversion_error=shard.read("inversion_error", rows)[0],
+        reference_error=shard.read("reference_error")[sides],
+        inversion_error=shard.read("inversion_error")[sides],
     )

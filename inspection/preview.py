@@ -12,7 +12,7 @@ from inpo.common.errors import CacheMismatch, InpoError
 from inpo.common.families import FAMILIES
 from inpo.common.models import Model
 
-_SAMPLE_PAIRS = 64
+_SAMPLE_IMAGES = 128
 _LATENTS_PER_VAE_CALL = 8
 
 
@@ -92,7 +92,7 @@ def fitted_preview(x0: Float[np.ndarray, "n c h w"]) -> LinearPreview:
 def _sample_x0(cache: Cache) -> Float[np.ndarray, "n c h w"]:
     for shard in cache:
         try:
-            return shard.read("x0", slice(0, _SAMPLE_PAIRS)).reshape(-1, *cache.manifest.latent_shape)
+            return shard.read("x0", slice(0, _SAMPLE_IMAGES))
         except InpoError:  # a damaged shard must not hide the others; who shows its pairs reports it
             continue
     channels = cache.manifest.latent_shape[0]

@@ -1,4 +1,4 @@
-"""Inverting cached pairs again, from the cache alone: x0, embeddings and settings are all in it."""
+"""Inverting cached pairs again, from the cache alone: x0, texts and settings are all in it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
-from inpo.common.inversion import Inverted, invert
+from inpo.common.inversion import Group, Inverted, invert, together
 from inpo.common.models import Model
 from inpo.common.seeding import stable_hash
 from inpo.inspection.pair_table import PairTable
@@ -25,29 +25,33 @@ class Again:
 
     shard: str
     pair_ids: list[str]
-    timestep: Int[np.ndarray, "pair step"]
-    cached_x_t: Float[np.ndarray, "pair step side c h w"]
-    cached_target: Float[np.ndarray, "pair step side c h w"]
-    cached_error: Float[np.ndarray, "pair step side"]
-    error_at_stored: Float[np.ndarray, "pair step side"]
+    timestep: Int[np.ndarray, "pair record"]
+    timestep_again: Int[np.ndarray, "pair record"]
+    cached_x_t: Float[np.ndarray, "pair side record c h w"]
+    cached_target: Float[np.ndarray, "pair side record c h w"]
+    cached_error: Float[np.ndarray, "pair side record"]
+    error_at_stored: Float[np.ndarray, "pair side record"]
     """The reference error that this network gives at the stored x_t and target."""
-    prediction_rms: Float[np.ndarray, "pair step side"]
+    prediction_rms: Float[np.ndarray, "pair side record"]
     """RMS of its noise prediction there."""
-    inverted: Inverted
+    x_t: Float[np.ndarray, "pair side record c h w"]
+    target: Float[np.ndarray, "pair side record c h w"]
+    finite: Bool[np.ndarray, "pair"]
+    """Whether both images' new inversions hold numbers."""
 
-    def change(self, name: str) -> Float[np.ndarray, "pair step side"]:
-        """Relative RMS change of x_t or target, per record and side."""
+    def change(self, name: str) -> Float[np.ndarray, "pair side record"]:
+        """Relative RMS change of x_t or target, per side and record."""
         cached = {"x_t": self.cached_x_t, "target": self.cached_target}[name]
-        again = getattr(self.inverted, name).float().numpy()
+        again = {"x_t": self.x_t, "target": self.target}[name]
         axes = (-3, -2, -1)
         return np.sqrt(((again - cached) ** 2).mean(axes) / np.maximum((cached**2).mean(axes), 1e-12))
 
     @property
-    def error_change(self) -> Float[np.ndarray, "pair step side"]:
+    def error_change(self) -> Float[np.ndarray, "pair side record"]:
         """Relative change of the reference error when the network sees the stored x_t again."""
         return np.abs(self.error_at_stored - self.cached_error) / np.maximum(self.cached_error, 1e-12)
 
-    def error_change_limit(self, tolerance: float) -> Float[np.ndarray, "pair step side"]:
+    def error_change_limit(self, tolerance: float) -> Float[np.ndarray, "pair side record"]:
         """What a prediction that is off by `tolerance` (relative RMS) can do: (2 sqrt(E) d + d^2) / E."""
         off = tolerance * self.prediction_rms
         return (2 * np.sqrt(self.cached_error) * off + off**2) / np.maximum(self.cached_error, 1e-12)
@@ -117,51 +121,76 @@ def reinvert(
 
 def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> Again:
     manifest = shard.cache.manifest
-    pair_ids = [str(name) for name in shard.read("pair_id")[rows]]
-    timestep = shard.read("timestep", rows).astype(np.int64)
-    x_t, target = (shard.read(path, rows).astype(np.float32) for path in ("x_t", "target"))
+    sides, groups = shard.sides(rows), shard.groups(rows)
+    images, inverted = _invert_images(shard, sides, denoiser)
+    at = np.searchsorted(images, sides)
+    timestep = shard.read("timestep", groups).astype(np.int64)
+    latent = (*sides.shape, manifest.timesteps_per_pair, *manifest.latent_shape)
+    x_t, target = (shard.read(path, sides.ravel()).astype(np.float32).reshape(latent) for path in ("x_t", "target"))
+    error, rms = _at_stored(denoiser, shard, sides, timestep, x_t, target)
+    return Again(
+        shard=shard.name,
+        pair_ids=[str(name) for name in shard.read("pair/id", rows)],
+        timestep=timestep,
+        timestep_again=inverted.timestep.numpy()[np.searchsorted(np.unique(shard.read("image/group", images)), groups)],
+        cached_x_t=x_t,
+        cached_target=target,
+        cached_error=shard.read("reference_error")[sides],
+        error_at_stored=error,
+        prediction_rms=rms,
+        x_t=inverted.x_t.float().numpy()[at],
+        target=inverted.target.float().numpy()[at],
+        finite=inverted.finite.numpy()[at].all(1),
+    )
+
+
+def _invert_images(
+    shard: Shard, sides: Int[np.ndarray, "pair side"], denoiser: Denoiser
+) -> tuple[Int[np.ndarray, "image"], Inverted]:
+    """(rows, inversion) of some images and of those that walk with them, as precompute inverted them; of a large group
+    no more than these."""
+    manifest = shard.cache.manifest
+    group = shard.read("image/group")
+    first, size = np.searchsorted(group, np.arange(shard.commit.num_groups)), np.bincount(group)
+    wanted = {
+        int(first[number]) + mate
+        for image in np.unique(sides).tolist()
+        for number in [group[image]]
+        for mate in together(image - int(first[number]), int(size[number]))
+    }
+    images = np.array(sorted(wanted), dtype=np.int64)
+    ids = shard.read("group/id")
+    numbers, counts = np.unique(group[images], return_counts=True)
     inverted = invert(
         denoiser,
-        torch.from_numpy(shard.read("x0", rows)),
-        pair_ids,
+        torch.from_numpy(shard.read("x0", images)),
+        [Group(id=str(ids[number]), num_images=int(count)) for number, count in zip(numbers, counts, strict=True)],
         identity=manifest.inverter,
         seed=manifest.seed,
         timesteps_per_pair=manifest.timesteps_per_pair,
-        caption=Condition.of(shard, rows),
-        empty=Condition.empty(shard, rows),
+        caption=Condition.of(shard, images),
+        empty=Condition.empty(shard, images),
     )
-    error, rms = _at_stored(denoiser, shard, rows, timestep, x_t, target)
-    return Again(
-        shard=shard.name,
-        pair_ids=pair_ids,
-        timestep=timestep,
-        cached_x_t=x_t,
-        cached_target=target,
-        cached_error=shard.read("reference_error")[rows],
-        error_at_stored=error,
-        prediction_rms=rms,
-        inverted=inverted,
-    )
+    return images, inverted
 
 
 @torch.inference_mode()
 def _at_stored(
     denoiser: Denoiser,
     shard: Shard,
-    rows: Int[np.ndarray, "pair"],
-    timestep: Int[np.ndarray, "pair step"],
-    x_t: Float[np.ndarray, "pair step side c h w"],
-    target: Float[np.ndarray, "pair step side c h w"],
-) -> tuple[Float[np.ndarray, "pair step side"], Float[np.ndarray, "pair step side"]]:
+    sides: Int[np.ndarray, "pair side"],
+    timestep: Int[np.ndarray, "pair record"],
+    x_t: Float[np.ndarray, "pair side record c h w"],
+    target: Float[np.ndarray, "pair side record c h w"],
+) -> tuple[Float[np.ndarray, "pair side record"], Float[np.ndarray, "pair side record"]]:
     """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
-    errors, sizes = [], []
-    for index, row in enumerate(rows):
-        condition = Condition.of(shard, np.array([row])).to(denoiser.device)
-        for step in range(timestep.shape[1]):
-            x = torch.from_numpy(x_t[index, step]).to(denoiser.device)
-            label = torch.full((2,), int(timestep[index, step]), device=denoiser.device)
+    errors, sizes = np.empty(x_t.shape[:3], np.float32), np.empty(x_t.shape[:3], np.float32)
+    for pair, images in enumerate(sides):
+        condition = Condition.of(shard, images).to(denoiser.device)
+        for record in range(timestep.shape[1]):
+            x = torch.from_numpy(x_t[pair, :, record]).to(denoiser.device)
+            label = torch.full((2,), int(timestep[pair, record]), device=denoiser.device)
             eps = denoiser(x, label, condition).cpu().numpy()
-            errors.append(((target[index, step] - eps) ** 2).mean((1, 2, 3)))
-            sizes.append(np.sqrt((eps**2).mean((1, 2, 3))))
-    shape = (*timestep.shape, 2)
-    return np.stack(errors).reshape(shape), np.stack(sizes).reshape(shape)
+            errors[pair, :, record] = ((target[pair, :, record] - eps) ** 2).mean((1, 2, 3))
+            sizes[pair, :, record] = np.sqrt((eps**2).mean((1, 2, 3)))
+    return errors, sizes

@@ -94,9 +94,11 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     skipped = sum(summary.skipped.values())
     tiles = [
         ("pairs", f"{summary.num_pairs:,}", f"{summary.num_records:,} records"),
+        ("images", f"{summary.num_images:,}", f"{summary.num_groups:,} groups"),
         ("shards", f"{summary.num_shards:,}", f"{summary.num_empty_shards:,} without a pair"),
         ("bytes", human_bytes(summary.total_bytes), f"profile {summary.identity['profile']}"),
         ("prompts", f"{summary.num_prompts:,}", f"captions dropped: {summary.num_captions_dropped:,}"),
+        ("text shards", f"{summary.num_texts:,}", human_bytes(summary.text_bytes)),
         ("skipped pairs", f"{skipped:,}", ", ".join(list(summary.skipped)[:2]) or "none"),
         (
             "inversion error",
@@ -208,7 +210,7 @@ def _plots(cache: Cache, table: PairTable, summary: Summary, damaged: dict[str, 
 
 def _inversion_figures(table: PairTable, total: int) -> list[str]:
     """Round trips by size, and by the pair's last timestep, from which they start."""
-    measured = np.isfinite(table.inversion_error)
+    measured = table.measured
     values = table.inversion_error[measured].astype(np.float64)
     if not len(values):
         return []
@@ -278,7 +280,7 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
 
 
 def _noise_norms(cache: Cache, table: PairTable, damaged: dict[str, InpoError]) -> Float[np.ndarray, "value"]:
-    """RMS of delta (of the target, where no delta is stored) over a random sample, one value per record and side."""
+    """RMS of delta (of the target, where no delta is stored) over a random sample, one value per image and record."""
     path = "delta" if cache.manifest.profile == "full" else "target"
     found = [np.zeros(0)]
     for index in np.unique(table.shard[(rows := choose_pairs(table, _NORM_PAIRS))]):
@@ -286,7 +288,8 @@ def _noise_norms(cache: Cache, table: PairTable, damaged: dict[str, InpoError]) 
         if shard.name in damaged:
             continue
         try:
-            values = shard.read(path, table.row[rows[table.shard[rows] == index]]).astype(np.float32)
+            images = np.unique(table.image[rows[table.shard[rows] == index]])
+            values = shard.read(path, images).astype(np.float32)
         except InpoError as error:
             damaged[shard.name] = error
             continue

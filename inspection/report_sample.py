@@ -106,9 +106,9 @@ def sample_pairs(
 
 
 def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table: PairTable, row: int) -> SampledPair:
-    steps = _shown_steps(len(view.timestep))
+    records = _shown_records(len(view.timestep))
     inversion = float(table.worst_inversion_error[row])
-    columns, cells = _cells(view, preview, steps)
+    columns, cells = _cells(view, preview, records)
     return SampledPair(
         pair_id=view.pair_id,
         prompt=view.prompt,
@@ -118,8 +118,8 @@ def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table
         label=round(view.label, 4),
         reference_error=round(float(table.mean_reference_error[row]), 6),
         inversion_error=round(inversion, 6) if np.isfinite(inversion) else None,
-        timesteps=view.timestep[steps].tolist(),
-        errors=[(round(float(win), 6), round(float(lose), 6)) for win, lose in view.reference_error[steps]],
+        timesteps=view.timestep[records].tolist(),
+        errors=[(round(float(win), 6), round(float(lose), 6)) for win, lose in view.reference_error[:, records].T],
         columns=columns,
         error_top=None if view.error_map is None else float(f"{_error_top(view):.3g}"),
         shuffled=stable_hash("report", view.pair_id) % 2**32,
@@ -127,13 +127,13 @@ def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table
     )
 
 
-def _shown_steps(count: int) -> Int[np.ndarray, "shown"]:
+def _shown_records(count: int) -> Int[np.ndarray, "shown"]:
     """All of them, or so many evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_TIMESTEPS)).round().astype(int))
 
 
 def _cells(
-    view: PairView, preview: Preview, steps: Int[np.ndarray, "shown"]
+    view: PairView, preview: Preview, records: Int[np.ndarray, "shown"]
 ) -> tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]:
     """(names of the columns of one timestep, (win, lose) pictures from left to right)."""
 
@@ -147,15 +147,15 @@ def _cells(
     full = view.delta_map is not None and view.error_map is not None and view.x0_t is not None
     columns = ["x0(t)", "x_t", "|delta|", "target - delta"] if full else ["x_t", "|target|"]
     cells = [both(view.x0)]
-    for step in steps.tolist():
+    for record in records.tolist():
         if view.delta_map is not None and view.error_map is not None and view.x0_t is not None:
-            cells.append(both(view.x0_t[step]))
-            cells.append(both(view.x_t[step]))
-            cells.append(maps(view.delta_map[step], _DELTA_TOP, DELTA_COLOURS))
-            cells.append(maps(view.error_map[step], _error_top(view), ERROR_COLOURS))
+            cells.append(both(view.x0_t[:, record]))
+            cells.append(both(view.x_t[:, record]))
+            cells.append(maps(view.delta_map[:, record], _DELTA_TOP, DELTA_COLOURS))
+            cells.append(maps(view.error_map[:, record], _error_top(view), ERROR_COLOURS))
         else:
-            cells.append(both(view.x_t[step]))
-            cells.append(maps(view.target_map[step], _DELTA_TOP, DELTA_COLOURS))
+            cells.append(both(view.x_t[:, record]))
+            cells.append(maps(view.target_map[:, record], _DELTA_TOP, DELTA_COLOURS))
     return columns, cells
 
 

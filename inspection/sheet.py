@@ -83,29 +83,32 @@ def _title(view: PairView) -> str:
 
 def _columns(view: PairView, preview: Preview, scales: Scales) -> tuple[Column, list[list[Column]]]:
     """The column of x0 and, per timestep, the columns that the cache allows."""
-    num_steps = len(view.timestep)
-    clean_t = [] if view.x0_t is None else list(view.x0_t.reshape(-1, *view.x0.shape[1:]))
-    noisy = list(view.x_t.reshape(-1, *view.x0.shape[1:]))
-    pictures = preview(np.stack([*view.x0, *clean_t, *noisy]))
+    latents = [view.x0[:, None], *([] if view.x0_t is None else [view.x0_t]), view.x_t]
+    places = np.cumsum([0, *(part.shape[1] for part in latents)])
+    shape = view.x0.shape[1:]
+    pictures = preview(np.concatenate(latents, axis=1).reshape(-1, *shape))
     tile = tile_size(pictures.shape[1])
     shown = [fit(Image.fromarray(picture), tile) for picture in pictures]
+
+    def both(place: int) -> tuple[Image.Image, Image.Image]:
+        return shown[place], shown[place + int(places[-1])]
+
     measured = [f"round trip {value:.3g}" if np.isfinite(value) else "" for value in view.inversion_error]
-    clean = Column(head="x₀", tiles=(shown[0], shown[1]), captions=(measured[0], measured[1]))
+    clean = Column(head="x₀", tiles=both(0), captions=(measured[0], measured[1]))
     blocks: list[list[Column]] = []
-    for step in range(num_steps):
+    for record in range(len(view.timestep)):
         block: list[Column] = []
-        first = 2 + 2 * step
-        if clean_t:
-            block.append(Column(head="x₀(t)", tiles=(shown[first], shown[first + 1])))
-            first += 2 * num_steps
-        block.append(Column(head="xₜ", tiles=(shown[first], shown[first + 1])))
-        errors = tuple(f"E_ref {value:.4f}" for value in view.reference_error[step])
+        if view.x0_t is not None:
+            block.append(Column(head="x₀(t)", tiles=both(1 + record)))
+        block.append(Column(head="xₜ", tiles=both(int(places[-2]) + record)))
+        errors = tuple(f"E_ref {value:.4f}" for value in view.reference_error[:, record])
         if view.delta_map is None or view.error_map is None or scales.error is None:
-            block.append(_map_column("|τ|", view.target_map[step], scales.delta, DELTA_COLOURS, tile, errors))
+            block.append(_map_column("|τ|", view.target_map[:, record], scales.delta, DELTA_COLOURS, tile, errors))
         else:
-            rms = tuple(f"rms {value:.3f}" for value in np.sqrt((view.delta_map[step] ** 2).mean((1, 2))))
-            block.append(_map_column("|δ|", view.delta_map[step], scales.delta, DELTA_COLOURS, tile, rms))
-            block.append(_map_column("|τ − δ|", view.error_map[step], scales.error, ERROR_COLOURS, tile, errors))
+            delta, error = view.delta_map[:, record], view.error_map[:, record]
+            rms = tuple(f"rms {value:.3f}" for value in np.sqrt((delta**2).mean((1, 2))))
+            block.append(_map_column("|δ|", delta, scales.delta, DELTA_COLOURS, tile, rms))
+            block.append(_map_column("|τ − δ|", error, scales.error, ERROR_COLOURS, tile, errors))
         blocks.append(block)
     return clean, blocks
 
@@ -155,11 +158,11 @@ def _draw_line(
         page.paste(label.rotate(90, expand=True), (left - 38, y))
     _draw_column(page, clean, left, rows, head_y=top + 34)
     for index, block in enumerate(blocks):
-        step = first + index
+        record = first + index
         x = left + tile + _BLOCK_GAP + index * (len(block) * (tile + _GAP) - _GAP + _BLOCK_GAP)
         end = x + len(block) * (tile + _GAP) - _GAP
-        draw.text((x, top), f"t = {view.timestep[step]}", INK, _font(18, bold=True))
-        level = f"{view.a[step]:.3f} x₀ + {view.s[step]:.3f} τ"
+        draw.text((x, top), f"t = {view.timestep[record]}", INK, _font(18, bold=True))
+        level = f"{view.a[record]:.3f} x₀ + {view.s[record]:.3f} τ"
         draw.text((end, top + 3), level, GREY, _font(14), anchor="ra")
         draw.line((x, top + 27, end, top + 27), fill=RULE, width=1)
         for position, column in enumerate(block):

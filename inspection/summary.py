@@ -50,7 +50,12 @@ class Summary:
     num_empty_shards: int
     """Committed, but no pair survived."""
     num_pairs: int
+    num_groups: int
+    num_images: int
     num_records: int
+    """A pair at a timestep."""
+    num_texts: int
+    """Text shards."""
     num_prompts: int
     """Distinct captions of the readable pairs."""
     num_soft_labels: int
@@ -67,7 +72,10 @@ class Summary:
     counts: dict[str, int]
     seconds: dict[str, float]
     array_bytes: dict[str, int]
+    """Arrays of texts begin with texts/."""
     total_bytes: int
+    text_bytes: int
+    """Of them those of texts."""
     timesteps: list[TimestepBin]
     inversion_error: InversionError
     num_nan: dict[str, int]
@@ -97,7 +105,7 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
     """The figures of an opened cache."""
     pending = [leftover for leftover in leftovers if leftover.is_young()]
     orphaned = [leftover for leftover in leftovers if not leftover.is_young()]
-    commits = cache.commits.values()
+    commits, texts = cache.commits.values(), [shard.commit for shard in cache.texts]
     skipped, counts, seconds, array_bytes = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for commit in commits:
         skipped.update(commit.skipped)
@@ -106,7 +114,11 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
             seconds[name] += value  # type: ignore[assignment]
         for path, size in commit.files.items():
             array_bytes[_array_of(path)] += size
-    created = sorted(commit.created for commit in commits)
+    for text in texts:
+        for path, size in text.files.items():
+            array_bytes[f"texts/{_array_of(path)}"] += size
+        seconds["texts"] += sum(text.seconds.values())  # type: ignore[assignment]
+    created = sorted(commit.created for commit in [*commits, *texts])
     return Summary(
         location=cache.location,
         identity=cache.manifest.identity(),
@@ -114,7 +126,10 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
         num_shards=len(cache.commits),
         num_empty_shards=sum(commit.num_pairs == 0 for commit in commits),
         num_pairs=cache.num_pairs,
+        num_groups=sum(commit.num_groups for commit in commits),
+        num_images=sum(commit.num_images for commit in commits),
         num_records=cache.num_records,
+        num_texts=len(texts),
         num_prompts=len(set(table.prompt.tolist())),
         num_soft_labels=int(((table.label != 0.0) & (table.label != 1.0)).sum()),
         num_captions_dropped=int(table.caption_dropped.sum()),
@@ -129,11 +144,12 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
         seconds={name: round(float(value), 3) for name, value in sorted(seconds.items())},
         array_bytes=dict(array_bytes.most_common()),
         total_bytes=sum(array_bytes.values()),
+        text_bytes=sum(sum(text.files.values()) for text in texts),
         timesteps=timestep_bins(table, cache.manifest.num_train_timesteps),
         inversion_error=_inversion_error(table),
         num_nan={
-            "reference_error": int((~np.isfinite(table.reference_error)).sum()),
-            "inversion_error": int(np.isinf(table.inversion_error).sum()),
+            "reference_error": int((~np.isfinite(table.reference_error[table.first_seen])).sum()),
+            "inversion_error": int(np.isinf(table.inversion_error[table.first_seen]).sum()),
             "label": int((~np.isfinite(table.label)).sum()),
         },
         first_commit=created[0] if created else None,
@@ -151,8 +167,9 @@ def timestep_ranges(num_train_timesteps: int) -> list[tuple[int, int]]:
 def timestep_bins(table: PairTable, num_train_timesteps: int) -> list[TimestepBin]:
     """The records and their mean errors in each of the bins."""
     bins = []
+    errors = np.moveaxis(table.reference_error, 1, 2)
     for low, high in timestep_ranges(num_train_timesteps):
-        inside = table.reference_error[(table.timestep >= low) & (table.timestep < high)].astype(np.float64)
+        inside = errors[(table.timestep >= low) & (table.timestep < high)].astype(np.float64)
         win, lose = inside.mean(0).tolist() if len(inside) else (None, None)
         bins.append(
             TimestepBin(
@@ -167,7 +184,7 @@ def timestep_bins(table: PairTable, num_train_timesteps: int) -> list[TimestepBi
 
 
 def _inversion_error(table: PairTable) -> InversionError:
-    measured = table.inversion_error[np.isfinite(table.inversion_error)].astype(np.float64)
+    measured = table.inversion_error[table.measured].astype(np.float64)
     if not len(measured):
         return InversionError(num_measured=0, median=None, p95=None, largest=None, largest_pair=None)
     worst = table.worst_inversion_error
@@ -186,7 +203,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _array_of(path: str) -> str:
-    """x_t/c/0/0 and x_t/zarr.json belong to x_t; prompt/text/c/0 to prompt/text."""
+    """x_t/c/0/0 and x_t/zarr.json belong to x_t; pair/id/c/0 to pair/id."""
     if path.endswith("zarr.json"):
         return path.removesuffix("zarr.json").rstrip("/") or "(group)"
     return path.split("/c/")[0].removesuffix("/c")

@@ -15,6 +15,8 @@ _SETTINGS = (
     "resolution",
     "latent_shape",
     "family",
+    "group",
+    "max_tokens",
     "timesteps_per_pair",
     "seed",
     "network_dtype",
@@ -64,6 +66,8 @@ def _state(summary: Summary) -> Table:
     empty = f", {summary.num_empty_shards:,} without a surviving pair" if summary.num_empty_shards else ""
     table.add_row("committed", f"{summary.num_shards:,} shards{empty}")
     table.add_row("pairs", f"{summary.num_pairs:,} ({summary.num_records:,} records, {summary.num_prompts:,} prompts)")
+    table.add_row("images", f"{summary.num_images:,} in {summary.num_groups:,} groups")
+    table.add_row("texts", f"{summary.num_texts:,} text shards, {human_bytes(summary.text_bytes)}")
     table.add_row("bytes", human_bytes(summary.total_bytes))
     if summary.last_commit:
         table.add_row("written", f"{summary.first_commit} to {summary.last_commit}")
@@ -85,9 +89,11 @@ def _identity(summary: Summary) -> Table:
     }
     for name, value in inverter.items():
         if value is not None:
-            table.add_row("inverter" if name == "name" else f"  {name}", escape(_value(value)))
+            shown = "[{}, {})".format(*value) if name == "timestep_range" else _value(value)
+            table.add_row("inverter" if name == "name" else f"  {name}", escape(shown))
     for name in _SETTINGS:
-        table.add_row(name, escape(_value(identity[name])))
+        if identity[name] is not None:
+            table.add_row(name, escape(_value(identity[name])))
     for name, value in identity.items():
         if name.startswith("fingerprints."):
             table.add_row(escape(name.removeprefix("fingerprints.")) + " fingerprint", escape(str(value)[:16]))
@@ -95,8 +101,6 @@ def _identity(summary: Summary) -> Table:
 
 
 def _value(value: object) -> str:
-    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], int):
-        return f"[{value[0]}, {value[1]})"
     if isinstance(value, list | tuple):
         return " x ".join(map(str, value)) if value and isinstance(value[0], int) else ", ".join(value) or "none"
     return str(value)
@@ -151,7 +155,7 @@ def _timesteps(summary: Summary, *, ascii_only: bool) -> Table:
 def _statistics(summary: Summary) -> Table:
     table = _table()
     error = summary.inversion_error
-    images = 2 * summary.num_pairs
+    images = summary.num_images
     if error.num_measured:
         table.add_row(
             "inversion error",

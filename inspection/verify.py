@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from inpo.common.cache import Cache, Commit, open_cache
+from inpo.common.cache import Cache, Commit, TextCommit, open_cache
 from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
-from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, skipped_rows
+from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING, AnyCommit, skipped_rows
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
-from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard
+from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard, check_texts
 from inpo.inspection.pair_table import read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
 
@@ -24,6 +24,8 @@ PREDICTION_TOLERANCE = {"float32": 2e-3, "float16": 4e-3, "bfloat16": 2e-2}
 relative RMS (float32 covers the GPU's TF32). The reference error may move by what such a prediction does to it."""
 PATH_TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
 """The same for a whole path (x_t and target): each step feeds on the one before, and differences grow."""
+_TEXTS = f"{TextCommit.arrays}/"
+"""Begins the name of a text shard among those of all shards."""
 
 
 @dataclass(kw_only=True)
@@ -33,9 +35,11 @@ class Verification:
     location: str
     num_shards: int
     num_pairs: int
+    num_texts: int
+    """Text shards."""
     bytes_read: int
     num_checked: dict[str, int]
-    """Pairs by check; a check that this cache does not allow is missing."""
+    """How much was looked at, by check; a check that this cache does not allow is missing."""
     findings: list[Finding]
     impossible: dict[str, str]
     """Checks that this cache, or this call, does not allow, and why."""
@@ -77,13 +81,15 @@ def verify(
             on_shard()
             return result
 
+        text_results = [checked(result) for result in pool.map(check_texts, list(cache.texts))]
         results = [checked(result) for result in pool.map(check_shard, list(cache))]
-    num_checked = {"commit": cache.num_pairs}
-    for result in results:
+    num_checked = {"commit": len(cache.commits) + len(text_results)}
+    for result in [*text_results, *results]:
         findings += result.findings
         for name, count in result.num_checked.items():
             num_checked[name] = num_checked.get(name, 0) + count
     findings += _duplicates(results)
+    findings += _texts_lost(cache, unreadable) + _texts_unlike(cache, text_results)
     files = cache.store.listing("")
     num_checked["skipped"], skipped_findings = _check_skipped(cache)
     num_configurations, configuration_findings = _check_configurations(cache, files)
@@ -95,9 +101,10 @@ def verify(
             num_checked[name] = count
     verification = Verification(
         location=cache.location,
-        num_shards=len(cache.commits) + len(unreadable),
+        num_shards=len(cache.commits) + sum(not name.startswith(_TEXTS) for name in unreadable),
         num_pairs=cache.num_pairs,
-        bytes_read=sum(result.bytes_read for result in results),
+        num_texts=len(text_results) + sum(name.startswith(_TEXTS) for name in unreadable),
+        bytes_read=sum(result.bytes_read for result in [*text_results, *results]),
         num_checked={name: num_checked[name] for name in CHECKS if name in num_checked},
         findings=findings,
         impossible=_impossible(cache, files, has_model=model is not None),
@@ -143,6 +150,47 @@ def _duplicates(results: list[ShardResult]) -> list[Finding]:
                 )
             )
         seen.update(dict.fromkeys(result.pair_ids, result.shard))
+    return findings
+
+
+def _texts_lost(cache: Cache, unreadable: Mapping[str, CacheError]) -> list[Finding]:
+    """Text shards that committed shards need and that have no commit. There is none to move aside."""
+    users: dict[str, list[str]] = {}
+    for shard in cache:
+        for name in {*shard.commit.texts, EMPTY_PROMPT}:
+            users.setdefault(name, []).append(shard.name)
+    there = {shard.name for shard in cache.texts}
+    return [
+        Finding(
+            shard=f"{_TEXTS}{name}",
+            check="texts",
+            detail=f"no commit, and {len(names)} shards need it ({_few(names)}); the same `inpo precompute` encodes it "
+            "again; where it does not, move the commits of those shards aside",
+            remake=False,
+        )
+        for name, names in sorted(users.items())
+        if name not in there and f"{_TEXTS}{name}" not in unreadable
+    ]
+
+
+def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
+    """Text shards whose conditions no network can take together with the empty prompt's: of another size, but for the
+    tokens that are padded."""
+    manifest = cache.manifest
+
+    def sizes(result: ShardResult, path: str) -> list[int] | None:
+        axes = manifest.text_specs[path].axes[1:]
+        found = zip(axes, result.row_shapes.get(path, ()), strict=False)
+        return [size for axis, size in found if axis != "token" or manifest.max_tokens is None] or None
+
+    empty = next((result for result in results if result.shard == f"{_TEXTS}{EMPTY_PROMPT}"), None)
+    findings = []
+    for result in results if empty is not None else ():
+        for path in manifest.text_specs:
+            ours, others = sizes(result, path), sizes(empty, path)
+            if ours is not None and others is not None and ours != others:
+                detail = f"{path} of {ours}, and of {others} for the empty prompt"
+                findings.append(Finding(shard=result.shard, check="texts", detail=detail))
     return findings
 
 
@@ -215,6 +263,7 @@ def _labels_without_commit(
 
 def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]) -> list[str]:
     """What a commit that is not there leaves behind, files that belong to nothing, and what cannot be known."""
+    texts = {shard.name: shard.commit for shard in cache.texts}
     without: dict[str, set[str]] = {}
     strays = []
     for name in files:
@@ -223,20 +272,24 @@ def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, Cach
         known = {
             MANIFEST: not rest,
             "commits": len(rest) == 1 and name.endswith(".json"),
-            "quarantine": len(rest) == 1 and name.endswith(".json"),
+            "text-commits": len(rest) == 1 and name.endswith(".json"),
+            "quarantine": (len(rest) == 1 or (len(rest) == 2 and shard == "texts")) and name.endswith(".json"),
             "configurations": len(rest) == 1 and name.endswith(".toml"),
             "labels": len(rest) == 2 and name.endswith(".json"),
             "skipped": len(rest) == 2 and name.endswith(".jsonl"),
             "shards": len(rest) > 2 or name.endswith(REMOVING),
+            "texts": len(rest) > 2 or name.endswith(REMOVING),
         }.get(folder, False)
-        if known and folder == "shards" and shard in cache.commits and rest[1] == cache.commits[shard].attempt:
-            known = "/".join(rest[2:]) in cache.commits[shard].files
+        commit = (texts if folder == "texts" else cache.commits).get(shard)
+        if known and folder in ("shards", "texts") and commit is not None and rest[1] == commit.attempt:
+            known = "/".join(rest[2:]) in commit.files
         if not known and not name.endswith(".staged"):
             strays.append(name)
-        if known and folder in ("shards", "skipped") and shard not in cache.commits and shard not in unreadable:
-            without.setdefault(shard, set()).add(folder)
+        owner = f"{_TEXTS}{shard}" if folder == "texts" else shard
+        if known and folder in ("shards", "texts", "skipped") and commit is None and owner not in unreadable:
+            without.setdefault(owner, set()).add(folder)
     notes = []
-    attempts = [shard for shard, folders in without.items() if "shards" in folders]
+    attempts = [shard for shard, folders in without.items() if folders != {"skipped"}]
     if attempts:
         notes.append(
             f"{len(attempts)} shards have an attempt and no commit ({_few(attempts)}): a writer is at work or died, or "
@@ -291,7 +344,7 @@ def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
                 if labels is None:  # a set may be begun and not finished
                     continue
                 num_checked += len(labels.pairs)
-                if labels.attempt == shard.commit.attempt and set(labels.pairs) == set(shard.read("pair_id").tolist()):
+                if labels.attempt == shard.commit.attempt and set(labels.pairs) == set(shard.read("pair/id").tolist()):
                     continue
                 detail = "not the labels of the committed pairs; run the same `inpo relabel` again"
             except CacheCorrupt as error:
@@ -314,7 +367,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
     verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
     for again in reinvert(cache, table, chosen, load_denoiser(cache, model)):
         findings = verification.findings
-        if not np.array_equal(again.timestep, again.inverted.timestep.numpy()):
+        if not np.array_equal(again.timestep, again.timestep_again):
             detail = "other timesteps than seed and pair ids give"
             findings.append(Finding(shard=again.shard, check="re-inversion", detail=detail))
             continue
@@ -342,7 +395,8 @@ def quarantine(location: str, verification: Verification) -> list[str]:
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
-    if not cache.commits and any(_is_of_another_manifest(cache, name) for name in unreadable):
+    believed = [*cache.commits, *cache.texts]
+    if not believed and any(_is_of_another_manifest(cache, name) for name in unreadable):
         raise CacheCorrupt(
             "No commit belongs to this manifest: it is the manifest that was edited or replaced. Nothing was moved.",
             where=cache.store.path("manifest.json"),
@@ -350,15 +404,21 @@ def quarantine(location: str, verification: Verification) -> list[str]:
         )
     names = sorted({finding.shard for finding in verification.findings if finding.remake})
     for name in names:
-        cache.store.move(f"commits/{name}.json", f"quarantine/{name}.json")
+        cache.store.move(_commit_of(name)[1], f"quarantine/{name}.json")
     return names
 
 
-def _is_of_another_manifest(cache: Cache, shard: str) -> bool:
+def _commit_of(name: str) -> tuple[type[AnyCommit], str]:
+    """(kind of commit, its path) of a shard, or of one of texts: texts/NAME."""
+    kind: type[AnyCommit] = TextCommit if name.startswith(_TEXTS) else Commit
+    return kind, f"{kind.folder}/{name.removeprefix(_TEXTS)}.json"
+
+
+def _is_of_another_manifest(cache: Cache, name: str) -> bool:
     """True if a refused commit is intact in itself and only the manifest is another."""
-    path = f"commits/{shard}.json"
+    kind, path = _commit_of(name)
     try:
-        commit = Commit.from_json(cache.store.get(path) or b"", path)
+        commit = kind.from_json(cache.store.get(path) or b"", path)
     except InpoError:
         return False
     return commit.manifest != digest(cache.store.get(MANIFEST) or b"")

@@ -15,9 +15,9 @@ def show(verification: Verification, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("check")
     table.add_column("what holds")
-    table.add_column("pairs", justify="right")
+    table.add_column("checked", justify="right")
     table.add_column("result")
-    for name, meaning in CHECKS.items():
+    for name, (meaning, unit) in CHECKS.items():
         bad = {finding.shard for finding in verification.findings if finding.check == name}
         count = verification.num_checked.get(name)
         if bad:
@@ -26,7 +26,7 @@ def show(verification: Verification, console: Console) -> None:
             result = "[dim]not checked[/dim]"
         else:
             result = "[green]ok[/green]"
-        table.add_row(name, meaning, "-" if count is None else f"{count:,}", result)
+        table.add_row(name, meaning, "-" if count is None else f"{count:,} {unit}", result)
     console.print(table)
     found = {finding.check for finding in verification.findings}
     for name in CHECKS:
@@ -47,12 +47,14 @@ def show(verification: Verification, console: Console) -> None:
     for note in verification.notes:
         console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
     bad_shards = verification.bad_shards
-    if not verification.num_shards:
+    if not verification.num_shards and not verification.num_texts:
         console.print("nothing is committed yet: there was nothing to read", highlight=False)
         return
+    if not verification.num_shards:
+        console.print("no pair is committed yet: there are texts alone", highlight=False)
     console.print(
-        f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, "
-        f"{human_bytes(verification.bytes_read)} read: "
+        f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, {verification.num_texts:,} text "
+        f"shards, {human_bytes(verification.bytes_read)} read: "
         + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
         markup=False,
         highlight=False,

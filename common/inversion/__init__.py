@@ -1,8 +1,8 @@
 """The inversion: from clean latents to records, exact to the equation, by any inverter."""
 
-from inpo.common.inversion.invert import Group, Inverted, build_path, invert
+from inpo.common.inversion.invert import Group, Inverted, build_path, invert, together
 from inpo.common.inversion.inverters import INVERTERS
 from inpo.common.inversion.path import check_settings
 from inpo.common.inversion.released import ReleasedLoop
 
-__all__ = ["INVERTERS", "Group", "Inverted", "ReleasedLoop", "build_path", "check_settings", "invert"]
+__all__ = ["INVERTERS", "Group", "Inverted", "ReleasedLoop", "build_path", "check_settings", "invert", "together"]

@@ -147,6 +147,12 @@ def invert(
     )
 
 
+def together(image: int, num_images: int) -> range:
+    """The images that walk as one with `image` of a group of `num_images`: who inverts it again needs them all."""
+    start = image - image % _IMAGES_TOGETHER
+    return range(start, min(start + _IMAGES_TOGETHER, num_images))
+
+
 def _parts(groups: Sequence[Group]) -> tuple[list[range], list[Group]]:
     """Rows of the images that walk together, and the group of each such part."""
     parts: list[range] = []

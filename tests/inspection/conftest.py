@@ -12,17 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData
 from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
-from inpo.common.inversion import invert
+from inpo.common.inversion import Group, invert
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.inspection.cli import app
 
-STATES = ("healthy", "empty", "taken back", "writing", "corrupt", "lean", "sdxl")
+STATES = ("healthy", "empty", "texts", "taken back", "writing", "corrupt", "lean", "sdxl", "grouped")
 PROMPTS = ("", "a red cat", "a blue house on the sky", 'the dog & <b>a</b> "cat"')
 STEPS, KEPT = 4, 2
 
@@ -76,7 +76,8 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
 def write_cache(tiny) -> Callable[..., Path]:
     """write_cache(folder, kind=..., pairs=(3, 2), **manifest changes): invert random latents and commit them.
 
-    `tamper` changes the last shard's arrays before they are written: whole bytes with wrong numbers.
+    `tamper` changes the last shard's arrays before they are written, `tamper_texts` those of text shard t0: whole bytes
+    with wrong numbers. With group="prompt" pairs are a chain: see `_sides`. pairs=None: not even texts.
     """
 
     inverted: dict[tuple[str, str, int, int], ShardData] = {}
@@ -98,8 +99,9 @@ def write_cache(tiny) -> Callable[..., Path]:
         folder: Path,
         *,
         kind: str = "sd15",
-        pairs: tuple[int, ...] = (3, 2),
+        pairs: tuple[int, ...] | None = (3, 2),
         tamper: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+        tamper_texts: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
         **changes: Any,
     ) -> Path:
         model = open_model(str(tiny(kind)))
@@ -112,7 +114,9 @@ def write_cache(tiny) -> Callable[..., Path]:
             "profile": "full",
             "seed": 0,
             "timesteps_per_pair": KEPT,
-            "resolution": 32,
+            "group": "pair",
+            "max_tokens": model.family.max_tokens,
+            "resolution": (32, 32),
             "crop": "center",
             "flip": False,
             "vae_latent": "mean",
@@ -125,7 +129,13 @@ def write_cache(tiny) -> Callable[..., Path]:
         }
         manifest = Manifest(**values | changes)
         writer = CacheWriter.open(str(folder), manifest)
-        for index, num_pairs in enumerate(pairs):
+        if pairs is not None:
+            config = json.loads((tiny(kind) / "unet" / "config.json").read_text())
+            empty, others = _texts(manifest, config, slice(0, 1)), _texts(manifest, config, slice(1, None))
+            tamper_texts(others)
+            for name, arrays in (("empty", empty), ("t0", others)):
+                assert writer.write_texts(name, TextData(arrays=arrays, seconds={"encode": 0.5})) is not None
+        for index, num_pairs in enumerate(pairs or ()):
             data = data_of(kind, manifest, index, num_pairs)
             if index == len(pairs) - 1:
                 tamper(data.arrays)
@@ -135,6 +145,27 @@ def write_cache(tiny) -> Callable[..., Path]:
     return write
 
 
+def _texts(manifest: Manifest, config: dict[str, Any], rows: slice) -> dict[str, np.ndarray]:
+    """Some rows of PROMPTS with what the network is told of each; random, and the same in every cache."""
+    noise = torch.Generator().manual_seed(99)
+    told = {"embedding": torch.randn(len(PROMPTS), 5, config["cross_attention_dim"], generator=noise).half()}
+    if "pooled" in manifest.conditions:
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        told["pooled"] = torch.randn(len(PROMPTS), width, generator=noise).half()
+    text = np.array(PROMPTS[rows], dtype=object)
+    return {"text": text} | {name: tensor[rows].numpy().copy() for name, tensor in told.items()}
+
+
+def _sides(manifest: Manifest, num_pairs: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """(images of each group, (win, lose) of each pair). By prompt: 3 pairs are a chain of two over three images and a
+    pair of its own, 2 pairs a chain."""
+    if manifest.group == "pair":
+        return [2] * num_pairs, [(2 * row, 2 * row + 1) for row in range(num_pairs)]
+    chain = num_pairs - (num_pairs > 2)
+    rest = [(chain + 1, chain + 2)] if num_pairs > 2 else []
+    return [chain + 1, *(2 for _ in rest)], [*((row, row + 1) for row in range(chain)), *rest]
+
+
 def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -> ShardData:
     source = ShardSource(location="/pairs", input_shard=f"{index}.tar", rows=(0, num_pairs + 1), fingerprint="f" * 32)
     skipped = [{"pair_id": f"tie-{index}", "reason": "tie", "detail": "label 0.5", "row": num_pairs}]
@@ -142,50 +173,60 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
         return ShardData(arrays={}, source=source, skipped=skipped)
     noise = torch.Generator().manual_seed(index)
     ids = [f"pair-{index}-{row}" for row in range(num_pairs)]
+    sizes, sides = _sides(manifest, num_pairs)
+    group_ids = ids if manifest.group == "pair" else [f"{index}{number}" * 16 for number in range(len(sizes))]
+    group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     # Smooth latents, so that the pictures have something to show.
-    x0 = (
-        torch.nn.functional.interpolate(
-            torch.randn(2 * num_pairs, 4, 3, 3, generator=noise), size=8, mode="bilinear", align_corners=True
-        )
-        .unflatten(0, (num_pairs, 2))
-        .half()
-    )
+    x0 = torch.nn.functional.interpolate(
+        torch.randn(len(group), 4, 3, 3, generator=noise), size=8, mode="bilinear", align_corners=True
+    ).half()
     config = denoiser.network.config
-    embedding = torch.randn(len(PROMPTS), 5, config.cross_attention_dim, generator=noise).half()
-    prompt_index = np.arange(num_pairs, dtype=np.int32) % (len(PROMPTS) - 1) + 1
-    dropped = np.arange(num_pairs) == 1
-    rows = torch.from_numpy(np.where(dropped, 0, prompt_index).astype(np.int64)).repeat_interleave(2)
-    extra: dict[str, Any] = {}
-    arrays: dict[str, np.ndarray] = {}
-    if "pooled" in manifest.conditions:
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        pooled = torch.randn(len(PROMPTS), width, generator=noise).half()
-        time_ids = torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0]).expand(num_pairs, 2, 6).contiguous()
-        extra = {"pooled": pooled[rows].float(), "time_ids": time_ids.reshape(-1, 6)}
-        arrays = {"prompt/pooled": pooled.numpy(), "time_ids": time_ids.numpy()}
+    told = {
+        name: torch.from_numpy(each) for name, each in _texts(manifest, config, slice(None)).items() if each.ndim > 1
+    }
+    prompt = np.arange(len(sizes)) % (len(PROMPTS) - 1)
+    dropped = np.arange(len(sizes)) == 1
+    rows = torch.from_numpy(np.where(dropped, 0, prompt + 1))[torch.from_numpy(group).long()]
+    images: dict[str, torch.Tensor] = {}
+    if "time_ids" in manifest.conditions:
+        images = {"time_ids": torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0]).expand(len(group), 6).contiguous()}
     inverted = invert(
         denoiser,
         x0,
-        ids,
+        [Group(id=name, num_images=size) for name, size in zip(group_ids, sizes, strict=True)],
         identity=manifest.inverter,
         seed=manifest.seed,
         timesteps_per_pair=manifest.timesteps_per_pair,
-        caption=Condition(embedding=embedding[rows].float(), **extra),
-        empty=Condition(embedding=embedding[torch.zeros_like(rows)].float(), **extra),
+        caption=Condition.build(told, rows, images),
+        empty=Condition.build(told, torch.zeros_like(rows), images),
         measure_inversion=manifest.measure_inversion,
     )
-    for name in ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error"):
-        arrays[name] = getattr(inverted, name).numpy()
+    names = ("timestep", "x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
+    arrays = {name: getattr(inverted, name).numpy() for name in names}
+    if inverted.residual is not None:
+        arrays["residual"] = inverted.residual.numpy()
+    arrays |= {f"image/{name}": tensor.numpy() for name, tensor in images.items()}
     arrays |= {
         "x0": x0.numpy(),
-        "pair_id": np.array(ids, dtype=object),
-        "prompt_index": prompt_index,
-        "caption_dropped": dropped,
-        "label": np.where(np.arange(num_pairs) == 2, 0.75, 1.0).astype(np.float32),
-        "prompt/text": np.array(PROMPTS, dtype=object),
-        "prompt/embedding": embedding.numpy(),
+        "image/id": np.array([f"{index:02x}{row:030x}" for row in range(len(group))], dtype=object),
+        "image/group": group,
+        "image/score": np.full(len(group), np.nan, np.float32),
+        "group/id": np.array(group_ids, dtype=object),
+        "group/prompt": np.stack([np.ones_like(prompt), prompt], axis=1).astype(np.int32),
+        "group/caption_dropped": dropped,
+        "pair/id": np.array(ids, dtype=object),
+        "pair/win": np.array([win for win, _ in sides], dtype=np.int32),
+        "pair/lose": np.array([lose for _, lose in sides], dtype=np.int32),
+        "pair/label": np.where(np.arange(num_pairs) == 2, 0.75, 1.0).astype(np.float32),
     }
-    return ShardData(arrays=arrays, source=source, skipped=skipped, counts={"cut_prompt": 1}, seconds={"invert": 1.5})
+    return ShardData(
+        arrays=arrays,
+        source=source,
+        texts=("empty", "t0"),
+        skipped=skipped,
+        counts={"cut_prompt": 1},
+        seconds={"invert": 1.5},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +238,11 @@ def states(write_cache, tmp_path_factory) -> Callable[[str], Path]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name) / "cache"
             if name == "empty":
-                write_cache(folder, pairs=())
+                write_cache(folder, pairs=None)
+            elif name == "texts":
+                write_cache(folder, pairs=())  # as between precompute's two phases
+            elif name == "grouped":
+                write_cache(folder, group="prompt")
             elif name == "taken back":
                 write_cache(folder, pairs=(0,))
                 (folder / "commits" / "s0.json").unlink()  # as precompute does for a source without pairs
