@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from inpo.common.cache import Shard, TextShard
+from inpo.common.cache import Manifest, Shard, TextShard
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import EMPTY_PROMPT
@@ -120,8 +120,8 @@ def check_shard(shard: Shard) -> ShardResult:
     return result
 
 
-def check_texts(shard: TextShard) -> ShardResult:
-    """The same of a committed shard of texts."""
+def check_texts(shard: TextShard, manifest: Manifest) -> ShardResult:
+    """The same of a committed shard of texts of a cache of this manifest."""
     result = ShardResult(shard=f"texts/{shard.name}", bytes_read=sum(shard.commit.files.values()))
     small: dict[str, np.ndarray] = {}
     for path, spec in shard.specs.items():
@@ -138,13 +138,14 @@ def check_texts(shard: TextShard) -> ShardResult:
                 wrong = ~np.isfinite(values).reshape(len(values), -1).all(1)
                 if wrong.any():
                     result.bad("texts", f"{path}: prompt {start + int(wrong.argmax())} holds NaN or infinity")
-    _check_prompts(shard, small, result)
+    _check_prompts(shard, manifest.max_tokens, small, result)
     if result.is_whole:
         result.held("texts", shard.num_prompts)
     return result
 
 
-def _check_prompts(shard: TextShard, small: Mapping[str, np.ndarray], result: ShardResult) -> None:
+def _check_prompts(shard: TextShard, most: int | None, small: Mapping[str, np.ndarray], result: ShardResult) -> None:
+    """`most`: the manifest's max_tokens."""
     text, length = small.get(TEXT.path), small.get("length")
     prompts = [] if text is None else [str(each) for each in text]
     if len(set(prompts)) != len(prompts):
@@ -156,7 +157,6 @@ def _check_prompts(shard: TextShard, small: Mapping[str, np.ndarray], result: Sh
         for path, shape in result.row_shapes.items()
         if "token" in shard.specs[path].axes
     }
-    most = shard.manifest.max_tokens
     if len(tokens) > 1:
         result.bad("texts", f"arrays of {' and '.join(map(str, sorted(tokens)))} tokens")
     if most is not None and max(tokens, default=0) > most:

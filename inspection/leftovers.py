@@ -121,7 +121,7 @@ def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
     store.remove(leftover.folder)
     beside = [
         f"{top}/{leftover.shard}/{name}"
-        for top in ("skipped", leftover.kind.arrays)
+        for top in (leftover.kind.arrays, *(["skipped"] if leftover.kind is Commit else []))
         for name in store.listing(f"{top}/{leftover.shard}")
         if name.partition(".")[0] == leftover.attempt
     ]

@@ -316,7 +316,8 @@ def _ranks(items: list[tuple[str, int]]) -> str:
 
 def _sampling(num_readable: int, summary: Summary, sampled: list[SampledPair]) -> str:
     if not summary.num_pairs:
-        return "Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else "")
+        what = "No pair" if summary.num_texts else "Nothing"
+        return f"{what} is committed yet." + (" A writer seems to be at work." if summary.num_pending else "")
     counts = Counter(group for pair in sampled for group in pair.groups)
     parts = ", ".join(f"{counts[group]} {words}" for group, words in GROUPS.items() if counts[group])
     shown = f"all {len(sampled):,}" if len(sampled) == summary.num_pairs else f"{len(sampled):,} of {num_readable:,}"

@@ -175,7 +175,8 @@ def _statistics(summary: Summary) -> Table:
 
 def _advice(summary: Summary, console: Console) -> None:
     if not summary.num_shards and not summary.damaged:
-        console.print("Nothing is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
+        what = "No pair" if summary.num_texts else "Nothing"
+        console.print(f"{what} is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
         console.print(
             f"[dim]`{escape(command('inspect', 'clean', summary.location))}` removes the orphaned attempts.[/dim]",

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -81,7 +82,9 @@ def verify(
             on_shard()
             return result
 
-        text_results = [checked(result) for result in pool.map(check_texts, list(cache.texts))]
+        text_results = [
+            checked(result) for result in pool.map(partial(check_texts, manifest=cache.manifest), list(cache.texts))
+        ]
         results = [checked(result) for result in pool.map(check_shard, list(cache))]
     num_checked = {"commit": len(cache.commits) + len(text_results)}
     for result in [*text_results, *results]:

@@ -272,9 +272,9 @@ def fresh(states, tmp_path) -> Callable[[str], Path]:
     return copy
 
 
-def flip_byte(folder: Path, shard: str, array: str) -> None:
+def flip_byte(folder: Path, shard: str, array: str, *, of: str = "shards") -> None:
     """One bit of the middle of an array's only chunk file."""
-    (attempt,) = (folder / "shards" / shard).iterdir()
+    (attempt,) = (folder / of / shard).iterdir()
     (chunk,) = [file for file in (attempt / array / "c").rglob("*") if file.is_file()]
     data = bytearray(chunk.read_bytes())
     data[len(data) // 3] ^= 1

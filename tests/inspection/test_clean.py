@@ -5,6 +5,8 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
+
 from inpo.common.cache.store import CacheStore
 from inpo.inspection.leftovers import find_leftovers, remove_leftover
 
@@ -19,26 +21,27 @@ def grow_old(folder: Path) -> None:
         os.utime(file, (old, old))
 
 
-def with_orphan(folder: Path, *, old: bool) -> dict[Path, bytes]:
-    """A second attempt beside the committed one of s0. Returns the files that must survive."""
+def with_orphan(folder: Path, *, old: bool, of: str = "shards/s0") -> dict[Path, bytes]:
+    """A second attempt beside the committed one of a shard. Returns the files that must survive."""
     survivors = files(folder)
-    (committed,) = (folder / "shards" / "s0").iterdir()
+    (committed,) = (folder / of).iterdir()
     orphan = Path(shutil.copytree(committed, committed.with_name("feedfeedfeedfeed")))
     if old:
         grow_old(orphan)
     return survivors
 
 
-def test_an_orphan_goes_after_yes_and_nothing_else_does(fresh, inspect):
+@pytest.mark.parametrize("of", ["shards/s0", "texts/t0", "texts/empty"])
+def test_an_orphan_goes_after_yes_and_nothing_else_does(fresh, inspect, of):
     folder = fresh("healthy")
-    survivors = with_orphan(folder, old=True)
+    survivors = with_orphan(folder, old=True, of=of)
     refused = inspect("clean", folder, answer="n\n")
     assert refused.code == 1
     assert "nothing was removed" in refused.out
     assert len(files(folder)) > len(survivors)
     done = inspect("clean", folder, answer="y\n")
     assert done.code == 0
-    assert "shards/s0/feedfeedfeedfeed" in done.out
+    assert f"{of}/feedfeedfeedfeed" in done.out
     assert files(folder) == survivors
     assert inspect("verify", folder).code == 0
 
@@ -53,9 +56,10 @@ def test_committed_attempts_stay_however_old(fresh, inspect):
     assert files(folder) == before
 
 
-def test_a_young_attempt_is_left_to_its_writer_unless_all_is_said(fresh, inspect):
+@pytest.mark.parametrize("of", ["shards/s0", "texts/t0"])
+def test_a_young_attempt_is_left_to_its_writer_unless_all_is_said(fresh, inspect, of):
     folder = fresh("healthy")
-    survivors = with_orphan(folder, old=False)
+    survivors = with_orphan(folder, old=False, of=of)
     done = inspect("clean", folder, "--yes")
     assert done.code == 0
     assert "1 younger than an hour" in done.out
@@ -82,11 +86,36 @@ def test_an_attempt_committed_in_the_meantime_stays(fresh):
     assert files(folder) == before
 
 
-def test_attempts_of_a_shard_whose_commit_cannot_be_read_stay(fresh, inspect):
+def test_an_attempt_at_texts_committed_in_the_meantime_stays(fresh):
     folder = fresh("healthy")
-    with_orphan(folder, old=True)
+    store = CacheStore(str(folder))
+    commit = (folder / "text-commits" / "t0.json").read_bytes()
+    (folder / "text-commits" / "t0.json").unlink()
+    (leftover,) = find_leftovers(store)
+    assert leftover.folder.startswith("texts/t0/")
+    (folder / "text-commits" / "t0.json").write_bytes(commit)
+    before = files(folder)
+    assert remove_leftover(store, leftover) is False
+    assert files(folder) == before
+
+
+def test_texts_and_images_of_one_name_are_told_apart(fresh, inspect):
+    """A text shard may have the name of a shard of images: what one has committed says nothing of the other."""
+    folder = fresh("healthy")
+    survivors = files(folder)
+    (committed,) = (folder / "shards" / "s0").iterdir()
+    shutil.copytree(committed, folder / "texts" / "s0" / committed.name)
     grow_old(folder)
-    (folder / "commits" / "s0.json").write_text("{")
+    assert "removed 1 attempts" in inspect("clean", folder, "--yes").out
+    assert files(folder) == survivors
+
+
+@pytest.mark.parametrize(("of", "commit"), [("shards/s0", "commits/s0"), ("texts/t0", "text-commits/t0")])
+def test_attempts_of_a_shard_whose_commit_cannot_be_read_stay(fresh, inspect, of, commit):
+    folder = fresh("healthy")
+    with_orphan(folder, old=True, of=of)
+    grow_old(folder)
+    (folder / f"{commit}.json").write_text("{")
     before = files(folder)
     inspect("clean", folder, "--yes", "--all")
     assert files(folder) == before
@@ -96,14 +125,19 @@ def test_a_list_that_was_on_its_way_belongs_to_its_attempt(fresh, inspect):
     """A writer that dies while it writes a list, or a mark, leaves a .staged file."""
     folder = fresh("healthy")
     survivors = with_orphan(folder, old=True)
-    for name in ("skipped/s0/feedfeedfeedfeed.jsonl.0f.staged", "shards/s0/deaddeaddeaddead.removing.0f.staged"):
+    for name in (
+        "skipped/s0/feedfeedfeedfeed.jsonl.0f.staged",
+        "shards/s0/deaddeaddeaddead.removing.0f.staged",
+        "texts/t0/cafecafecafecafe.removing",
+    ):
         (folder / name).write_text("{")
     grow_old(folder)
     assert {each.attempt for each in find_leftovers(CacheStore(str(folder)))} == {
         "feedfeedfeedfeed",
         "deaddeaddeaddead",
+        "cafecafecafecafe",
     }
-    assert "removed 2 attempts" in inspect("clean", folder, "--yes").out
+    assert "removed 3 attempts" in inspect("clean", folder, "--yes").out
     assert files(folder) == survivors
     assert "nothing to remove" in inspect("clean", folder, "--yes").out
 

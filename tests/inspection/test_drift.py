@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
 from inpo.common.errors import CacheCorrupt
-from inpo.common.inversion import invert
+from inpo.common.inversion import Group, invert
 from inpo.common.models import open_model
 from inpo.inspection.drift import refresh_command
+from inpo.inspection.pair_table import read_pair_table
+from inpo.inspection.reinvert import load_denoiser, reinvert
 from tests.rounding import record_bounds
 
 
@@ -24,19 +26,22 @@ def rounding_of(location: object) -> dict[str, float]:
     cache = open_cache(str(location))
     bounds = []
     for shard in cache:
-        if "delta" not in shard.stored:  # a lean cache: those of a prediction as large as the target, and x0(t) as x0
-            arrays = {name: shard.read(name) for name in ("x_t", "target", "reference_error", "timestep")}
+        arrays = {name: shard.read(name) for name in ("x_t", "target", "reference_error")}
+        if "delta" in shard.stored:
+            arrays |= {name: shard.read(name) for name in ("delta", "x0_t")}
+        else:  # a lean cache: those of a prediction as large as the target, and x0(t) as x0
             arrays |= {"delta": arrays["target"], "x0_t": np.repeat(shard.read("x0")[:, None], 2, axis=1)}
-        else:
-            names = ("x_t", "delta", "x0_t", "target", "reference_error", "timestep")
-            arrays = {name: shard.read(name) for name in names}
-        for (pair, step), t in np.ndenumerate(arrays["timestep"]):
-            record = {name: values[pair, step] for name, values in arrays.items()}
-            bounds.append(record_bounds(record, cache.manifest.levels.signal[t], cache.manifest.levels.noise[t]))
+        timestep = shard.read("timestep")
+        for sides, group in zip(shard.sides(), shard.groups(), strict=True):
+            for place, t in enumerate(timestep[group]):
+                record = {name: values[sides, place] for name, values in arrays.items()}
+                bounds.append(record_bounds(record, cache.manifest.levels.signal[t], cache.manifest.levels.noise[t]))
     return {name: max(each[name] for each in bounds) for name in ("x_t", "target")}
 
 
-@pytest.mark.parametrize(("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl")])
+@pytest.mark.parametrize(
+    ("state", "kind"), [("healthy", "sd15"), ("lean", "sd15"), ("sdxl", "sdxl"), ("grouped", "sd15")]
+)
 def test_the_model_that_made_the_cache_has_not_drifted(states, inspect, tiny, state, kind):
     done = inspect("drift", states(state), "--model", tiny(kind), "--json")
     assert done.code == 0, done.out
@@ -54,15 +59,15 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     unet = UNet2DConditionModel.from_pretrained(tiny("sd15", seed=1) / "unet")
     squares = []
     for shard in cache:
-        rows = np.arange(shard.num_pairs)
+        images = np.arange(shard.num_images)
         again = invert(
             open_model(str(tiny())).denoiser(unet),
             torch.from_numpy(shard.read("x0")),
-            [str(name) for name in shard.read("pair_id")],
+            [Group(id=str(name), num_images=2) for name in shard.read("pair/id")],
             identity=cache.manifest.inverter,
             seed=0,
             timesteps_per_pair=2,
-            caption=Condition.of(shard, rows),
+            caption=Condition.of(shard, images),
         )
         old, new = shard.read("target").astype(np.float64), again.target.double().numpy()
         squares.append(((new - old) ** 2).mean((-3, -2, -1)) / (old**2).mean((-3, -2, -1)))
@@ -74,6 +79,53 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     assert "inpo precompute --pairs /pairs" in found["advice"]
     assert sum(each["num_records"] for each in found["bins"]) == 10
     assert "Refresh" in inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1)).out
+
+
+@pytest.mark.parametrize(
+    ("pair", "walked"), [("pair-0-0", [0, 1]), ("pair-0-1", [0, 1, 2, 3]), ("pair-0-3", [2, 3, 4])]
+)
+def test_a_pair_of_a_large_group_is_inverted_with_those_that_walked_with_it(
+    write_cache, tiny, tmp_path, monkeypatch, pair, walked
+):
+    """fixed_point stops when all images that walk as one have come to rest: two of a group, from its first on. Here a
+    chain of five images and a pair of its own. Alone, or with others, an image would stop elsewhere."""
+    settings = {"name": "fixed_point", "iterations": 50, "tolerance": 0.05}
+    folder = write_cache(tmp_path / "cache", pairs=(5,), group="prompt", inverter=settings)
+    cache = open_cache(str(folder))
+    shard = cache.shards["s0"]
+    inverted = []
+
+    def watched(denoiser, x0, groups, **options):
+        inverted.append((x0.numpy(), [(group.id, group.num_images) for group in groups]))
+        return invert(denoiser, x0, groups, **options)
+
+    monkeypatch.setattr("inpo.inspection.reinvert.invert", watched)
+    table = read_pair_table(cache)
+    denoiser = load_denoiser(cache, open_model(str(tiny())))
+    (again,) = reinvert(cache, table, np.flatnonzero(table.pair_id == pair), denoiser)
+    ((x0, groups),) = inverted
+    assert np.array_equal(x0, shard.read("x0")[walked])
+    assert groups == [(str(shard.read("group/id")[0]), len(walked))]
+    for name, bound in rounding_of(folder).items():
+        assert again.change(name).max() < bound
+
+
+def test_every_pair_of_groups_is_compared_with_its_own_images(states, tiny):
+    cache = open_cache(str(states("grouped")))
+    table = read_pair_table(cache)
+    denoiser = load_denoiser(cache, open_model(str(tiny())))
+    found = list(reinvert(cache, table, np.arange(len(table)), denoiser))
+    assert [again.pair_ids for again in found] == [["pair-0-0", "pair-0-1", "pair-0-2"], ["pair-1-0", "pair-1-1"]]
+    for again in found:
+        shard = cache.shards[again.shard]
+        for row, sides in enumerate(zip(shard.read("pair/win"), shard.read("pair/lose"), strict=True)):
+            for side, image in enumerate(sides):
+                assert np.array_equal(again.cached_target[row, side], shard.read("target")[image].astype(np.float32))
+                assert np.array_equal(again.cached_error[row, side], shard.read("reference_error")[image])
+        for name, bound in rounding_of(states("grouped")).items():
+            assert again.change(name).max() < bound
+        assert (again.error_change < again.error_change_limit(1e-3)).all()
+        assert np.array_equal(again.timestep, again.timestep_again)
 
 
 def test_what_cannot_be_compared_is_told(states, inspect, tiny, tmp_path):

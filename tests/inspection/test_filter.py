@@ -7,11 +7,14 @@ from inpo.common.cache import open_cache
 
 
 def arrays(folder):
-    shards = list(open_cache(str(folder)))
-    return {
-        name: np.concatenate([shard.read(name) for shard in shards])
-        for name in ("pair_id", "reference_error", "inversion_error", "label")
-    }
+    """{column: [pair, ...]}, sides before records."""
+    columns = {"pair_id": [], "reference_error": [], "inversion_error": []}
+    for shard in open_cache(str(folder)):
+        sides = np.stack([shard.read("pair/win"), shard.read("pair/lose")], axis=1)
+        columns["pair_id"].append(shard.read("pair/id"))
+        for name in ("reference_error", "inversion_error"):
+            columns[name].append(shard.read(name)[sides])
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 def test_conditions_give_what_numpy_gives_and_missing_values_are_counted(states, inspect, tmp_path):
@@ -51,6 +54,17 @@ def test_text_and_flags(states, inspect, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("state", "expected"), [("healthy", []), ("grouped", ["pair-0-0", "pair-0-1", "pair-1-0", "pair-1-1"])]
+)
+def test_pairs_of_larger_groups_are_told_from_plain_ones(states, inspect, tmp_path, state, expected):
+    out = tmp_path / "list.txt"
+    inspect("filter", states(state), "--where", "num_images == 3", "--out", out)
+    assert out.read_text().split() == expected
+    inspect("filter", states(state), "--where", "num_images == 2", "--out", out)
+    assert len(out.read_text().split()) == 5 - len(expected)
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         "__import__('os').system('touch owned')",
@@ -78,7 +92,9 @@ def test_anything_but_a_condition_is_refused(states, inspect, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("state", "code", "count"), [("writing", 0, 3), ("lean", 0, 5), ("sdxl", 0, 5)])
+@pytest.mark.parametrize(
+    ("state", "code", "count"), [("writing", 0, 3), ("lean", 0, 5), ("sdxl", 0, 5), ("grouped", 0, 5)]
+)
 def test_other_states(states, inspect, tmp_path, state, code, count):
     out = tmp_path / "list.txt"
     assert inspect("filter", states(state), "--where", "label > 0", "--out", out).code == code
@@ -101,7 +117,7 @@ def test_ids_that_no_list_can_hold_are_counted_and_not_listed(write_cache, inspe
     """Of a cache that other code wrote; precompute lets none in."""
 
     def tamper(arrays):
-        arrays["pair_id"] = np.array(["a\nb", "c\x1b[2J", "[/bold]"], dtype=object)
+        arrays["pair/id"] = np.array(["a\nb", "c\x1b[2J", "[/bold]"], dtype=object)
 
     cache = write_cache(tmp_path / "cache", pairs=(2, 3), tamper=tamper)
     out = tmp_path / "list.txt"

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from inpo.common.cache import open_cache
+from inpo.inspection.pair_view import find_pair
 
 
 def pixels(path):
@@ -36,7 +37,7 @@ def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(states, inspect, tiny,
     shard = open_cache(str(cache)).shards["s1"]
     found = []
     for side in (0, 1):
-        latent = torch.from_numpy(shard.read("x0")[1, side]).float()
+        latent = torch.from_numpy(shard.read("x0")[2 + side]).float()
         with torch.no_grad():
             image = vae.decode(latent[None] / 0.18215).sample[0].clamp(-1, 1)
         levels = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
@@ -46,7 +47,7 @@ def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(states, inspect, tiny,
     assert lose[0] > win[0] + 160
 
 
-@pytest.mark.parametrize("state", ["healthy", "writing", "lean", "sdxl", "corrupt"])
+@pytest.mark.parametrize("state", ["healthy", "writing", "lean", "sdxl", "corrupt", "grouped"])
 def test_the_first_pair_of_every_kind_of_cache_makes_a_sheet(states, inspect, tmp_path, state):
     out = tmp_path / "folder" / "p.png"
     done = inspect("pair", states(state), "--first", "--out", out)
@@ -57,9 +58,22 @@ def test_the_first_pair_of_every_kind_of_cache_makes_a_sheet(states, inspect, tm
     assert 0.3 < (page == 255).all(-1).mean() < 0.95
 
 
+def test_a_pair_of_a_chain_shows_its_own_images(states, inspect, tmp_path):
+    """pair-0-1 of `grouped` is images 1 and 2 of a group of three."""
+    view = find_pair(open_cache(str(states("grouped"))), "pair-0-1", {})
+    shard = open_cache(str(states("grouped"))).shards["s0"]
+    for name in ("x0", "x_t", "target", "delta", "x0_t", "reference_error"):
+        assert np.array_equal(getattr(view, name), shard.read(name)[1:3].astype(np.float32))
+    assert view.timestep.tolist() == shard.read("timestep")[0].tolist()
+    assert (view.prompt, view.caption_dropped) == ("a red cat", False)
+    own = find_pair(open_cache(str(states("grouped"))), "pair-0-2", {})
+    assert (own.prompt, own.caption_dropped, own.label) == ("a blue house on the sky", True, 0.75)
+    assert inspect("pair", states("grouped"), "pair-0-1", "--out", tmp_path / "p.png").code == 0
+
+
 def test_damage_elsewhere_hides_no_pair(fresh, inspect, tmp_path):
     """s0's ids are damaged, or its latents, or its commit: s1's pairs are found and shown, and s0 is named."""
-    for number, spoil in enumerate(("shards/s0/*/pair_id/c/*", "shards/s0/*/x0/c/**/*", "commits/s0.json")):
+    for number, spoil in enumerate(("shards/s0/*/pair/id/c/*", "shards/s0/*/x0/c/**/*", "commits/s0.json")):
         folder = fresh("healthy").rename(tmp_path / f"cache-{number}")
         file = next(path for path in folder.glob(spoil) if path.is_file())
         file.write_bytes(b"{" if file.suffix else b"")

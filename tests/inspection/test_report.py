@@ -71,7 +71,7 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     first = page.data["pairs"][0]
     shard = cache.shards["s0"]
     assert first["timesteps"] == shard.read("timestep")[0].tolist()
-    assert np.allclose(first["errors"], shard.read("reference_error")[0], atol=1e-6)
+    assert np.allclose(first["errors"], shard.read("reference_error")[:2].T, atol=1e-6)
     assert first["columns"] == ["x0(t)", "x_t", "|delta|", "target - delta"]
     image = Image.open(io.BytesIO(base64.b64decode(first["sprite"].removeprefix("data:image/webp;base64,"))))
     assert image.size == ((1 + 2 * 4) * 8, 2 * 8)
@@ -97,6 +97,8 @@ def test_prompts_cannot_break_out_of_the_page(states, inspect, tmp_path):
         ("corrupt", 1, 3, "array target of shard s1"),
         ("lean", 0, 5, "stores neither delta nor x0(t)"),
         ("sdxl", 0, 5, "text_encoder_2"),
+        ("texts", 0, 0, "No pair is committed yet."),
+        ("grouped", 0, 5, "3 groups"),
     ],
 )
 def test_every_state_gives_a_page(states, inspect, tmp_path, state, code, num_pairs, words):
@@ -109,7 +111,7 @@ def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, ins
     folder = fresh("healthy")
     cache = open_cache(str(folder))
     for shard in cache:
-        ids = shard.read("pair_id")
+        ids = shard.read("pair/id")
         labels = {str(name): PairLabel(scores=(2.0, 1.0 + row), label=0.7) for row, name in enumerate(ids)}
         labels = LabelSet(attempt=shard.commit.attempt, scorer="x", temperature=1.0, source="/pairs", pairs=labels)
         assert write_labels(cache.store, "better", shard.name, labels)
@@ -139,6 +141,8 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
         shard_names=("s0",),
         shard=np.zeros(count, int),
         row=np.arange(count),
+        image=np.arange(2 * count).reshape(count, 2),
+        num_images=np.full(count, 2),
         pair_id=np.array([f"p{row}" for row in range(count)], object),
         prompt=np.full(count, "p", object),
         caption_dropped=np.zeros(count, bool),

@@ -27,6 +27,16 @@ CASES = {
         "filter": (1, "no committed pair yet"),
         "drift": (1, "no committed pair yet"),
     },
+    # Between precompute's two phases: texts are committed, and no pair.
+    "texts": {
+        "summary": (0, "2 text shards"),
+        "report": (0, "0 of 0 pairs"),
+        "verify": (1, "no pair is committed yet"),
+        "clean": (0, "nothing to remove"),
+        "pair": (1, "no committed pair yet"),
+        "filter": (1, "no committed pair yet"),
+        "drift": (1, "no committed pair yet"),
+    },
     "writing": {
         "summary": (0, "being written"),
         "pair": (0, "pair-0-0"),
@@ -37,7 +47,7 @@ CASES = {
     },
     # No writer is waited for: what is left is a list of skipped rows.
     "taken back": {
-        "summary": (0, "Nothing is committed yet.\n"),
+        "summary": (0, "No pair is committed yet.\n"),
         "verify": (1, "1 shards have nothing but a list of skipped rows (s0): no pair was kept"),
         "clean": (0, "removed 1 attempts"),
         "pair": (1, "no committed pair yet"),
@@ -55,6 +65,13 @@ CASES = {
     },
     "lean": {"summary": (0, "lean"), "verify": (0, "not stored (lean)"), "drift": (0, "5 of 5 pairs")},
     "sdxl": {"summary": (0, "text_encoder_2"), "drift": (0, "5 of 5 pairs"), "report": (0, "5 of 5 pairs")},
+    "grouped": {
+        "summary": (0, "8 in 3 groups"),
+        "verify": (0, "all sound"),
+        "filter": (0, "5 of 5 pairs"),
+        "drift": (0, "5 of 5 pairs"),
+        "report": (0, "5 of 5 pairs"),
+    },
     "nothing": {command: (1, "There is no cache here.") for command in COMMANDS},
 }
 

@@ -21,10 +21,14 @@ def attempt_of(folder, shard):
 
 
 def columns(folder, name):
-    """One small array of all shards, by plain zarr."""
-    return np.concatenate(
-        [zarr.open_array(folder / "shards" / s / attempt_of(folder, s) / name, mode="r")[...] for s in ("s0", "s1")]
-    )
+    """[pair, side, ...] of a small array of images, or [pair, record] of the timesteps, by plain zarr."""
+    parts = []
+    for shard in ("s0", "s1"):
+        group = zarr.open_group(folder / "shards" / shard / attempt_of(folder, shard), mode="r")
+        sides = np.stack([group["pair/win"][...], group["pair/lose"][...]], axis=1)
+        rows = group["image/group"][...][sides[:, 0]] if name == "timestep" else sides
+        parts.append(group[name][...][rows])
+    return np.concatenate(parts)
 
 
 def test_the_figures_equal_a_count_of_the_files_and_a_plain_reading_of_the_arrays(states, inspect):
@@ -38,16 +42,21 @@ def test_the_figures_equal_a_count_of_the_files_and_a_plain_reading_of_the_array
     assert found["num_soft_labels"] == 1
     assert found["num_captions_dropped"] == 2
     assert found["num_orphaned"] == found["num_pending"] == 0
-    sizes = Counter()
-    for file in (folder / "shards").rglob("*"):
-        if file.is_file():
-            parts = file.relative_to(folder / "shards").parts[2:]
-            sizes["prompt/embedding" if parts[:2] == ("prompt", "embedding") else parts[0]] += file.stat().st_size
-    assert found["total_bytes"] == sizes.total()
-    for name in ("x0", "x_t", "delta", "x0_t", "target", "prompt/embedding"):
-        assert found["array_bytes"][name] == sizes[name]
+    assert (found["num_images"], found["num_groups"]) == (10, 5)
+    assert (found["num_texts"], found["num_prompts"]) == (2, 3)
+    sizes = {"shards": Counter(), "texts": Counter()}
+    for top, counter in sizes.items():
+        for file in (folder / top).rglob("*"):
+            if file.is_file():
+                counter[file.relative_to(folder / top).parts[2]] += file.stat().st_size
+    assert found["total_bytes"] == sizes["shards"].total() + sizes["texts"].total()
+    assert found["text_bytes"] == sizes["texts"].total()
+    for name in ("x0", "x_t", "delta", "x0_t", "target"):
+        assert found["array_bytes"][name] == sizes["shards"][name]
+    for name in ("text", "embedding"):
+        assert found["array_bytes"][f"texts/{name}"] == sizes["texts"][name]
 
-    timestep, error = columns(folder, "timestep"), columns(folder, "reference_error")
+    timestep, error = columns(folder, "timestep"), np.moveaxis(columns(folder, "reference_error"), 1, 2)
     for each in found["timesteps"]:
         inside = error[(timestep >= each["low"]) & (timestep < each["high"])]
         assert each["num_records"] == len(inside)
@@ -63,15 +72,56 @@ def test_the_figures_equal_a_count_of_the_files_and_a_plain_reading_of_the_array
     assert found["inversion_error"]["median"] == pytest.approx(float(np.median(measured)), rel=1e-6)
 
 
+def test_an_image_of_several_pairs_is_one_image(states, inspect):
+    """The chains of `grouped`: 0-1, 1-2 in both shards, and a pair of its own in s0."""
+    found = json.loads(inspect("summary", states("grouped"), "--json").out)
+    assert (found["num_images"], found["num_groups"], found["num_pairs"], found["num_records"]) == (8, 3, 5, 10)
+    inversion = np.concatenate(
+        [
+            zarr.open_array(
+                states("grouped") / "shards" / shard / attempt_of(states("grouped"), shard) / "inversion_error",
+                mode="r",
+            )[...]
+            for shard in ("s0", "s1")
+        ]
+    )
+    measured = inversion[np.isfinite(inversion)]
+    assert 0 < len(measured) < 8
+    assert found["inversion_error"]["num_measured"] == len(measured)
+    assert found["inversion_error"]["median"] == pytest.approx(float(np.median(measured)), rel=1e-6)
+    shown = inspect("summary", states("grouped")).out
+    assert "8 in 3 groups" in shown
+    assert f"measured on {len(measured)} of 8 images" in " ".join(shown.split())
+
+
+def test_a_damaged_text_shard_is_named_with_the_shards_that_need_it(fresh, inspect):
+    folder = fresh("healthy")
+    file = folder / "text-commits" / "t0.json"
+    file.write_text(file.read_text().replace('"num_prompts": 3', '"num_prompts": 2'))
+    document = json.loads(inspect("summary", folder, "--json").out)
+    assert list(document["damaged"]) == ["s0", "s1", "texts/t0"]
+    assert "A commit is not the one that was written" in document["damaged"]["texts/t0"]
+    file.unlink()
+    document = json.loads(inspect("summary", folder, "--json").out)
+    assert list(document["damaged"]) == ["s0", "s1"]
+    assert "Text shard t0 is not there" in document["damaged"]["s0"]
+    assert "the same `inpo precompute` encodes missing texts again" in document["damaged"]["s0"]
+
+
 @pytest.mark.parametrize(
     ("state", "code", "words"),
     [
-        ("healthy", 0, ["2 shards", "5 (10 records", "tie", "E_ref win", "ddim"]),
+        (
+            "healthy",
+            0,
+            ["2 shards", "5 (10 records", "10 in 5 groups", "tie", "E_ref win", "ddim", "32 x 32", "[0, 1000)"],
+        ),
         ("empty", 0, ["0 shards", "Nothing is committed yet"]),
+        ("texts", 0, ["0 shards", "2 text shards", "No pair is committed yet"]),
         ("writing", 0, ["1 shards", "being written", "1 attempts"]),
         ("corrupt", 0, ["2 shards", "No latent was read here", "inpo inspect verify"]),
         ("lean", 0, ["lean", "target"]),
-        ("sdxl", 0, ["text_encoder_2", "prompt/pooled"]),
+        ("sdxl", 0, ["text_encoder_2", "texts/pooled"]),
     ],
 )
 def test_every_state_is_shown(states, inspect, state, code, words):
@@ -85,14 +135,14 @@ def test_a_damaged_shard_is_named_and_the_rest_is_shown(fresh, inspect):
     folder = fresh("healthy")
     chunk = next(
         file
-        for file in (folder / "shards" / "s1" / attempt_of(folder, "s1") / "label" / "c").rglob("*")
+        for file in (folder / "shards" / "s1" / attempt_of(folder, "s1") / "pair" / "label" / "c").rglob("*")
         if file.is_file()
     )
     chunk.write_bytes(chunk.read_bytes()[:-1])
     done = inspect("summary", folder)
     assert done.code == 1
     assert "1 damaged shard" in done.out
-    assert "array label of shard s1" in done.out
+    assert "array pair/label of shard s1" in done.out
     assert "E_ref win" in done.out
     document = json.loads(inspect("summary", folder, "--json").out)
     assert list(document["damaged"]) == ["s1"]
