@@ -12,11 +12,11 @@ import zarr
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
+from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, TextShard, open_cache
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.conditions import Condition
 from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError
-from inpo.inspection.verify import verify
+from inpo.inspection.checks import check_shard, check_texts
 
 PATHS = [
     *(spec.path for spec in ARRAYS),
@@ -144,7 +144,11 @@ def test_verify_finds_every_damage_and_names_shard_and_array(whole, tmp_path, pa
         if path in ALIKE and name.startswith("swapped"):
             continue
         DAMAGES[name](files[0], files[1])
-        found_bytes = [finding for finding in verify(str(folder)).findings if finding.check == "bytes"]
+        shard, _ = owner(folder, path)
+        result = (
+            check_texts(shard, open_cache(str(folder)).manifest) if isinstance(shard, TextShard) else check_shard(shard)
+        )
+        found_bytes = [finding for finding in result.findings if finding.check == "bytes"]
         assert any(name_of(path) in finding.detail for finding in found_bytes), name
         for file, data in zip(files, before, strict=True):
             file.write_bytes(data)
