@@ -9,7 +9,7 @@ import numpy as np
 
 from inpo.common.choices import Profile
 
-_CRC_BYTES, _INDEX_BYTES = 4, 16
+CRC_BYTES, INDEX_BYTES = 4, 16
 """CRC-32C of a chunk and of a chunk index; offset and length of a chunk in the index."""
 _MAX_ROW_BYTES = 1 << 28
 
@@ -57,9 +57,9 @@ class ArraySpec:
             return None
         numbers = math.prod(shape) * self.numpy_dtype.itemsize
         if self.chunking == "whole":
-            return numbers + _CRC_BYTES
+            return numbers + CRC_BYTES
         inner = math.prod(shape) // max(1, math.prod(self.inner_chunk(shape)))
-        return numbers + inner * (_CRC_BYTES + _INDEX_BYTES) + _CRC_BYTES
+        return numbers + inner * (CRC_BYTES + INDEX_BYTES) + CRC_BYTES
 
     def too_large(self, shape: Sequence[int]) -> str | None:
         """What is wrong with the size of a row of a compressed array, whose file does not tell it; or None."""
