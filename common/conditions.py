@@ -105,7 +105,7 @@ def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np
         shard = texts.need(text)
         rows = np.array([places[number][1] for number in numbers], dtype=np.int64)
         for name, spec in manifest.text_conditions.items():
-            values = shard.read_stored(name, rows)
+            values = shard.rows(name, rows)
             if "token" in spec.axes and manifest.max_tokens is not None:
                 axis = spec.axes.index("token") + 1
                 missing = manifest.max_tokens - values.shape[axis]

@@ -32,6 +32,11 @@ class IndexedShard:
     """P(win preferred); the objective swaps the sides where it is below 0.5."""
 
     @property
+    def num_images(self) -> int:
+        """Distinct images of the pairs."""
+        return len(np.unique(self.sides))
+
+    @property
     def num_records(self) -> int:
         return len(self.rows) * self.shard.cache.manifest.timesteps_per_pair
 

@@ -80,9 +80,9 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error, reference_error = record_errors(self.denoiser, batch), batch.reference_error
+        error, reference_error = record_errors(self.denoiser, batch), batch.by_side(batch.reference_error)
         if self.objective.target == "delta_prev":
-            weight = self._weights[batch.timestep, None]
+            weight = self._weights[batch.record_timestep, None]
             error, reference_error = error * weight, reference_error * weight
         if self.objective.needs_mean:
             mean = torch.mean if alone else self._mean_over_processes
@@ -98,7 +98,7 @@ class Trainer:
         sums = self._new_sums()
         batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
-            sums.add(self.losses(batch), batch.timestep)
+            sums.add(self.losses(batch), batch.record_timestep)
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
         return values
@@ -149,7 +149,7 @@ class Trainer:
                 result = self.losses(batch)
                 self.accelerator.backward(result.loss.mean())
                 loss = result.loss.detach()
-                self._sums.add(result._replace(loss=loss), batch.timestep)
+                self._sums.add(result._replace(loss=loss), batch.record_timestep)
                 self._bad = self._bad + (~loss.isfinite()).any()
                 if self.accelerator.sync_gradients:
                     self._clip()
@@ -233,7 +233,7 @@ class Trainer:
                 here = self.held_out[min(number, len(self.held_out) - 1)].to(self.accelerator.device)
                 result = self.losses(here, alone=True)
                 if number < len(self.held_out):
-                    sums.add(result, here.timestep)
+                    sums.add(result, here.record_timestep)
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _guard(self) -> None:

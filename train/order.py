@@ -1,9 +1,13 @@
 """The one global order of records, from (seed, epoch) alone.
 
-Shards are shuffled, cut into windows, and the records of a window are shuffled together. The epochs follow each other
-without a gap: micro-batch b holds records b * B .. (b + 1) * B - 1 of the endless sequence, and rank r of W takes
-micro-batches r, r + W, ...: so two ranks equal one rank with twice the accumulation, every record is used equally
-often, and no rank ever waits for one that has run out.
+An epoch is K slices. Each visits every pair once, at another of its K records, so that a short run meets as many pairs
+as it has records: the K records of a pair are correlated (docs/training.md). The pairs of a group stand at the same
+record and follow each other, so that a micro-batch meets their images once. In a slice shards are shuffled and cut into
+windows, and the groups of a window are shuffled together.
+
+The slices and epochs follow each other without a gap: micro-batch b holds records b * B .. (b + 1) * B - 1 of the
+endless sequence, and rank r of W takes micro-batches r, r + W, ...: so two ranks equal one rank with twice the
+accumulation, every record is used equally often, and no rank ever waits for one that has run out.
 """
 
 from collections.abc import Sequence
@@ -17,9 +21,10 @@ from inpo.common.seeding import generator
 
 @dataclass(frozen=True, kw_only=True)
 class WindowKey:
-    """A window of the order: which epoch, which window of it."""
+    """A window of the order: which epoch, which slice of it, which window of that."""
 
     epoch: int
+    slice: int
     window: int
 
 
@@ -31,55 +36,94 @@ class Place:
     position: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class OrderedShard:
+    """What the order needs to know of a shard: the group of each of its pairs, and K."""
+
+    group: Int[np.ndarray, "pair"]
+    num_records: int
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """An epoch's windows, one after the other, and where each ends."""
+
+    keys: tuple[WindowKey, ...]
+    shards: tuple[Int[np.ndarray, "_"], ...]
+    ends: Int[np.ndarray, "window"]
+
+
 class GlobalOrder:
-    """Positions of the endless record sequence, without reading anything.
+    """Positions of the endless record sequence, without reading anything."""
 
-    `records_per_shard` counts the records of every indexed shard.
-    """
-
-    def __init__(self, records_per_shard: Sequence[int], *, window_shards: int, seed: int) -> None:
-        self.records_per_shard = np.asarray(records_per_shard, dtype=np.int64)
+    def __init__(self, shards: Sequence[OrderedShard], *, window_shards: int, seed: int) -> None:
+        self.shards = shards
         self.window_shards = window_shards
         self.seed = seed
-        self.num_records = int(self.records_per_shard.sum())
-        self._epochs: dict[int, tuple[list[Int[np.ndarray, "shard"]], Int[np.ndarray, "window"]]] = {}
+        self.num_records = sum(shard.num_pairs * shard.num_records for shard in shards)
+        self._epochs: dict[int, _Epoch] = {}
 
-    def windows(self, epoch: int) -> list[Int[np.ndarray, "shard"]]:
-        """The epoch's windows: numbers of the shards in each."""
-        return self._epoch(epoch)[0]
-
-    def _epoch(self, epoch: int) -> tuple[list[Int[np.ndarray, "shard"]], Int[np.ndarray, "window"]]:
-        """(windows, where each ends in the epoch). Threads may ask for neighbouring epochs; old ones are forgotten."""
+    def _epoch(self, epoch: int) -> _Epoch:
+        """Threads may ask for neighbouring epochs; old ones are forgotten."""
         if epoch not in self._epochs:
-            shards = generator(self.seed, epoch, "shards").permutation(len(self.records_per_shard))
-            cuts = range(0, len(shards), self.window_shards)
-            windows = [shards[start : start + self.window_shards] for start in cuts]
-            ends = np.cumsum([self.records_per_shard[part].sum() for part in windows])
-            self._epochs[epoch] = (windows, ends)
+            keys, windows = [], []
+            for number in range(max(shard.num_records for shard in self.shards)):
+                # Caches of fewer records have no part in an epoch's last slices.
+                has = np.flatnonzero([shard.num_records > number for shard in self.shards])
+                shuffled = generator(self.seed, epoch, number, "shards").permutation(has)
+                for window, start in enumerate(range(0, len(shuffled), self.window_shards)):
+                    keys.append(WindowKey(epoch=epoch, slice=number, window=window))
+                    windows.append(shuffled[start : start + self.window_shards])
+            sizes = [sum(self.shards[shard].num_pairs for shard in window) for window in windows]
+            self._epochs[epoch] = _Epoch(keys=tuple(keys), shards=tuple(windows), ends=np.cumsum(sizes))
             for old in [known for known in list(self._epochs) if known < epoch - 2]:
                 self._epochs.pop(old, None)
         return self._epochs[epoch]
 
-    def shuffled(self, key: WindowKey) -> Int[np.ndarray, "record 2"]:
-        """The window's records in order, each as (shard number, record number in the shard)."""
-        shards = self.windows(key.epoch)[key.window]
-        records = np.concatenate(
-            [
-                np.stack([np.full(count, shard), np.arange(count)], axis=1)
-                for shard in shards
-                for count in [int(self.records_per_shard[shard])]
-            ]
-        )
-        return generator(self.seed, key.epoch, key.window, "records").permutation(records)
+    def following(self, key: WindowKey) -> WindowKey:
+        """The window after one."""
+        keys = self._epoch(key.epoch).keys
+        number = keys.index(key) + 1
+        return keys[number] if number < len(keys) else self._epoch(key.epoch + 1).keys[0]
+
+    def first_record(self, key: WindowKey) -> int:
+        """Number, in the endless sequence, of a window's first record."""
+        found = self._epoch(key.epoch)
+        number = found.keys.index(key)
+        return key.epoch * self.num_records + (int(found.ends[number - 1]) if number else 0)
+
+    def shuffled(self, key: WindowKey) -> Int[np.ndarray, "record 3"]:
+        """The window's records in order, each as (shard number, pair of the shard, record of the pair)."""
+        found = self._epoch(key.epoch)
+        parts = []
+        for shard in found.shards[found.keys.index(key)].tolist():
+            group = self.shards[shard].group
+            records = self._records(key.epoch, shard)[group, key.slice]
+            parts.append(np.stack([np.full(len(group), shard), np.arange(len(group)), records, group], axis=1))
+        rows = np.concatenate(parts)
+        _, number = np.unique(rows[:, [0, 3]], axis=0, return_inverse=True)
+        turn = generator(self.seed, key.epoch, key.slice, key.window, "groups").permutation(number.max() + 1)
+        order = np.argsort(turn[number.ravel()], kind="stable")
+        return rows[order, :3]
+
+    def _records(self, epoch: int, shard: int) -> Int[np.ndarray, "group record"]:
+        """Which record each group of a shard shows in each slice of an epoch: a permutation by group."""
+        ordered = self.shards[shard]
+        rows = np.tile(np.arange(ordered.num_records), (int(ordered.group.max()) + 1, 1))
+        return generator(self.seed, epoch, shard, "records").permuted(rows, axis=1)
 
     def place(self, record: int) -> Place:
         """Where record number `record` of the endless sequence lies."""
         epoch, offset = divmod(record, self.num_records)
-        ends = self._epoch(epoch)[1]
-        window = int(np.searchsorted(ends, offset, side="right"))
-        start = int(ends[window - 1]) if window else 0
-        return Place(key=WindowKey(epoch=epoch, window=window), position=offset - start)
+        found = self._epoch(epoch)
+        window = int(np.searchsorted(found.ends, offset, side="right"))
+        start = int(found.ends[window - 1]) if window else 0
+        return Place(key=found.keys[window], position=offset - start)
 
     def micro_batch(self, number: int, batch_size: int) -> list[Place]:
-        """The records of one micro-batch; may span windows and epochs."""
+        """The records of one micro-batch; may span windows, slices and epochs."""
         return [self.place(record) for record in range(number * batch_size, (number + 1) * batch_size)]

@@ -70,7 +70,7 @@ def run_proof(denoiser: Denoiser, index: Index) -> Proof:
     with torch.no_grad():
         for batch in _sample(index):
             errors.append(record_errors(denoiser, batch.to(denoiser.device)).cpu())
-            stored.append(batch.reference_error)
+            stored.append(batch.by_side(batch.reference_error))
     error, reference_error = torch.cat(errors), torch.cat(stored)
     # Side by side: their difference, which the logit is made of, would hide an error that both share.
     logit_error = 0.5 * PROOF_BETA * (error - reference_error).abs().max()
@@ -99,11 +99,9 @@ def refuse(proof: Proof, cache: Cache, denoiser: Denoiser) -> CacheMismatch:
 
 
 def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides, in one network call: win and lose in one batch."""
-    x_t = batch.x_t.flatten(0, 1).float()
-    timestep = batch.timestep.repeat_interleave(2)
-    eps = denoiser(x_t, timestep, batch.condition)
-    return mean_square(batch.aim.flatten(0, 1).float() - eps).unflatten(0, (batch.num_records, 2))
+    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides of every record, in one network call for all images."""
+    eps = denoiser(batch.x_t.float(), batch.timestep, batch.condition)
+    return batch.by_side(mean_square(batch.aim.float() - eps))
 
 
 def _sample(index: Index) -> Iterator[Batch]:
@@ -115,12 +113,12 @@ def _sample(index: Index) -> Iterator[Batch]:
     places: list[RecordPlace] = []
     for turn, number in enumerate(chosen.tolist()):
         shard = shards[number]
-        steps = shard.shard.cache.manifest.timesteps_per_pair
+        of_pair = shard.shard.cache.manifest.timesteps_per_pair
         records = np.unique(np.linspace(0, shard.num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
-        pairs = records // steps
-        # A stride through the records would meet few steps; walk through them instead.
-        step = (ends[turn] + np.arange(len(records))) % steps
-        loaded = LoadedShard(shard, np.unique(pairs), Needs())
-        places += [(loaded, int(pair), int(number)) for pair, number in zip(pairs, step, strict=True)]
+        pairs = records // of_pair
+        # A stride through the records would meet few of a pair's; walk through them instead.
+        step = (ends[turn] + np.arange(len(records))) % of_pair
+        loaded = LoadedShard(shard, pairs, step, Needs())
+        places += [loaded.record(*each) for each in zip(pairs.tolist(), step.tolist(), strict=True)]
     for start in range(0, len(places), _RECORDS):
         yield gather(places[start : start + _RECORDS])

@@ -8,37 +8,46 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
-from inpo.common.cache.derive import derive_x_t
-from inpo.common.cache.reader import Shard
-from inpo.common.conditions import Condition, owned
+from inpo.common.conditions import Condition, owned, read_prompts, training_places
 from inpo.common.errors import CacheCorrupt, CacheSchemaError, command
-from inpo.train.buffers import Buffers
 from inpo.train.index import IndexedShard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """A micro-batch of records, both sides: win first. The sides share a caption, which is held once."""
+    """A micro-batch of records. An image stands in one slot, whatever the number of records that it is part of."""
 
-    x_t: Float16[Tensor, "record side c h w"]
-    aim: Float16[Tensor, "record side c h w"]
+    x_t: Float16[Tensor, "slot c h w"]
+    aim: Float16[Tensor, "slot c h w"]
     """What the prediction is compared with: the target, or what the objective aims at."""
-    reference_error: Float32[Tensor, "record side"]
-    timestep: Int[Tensor, "record"]
+    reference_error: Float32[Tensor, "slot"]
+    timestep: Int[Tensor, "slot"]
+    sides: Int[Tensor, "record 2"]
+    """Slots of each record's images: win, lose."""
     label: Float32[Tensor, "record"]
     prompts: Condition
-    """What prompts own, one row per record."""
+    """What prompts own, one row per prompt."""
+    prompt: Int[Tensor, "slot"]
+    """The row of each slot's prompt."""
     images: Condition
-    """What images own, one row per image: record 0 win, record 0 lose, record 1 win, ..."""
+    """What images own, one row per slot."""
 
     @property
     def num_records(self) -> int:
-        return self.x_t.shape[0]
+        return self.sides.shape[0]
 
     @property
     def condition(self) -> Condition:
-        """One row per image. Expanded where the batch is: on the GPU."""
-        return Condition(**self.prompts.repeat(2), **self.images)
+        """One row per slot. Expanded where the batch is: on the GPU."""
+        return Condition(**self.prompts.rows(self.prompt), **self.images)
+
+    @property
+    def record_timestep(self) -> Int[Tensor, "record"]:
+        return self.timestep[self.sides[:, 0]]
+
+    def by_side(self, values: Float[Tensor, "slot"]) -> Float[Tensor, "record side"]:
+        """Numbers of slots as each record's win and lose."""
+        return values[self.sides]
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, so that the copy to the GPU overlaps with compute."""
@@ -67,75 +76,86 @@ class Needs:
 
 
 class LoadedShard:
-    """The rows of one shard that some micro-batches ask for, in memory."""
+    """The records of one shard that some micro-batches ask for, in memory: each image's once."""
 
     def __init__(
-        self, indexed: IndexedShard, used: Int[np.ndarray, "row"], needs: Needs, buffers: Buffers | None = None
+        self, indexed: IndexedShard, pairs: Int[np.ndarray, "record"], records: Int[np.ndarray, "record"], needs: Needs
     ) -> None:
-        """`used` numbers positions in `indexed.rows`, ascending and distinct. The big arrays lie in `buffers`'
-        memory.
-        """
+        """`pairs` numbers positions in `indexed.rows`, `records` which of its K each of them shows."""
         shard = indexed.shard
         self._shard = shard
-        rows = indexed.rows[used]
-        # Reading single pairs costs a little more per byte than the whole array; reading what is not asked for, more.
-        selection = None if len(rows) * 2 >= shard.num_pairs else rows
-        self._where = {int(position): number for number, position in enumerate(used)}
-        self._local = rows if selection is None else np.arange(len(rows))
-        self._rows = rows
-        self._allocate = None if buffers is None else buffers.take
-        self.aim = shard.read(needs.aim, selection, allocate=self._allocate)
-        self.timestep = shard.read("timestep", selection)
-        self.x_t = self._x_t(shard, selection, needs)
-        self.reference_error = self._reference_error(shard, selection, needs)
-        _check_finite(
-            shard, self._local, rows, {"x_t": self.x_t, needs.aim: self.aim, "reference_error": self.reference_error}
-        )
-        self._label = indexed.label[used]
-        dropped = shard.read("caption_dropped", rows)
-        self._prompt = np.where(dropped, 0, shard.read("prompt_index", rows)).astype(np.int64)
-        self._prompts = {name: shard.read(path) for name, path in owned(shard, "prompt").items()}
-        self._images = {name: shard.read(path, rows) for name, path in owned(shard, "image").items()}
+        self.needs = needs
+        num_records = shard.cache.manifest.timesteps_per_pair
+        self._where = {key: number for number, key in enumerate(zip(pairs.tolist(), records.tolist(), strict=True))}
+        keys, sides = np.unique(indexed.sides[pairs] * num_records + records[:, None], return_inverse=True)
+        self._sides = sides.reshape(len(pairs), 2)
+        images, image_records = np.divmod(keys, num_records)
+        self._aim = shard.read_records(needs.aim, images, image_records)
+        self._x_t = self._points(images, image_records)
+        self._timestep = shard.timesteps()[images, image_records].astype(np.int64)
+        self._reference_error = self._errors(images, image_records)
+        self._check_finite(images)
+        self._label = indexed.label[pairs]
+        self._images = {name: shard.read(path, images) for name, path in owned(shard, "image").items()}
+        groups, self._prompt = np.unique(shard.read("image/group", images), return_inverse=True)
+        self._prompts = read_prompts(shard.cache.texts, training_places(shard, groups))
 
-    def _x_t(
-        self, shard: Shard, selection: Int[np.ndarray, "row"] | None, needs: Needs
-    ) -> Float16[np.ndarray, "pair step side c h w"]:
+    def _points(self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]) -> Float16[np.ndarray, "n c h w"]:
         """x_t; of a lean cache from the target that has been read already."""
-        if "x_t" in shard.stored or needs.aim != "target":
-            return shard.read("x_t", selection, allocate=self._allocate)
-        a, s = shard.cache.levels.at(self.timestep)
-        return derive_x_t(shard.read("x0", selection), self.aim, a, s)
+        if "x_t" in self._shard.stored or self.needs.aim != "target":
+            return self._shard.read_records("x_t", images, records)
+        return self._shard.derive_records(images, records, self._aim)
 
-    def _reference_error(
-        self, shard: Shard, selection: Int[np.ndarray, "row"] | None, needs: Needs
-    ) -> Float[np.ndarray, "pair step side"]:
-        if not needs.eps_ref:
-            return shard.read("reference_error", selection)
-        error = self.aim.astype(np.float32) - shard.read("eps_ref", selection).astype(np.float32)
-        return np.square(error).mean((-3, -2, -1))
+    def _errors(self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        if not self.needs.eps_ref:
+            found: np.ndarray = self._shard.read("reference_error")[images, records]
+            return found
+        eps_ref = self._shard.read_records("eps_ref", images, records)
+        return np.square(self._aim.astype(np.float32) - eps_ref.astype(np.float32)).mean((-3, -2, -1))
 
-    def copy_record(self, pair: int, step: int, batch: dict[str, np.ndarray], place: int) -> None:
-        """Copy the record of (position in the indexed rows, step) into row `place` of a batch's arrays."""
-        number = self._where[pair]
-        local, prompt = self._local[number], self._prompt[number]
-        batch["x_t"][place] = self.x_t[local, step]
-        batch["aim"][place] = self.aim[local, step]
-        batch["reference_error"][place] = self.reference_error[local, step]
-        batch["timestep"][place] = self.timestep[local, step]
-        batch["label"][place] = self._label[number]
-        for name, values in self._prompts.items():
-            batch[name][place] = values[prompt]
+    def record(self, pair: int, record: int) -> "RecordPlace":
+        """Where in memory a record is."""
+        return self, self._where[pair, record]
+
+    def slots_of(self, number: int) -> list[int]:
+        """The images of a record: win, lose."""
+        found: list[int] = self._sides[number].tolist()
+        return found
+
+    def copy_slot(self, image: int, batch: dict[str, np.ndarray], slot: int) -> None:
+        """Copy an image's numbers into a slot of a batch's arrays."""
+        batch["x_t"][slot] = self._x_t[image]
+        batch["aim"][slot] = self._aim[image]
+        batch["reference_error"][slot] = self._reference_error[image]
+        batch["timestep"][slot] = self._timestep[image]
         for name, values in self._images.items():
-            batch[name][place] = values[number]
+            batch[name][slot] = values[image]
 
-    def give_back(self, buffers: Buffers) -> None:
-        """The end of this object: its big arrays' memory is another's now."""
-        for array in (self.x_t, self.aim):
-            buffers.give(array)
+    def label_of(self, number: int) -> float:
+        return float(self._label[number])
+
+    def prompt_of(self, image: int) -> int:
+        """The row of an image's prompt in `prompt`."""
+        return int(self._prompt[image])
+
+    def copy_prompt(self, prompt: int, batch: dict[str, np.ndarray], row: int) -> None:
+        """Copy what a prompt owns into a row of a batch's arrays."""
+        for name, values in self._prompts.items():
+            batch[name][row] = values[prompt]
+
+    def empty_slots(self, number: int) -> dict[str, np.ndarray]:
+        """Arrays for slots like this shard's, to be filled."""
+        like = {"x_t": self._x_t, "aim": self._aim, "reference_error": self._reference_error}
+        like |= {"timestep": self._timestep, **self._images}
+        return {name: np.empty((number, *values.shape[1:]), values.dtype) for name, values in like.items()}
+
+    def empty_prompts(self, number: int) -> dict[str, np.ndarray]:
+        """Arrays for what prompts like this shard's own, to be filled."""
+        return {name: np.empty((number, *values.shape[1:]), values.dtype) for name, values in self._prompts.items()}
 
     def check_fits(self, batch: dict[str, np.ndarray]) -> None:
-        """Raise CacheSchemaError if records of this shard have other shapes than a batch's."""
-        for name, values in self.empty_batch(0).items():
+        """Raise CacheSchemaError if this shard has other shapes than a batch's."""
+        for name, values in (self.empty_slots(0) | self.empty_prompts(0)).items():
             if values.shape[1:] != batch[name].shape[1:]:
                 raise CacheSchemaError(
                     f"Shard {self._shard.name} holds other embeddings than the shards beside it.",
@@ -145,38 +165,74 @@ class LoadedShard:
                     fix="leave this cache out, or make the shard again",
                 )
 
-    def empty_batch(self, num_records: int) -> dict[str, np.ndarray]:
-        """Arrays for a batch of records like these, to be filled."""
-        like = {
-            "x_t": self.x_t[0, 0],
-            "aim": self.aim[0, 0],
-            "reference_error": np.zeros(2, np.float32),
-            "timestep": np.zeros((), np.int64),
-            "label": np.zeros((), np.float32),
-        }
-        like |= {name: values[0] for name, values in {**self._prompts, **self._images}.items()}
-        return {name: np.empty((num_records, *value.shape), value.dtype) for name, value in like.items()}
-
-    def batch(self, arrays: dict[str, np.ndarray]) -> Batch:
-        """The filled arrays of `empty_batch` as a micro-batch."""
-        tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        prompts = Condition(**{name: tensors.pop(name) for name in self._prompts})
-        images = Condition(**{name: tensors.pop(name).flatten(0, 1) for name in self._images})
-        return Batch(prompts=prompts, images=images, **tensors)
-
-
-RecordPlace = tuple[LoadedShard, int, int]
-"""A record in memory: shard, pair (a position in the indexed rows), step."""
+    def _check_finite(self, images: Int[np.ndarray, "n"]) -> None:
+        """A cache holds finite numbers only; one that does not is damaged, and says which pair."""
+        shard = self._shard
+        for name, values in (
+            ("x_t", self._x_t),
+            (self.needs.aim, self._aim),
+            ("reference_error", self._reference_error),
+        ):
+            if _all_finite(values):
+                continue
+            bad = images[~np.isfinite(values.reshape(len(images), -1)).all(1)]
+            pair_id = shard.read("pair/id")[np.isin(shard.sides(), bad).any(1)][0]
+            raise CacheCorrupt(
+                f"Array {name} of shard {shard.name} holds a number that is NaN or infinite.",
+                where=f"{shard.location}/{name}, pair {pair_id}",
+                expected="finite numbers: precompute quarantines others",
+                fix=f"`{command('inspect', 'verify', shard.cache.location, '--quarantine')}`, then `inpo precompute` "
+                "makes the shard again; or leave the pair out with --except",
+            )
 
 
-def gather(places: Sequence[RecordPlace]) -> Batch:
-    """Records in the given order, from any shards of one model. Every number is copied once."""
-    arrays = places[0][0].empty_batch(len(places))
-    for shard in {id(shard): shard for shard, _, _ in places}.values():
-        shard.check_fits(arrays)
-    for row, (shard, pair, step) in enumerate(places):
-        shard.copy_record(pair, step, arrays, row)
-    return places[0][0].batch(arrays)
+RecordPlace = tuple[LoadedShard, int]
+"""A record in memory: shard, number of the record there."""
+
+
+def gather(places: Sequence[RecordPlace], *, num_slots: int | None = None) -> Batch:
+    """Records in the given order, from any shards of one model; every image once.
+
+    `num_slots`: at least so many slots, so that micro-batches have one shape; no record stands in those that are left
+    over, which repeat the first one.
+    """
+    slots: dict[tuple[int, int], int] = {}
+    prompts: dict[tuple[int, int], int] = {}
+    shards = {id(shard): shard for shard, _ in places}
+    sides = np.array(
+        [
+            [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
+            for shard, number in places
+        ]
+    )
+    filled = len(slots)
+    count = max(filled, num_slots or 0)
+    arrays = places[0][0].empty_slots(count)
+    prompt = np.zeros(count, np.int64)
+    for (owner, image), slot in slots.items():
+        key = (owner, shards[owner].prompt_of(image))
+        prompt[slot] = prompts.setdefault(key, len(prompts))
+    of_prompts = places[0][0].empty_prompts(len(places))
+    for shard in shards.values():
+        shard.check_fits(arrays | of_prompts)
+    for (owner, image), slot in slots.items():
+        shards[owner].copy_slot(image, arrays, slot)
+    for (owner, row), number in prompts.items():
+        shards[owner].copy_prompt(row, of_prompts, number)
+    for values in arrays.values():
+        values[filled:] = values[:1]
+    for values in of_prompts.values():  # a fixed shape here too: as many as records
+        values[len(prompts) :] = values[:1]
+    names = ("x_t", "aim", "reference_error", "timestep")
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return Batch(
+        **{name: tensors.pop(name) for name in names},
+        sides=torch.from_numpy(sides),
+        label=torch.tensor([shard.label_of(number) for shard, number in places], dtype=torch.float32),
+        prompts=Condition(**{name: torch.from_numpy(values) for name, values in of_prompts.items()}),
+        prompt=torch.from_numpy(prompt),
+        images=Condition(**tensors),
+    )
 
 
 _BLOCK = 1 << 18
@@ -191,22 +247,3 @@ def _all_finite(values: Float[np.ndarray, "..."]) -> bool:
             bool(((bits[start : start + _BLOCK] & 0x7C00) == 0x7C00).any()) for start in range(0, bits.size, _BLOCK)
         )
     return bool(np.isfinite(values).all())
-
-
-def _check_finite(
-    shard: Shard, local: Int[np.ndarray, "row"], rows: Int[np.ndarray, "row"], arrays: dict[str, np.ndarray]
-) -> None:
-    """A cache holds finite numbers only; one that does not is damaged, and says which pair."""
-    for name, values in arrays.items():
-        if _all_finite(values):
-            continue
-        bad = ~np.isfinite(values[local].reshape(len(local), -1)).all(1)
-        if bad.any():
-            pair_id = shard.read("pair_id")[rows[int(np.argmax(bad))]]
-            raise CacheCorrupt(
-                f"Array {name} of shard {shard.name} holds a number that is NaN or infinite.",
-                where=f"{shard.location}/{name}, pair {pair_id}",
-                expected="finite numbers: precompute quarantines others",
-                fix=f"`{command('inspect', 'verify', shard.cache.location, '--quarantine')}`, then `inpo precompute` "
-                "makes the shard again; or leave the pair out with --except",
-            )

@@ -19,11 +19,9 @@ from inpo.train.metrics import MetricsWriter
 
 
 def cached_prompts(cache: Cache) -> tuple[str, ...]:
-    """The first four prompts of a cache, without the empty one that every shard begins with; that one if all are
-    empty.
-    """
-    texts = next(iter(cache)).read("prompt/text")[1:5]
-    return tuple(str(text) for text in texts) or ("",)
+    """The first four prompts of a cache that are not empty; the empty one if all are."""
+    texts = dict.fromkeys(str(text) for text in next(iter(cache)).prompts() if text)
+    return tuple(texts)[:4] or ("",)
 
 
 @torch.no_grad()

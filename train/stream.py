@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Int
 
 from inpo.common.errors import TrainingError
-from inpo.train.buffers import Buffers
 from inpo.train.index import Index
-from inpo.train.order import GlobalOrder, Place, WindowKey
+from inpo.train.order import GlobalOrder, OrderedShard, Place, WindowKey
 from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
 
 STATE_VERSION = 1
 _BATCHES_AHEAD = 4
+_BATCHES_MEASURED = 256
+"""Micro-batches whose images are counted to find the number of slots."""
 
 
 class RecordStream:
@@ -47,13 +48,38 @@ class RecordStream:
         self.consumed = 0
         """Micro-batches this rank has handed out."""
         self.order = GlobalOrder(
-            [shard.num_records for shard in index.training], window_shards=window_shards, seed=seed
+            [
+                OrderedShard(group=shard.group, num_records=shard.shard.cache.manifest.timesteps_per_pair)
+                for shard in index.training
+            ],
+            window_shards=window_shards,
+            seed=seed,
         )
+        self.num_slots = self._slots()
+        """Image slots of a micro-batch."""
         self._loader = WindowLoader(self)
         self._thread: threading.Thread | None = None
         self._peeked: Batch | None = None
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
+
+    def _slots(self) -> int:
+        """Two by record, or where images are shared as many as the first micro-batches of all ranks need at most; a
+        later one that needs more has a shape of its own.
+        """
+        if all(each.num_images >= 2 * len(each.rows) for each in self.index.training):
+            return 2 * self.batch_size
+        windows: dict[WindowKey, Int[np.ndarray, "record 3"]] = {}
+        most = 0
+        for number in range(_BATCHES_MEASURED):
+            images = set()
+            for place in self.order.micro_batch(number, self.batch_size):
+                if place.key not in windows:
+                    windows = {place.key: self.order.shuffled(place.key)}
+                shard, pair, record = windows[place.key][place.position].tolist()
+                images |= {(shard, image, record) for image in self.index.training[shard].sides[pair].tolist()}
+            most = max(most, len(images))
+        return most
 
     @property
     def epoch(self) -> float:
@@ -147,24 +173,18 @@ class WindowLoader:
         self._stream = stream
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._windows: dict[WindowKey, Future[Window]] = {}
-        self._buffers = Buffers()
 
     def batch(self, places: list[Place]) -> Batch:
         """Gather a micro-batch; starts reading the window after its last one."""
         keys = list(dict.fromkeys(place.key for place in places))
-        following = self._next(keys[-1])
+        following = self._stream.order.following(keys[-1])
         for done in self._windows.keys() - {*keys, following}:
-            self._windows.pop(done).result().give_back(self._buffers)
+            self._windows.pop(done)
         for key in [*keys, following]:
             if key not in self._windows:
-                self._windows[key] = self._pool.submit(Window, self._stream, key, self._buffers)
-        return gather([self._windows[place.key].result().place(place.position) for place in places])
-
-    def _next(self, key: WindowKey) -> WindowKey:
-        order = self._stream.order
-        if key.window + 1 < len(order.windows(key.epoch)):
-            return WindowKey(epoch=key.epoch, window=key.window + 1)
-        return WindowKey(epoch=key.epoch + 1, window=0)
+                self._windows[key] = self._pool.submit(Window, self._stream, key)
+        records = [self._windows[place.key].result().place(place.position) for place in places]
+        return gather(records, num_slots=self._stream.num_slots)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -173,35 +193,23 @@ class WindowLoader:
 class Window:
     """The records of one window that this rank will be asked for, in memory."""
 
-    def __init__(self, stream: RecordStream, key: WindowKey, buffers: Buffers) -> None:
+    def __init__(self, stream: RecordStream, key: WindowKey) -> None:
         self._records = stream.order.shuffled(key)
         mine = self._records[_positions_of_rank(stream, key, len(self._records))]
-        self._steps = {
-            int(shard): stream.index.training[shard].shard.cache.manifest.timesteps_per_pair
-            for shard in np.unique(self._records[:, 0])
-        }
         self._shards: dict[int, LoadedShard] = {}
-        for shard in np.unique(mine[:, 0]):
-            pairs = np.unique(mine[mine[:, 0] == shard, 1] // self._steps[int(shard)])
-            self._shards[int(shard)] = LoadedShard(stream.index.training[shard], pairs, stream.needs, buffers)
-
-    def give_back(self, buffers: Buffers) -> None:
-        """The end of this window: nothing may be gathered from it any more."""
-        for shard in self._shards.values():
-            shard.give_back(buffers)
+        for shard in np.unique(mine[:, 0]).tolist():
+            _, pairs, records = mine[mine[:, 0] == shard].T
+            self._shards[shard] = LoadedShard(stream.index.training[shard], pairs, records, stream.needs)
 
     def place(self, position: int) -> RecordPlace:
         """Where in memory the record at `position` of the window is."""
-        shard, record = self._records[position].tolist()
-        return (self._shards[shard], *divmod(record, self._steps[shard]))
+        shard, pair, record = self._records[position].tolist()
+        return self._shards[shard].record(pair, record)
 
 
 def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, "position"]:
     """Positions of a window that fall into this rank's micro-batches."""
-    order = stream.order
-    sizes = [int(order.records_per_shard[part].sum()) for part in order.windows(key.epoch)[: key.window]]
-    start = key.epoch * order.num_records + sum(sizes)
-    numbers = start + np.arange(count)
+    numbers = stream.order.first_record(key) + np.arange(count)
     return np.flatnonzero((numbers // stream.batch_size) % stream.world_size == stream.rank)
 
 
@@ -217,7 +225,10 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     places: list[RecordPlace] = []
     for number, wanted in by_shard.items():
         shard = index.held_out[number]
-        steps = shard.shard.cache.manifest.timesteps_per_pair
-        loaded = LoadedShard(shard, np.unique(np.array(wanted) // steps), needs)
-        places += [(loaded, *divmod(record, steps)) for record in wanted]
-    return [gather(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+        pairs, of_pair = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
+        loaded = LoadedShard(shard, pairs, of_pair, needs)
+        places += [loaded.record(*each) for each in zip(pairs.tolist(), of_pair.tolist(), strict=True)]
+    return [
+        gather(places[start : start + batch_size], num_slots=2 * batch_size)
+        for start in range(0, len(places), batch_size)
+    ]

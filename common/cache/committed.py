@@ -2,17 +2,25 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Int, Shaped
-from numcodecs import Zstd
+from numcodecs.zstd import Zstd
 from zarr.core.buffer.cpu import NDBuffer
 
-from inpo.common.cache.arrays import FRAME_HEADER_BYTES, CommittedStore, frame_content, metadata_problem, open_array
+from inpo.common.cache.arrays import (
+    FRAME_HEADER_BYTES,
+    CommittedStore,
+    LostBytes,
+    frame_content,
+    metadata_problem,
+    open_array,
+)
 from inpo.common.cache.document import MAX_WHOLE_BYTES, load
 from inpo.common.cache.schema import AnyCommit
 from inpo.common.cache.specs import CRC_BYTES, INDEX_BYTES, ArraySpec
@@ -37,6 +45,7 @@ class CommittedArrays:
         self._files = commit.files
         self._digests = commit.digests
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._indexes: dict[str, Int[np.ndarray, "*grid 2"]] = {}
 
     @property
     @abstractmethod
@@ -134,9 +143,7 @@ class CommittedArrays:
             problem = spec.too_large(shape) or self._frames_problem(spec, shape)
         if problem is None and spec.is_text:
             # How many texts there are is the first number of the chunk, and how many objects a decoder makes.
-            (chunk,) = self.store.parts(
-                f"{self.folder}/{spec.chunk_file}", [(0, size if spec.compressed else min(size, 4))]
-            )
+            (chunk,) = self._ranges(spec.chunk_file, [(0, size if spec.compressed else min(size, 4))])
             head = bytes(Zstd().decode(chunk[:-CRC_BYTES])) if spec.compressed else chunk
             count = int.from_bytes(head[:4], "little")
             if count != shape[0]:
@@ -146,13 +153,13 @@ class CommittedArrays:
 
     def _frames_problem(self, spec: ArraySpec, shape: list[int]) -> str | None:
         """What is wrong with what the frames of a compressed array say that they hold, or None."""
-        file, size = f"{self.folder}/{spec.chunk_file}", self._files[spec.chunk_file]
+        file, size = spec.chunk_file, self._files[spec.chunk_file]
         frames = np.array([[0, size]])
         if spec.chunking != "whole":
             start = size - CRC_BYTES - INDEX_BYTES * shape[0]
             if start <= 0:
                 return f"{size} bytes with an index of {shape[0]} chunks"
-            (index,) = self.store.parts(file, [(start, size - CRC_BYTES)])
+            (index,) = self._ranges(file, [(start, size - CRC_BYTES)])
             frames = np.frombuffer(index, "<u8").reshape(-1, 2)
         spans: list[tuple[int, int]] = []
         for start, length in frames.tolist():
@@ -160,7 +167,7 @@ class CommittedArrays:
                 return f"a chunk of {length} bytes at {start} in a file of {size}"
             spans.append((start, start + min(length, FRAME_HEADER_BYTES)))
         most = MAX_WHOLE_BYTES if spec.is_text else math.prod(spec.inner_chunk(shape)) * spec.numpy_dtype.itemsize
-        for content in map(frame_content, self.store.parts(file, spans)):
+        for content in map(frame_content, self._ranges(file, spans)):
             if content is None or content > most or (content < most and not spec.is_text):
                 return f"a chunk that is to hold {content} bytes instead of {'at most ' * spec.is_text}{most}"
         return None
@@ -205,13 +212,68 @@ class CommittedArrays:
             except InpoError:
                 raise
             except _Unreadable as error:
-                raise CacheCorrupt(
-                    f"Array {path} of {self.title} cannot be read: its bytes are not the committed ones.",
-                    where=f"{self.location}/{path}" + self._culprits(path, rows),
-                    got=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-                    fix=self.advice(),
-                ) from error
+                raise self._unreadable(path, rows, error) from error
         return np.asarray(values)
+
+    def read_chunks(self, path: str, places: Int[np.ndarray, "chunk axis"]) -> Shaped[np.ndarray, "chunk ..."]:
+        """Single inner chunks of an array that is cut by prompt, by image, or by image and record, as `places` say.
+
+        The file's index is read once and each chunk as one range: through zarr a chunk costs about a millisecond of
+        Python (docs/log.md). Sizes and checksums are looked at as zarr does, and nothing is decompressed into more
+        than the chunk's own bytes. Raises as `read_stored`.
+        """
+        self._verified  # noqa: B018  (a cached check, not a value)
+        spec = self.specs[path]
+        with storage_errors("read the cache", f"{self.location}/{path}"):
+            try:
+                spans = self._chunk_index(path)[tuple(places.T)]
+                values = np.empty((len(places), *self._array(path).shape[spec.num_cut :]), spec.numpy_dtype)
+                order = np.argsort(spans[:, 0], kind="stable")
+                ends = spans.sum(1)
+                # Neighbours are read as one.
+                breaks = np.flatnonzero(spans[order][1:, 0] != ends[order][:-1]) + 1
+                runs = np.split(order, breaks) if len(order) else []
+                read = self._ranges(spec.chunk_file, [(int(spans[run[0], 0]), int(ends[run[-1]])) for run in runs])
+                for run, data in zip(runs, read, strict=True):
+                    for number in run.tolist():
+                        start, stop = (spans[number, 0] - spans[run[0], 0], ends[number] - spans[run[0], 0])
+                        _decode(data[start:stop], values[number : number + 1], compressed=spec.compressed)
+            except InpoError:
+                raise
+            except _Unreadable as error:
+                raise self._unreadable(path, np.unique(places[:, 0]), error) from error
+        return values
+
+    def _chunk_index(self, path: str) -> Int[np.ndarray, "*grid 2"]:
+        """(offset, bytes) of every inner chunk, from the end of the array's file."""
+        if path not in self._indexes:
+            spec, shape = self.specs[path], self._array(path).shape
+            grid, size = shape[: spec.num_cut], self._files[spec.chunk_file]
+            (data,) = self._ranges(spec.chunk_file, [(size - math.prod(grid) * INDEX_BYTES - CRC_BYTES, size)])
+            index = np.frombuffer(_without_checksum(data), "<u8").reshape(*grid, 2)
+            wanted = math.prod(shape[spec.num_cut :]) * spec.numpy_dtype.itemsize + CRC_BYTES
+            end = size - len(data)
+            if (index > end).any() or (index.sum(-1) > end).any() or (index[..., 1] <= CRC_BYTES).any():
+                raise ValueError("a chunk index that points out of its file")
+            if not spec.compressed and (index[..., 1] != wanted).any():
+                raise ValueError("a chunk of another size")
+            self._indexes[path] = index.astype(np.int64)
+        return self._indexes[path]
+
+    def _ranges(self, file: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        parts = self.store.ranges(f"{self.folder}/{file}", spans)
+        for part, (start, end) in zip(parts, spans, strict=True):
+            if len(part) != end - start:
+                raise LostBytes(f"{file}: {len(part)} bytes instead of {end - start}")
+        return parts
+
+    def _unreadable(self, path: str, rows: Rows, error: Exception) -> CacheCorrupt:
+        return CacheCorrupt(
+            f"Array {path} of {self.title} cannot be read: its bytes are not the committed ones.",
+            where=f"{self.location}/{path}" + self._culprits(path, rows),
+            got=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+            fix=self.advice(),
+        )
 
     def _culprits(self, path: str, rows: Rows) -> str:
         """The rows whose chunks fail, found one by one; only after a failure, so its cost does not matter."""
@@ -227,6 +289,24 @@ class CommittedArrays:
         if not bad:
             return ""
         return f" ({', '.join(self.row_names(self.specs[path], bad[:5]))}{', ...' if len(bad) > 5 else ''})"
+
+
+def _without_checksum(data: bytes) -> bytes:
+    """What a CRC-32C at its end is of. Raises ValueError if it is of something else."""
+    if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        raise ValueError("a checksum does not fit")
+    return data[:-CRC_BYTES]
+
+
+def _decode(data: bytes, out: np.ndarray, *, compressed: bool) -> None:
+    """Undo the codecs of one chunk into `out`. Raises ValueError, RuntimeError for what is not a chunk of its size."""
+    content = _without_checksum(data)
+    if not compressed:
+        out[...] = np.frombuffer(content, out.dtype).reshape(out.shape)
+    elif frame_content(content) != out.nbytes:
+        raise ValueError(f"{frame_content(content)} bytes in a chunk of {out.nbytes}")
+    else:
+        Zstd().decode(content, out=out)
 
 
 def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "row"], path: str) -> Any:

@@ -35,6 +35,12 @@ class TextShard(CommittedArrays):
     def lengths(self) -> dict[str, int]:
         return {"prompt": self.num_prompts}
 
+    def rows(self, name: str, rows: Int[np.ndarray, "row"]) -> Shaped[np.ndarray, "row ..."]:
+        """What some prompts own under a condition's name."""
+        if self.specs[name].num_cut:
+            return self.read_chunks(name, rows[:, None])
+        return self.read_stored(name, rows)
+
     @cached_property
     def text(self) -> tuple[str, ...]:
         """The prompts, in rows' order."""
@@ -155,6 +161,27 @@ class Shard(CommittedArrays):
         if self._is_delta(path):
             return self.read("delta", rows, allocate=allocate)
         raise self._incomplete(path)
+
+    def read_records(
+        self, path: str, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]
+    ) -> Shaped[np.ndarray, "n c h w"]:
+        """Array `path` (x_t, target, ...) at single records: image by image, record by record. As `read`."""
+        if path in self.stored and path in self.specs:
+            return self.read_chunks(path, np.stack([images, records], axis=1))
+        if self._is_delta(path):
+            return self.read_records("delta", images, records)
+        if path == "x_t" and "target" in self.stored:
+            return self.derive_records(images, records, self.read_records("target", images, records))
+        raise self._incomplete(path)
+
+    def derive_records(
+        self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"], target: Float[np.ndarray, "n c h w"]
+    ) -> Float[np.ndarray, "n c h w"]:
+        """x_t at single records, from their stored `target`."""
+        distinct, row = np.unique(images, return_inverse=True)
+        x0 = self.read_chunks("x0", distinct[:, None])[row]
+        a, s = self.cache.levels.at(self.timesteps()[images, records][:, None])
+        return derive_x_t(x0, target[:, None], a, s)[:, 0]
 
     def sides(self, pairs: Rows = None) -> Int[np.ndarray, "pair 2"]:
         """Rows of the images of each pair: win, lose."""

@@ -48,8 +48,12 @@ class ArraySpec:
 
     def inner_chunk(self, shape: Sequence[int]) -> tuple[int, ...]:
         """1 image and 1 record, 1 image or prompt, or everything: see `chunking`."""
-        cut = {"image_record": 2, "image": 1, "prompt": 1, "whole": 0}[self.chunking]
-        return (*(1,) * cut, *shape[cut:])
+        return (*(1,) * self.num_cut, *shape[self.num_cut :])
+
+    @property
+    def num_cut(self) -> int:
+        """How many of the first axes are cut into single rows."""
+        return {"image_record": 2, "image": 1, "prompt": 1, "whole": 0}[self.chunking]
 
     def chunk_bytes(self, shape: Sequence[int]) -> int | None:
         """Bytes of the chunk file of an array of this shape; None for text and for what is compressed."""

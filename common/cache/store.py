@@ -184,14 +184,6 @@ class CacheStore:
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             return list(pool.map(one, names))
 
-    def parts(self, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
-        """The bytes [start, end) of a file for each span; shorter ones, or none, where the file is not that long."""
-        with storage_errors("read", self.path(name)):
-            try:
-                return self._ranges(name, spans)
-            except (NotFoundError, FileNotFoundError):
-                return [b""] * len(spans)
-
     def sample_digest(self, name: str, size: int) -> str:
         """Digest of the first, middle and last 4096 bytes of a file of `size` bytes (of all, if it is that small).
 
@@ -202,12 +194,13 @@ class CacheStore:
         spans = _sample_spans(size)
         with storage_errors("read", self.path(name)):
             try:
-                return digest(b"".join(self._ranges(name, spans)))
+                return digest(b"".join(self.ranges(name, spans)))
             except (NotFoundError, FileNotFoundError):
                 return "no such file"
 
-    def _ranges(self, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
-        if self.remote and spans:
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes [start, end) of a file, for each span; fewer where the file ends before. Errors are the library's."""
+        if self.remote:
             starts, ends = [start for start, _ in spans], [end for _, end in spans]
             return [bytes(part) for part in obstore.get_ranges(self.client, name, starts=starts, ends=ends)]
         parts = []

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData
 from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion import invert
+from inpo.common.inversion import Group, invert
 from inpo.common.models import Model, open_model
 from inpo.common.testing import save_tiny_pipeline
 
 PROMPTS = 7
+TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class World:
         side: int = 8,
         seed: int = 0,
         fingerprints: Mapping[str, str] = MappingProxyType({}),
+        prompts: Sequence[str] = (),
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
         may edit a shard's arrays before they are committed."""
@@ -64,7 +66,9 @@ class World:
             extra=extra,
             seed=seed,
             timesteps_per_pair=timesteps_per_pair,
-            resolution=2 * side,
+            group="pair",
+            max_tokens=TOKENS if self.model.family.max_tokens else None,
+            resolution=(2 * side, 2 * side),
             crop="center",
             flip=False,
             vae_latent="mean",
@@ -74,15 +78,17 @@ class World:
             fingerprints={**self.model.fingerprints, **fingerprints},
         )
         writer = CacheWriter.open(str(location), manifest)
+        owned = self._write_texts(writer, prompts or [f"prompt {number}" for number in range(PROMPTS)])
         denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
-            arrays = self._arrays(manifest, denoiser, first, num_pairs, label, drop_caption)
+            arrays = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption)
             change(number, arrays)
             writer.write(
                 f"shard-{number:03d}",
                 ShardData(
-                    arrays={spec.path: arrays[spec.path] for spec in manifest.arrays},
+                    arrays={path: arrays[path] for path in manifest.specs},
+                    texts=("empty", "texts"),
                     source=ShardSource(
                         location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="f" * 32
                     ),
@@ -91,66 +97,67 @@ class World:
             first += num_pairs
         return str(location)
 
+    def _write_texts(self, writer: CacheWriter, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Two text shards; returns what the prompts own, the empty one's in row 0."""
+        width = self.model.family.lengths(self.model.config)["embedding"][1]
+        prompts = {"embedding": _noise((PROMPTS + 1, TOKENS, width), 1).half()}
+        if "pooled" in writer.manifest.conditions:
+            prompts["pooled"] = _noise((PROMPTS + 1, 48), 2).half()
+        if "length" in writer.manifest.conditions:
+            prompts["length"] = torch.arange(3, PROMPTS + 4, dtype=torch.int32)
+        text = np.array(["", *texts], dtype=object)
+        for name, rows in (("empty", slice(0, 1)), ("texts", slice(1, None))):
+            arrays = {each: tensor[rows].numpy() for each, tensor in prompts.items()}
+            assert writer.write_texts(name, TextData(arrays={"text": text[rows], **arrays})) is not None
+        return prompts
+
     def _arrays(
         self,
         manifest: Manifest,
+        prompts: dict[str, torch.Tensor],
         denoiser: Denoiser,
         first: int,
         num_pairs: int,
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
     ) -> dict[str, np.ndarray]:
-        width = self.model.family.lengths(self.model.config)["embedding"][1]
-        prompts = {"embedding": _noise((PROMPTS + 1, 16, width), 1).half()}
-        images = {}
-        if "pooled" in manifest.conditions:
-            prompts["pooled"] = _noise((PROMPTS + 1, 48), 2).half()
-            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_pairs, 2, 6).contiguous()
-        if "mask" in manifest.conditions:
-            prompts["mask"] = torch.arange(16) < torch.arange(3, PROMPTS + 4)[:, None]
         numbers = np.arange(first, first + num_pairs)
-        prompt_index = (numbers % PROMPTS + 1).astype(np.int32)
         dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
-        rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt_index).astype(np.int64), 2))
-        told = {name: tensor.flatten(0, 1) for name, tensor in images.items()}
-        x0 = torch.stack([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
+        prompt = numbers % PROMPTS
+        rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt + 1).astype(np.int64), 2))
+        images = {}
+        if "time_ids" in manifest.conditions:
+            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(2 * num_pairs, 6).contiguous()
+        x0 = torch.cat([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
         found = invert(
             denoiser,
             x0,
-            pair_ids,
+            [Group(id=pair_id, num_images=2) for pair_id in pair_ids],
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=Condition.build(prompts, rows, told),
-            empty=Condition.build(prompts, torch.zeros_like(rows), told),
+            caption=Condition.build(prompts, rows, images),
+            empty=Condition.build(prompts, torch.zeros_like(rows), images),
             extra=manifest.extra,
         )
         assert bool(found.finite.all())
         arrays: dict[str, Any] = {
             "x0": x0.numpy(),
-            "pair_id": np.array(pair_ids, dtype=object),
-            "prompt_index": prompt_index,
-            "caption_dropped": dropped,
-            "label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
-            "prompt/text": np.array(["", *(f"prompt {number}" for number in range(PROMPTS))], dtype=object),
+            "image/id": np.array([f"{number:032x}" for number in range(2 * num_pairs)], dtype=object),
+            "image/group": np.repeat(np.arange(num_pairs), 2).astype(np.int32),
+            "image/score": np.full(2 * num_pairs, np.nan, np.float32),
+            "group/id": np.array(pair_ids, dtype=object),
+            "group/prompt": np.stack([np.ones(num_pairs), prompt], axis=1).astype(np.int32),
+            "group/caption_dropped": dropped,
+            "pair/id": np.array(pair_ids, dtype=object),
+            "pair/win": np.arange(0, 2 * num_pairs, 2, dtype=np.int32),
+            "pair/lose": np.arange(1, 2 * num_pairs, 2, dtype=np.int32),
+            "pair/label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
         }
-        arrays |= {f"prompt/{name}": tensor.numpy() for name, tensor in prompts.items()}
-        arrays |= {name: tensor.numpy() for name, tensor in images.items()}
-        names = (
-            "x_t",
-            "delta",
-            "x0_t",
-            "target",
-            "reference_error",
-            "inversion_error",
-            "timestep",
-            "delta_prev",
-            "eps_ref",
-        )
-        for name in names:
-            value = getattr(found, name)
-            arrays[name] = None if value is None else value.numpy()
+        arrays |= {f"image/{name}": tensor.numpy() for name, tensor in images.items()}
+        for name in manifest.specs.keys() - arrays.keys():
+            arrays[name] = getattr(found, name).numpy()
         return arrays
 
 

@@ -128,7 +128,7 @@ def test_the_written_output_computes_what_was_trained(
     if flags.get("dtype") == "bfloat16":
         cache = make_world().cache(tmp_path / "cache", shards=(3,), network_dtype="bfloat16")
     if "only" in name:
-        known = [str(pair_id) for shard in open_cache(cache) for pair_id in shard.read("pair_id")]
+        known = [str(pair_id) for shard in open_cache(cache) for pair_id in shard.read("pair/id")]
         (tmp_path / "only").write_text("\n".join(known[:6]))
         (tmp_path / "except").write_text(known[0])
         flags |= {"only": tmp_path / "only", "except": tmp_path / "except"}

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
-from inpo.common.inversion import invert
+from inpo.common.inversion import Group, invert
 from inpo.train.index import build_index
-from inpo.train.order import GlobalOrder
+from inpo.train.order import GlobalOrder, OrderedShard
 
 GOLDEN = Path(__file__).parent / "golden_trace.json"
 EPS = 1e-2
@@ -44,38 +44,37 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
     opened = open_cache(cache)
     manifest = opened.manifest
     shards = [part.shard for part in build_index([opened], soft=False, held_out=0.0).training]
-    order = GlobalOrder([shard.num_pairs * manifest.timesteps_per_pair for shard in shards], window_shards=4, seed=0)
+    ordered = [
+        OrderedShard(group=np.arange(shard.num_pairs), num_records=manifest.timesteps_per_pair) for shard in shards
+    ]
+    order = GlobalOrder(ordered, window_shards=4, seed=0)
+    (text,) = (text for text in opened.texts if text.name == "texts")
+    embedding = torch.from_numpy(text.read_stored("embedding")).float()
     reference = world.model.denoiser(world.model.load_network().eval())
     unet = world.model.load_network().train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=EPS, weight_decay=1e-2)
     for step in range(20):
         rows, kept = [], []
         for place in order.micro_batch(step, 2):
-            number, record = order.shuffled(place.key)[place.position].tolist()
-            pair, which = divmod(record, manifest.timesteps_per_pair)
+            number, pair, which = order.shuffled(place.key)[place.position].tolist()
             rows.append((shards[number], pair))
-            kept.append(which)
-        captions = torch.stack(
-            [
-                torch.from_numpy(shard.read("prompt/embedding"))[int(shard.read("prompt_index")[pair])].float()
-                for shard, pair in rows
-            ]
-        ).repeat_interleave(2, dim=0)
+            kept += [which, which]
+        captions = embedding[[int(shard.read("group/prompt")[pair, 1]) for shard, pair in rows]].repeat_interleave(2, 0)
         inverted = invert(
             reference,
-            torch.from_numpy(np.stack([shard.read("x0")[pair] for shard, pair in rows])),
-            [str(shard.read("pair_id")[pair]) for shard, pair in rows],
+            torch.from_numpy(np.concatenate([shard.read("x0")[2 * pair : 2 * pair + 2] for shard, pair in rows])),
+            [Group(id=str(shard.read("pair/id")[pair]), num_images=2) for shard, pair in rows],
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
             caption=Condition(embedding=captions),
         )
-        here = (torch.arange(2), torch.tensor(kept))
-        x_t, target = (getattr(inverted, name)[here].flatten(0, 1).float() for name in ("x_t", "target"))
-        timestep = inverted.timestep[here].long().repeat_interleave(2)
+        here = (torch.arange(4), torch.tensor(kept))
+        x_t, target = (getattr(inverted, name)[here].float() for name in ("x_t", "target"))
+        timestep = inverted.timestep.repeat_interleave(2, 0)[here].long()
         eps = unet(x_t, timestep, encoder_hidden_states=captions).sample
         e_theta = ((target - eps) ** 2).mean((1, 2, 3)).view(-1, 2)
-        gap = e_theta - inverted.reference_error[here]
+        gap = e_theta - inverted.reference_error[here].view(-1, 2)
         loss = -F.logsigmoid(-1000.0 * (gap[:, 0] - gap[:, 1])).mean()
         optimizer.zero_grad()
         loss.backward()

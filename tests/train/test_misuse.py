@@ -40,7 +40,7 @@ def test_a_cache_given_twice(run: Callable[..., Path], cache: str) -> None:
 def test_a_list_with_ids_that_no_cache_has(
     run: Callable[..., Path], cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    known = [str(pair_id) for shard in open_cache(cache) for pair_id in shard.read("pair_id")]
+    known = [str(pair_id) for shard in open_cache(cache) for pair_id in shard.read("pair/id")]
     listed = tmp_path / "list"
     listed.write_text("\n".join([*known[:4], "# a comment", "nobody"]))
     run(steps=1, **{option: listed})

@@ -141,7 +141,7 @@ def test_samples_are_drawn_and_do_not_disturb_training(run: Callable[..., Path],
 
 def test_samples_are_of_the_caches_own_prompts_unless_others_are_named(run: Callable[..., Path], cache: str) -> None:
     output = run(steps=1, sample_every=1, sample_steps=1)
-    texts = {str(text) for text in next(iter(open_cache(cache))).read("prompt/text")} - {""}
+    texts = {str(text) for text in next(iter(open_cache(cache))).prompts()}
     with Image.open(output / "samples/step-00000001.png") as picture:
         assert picture.size == (16 * min(4, len(texts)), 16)
 

@@ -50,7 +50,7 @@ def noise(transformer: Any, x: torch.Tensor, timestep: torch.Tensor, told: dict[
         both = transformer(
             x,
             encoder_hidden_states=told["embedding"],
-            encoder_attention_mask=told["mask"],
+            encoder_attention_mask=torch.arange(told["embedding"].shape[1]) < told["length"][:, None],
             timestep=timestep,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
@@ -70,7 +70,7 @@ def test_the_call_is_the_pipelines_noise_and_the_mask_counts(pixart: Any) -> Non
     network = pixart.model.load_network()
     with torch.no_grad():
         got = pixart.model.denoiser(network)(x, timestep, Condition(**told))
-        everything = told | {"mask": torch.ones_like(told["mask"])}
+        everything = told | {"length": torch.full_like(told["length"], told["embedding"].shape[1])}
         unmasked = pixart.model.denoiser(network)(x, timestep, Condition(**everything))
     assert torch.equal(got, noise(network, x, timestep, told))
     assert not torch.allclose(got, unmasked, atol=1e-4)
@@ -78,13 +78,15 @@ def test_the_call_is_the_pipelines_noise_and_the_mask_counts(pixart: Any) -> Non
 
 def test_padding_behind_the_mask_changes_nothing(pixart: Any) -> None:
     x, timestep, told = asked(pixart)
-    length = int(told["mask"].sum(1).max())
-    short = Condition(embedding=told["embedding"][:, :length], mask=told["mask"][:, :length])
+    longest = int(told["length"].max())
+    short = Condition(embedding=told["embedding"][:, :longest], length=told["length"])
+    zeros = torch.zeros_like(told["embedding"])
+    zeros[:, :longest] = short["embedding"]
     denoiser = pixart.model.denoiser(pixart.model.load_network())
     with torch.no_grad():
-        torch.testing.assert_close(
-            denoiser(x, timestep, short), denoiser(x, timestep, Condition(**told)), rtol=1e-5, atol=1e-6
-        )
+        expected = denoiser(x, timestep, Condition(**told))
+        for other in (short, Condition(embedding=zeros, length=told["length"])):
+            torch.testing.assert_close(denoiser(x, timestep, other), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_lora_layers_are_read_back_by_peft_and_by_generate(

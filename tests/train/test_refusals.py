@@ -40,7 +40,7 @@ def test_other_numbers_under_the_right_fingerprint_fail_the_proof(
     """The stored errors are off by 1e-4 in one record: 0.1 on the logit at beta 2000."""
 
     def shift(shard: int, arrays: dict[str, np.ndarray]) -> None:
-        arrays["reference_error"][0, 0, 1] += 1e-4
+        arrays["reference_error"][1, 0] += 1e-4
 
     location = world.cache(tmp_path / "c", shards=(4,), change=shift)
     with pytest.raises(CacheMismatch) as caught:
@@ -59,7 +59,7 @@ def test_an_error_that_both_sides_share_fails_the_proof_too(
     world: Any, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     def shift(shard: int, arrays: dict[str, np.ndarray]) -> None:
-        arrays["reference_error"][0, 0] += 1e-4
+        arrays["reference_error"][:2, 0] += 1e-4
 
     with pytest.raises(CacheMismatch, match="Zero-step proof failed"):
         run(caches=[world.cache(tmp_path / "c", shards=(4,), change=shift)])
@@ -221,7 +221,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
     monkeypatch.setattr(CacheWriter, "_check", lambda self, name, data: None)
 
     def spoil(shard: int, arrays: dict[str, np.ndarray]) -> None:
-        arrays["x_t"][2, 1, 0, 0, 0, 0] = np.inf
+        arrays["x_t"][4, 1, 0, 0, 0] = np.inf
 
     location = world.cache(tmp_path / "c", shards=(4,), change=spoil)
     with pytest.raises(OSError, match="pair-0002"):

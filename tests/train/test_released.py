@@ -98,11 +98,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
 def test_prompts_that_differ_in_case_and_blanks_are_held_out_together(world: Any, tmp_path: Path) -> None:
     spellings = ["a café by the sea", "A CAFÉ by the Sea", " a café  by the\tsea ", "a cafe\u0301 by the sea\n"]
 
-    def spell(shard: int, arrays: dict[str, Any]) -> None:
-        arrays["prompt/text"][1:5] = spellings
-        arrays["prompt/text"][5:] = [f"another {number}" for number in range(5, 8)]
-
-    cache = open_cache(world.cache(tmp_path / "c", shards=(7,), change=spell))
+    cache = open_cache(
+        world.cache(tmp_path / "c", shards=(7,), prompts=[*spellings, *(f"another {number}" for number in range(5, 8))])
+    )
     sides = set()
     for share in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
         try:
@@ -119,7 +117,7 @@ def test_prompts_that_differ_in_case_and_blanks_are_held_out_together(world: Any
 def label(cache: str, name: str, scorer: str, temperature: Callable[[int], float]) -> None:
     opened = open_cache(cache)
     for number, (shard_name, shard) in enumerate(opened.shards.items()):
-        pairs = {str(pair): PairLabel(scores=(0.3, 0.2), label=0.7) for pair in shard.read("pair_id")}
+        pairs = {str(pair): PairLabel(scores=(0.3, 0.2), label=0.7) for pair in shard.read("pair/id")}
         labels = LabelSet(
             attempt=shard.commit.attempt, scorer=scorer, temperature=temperature(number), source="test", pairs=pairs
         )

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, Manifest, ShardData, open_cache
+from inpo.common.cache import CacheWriter, Manifest, ShardData, TextData, open_cache
+from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.cache.reader import Shard
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, CacheMismatch, TrainingError, UsageError
 from inpo.train.index import Index, build_index
-from inpo.train.order import GlobalOrder
+from inpo.train.order import GlobalOrder, OrderedShard, WindowKey
 from inpo.train.records import Batch, Needs
 from inpo.train.stream import RecordStream, held_out_batches
 
@@ -39,12 +40,21 @@ def take(stream: RecordStream, count: int) -> list[Batch]:
 def same(left: Batch, right: Batch) -> bool:
     return all(
         torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("x_t", "aim", "reference_error", "timestep", "label")
+        for name in ("x_t", "aim", "reference_error", "timestep", "sides", "label")
     ) and torch.equal(left.condition["embedding"], right.condition["embedding"])
 
 
+def ordered(groups: int, most: int, records: int) -> OrderedShard:
+    """A shard of so many groups, of 1 to `most` pairs in turn."""
+    return OrderedShard(
+        group=np.repeat(np.arange(groups), [1 + number % most for number in range(groups)]), num_records=records
+    )
+
+
 @given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    shards=st.lists(
+        st.builds(ordered, st.integers(1, 6), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5
+    ),
     window=st.integers(1, 4),
     seed=st.integers(0, 99),
     batch_size=st.integers(1, 5),
@@ -52,11 +62,13 @@ def same(left: Batch, right: Batch) -> bool:
 )
 @settings(max_examples=30, deadline=None)
 def test_every_epoch_uses_every_record_once_whatever_the_ranks(
-    counts: list[int], window: int, seed: int, batch_size: int, world_size: int
+    shards: list[OrderedShard], window: int, seed: int, batch_size: int, world_size: int
 ) -> None:
-    """The ranks' micro-batches, dealt round, are one sequence; cut at the epochs it is a permutation each time."""
-    order = GlobalOrder(counts, window_shards=window, seed=seed)
-    total = sum(counts)
+    """The ranks' micro-batches, dealt round, are one sequence; cut at the epochs it is a permutation each time, and
+    cut into an epoch's slices it has every pair once."""
+    order = GlobalOrder(shards, window_shards=window, seed=seed)
+    total = sum(shard.num_pairs * shard.num_records for shard in shards)
+    assert order.num_records == total
     needed = -(-3 * total // batch_size)
     turns = -(-needed // world_size)
     dealt = [
@@ -64,25 +76,50 @@ def test_every_epoch_uses_every_record_once_whatever_the_ranks(
     ]
     records = []
     for place in [place for micro_batch in dealt for place in micro_batch][: 3 * total]:
-        records.append((place.key.epoch, *order.shuffled(place.key)[place.position].tolist()))
-    everything = {(shard, record) for shard, count in enumerate(counts) for record in range(count)}
+        records.append((place.key, *order.shuffled(place.key)[place.position].tolist()))
+    everything = {
+        (number, pair, record)
+        for number, shard in enumerate(shards)
+        for pair in range(shard.num_pairs)
+        for record in range(shard.num_records)
+    }
     for epoch in range(3):
         part = records[epoch * total : (epoch + 1) * total]
-        assert {number for number, _, _ in part} == {epoch}
-        assert Counter((shard, record) for _, shard, record in part) == Counter(everything)
+        assert {key.epoch for key, *_ in part} == {epoch}
+        assert Counter((shard, pair, record) for _, shard, pair, record in part) == Counter(everything)
+        slices = [key.slice for key, *_ in part]
+        assert slices == sorted(slices)
+        for number in set(slices):
+            met = [(shard, pair) for key, shard, pair, _ in part if key.slice == number]
+            assert len(met) == len(set(met)), "a slice visits a pair once"
+
+
+def test_a_groups_pairs_follow_each_other_at_one_record() -> None:
+    shards = [ordered(groups=20, most=4, records=3), ordered(groups=9, most=2, records=3)]
+    order = GlobalOrder(shards, window_shards=2, seed=5)
+    for number in range(3):
+        key = order.place(number * sum(shard.num_pairs for shard in shards)).key
+        runs = []
+        for shard, pair, record in order.shuffled(key).tolist():
+            each = (shard, int(shards[shard].group[pair]), record)
+            if runs[-1:] != [each]:
+                runs.append(each)
+        assert len(runs) == 29
+    first, second = (order.shuffled(WindowKey(epoch=0, slice=number, window=0)) for number in (0, 1))
+    assert [row[:2] for row in first.tolist()] != [row[:2] for row in second.tolist()], "another order in each slice"
 
 
 def test_epochs_and_seeds_differ_and_windows_mix_shards() -> None:
     def sequence(seed: int, epoch: int) -> list[list[int]]:
-        order = GlobalOrder([40] * 6, window_shards=3, seed=seed)
+        order = GlobalOrder([ordered(40, 1, 1)] * 6, window_shards=3, seed=seed)
         return [order.shuffled(place.key)[place.position].tolist() for place in order.micro_batch(epoch, 240)]
 
     assert sequence(0, 0) == sequence(0, 0)
     assert sequence(0, 0) != sequence(0, 1)
     assert sequence(0, 0) != sequence(1, 0)
     first_window = sequence(0, 0)[:120]
-    assert len({shard for shard, _ in first_window}) == 3
-    assert len({shard for shard, _ in first_window[:20]}) == 3
+    assert len({shard for shard, _, _ in first_window}) == 3
+    assert len({shard for shard, _, _ in first_window[:20]}) == 3
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -91,29 +128,35 @@ def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_p
     cache = make_world(kind).cache(
         tmp_path / "c", label=lambda pair: 0.6 + pair / 100, drop_caption=lambda pair: pair % 3 == 0
     )
-    rows: dict[tuple[float, ...], tuple[Shard, int, int]] = {}
-    for shard in open_cache(cache):
-        for (pair, step), error in np.ndenumerate(shard.read("reference_error")[..., 0]):
-            rows[(float(error),)] = (shard, pair, step)
+    opened = open_cache(cache)
+    texts = {shard.name: shard for shard in opened.texts}
+    rows: dict[float, tuple[Shard, int, int]] = {}
+    for shard in opened:
+        for pair, win in enumerate(shard.read("pair/win").tolist()):
+            for record, error in enumerate(shard.read("reference_error")[win].tolist()):
+                rows[error] = (shard, pair, record)
     batches = take(stream_of(index_of(cache), batch_size=4), 5)
     seen = set()
     for batch in batches:
-        for number in range(batch.num_records):
-            key = (float(batch.reference_error[number, 0]),)
-            shard, pair, step = rows[key]
+        for number, slots in enumerate(batch.sides.tolist()):
+            key = float(batch.reference_error[slots[0]])
+            shard, pair, record = rows[key]
             seen.add(key)
-            assert np.array_equal(batch.x_t[number], shard.read("x_t")[pair, step])
-            assert np.array_equal(batch.aim[number], shard.read("target")[pair, step])
-            assert np.array_equal(batch.reference_error[number], shard.read("reference_error")[pair, step])
-            assert int(batch.timestep[number]) == shard.read("timestep")[pair, step]
-            assert float(batch.label[number]) == shard.read("label")[pair]
-            prompt = 0 if shard.read("caption_dropped")[pair] else shard.read("prompt_index")[pair]
-            images = [2 * number, 2 * number + 1]
-            for image in images:
-                assert np.array_equal(batch.condition["embedding"][image], shard.read("prompt/embedding")[prompt])
-            if kind == "sdxl":
-                assert np.array_equal(batch.condition["pooled"][images[0]], shard.read("prompt/pooled")[prompt])
-                assert np.array_equal(batch.condition["time_ids"][images], shard.read("time_ids")[pair])
+            images = [int(shard.read(f"pair/{side}")[pair]) for side in ("win", "lose")]
+            assert float(batch.label[number]) == shard.read("pair/label")[pair]
+            group = int(shard.read("image/group")[images[0]])
+            place, row = shard.read("group/prompt")[group].tolist()
+            name, row = ("empty", 0) if shard.read("group/caption_dropped")[group] else (shard.commit.texts[place], row)
+            for slot, image in zip(slots, images, strict=True):
+                assert np.array_equal(batch.x_t[slot], shard.read("x_t")[image, record])
+                assert np.array_equal(batch.aim[slot], shard.read("target")[image, record])
+                assert float(batch.reference_error[slot]) == shard.read("reference_error")[image, record]
+                assert int(batch.timestep[slot]) == shard.read("timestep")[group, record]
+                for prompts in batch.prompts:
+                    expected = texts[name].read_stored(prompts)[row]
+                    assert np.array_equal(batch.condition[prompts][slot], expected)
+                if kind == "sdxl":
+                    assert np.array_equal(batch.condition["time_ids"][slot], shard.read("image/time_ids")[image])
     assert seen == set(rows)
 
 
@@ -123,7 +166,11 @@ def lean_copy(location: str, to: Path) -> str:
     writer = CacheWriter.open(str(to), Manifest(**full.manifest.model_dump() | {"profile": "lean"}))
     for shard in full:
         arrays = {path: shard.read(path) for path in writer.manifest.specs}
-        assert writer.write(shard.name, ShardData(arrays=arrays, source=shard.commit.source)) is not None
+        data = ShardData(arrays=arrays, source=shard.commit.source, texts=shard.commit.texts)
+        assert writer.write(shard.name, data) is not None
+    for text in full.texts:
+        arrays = {path: text.read_stored(path) for path in writer.manifest.text_specs}
+        assert writer.write_texts(text.name, TextData(arrays=arrays)) is not None
     return str(to)
 
 
@@ -187,8 +234,8 @@ def test_a_state_of_other_records_is_refused(cache: str, tmp_path: Path) -> None
 def test_held_out_prompts_are_never_trained_on(cache: str) -> None:
     index = index_of(cache, held_out=0.4)
 
-    def prompts(shards: Any) -> set[int]:
-        return {int(row) for part in shards for row in part.shard.read("prompt_index")[part.rows]}
+    def prompts(shards: Any) -> set[str]:
+        return {str(prompt) for part in shards for prompt in part.shard.prompts()[part.group]}
 
     assert prompts(index.training)
     assert prompts(index.held_out)
@@ -243,7 +290,7 @@ def test_several_caches_are_one_table(world: Any, cache: str, tmp_path: Path) ->
     index = index_of(cache, other)
     assert index.num_records == 9 * 2 + 3 * 3
     batches = take(stream_of(index, batch_size=3, window_shards=3), 9)
-    assert len({float(value) for batch in batches for value in batch.reference_error[:, 0]}) == 27
+    assert len({float(value) for batch in batches for value in batch.by_side(batch.reference_error)[:, 0]}) == 27
 
 
 def test_caches_of_two_models_are_refused(make_world: Callable[..., Any], cache: str, tmp_path: Path) -> None:
@@ -252,7 +299,7 @@ def test_caches_of_two_models_are_refused(make_world: Callable[..., Any], cache:
         index_of(cache, other)
 
 
-@pytest.mark.parametrize(("name", "where"), [("target", (1, 0, 1, 0, 2, 3)), ("reference_error", (1, 1, 0))])
+@pytest.mark.parametrize(("name", "where"), [("target", (3, 0, 0, 2, 3)), ("reference_error", (2, 1))])
 def test_a_number_that_is_not_finite_is_refused_by_name(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: tuple[int, ...]
 ) -> None:
@@ -278,20 +325,22 @@ def test_a_number_that_is_not_finite_is_refused_by_name(
 def test_only_the_arrays_that_are_needed_are_read(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of(cache)
     read: set[str] = set()
-    original = Shard.read
+    for name in ("read_stored", "read_chunks"):
+        original = getattr(CommittedArrays, name)
 
-    def spy(self: Shard, path: str, *args: Any, **options: Any) -> np.ndarray:
-        read.add(path)
-        return original(self, path, *args, **options)
+        def spy(self: CommittedArrays, path: str, *args: Any, _original: Any = original, **options: Any) -> np.ndarray:
+            read.add(path)
+            return _original(self, path, *args, **options)
 
-    monkeypatch.setattr(Shard, "read", spy)
+        monkeypatch.setattr(CommittedArrays, name, spy)
     take(stream_of(index), 3)
     assert read == {
         "x_t",
         "target",
         "timestep",
         "reference_error",
-        "caption_dropped",
-        "prompt_index",
-        "prompt/embedding",
+        "image/group",
+        "group/caption_dropped",
+        "group/prompt",
+        "embedding",
     }
