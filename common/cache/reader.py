@@ -132,10 +132,14 @@ class Shard(CommittedArrays):
             self._check_prompts(values)
 
     def _check_prompts(self, values: Int[np.ndarray, "group 2"]) -> None:
+        """CacheIncomplete for a text shard that is not there: that makes no shard of images a bad one."""
         texts = self.commit.texts
         for place, row in np.unique(values, axis=0).tolist():
-            if not 0 <= place < len(texts) or not 0 <= row < self.cache.texts.need(texts[place]).num_prompts:
-                raise self.misfit("group/prompt", f"row {row} of text {place}, of texts {texts[:4]}")
+            if not 0 <= place < len(texts):
+                raise self.misfit("group/prompt", f"{place} outside 0..{len(texts) - 1}, the commit's texts")
+            found = self.cache.texts.need(texts[place])
+            if not 0 <= row < found.num_prompts:
+                raise self.misfit("group/prompt", f"{row} outside 0..{found.num_prompts - 1} of {found.title}")
 
     def __contains__(self, path: str) -> bool:
         return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)
