@@ -134,4 +134,4 @@ INVERTERS: dict[InverterName, Callable[[list[State], int, Stepper], Calls]] = {
 
 
 def _levels(schedule: Levels, timestep: int) -> tuple[float, float]:
-    return float(schedule.signal[timestep]), float(schedule.noise[timestep])
+    return schedule.point(timestep)

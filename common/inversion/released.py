@@ -159,7 +159,9 @@ def released_trajectory(
             target = loop.target(x, x0, torch.tensor([timestep])).half()
             x_t = point_from_target(x0, target, float(schedule.signal[timestep]), float(schedule.noise[timestep]))
             state = yield from visit(x_t.float(), timestep)
-            records.add(timestep, target, x_t, state, eps_ref=state.delta, carried=carried, extra=extra)
+            records.add(
+                timestep, target, x_t, state, eps_ref=state.delta, predicted=state.delta, carried=carried, extra=extra
+            )
     if measure:
         assert state is not None, "the last point of a path has a record"
         records.inversion_error = yield from round_trip(clean, state, path, schedule, visit)

@@ -7,6 +7,7 @@ images that stand at different points (batching.py). What is inverted together h
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float16, Float32
 from torch import Tensor
@@ -46,16 +47,18 @@ class Records:
         state: State,
         *,
         eps_ref: Float32[Tensor, "image c h w"],
+        predicted: Float32[Tensor, "image c h w"],
         carried: Float[Tensor, "image c h w"],
         extra: tuple[str, ...],
     ) -> None:
-        """One record: `state` is the point visited at `x_t`, `carried` the noise that led there."""
+        """One record: `state` is the point visited at `x_t`, `carried` the noise that led there, `eps_ref` the
+        reference's noise, `predicted` its prediction of what `target` is of."""
         self.timestep.append(timestep)
         self.target.append(target)
         self.x_t.append(x_t)
         self.delta.append(state.delta.half())
         self.x0_t.append(state.clean.half())
-        self.reference_error.append(mean_square(target.float() - eps_ref))
+        self.reference_error.append(mean_square(target.float() - predicted))
         if "delta_prev" in extra:
             self.delta_prev.append(carried.half())
         if "eps_ref" in extra:
@@ -99,31 +102,25 @@ def trajectory(
     def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
         output = yield from evaluate(x, timestep)
         label = torch.full(x.shape[:1], timestep, device=x.device)
+        a, s = schedule.point(timestep)
         return State(
-            a=float(schedule.signal[timestep]),
-            s=float(schedule.noise[timestep]),
-            x=x,
-            clean=denoiser.to_clean(output, x, label),
-            delta=denoiser.to_noise(output, x, label),
+            a=a, s=s, x=x, clean=denoiser.to_clean(output, x, label), delta=denoiser.to_noise(output, x, label)
         )
 
     def reference(state: State, timestep: int) -> Calls:
-        """eps_ref at the point just visited."""
-        if guidance == 1.0:
-            return state.delta
-        output = (yield Request(x=state.x, timestep=timestep)) if under_caption is None else under_caption
-        return denoiser.to_noise(output, state.x, torch.full(x.shape[:1], timestep, device=x.device))
+        """The reference's raw output at the point just visited."""
+        return (yield Request(x=state.x, timestep=timestep)) if under_caption is None else under_caption
 
     records = Records()
     clean = x0.float()
     history: list[State] = []
     stepper = Stepper(schedule=schedule, denoiser=denoiser, evaluate=evaluate, identity=identity)
     if path.starts_clean:
-        start = yield from visit(clean, 0)
+        start = yield from visit(clean, schedule.clean)
         history = [State(a=1.0, s=0.0, x=clean, clean=clean, delta=start.delta)]
     for index, point in enumerate(path.points):
         stepper.residual = None
-        a, s = float(schedule.signal[point.level]), float(schedule.noise[point.level])
+        a, s = schedule.point(point.level)
         if point.noised:
             noise = normal(tuple(x0.shape[1:]), seed, group_id, "noise", point.level).to(x0.device)
             carried = noise.expand_as(clean)
@@ -132,14 +129,19 @@ def trajectory(
             carried = history[-1].delta
             x = yield from step(history, point.level, stepper)
         if point.records:
+            mixture = [float(each) for each in schedule.mixture(np.array(point.level))]
             if point.noised:
-                target = carried.half()
-                x_t = point_from_target(x0, target, a, s)
+                target = (carried if schedule.space == "noise" else carried - clean).half()
+                x_t = point_from_target(x0, target, *mixture)
             else:
-                target, x_t = stored_point(x0, x, a, s)
+                target, x_t = stored_point(x0, x, *mixture)
             arrived = yield from visit(x_t.float(), point.level)
-            eps_ref = yield from reference(arrived, point.level)
-            records.add(point.level, target, x_t, arrived, eps_ref=eps_ref, carried=carried, extra=extra)
+            output = yield from reference(arrived, point.level)
+            at = (output, arrived.x, torch.full(x.shape[:1], point.level, device=x.device))
+            eps_ref, predicted = denoiser.to_noise(*at), denoiser.to_space(*at)
+            records.add(
+                point.level, target, x_t, arrived, eps_ref=eps_ref, predicted=predicted, carried=carried, extra=extra
+            )
             if identity.name == "fixed_point":
                 records.residual.append(
                     torch.zeros(x.shape[:1], device=x.device) if stepper.residual is None else stepper.residual.float()
@@ -160,7 +162,8 @@ def round_trip(clean: Tensor, last: State, path: Path, schedule: Levels, visit: 
     """Relative RMS between x0 and where deterministic DDIM lands from the last stored x_t, down the same points."""
     state = last
     for point in reversed(path.points[:-1]):
-        x = float(schedule.signal[point.level]) * state.clean + float(schedule.noise[point.level]) * state.delta
+        a, s = schedule.point(point.level)
+        x = a * state.clean + s * state.delta
         state = yield from visit(x, point.level)
     error = (state.clean - clean).square().mean((-3, -2, -1)).sqrt()
     return error / clean.square().mean((-3, -2, -1)).sqrt()
