@@ -1,6 +1,6 @@
 """One network behind one signature: whatever it predicts, noise, x0(t) or velocity come out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from inpo.common.choices import Space
-from inpo.common.conditions import Condition
+from inpo.common.conditions import Call, Condition
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 from inpo.common.predictions import PREDICTIONS
@@ -30,12 +30,6 @@ def dtype_name(name: str) -> str:
 def default_dtype(device_type: str) -> str:
     """What an unset dtype means in every stage: bfloat16 on a GPU, float32 on a CPU."""
     return "float32" if device_type == "cpu" else "bfloat16"
-
-
-Call = Callable[
-    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
-]
-"""(network, x, label, condition) -> its output: a family's `call`."""
 
 
 class Denoiser:

@@ -25,7 +25,6 @@ from torch import Tensor
 from inpo.common.choices import DensityName, Space
 from inpo.common.errors import ModelError, UsageError
 
-
 _FLOW_FLOOR = 0.05
 NEAREST_CLEAN = 0.8
 """Times the floor: what the clean end's sigma counts as where a path is refined."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from inpo.common.cache import Cache
 from inpo.common.cache.derive import mean_square
 from inpo.common.cache.identity import check_components
+from inpo.common.choices import Space
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import CacheMismatch
 from inpo.common.models import Model
@@ -98,10 +99,13 @@ def refuse(proof: Proof, cache: Cache, denoiser: Denoiser) -> CacheMismatch:
     )
 
 
-def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides of every record, in one network call for all images."""
-    eps = denoiser(batch.x_t.float(), batch.timestep, batch.condition)
-    return batch.by_side(mean_square(batch.aim.float() - eps))
+def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
+    """E = MSE(aim - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+
+    `space`: what the aim is of; None: what the levels' targets are of.
+    """
+    predicted = denoiser(batch.x_t.float(), batch.timestep, batch.condition, space)
+    return batch.by_side(mean_square(batch.aim.float() - predicted))
 
 
 def _sample(index: Index) -> Iterator[Batch]:

@@ -209,6 +209,8 @@ class Manifest(Document):
             raise ValueError(f"a condition cannot be the array {', '.join(sorted(taken))}")
         if not 0 <= low < high <= total:
             raise ValueError(f"timestep_range [{low}, {high}) lies outside 0..{total}")
+        if self.is_padded and self.max_tokens is None:
+            raise ValueError("a length of prompts without max_tokens")
         if self.timesteps_per_pair > self.inverter.grid_points:
             raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.grid_points} points")
         return self
@@ -227,6 +229,11 @@ class Manifest(Document):
                 fix="use the version of InPO cache that wrote it, or precompute again into a new folder",
             )
         return cls._parse(document, where)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether text shards hold prompts by their length, and readers pad them with zeros to `max_tokens`."""
+        return "length" in self.conditions
 
     @property
     def num_train_timesteps(self) -> int:
