@@ -1,17 +1,17 @@
 """The two phases of a run, and the worker of each: texts with the text encoders, then images with network and VAE."""
 
+import gc
 from typing import Literal
 
 import torch
 
 from inpo.common.cache import CacheWriter
 from inpo.common.models import Model
-from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.pipeline import Worker
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.texts import TextTable, TextWorker
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.texts import TextWorker
+from inpo.precompute.worker import build_worker
 
 Phase = Literal["texts", "images"]
 
@@ -20,13 +20,8 @@ def load_worker(
     phase: Phase, model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device
 ) -> Worker:
     """Load what a phase needs onto `device`, and no more: text encoders and network are never there together."""
+    gc.collect()  # references in a circle would keep the models of the phase before on the device
     if phase == "texts":
         encoder = TextEncoder(model.load_text_pipeline(), model.family, device=device)
         return TextWorker(encoder=encoder, writer=writer)
-    return ShardWorker(
-        components=load_components(model, writer.manifest, device),
-        writer=writer,
-        table=TextTable(writer),
-        pairs_per_batch=settings.batch_size,
-        decode=DecodePool(settings.decode_workers),
-    )
+    return build_worker(model, writer, settings, device)

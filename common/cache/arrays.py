@@ -155,4 +155,35 @@ def open_array(store: Store, path: str) -> zarr.Array[Any]:
         return zarr.open_array(store=store, path=path, mode="r", zarr_format=3)
 
 
-__all__ = ["CommittedStore", "LostBytes", "metadata_problem", "open_array", "quiet_strings", "write_group"]
+FRAME_HEADER_BYTES = 18
+"""Of zstd, at most."""
+_FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def frame_content(header: bytes) -> int | None:
+    """How many bytes a zstd frame says that it holds (RFC 8878, 3.1.1.1), which is what a decoder takes at once.
+
+    None: it does not say, or is no such frame.
+    """
+    if len(header) < 5 or header[:4] != _FRAME_MAGIC:
+        return None
+    descriptor = header[4]
+    is_single, size_flag = descriptor & 0x20, descriptor >> 6
+    start = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
+    length = (1 if is_single else 0, 2, 4, 8)[size_flag]
+    field = header[start : start + length]
+    if not length or len(field) < length:
+        return None
+    return int.from_bytes(field, "little") + (256 if length == 2 else 0)
+
+
+__all__ = [
+    "FRAME_HEADER_BYTES",
+    "CommittedStore",
+    "LostBytes",
+    "frame_content",
+    "metadata_problem",
+    "open_array",
+    "quiet_strings",
+    "write_group",
+]

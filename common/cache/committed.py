@@ -11,10 +11,18 @@ import numpy as np
 import zarr
 from jaxtyping import Int, Shaped
 from numcodecs.zstd import Zstd
+from obstore.exceptions import NotFoundError
 from zarr.core.buffer.cpu import NDBuffer
 
-from inpo.common.cache.arrays import CommittedStore, LostBytes, metadata_problem, open_array
-from inpo.common.cache.document import load
+from inpo.common.cache.arrays import (
+    FRAME_HEADER_BYTES,
+    CommittedStore,
+    LostBytes,
+    frame_content,
+    metadata_problem,
+    open_array,
+)
+from inpo.common.cache.document import MAX_WHOLE_BYTES, load
 from inpo.common.cache.schema import AnyCommit
 from inpo.common.cache.specs import CRC_BYTES, INDEX_BYTES, ArraySpec
 from inpo.common.cache.store import CacheStore
@@ -132,14 +140,38 @@ class CommittedArrays:
         size, wanted = self._files[spec.chunk_file], spec.chunk_bytes(shape)
         if problem is None and wanted is not None and size != wanted:
             problem = f"{size} bytes instead of the {wanted} of {spec.dtype} {shape}"
-        if problem is None and spec.compressed and not spec.is_text:
-            problem = spec.too_large(shape)
-        if problem is None and spec.is_text and not spec.compressed:
-            count = int.from_bytes(self.store.head(f"{self.folder}/{spec.chunk_file}", min(size, 4)), "little")
+        if problem is None and spec.compressed:
+            problem = spec.too_large(shape) or self._frames_problem(spec, shape)
+        if problem is None and spec.is_text:
+            # How many texts there are is the first number of the chunk, and how many objects a decoder makes.
+            (chunk,) = self._ranges(spec.chunk_file, [(0, size if spec.compressed else min(size, 4))])
+            head = bytes(Zstd().decode(chunk[:-CRC_BYTES])) if spec.compressed else chunk
+            count = int.from_bytes(head[:4], "little")
             if count != shape[0]:
                 problem = f"{count} texts instead of {shape[0]}"
         if problem is not None:
             raise self.misfit(path, problem)
+
+    def _frames_problem(self, spec: ArraySpec, shape: list[int]) -> str | None:
+        """What is wrong with what the frames of a compressed array say that they hold, or None."""
+        file, size = spec.chunk_file, self._files[spec.chunk_file]
+        frames = np.array([[0, size]])
+        if spec.chunking != "whole":
+            start = size - CRC_BYTES - INDEX_BYTES * shape[0]
+            if start <= 0:
+                return f"{size} bytes with an index of {shape[0]} chunks"
+            (index,) = self._ranges(file, [(start, size - CRC_BYTES)])
+            frames = np.frombuffer(index, "<u8").reshape(-1, 2)
+        spans: list[tuple[int, int]] = []
+        for start, length in frames.tolist():
+            if length <= CRC_BYTES or start + length > size:
+                return f"a chunk of {length} bytes at {start} in a file of {size}"
+            spans.append((start, start + min(length, FRAME_HEADER_BYTES)))
+        most = MAX_WHOLE_BYTES if spec.is_text else math.prod(spec.inner_chunk(shape)) * spec.numpy_dtype.itemsize
+        for content in map(frame_content, self._ranges(file, spans)):
+            if content is None or content > most or (content < most and not spec.is_text):
+                return f"a chunk that is to hold {content} bytes instead of {'at most ' * spec.is_text}{most}"
+        return None
 
     def misfit(self, path: str, problem: str) -> CacheSchemaError:
         """The error for an array that is not what its commit and the manifest make it."""
@@ -230,7 +262,10 @@ class CommittedArrays:
         return self._indexes[path]
 
     def _ranges(self, file: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        parts = self.store.ranges(f"{self.folder}/{file}", spans)
+        try:
+            parts = self.store.ranges(f"{self.folder}/{file}", spans)
+        except (FileNotFoundError, NotFoundError) as error:
+            raise LostBytes(f"{file}: no such file") from error
         for part, (start, end) in zip(parts, spans, strict=True):
             if len(part) != end - start:
                 raise LostBytes(f"{file}: {len(part)} bytes instead of {end - start}")
@@ -272,20 +307,10 @@ def _decode(data: bytes, out: np.ndarray, *, compressed: bool) -> None:
     content = _without_checksum(data)
     if not compressed:
         out[...] = np.frombuffer(content, out.dtype).reshape(out.shape)
-    elif _frame_bytes(content) != out.nbytes:
-        raise ValueError(f"{_frame_bytes(content)} bytes in a chunk of {out.nbytes}")
+    elif frame_content(content) != out.nbytes:
+        raise ValueError(f"{frame_content(content)} bytes in a chunk of {out.nbytes}")
     else:
         Zstd().decode(content, out=out)
-
-
-def _frame_bytes(content: bytes) -> int | None:
-    """What a zstd frame says it holds (RFC 8878, section 3.1.1.1); None: nothing. Looked at before it is believed."""
-    descriptor = content[4] if len(content) > 4 else 0
-    flag, single = descriptor >> 6, descriptor >> 5 & 1
-    length = (single, 2, 4, 8)[flag]
-    start = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
-    number = int.from_bytes(content[start : start + length], "little")
-    return number + (256 if flag == 1 else 0) if length else None
 
 
 def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "row"], path: str) -> Any:

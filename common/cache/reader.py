@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from inpo.common.cache.commits import read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
-from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import MANIFEST, Commit, Manifest, TextCommit
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMissing, InpoError
-from inpo.common.levels import Levels
+
+if TYPE_CHECKING:
+    from inpo.common.levels import Levels
 
 
 class TextShard(CommittedArrays):
@@ -130,10 +132,14 @@ class Shard(CommittedArrays):
             self._check_prompts(values)
 
     def _check_prompts(self, values: Int[np.ndarray, "group 2"]) -> None:
+        """CacheIncomplete for a text shard that is not there: that makes no shard of images a bad one."""
         texts = self.commit.texts
         for place, row in np.unique(values, axis=0).tolist():
-            if not 0 <= place < len(texts) or not 0 <= row < self.cache.texts.need(texts[place]).num_prompts:
-                raise self.misfit("group/prompt", f"row {row} of text {place}, of texts {texts[:4]}")
+            if not 0 <= place < len(texts):
+                raise self.misfit("group/prompt", f"{place} outside 0..{len(texts) - 1}, the commit's texts")
+            found = self.cache.texts.need(texts[place])
+            if not 0 <= row < found.num_prompts:
+                raise self.misfit("group/prompt", f"{row} outside 0..{found.num_prompts - 1} of {found.title}")
 
     def __contains__(self, path: str) -> bool:
         return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)
@@ -174,6 +180,8 @@ class Shard(CommittedArrays):
         self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"], target: Float[np.ndarray, "n c h w"]
     ) -> Float[np.ndarray, "n c h w"]:
         """x_t at single records, from their stored `target`."""
+        from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
+
         distinct, row = np.unique(images, return_inverse=True)
         x0 = self.read_chunks("x0", distinct[:, None])[row]
         a, s = self.cache.levels.at(self.timesteps()[images, records][:, None])
@@ -207,6 +215,8 @@ class Shard(CommittedArrays):
         return self.read("group/caption_dropped")
 
     def _derive_x_t(self, images: Rows) -> Float[np.ndarray, "image record c h w"]:
+        from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
+
         a, s = self.cache.levels.at(self.timesteps(images))
         return derive_x_t(self.read("x0", images), self.read("target", images), a, s)
 
@@ -242,7 +252,7 @@ class Cache:
         return self.store.location
 
     @cached_property
-    def levels(self) -> Levels:
+    def levels(self) -> "Levels":
         """The reference's levels, from the manifest."""
         return self.manifest.levels.levels()
 

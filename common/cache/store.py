@@ -184,14 +184,6 @@ class CacheStore:
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             return list(pool.map(one, names))
 
-    def head(self, name: str, size: int) -> bytes:
-        """The first `size` bytes of a file; fewer, or none, where there are not so many."""
-        with storage_errors("read", self.path(name)):
-            try:
-                return b"".join(self.ranges(name, [(0, size)] if size else []))
-            except (NotFoundError, FileNotFoundError):
-                return b""
-
     def sample_digest(self, name: str, size: int) -> str:
         """Digest of the first, middle and last 4096 bytes of a file of `size` bytes (of all, if it is that small).
 

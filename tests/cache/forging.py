@@ -23,8 +23,20 @@ def edit(document: Any, path: str, value: Any) -> None:
     document[key] = value(document[key]) if callable(value) else value
 
 
+def commit_of(folder: Path, name: str) -> Path:
+    """The commit of a shard of images, or of one of texts: texts/NAME."""
+    of_texts = name.startswith("texts/")
+    return folder / ("text-commits" if of_texts else "commits") / f"{name.removeprefix('texts/')}.json"
+
+
+def attempt_of(folder: Path, name: str = "s0") -> Path:
+    """The only attempt of such a shard."""
+    (attempt,) = (folder / (name if name.startswith("texts/") else f"shards/{name}")).iterdir()
+    return attempt
+
+
 def forge_commit(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "s0") -> None:
-    file = folder / "commits" / f"{name}.json"
+    file = commit_of(folder, name)
     document = json.loads(file.read_text())
     change(document)
     rest = {key: value for key, value in document.items() if key != "checksum"}
@@ -47,24 +59,26 @@ def forge_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
     document = json.loads(file.read_text())
     change(document)
     file.write_text(json.dumps(document))
-    for commit in (folder / "commits").iterdir():
-        forge_commit(folder, lambda each: each.update(manifest=digest(file.read_bytes())), commit.stem)
+    made_under = digest(file.read_bytes())
+    names = [commit.stem for commit in (folder / "commits").iterdir()]
+    for name in [*names, *(f"texts/{commit.stem}" for commit in (folder / "text-commits").iterdir())]:
+        forge_commit(folder, lambda each: each.update(manifest=made_under), name)
 
 
-def forge_file(folder: Path, path: str, data: bytes) -> None:
-    """Replace a file of s0's attempt and have the commit say so."""
-    (attempt,) = (folder / "shards" / "s0").iterdir()
+def forge_file(folder: Path, path: str, data: bytes, name: str = "s0") -> None:
+    """Replace a file of a shard's attempt and have the commit say so."""
+    attempt = attempt_of(folder, name)
     (attempt / path).write_bytes(data)
     store = CacheStore(str(folder))
 
     def change(document: dict[str, Any]) -> None:
         document["files"][path] = len(data)
-        document["digests"][path] = store.sample_digest(f"shards/s0/{attempt.name}/{path}", len(data))
+        document["digests"][path] = store.sample_digest(str((attempt / path).relative_to(folder)), len(data))
 
-    forge_commit(folder, change)
+    forge_commit(folder, change, name)
 
 
-def refused(folder: Path, document: Path, *, others: set[str]) -> None:
+def refused(folder: Path, document: Path, *, others: set[str], name: str = "s0") -> None:
     """Opening refuses, naming the document and what to do; what goes on without damaged shards has the others."""
     with pytest.raises(CacheError) as caught:
         open_cache(str(folder))
@@ -72,8 +86,9 @@ def refused(folder: Path, document: Path, *, others: set[str]) -> None:
     assert "to do:" in str(caught.value)
     damaged: dict[str, CacheError] = {}
     try:
-        left = set(open_cache(str(folder), damaged=damaged).commits)
+        cache = open_cache(str(folder), damaged=damaged)
+        left = {*cache.commits, *(f"texts/{each.name}" for each in cache.texts)}
     except CacheError:  # the manifest is refused, or no commit is left
         left = set()
     assert left == others
-    assert not others or str(damaged["s0"]) == str(caught.value)
+    assert not others or str(damaged[name]) == str(caught.value)

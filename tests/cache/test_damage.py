@@ -1,20 +1,31 @@
 """Every kind of damage to every file of a cache is found before a number is handed out, and is named."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, open_cache
-from inpo.common.errors import CacheCorrupt, CacheError, CacheMissing, CacheSchemaError
-from inpo.inspection.checks import check_shard
+from inpo.common.cache import ARRAYS, Cache, CacheWriter, Shard, TextShard, open_cache
+from inpo.common.cache.committed import CommittedArrays
+from inpo.common.conditions import Condition
+from inpo.common.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMissing, CacheSchemaError
+from inpo.inspection.checks import check_shard, check_texts
 
-PATHS = [spec.path for spec in ARRAYS] + [f"prompt/{name}" for name in ("embedding", "mask", "pooled")] + ["time_ids"]
+PATHS = [
+    *(spec.path for spec in ARRAYS),
+    "image/time_ids",
+    *(f"texts/{name}" for name in ("text", "embedding", "length", "pooled")),
+]
+"""Arrays of a shard of images, and of one of texts."""
+ALIKE = ("image/group", "pair/win", "pair/lose")
+"""Of plain pairs these are the same numbers in every shard of one size."""
 
 
 def flip(file: Path, position: float) -> None:
@@ -63,10 +74,30 @@ def shard_of(folder: Path, name: str = "s0") -> Shard:
     return open_cache(str(folder)).shards[name]
 
 
+def owner(folder: Path, path: str, number: int = 0) -> tuple[CommittedArrays, str]:
+    """The shard of images, or of texts, that has one of PATHS, and the array's path in there."""
+    if path.startswith("texts/"):
+        return open_cache(str(folder)).texts.need(f"t{number}"), path.removeprefix("texts/")
+    return shard_of(folder, f"s{number}"), path
+
+
+def chunks_of(folder: Path, path: str) -> tuple[list[Path], Path]:
+    """The array's folders in the first and the second shard, and the one file with its numbers, below them."""
+    roots = [Path(shard.location) / array for shard, array in (owner(folder, path, number) for number in (0, 1))]
+    (chunk,) = [file.relative_to(roots[0]) for file in (roots[0] / "c").rglob("*") if file.is_file()]
+    return roots, chunk
+
+
+def name_of(path: str) -> str:
+    """What a message calls one of PATHS of the first shard."""
+    return f"rray {path.removeprefix('texts/')} of " + ("text shard t0" if path.startswith("texts/") else "shard s0")
+
+
 def found(folder: Path, path: str) -> str | None:
     """The reader's message, or None if it handed out the array."""
     try:
-        shard_of(folder).read(path)
+        shard, array = owner(folder, path)
+        shard.read_stored(array)
     except (CacheCorrupt, CacheSchemaError) as error:
         return str(error)
     return None
@@ -76,45 +107,49 @@ def found(folder: Path, path: str) -> str | None:
 def test_every_damage_to_an_arrays_files_is_detected_and_named(whole, tmp_path, path):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
-    shards = [Path(shard_of(folder, name).location) / path for name in ("s0", "s1")]
-    (chunk,) = [file.relative_to(shards[0]) for file in (shards[0] / "c").rglob("*") if file.is_file()] or [Path("c")]
+    shards, chunk = chunks_of(folder, path)
     row: dict[str, bool] = {}
     for part in (chunk, Path("zarr.json")):
         damages = dict(DAMAGES)
+        if path in ALIKE:
+            damages.pop("swapped with another shard's")
         if part.name == "zarr.json":
             damages |= {"edited": lambda file, other: edit(file)}
-            del damages["swapped with another shard's"]  # two shards of one shape have the same metadata
+            damages.pop("swapped with another shard's", None)  # two shards of one shape have the same metadata
         for name, damage in damages.items():
             files = [shard / part for shard in shards]
             before = [file.read_bytes() for file in files]
             damage(files[0], files[1])
             message = found(folder, path)
-            words = (str(folder), f"rray {path} of shard s0", "--quarantine")
+            words = (str(folder), name_of(path), "--quarantine")
             row[f"{part.name}: {name}"] = message is not None and all(word in message for word in words)
             for file, data in zip(files, before, strict=True):
                 file.write_bytes(data)
     missed = [name for name, detected in row.items() if not detected]
     print(f"{path}: {len(row) - len(missed)} of {len(row)} detected")
     assert not missed
-    assert len(row) == 20
+    assert len(row) == 20 - (path in ALIKE)
     assert found(folder, path) is None
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_verify_finds_every_damage_and_names_shard_and_array(whole, tmp_path, path):
-    """The same damages as above, by `inpo inspect verify`, which must look at arrays that no training run reads,
-    too.
-    """
+    """The same damages as above, by `inpo inspect verify`, which must look at what no training run reads, too."""
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
-    shards = [Path(shard_of(folder, name).location) / path for name in ("s0", "s1")]
-    (chunk,) = [file.relative_to(shards[0]) for file in (shards[0] / "c").rglob("*") if file.is_file()] or [Path("c")]
+    shards, chunk = chunks_of(folder, path)
     files = [shard / chunk for shard in shards]
     before = [file.read_bytes() for file in files]
     for name in ("middle byte flipped", "cut in half", "missing", "empty", "swapped with another shard's"):
+        if path in ALIKE and name.startswith("swapped"):
+            continue
         DAMAGES[name](files[0], files[1])
-        found_bytes = [finding for finding in check_shard(shard_of(folder)).findings if finding.check == "bytes"]
-        assert any(f"rray {path} of shard s0" in finding.detail for finding in found_bytes), name
+        shard, _ = owner(folder, path)
+        result = (
+            check_texts(shard, open_cache(str(folder)).manifest) if isinstance(shard, TextShard) else check_shard(shard)
+        )
+        found_bytes = [finding for finding in result.findings if finding.check in ("bytes", "texts")]
+        assert any(name_of(path) in finding.detail for finding in found_bytes), name
         for file, data in zip(files, before, strict=True):
             file.write_bytes(data)
 
@@ -124,7 +159,7 @@ def test_two_arrays_of_one_shape_swapped(whole, tmp_path, left, right):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
     root = Path(shard_of(folder).location)
-    chunk = "c/0/0/0/0/0/0"
+    chunk = "c/0/0/0/0/0"
     swap(root / left / chunk, root / right / chunk)
     for path in (left, right):
         assert f"array {path}" in (found(folder, path) or "")
@@ -133,55 +168,109 @@ def test_two_arrays_of_one_shape_swapped(whole, tmp_path, left, right):
 def test_a_swap_is_found_where_both_files_begin_and_end_alike(tmp_path, build):
     """One image often opens two shards, and the chunk index at the end is equal in all arrays of one shape."""
     manifest = build.manifest(latent=(4, 32, 32), profile="lean")
-    writer = CacheWriter.open(str(tmp_path), manifest)
+    writer = build.writer(tmp_path, manifest, texts=(0, 1))
     shards = [build.shard(manifest, 4, seed=seed) for seed in (0, 1)]
     shards[1].arrays["x0"][0] = shards[0].arrays["x0"][0]
     for index, shard in enumerate(shards):
         writer.write(f"s{index}", shard)
-    files = [Path(shard_of(tmp_path, name).location) / "x0/c/0/0/0/0/0" for name in ("s0", "s1")]
+    files = [Path(shard_of(tmp_path, name).location) / "x0/c/0/0/0/0" for name in ("s0", "s1")]
     assert files[0].read_bytes()[:8192] == files[1].read_bytes()[:8192]
     swap(*files)
     assert "A file is not the committed one: array x0 of shard s0" in (found(tmp_path, "x0") or "")
 
 
-def test_the_pair_is_named_and_the_others_stay_readable(tmp_path, build):
+def damage_a_chunk(shard: CommittedArrays, path: str, row: int, *, behind: int) -> None:
+    """Change a byte of a row's (first) chunk, where no digest of a sample would tell it."""
+    (file,) = [file for file in (Path(shard.location) / path / "c").rglob("*") if file.is_file()]
+    data = bytearray(file.read_bytes())
+    array = zarr.open_array(f"{shard.location}/{path}", mode="r")
+    grid = [size // inner for size, inner in zip(array.shape, array.chunks, strict=True)]
+    index = np.frombuffer(data[-4 - 16 * math.prod(grid) : -4], "<u8").reshape(*grid, 2)
+    position = int(index[row].reshape(-1, 2)[0, 0]) + behind
+    assert behind < int(index[row].reshape(-1, 2)[0, 1])
+    edges = [(start, start + 4096) for start in (0, len(data) // 2, len(data) - 4096)]
+    assert not any(start <= position < end for start, end in edges)  # or the digest would tell, but not the row
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("path", ["x_t", "x0"])
+def test_the_pair_is_named_and_the_others_stay_readable(tmp_path, build, path):
     build.cache(tmp_path, pairs=(4,), latent=(4, 32, 32))
+    damage_a_chunk(shard_of(tmp_path), path, 2, behind=5000)
     shard = shard_of(tmp_path)
-    for path in ("x_t", "x0"):
-        (chunk,) = [file for file in (Path(shard.location) / path / "c").rglob("*") if file.is_file()]
-        inner = 2 * 4 * 32 * 32 * 2 + 4
-        data = bytearray(chunk.read_bytes())
-        steps = 2 if path == "x_t" else 1
-        index = np.frombuffer(data[-4 - 16 * 4 * steps : -4], "<u8").reshape(4, steps, 2)
-        assert (index[..., 1] == inner).all()
-        position = int(index[1, 0, 0]) + 5000
-        edges = [(start, start + 4096) for start in (0, len(data) // 2, len(data) - 4096)]
-        assert not any(start <= position < end for start, end in edges)  # or the digest would tell, but not the pair
-        data[position] ^= 1
-        chunk.write_bytes(data)
-        shard = shard_of(tmp_path)
-        assert len(shard.read(path, np.array([0, 2, 3]))) == 3
-        for rows in (None, np.array([3, 1])):
-            with pytest.raises(CacheCorrupt) as caught:
-                shard.read(path, rows)
-            message = str(caught.value)
-            assert f"Array {path} of shard s0" in message
-            assert "(pair pair-0-1 ä)" in message
-            assert "checksum" in message.lower()
+    assert len(shard.read(path, np.array([0, 3, 1, 7]))) == 4
+    for rows in (None, np.array([6, 2])):
+        with pytest.raises(CacheCorrupt) as caught:
+            shard.read(path, rows)
+        message = str(caught.value)
+        assert f"Array {path} of shard s0" in message
+        assert "(pair pair-0-1 ä)" in message
+        assert "checksum" in message.lower()
 
 
-@pytest.mark.parametrize("path", ["x_t", "x0", "label", "pair_id", "prompt/embedding"])
+def test_every_pair_of_a_damaged_image_is_named(tmp_path, build):
+    """The third image of a group of three is in two of its four pairs."""
+    build.cache(tmp_path, pairs=(5,), latent=(4, 32, 32), grouped=True)
+    damage_a_chunk(shard_of(tmp_path), "target", 2, behind=3000)
+    with pytest.raises(CacheCorrupt, match=r"\(pair pair-0-1 ä, pair pair-0-2 ä\)"):
+        shard_of(tmp_path).read("target")
+    assert len(shard_of(tmp_path).read("target", np.array([0, 1, 3, 4]))) == 4
+
+
+def test_a_damaged_prompt_is_named_and_the_others_stay_readable(tmp_path, build):
+    manifest = build.cache(tmp_path, pairs=(1,))
+    texts = build.texts(manifest, 5)
+    texts.arrays["embedding"] = np.random.default_rng(0).standard_normal((4, 77, 128)).astype(np.float16)
+    assert CacheWriter.open(str(tmp_path), manifest).write_texts("wide", texts) is not None
+    damage_a_chunk(open_cache(str(tmp_path)).texts.need("wide"), "embedding", 2, behind=6000)
+    shard = open_cache(str(tmp_path)).texts.need("wide")
+    assert np.array_equal(shard.read_stored("embedding", np.array([3, 0, 1])), texts.arrays["embedding"][[3, 0, 1]])
+    for rows in (None, np.array([0, 2])):
+        with pytest.raises(CacheCorrupt, match=r"(?s)Array embedding of text shard wide.*\(prompt 2\).*checksum"):
+            shard.read_stored("embedding", rows)
+
+
+@pytest.mark.parametrize("path", ["x_t", "x0", "pair/label", "pair/id", "image/group", "texts/text", "texts/embedding"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut in half"])
 def test_a_file_that_is_lost_after_the_first_read_is_no_zeros(whole, tmp_path, path, damage):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
-    shard = shard_of(folder)
-    shard.read(path)
-    (chunk,) = [file for file in (Path(shard.location) / path / "c").rglob("*") if file.is_file()]
-    DAMAGES[damage](chunk, chunk)
+    shard, array = owner(folder, path)
+    shard.read_stored(array)
+    (root, _), chunk = chunks_of(folder, path)
+    DAMAGES[damage](root / chunk, root / chunk)
     for rows in (None, np.array([1])):
-        with pytest.raises(CacheCorrupt, match=f"Array {path} of shard s0"):
-            shard.read(path, rows)
+        with pytest.raises(CacheCorrupt, match=f"A{name_of(path)}"):
+            shard.read_stored(array, rows)
+
+
+def test_a_text_shard_that_is_lost_after_the_cache_was_opened_is_named(whole, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    shards = [shard_of(folder) for _ in range(3)]
+    images, places = np.arange(6), shards[0].read("group/prompt")
+    assert (places[:, 0] == 1).all()
+    assert not shards[0].dropped().all()
+    Condition.of(shards[1], images)
+    shutil.rmtree(folder / "texts" / "t0")
+    for shard in shards[1:]:  # one that has read them before, and one that has not
+        with pytest.raises(CacheCorrupt, match="of text shard t0"):
+            Condition.of(shard, images)
+    with pytest.raises(CacheCorrupt, match="of text shard t0"):
+        shards[2].prompts()
+    assert len(Condition.empty(shards[2], images)["embedding"]) == 6
+
+
+def test_a_text_shard_whose_commit_is_gone_is_told_before_training(whole, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    (folder / "text-commits" / "t0.json").unlink()
+    shard = shard_of(folder)
+    with pytest.raises(CacheIncomplete, match=r"(?s)Text shard t0 is not there.*t0\.json.*inpo precompute") as caught:
+        shard.read("group/prompt")
+    assert shard_of(folder, "s1").prompts()[0].startswith("prompt 1")
+    assert "no commit" in str(caught.value)
 
 
 @settings(
@@ -199,7 +288,7 @@ def test_any_flipped_bit_anywhere_is_detected(whole, tmp_path, data):
     try:
         _read_all(open_cache(str(whole)))
         # A flipped bit in white space leaves a commit's meaning, and so its numbers, as they were.
-        assert file.parent.name == "commits"
+        assert file.parent.name in ("commits", "text-commits")
         assert json.loads(bytes(after)) == json.loads(before)
     except (CacheCorrupt, CacheSchemaError):
         pass
@@ -211,6 +300,9 @@ def _read_all(cache: Cache) -> None:
     for shard in cache:
         for path in shard.stored & set(PATHS):
             shard.read(path)
+    for texts in cache.texts:
+        for path in texts.specs:
+            texts.read_stored(path)
 
 
 DOCUMENT_DAMAGES = {
@@ -225,18 +317,32 @@ EDITS = {
         "version": ('"schema_version": 2', '"schema_version": 3'),
         "no version": ('"schema_version": 2,', ""),
         "seed": ('"seed": 0', '"seed": 1'),
-        "resolution": ('"resolution": 64', '"resolution": 65'),
+        "resolution": ('"resolution": [\n  64', '"resolution": [\n  65'),
+        "group": ('"group": "pair"', '"group": "prompt"'),
+        "tokens": ('"max_tokens": 9', '"max_tokens": 8'),
         "fingerprint": ("aaaaaaaa", "baaaaaaa"),
         "white space": ('"seed": 0', '"seed":  0'),
         "type": ('"seed": 0', '"seed": "zero"'),
     },
     "commits/s0.json": {
         "pairs": ('"num_pairs": 3', '"num_pairs": 2'),
+        "groups": ('"num_groups": 3', '"num_groups": 2'),
+        "images": ('"num_images": 6', '"num_images": 5'),
+        "texts": ('"t0"', '"t1"'),
         "manifest": ('"manifest": "', '"manifest": "0'),
         "attempt": ('"attempt": "', '"attempt": "0'),
         "a size": ('"x0/zarr.json": ', '"x0/zarr.json": 1'),
         "source": ("0.tar", "1.tar"),
         "skipped": ('"skipped": {}', '"skipped": {"tie": 1}'),
+        "checksum": ('"checksum": "', '"checksum": "0'),
+    },
+    "text-commits/t0.json": {
+        "prompts": ('"num_prompts": 4', '"num_prompts": 3'),
+        "manifest": ('"manifest": "', '"manifest": "0'),
+        "attempt": ('"attempt": "', '"attempt": "0'),
+        "a size": ('"text/zarr.json": ', '"text/zarr.json": 1'),
+        "cut": ('"cut": []', '"cut": [0]'),
+        "not finite": ('"not_finite": []', '"not_finite": ["00000000000000000000000000000000"]'),
         "checksum": ('"checksum": "', '"checksum": "0'),
     },
 }
@@ -258,27 +364,36 @@ def test_every_damage_to_a_document_is_detected_and_named(whole, tmp_path, file,
     assert str(folder / file) in str(caught.value)
     assert "to do:" in str(caught.value)
 
-    if file.startswith("commits"):  # the rest can be opened all the same, to look at it or to repair it
+    if file != "manifest.json":  # the rest can be opened all the same, to look at it or to repair it
         damaged: dict[str, CacheError] = {}
         cache = open_cache(str(folder), damaged=damaged)
-        assert list(damaged) == ["s0"]
-        assert list(cache.shards) == ["s1"]
+        of_texts = file.startswith("text-commits")
+        assert list(damaged) == ["texts/t0" if of_texts else "s0"]
+        assert list(cache.shards) == (["s0", "s1"] if of_texts else ["s1"])
+        assert cache.shards["s1"].prompts()[0].startswith("prompt 1")
+        if of_texts:
+            with pytest.raises(type(caught.value)) as again:
+                cache.shards["s0"].prompts()
+            assert str(folder / file) in str(again.value)
 
 
 def test_a_commit_of_another_cache_is_refused(whole, tmp_path, build):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
     build.cache(tmp_path / "other", pairs=(2,), seed=3)
-    shutil.copy(tmp_path / "other/commits/s0.json", folder / "commits/foreign.json")
-    with pytest.raises(CacheCorrupt, match="shard foreign was made under"):
-        open_cache(str(folder))
+    for kind in ("commits/s0.json", "text-commits/t0.json"):
+        file = (folder / kind).with_name("foreign.json")
+        shutil.copy(tmp_path / "other" / kind, file)
+        with pytest.raises(CacheCorrupt, match="shard foreign was made under"):
+            open_cache(str(folder))
+        file.unlink()
 
 
 def test_a_lost_folder_and_a_lost_manifest(whole, tmp_path, build):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "shards/s0")
-    assert "no such file" in (found(folder, "label") or "")
+    assert "no such file" in (found(folder, "pair/label") or "")
     (folder / "manifest.json").unlink()
     with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*manifest\.json.*2 commits.*restore it from a copy"):
         open_cache(str(folder))

@@ -19,7 +19,7 @@ def labelled(tmp_path, build) -> Path:
     for name, shard in cache.shards.items():
         pairs = {
             str(pair_id): PairLabel(scores=(0.5, 0.25 * row), label=0.75)
-            for row, pair_id in enumerate(shard.read("pair_id"))
+            for row, pair_id in enumerate(shard.read("pair/id"))
         }
         labels = LabelSet(attempt=shard.commit.attempt, scorer="eye", temperature=1.0, source="/pairs", pairs=pairs)
         assert write_labels(cache.store, "mine", name, labels)

@@ -97,10 +97,27 @@ def test_precompute_resume_look_train_damage_and_repair(
     assert "moved 1 commits" in damaged
     assert precompute() == 0
     assert "all sound" in inspect("verify", s3.location)
-    assert open_cache(s3.location).commits[shard.name].attempt != shard.commit.attempt
+    cache = open_cache(s3.location)
+    assert cache.commits[shard.name].attempt != shard.commit.attempt
+
+    # The same for the one text shard that has a prompt; no shard of images is made again.
+    (texts,) = [each for each in cache.texts if each.name != "empty"]
+    store.remove(f"{texts.folder}/embedding/c/0/0/0")
+    assert "moved 1 commits" in inspect("verify", s3.location, "--quarantine", code=1)
+    assert precompute() == 0
+    assert "all sound" in inspect("verify", s3.location)
+    again = open_cache(s3.location)
+    assert {name: commit.attempt for name, commit in again.commits.items()} == {
+        name: commit.attempt for name, commit in cache.commits.items()
+    }
+    assert again.texts.need(texts.name).text == ("a cat",)
+    assert again.texts.need(texts.name).commit.attempt != texts.commit.attempt
+
     inspect("clean", s3.location, "--yes", "--all")
     attempts = {name.split("/")[1] for name in store.listing("shards")}
-    assert attempts == {commit.attempt for commit in open_cache(s3.location).commits.values() if commit.num_pairs}
+    assert attempts == {commit.attempt for commit in again.commits.values() if commit.num_pairs}
+    attempts = {name.split("/")[1] for name in store.listing("texts")}
+    assert attempts == {each.commit.attempt for each in again.texts}
 
 
 def test_a_server_that_does_not_answer_is_one_clear_error(s3: Any, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, Commit, TextCommit, open_cache
+from inpo.common.cache.schema import AnyCommit
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import StorageError
 from inpo.inspection.leftovers import find_leftovers, remove_leftover
@@ -17,8 +18,8 @@ def meddle(monkeypatch, what: Callable[[CacheWriter, str], None], *, times: int 
     """Something happens to an attempt between its arrays and its commit."""
     real, folders = CacheWriter._write_arrays, []
 
-    def write(self: CacheWriter, folder: str, arrays: Any) -> None:
-        real(self, folder, arrays)
+    def write(self: CacheWriter, folder: str, arrays: Any, specs: Any) -> None:
+        real(self, folder, arrays, specs)
         folders.append(folder)
         if len(folders) <= times:
             what(self, folder)
@@ -33,9 +34,11 @@ def clean(writer: CacheWriter, folder: str) -> None:
 
 
 def change_a_file(how: Callable[[Path], object]) -> Callable[[CacheWriter, str], None]:
-    return lambda writer, folder: (
-        how(Path(writer.store.location) / folder / "x0" / "c" / "0" / "0" / "0" / "0" / "0") and None
-    )
+    def change(writer: CacheWriter, folder: str) -> None:
+        array = "x0/c/0/0/0/0" if folder.startswith("shards/") else "text/c/0"
+        how(Path(writer.store.location) / folder / array)
+
+    return change
 
 
 MEDDLING = {
@@ -47,26 +50,42 @@ MEDDLING = {
 }
 
 
+def write(writer: CacheWriter, build: Any, kind: str) -> AnyCommit | None:
+    """A shard of three pairs, or one of texts."""
+    if kind == "images":
+        return writer.write("s0", build.shard(writer.manifest, 3))
+    return writer.write_texts("t9", build.texts(writer.manifest, 9))
+
+
+KINDS = {"images": ("shards/s0", Commit), "texts": ("texts/t9", TextCommit)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MEDDLING)
-def test_an_attempt_that_changed_before_its_commit_is_made_again(tmp_path, build, monkeypatch, name):
-    manifest = build.manifest()
+def test_an_attempt_that_changed_before_its_commit_is_made_again(tmp_path, build, monkeypatch, name, kind):
+    writer = build.writer(tmp_path, build.manifest())
     folders = meddle(monkeypatch, MEDDLING[name])
-    commit = CacheWriter.open(str(tmp_path), manifest).write("s0", build.shard(manifest, 3))
+    commit = write(writer, build, kind)
     assert commit is not None
-    assert folders[1] == f"shards/s0/{commit.attempt}"
+    assert folders[1] == f"{KINDS[kind][0]}/{commit.attempt}"
     assert verified(tmp_path) == []
-    assert len(open_cache(str(tmp_path)).shards["s0"].read("x_t")) == 3
+    cache = open_cache(str(tmp_path), allow_empty=True)
+    if kind == "images":
+        assert len(cache.shards["s0"].read("x_t")) == 6
+    else:
+        assert len(cache.texts.need("t9").read_stored("embedding")) == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MEDDLING)
-def test_an_attempt_that_always_changes_is_never_committed(tmp_path, build, monkeypatch, name):
-    manifest = build.manifest()
+def test_an_attempt_that_always_changes_is_never_committed(tmp_path, build, monkeypatch, name, kind):
+    writer = build.writer(tmp_path, build.manifest())
     meddle(monkeypatch, MEDDLING[name], times=9)
-    writer = CacheWriter.open(str(tmp_path), manifest)
+    before = writer.committed(KINDS[kind][1])
     with pytest.raises(StorageError, match="nothing is committed") as caught:
-        writer.write("s0", build.shard(manifest, 3))
+        write(writer, build, kind)
     assert "inspect clean --all" in str(caught.value)
-    assert writer.committed() == set()
+    assert writer.committed(KINDS[kind][1]) == before
 
 
 def test_a_listing_that_lags_makes_no_commit_with_fewer_files(tmp_path, build, monkeypatch):
@@ -81,24 +100,27 @@ def test_a_listing_that_lags_makes_no_commit_with_fewer_files(tmp_path, build, m
     assert not (tmp_path / "commits").exists()
 
 
-def test_clean_and_a_commit_at_the_same_moment(tmp_path, build, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_and_a_commit_at_the_same_moment(tmp_path, build, monkeypatch, kind):
     """clean has looked for the commit and found none; then the writer commits; then clean removes. In every order one
     sees the other: no commit of an attempt that is gone stays."""
-    manifest = build.manifest()
-    writer = CacheWriter.open(str(tmp_path), manifest)
+    writer = build.writer(tmp_path, build.manifest())
     store = CacheStore(str(tmp_path))
+    place, kind_of_commit = KINDS[kind]
     put_new, remove = CacheStore.put_new, CacheStore.remove
     commits = []
 
     def at_commit(self: CacheStore, name: str, data: bytes) -> bool:
-        if name.startswith("commits/") and not commits:
+        if name.startswith(f"{kind_of_commit.folder}/") and not commits:
             commits.append(name)
             (leftover,) = find_leftovers(store)
+            assert leftover.folder == f"{place}/{leftover.attempt}"
 
             def removing(each: CacheStore, prefix: str) -> None:  # the commit comes before the first removal
                 monkeypatch.setattr(CacheStore, "remove", remove)
                 assert put_new(self, name, data)
-                assert writer._difference("s0", leftover.attempt, b"", digests=False) is not None
+                shard = place.rpartition("/")[2]
+                assert writer._difference(leftover.folder, shard, leftover.attempt, b"", digests=False) is not None
                 remove(each, prefix)
 
             monkeypatch.setattr(CacheStore, "remove", removing)
@@ -107,20 +129,23 @@ def test_clean_and_a_commit_at_the_same_moment(tmp_path, build, monkeypatch):
         return put_new(self, name, data)
 
     monkeypatch.setattr(CacheStore, "put_new", at_commit)
-    commit = writer.write("s0", build.shard(manifest, 3))
-    assert commit is not None
+    assert write(writer, build, kind) is not None
+    assert len(commits) == 1
     assert verified(tmp_path) == []
-    assert len(open_cache(str(tmp_path)).shards["s0"].read("x_t")) == 3
+    cache = open_cache(str(tmp_path), allow_empty=True)
+    arrays = cache.shards["s0"] if kind == "images" else cache.texts.need("t9")
+    assert len(arrays.read_stored("x_t" if kind == "images" else "embedding")) == {"images": 6, "texts": 4}[kind]
 
 
-def test_clean_leaves_what_was_committed_while_it_looked(tmp_path, build, monkeypatch):
+@pytest.mark.parametrize(("place", "commit"), [("shards", "commits/s0.json"), ("texts", "text-commits/t0.json")])
+def test_clean_leaves_what_was_committed_while_it_looked(tmp_path, build, place, commit):
     manifest = build.cache(tmp_path, pairs=(2,))
     store = CacheStore(str(tmp_path))
-    commit = (tmp_path / "commits" / "s0.json").read_bytes()
-    (tmp_path / "commits" / "s0.json").unlink()
+    data = (tmp_path / commit).read_bytes()
+    (tmp_path / commit).unlink()
     (leftover,) = find_leftovers(store)
-    (tmp_path / "commits" / "s0.json").write_bytes(commit)
+    (tmp_path / commit).write_bytes(data)
     assert remove_leftover(store, leftover) is False
     assert verified(tmp_path) == []
-    assert not [name for name in store.listing("shards") if name.endswith(".removing")]
+    assert not [name for name in store.listing(place) if name.endswith(".removing")]
     assert open_cache(str(tmp_path)).manifest == manifest

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, TextData, open_cache
 from inpo.common.cache import store as store_module
 from inpo.common.cache.store import CacheStore
+from inpo.common.conditions import Condition
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError
 
@@ -31,7 +32,10 @@ def race(location: str, manifest, shards) -> list[bool]:
 
     def write(index: int) -> bool:
         barrier.wait()
-        return CacheWriter.open(location, manifest).write("s0", shards[index]) is not None
+        writer = CacheWriter.open(location, manifest)
+        if isinstance(shards[index], TextData):
+            return writer.write_texts("t0", shards[index]) is not None
+        return writer.write("s0", shards[index]) is not None
 
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         return list(pool.map(write, range(NUM_WRITERS)))
@@ -43,7 +47,7 @@ def check_race(location: str, won: list[bool], shards) -> None:
     assert list(cache.shards) == ["s0"]
     read = cache.shards["s0"]
     winner = shards[won.index(True)]
-    for path in ("pair_id", "x0", "x_t", "timestep", "prompt/text"):
+    for path in ("pair/id", "x0", "x_t", "timestep", "group/id"):
         assert np.array_equal(read.read(path), winner.arrays[path])
     attempts = {name.split("/")[0] for name in cache.store.listing("shards/s0")}
     assert len(attempts) == NUM_WRITERS
@@ -55,6 +59,20 @@ def test_of_16_racing_threads_one_commits(tmp_path, build):
     manifest = build.manifest()
     shards = [build.shard(manifest, 2, seed=seed) for seed in range(NUM_WRITERS)]
     check_race(str(tmp_path), race(str(tmp_path), manifest, shards), shards)
+
+
+def test_of_16_racing_threads_one_commits_its_texts(tmp_path, build):
+    manifest = build.manifest()
+    shards = [build.texts(manifest, seed) for seed in range(NUM_WRITERS)]
+    won = race(str(tmp_path), manifest, shards)
+    assert sum(won) == 1
+    texts = open_cache(str(tmp_path), allow_empty=True).texts
+    assert [shard.name for shard in texts] == ["t0"]
+    for path, values in shards[won.index(True)].arrays.items():
+        assert np.array_equal(texts.need("t0").read_stored(path), values)
+    attempts = {name.split("/")[0] for name in texts.store.listing("texts/t0")}
+    assert len(attempts) == NUM_WRITERS
+    assert texts.need("t0").commit.attempt in attempts
 
 
 def test_of_16_racing_writers_one_commits_on_s3(s3, build):
@@ -77,8 +95,12 @@ def test_a_lost_race_on_s3_leaves_an_orphan(s3, build):
     manifest = build.cache(s3.location, pairs=(1,), profile="lean")
     writer = CacheWriter.open(s3.location, manifest)
     assert writer.write("s0", build.shard(manifest, 1, seed=5)) is None
-    assert list(open_cache(s3.location).shards["s0"].read("pair_id")) == ["pair-0-0 ä"]
-    assert len({name.split("/")[0] for name in writer.store.listing("shards/s0")}) == 2
+    assert writer.write_texts("t0", build.texts(manifest, 5)) is None
+    cache = open_cache(s3.location)
+    assert list(cache.shards["s0"].read("pair/id")) == ["pair-0-0 ä"]
+    assert cache.texts.need("t0").text[0] == "prompt 0 0 ä"
+    for place in ("shards/s0", "texts/t0"):
+        assert len({name.split("/")[0] for name in writer.store.listing(place)}) == 2
 
 
 _FORK = """
@@ -130,8 +152,16 @@ def test_the_whole_life_on_s3(s3, build):
         for path, values in build.shard(manifest, (3, 2)[index], seed=index).arrays.items():
             assert shard.read(path).tobytes() == np.asarray(values, shard.read(path).dtype).tobytes(), path
     assert np.array_equal(cache.shards["s0"].read("x0", np.array([2, 0])), cache.shards["s0"].read("x0")[[2, 0]])
+    for index, texts in enumerate([None, 0, 1]):
+        shard = list(cache.texts)[index]
+        for path, values in build.texts(manifest, texts).arrays.items():
+            got = shard.read_stored(path)
+            assert got.tobytes() == np.asarray(values, got.dtype).tobytes(), path
+            assert np.array_equal(shard.read_stored(path, np.array([0])), got[:1])
+    told = Condition.of(cache.shards["s0"], np.array([5, 0]))
+    assert told["embedding"].shape == (2, 9, 6)
 
-    file = f"{cache.shards['s0'].folder}/x_t/c/0/0/0/0/0/0"
+    file = f"{cache.shards['s0'].folder}/x_t/c/0/0/0/0/0"
     data = bytearray(cache.store.get(file))
     cache.store.remove(file)
     for shard in (cache.shards["s0"], open_cache(s3.location).shards["s0"]):
@@ -144,8 +174,18 @@ def test_the_whole_life_on_s3(s3, build):
     with pytest.raises(CacheIncomplete):
         open_cache(s3.location).find("nobody")
 
+    texts = cache.texts.need("t0")
+    file = f"{texts.folder}/embedding/c/0/0/0"
+    cache.store.remove(file)
+    for shard in (texts, open_cache(s3.location).texts.need("t0")):
+        with pytest.raises(CacheCorrupt, match="embedding of text shard t0"):
+            shard.read_stored("embedding")
+
     cache.store.move("commits/s0.json", "quarantine/s0.json")
-    assert list(open_cache(s3.location).shards) == ["s1"]
+    cache.store.move("text-commits/t0.json", "quarantine/texts/t0.json")
+    cache = open_cache(s3.location)
+    assert list(cache.shards) == ["s1"]
+    assert [shard.name for shard in cache.texts] == ["empty", "t1"]
     cache.store.remove("shards/s0")
     assert cache.store.listing("shards/s0") == {}
 
@@ -165,13 +205,18 @@ def test_s3_answers_503_and_recovers(s3, build, quick):
     manifest = build.manifest(profile="lean")
     writer = CacheWriter.open(s3.location, manifest)
     s3.failures = 3
+    assert writer.write_texts("t0", build.texts(manifest)) is not None
+    s3.failures = 3
     assert writer.write("s0", build.shard(manifest, 2)) is not None
-    assert (s3.failures, s3.refused) == (0, 3)
+    assert (s3.failures, s3.refused) == (0, 6)
     s3.failures = 3
     cache = open_cache(s3.location)
     s3.failures = 3
     assert np.array_equal(cache.shards["s0"].read("x0"), build.shard(manifest, 2).arrays["x0"])
-    assert s3.refused == 9
+    s3.failures = 3
+    texts = cache.texts.need("t0")
+    assert np.array_equal(texts.read_stored("embedding"), build.texts(manifest).arrays["embedding"])
+    assert s3.refused == 15
 
 
 def test_s3_answers_503_for_ever(s3, build, quick):
@@ -267,7 +312,7 @@ def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
     folder = mounted("size=4m")
     manifest = build.cache(folder, pairs=(2,))
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-    assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 2
+    assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 4
     writer = CacheWriter.open(str(folder), manifest)
     shard = build.shard(manifest, 1)
     for attempt in (lambda: writer.write("s1", shard), lambda: CacheStore(f"{folder}/x", create=True)):
@@ -323,16 +368,16 @@ def _in_fork(cache, path) -> object:
 def test_a_forked_worker_reads_a_local_cache(tmp_path, build):
     build.cache(tmp_path, pairs=(2,))
     cache = open_cache(str(tmp_path))
-    cache.shards["s0"].read("label")
-    for path in ("x_t", "label"):
+    cache.shards["s0"].read("pair/label")
+    for path in ("x_t", "pair/label"):
         assert _in_fork(cache, path) == cache.shards["s0"].read(path).astype(np.float64).sum()
 
 
 def test_a_forked_worker_of_an_object_store_is_told_instead_of_hanging(s3, build):
     build.cache(s3.location, pairs=(2,))
     cache = open_cache(s3.location)
-    cache.shards["s0"].read("label")
-    for path in ("x_t", "label"):
+    cache.shards["s0"].read("pair/label")
+    for path in ("x_t", "pair/label"):
         assert "forked" in str(_in_fork(cache, path))
 
 
@@ -342,8 +387,10 @@ def test_errors_and_caches_cross_process_borders(tmp_path, build):
     build.cache(tmp_path, pairs=(2,))
     cache = open_cache(str(tmp_path))
     expected = cache.shards["s0"].read("x_t")
+    prompts = cache.shards["s0"].prompts()
     again = pickle.loads(pickle.dumps(cache))
     assert np.array_equal(again.shards["s0"].read("x_t"), expected)
+    assert list(again.shards["s0"].prompts()) == list(prompts)
     with pytest.raises(CacheIncomplete) as caught:
         cache.shards["s0"].read("delta_prev")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
