@@ -18,16 +18,18 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from jaxtyping import Float16
+from torch import Tensor
 
 from benchmarks.measure import machine, synchronise
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion import Inverted, invert
+from inpo.common.inversion import Group, Inverted, invert
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
 from inpo.precompute.configuration import build_manifest
-from inpo.precompute.encode import ImageEncoder, TextEncoder
+from inpo.precompute.encode import TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import load_components
 
@@ -64,7 +66,7 @@ class World:
     """Encoded pairs, and the network that inverts them."""
 
     denoiser: Denoiser
-    x0: torch.Tensor
+    x0: Float16[Tensor, "image c h w"]
     pair_ids: list[str]
     caption: Condition
 
@@ -72,13 +74,13 @@ class World:
         return invert(
             self.denoiser,
             self.x0,
-            self.pair_ids,
+            [Group(id=name, num_images=2) for name in self.pair_ids],
             identity=identity,
             seed=0,
             timesteps_per_pair=identity.grid_points,
             caption=self.caption,
             measure_inversion=measure,
-            pairs_per_batch=16,
+            images_per_batch=32,
         )
 
 
@@ -90,18 +92,15 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     shard = open_source(arguments.pairs).input_shards()[0]
     pairs = [item for item in shard.rows(0, min(2 * arguments.count, shard.num_rows)) if isinstance(item, Pair)]
     pairs = pairs[: arguments.count]
-    images: ImageEncoder = components.images
-    text: TextEncoder = components.text
 
-    def levels(data: bytes) -> torch.Tensor:
-        image = prepare_image(decode_image(data), resolution=arguments.resolution, crop="center", flip=False)
-        return torch.from_numpy(image.levels)
+    def levels(data: bytes) -> np.ndarray:
+        return prepare_image(decode_image(data), resolution=arguments.resolution, crop="center", flip=False).levels
 
+    files = [data for pair in pairs for data in (pair.win, pair.lose)]
+    x0 = components.images([levels(data) for data in files], [str(number) for number in range(len(files))])
+    told = TextEncoder(model.load_text_pipeline(), model.family, device=device)([pair.prompt for pair in pairs])
+    caption = Condition.build(told, torch.arange(len(pairs)).repeat_interleave(2), {})
     ids = [pair.pair_id for pair in pairs]
-    x0 = images([torch.stack([levels(pair.win), levels(pair.lose)]) for pair in pairs], ids)
-    prompts = text([pair.prompt for pair in pairs])
-    rows = torch.tensor([prompts.row(pair.prompt) for pair in pairs]).repeat_interleave(2)
-    caption = Condition.build(prompts.conditions, rows, {})
     return World(denoiser=components.denoiser, x0=x0, pair_ids=ids, caption=caption.to(device))
 
 
@@ -113,7 +112,7 @@ def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300
     grids = [sorted({*fine, 0, 1, 2, 3, 5, 7, *mine}) for mine in timesteps]
     longest = max(map(len, grids))
     labels = torch.tensor([grid + [grid[-1]] * (longest - len(grid)) for grid in grids], device=device)
-    clean = world.x0.to(device).float().flatten(0, 1)
+    clean = world.x0.to(device).float()
 
     def slope(z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         a = world.denoiser.at(label)[0]
@@ -153,10 +152,11 @@ def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Ten
     made = world.run(identity, measure=1.0)
     squares, references, bins = [], [], []
     for pair in range(len(world.pair_ids)):
-        for step, t in enumerate(made.timestep[pair].tolist()):
-            error = made.target[pair, step].float() - exact[pair][t]
+        images = slice(2 * pair, 2 * pair + 2)
+        for place, t in enumerate(made.timestep[pair].tolist()):
+            error = made.target[images, place].float() - exact[pair][t]
             squares.append(error.square().mean().item())
-            references.append(made.reference_error[pair, step].mean().item())
+            references.append(made.reference_error[images, place].mean().item())
             bins.append(np.searchsorted(BINS, t * 1000 // total, side="right") - 1)
     where = np.array(bins)
 

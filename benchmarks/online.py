@@ -9,7 +9,7 @@ alternative makes no call that it does not need.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
@@ -33,19 +33,20 @@ class OnlineLoop:
     beta: float = 2000.0
 
     def encode(
-        self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]
+        self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]
     ) -> tuple[Float16[Tensor, "image c lh lw"], Condition]:
         """x0 (float16) and the condition, one row per image."""
-        x0 = self.images(list(pixels), [str(number) for number in range(len(prompts))]).flatten(0, 1)
-        table = self.text(prompts)
-        rows = torch.tensor([table.row(prompt) for prompt in prompts]).repeat_interleave(2)
+        images = list(pixels.flatten(0, 1).numpy())
+        x0 = self.images(images, [str(number) for number in range(len(images))])
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).repeat_interleave(2)
         side = pixels.shape[-1]
         own = self.text.family.of_image((side, side), (0, 0), (side, side))
-        images = {name: torch.tensor([values]).expand(len(rows), -1) for name, values in own.items()}
-        condition = Condition.build(table.conditions, rows, images)
+        told = {name: torch.tensor([values]).expand(len(rows), -1) for name, values in own.items()}
+        condition = Condition.build(self.text(distinct), rows, told)
         return x0.to(self.trained.device), condition.to(self.trained.device)
 
-    def inpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
+    def inpo_step(self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of the released method, and the optimiser's step."""
         x0, condition = self.encode(pixels, prompts)
         total = self.trained.levels.num_train_timesteps
@@ -54,7 +55,7 @@ class OnlineLoop:
             x_t, target = self.invert(x0, timestep, condition)
         self._update(x_t, target, timestep.to(x0.device), condition)
 
-    def dpo_step(self, pixels: Float[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
+    def dpo_step(self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
         """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike."""
         x0, condition = self.encode(pixels, prompts)
         x0 = x0.float()

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             nonlocal written
             written += 1
             worker = workers[number]
-            worker.write(f"{task.name}-{written}", worker.compute(worker.read(task)))
+            worker.writer.write(f"{task.name}-{written}", worker.compute(worker.read(task)))
 
         contestants = {"cached step": ours.step, "online step": lambda: online.inpo_step(pixels, prompts)}
         contestants |= {f"precompute K={number}": (lambda k=number: precompute(k)) for number in kept}

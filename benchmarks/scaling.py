@@ -77,7 +77,7 @@ class _Shards:
     def make(self) -> None:
         self.num_made += 1
         data = self._worker.compute(self._worker.read(self._task))
-        self._worker.write(f"{self._task.name}-{self.num_made}", data)
+        self._worker.writer.write(f"{self._task.name}-{self.num_made}", data)
 
 
 def _in_processes(architecture: Architecture | None, number: int, rounds: int) -> float:

@@ -20,6 +20,7 @@ from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.texts import TextTable, TextTask, TextWorker
 from inpo.precompute.worker import ShardWorker, load_components
 from inpo.train.index import Index, build_index
 from inpo.train.objectives import inpo
@@ -74,13 +75,23 @@ class Setting:
         )
 
     def worker(self, cache: Path, settings: PrecomputeSettings) -> ShardWorker:
+        """Of the phase of images, on texts that are committed."""
         manifest = build_manifest(settings, self.model, device_type=self.device.type)
+        writer = CacheWriter.open(str(cache), manifest)
+        if not TextTable(writer).names:
+            texts = TextWorker(encoder=self.text_encoder(), writer=writer)
+            for task in (TextTask(prompts=("",)), TextTask(prompts=tuple(PROMPTS))):
+                texts.write(task, texts.compute(task))
         return ShardWorker(
             components=load_components(self.model, manifest, self.device),
-            writer=CacheWriter.open(str(cache), manifest),
+            writer=writer,
+            table=TextTable(writer),
             pairs_per_batch=settings.batch_size,
             decode=DecodePool(4),
         )
+
+    def text_encoder(self) -> TextEncoder:
+        return TextEncoder(self.model.load_text_pipeline(), self.model.family, device=self.device)
 
     def tasks(self, num_pairs: int) -> list[ShardTask]:
         return list_tasks(open_source(self.source(num_pairs)))[0]
@@ -91,8 +102,11 @@ class Setting:
         worker = self.worker(location, self.settings(steps=steps, kept=kept, batch_size=batch_size))
         for task in self.tasks(num_pairs):
             if not worker.writer.is_committed(task.name):
-                worker.write(task.name, worker.compute(worker.read(task)))
+                worker.write(task, worker.compute(worker.read(task)))
         worker.close()
+        return open_cache(str(location))
+
+    def opened(self, location: Path) -> Cache:
         return open_cache(str(location))
 
     def index(self, cache: Cache) -> Index:
@@ -123,11 +137,12 @@ class Setting:
             optimizer=optimizer,
             reference=self.model.denoiser(frozen, network_dtype=self.dtype),
             images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
-            text=TextEncoder(self.model.load_text_pipeline(), self.model.family, device=self.device),
+            text=self.text_encoder(),
         )
 
     def pixels(self, num_pairs: int) -> torch.Tensor:
-        return torch.rand(num_pairs, 2, 3, self.resolution, self.resolution) * 2 - 1
+        """Random images, 8 bits."""
+        return torch.randint(0, 256, (num_pairs, 2, 3, self.resolution, self.resolution), dtype=torch.uint8)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -143,7 +158,7 @@ class CachedLoop:
         """One micro-batch from the cache, and the optimiser's step."""
         batch = next(iter(self.stream)).to(self.device)
         error = record_errors(self.denoiser, batch)
-        inpo(error, batch.reference_error, batch.label, 2000.0).loss.mean().backward()
+        inpo(error, batch.by_side(batch.reference_error), batch.label, 2000.0).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ import obstore
 import torch
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData, open_cache
 from inpo.common.cache.derive import point_from_target
 from inpo.common.cache.schema import LevelTables
 from inpo.common.cache.store import CacheStore
@@ -159,7 +159,8 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
         profile="full",
         seed=0,
         timesteps_per_pair=kept,
-        resolution=512,
+        group="pair",
+        resolution=(512, 512),
         crop="center",
         flip=False,
         vae_latent="mean",
@@ -170,30 +171,39 @@ def _write(folder: Path, shards: int, pairs: int, kept: int) -> None:
     )
     writer = CacheWriter.open(str(folder), manifest)
     rng = np.random.default_rng(0)
+    for name, prompt in (("empty", ""), ("prompts", "a prompt")):
+        embedding = rng.standard_normal((1, 77, 768)).astype(np.float16)
+        writer.write_texts(name, TextData(arrays={"text": np.array([prompt], dtype=object), "embedding": embedding}))
+    images = 2 * pairs
     timestep = np.sort(rng.integers(0, 1000, (pairs, kept)), axis=1)
-    x0 = torch.from_numpy(rng.standard_normal((pairs, 2, *shape), dtype=np.float32)).half()
-    target = torch.from_numpy(rng.standard_normal((pairs, kept, 2, *shape), dtype=np.float32)).half()
-    a, s = (torch.from_numpy(value)[..., None, None, None, None] for value in levels.at(timestep))
+    x0 = torch.from_numpy(rng.standard_normal((images, *shape), dtype=np.float32)).half()
+    target = torch.from_numpy(rng.standard_normal((images, kept, *shape), dtype=np.float32)).half()
+    a, s = (torch.from_numpy(value)[..., None, None, None] for value in levels.at(timestep.repeat(2, axis=0)))
     x_t = point_from_target(x0[:, None], target, a, s)
     for shard in range(shards):
+        ids = np.array([f"{shard}-{number}" for number in range(pairs)], dtype=object)
         arrays = {
             "x0": x0.numpy(),
             "x_t": x_t.numpy(),
             "delta": target.numpy(),
             "x0_t": x_t.numpy(),
             "target": target.numpy(),
-            "reference_error": np.zeros((pairs, kept, 2), np.float32),
-            "inversion_error": np.full((pairs, 2), np.nan, np.float32),
+            "reference_error": np.zeros((images, kept), np.float32),
+            "inversion_error": np.full(images, np.nan, np.float32),
             "timestep": timestep.astype(np.int16),
-            "pair_id": np.array([f"{shard}-{number}" for number in range(pairs)], dtype=object),
-            "prompt_index": np.ones(pairs, np.int32),
-            "caption_dropped": np.zeros(pairs, bool),
-            "label": np.ones(pairs, np.float32),
-            "prompt/text": np.array(["", "a prompt"], dtype=object),
-            "prompt/embedding": rng.standard_normal((2, 77, 768)).astype(np.float16),
+            "image/id": np.array([f"{number:032x}" for number in range(images)], dtype=object),
+            "image/group": np.arange(images, dtype=np.int32) // 2,
+            "image/score": np.full(images, np.nan, np.float32),
+            "group/id": ids,
+            "group/prompt": np.tile(np.array([[1, 0]], np.int32), (pairs, 1)),
+            "group/caption_dropped": np.zeros(pairs, bool),
+            "pair/id": ids,
+            "pair/win": np.arange(0, images, 2, dtype=np.int32),
+            "pair/lose": np.arange(1, images, 2, dtype=np.int32),
+            "pair/label": np.ones(pairs, np.float32),
         }
         source = ShardSource(location="random", input_shard=f"{shard:04d}", rows=(0, pairs), fingerprint="0" * 32)
-        writer.write(f"{shard:04d}-00000000", ShardData(arrays=arrays, source=source))
+        writer.write(f"{shard:04d}-00000000", ShardData(arrays=arrays, source=source, texts=("empty", "prompts")))
 
 
 if __name__ == "__main__":

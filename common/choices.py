@@ -7,5 +7,7 @@ Profile = Literal["full", "lean"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "prompt"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+Space = Literal["noise", "velocity"]
+CompileName = Literal["auto", "blocks", "whole", "off"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""

@@ -60,6 +60,8 @@ class Denoiser:
         self.network_dtype = dtype_name(network_dtype)
         self.num_calls = 0
         """Latents evaluated so far: one call is one latent through the network."""
+        self.rows: int | None = None
+        """Latents in every call of the network, where that is compiled for one shape; None: as they come."""
         p, q = PREDICTIONS[prediction](levels.signal, levels.noise)
         # In float64: for v the determinant is a^2 + s^2, which must come out as 1.
         det = levels.signal * q - levels.noise * p
@@ -76,6 +78,19 @@ class Denoiser:
         self.num_calls += x.shape[0]
         # Before the table, where the released code asks, the label goes on as the index does.
         label = self._beside(timestep)[-1, timestep.long().clamp(min=0)] + timestep.clamp(max=0)
+        if self.rows is None:
+            return self._output(x, label, condition)
+        # Another number of rows, or order in memory, would be compiled anew: what is missing repeats the last row.
+        outputs = []
+        for first in range(0, len(x), self.rows):
+            places = torch.arange(first, first + self.rows, device=x.device).clamp(max=len(x) - 1)
+            outputs.append(self._output(x[places].contiguous(), label[places], condition.rows(places)))
+        return torch.cat(outputs)[: len(x)]
+
+    def _output(
+        self, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+    ) -> Float[Tensor, "batch c h w"]:
+        """One call of the network."""
         with self.autocast():
             output = self.call(self.network, x, label, condition)
         return output.float()

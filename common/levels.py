@@ -10,16 +10,15 @@ s = 0. A table of another family is another constructor here; nothing else asks 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from inpo.common.choices import Space
 from inpo.common.errors import ModelError, UsageError
-
-Space = Literal["noise", "velocity"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,12 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu())
 
 
-def note(text: str) -> None:
+def say(text: str) -> None:
     """A line on standard error, of the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """The same for what a user may not expect."""
+    say(f"note: {text}")

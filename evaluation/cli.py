@@ -52,12 +52,15 @@ def score_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Score a folder's images, resumably, into scores-NAME.jsonl."""
+    from inpo.common.device import say_device
+    from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.image_folder import ImageFolder
-    from inpo.evaluation.score import score_folder, try_scorers
+    from inpo.evaluation.score import SCORERS_DTYPE, score_folder, try_scorers
 
     settings = _settings(recipe, given)
     images = ImageFolder(folder)
+    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     try_scorers(_needed(settings.scorers), images)
     for name in settings.scorers:
         score_folder(images, load_scorer(name), batch_size=settings.batch_size)
@@ -135,11 +138,13 @@ def relabel(
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import check_set_name
+    from inpo.common.device import say_device
     from inpo.common.errors import UsageError, command
     from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.relabel import default_temperature, relabel_cache
+    from inpo.evaluation.score import SCORERS_DTYPE
 
     if temperature is not None and not 0 < temperature < math.inf:
         raise UsageError(
@@ -154,6 +159,7 @@ def relabel(
     name = check_set_name(set_name or scorer)
     opened = open_cache(cache)
     main = processes().is_main_process
+    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     share = -(-opened.num_pairs // processes().num_processes)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         report = relabel_cache(

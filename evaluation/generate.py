@@ -19,7 +19,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.compiled import compile_network
 from inpo.common.denoiser import DTYPES, default_dtype
+from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.families import Family
@@ -86,16 +88,31 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     with state.main_process_first():
         _claim(out, identity)
     if pipeline is not None:
+        if state.is_main_process:
+            say_device(state.device, str(dtype).removeprefix("torch."), num_processes=state.num_processes)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
         num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})
         size = model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process
+        batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
+        drawn: list[list[Image.Image]] = []
+        is_compiled = compile_network(
+            model.family.network_of(pipeline),
+            settings.compile,
+            lambda: drawn.append(_draw(pipeline, batches[0], settings, model.family)),
+            blocks=model.family.blocks,
+            device=state.device,
+        )
         with ProgressReport("generate", total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar:
-            for start in range(0, len(left), per_batch):
-                batch = left[start : start + per_batch]
-                for entry, image in zip(batch, _draw(pipeline, batch, settings, model.family), strict=True):
+            for batch in batches:
+                # A compiled network gets batches of one size: the last one's last image is made again, for nobody.
+                missing = len(batches[0]) - len(batch) if is_compiled else 0
+                made = (
+                    drawn.pop() if drawn else _draw(pipeline, [*batch, *batch[-1:] * missing], settings, model.family)
+                )
+                for entry, image in zip(batch, made[: len(batch)], strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
                     write_file(out / entry.file, buffer.getvalue())

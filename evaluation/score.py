@@ -17,6 +17,7 @@ from inpo.common.scorer import Scorer, load_scorer
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines
 
 DEFAULT_BATCH = 32
+SCORERS_DTYPE = "float32 (scorers of other packages may choose another)"
 
 
 def try_scorers(names: Sequence[str], folder: ImageFolder) -> None:

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import DtypeName
+from inpo.common.choices import CompileName, DtypeName
 from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
@@ -35,6 +35,8 @@ class EvaluateSettings(Section):
     batch_size: int | None = Field(None, ge=1)
     """Images made or scored at once, which changes no noise; unset: 32, of large images as many as have the pixels of
     8 images of 512 px."""
+    compile: CompileName = "auto"
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many prompts, a later run without it completes the folder; unset: all."""
     scorers: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from inpo.precompute.configuration import build_manifest, configure, device_type
 from inpo.precompute.inputs import committed_shards, list_work, print_inputs
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import load_components
+from inpo.precompute.worker import compile_components, load_components
 
 
 def run_plan(
@@ -56,6 +56,7 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
     device = processes().device
     components = load_components(model, manifest, device)
+    compile_components(components, model, manifest, settings)
     latents = 2 * settings.batch_size
     x = torch.randn(latents, *manifest.latent_shape, device=device)
     condition = model.family.blank(model.config, latents, settings.resolution).to(device)

@@ -7,12 +7,11 @@ import torch
 
 from inpo.common.cache import CacheWriter
 from inpo.common.models import Model
-from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.pipeline import Worker
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.texts import TextTable, TextWorker
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.texts import TextWorker
+from inpo.precompute.worker import build_worker
 
 Phase = Literal["texts", "images"]
 
@@ -25,10 +24,4 @@ def load_worker(
     if phase == "texts":
         encoder = TextEncoder(model.load_text_pipeline(), model.family, device=device)
         return TextWorker(encoder=encoder, writer=writer)
-    return ShardWorker(
-        components=load_components(model, writer.manifest, device),
-        writer=writer,
-        table=TextTable(writer),
-        pairs_per_batch=settings.batch_size,
-        decode=DecodePool(settings.decode_workers),
-    )
+    return build_worker(model, writer, settings, device)

@@ -12,6 +12,7 @@ from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
+from inpo.common.device import say_device
 from inpo.common.errors import DataError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
@@ -59,6 +60,8 @@ def run_precompute(
     manifest = build_manifest(settings, model, device_type=device_type(settings, ray_options))
     if is_main:
         check_complete(model)
+        if settings.engine != "ray":  # whose workers have devices of their own
+            say_device(state.device, manifest.network_dtype, num_processes=state.num_processes)
     source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from inpo.common.cache_settings import CacheSettings
+from inpo.common.choices import CompileName
 from inpo.common.recipe import Section
 
 
@@ -15,6 +16,8 @@ class PrecomputeSettings(CacheSettings):
 
     batch_size: int = Field(16, ge=1)
     """Pairs per network batch."""
+    compile: CompileName = "auto"
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
     decode_workers: int = Field(4, ge=0)
     """Processes that decode and resize images, for each device; 0: the reading thread does it."""
     engine: Literal["local", "ray"] = "local"

@@ -7,6 +7,7 @@ write               attempt folder, fsync, commit
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
 from inpo.common.cache.schema import EMPTY_PROMPT
+from inpo.common.compiled import compile_network
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
@@ -30,6 +32,7 @@ from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
 from inpo.precompute.arrange import Arrangement, arrange, group_id
 from inpo.precompute.encode import ImageEncoder
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
 
@@ -71,6 +74,21 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
             device=device,
         ),
     )
+
+
+def compile_components(components: Components, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> None:
+    """Compile the network for batches of the settings' size, if they ask for it."""
+    denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
+    device = denoiser.device
+
+    @torch.inference_mode()
+    def first() -> None:
+        x = torch.zeros(images, *manifest.latent_shape, device=device)
+        timestep = torch.zeros(images, dtype=torch.int64, device=device)
+        denoiser.predict(x, timestep, family.blank(model.config, images, manifest.resolution[0]).to(device))
+
+    if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
+        denoiser.rows = images
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -245,6 +263,30 @@ class ShardWorker:
 
     def close(self) -> None:
         self.decode.close()
+
+
+def build_worker(model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device) -> ShardWorker:
+    """A worker for `device`. The processes that decode images start while the models are loaded and compiled.
+
+    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start.
+    """
+    decode = DecodePool(settings.decode_workers)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
+            started = beside.submit(decode.start)
+            components = load_components(model, writer.manifest, device)
+            compile_components(components, model, writer.manifest, settings)
+        started.result()
+    except BaseException:
+        decode.close()
+        raise
+    return ShardWorker(
+        components=components,
+        writer=writer,
+        table=TextTable(writer),
+        pairs_per_batch=settings.batch_size,
+        decode=decode,
+    )
 
 
 def _with_shard(rows: Iterator[Pair | Skipped], task: ShardTask) -> Iterator[Pair | Skipped]:

@@ -8,7 +8,7 @@ import typer
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.paths import home
-from inpo.toyworld.scenes import Split, captions
+from inpo.toyworld.split import Split
 
 app = typer.Typer(
     help="The embedded default: a tiny text-to-image world with a known preference.", no_args_is_help=True
@@ -47,6 +47,8 @@ def prompts_command(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, a fair sample of the split.")] = None,
 ) -> None:
     """Write captions of a split as a prompts file, for `inpo evaluate generate`."""
+    from inpo.toyworld.scenes import captions
+
     chosen = captions(split)[:limit]
     if limit is not None and limit > len(chosen):
         raise UsageError(f"the {split} split has fewer captions", expected=f"at most {len(chosen)}", got=limit)

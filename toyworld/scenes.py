@@ -9,18 +9,16 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from inpo.common.errors import UsageError
 from inpo.toyworld.backdrops import BACKDROPS, SIZE, SUPERSAMPLE, backdrop, box_downsample
+from inpo.toyworld.split import SPLITS, Split
 
-Split = Literal["train", "validation", "test"]
 Shift = tuple[float | int, float | int]
 """Pixels to the right and down."""
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 RADII = {"small": 5.5, "big": 9.0}
 """Radius of the object in pixels."""

@@ -3,17 +3,20 @@
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from inpo.common.compiled import compile_network
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
@@ -92,6 +95,29 @@ class Trainer:
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.detach().mean(), reduction="mean")  # all hold equally many
         return mean
+
+    def compile(self, blocks: Sequence[str]) -> None:
+        """Compile the network, if the settings ask for it, on the first micro-batch, which is used again: without
+        gradients, as evaluations call it, and with them. `blocks`: see compile_network.
+        """
+        accelerator, settings = self.accelerator, self.settings
+
+        def first() -> None:
+            batch = self.stream.peek().to(accelerator.device)
+            with torch.no_grad():
+                record_errors(self.denoiser, batch)
+            # Of the processes of DDP one may fail alone: none may wait for its gradients. FSDP's wait in the network.
+            sharded = accelerator.distributed_type == DistributedType.FSDP
+            with nullcontext() if sharded else accelerator.no_sync(self.network):
+                record_errors(self.denoiser, batch).mean().backward()
+
+        def agree(fine: bool) -> bool:
+            return float(self._reduce(torch.tensor(float(not fine), device=accelerator.device))) == 0
+
+        bare = accelerator.unwrap_model(self.network)
+        if compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
+            self.denoiser.rows = self.stream.num_slots
+        self.network.zero_grad(set_to_none=True)
 
     def write_start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""

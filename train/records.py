@@ -190,47 +190,31 @@ RecordPlace = tuple[LoadedShard, int]
 """A record in memory: shard, number of the record there."""
 
 
-def gather(places: Sequence[RecordPlace], *, num_slots: int | None = None) -> Batch:
-    """Records in the given order, from any shards of one model; every image once.
-
-    `num_slots`: at least so many slots, so that micro-batches have one shape; no record stands in those that are left
-    over, which repeat the first one.
-    """
+def gather(places: Sequence[RecordPlace]) -> Batch:
+    """Records in the given order, from any shards of one model; every image once."""
     slots: dict[tuple[int, int], int] = {}
     prompts: dict[tuple[int, int], int] = {}
     shards = {id(shard): shard for shard, _ in places}
-    sides = np.array(
-        [
-            [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
-            for shard, number in places
-        ]
-    )
-    filled = len(slots)
-    count = max(filled, num_slots or 0)
-    arrays = places[0][0].empty_slots(count)
-    prompt = np.zeros(count, np.int64)
-    for (owner, image), slot in slots.items():
-        key = (owner, shards[owner].prompt_of(image))
-        prompt[slot] = prompts.setdefault(key, len(prompts))
-    of_prompts = places[0][0].empty_prompts(len(places))
+    sides = [
+        [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
+        for shard, number in places
+    ]
+    prompt = [prompts.setdefault((owner, shards[owner].prompt_of(image)), len(prompts)) for owner, image in slots]
+    arrays, of_prompts = places[0][0].empty_slots(len(slots)), places[0][0].empty_prompts(len(prompts))
     for shard in shards.values():
         shard.check_fits(arrays | of_prompts)
     for (owner, image), slot in slots.items():
         shards[owner].copy_slot(image, arrays, slot)
     for (owner, row), number in prompts.items():
         shards[owner].copy_prompt(row, of_prompts, number)
-    for values in arrays.values():
-        values[filled:] = values[:1]
-    for values in of_prompts.values():  # a fixed shape here too: as many as records
-        values[len(prompts) :] = values[:1]
     names = ("x_t", "aim", "reference_error", "timestep")
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return Batch(
         **{name: tensors.pop(name) for name in names},
-        sides=torch.from_numpy(sides),
+        sides=torch.tensor(sides),
         label=torch.tensor([shard.label_of(number) for shard, number in places], dtype=torch.float32),
         prompts=Condition(**{name: torch.from_numpy(values) for name, values in of_prompts.items()}),
-        prompt=torch.from_numpy(prompt),
+        prompt=torch.tensor(prompt),
         images=Condition(**tensors),
     )
 

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.cache import Cache, open_cache
+from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
@@ -104,6 +105,8 @@ def run_train(
             fix="ask for as many steps or more, or start another run with another --output",
         )
     say(resolved.toml)
+    if accelerator.is_main_process:
+        say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 
     network = origin.load_network()
     trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
@@ -114,8 +117,7 @@ def run_train(
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
-    called = torch.compile(wrapped) if settings.compile else wrapped
-    denoiser = model.denoiser(called, opened[0].levels, network_dtype=network_dtype)
+    denoiser = model.denoiser(wrapped, opened[0].levels, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,
@@ -225,11 +227,15 @@ def _moving_average(
 def _start(
     trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None, say: Callable[[str], None]
 ) -> None:
-    """Resume, or prove that the caches belong to the weights; then the line before the first update."""
+    """Resume, or prove that the caches belong to the weights, compiled as they will be trained; then the line before
+    the first update.
+    """
     settings = resolved.settings
     if chosen is not None:
         trainer.load(chosen)
         say(f"resumed from {chosen.path} at step {trainer.step}")
+    trainer.compile(resolved.model.family.blocks)
+    if chosen is not None:
         return
     if settings.init_from:
         say(

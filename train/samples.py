@@ -41,8 +41,12 @@ def sample_images(
     device = next(network.parameters()).device
     dtype = DTYPES[network_dtype]
     images = []
-    # Loading and sampling leave the training's random state alone.
-    with torch.random.fork_rng(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    # Loading and sampling leave the training's random state alone, and compile nothing for their few images.
+    with (
+        torch.random.fork_rng(),
+        torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        torch.compiler.set_stance("force_eager"),
+    ):
         pipeline = model.load_pipeline(**{model.family.network: network})
         pipeline.scheduler = model.family.sampler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import DtypeName
+from inpo.common.choices import CompileName, DtypeName
 from inpo.common.recipe import LocalPath, Location, Section
 
 ObjectiveName = Literal["inpo", "dpo", "ipo", "hinge", "kto", "sft", "smpo", "mapo", "inversion_dpo"]
@@ -72,8 +72,8 @@ class TrainSettings(Section):
     """Start from another model's UNet than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
-    compile: bool = False
-    """torch.compile the network."""
+    compile: CompileName = "auto"
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(None, gt=0)

@@ -56,7 +56,7 @@ class RecordStream:
             seed=seed,
         )
         self.num_slots = self._slots()
-        """Image slots of a micro-batch."""
+        """Images of a micro-batch: what a compiled network is made for."""
         self._loader = WindowLoader(self)
         self._thread: threading.Thread | None = None
         self._peeked: Batch | None = None
@@ -64,9 +64,7 @@ class RecordStream:
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
 
     def _slots(self) -> int:
-        """Two by record, or where images are shared as many as the first micro-batches of all ranks need at most; a
-        later one that needs more has a shape of its own.
-        """
+        """Two by record, or where images are shared as many as the first micro-batches of all ranks have at most."""
         if all(each.num_images >= 2 * len(each.rows) for each in self.index.training):
             return 2 * self.batch_size
         windows: dict[WindowKey, Int[np.ndarray, "record 3"]] = {}
@@ -183,8 +181,7 @@ class WindowLoader:
         for key in [*keys, following]:
             if key not in self._windows:
                 self._windows[key] = self._pool.submit(Window, self._stream, key)
-        records = [self._windows[place.key].result().place(place.position) for place in places]
-        return gather(records, num_slots=self._stream.num_slots)
+        return gather([self._windows[place.key].result().place(place.position) for place in places])
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -228,7 +225,4 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
         pairs, of_pair = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
         loaded = LoadedShard(shard, pairs, of_pair, needs)
         places += [loaded.record(*each) for each in zip(pairs.tolist(), of_pair.tolist(), strict=True)]
-    return [
-        gather(places[start : start + batch_size], num_slots=2 * batch_size)
-        for start in range(0, len(places), batch_size)
-    ]
+    return [gather(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]

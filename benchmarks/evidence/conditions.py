@@ -85,7 +85,7 @@ class CacheChoice:
 
     def write_only(self) -> None:
         shards = open_cache(str(self.folder))
-        ids = [str(pair_id) for shard in shards for pair_id in shard.read("pair_id")]
+        ids = [str(pair_id) for shard in shards for pair_id in shard.read("pair/id")]
         self.only.write_text("".join(f"{pair_id}\n" for pair_id in ids[: self.first]))
 
     def command(self) -> list[str]:

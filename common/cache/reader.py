@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from inpo.common.cache.commits import read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
-from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import MANIFEST, Commit, Manifest, TextCommit
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMissing, InpoError
-from inpo.common.levels import Levels
+
+if TYPE_CHECKING:
+    from inpo.common.levels import Levels
 
 
 class TextShard(CommittedArrays):
@@ -178,6 +180,8 @@ class Shard(CommittedArrays):
         self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"], target: Float[np.ndarray, "n c h w"]
     ) -> Float[np.ndarray, "n c h w"]:
         """x_t at single records, from their stored `target`."""
+        from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
+
         distinct, row = np.unique(images, return_inverse=True)
         x0 = self.read_chunks("x0", distinct[:, None])[row]
         a, s = self.cache.levels.at(self.timesteps()[images, records][:, None])
@@ -211,6 +215,8 @@ class Shard(CommittedArrays):
         return self.read("group/caption_dropped")
 
     def _derive_x_t(self, images: Rows) -> Float[np.ndarray, "image record c h w"]:
+        from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
+
         a, s = self.cache.levels.at(self.timesteps(images))
         return derive_x_t(self.read("x0", images), self.read("target", images), a, s)
 
@@ -246,7 +252,7 @@ class Cache:
         return self.store.location
 
     @cached_property
-    def levels(self) -> Levels:
+    def levels(self) -> "Levels":
         """The reference's levels, from the manifest."""
         return self.manifest.levels.levels()
 

@@ -7,9 +7,8 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field, model_validator
 
 from inpo.common.cache.document import (
@@ -43,9 +42,11 @@ from inpo.common.cache.document import (
     sealed,
 )
 from inpo.common.cache.specs import ARRAYS, TEXT, ArraySpec
-from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile
+from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile, Space
 from inpo.common.errors import CacheSchemaError
-from inpo.common.levels import Levels, Space
+
+if TYPE_CHECKING:
+    from inpo.common.levels import Levels
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -125,11 +126,15 @@ class LevelTables(Document):
         return self
 
     @classmethod
-    def of(cls, levels: Levels) -> "LevelTables":
+    def of(cls, levels: "Levels") -> "LevelTables":
         tables = {name: tuple(getattr(levels, name).tolist()) for name in _TABLES}
         return cls(space=levels.space, floor=levels.floor, **tables)
 
-    def levels(self) -> Levels:
+    def levels(self) -> "Levels":
+        import torch  # takes seconds, and who looks at a manifest walks no levels
+
+        from inpo.common.levels import Levels
+
         signal, noise, label = (torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES)
         return Levels(space=self.space, floor=self.floor, signal=signal, noise=noise, label=label)
 

@@ -77,6 +77,8 @@ class Family(ABC):
     """Where a single file keeps each component's weights; empty: this family has no such file."""
     draw_arguments: Mapping[str, Any] = {}
     """What the pipeline is called with beside prompt, steps, guidance and size."""
+    blocks: tuple[str, ...] = ()
+    """Classes of the network's modules that are compiled one by one; empty: those that diffusers names."""
     latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
     """(weight [4, 3], bias [3]) of a linear map from latents to RGB in 0..1, where one is known."""
 

@@ -37,6 +37,7 @@ class PixArtSigma(Family):
     conditions = {"embedding": EMBEDDING, "length": ConditionSpec(dtype="int32", axes=(), per="prompt")}
     max_tokens = _TOKENS
     predictions = ("epsilon",)
+    blocks = ("BasicTransformerBlock",)
     # The size asked for, and the prompt as precompute encodes it.
     draw_arguments = {"use_resolution_binning": False, "clean_caption": False}
 

@@ -20,6 +20,8 @@ class UNetFamily(Family):
     network = "unet"
     network_class = UNet2DConditionModel
     prefixes = PREFIXES
+    # diffusers names the transformers alone; the norms between convolutions are what a compiler has most to fuse of.
+    blocks = ("BasicTransformerBlock", "ResnetBlock2D")
 
     def check_network(self, name: str, network: Config) -> None:
         for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):

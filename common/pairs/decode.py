@@ -110,9 +110,9 @@ class _Worker:
 
 
 class DecodePool:
-    """`workers` processes, started when the first row comes; with 0 the calling thread does the work itself.
+    """`workers` processes, started when rows come for them, or before; with 0 the calling thread does the work itself.
 
-    `map` is called by one thread at a time; `close` may come from another.
+    `start` and `map` are called by one thread at a time; `close` may come from another.
     """
 
     def __init__(self, workers: int) -> None:
@@ -120,6 +120,11 @@ class DecodePool:
         self._started: list[_Worker] = []
         self._closed = False
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start all processes now, for instance while a model is loaded. Raises InpoError if one cannot start."""
+        while len(self._started) < self.workers:
+            self._start()
 
     def map(
         self,

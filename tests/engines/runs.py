@@ -130,12 +130,14 @@ ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 def tensors(cache: object) -> Tensors:
-    """{shard: {array: values}} of everything committed."""
+    """{shard: {array: values}} of everything committed; texts under texts/NAME."""
     opened = open_cache(str(cache))
-    return {
-        name: {spec.path: shard.read(spec.path) for spec in opened.manifest.arrays}
-        for name, shard in opened.shards.items()
+    images = {name: {path: shard.read(path) for path in opened.manifest.specs} for name, shard in opened.shards.items()}
+    texts = {
+        f"texts/{shard.name}": {path: shard.read_stored(path) for path in opened.manifest.text_specs}
+        for shard in opened.texts
     }
+    return images | texts
 
 
 def attempts(cache: object) -> dict[str, str]:
@@ -157,8 +159,11 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
                 np.testing.assert_allclose(other, values, rtol=2 * UNIT, atol=1e-4, err_msg=f"{name} {path}")
             else:
                 np.testing.assert_array_equal(other, values, err_msg=f"{name} {path}")
-        for (pair, step), t in np.ndenumerate(arrays["timestep"]):
-            one, other = ({path: each[path][pair, step] for path in RECORD} for each in (arrays, found[name]))
+        if name.startswith("texts/"):
+            continue
+        for (pair, record), t in np.ndenumerate(arrays["timestep"]):
+            sides = slice(2 * pair, 2 * pair + 2)
+            one, other = ({path: each[path][sides, record] for path in RECORD} for each in (arrays, found[name]))
             bounds = record_bounds(one, np.sqrt(ABAR[t]), np.sqrt(1 - ABAR[t]))
             for path in RECORD:
                 apart = rms(one[path].astype(float) - other[path]) / rms(one[path])

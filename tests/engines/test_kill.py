@@ -13,7 +13,7 @@ import pytest
 
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMissing
-from tests.engines.runs import Process, Tensors, World, Zygote, assert_same, tensors
+from tests.engines.runs import NUM_SHARDS, Process, Tensors, World, Zygote, assert_same, tensors
 
 
 class Observer:
@@ -35,7 +35,7 @@ class Observer:
         now = {name: commit.attempt for name, commit in cache.commits.items()}
         assert self.seen.items() <= now.items(), "a committed shard was made again or has vanished"
         for name in now.keys() - self.seen.keys():
-            found = {spec.path: cache.shards[name].read(spec.path) for spec in cache.manifest.arrays}
+            found = {path: cache.shards[name].read(path) for path in cache.manifest.specs}
             assert_same({name: found}, {name: self.expected[name]})
         self.seen = now
 
@@ -68,7 +68,7 @@ def kill_again_and_again(
         output = zygote.run(world.arguments(observer.cache))
         observer.look()
         assert before.items() <= observer.seen.items()
-        assert f"committed: {len(expected)} of {len(expected)} shards" in output
+        assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in output
         assert_same(tensors(observer.cache), expected)
         count.caches += 1
         count.shards += len(observer.seen)

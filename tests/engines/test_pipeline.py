@@ -18,9 +18,11 @@ from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
+from inpo.precompute.phases import load_worker
 from inpo.precompute.pipeline import Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.texts import TextTable, list_texts
 from inpo.precompute.worker import Components, PreparedShard, ShardWorker, load_components
 from tests.engines.runs import World, until
 
@@ -38,9 +40,9 @@ class WatchedWorker(ShardWorker):
         self.hook("compute", _number(prepared.task.name))
         return super().compute(prepared)
 
-    def write(self, name: str, data: ShardData) -> Commit | None:
-        self.hook("write", _number(name))
-        return super().write(name, data)
+    def write(self, task: ShardTask, data: ShardData) -> Commit | None:
+        self.hook("write", _number(task.name))
+        return super().write(task, data)
 
 
 def _number(name: str) -> int:
@@ -60,12 +62,14 @@ _SETTINGS = PrecomputeSettings(
 
 @pytest.fixture
 def worker(world: World, components: Components, tmp_path: Path) -> Iterator[WatchedWorker]:
-    manifest = build_manifest(_SETTINGS, open_model(str(world.model)), device_type="cpu")
+    model = open_model(str(world.model))
+    writer = CacheWriter.open(str(tmp_path / "cache"), build_manifest(_SETTINGS, model, device_type="cpu"))
+    texts = list_texts(list_tasks(open_source(str(world.pairs)))[0], set(), TextTable(writer), by_length=False)
+    text_worker = load_worker("texts", model, writer, _SETTINGS, PartialState(cpu=True).device)
+    for task in texts.values():
+        text_worker.write(task, text_worker.compute(task))
     made = WatchedWorker(
-        components=components,
-        writer=CacheWriter.open(str(tmp_path / "cache"), manifest),
-        pairs_per_batch=4,
-        decode=DecodePool(0),
+        components=components, writer=writer, table=TextTable(writer), pairs_per_batch=4, decode=DecodePool(0)
     )
     yield made
     made.close()
@@ -110,8 +114,8 @@ class DeadlyShard:
     def fingerprint(self) -> str:
         return self.shard.fingerprint()
 
-    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
-        for item in self.shard.rows(start, stop):
+    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
+        for item in self.shard.rows(start, stop, images=images):
             yield replace(item, win=Deadly(b"x")) if isinstance(item, Pair) and item.row == start + 2 else item
 
 

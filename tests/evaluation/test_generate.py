@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
+import inpo.evaluation.generate
+from inpo.common.compiled import compile_network
 from inpo.common.errors import InpoError, ModelError, TrainingError, UsageError
 from inpo.common.models import open_model
 from inpo.evaluation.cli import app
@@ -276,3 +281,35 @@ def test_two_processes_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert same(whole, pixels(tmp_path / "two"))
+
+
+def test_a_compiled_network_draws_the_same_images_in_batches_of_one_size(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Graphs are captured as ever, and run by PyTorch. The last batch, of one image, makes no other graph."""
+    make(tiny_model, tmp_path / "plain", guidance=3.0, batch_size=2, compile="off")
+    torch.compiler.reset()
+    counters.clear()
+    captured: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> bool:
+        done = compile_network(*arguments, **options)
+        captured.append(counters["stats"]["unique_graphs"])
+        return done
+
+    monkeypatch.setattr(inpo.evaluation.generate, "compile_network", watched)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="eager"))
+    make(tiny_model, tmp_path / "compiled", guidance=3.0, batch_size=2, compile="whole")
+    assert captured == [counters["stats"]["unique_graphs"]] != [0]
+    assert same(pixels(tmp_path / "plain"), pixels(tmp_path / "compiled"))
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend=broken))
+    make(tiny_model, tmp_path / "broken", guidance=3.0, batch_size=2, compile="blocks")
+    assert "compiling it failed: " in capsys.readouterr().err
+    assert same(pixels(tmp_path / "plain"), pixels(tmp_path / "broken"))
+    # The option is no setting of the folder: what is left is made with or without.
+    make(tiny_model, tmp_path / "broken", guidance=3.0, batch_size=2, compile="off")

@@ -17,7 +17,7 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData, open_cache
 from inpo.common.cache.labels import LabelSet, read_labels, write_labels
 from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
@@ -64,7 +64,8 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
         profile="lean",
         seed=0,
         timesteps_per_pair=1,
-        resolution=8,
+        group="pair",
+        resolution=(8, 8),
         crop="center",
         flip=False,
         vae_latent="mean",
@@ -75,21 +76,28 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
     )
     writer = CacheWriter.open(str(location), manifest)
     (input_shard,) = open_source(str(source)).input_shards()
+    texts = {"text": np.array([""], dtype=object), "embedding": np.zeros((1, 2, 2), np.float16)}
+    assert writer.write_texts("empty", TextData(arrays=texts)) is not None
     for start, stop in rows:
         ids = [item.pair_id for item in input_shard.rows(start, stop) if "fourth" not in item.pair_id]
         count = len(ids)
+        images = np.arange(2 * count, dtype=np.int32)
         arrays = {
-            "x0": np.zeros((count, 2, 1, 2, 2), np.float16),
-            "target": np.zeros((count, 1, 2, 1, 2, 2), np.float16),
-            "reference_error": np.zeros((count, 1, 2), np.float32),
-            "inversion_error": np.zeros((count, 2), np.float32),
+            "x0": np.zeros((2 * count, 1, 2, 2), np.float16),
+            "target": np.zeros((2 * count, 1, 1, 2, 2), np.float16),
+            "reference_error": np.zeros((2 * count, 1), np.float32),
+            "inversion_error": np.zeros(2 * count, np.float32),
             "timestep": np.zeros((count, 1), np.int16),
-            "pair_id": np.array(ids, dtype=object),
-            "prompt_index": np.zeros(count, np.int32),
-            "caption_dropped": np.zeros(count, bool),
-            "label": np.ones(count, np.float32),
-            "prompt/text": np.array([""], dtype=object),
-            "prompt/embedding": np.zeros((1, 2, 2), np.float16),
+            "image/id": np.array([f"{image:032x}" for image in images], dtype=object),
+            "image/group": images // 2,
+            "image/score": np.full(2 * count, np.nan, np.float32),
+            "group/id": np.array(ids, dtype=object),
+            "group/prompt": np.zeros((count, 2), np.int32),
+            "group/caption_dropped": np.zeros(count, bool),
+            "pair/id": np.array(ids, dtype=object),
+            "pair/win": images[0::2],
+            "pair/lose": images[1::2],
+            "pair/label": np.ones(count, np.float32),
         }
         made_from = ShardSource(
             location=str(source),
@@ -97,7 +105,12 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
             rows=(start, stop),
             fingerprint=input_shard.fingerprint(),
         )
-        assert writer.write(f"{input_shard.name}-{start:08d}", ShardData(arrays=arrays, source=made_from)) is not None
+        assert (
+            writer.write(
+                f"{input_shard.name}-{start:08d}", ShardData(arrays=arrays, source=made_from, texts=("empty",))
+            )
+            is not None
+        )
     return location
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import inpo.precompute.phases as phases
+import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import ARRAYS, Cache, open_cache
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.encode import TextEncoder
@@ -146,7 +147,7 @@ class Runs:
 def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """run(pairs, model, cache, **settings) -> exit code; run.cache(...) -> the opened cache."""
     runs = Runs(components=[])
-    load = phases.load_components
+    load = precompute_worker.load_components
 
     def watched(*arguments: Any) -> Components:
         components = load(*arguments)
@@ -167,7 +168,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
             runs.embeddings.update(zip(prompts, told["embedding"], strict=True))
             return told
 
-    monkeypatch.setattr(phases, "load_components", watched)
+    monkeypatch.setattr(precompute_worker, "load_components", watched)
     monkeypatch.setattr(phases, "TextEncoder", Watched)
     return runs
 

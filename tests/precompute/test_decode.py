@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,33 @@ def crashed(pair: Pair) -> Skipped:
 
 def flip_odd(pair: Pair) -> tuple[bool]:
     return (pair.row % 2 == 1,)
+
+
+def test_processes_may_be_started_before_there_is_work(pool: DecodePool) -> None:
+    pool.start()
+    begun = {child.pid for child in multiprocessing.active_children() if child.name == "decode"}
+    assert len(begun) >= 2
+    given = rows(4)
+    assert list(pool.map(measure_pair, given, on_crash=crashed)) == list(
+        DecodePool(0).map(measure_pair, given, on_crash=crashed)
+    )
+    assert {child.pid for child in multiprocessing.active_children() if child.name == "decode"} == begun
+    DecodePool(0).start()
+
+
+def test_they_start_while_the_models_are_loaded(pipelines: Callable, tars: Callable, run: Any, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def loaded(components: Any) -> None:
+        """Called before the loading has ended."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not seen:
+            seen.extend(True for child in multiprocessing.active_children() if child.name == "decode")
+            time.sleep(0.05)
+
+    run.prepare = loaded
+    assert run(tars(2, 2), pipelines(), tmp_path / "cache", decode_workers=1) == 0
+    assert seen
 
 
 def test_processes_give_what_the_calling_thread_gives_in_the_same_order(pool: DecodePool) -> None:

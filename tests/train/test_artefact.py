@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "optimizer, objective": {"optimizer": "adafactor", "objective": "kto"},
     "ema": {"ema": 0.9, "steps": 3, "objective": "hinge"},
     "dtype": {"dtype": "bfloat16", "objective": "ipo"},
-    "compile": {"compile": True, "objective": "sft"},
+    "compile": {"compile": "whole", "objective": "sft"},
     "init_from": {"init_from": "other", "objective": "mapo"},
     "held_out, only, except": {"held_out": 0.3},
     "lora_rank": LORA,
@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             *("conv_shortcut", "time_emb_proj", "time_embedding.linear_1", "downsamplers.0.conv", "upsamplers.0.conv"),
         ),
     },
-    "lora_rank, compile": LORA | {"compile": True},
+    "lora_rank, compile": LORA | {"compile": "blocks"},
 }
 DECIDE_NO_WEIGHT = {
     *("output", "caches", "log_every", "save_every", "keep_last", "evaluate_every", "held_out_records", "tracker"),

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
+import inpo.train.loop
+from inpo.common.compiled import compile_network
 from inpo.common.errors import CacheMismatch
 from inpo.common.models import open_model
 from inpo.common.recipe import read_recipe, resolve
@@ -46,25 +50,62 @@ def test_the_two_steps_of_the_paper(world: Any, run: Callable[..., Path], tmp_pa
         run(caches=[inverted], output=tmp_path / "base")
 
 
+@pytest.mark.parametrize(
+    ("how", "flags"),
+    [
+        ("whole", {"ema": 0.9}),
+        ("blocks", {"gradient_checkpointing": True, "sample_every": 1, "sample_steps": 1}),
+        ("blocks", {"lora_rank": 2}),
+    ],
+    ids=["whole", "blocks", "blocks-lora"],
+)
 def test_a_compiled_network_trains_alike(
-    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, flags: dict[str, Any]
 ) -> None:
-    """The graph is captured as ever; PyTorch runs it instead of generated code, because no compiler may be here."""
-    plain = run(steps=2, output=tmp_path / "plain")
-    compiled: list[torch.nn.Module] = []
-    compile_ = torch.compile
+    """Graphs are captured as ever, forward and backward; PyTorch runs them, because generating code takes minutes.
 
-    def watched(network: torch.nn.Module) -> Any:
-        compiled.append(network)
-        return compile_(network, backend="eager")
+    All are captured before the first step: not one for a sample, nor for the proof's and the held-out batches' sizes.
+    """
+    settings = {"steps": 3, "save_every": 2, "held_out": 0.4, "evaluate_every": 1, **flags}
+    plain = run(output=tmp_path / "plain", compile="off", **settings)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    captured: list[int] = []
 
-    monkeypatch.setattr(torch, "compile", watched)
-    again = run(steps=2, compile=True, output=tmp_path / "compiled")
-    assert len(compiled) == 1
+    def watched(*arguments: Any, **options: Any) -> bool:
+        done = compile_network(*arguments, **options)
+        captured.extend([counters["stats"]["unique_graphs"]] if done else [])
+        return done
+
+    monkeypatch.setattr(inpo.train.loop, "compile_network", watched)
+    again = run(output=tmp_path / "compiled", compile=how, **settings)
+    assert captured == [counters["stats"]["unique_graphs"]] != [0]
     np.testing.assert_allclose(losses(again), losses(plain), rtol=1e-4)
-    for name, values in load_file(next((plain / "pipeline/unet").glob("*.safetensors"))).items():
-        other = load_file(next((again / "pipeline/unet").glob("*.safetensors")))[name]
-        np.testing.assert_allclose(other.numpy(), values.numpy(), rtol=1e-3, atol=1e-5)
+    files = sorted(file.relative_to(plain) for file in plain.rglob("*.safetensors"))
+    assert files == sorted(file.relative_to(again) for file in again.rglob("*.safetensors"))
+    for file in files:
+        mine, theirs = load_file(again / file), load_file(plain / file)
+        assert mine.keys() == theirs.keys()
+        for name, values in theirs.items():
+            torch.testing.assert_close(mine[name], values, rtol=1e-3, atol=1e-4, msg=f"{file}: {name}")
+    # A checkpoint of the one is one of the other: the option is how a run is made, not what it is.
+    run(output=again, compile="off", **settings | {"steps": 4})
+
+
+def test_training_goes_on_where_compiling_fails(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    plain = run(output=tmp_path / "plain", steps=2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch.compiler.reset()
+    again = run(output=tmp_path / "compiled", steps=2, compile="blocks")
+    assert losses(again) == losses(plain)
+    said = capsys.readouterr().err
+    assert "note: the network runs as it is, because compiling it failed: " in said
+    assert "no compiler here" in said
 
 
 def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

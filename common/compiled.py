@@ -1,0 +1,114 @@
+"""A network compiled in place, for one shape, with a word about it; and left as it is where that fails.
+
+`Module.compile` leaves the network the object that it was: names of weights, LoRA layers, wrappers and checkpoints do
+not change. Kernels are made when the network is called, for the shapes that it is called with, which takes seconds to
+minutes. So there is a first call at the very shape of all later ones, and it happens before anything hangs on it.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from inpo.common.choices import CompileName
+from inpo.common.errors import InpoError
+from inpo.common.processes import note, say
+
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_ENTRIES_PER_PART = 8
+"""Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
+
+
+def compile_network(
+    network: nn.Module,
+    how: CompileName,
+    first: Callable[[], object],
+    *,
+    blocks: Sequence[str],
+    device: torch.device,
+    agree: Callable[[bool], bool] = bool,
+) -> bool:
+    """Compile `network` in place. Returns whether it is compiled now: no if nobody asked, or if it failed, with a note.
+
+    Args:
+        first: calls the network once in every way that it will be called, at the shape of all calls to come; under
+            training that is forward and backward.
+        blocks: class names of what `blocks` compiles; empty: what diffusers names for this class of networks.
+        agree: of "all is well here" whether it is so in all processes; called once, if there is anything to compile.
+
+    Raises what `first` raises of our own, and out of memory.
+    """
+    parts = _parts(network, how, blocks, device)
+    if not parts:
+        return False
+    what = "the whole network" if parts == [network] else f"{len(parts)} blocks of the network ({_names(parts)})"
+    say(f"compiling {what}; kernels are kept in {kernel_folder()}")
+    clock = time.perf_counter()
+    failure: Exception | None = None
+    # All parts share a limit, because they share the code that calls a module.
+    limit = _ENTRIES_PER_PART * len(parts)
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=max(256, 2 * limit)),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # torch's, of how it compiles; what the network's calls warn of comes again
+            for part in parts:
+                part.compile(dynamic=False)
+            first()
+    except (InpoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch, the C++ compiler, Triton, a full disk: whatever it was, eager does without it
+        failure = error
+    if agree(failure is None):
+        say(f"compiled in {time.perf_counter() - clock:.1f} s, a first call included")
+        return True
+    for part in parts:
+        part._compiled_call_impl = None
+    reason = "it failed in another process" if failure is None else _in_words(failure)
+    note(f"the network runs as it is, because compiling it failed: {reason} (--compile off does not try)")
+    return False
+
+
+def kernel_folder() -> str:
+    """Where kernels stay between runs: where torch's own variable says, else in the user's cache folder."""
+    # torch writes its own default there as soon as it has looked; only another one has been chosen by anybody.
+    if os.environ.get(_FOLDER) in (None, default_cache_dir()):
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(base) / "inpo" / "kernels"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:  # no home that can be written: torch takes the system's temporary folder
+            return "torch's temporary folder"
+        if not os.access(folder, os.W_OK):
+            return "torch's temporary folder"
+        os.environ[_FOLDER] = str(folder)
+    return os.environ[_FOLDER]
+
+
+def _parts(network: nn.Module, how: CompileName, blocks: Sequence[str], device: torch.device) -> list[nn.Module]:
+    """The modules to be compiled; none if nothing is to be."""
+    if how == "auto":
+        how = "blocks" if device.type == "cuda" else "off"
+    if how == "off":
+        return []
+    if how == "whole":
+        return [network]
+    names = set(blocks or getattr(network, "_repeated_blocks", None) or ())
+    # A wrapper may have put a class of its own over a block's: its parents are asked too.
+    return [each for each in network.modules() if names & {parent.__name__ for parent in type(each).__mro__}]
+
+
+def _names(parts: Sequence[nn.Module]) -> str:
+    return ", ".join(sorted({type(part).__name__ for part in parts}))
+
+
+def _in_words(error: Exception) -> str:
+    """The beginning of an error: compilers print pages, with all that they were called with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
