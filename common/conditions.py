@@ -114,8 +114,6 @@ def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np
                 axis = spec.axes.index("token") + 1
                 missing = (manifest.max_tokens or 0) - values.shape[axis]
                 if missing < 0:
-                    raise shard.misfit(name, f"{values.shape[axis]} tokens, at most {manifest.max_tokens}")
-                if missing < 0:
                     raise shard.misfit(name, f"{values.shape[axis]} tokens, and at most {manifest.max_tokens} fit")
                 values = np.pad(values, [(0, missing if each == axis else 0) for each in range(values.ndim)])
             if name not in found:

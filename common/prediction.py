@@ -84,9 +84,9 @@ def check_prediction(
 
 FLOW_PROBES = ("the last timestep", "the clean end", "the middle")
 """Where a flow is asked."""
-_AGAINST = -0.5
+_AGAINST = -0.4
 """At or below this cosine a flow's output is the opposite of what it should be."""
-_LIKE = 0.5
+_LIKE = 0.4
 """From here on a flow's output shows that it is trained."""
 
 

@@ -138,14 +138,14 @@ def check_texts(shard: TextShard, manifest: Manifest) -> ShardResult:
                 wrong = ~np.isfinite(values).reshape(len(values), -1).all(1)
                 if wrong.any():
                     result.bad("texts", f"{path}: prompt {start + int(wrong.argmax())} holds NaN or infinity")
-    _check_prompts(shard, manifest.max_tokens, small, result)
+    _check_prompts(shard, manifest.max_tokens if manifest.is_padded else None, small, result)
     if result.is_whole:
         result.held("texts", shard.num_prompts)
     return result
 
 
 def _check_prompts(shard: TextShard, most: int | None, small: Mapping[str, np.ndarray], result: ShardResult) -> None:
-    """`most`: the manifest's max_tokens."""
+    """`most`: the manifest's max_tokens, where prompts are padded to it."""
     text, length = small.get(TEXT.path), small.get("length")
     prompts = [] if text is None else [str(each) for each in text]
     if len(set(prompts)) != len(prompts):

@@ -17,6 +17,7 @@ from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
 from inpo.common.space import free_bytes, human_bytes
+from inpo.common.spread import SPREAD_RECORDS
 from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
@@ -45,7 +46,8 @@ class Plan:
 
     @property
     def network_calls(self) -> int:
-        return round(2 * self.num_pairs * self.network_calls_per_image)
+        measured = SPREAD_RECORDS * (self.num_shards - self.num_committed)
+        return round(2 * self.num_pairs * self.network_calls_per_image) + measured
 
     def to_json(self) -> dict[str, Any]:
         return {

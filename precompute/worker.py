@@ -30,6 +30,7 @@ from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
+from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
 from inpo.precompute.encode import ImageEncoder
 from inpo.precompute.settings import PrecomputeSettings
@@ -99,6 +100,7 @@ class _Result:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     texts: Sequence[str] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    spread: float | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -169,6 +171,7 @@ class ShardWorker:
             ),
             skipped=sorted(skipped, key=lambda row: int(row["row"])),
             counts={name: count for name, count in result.counts.items() if count},
+            spread=result.spread,
             seconds=seconds,
         )
 
@@ -195,6 +198,7 @@ class ShardWorker:
         dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
         training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
         images = self._image_conditions(everything.images)
+        caption = self._condition(training, everything, images)
         inverted = invert(
             self.components.denoiser,
             x0,
@@ -202,7 +206,7 @@ class ShardWorker:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=self._condition(training, everything, images),
+            caption=caption,
             empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
@@ -240,7 +244,19 @@ class ShardWorker:
         if inverted.residual is not None:
             missed = (numbers["residual"] > (manifest.inverter.tolerance or 0.0)).any(1)
             counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
-        return _Result(arrays={path: arrays[path] for path in manifest.specs}, texts=texts, counts=counts)
+        return _Result(
+            arrays={path: arrays[path] for path in manifest.specs},
+            texts=texts,
+            counts=counts,
+            spread=measure_spread(
+                self.components.denoiser,
+                inverted,
+                rows,
+                group_of=everything.group_of,
+                caption=caption,
+                images_per_batch=2 * self.pairs_per_batch,
+            ),
+        )
 
     def _condition(self, places: Sequence[Place], arrangement: Arrangement, images: Mapping[str, Tensor]) -> Condition:
         """From the committed texts: what a trainer will see, not what the encoder said."""

@@ -402,6 +402,8 @@ class Commit(AnyCommit):
     source: ShardSource
     counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
     """Things that happened to pairs that were kept, e.g. cut_prompt."""
+    spread: Annotated[float, Field(ge=0, le=1e3)] | None = None
+    """How far rounding moves the root of a reference error (common/spread.py); null: not measured."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Commit":
@@ -412,6 +414,8 @@ class Commit(AnyCommit):
             raise ValueError(f"{self.num_groups} groups of {self.num_pairs} pairs")
         if not 2 * self.num_groups <= self.num_images <= 2 * self.num_pairs:
             raise ValueError(f"{self.num_images} images in {self.num_groups} groups and {self.num_pairs} pairs")
+        if self.spread is not None and not self.num_pairs:
+            raise ValueError(f"a spread of {self.spread} without a pair")
         return self
 
     def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
