@@ -1,5 +1,6 @@
 """The two phases of a run, and the worker of each: texts with the text encoders, then images with network and VAE."""
 
+import gc
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ def load_worker(
     phase: Phase, model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device
 ) -> Worker:
     """Load what a phase needs onto `device`, and no more: text encoders and network are never there together."""
+    gc.collect()  # references in a circle would keep the models of the phase before on the device
     if phase == "texts":
         encoder = TextEncoder(model.load_text_pipeline(), model.family, device=device)
         return TextWorker(encoder=encoder, writer=writer)

@@ -1,7 +1,7 @@
 """Preference pairs made with the base model: two pictures for one caption, labelled by the oracle.
 
 Everything random in a pair depends on (seed, index) alone. Pairs come in parts of 256; a part is written whole, then
-listed in pairs.json, so that work stopped goes on where it was and finished work is not done again.
+listed in toyworld.json, so that work stopped goes on where it was and finished work is not done again.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ TIE_MARGIN = 0.05
 """Pictures whose oracle scores (0 to 6) differ by less are a tie."""
 
 Format = Literal["parquet", "webdataset"]
-RECORD = "pairs.json"
+RECORD = "toyworld.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class PairSettings:
         return -(-self.num_pairs // PAIRS_PER_PART)
 
     def identity(self) -> dict[str, Any]:
-        """The settings with all else the pairs depend on, as it stands in pairs.json."""
+        """The settings with all else the pairs depend on, as it stands in toyworld.json."""
         return json.loads(json.dumps(asdict(self))) | {
             "steps": STEPS,
             "guidance": GUIDANCE,

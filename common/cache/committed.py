@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 from jaxtyping import Int, Shaped
 from numcodecs.zstd import Zstd
+from obstore.exceptions import NotFoundError
 from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import (
@@ -261,7 +262,10 @@ class CommittedArrays:
         return self._indexes[path]
 
     def _ranges(self, file: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        parts = self.store.ranges(f"{self.folder}/{file}", spans)
+        try:
+            parts = self.store.ranges(f"{self.folder}/{file}", spans)
+        except (FileNotFoundError, NotFoundError) as error:
+            raise LostBytes(f"{file}: no such file") from error
         for part, (start, end) in zip(parts, spans, strict=True):
             if len(part) != end - start:
                 raise LostBytes(f"{file}: {len(part)} bytes instead of {end - start}")

@@ -34,14 +34,11 @@ def clean(writer: CacheWriter, folder: str) -> None:
 
 
 def change_a_file(how: Callable[[Path], object]) -> Callable[[CacheWriter, str], None]:
-    return lambda writer, folder: (
-        how(
-            next(
-                Path(writer.store.location, folder).glob("*/c/0/0/0/0"), Path(writer.store.location, folder, "text/c/0")
-            )
-        )
-        and None
-    )
+    def change(writer: CacheWriter, folder: str) -> None:
+        array = "x0/c/0/0/0/0" if folder.startswith("shards/") else "text/c/0"
+        how(Path(writer.store.location) / folder / array)
+
+    return change
 
 
 MEDDLING = {

@@ -6,9 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
-from inpo.common.cache import ARRAYS, SCHEMA_VERSION, Commit, InverterIdentity, Manifest, ShardSource, open_cache
-from inpo.common.cache.schema import ConditionSpec, LevelTables
+from inpo.common.cache import (
+    ARRAYS,
+    SCHEMA_VERSION,
+    Commit,
+    InverterIdentity,
+    Manifest,
+    ShardSource,
+    TextCommit,
+    open_cache,
+)
+from inpo.common.cache.schema import AnyCommit, ConditionSpec, LevelTables
+from inpo.common.cache.specs import TEXT
+from inpo.common.conditions import Condition
 from inpo.common.families import FAMILIES
 
 DOCUMENT = (Path(__file__).parents[2] / "cache_schema.md").read_text()
@@ -43,6 +55,12 @@ def test_the_arrays_are_those_of_the_code():
     assert table("path") == written
 
 
+def test_the_arrays_of_texts_are_those_of_the_code():
+    first, conditions = table("text path")
+    assert first == [TEXT.path, TEXT.dtype, ", ".join(TEXT.axes), TEXT.meaning]
+    assert conditions[0] == "<condition>"
+
+
 def test_the_conditions_are_those_of_the_families():
     written = [
         [family.name, spec.array(name).path, spec.dtype, ", ".join(spec.array(name).axes)]
@@ -71,14 +89,23 @@ def json_type(properties: dict[str, object]) -> str:
     ],
 )
 def test_the_fields_are_those_of_the_code(column, model):
-    written = [[name, json_type(field)] for name, field in model.model_json_schema()["properties"].items()]
     rows = table(column)
-    assert [row[:2] for row in rows] == written
+    assert [row[:2] for row in rows] == fields_of(model)
     assert all(len(row) == 3 and row[2] for row in rows)
 
 
+def fields_of(model: type[BaseModel]) -> list[list[str]]:
+    return [[name, json_type(field)] for name, field in model.model_json_schema()["properties"].items()]
+
+
+def test_the_fields_of_a_commit_of_texts_are_those_of_the_code():
+    shared = len(AnyCommit.model_fields)
+    assert fields_of(TextCommit)[:shared] == [row[:2] for row in table("commit field")][:shared]
+    assert [row[:2] for row in table("text commit field")] == fields_of(TextCommit)[shared:]
+
+
 def test_the_layout_names_every_place_that_the_code_writes_to():
-    layout = set(re.findall(r"^    CACHE/([\w.]+)", DOCUMENT, re.MULTILINE))
+    layout = set(re.findall(r"^    CACHE/([\w.-]+)", DOCUMENT, re.MULTILINE))
     root = Path(__file__).parents[2]
     sources = [
         file for stage in ("common", "precompute", "inspection", "evaluation") for file in (root / stage).rglob("*.py")
@@ -97,28 +124,32 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 
 
-def test_every_example_runs_and_reads_what_we_read(tmp_path):
-    for name in ("full", "lean"):
-        shutil.copytree(GOLDEN / name, tmp_path / name)
-    cache = open_cache(str(tmp_path / "full"))
-    shard = cache.shards["0-00000"]
-    find, with_zarr, with_tensorstore, with_xarray, lean = examples()
+@pytest.mark.parametrize("name", ["full", "lean", "grouped"])
+def test_every_example_runs_and_reads_what_we_read(tmp_path, name):
+    shutil.copytree(GOLDEN / name, tmp_path / name)
+    shard = open_cache(str(tmp_path / name)).shards["0-00000"]
+    win = shard.sides()[1, 0]
+    find, with_zarr, told, with_tensorstore, with_xarray, lean = examples()
 
-    scope: dict[str, object] = {"root": str(tmp_path / "full")}
+    scope: dict[str, object] = {"root": str(tmp_path / name)}
     exec(find, scope)
     assert scope["groups"] == [shard.location]
     exec(with_zarr, scope)
     assert np.array_equal(scope["target"], shard.read("target"))
-    assert np.array_equal(scope["record"], shard.read("target")[0, 1])
-    assert scope["pair_ids"] == list(shard.read("pair_id"))
+    assert np.array_equal(scope["record"], shard.read("target")[win, 0])
+    assert scope["pair_ids"] == list(shard.read("pair/id"))
+    group = shard.groups()[1]
+    exec(told, scope)
+    assert scope["caption"] == shard.prompts()[group]
+    texts, row = shard.read("group/prompt")[group]
+    own = shard.cache.texts.need(shard.commit.texts[texts]).read_stored("embedding")[row]
+    assert np.array_equal(scope["embedding"][: len(own)], own)
+    assert scope["embedding"].shape == Condition.of(shard, np.array([win]))["embedding"].shape[1:]
+    assert not scope["embedding"][len(own) :].any()
     exec(with_tensorstore, scope)
-    assert np.array_equal(scope["record"], shard.read("target")[0, 1])
-    pytest.importorskip("xarray")
-    exec(with_xarray, scope)
-    assert np.array_equal(scope["errors"], shard.read("reference_error")[:, :, 0])
-
-    scope = {"root": str(tmp_path / "lean")}
-    exec(find, scope)
-    exec(with_zarr, scope)
+    assert np.array_equal(scope["record"], shard.read("target")[win, 0])
     exec(lean, scope)
     assert scope["x_t"].tobytes() == shard.read("x_t").tobytes()
+    pytest.importorskip("xarray")
+    exec(with_xarray, scope)
+    assert np.array_equal(scope["errors"], shard.read("reference_error")[shard.sides()[:, 0]])

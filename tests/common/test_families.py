@@ -19,7 +19,7 @@ EXCEPTIONS = {
 
 ROWS = {
     # name: (network, text encoders, tokenizers, conditions by owner, single file)
-    "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "mask": "prompt"}, False),
+    "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, False),
     "sd": ("unet", 1, 1, {"embedding": "prompt"}, True),
     "sdxl": ("unet", 2, 2, {"embedding": "prompt", "pooled": "prompt", "time_ids": "image"}, True),
 }

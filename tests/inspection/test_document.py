@@ -25,13 +25,15 @@ def test_the_snippets_run_and_give_what_the_cache_holds(states, tmp_path, monkey
         warnings.simplefilter("ignore")  # zarr's and xarray's own, on strings without a final v3 specification
         for code in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL):
             exec(code, scope)
-        win = scope["win"].values
+        wins = scope["wins"].values
     cache = open_cache("runs/demo/cache")
-    name = scope["commit_file"].stem
+    shard = cache.shards[scope["commit_file"].stem]
+    sides = shard.sides()
     assert "5 pairs, 10 records, ddim" in capsys.readouterr().out
-    assert np.array_equal(scope["x_t"], cache.shards["s0"].read("x_t")[:2])
-    assert np.array_equal(scope["delta_of_first_pair"], cache.shards[name].read("delta")[0])
-    assert np.array_equal(win, cache.shards[name].read("x0")[:, 0])
+    assert np.array_equal(scope["x_t"], cache.shards["s0"].read("x_t")[:4])
+    assert np.array_equal(scope["delta_of_first_win"], shard.read("delta")[sides[0, 0]])
+    assert scope["prompt_of_first_pair"] == shard.prompts()[shard.groups()[0]] == "a red cat"
+    assert np.array_equal(wins, shard.read("x0")[sides[:, 0]])
 
 
 def test_every_command_has_its_section_and_every_option_named_exists():

@@ -14,7 +14,7 @@ from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.families import FAMILIES
-from inpo.common.inversion import Inverted, invert
+from inpo.common.inversion import Group, Inverted, invert
 from inpo.common.levels import Levels
 from inpo.common.testing import save_tiny_pipeline
 
@@ -86,36 +86,54 @@ def condition(num_pairs: int, width: int = 32, seed: int = 1) -> Condition:
     return Condition(embedding=tokens.expand(2 * num_pairs, 5, width).clone())
 
 
+class Pairs:
+    """What an inversion of plain pairs, groups of two images, gave: arrays of images as [pair, record, side, ...]."""
+
+    def __init__(self, made: Inverted) -> None:
+        self.made = made
+        self.timestep = made.timestep
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        values = getattr(self.made, name)
+        if values is None:
+            return None
+        by_side = values.unflatten(0, (-1, 2))
+        return by_side if name in ("inversion_error", "finite") else by_side.transpose(1, 2)
+
+
 @pytest.fixture(scope="session")
-def inverted() -> Callable[..., Inverted]:
-    """inverted(denoiser, x0, **settings): the function under test with short settings.
+def inverted() -> Callable[..., Pairs]:
+    """inverted(denoiser, x0 [pair, side, ...], **settings): the function under test with short settings.
 
     Settings that belong to the identity (name, grid_points, guidance, ...) and to the call (seed, timesteps_per_pair,
-    extra, measure_inversion, pairs_per_batch) may be mixed.
+    extra, measure_inversion, pairs_per_batch, ids of pairs) may be mixed.
     """
 
-    def build(denoiser: Denoiser, x0: Tensor, **settings: Any) -> Inverted:
+    def build(denoiser: Denoiser, x0: Tensor, *, pairs_per_batch: int = 16, **settings: Any) -> Pairs:
         count = x0.shape[0]
         total = denoiser.levels.num_train_timesteps
         call = {
             key: settings.pop(key)
-            for key in ("seed", "timesteps_per_pair", "extra", "measure_inversion", "pairs_per_batch", "pair_ids")
+            for key in ("seed", "timesteps_per_pair", "extra", "measure_inversion")
             if key in settings
         }
+        ids = settings.pop("pair_ids", [f"pair-{index}" for index in range(count)])
         grid_points = settings.setdefault("grid_points", 5)
         identity = InverterIdentity(**{"name": "ddim", "timestep_range": (0, total), **settings})
-        return invert(
+        made = invert(
             denoiser,
-            x0,
+            x0.flatten(0, 1),
+            [Group(id=each, num_images=2) for each in ids],
             **{
-                "pair_ids": [f"pair-{index}" for index in range(count)],
                 "identity": identity,
                 "seed": 0,
                 "timesteps_per_pair": grid_points,
                 "caption": condition(count),
                 "empty": condition(count, seed=2),
+                "images_per_batch": 2 * pairs_per_batch,
                 **call,
             },
         )
+        return Pairs(made)
 
     return build

@@ -79,8 +79,9 @@ def ode_error(
     for pair in range(len(x0)):
         start, begin = x0[pair].double().numpy().ravel(), 0.0
         if noised_start:
-            begin = SIGMA[grid[pair][grid[pair] < noised_start * T].max()]
-            noise = normal(tuple(x0.shape[2:]), 0, f"pair-{pair}", "noise").double().numpy()
+            last = int(grid[pair][grid[pair] < noised_start * T].max())
+            begin = SIGMA[last]
+            noise = normal(tuple(x0.shape[2:]), 0, f"pair-{pair}", "noise", last).double().numpy()
             start = (x0[pair].double().numpy() + begin * noise).ravel()
         sigma = SIGMA[int(made.timestep[pair, 0])]
         exact = solve_ivp(lambda s, z: mixture_eps(z, s), (begin, sigma), start, rtol=1e-7, atol=1e-7).y[:, -1]

@@ -14,6 +14,7 @@ from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.families import FAMILIES
 from inpo.common.inversion import build_path
 from inpo.common.levels import Levels
+from inpo.common.seeding import normal
 from tests.rounding import assert_alike, half_unit
 
 SCHEDULER = DDIMScheduler(
@@ -29,12 +30,15 @@ A, S = np.sqrt(ABAR), np.sqrt(1 - ABAR)
 
 
 def test_noise_is_diffusion_dpos_noising(linear: Callable, latents: Callable, inverted: Callable) -> None:
-    """x_t = scheduler.add_noise(x0, noise, t), target = noise, one noise for both sides and all timesteps of a pair."""
+    """x_t = scheduler.add_noise(x0, noise, t), target = noise, one noise for both sides, another at every timestep."""
     denoiser, x0 = linear(shape=(4, 8, 8)), latents(6, (4, 8, 8))
     made = inverted(denoiser, x0, name="noise", noised_start=1.0, grid_points=4)
-    noise = made.target[:, :1, :1]
+    noise = made.target[:, :, :1]
     assert (made.target == noise).all()
-    assert len({tuple(pair.flatten().tolist()) for pair in noise}) == 6
+    assert len({tuple(record.flatten().tolist()) for record in noise.flatten(0, 1)}) == 6 * 4
+    for pair, step in np.ndindex(6, 4):  # it hangs on seed, group and timestep alone
+        drawn = normal((4, 8, 8), 0, f"pair-{pair}", "noise", int(made.timestep[pair, step]))
+        assert torch.equal(noise[pair, step, 0], drawn.half())
     values = noise.double().flatten()
     assert abs(float(values.mean())) < 4 / len(values) ** 0.5
     assert abs(float(values.std()) - 1) < 4 / (2 * len(values)) ** 0.5
@@ -143,7 +147,7 @@ def test_the_released_codes_target_is_not_the_noise(
     schedule = Levels.from_scheduler(SCHEDULER)
 
     def kept(number: int) -> list[int]:
-        path = build_path(identity, schedule, seed=0, pair_id=str(number), timesteps_per_pair=10)
+        path = build_path(identity, schedule, seed=0, group_id=str(number), timesteps_per_pair=10)
         return [t for point in path.points for t in point.records]
 
     number = next(number for number in range(2000) if timestep in kept(number))
@@ -253,7 +257,8 @@ def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     denoiser = linear()
     denoiser.network = NotANumber(denoiser.network, value)
     made = inverted(denoiser, x0, pairs_per_batch=3, **settings)
-    assert made.finite.tolist() == [True, True, False, True, True]
+    # The other image of the pair is told as whole, too: it may stand in other pairs.
+    assert made.finite.tolist() == [[True, True], [True, True], [True, False], [True, True], [True, True]]
     others = [0, 1, 3, 4]
     assert_alike(well, made, A, S, pairs=others)
     torch.testing.assert_close(made.inversion_error[others], well.inversion_error[others], rtol=1e-2, atol=1e-3)

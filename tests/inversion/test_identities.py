@@ -109,8 +109,9 @@ def test_the_identities_hold_for_every_inverter(
     assert timestep.shape == (2, kept)
     assert (np.diff(timestep, axis=1) > 0).all()
     # Stored-point rule: x_t is float16(a x0 + s target) bit for bit, so that a lean cache derives a full one's.
-    lean = derive_x_t(x0.numpy(), made.target.numpy(), A[timestep], S[timestep])
-    np.testing.assert_array_equal(made.x_t.numpy().view(np.uint16), lean.view(np.uint16))
+    images = timestep.repeat(2, axis=0)
+    lean = derive_x_t(x0.flatten(0, 1).numpy(), made.made.target.numpy(), A[images], S[images])
+    np.testing.assert_array_equal(made.made.x_t.numpy().view(np.uint16), lean.view(np.uint16))
     for pair, step, side in np.ndindex(2, kept, 2):
         t = int(timestep[pair, step])
         x_t = made.x_t[pair, step, side].double().numpy()

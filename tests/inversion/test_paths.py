@@ -43,9 +43,9 @@ def test_every_path(data: st.DataObject, n: int, seed: int, pair: str) -> None:
     except UsageError:
         assert kept > 1 or high - low < 1000 / n + 1  # one point per 1000 / n labels is always there
         return
-    path = build_path(chosen, SCHEDULE, seed=seed, pair_id=pair, timesteps_per_pair=kept)
+    path = build_path(chosen, SCHEDULE, seed=seed, group_id=pair, timesteps_per_pair=kept)
     # The grid, from a path that keeps everything and adds nothing.
-    whole = build_path(identity(grid_points=n), SCHEDULE, seed=seed, pair_id=pair, timesteps_per_pair=n)
+    whole = build_path(identity(grid_points=n), SCHEDULE, seed=seed, group_id=pair, timesteps_per_pair=n)
     grid = kept_of(whole)
     assert len(grid) == n
     gaps = np.diff(grid)
@@ -79,8 +79,8 @@ def refined_by_hand(grid: list[int], extra: int) -> list[int]:
 
 @pytest.mark.parametrize("pair", ["a", "b", "c", "d"])
 def test_refined_start_splits_the_widest_step(pair: str) -> None:
-    plain = build_path(identity(), SCHEDULE, seed=0, pair_id=pair, timesteps_per_pair=10)
-    refined = build_path(identity(refine_start=3), SCHEDULE, seed=0, pair_id=pair, timesteps_per_pair=10)
+    plain = build_path(identity(), SCHEDULE, seed=0, group_id=pair, timesteps_per_pair=10)
+    refined = build_path(identity(refine_start=3), SCHEDULE, seed=0, group_id=pair, timesteps_per_pair=10)
     assert levels_of(refined) == refined_by_hand(levels_of(plain), 3)
     assert kept_of(refined) == kept_of(plain)  # the extra points are no records
 
@@ -91,7 +91,7 @@ def test_all_noised_leaves_nothing_to_refine() -> None:
             identity(name="ab2", refine_start=3, noised_start=0.95),
             SCHEDULE,
             seed=0,
-            pair_id=str(pair),
+            group_id=str(pair),
             timesteps_per_pair=10,
         )
         assert len(kept_of(path)) == 10
@@ -100,7 +100,7 @@ def test_all_noised_leaves_nothing_to_refine() -> None:
 def test_every_timestep_is_covered_uniformly() -> None:
     counts = np.zeros(1000)
     for pair in range(3000):
-        path = build_path(identity(grid_points=7), SCHEDULE, seed=0, pair_id=str(pair), timesteps_per_pair=2)
+        path = build_path(identity(grid_points=7), SCHEDULE, seed=0, group_id=str(pair), timesteps_per_pair=2)
         counts[kept_of(path)] += 1
     assert counts.sum() == 6000
     tens = counts.reshape(10, 100).sum(1)
@@ -110,7 +110,7 @@ def test_every_timestep_is_covered_uniformly() -> None:
 
 
 def test_the_released_grid() -> None:
-    path = build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id="x", timesteps_per_pair=6)
+    path = build_path(identity(faithful=True), SCHEDULE, seed=1, group_id="x", timesteps_per_pair=6)
     every = [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
     assert levels_of(path) == every[: len(levels_of(path))]
     for point in path.points:
@@ -120,11 +120,13 @@ def test_the_released_grid() -> None:
     drawn = {
         t
         for pair in range(400)
-        for t in kept_of(build_path(identity(faithful=True), SCHEDULE, seed=1, pair_id=str(pair), timesteps_per_pair=6))
+        for t in kept_of(
+            build_path(identity(faithful=True), SCHEDULE, seed=1, group_id=str(pair), timesteps_per_pair=6)
+        )
     }
     assert len(drawn) > 800  # any timestep, not just the grid's
     # The stride is T // n: with 7 points 142, and the last level is not T - T/n.
-    path = build_path(identity(faithful=True, grid_points=7), SCHEDULE, seed=0, pair_id="x", timesteps_per_pair=7)
+    path = build_path(identity(faithful=True, grid_points=7), SCHEDULE, seed=0, group_id="x", timesteps_per_pair=7)
     assert set(levels_of(path)) <= {1, 143, 285, 427, 569, 711, 853}
 
 
@@ -160,5 +162,5 @@ def test_an_accepted_range_serves_every_offset(grid_points: int, low: int, width
     except UsageError:
         return
     for pair in range(30):
-        path = build_path(chosen, SCHEDULE, seed=0, pair_id=str(pair), timesteps_per_pair=kept)
+        path = build_path(chosen, SCHEDULE, seed=0, group_id=str(pair), timesteps_per_pair=kept)
         assert len(kept_of(path)) == kept

@@ -3,21 +3,25 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import inpo.precompute.phases as phases
 import inpo.precompute.worker as precompute_worker
-from inpo.common.cache import Cache, open_cache
+from inpo.common.cache import ARRAYS, Cache, open_cache
 from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.worker import Components
+from tests.rounding import record_bounds, rms
 
 WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
 
@@ -104,6 +108,11 @@ class Runs:
 
     components: list[Components]
     prepare: Callable[[Components], None] | None = None
+    encoded: list[str] = field(default_factory=list)
+    """Every prompt that a text encoder was asked for."""
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What it gave for each."""
+    prepare_texts: Callable[[TextEncoder], None] | None = None
 
     def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
         settings = {
@@ -147,18 +156,56 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Runs:
         runs.components.append(components)
         return components
 
+    class Watched(TextEncoder):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if runs.prepare_texts is not None:
+                runs.prepare_texts(self)
+
+        def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+            runs.encoded.extend(prompts)
+            told = super().__call__(prompts)
+            runs.embeddings.update(zip(prompts, told["embedding"], strict=True))
+            return told
+
     monkeypatch.setattr(precompute_worker, "load_components", watched)
+    monkeypatch.setattr(phases, "TextEncoder", Watched)
     return runs
 
 
 @pytest.fixture(scope="session")
 def by_id() -> Callable[[Cache, str], dict[str, np.ndarray]]:
-    """by_id(cache, array): {pair id: its row}, whatever the sharding."""
+    """by_id(cache, array): {pair id: its row}, whatever the sharding; of an image array [side, ...], of a group's its
+    row.
+    """
 
     def read(cache: Cache, path: str) -> dict[str, np.ndarray]:
+        owner = {spec.path: spec.axes[0] for spec in (*ARRAYS, *cache.manifest.arrays)}[path]
         rows: dict[str, np.ndarray] = {}
         for shard in cache:
-            rows.update(zip(map(str, shard.read("pair_id")), shard.read(path), strict=True))
+            of_pair = {"image": shard.sides, "group": shard.groups, "pair": lambda: slice(None)}[owner]()
+            rows.update(zip(map(str, shard.read("pair/id")), shard.read(path)[of_pair], strict=True))
         return rows
 
     return read
+
+
+LATENTS = ("x_t", "delta", "x0_t", "target")
+
+
+def assert_same_but_for_rounding(first: Cache, second: Cache, by_id: Callable) -> None:
+    """Every record of two caches of the same pairs, each tensor within its own bound (tests/rounding.py)."""
+    left, right = (
+        {name: by_id(cache, name) for name in (*LATENTS, "x0", "reference_error")} for cache in (first, second)
+    )
+    levels = first.manifest.levels
+    for pair_id, timesteps in by_id(first, "timestep").items():
+        for step, t in enumerate(timesteps):
+            one, other = (
+                {name: each[name][pair_id][:, step] for name in (*LATENTS, "reference_error")} for each in (left, right)
+            )
+            one["x0"], other["x0"] = left["x0"][pair_id], right["x0"][pair_id]
+            bounds = record_bounds(one, a=levels.signal[t], s=levels.noise[t])
+            for name, bound in bounds.items():
+                apart = rms(one[name].astype(float) - other[name]) / rms(one[name])
+                assert apart < bound, (name, pair_id, t, apart, bound)

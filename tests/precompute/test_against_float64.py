@@ -15,6 +15,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from tests.precompute.conftest import png
+
 HALF_STEP = 2.0**-11
 """Relative rounding error of float16."""
 
@@ -65,7 +67,8 @@ class Float64Model:
                 prompt.lower(), padding="max_length", truncation=True, max_length=300, return_tensors="pt"
             )
             states = p.text_encoder.double()(told.input_ids, attention_mask=told.attention_mask)[0][0]
-            return {"embedding": states.numpy(), "mask": told.attention_mask[0].numpy()}
+            length = int(told.attention_mask[0].sum())
+            return {"embedding": states.numpy()[:length], "length": np.array(length)}
         if not self.is_sdxl:
             return {"embedding": p.text_encoder.double()(tokens(p.tokenizer))[0][0].numpy()}
         first = p.text_encoder.double()(tokens(p.tokenizer), output_hidden_states=True)
@@ -77,12 +80,11 @@ class Float64Model:
     def predict(self, x: np.ndarray, t: int, told: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(noise, x0(t)) at one latent."""
         latent = torch.from_numpy(x.astype(np.float64))[None]
-        given = {name: torch.from_numpy(values.astype(np.float64))[None] for name, values in told.items()}
+        given = {name: torch.tensor(values.astype(np.float64))[None] for name, values in told.items()}
         if self.is_pixart:
             output = self.network(
                 latent,
-                encoder_hidden_states=given["embedding"],
-                encoder_attention_mask=given["mask"],
+                encoder_hidden_states=given["embedding"][:, : int(told["length"])],
                 timestep=torch.tensor([t]),
                 added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             ).sample.chunk(2, dim=1)[0]
@@ -104,9 +106,10 @@ def test_every_stored_tensor(
     model = Float64Model(pipelines(kind))
     (shard,) = cache
     read = {path: shard.read(path) for path in (spec.path for spec in cache.manifest.arrays)}
-    assert read["pair_id"].tolist() == [pair.pair_id for pair in pairs]
-    texts = read["prompt/text"].tolist()
-    assert texts[0] == ""
+    assert read["pair/id"].tolist() == [pair.pair_id for pair in pairs]
+    assert read["group/id"].tolist() == [pair.pair_id for pair in pairs]
+    assert shard.sides().tolist() == [[0, 1], [2, 3]]
+    assert shard.prompts().tolist() == [pair.prompt for pair in pairs]
     worst: dict[str, float] = {}
 
     def close(name: str, got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -116,33 +119,40 @@ def test_every_stored_tensor(
         assert error < tolerance, (name, error)
 
     for row, pair in enumerate(pairs):
-        index = int(read["prompt_index"][row])
-        assert texts[index] == pair.prompt
         wanted = model.text(pair.prompt)
-        told = {name: read[f"prompt/{name}"][index] for name in wanted}
-        for name, want in wanted.items():
-            close(name, told[name], want, 4 * HALF_STEP)
+        place, prompt = read["group/prompt"][row]
+        texts = cache.texts.need(shard.commit.texts[place])
+        assert texts.text[prompt] == pair.prompt
+        told = {name: texts.read_stored(name)[prompt] for name in wanted}
+        if kind == "pixart-sigma":
+            assert int(told["length"]) == wanted["length"]
+            told["embedding"] = told["embedding"][: int(told["length"])]
+        close("embedding", told["embedding"], wanted["embedding"], 4 * HALF_STEP)
+        if kind == "sdxl":
+            close("pooled", told["pooled"], wanted["pooled"], 4 * HALF_STEP)
         for side, image in enumerate((pair.win, pair.lose)):
+            at = 2 * row + side
+            assert read["image/id"][at] == hashlib.blake2b(png(image), digest_size=16).hexdigest()
             if kind == "sdxl":
-                told["time_ids"] = read["time_ids"][row, side]
+                told["time_ids"] = read["image/time_ids"][at]
                 assert told["time_ids"].tolist() == [32, 32, 0, 0, 32, 32]
-            x0 = read["x0"][row, side]
+            x0 = read["x0"][at]
             close("x0", x0, model.latent(image), 4 * HALF_STEP)
             x0 = x0.astype(np.float64)
             # The trajectory leaves the clean latent with eps at (x0, label 0).
             delta, clean = model.predict(x0, 0, told)[0], x0
             for step, t in enumerate(read["timestep"][row].tolist()):
                 a, s = model.a_s(t)
-                x_t, target = read["x_t"][row, step, side], read["target"][row, step, side]
+                x_t, target = read["x_t"][at, step], read["target"][at, step]
                 close("step", x_t, a * clean + s * delta, 8 * HALF_STEP)
                 # The stored-point rule, bit for bit.
                 rounded = (a * x0 + s * target.astype(np.float64)).astype(np.float16)
                 np.testing.assert_array_equal(x_t, rounded)
                 delta, clean = model.predict(x_t.astype(np.float64), t, told)
-                close("delta", read["delta"][row, step, side], delta, 4 * HALF_STEP)
-                close("x0_t", read["x0_t"][row, step, side], clean, 4 * HALF_STEP)
+                close("delta", read["delta"][at, step], delta, 4 * HALF_STEP)
+                close("x0_t", read["x0_t"][at, step], clean, 4 * HALF_STEP)
                 error = np.mean(np.square(target.astype(np.float64) - delta))
-                got = float(read["reference_error"][row, step, side])
+                got = float(read["reference_error"][at, step])
                 worst["E_ref"] = max(worst.get("E_ref", 0.0), abs(got / error - 1))
                 assert got == pytest.approx(error, rel=2e-4, abs=1e-9)
     print(kind, {name: f"{value:.1e}" for name, value in worst.items()})
@@ -153,7 +163,7 @@ def _uniform(*parts: object) -> float:
     return (int.from_bytes(digest, "little") >> 32) / 2**32
 
 
-def test_the_grid_comes_from_the_hash_of_seed_and_pair_id(
+def test_the_grid_comes_from_the_hash_of_seed_and_group_id(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable
 ) -> None:
     pairs = examples(6)
@@ -180,14 +190,15 @@ def test_sdxl_time_ids_tell_original_size_and_crop(
     pair = examples(1, size=(64, 48))[0]  # width 64, height 48: resized to 43 x 32, cropped from left 5
     cache = run.cache(write_tars(tmp_path / "pairs", [pair], 1), pipelines("sdxl"), tmp_path / "cache")
     (shard,) = cache
-    assert shard.read("time_ids")[0].tolist() == [[48, 64, 0, 5, 32, 32]] * 2
+    assert shard.read("image/time_ids").tolist() == [[48, 64, 0, 5, 32, 32]] * 2
 
 
 def test_sdxl_empty_prompt_is_zero_as_its_pipeline_says(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
 ) -> None:
     cache = run.cache(write_tars(tmp_path / "p", examples(1), 1), pipelines("sdxl"), tmp_path / "cache")
-    (shard,) = cache
-    assert not shard.read("prompt/embedding")[0].any()
-    assert not shard.read("prompt/pooled")[0].any()
-    assert shard.read("prompt/embedding")[1].any()
+    empty, other = cache.texts.need("empty"), next(each for each in cache.texts if each.name != "empty")
+    assert empty.text == ("",)
+    for name in ("embedding", "pooled"):
+        assert not empty.read_stored(name).any()
+        assert other.read_stored(name)[0].any()

@@ -1,10 +1,9 @@
-"""What runs before the network: the VAE in which dtype, and every distinct prompt of a shard once."""
+"""What makes latents of images: the VAE, and in which dtype."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,32 +78,3 @@ def test_the_vae_of_a_bfloat16_run_computes_in_float32(
     assert set(ran) == {torch.bfloat16}
     for pair_id, x0 in single.items():
         assert 0 < np.abs(half[pair_id].astype(float) - x0).max() < 0.05 * np.abs(x0.astype(float)).max()
-
-
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_each_distinct_prompt_of_a_shard_is_encoded_once(
-    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, kind: str
-) -> None:
-    asked: list[str] = []
-
-    def watch(components: Components) -> None:
-        encode = components.text.pipeline.encode_prompt
-
-        def counted(*, prompt: list[str], **rest: Any) -> Any:
-            asked.extend(prompt)
-            return encode(prompt=prompt, **rest)
-
-        components.text.pipeline.encode_prompt = counted
-
-    run.prepare = watch
-    pairs = examples(6)  # four prompts in turn: two of them twice
-    source = write_tars(tmp_path / "pairs", pairs, 6)
-    cache = run.cache(source, pipelines(kind), tmp_path / "cache", grid_points=1, timesteps_per_pair=1)
-    prompts = ["", *sorted({pair.prompt for pair in pairs})]
-    assert asked == prompts
-    (shard,) = cache
-    assert shard.read("prompt/text").tolist() == prompts
-    assert len(shard.read("prompt/embedding")) == len(prompts)
-    assert [prompts[index] for index in shard.read("prompt_index")] == [pair.prompt for pair in pairs]
-    if kind == "sdxl":
-        assert len(shard.read("prompt/pooled")) == len(prompts)

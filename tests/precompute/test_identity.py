@@ -31,6 +31,7 @@ ALL = {
     "measure_inversion": 0.5,
     "dtype": "bfloat16",
     "seed": -7,
+    "group": "prompt",
 }
 """Away from its default whatever may stand beside the others: `faithful` fixes the inverter."""
 CASES: dict[str, dict[str, Any]] = {

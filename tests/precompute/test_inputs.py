@@ -53,10 +53,9 @@ def test_empty_long_and_foreign_prompts_are_kept_whole_and_cut_ones_counted(
     source = write_list([{"prompt": prompt, "id": str(row)} for row, prompt in enumerate(prompts)])
     cache = run.cache(source, pipelines(), tmp_path / "cache")
     (shard,) = cache
-    text, index = shard.read("prompt/text"), shard.read("prompt_index")
-    assert [text[row] for row in index] == prompts
-    assert text[0] == ""
-    assert index[0] == 0
+    assert shard.prompts().tolist() == prompts
+    assert shard.commit.texts[0] == "empty"
+    assert shard.read("group/prompt")[0].tolist() == [0, 0]
     tokenizer = CLIPTokenizer.from_pretrained(pipelines() / "tokenizer")
     too_long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > tokenizer.model_max_length]
     assert prompts[2] in too_long
@@ -147,7 +146,7 @@ def test_a_changed_input_under_a_committed_shard_is_reported_and_the_shard_stays
     # Doing as the line says makes the shard again.
     (tmp_path / "cache" / "commits" / f"{name}.json").unlink()
     again = run.cache(source, pipelines(), tmp_path / "cache")
-    assert "a horse" in again.shards[name].read("prompt/text")
+    assert "a horse" in again.shards[name].prompts()
 
 
 def test_the_public_mirrors_tars_give_the_same_cache_as_our_own_layout(
@@ -175,7 +174,7 @@ def test_the_public_mirrors_tars_give_the_same_cache_as_our_own_layout(
                 tar.addfile(info, io.BytesIO(data))
     mirror = run.cache(str(tmp_path / "00000.tar"), pipelines(), tmp_path / "from-mirror")
     assert [commit.skipped for commit in mirror.commits.values()] == [{"tie": 1}]
-    for name in ("x0", "x_t", "delta", "target", "timestep", "label"):
+    for name in ("x0", "x_t", "delta", "target", "timestep", "pair/label"):
         left, right = by_id(ours, name), by_id(mirror, name)
         assert left.keys() == right.keys()
         for pair_id, value in left.items():
@@ -258,7 +257,7 @@ def test_shards_are_made_with_the_caches_own_noise_table(
     x0, target, x_t = (shard.read(name) for name in ("x0", "target", "x_t"))
 
     def points(alphas_cumprod: np.ndarray) -> np.ndarray:
-        abar = alphas_cumprod[shard.read("timestep").astype(int)][..., None, None, None, None]
+        abar = alphas_cumprod[shard.timesteps().astype(int)][..., None, None, None]
         signal = np.sqrt(abar) * x0[:, None].astype(np.float64)
         return (signal + np.sqrt(1 - abar) * target.astype(np.float64)).astype(np.float16)
 

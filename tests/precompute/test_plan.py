@@ -82,17 +82,16 @@ def test_the_plan_is_what_the_run_costs(
     else:
         assert plan.network_calls == pytest.approx(run.network_calls, rel=0.25)
     (shard,) = cache
-    text = {"pair_id", "prompt/text"}
-    real = {spec.path: shard.read(spec.path).nbytes for spec in cache.manifest.arrays if spec.path not in text}
-    prompts = len(shard.read("prompt/text"))
+    real = {spec.path: shard.read(spec.path).nbytes for spec in cache.manifest.arrays if not spec.is_text}
     for path, size in real.items():
-        predicted = plan.bytes_by_array[path]
-        if path.startswith("prompt/"):
-            assert predicted == size // prompts * count
-        else:
-            assert predicted == size, path
-    # Files on the disk, with the prompts' number set right.
+        assert plan.bytes_by_array[path] == size, path
+    # At most a prompt of its own for every pair, not compressed.
+    texts = [each for each in cache.texts if each.name != "empty"]
+    prompts = sum(each.num_prompts for each in texts)
+    embeddings = [each.read_stored("embedding") for each in texts]
+    assert plan.bytes_by_array["embedding"] == sum(each.nbytes for each in embeddings) // prompts * count
+    # Files on the disk; of the texts what describes them.
     on_disk = sum((Path(shard.location) / file).stat().st_size for file in shard.commit.files)
-    embedding = plan.bytes_by_array["prompt/embedding"]
-    predicted = plan.cache_bytes - embedding + embedding * prompts / count
+    on_disk += sum(size for file, size in texts[0].commit.files.items() if file.endswith("zarr.json"))
+    predicted = plan.cache_bytes - plan.bytes_by_array["embedding"] - plan.bytes_by_array["text"]
     assert predicted == pytest.approx(on_disk, rel=0.03)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from inpo.common.cache import open_cache
 from inpo.common.spread import SPREAD_RECORDS
 from inpo.precompute.worker import Components
 
@@ -58,10 +60,11 @@ def test_the_records_are_evaluated_again_and_no_more(
 
 
 def test_a_shard_without_a_pair_has_no_spread(pipelines: Callable, tars: Callable, run: Any, tmp_path: Path) -> None:
-    source = tars(2, 1)
-    (Path(source) / "00001.tar").write_bytes(b"\0" * 10240)  # a tar of nothing
-    cache = run.cache(source, pipelines(), tmp_path / "cache")
-    assert {commit.num_pairs: commit.spread is None for commit in cache.commits.values()} in (
-        {1: False},
-        {0: True, 1: False},
-    )
+    def spoil(components: Components) -> None:
+        encode = components.images
+        components.images = lambda *arguments: encode(*arguments) * torch.nan  # type: ignore[assignment]
+
+    run.prepare = spoil
+    assert run(tars(1, 1), pipelines(), tmp_path / "cache") == 0
+    (commit,) = open_cache(str(tmp_path / "cache"), allow_empty=True).commits.values()
+    assert (commit.num_pairs, commit.spread) == (0, None)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from inpo.common.errors import UsageError
+from inpo.common.errors import DataError, UsageError
+from inpo.common.pairs import open_source
 from inpo.toyworld import pairs as pairs_module
 from inpo.toyworld.cli import app
 from inpo.toyworld.oracle import OracleScorer
@@ -100,7 +101,7 @@ def test_pictures_are_lossless_and_differ(folder):
 
 
 def test_labels_are_the_oracles_but_for_counted_ties_and_flips(folder):
-    record = json.loads((folder / "pairs.json").read_text())
+    record = json.loads((folder / "toyworld.json").read_text())
     ties = flips = 0
     for row in read_parquet(folder):
         pictures = [Image.open(io.BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
@@ -208,3 +209,9 @@ def test_who_hands_out_the_pairs_does_not_wait_for_diffusers():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.split() == ["False"]
+
+
+def test_the_folders_own_record_is_not_taken_for_a_list_of_pairs(tmp_path: Path) -> None:
+    make_pairs(PairSettings(num_pairs=2, formats=("webdataset",)), tmp_path / "pairs", quiet=True)
+    with pytest.raises(DataError, match="folders in it: webdataset"):
+        open_source(str(tmp_path / "pairs"))

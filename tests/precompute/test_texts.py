@@ -1,0 +1,317 @@
+"""The text phase: every distinct prompt of a cache is encoded once, and before the network is there."""
+
+import gc
+import io
+import json
+import tarfile
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import inpo.precompute.phases as phases
+import inpo.precompute.texts as texts_module
+from inpo.common.cache import Cache, TextShard, open_cache
+from inpo.common.conditions import Condition, read_prompts
+from inpo.common.families import FAMILIES
+from inpo.common.pairs import Pair, open_source
+from inpo.precompute.encode import TextEncoder
+from inpo.precompute.texts import TextWorker
+from inpo.precompute.worker import Components
+from tests.precompute.conftest import WORDS
+
+QUICK = {"grid_points": 1, "timesteps_per_pair": 1}
+
+
+def of_prompts(cache: Cache) -> list[TextShard]:
+    """The text shards but for the empty prompt's."""
+    return [shard for shard in cache.texts if shard.name != "empty"]
+
+
+def attempts(cache: Cache) -> dict[str, str]:
+    return {shard.name: shard.commit.attempt for shard in cache.texts}
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "pixart-sigma"])
+def test_each_distinct_prompt_is_encoded_once_for_the_whole_cache(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, kind: str
+) -> None:
+    pairs = examples(8)  # four prompts in turn, over four input shards
+    source = write_tars(tmp_path / "pairs", pairs, 2)
+    cache = run.cache(source, pipelines(kind), tmp_path / "cache", **QUICK)
+    assert sorted(run.encoded) == sorted(["", *WORDS])
+    assert len(cache.shards) == 4
+    assert [shard.num_prompts for shard in of_prompts(cache)] == [4]
+    assert cache.texts.need("empty").text == ("",)
+    prompts = [prompt for shard in cache for prompt in shard.prompts()]
+    assert prompts == [pair.prompt for pair in pairs]
+
+    # More inputs: one prompt that is there, and one that is new.
+    more = [
+        replace(pair, prompt=prompt) for pair, prompt in zip(examples(2, first=20), (WORDS[1], "a cat"), strict=True)
+    ]
+    write_tars(tmp_path / "more", more, 2)
+    (tmp_path / "more" / "00000.tar").rename(tmp_path / "pairs" / "00009.tar")
+    run.encoded.clear()
+    after = run.cache(source, pipelines(kind), tmp_path / "cache", **QUICK)
+    assert run.encoded == ["a cat"]
+    assert attempts(cache).items() < attempts(after).items()
+    assert [str(each) for each in after.shards["00009-00000000"].prompts()] == [WORDS[1], "a cat"]
+
+    # And once more: nothing is left to encode, and no encoder is loaded.
+    run.encoded.clear()
+    run.prepare_texts = lambda encoder: pytest.fail("a text encoder was loaded")
+    assert run(source, pipelines(kind), tmp_path / "cache", **QUICK) == 0
+    assert run.encoded == []
+
+
+def test_prompts_lie_in_the_order_of_the_pairs_or_of_their_length(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """By length where what is behind a shard's longest prompt is cut off: little is padded then."""
+    source = tars(4, 4)
+    (plain,) = of_prompts(run.cache(source, pipelines(), tmp_path / "sd", **QUICK))
+    assert plain.text == WORDS
+    (sorted_ones,) = of_prompts(run.cache(source, pipelines("pixart-sigma"), tmp_path / "pixart", **QUICK))
+    assert sorted_ones.text == tuple(sorted(WORDS, key=lambda text: (len(text), text)))
+
+
+def test_text_encoders_are_gone_before_the_network_is_loaded(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where references in a circle hold them, which only a collection ends: they fill the device until then."""
+    encoders: list[weakref.ref[Any]] = []
+    left: list[int] = []
+
+    def watch(encoder: TextEncoder) -> None:
+        model = encoder.pipeline.text_encoder
+        model.in_a_circle = [model]
+        encoders.append(weakref.ref(model))
+
+    load = phases.load_components
+
+    def loading(*arguments: Any) -> Components:
+        left.append(sum(each() is not None for each in encoders))
+        return load(*arguments)
+
+    run.prepare_texts = watch
+    monkeypatch.setattr(phases, "load_components", loading)
+    gc.disable()
+    try:
+        run.cache(tars(2, 2), pipelines(), tmp_path / "cache", **QUICK)
+    finally:
+        gc.enable()
+    assert len(encoders) == 1
+    assert left == [0]
+
+
+@pytest.fixture
+def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts in a text shard."""
+    monkeypatch.setattr(texts_module, "MAX_PROMPTS_PER_SHARD", 2)
+
+
+@pytest.mark.usefixtures("short_shards")
+def test_a_run_that_died_in_the_text_phase_goes_on_with_the_same_text_shards(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tars(4, 1)
+    whole = run.cache(source, pipelines(), tmp_path / "whole", **QUICK)
+    assert len(of_prompts(whole)) == 2
+    compute, made = TextWorker.compute, []
+
+    def dying(self: TextWorker, task: Any) -> Any:
+        if len(made) == 2:
+            raise MemoryError("the machine gave up")
+        made.append(task.name)
+        return compute(self, task)
+
+    monkeypatch.setattr(TextWorker, "compute", dying)
+    with pytest.raises(MemoryError):
+        run(source, pipelines(), tmp_path / "parts", **QUICK)
+    monkeypatch.setattr(TextWorker, "compute", compute)
+    halfway = open_cache(str(tmp_path / "parts"), allow_empty=True)
+    assert set(attempts(halfway)) == set(made)
+    assert not halfway.commits
+    run.encoded.clear()
+    done = run.cache(source, pipelines(), tmp_path / "parts", **QUICK)
+    assert len(run.encoded) == 2
+    assert attempts(halfway).items() < attempts(done).items()
+    assert set(attempts(done)) == set(attempts(whole))
+    for shard, other in zip(whole.texts, done.texts, strict=True):
+        for path in whole.manifest.text_specs:
+            np.testing.assert_array_equal(shard.read_stored(path), other.read_stored(path))
+
+
+@pytest.mark.usefixtures("short_shards")
+@pytest.mark.parametrize("lost", ["commit and arrays", "commit"])
+def test_a_text_shard_that_is_lost_is_made_again_by_the_same_command(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, lost: str
+) -> None:
+    source = tars(4, 1)
+    before = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    calls = run.network_calls
+    gone, stays = of_prompts(before)
+    prompts, numbers = gone.text, {path: gone.read_stored(path) for path in gone.specs}
+    (tmp_path / "cache" / "text-commits" / f"{gone.name}.json").unlink()
+    if lost == "commit and arrays":
+        for file in sorted(Path(gone.location).rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+    run.encoded.clear()
+    after = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    assert sorted(run.encoded) == sorted(prompts)
+    assert run.network_calls == calls  # no image is inverted again
+    assert after.commits == before.commits
+    assert attempts(after)[stays.name] == attempts(before)[stays.name]
+    assert attempts(after).keys() == attempts(before).keys()
+    for path, values in numbers.items():
+        np.testing.assert_array_equal(after.texts.need(gone.name).read_stored(path), values)
+
+
+def _without_numbers(*prompts: str) -> Callable[[TextEncoder], None]:
+    """The encoder gives NaN for these prompts."""
+
+    def prepare(encoder: TextEncoder) -> None:
+        encode = encoder.pipeline.encode_prompt
+
+        def broken(*, prompt: list[str], **rest: Any) -> Any:
+            embedding, *others = encode(prompt=prompt, **rest)
+            embedding[[index for index, text in enumerate(prompt) if text in prompts]] = float("nan")
+            return (embedding, *others)
+
+        encoder.pipeline.encode_prompt = broken
+
+    return prepare
+
+
+def test_a_prompt_without_numbers_is_skipped_with_the_reason_and_not_asked_for_again(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source = tars(8, 2)  # four prompts in turn; the third is in the second and the fourth shard
+    run.prepare_texts = _without_numbers(WORDS[2])
+    cache = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    assert [commit.skipped for commit in cache.commits.values()] == [{}, {"not_finite": 1}] * 2
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "cache" / "skipped").rglob("*.jsonl")]
+    assert {row["pair_id"] for row in rows} == {"pair-002", "pair-006"}
+    assert {row["detail"] for row in rows} == {"the text embedding is NaN or infinite"}
+    (texts,) = of_prompts(cache)
+    assert texts.text == (WORDS[0], WORDS[1], WORDS[3])
+    assert len(texts.commit.not_finite) == 1
+    assert {str(prompt) for shard in cache for prompt in shard.prompts()} == set(texts.text)
+    (tmp_path / "cache" / "commits" / "00001-00000000.json").unlink()
+    run.encoded.clear()
+    assert run.cache(source, pipelines(), tmp_path / "cache", **QUICK).num_pairs == 6
+    assert run.encoded == []
+
+
+def test_without_numbers_for_the_empty_prompt_there_is_no_pair(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.prepare_texts = _without_numbers("")
+    assert run(tars(2, 2), pipelines(), tmp_path / "cache", **QUICK) == 1
+    assert "2 x not_finite" in capsys.readouterr().out
+    (listed,) = (tmp_path / "cache" / "skipped").rglob("*.jsonl")
+    assert "the empty prompt's embedding is NaN" in listed.read_text()
+
+
+def test_rows_are_as_long_as_the_longest_of_their_shard_and_the_network_does_not_see_it(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """PixArt-Sigma takes 300 tokens of a prompt: what the T5 encoder says behind a prompt's end is not stored."""
+    folder = pipelines("pixart-sigma")
+    cache = run.cache(tars(4, 4), folder, tmp_path / "cache", **QUICK)
+    for shard in cache.texts:
+        longest = int(shard.read_stored("length").max())
+        assert shard.read_stored("embedding").shape[1] == longest < 300
+    (texts,) = of_prompts(cache)
+    assert len(set(texts.read_stored("length").tolist())) > 1
+    told = read_prompts(cache.texts, [(texts.name, row) for row in range(4)])
+    assert told["embedding"].shape == (4, 300, 32)
+
+    family, pipeline = FAMILIES["pixart_sigma"], DiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        untrimmed = family.encode(pipeline, list(texts.text), torch.device("cpu"))
+    assert untrimmed["embedding"].shape == (4, 300, 32)
+    assert float(untrimmed["embedding"][:, 299].abs().max()) > 0  # there is something that is not stored
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([3.0, 400.0, 700.0, 999.0])
+    with torch.no_grad():
+        stored, whole = (
+            family.call(pipeline.transformer.eval(), x, label, condition)
+            for condition in (
+                Condition(**{name: torch.from_numpy(values).to(_dtype(name)) for name, values in told.items()}),
+                Condition(**{name: tensor.to(torch.float16).to(_dtype(name)) for name, tensor in untrimmed.items()}),
+            )
+        )
+    assert float((stored - whole).abs().max()) < 1e-5 * float(whole.abs().max())
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.float32 if name == "embedding" else torch.int32
+
+
+IMAGE = bytes(range(256)) * 6000
+ROWS = 12
+
+
+def _write_tar(folder: Path) -> str:
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for row in range(ROWS):
+            fields = json.dumps({"id": f"id-{row}", "prompt": f"a prompt {row}", "label": 1.0}).encode()
+            for suffix, data in (("win.png", IMAGE), ("json", fields), ("lose.png", IMAGE)):
+                info = tarfile.TarInfo(f"{row:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def _write_parquet(folder: Path) -> str:
+    table = {
+        "win": [IMAGE[row:] for row in range(ROWS)],  # not equal, or the file would hold one of them
+        "lose": [IMAGE[100 + row :] for row in range(ROWS)],
+        "prompt": [f"a prompt {row}" for row in range(ROWS)],
+        "id": [f"id-{row}" for row in range(ROWS)],
+    }
+    pq.write_table(pa.table(table), folder / "pairs.parquet", compression="none", use_dictionary=False)
+    return str(folder)
+
+
+def _write_list(folder: Path) -> str:
+    for name in ("win.png", "lose.png"):
+        (folder / name).write_bytes(IMAGE)
+    rows = [
+        {"win": "win.png", "lose": "lose.png", "prompt": f"a prompt {row}", "id": f"id-{row}"} for row in range(ROWS)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def _bytes_read() -> int:
+    """By this process so far, from any file."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("write", [_write_tar, _write_parquet, _write_list])
+def test_prompts_are_read_without_the_images(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    source = write(tmp_path)
+    (shard,) = open_source(source).input_shards()
+    assert shard.num_rows == ROWS
+    before = _bytes_read()
+    told = list(shard.rows(2, ROWS, images=False))
+    without = _bytes_read() - before
+    whole = list(shard.rows(2, ROWS))
+    with_images = _bytes_read() - before - without
+    assert without < 2 * len(IMAGE) < 10 * len(IMAGE) < with_images
+    for one, other in zip(told, whole, strict=True):
+        assert isinstance(one, Pair)
+        assert isinstance(other, Pair)
+        assert (one.prompt, one.pair_id, one.row, one.label) == (other.prompt, other.pair_id, other.row, other.label)
+        assert len(other.win) > len(IMAGE) // 2 > len(one.win)
