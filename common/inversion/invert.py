@@ -1,7 +1,6 @@
 """Inverting the images of groups: the function that precompute, verification and drift measurement share."""
 
-import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +10,15 @@ from torch import Tensor
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion.batching import run_trajectories
-from inpo.common.inversion.inverters import Asked
-from inpo.common.inversion.path import Path, exact_path
-from inpo.common.inversion.released import released_path, released_trajectory
-from inpo.common.inversion.trajectory import Records, trajectory
+from inpo.common.inversion.batch import Batch
+from inpo.common.inversion.batching import run_walks
+from inpo.common.inversion.path import Part, Path, exact_path
+from inpo.common.inversion.records import Records
+from inpo.common.inversion.released import released_path, run_released
 from inpo.common.levels import Levels
 from inpo.common.seeding import uniform
 
+_LATENTS = ("x_t", "delta", "x0_t", "target")
 _IMAGES_TOGETHER = 2
 """Images of a group that walk as one, a plain pair's: whatever the batch is, fixed_point stops for the same ones."""
 
@@ -43,9 +43,9 @@ class Inverted:
     reference_error: Float32[Tensor, "image record"]
     inversion_error: Float32[Tensor, "image"]
     """NaN where not measured."""
-    delta_prev: Float16[Tensor, "image record c h w"] | None
-    eps_ref: Float16[Tensor, "image record c h w"] | None
-    residual: Float32[Tensor, "image record"] | None
+    delta_prev: Float16[Tensor, "image record c h w"] | None = None
+    eps_ref: Float16[Tensor, "image record c h w"] | None = None
+    residual: Float32[Tensor, "image record"] | None = None
     """fixed_point: relative RMS change of the last iteration."""
     finite: Bool[Tensor, "image"]
     """False where any stored number of the image is NaN or infinite: its pairs are to be quarantined."""
@@ -89,61 +89,33 @@ def invert(
     caption = caption.to(device)
     empty = None if empty is None or identity.guidance == 1.0 else empty.to(device)
     clean = x0.to(device)
-    parts, owners = _parts(groups)
-
-    def start(number: int) -> Generator[Asked, Tensor, Records]:
-        group_id = owners[number].id
+    parts: list[Part] = []
+    timestep: list[list[int]] = []
+    for group in groups:
         path = build_path(
-            identity, denoiser.levels, seed=seed, group_id=group_id, timesteps_per_pair=timesteps_per_pair
+            identity, denoiser.levels, seed=seed, group_id=group.id, timesteps_per_pair=timesteps_per_pair
         )
-        walk = released_trajectory if identity.faithful else trajectory
-        return walk(
-            clean[parts[number].start : parts[number].stop],
-            path,
-            identity=identity,
-            denoiser=denoiser,
-            seed=seed,
-            group_id=group_id,
-            measure=uniform(seed, group_id, "measure") < measure_inversion,
-            extra=extra,
-        )
-
-    results = run_trajectories(start, parts, denoiser, caption=caption, empty=empty, images_per_batch=images_per_batch)
-
-    def stacked(name: str) -> Tensor:
-        return torch.cat([torch.stack(getattr(records, name), dim=1) for records in results]).cpu()
-
-    inversion_error = torch.cat(
-        [
-            torch.full((len(part),), float("nan"), device=device)
-            if records.inversion_error is None
-            else records.inversion_error.float()
-            for part, records in zip(parts, results, strict=True)
+        back = uniform(seed, group.id, "measure") < measure_inversion
+        first = parts[-1].images.stop if parts else 0
+        parts += [
+            Part(images=images, group_id=group.id, path=path, back=back)
+            for images in _together(range(first, first + group.num_images))
         ]
-    ).cpu()
-    tensors = {name: stacked(name) for name in ("x_t", "delta", "x0_t", "target", "reference_error")}
-    optional = {name: stacked(name) for name in extra}
-    residual = stacked("residual") if identity.name == "fixed_point" else None
-    stored = [*tensors.values(), *optional.values(), *([] if residual is None else [residual])]
-    measured = torch.cat(
-        [
-            torch.full((len(part),), records.inversion_error is not None)
-            for part, records in zip(parts, results, strict=True)
-        ]
+        timestep.append([kept for point in path.points for kept in point.records])
+    records = Records(
+        len(x0),
+        timesteps_per_pair,
+        latents=(*_LATENTS, *extra),
+        figures=("reference_error", *(["residual"] if identity.name == "fixed_point" else [])),
     )
-    finite = torch.stack(
-        [values.isfinite().flatten(1).all(1) for values in stored] + [~measured | inversion_error.isfinite()]
-    ).all(0)
-    starts = set(itertools.accumulate((group.num_images for group in groups[:-1]), initial=0))
-    timestep = [records.timestep for part, records in zip(parts, results, strict=True) if part.start in starts]
+    if identity.faithful:
+        run_released(parts, denoiser, identity, clean, caption, records, seed=seed, images_per_batch=images_per_batch)
+    else:
+        batch = Batch(denoiser, identity, clean, caption, empty, records)
+        run_walks(parts, batch, identity=identity, levels=denoiser.levels, seed=seed, images_per_batch=images_per_batch)
+    arrays, inversion_error, finite = records.collect(device)
     return Inverted(
-        timestep=torch.tensor(timestep, dtype=torch.int16),
-        **tensors,
-        inversion_error=inversion_error,
-        delta_prev=optional.get("delta_prev"),
-        eps_ref=optional.get("eps_ref"),
-        residual=residual,
-        finite=finite,
+        timestep=torch.tensor(timestep, dtype=torch.int16), inversion_error=inversion_error, finite=finite, **arrays
     )
 
 
@@ -153,15 +125,6 @@ def together(image: int, num_images: int) -> range:
     return range(start, min(start + _IMAGES_TOGETHER, num_images))
 
 
-def _parts(groups: Sequence[Group]) -> tuple[list[range], list[Group]]:
-    """Rows of the images that walk together, and the group of each such part."""
-    parts: list[range] = []
-    owners: list[Group] = []
-    first = 0
-    for group in groups:
-        end = first + group.num_images
-        for start in range(first, end, _IMAGES_TOGETHER):
-            parts.append(range(start, min(start + _IMAGES_TOGETHER, end)))
-            owners.append(group)
-        first = end
-    return parts, owners
+def _together(images: range) -> list[range]:
+    """The images of a group, split into those that walk together."""
+    return [images[start : start + _IMAGES_TOGETHER] for start in range(0, len(images), _IMAGES_TOGETHER)]

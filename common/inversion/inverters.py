@@ -1,94 +1,85 @@
-"""How the trajectory gets from one point to the next: the choice of x_t, before any rounding.
+"""How a walk gets from one point to the next, in numbers alone: network calls, levels and coefficients.
 
-Every inverter is a generator function: it may ask for network calls by yielding a Request and gets the raw output
-back; it may ask for a number by yielding a Question. It returns x at the new level. `docs/inversion.md` compares them.
+A walk (walk.py) is a sequence of Calls, and a Call says what is done around one network call of an image: how x is made
+before it, and what its output is for. No tensor is touched here: batch.py does what the Calls say, for all images at
+once. `docs/inversion.md` compares the inverters.
 """
 
 import math
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from inpo.common.cache.schema import InverterIdentity
 from inpo.common.choices import InverterName
-from inpo.common.denoiser import Denoiser
-from inpo.common.levels import Levels
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
-    """One network evaluation of a trajectory's images at one label, under the caption or the empty prompt."""
+class Move(IntEnum):
+    """How x is made. (clean, delta) are those of the point visited last, delta' is the delta of the one before."""
 
-    x: Float[Tensor, "image c h w"]
+    STAY = 0
+    """x is what it was."""
+    START = 1
+    """(clean, delta) := (x0, noise), then DDIM: a noised point; with a = 1 and s = 0 the clean end."""
+    DDIM = 2
+    """a clean + s delta."""
+    AB2 = 3
+    """a (clean + sigma delta + weight (delta - delta'))."""
+
+
+class Use(IntEnum):
+    """What the output is for."""
+
+    HALF = 0
+    """Guidance: half of the inverting model's output, the caption's; the empty prompt's comes next."""
+    ITERATE = 1
+    """fixed_point: x := a (x' / a' + rise eps), where (x', a') is the point visited last."""
+    VISIT = 2
+    """A point: clean and delta there, and a record if x was stored."""
+    REFERENCE = 3
+    """eps_ref of the record visited last."""
+
+
+class Call(NamedTuple):
+    """One network call of an image, as numbers: a row of the tensor that is sent to the device for a batch."""
+
     timestep: int
-    empty: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Question:
-    """A number that decides how a step goes on. Those of all trajectories are fetched together, with one wait."""
-
-    value: Float[Tensor, ""]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class State:
-    """A visited point. sigma = s / a; the clean end has a = 1, s = 0 and sigma = 0.
-
-    x is what the network saw, clean and delta follow from its output there: x = a * clean + s * delta (Eq. 16).
-    """
-
     a: float
     s: float
-    x: Float[Tensor, "image c h w"]
-    clean: Float[Tensor, "image c h w"]
-    delta: Float[Tensor, "image c h w"]
+    move: Move = Move.STAY
+    sigma: float = 0.0
+    weight: float = 0.0
+    rise: float = 0.0
+    """fixed_point: sigma - sigma'."""
+    a_from: float = 1.0
+    """fixed_point: a'."""
+    store: bool = False
+    """x becomes the stored point nearest to it."""
+    empty: bool = False
+    """Under the empty prompt."""
+    use: Use = Use.VISIT
+    record: int = -1
+    """The number of the record that is finished with this output; -1: none."""
 
     @property
-    def sigma(self) -> float:
-        return self.s / self.a
+    def is_noised(self) -> bool:
+        return self.move is Move.START and self.s > 0
 
 
-Asked = Request | Question
-Calls = Generator[Asked, Tensor, Tensor]
-Evaluate = Callable[[Tensor, int], Calls]
-"""(x, label) -> the inverting model's raw output there, guidance included."""
-
-
-@dataclass(kw_only=True)
-class Stepper:
-    """What a step may use: the schedule, the network behind `evaluate`, and a place for the residual."""
-
-    schedule: Levels
-    denoiser: Denoiser
-    evaluate: Evaluate
-    identity: InverterIdentity
-    residual: Tensor | None = None
-    """fixed_point: relative RMS change of the last iteration, float32 [image]."""
-
-
-def ddim(history: list[State], timestep: int, stepper: Stepper) -> Calls:
+def ddim(here: Call, behind: Sequence[Call], floor: float) -> Call:
     """x_t = a_t x0(s) + s_t delta_s: Eq. 15 with Eq. 16. First order."""
-    yield from ()
-    a, s = _levels(stepper.schedule, timestep)
-    return a * history[-1].clean + s * history[-1].delta
+    return here._replace(move=Move.DDIM)
 
 
-def ab2(history: list[State], timestep: int, stepper: Stepper) -> Calls:
+def ab2(here: Call, behind: Sequence[Call], floor: float) -> Call:
     """Second order: dz/dsigma = eps(a z, t) with z = x / a, eps extrapolated linearly in A = asinh(sigma / sigma_0).
 
     z_t = z_s + (sigma_t - sigma_s) delta_s + C (delta_s - delta_r) with
     C = [sigma_t (A_t - A_s) - (R_t - R_s)] / (A_s - A_r), R = sqrt(sigma^2 + sigma_0^2). Our derivation: in plain
     sigma the weight overshoots at the clean end. With one point behind it the step is ddim's.
     """
-    if len(history) < 2:
-        return (yield from ddim(history, timestep, stepper))
-    a, s = _levels(stepper.schedule, timestep)
-    before, last = history[-2], history[-1]
-    floor = stepper.schedule.floor
+    if len(behind) < 2:
+        return ddim(here, behind, floor)
+    before, last, sigma = (each.s / each.a for each in (*behind, here))
 
     def stretched(sigma: float) -> float:
         return math.asinh(sigma / floor)
@@ -96,42 +87,24 @@ def ab2(history: list[State], timestep: int, stepper: Stepper) -> Calls:
     def radius(sigma: float) -> float:
         return math.hypot(sigma, floor)
 
-    sigma = s / a
-    weight = (sigma * (stretched(sigma) - stretched(last.sigma)) - (radius(sigma) - radius(last.sigma))) / (
-        stretched(last.sigma) - stretched(before.sigma)
+    weight = (sigma * (stretched(sigma) - stretched(last)) - (radius(sigma) - radius(last))) / (
+        stretched(last) - stretched(before)
     )
-    drift = last.clean + sigma * last.delta
-    return a * (drift + weight * (last.delta - before.delta))
+    return here._replace(move=Move.AB2, sigma=sigma, weight=weight)
 
 
-def fixed_point(history: list[State], timestep: int, stepper: Stepper) -> Calls:
-    """ReNoise family: x^0 is the ddim step, x^{k+1} the DDIM step of x_s with eps(x^k, t); the exact DDIM inverse.
+def iteration(here: Call, last: Call) -> Call:
+    """fixed_point, of the ReNoise family: x^{k+1} is the DDIM step of x_s with eps(x^k, t).
 
-    Stops at `tolerance` (relative RMS change) or after `iterations` network calls; the residual is recorded.
+    z_t = z_s + (sigma_t - sigma_s) eps with z = x / a; at convergence the exact DDIM inverse.
     """
-    a, s = _levels(stepper.schedule, timestep)
-    last = history[-1]
-    x = a * last.clean + s * last.delta
-    label = torch.full((x.shape[0],), timestep, device=x.device)
-    for _ in range(stepper.identity.iterations or 0):
-        output = yield from stepper.evaluate(x, timestep)
-        eps = stepper.denoiser.to_noise(output, x, label)
-        # z_t = z_s + (sigma_t - sigma_s) eps, with z = x / a
-        moved = a * (last.x / last.a + (s / a - last.sigma) * eps)
-        change = (moved - x).square().mean((-3, -2, -1)).sqrt() / x.square().mean((-3, -2, -1)).sqrt()
-        x, stepper.residual = moved, change
-        if float((yield Question(value=change.max()))) <= (stepper.identity.tolerance or 0.0):
-            break
-    return x
+    return here._replace(rise=here.s / here.a - last.s / last.a, a_from=last.a, use=Use.ITERATE)
 
 
-INVERTERS: dict[InverterName, Callable[[list[State], int, Stepper], Calls]] = {
+INVERTERS: dict[InverterName, Callable[[Call, Sequence[Call], float], Call]] = {
     "ddim": ddim,
     "ab2": ab2,
-    "fixed_point": fixed_point,
+    "fixed_point": ddim,  # where the iteration starts
     "noise": ddim,  # every grid point is noised (path.py), so that no step is ever taken
 }
-
-
-def _levels(schedule: Levels, timestep: int) -> tuple[float, float]:
-    return float(schedule.signal[timestep]), float(schedule.noise[timestep])
+"""(the point to arrive at, the last one or two behind, Levels.floor) -> the Call that steps there."""

@@ -59,6 +59,17 @@ class Path:
         return guided * (visits + measured * (len(self.points) - 1)) + under_caption
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Images that walk together along their group's path."""
+
+    images: range
+    group_id: str
+    path: Path
+    back: bool
+    """Whether the round trip is measured."""
+
+
 def exact_path(
     identity: InverterIdentity, schedule: Levels, *, seed: int, group_id: str, timesteps_per_pair: int
 ) -> Path:

@@ -6,19 +6,20 @@ in the label and the level of the clean end, in the noise after every step, and 
 (docs/equations.md).
 """
 
-from collections.abc import Generator
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int
+from jaxtyping import Float, Float16, Float32, Float64, Int, Int64
 from torch import Tensor
 
-from inpo.common.cache.derive import point_from_target
+from inpo.common.cache.derive import mean_square, point_from_target
 from inpo.common.cache.schema import InverterIdentity
+from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.inversion.inverters import Asked, Request, State
-from inpo.common.inversion.path import Path, Point
-from inpo.common.inversion.trajectory import Records, round_trip
+from inpo.common.inversion.path import Part, Path, Point
+from inpo.common.inversion.records import Records, upload
 from inpo.common.levels import Levels
 from inpo.common.seeding import generator, normal
 
@@ -89,7 +90,7 @@ class ReleasedLoop:
     ) -> Float32[Tensor, "image c h w"]:
         """What the loss aims at: x, at whatever level, taken for a point at `timestep` (CPU, one or by image)."""
         abar = self._half_abar[timestep.long()].view(-1, 1, 1, 1)
-        signal, spread = abar.sqrt().to(x.device), (1 - abar).sqrt().to(x.device)
+        signal, spread = upload(torch.stack([abar.sqrt(), (1 - abar).sqrt()]), x.device).unbind()
         return (x - x0 * signal) / spread
 
     def _ends(self, table: Float[Tensor, "timestep"], level: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -124,43 +125,97 @@ class ReleasedPath(Path):
         return len(self.points) + self.num_records + measured * (len(self.points) - 1)
 
 
-def released_trajectory(
-    x0: Float16[Tensor, "image c h w"],
-    path: Path,
-    *,
-    identity: InverterIdentity,
+def run_released(
+    parts: Sequence[Part],
     denoiser: Denoiser,
+    identity: InverterIdentity,
+    x0: Float16[Tensor, "image c h w"],
+    caption: Condition,
+    records: Records,
+    *,
     seed: int,
-    group_id: str,
-    measure: bool,
-    extra: tuple[str, ...] = (),
-) -> Generator[Asked, Tensor, Records]:
-    """Invert the images of one pair along `path` as the released code does for each of its timesteps.
+    images_per_batch: int,
+) -> None:
+    """Invert the images of every part as the released code does for each of its timesteps, batch after batch."""
+    loop = ReleasedLoop(denoiser.levels, identity.grid_points)
+    waiting = list(parts)
+    while waiting:
+        batch = [waiting.pop(0)]
+        while waiting and sum(len(part.images) for part in (*batch, waiting[0])) <= images_per_batch:
+            batch.append(waiting.pop(0))
+        _run_batch(batch, denoiser, loop, x0, caption, records, seed)
+
+
+def _run_batch(
+    parts: Sequence[Part],
+    denoiser: Denoiser,
+    loop: ReleasedLoop,
+    x0: Float16[Tensor, "image c h w"],
+    caption: Condition,
+    records: Records,
+    seed: int,
+) -> None:
+    """All paths have the same levels, so that a batch goes from level to level, without those that have ended.
 
     One noise is drawn for a level and an image, and shared by the timesteps that pass it. At a record the stored-point
     rule holds, with the manifest's table; the path goes on from x itself, in float32.
     """
-    schedule = denoiser.levels
-    loop = ReleasedLoop(schedule, identity.grid_points)
+    device, levels = x0.device, denoiser.levels
+    images = np.array([image for part in parts for image in part.images])
+    back = np.array([part.back for part in parts for _ in part.images])
+    kept = np.array(
+        [[(each.level, t) for each in part.path.points for t in each.records] for part in parts for _ in part.images]
+    )
+    level_of, timestep_of = kept[..., 0], kept[..., 1]  # [row, record]
+    everyone = upload(torch.from_numpy(images), device)
+    x0, caption = x0[everyone], caption.rows(everyone)
+    x = x0.float()
+    clean, delta, carried = (torch.zeros_like(x) for _ in range(3))
 
-    def visit(x: Tensor, timestep: int) -> Generator[Asked, Tensor, State]:
-        eps = yield Request(x=x, timestep=timestep)
-        a, s = float(schedule.signal[timestep]), float(schedule.noise[timestep])
-        return State(a=a, s=s, x=x, clean=(x - s * eps) / a, delta=eps)
+    def told(values: np.ndarray) -> Int64[Tensor, "row"]:
+        return upload(torch.from_numpy(values), device)
 
-    records = Records()
-    clean = x = x0.float()
-    state: State | None = None
-    for point in path.points:
-        carried = yield Request(x=x, timestep=loop.label(point.level))
-        randn = normal(tuple(x0.shape), seed, group_id, "extra", point.level).to(x0.device)
-        x = loop.step(x, carried, point.level) + loop.noise(randn, point.level)
-        for timestep in point.records:
-            target = loop.target(x, x0, torch.tensor([timestep])).half()
-            x_t = point_from_target(x0, target, float(schedule.signal[timestep]), float(schedule.noise[timestep]))
-            state = yield from visit(x_t.float(), timestep)
-            records.add(timestep, target, x_t, state, eps_ref=state.delta, carried=carried, extra=extra)
-    if measure:
-        assert state is not None, "the last point of a path has a record"
-        records.inversion_error = yield from round_trip(clean, state, path, schedule, visit)
-    return records
+    def table(timestep: np.ndarray) -> list[Float64[Tensor, "row 1 1 1"]]:
+        return [upload(torch.from_numpy(each), device)[:, None, None, None] for each in levels.at(timestep)]
+
+    def visit(
+        rows: np.ndarray, x: Float32[Tensor, "row c h w"], timestep: np.ndarray
+    ) -> tuple[Float32[Tensor, "row c h w"], Float32[Tensor, "row c h w"]]:
+        """(clean, delta) at x."""
+        a, s = (each.float() for each in table(timestep))
+        eps = denoiser.predict(x, told(timestep), caption.rows(told(rows)))
+        return (x - s * eps) / a, eps
+
+    for level in loop.levels:
+        going = np.flatnonzero(level_of[:, -1] >= level)
+        if not len(going):
+            break
+        at = told(going)
+        carried[at] = denoiser.predict(x[at], torch.full_like(at, loop.label(level)), caption.rows(at))
+        drawn = [
+            normal((len(part.images), *x.shape[1:]), seed, part.group_id, "extra", level)
+            for part in parts
+            if part.path.points[-1].level >= level
+        ]
+        x[at] = loop.step(x[at], carried[at], level) + loop.noise(upload(torch.cat(drawn), device), level)
+        where = np.argwhere(level_of == level)
+        for first in range(0, len(where), len(images)):
+            rows, numbers = where[first : first + len(images)].T
+            at, timestep = told(rows), timestep_of[rows, numbers]
+            target = loop.target(x[at], x0[at], torch.from_numpy(timestep)).half()
+            x_t = point_from_target(x0[at], target, *table(timestep)).float()
+            x0_t, eps = visit(rows, x_t, timestep)
+            latents = {"x_t": x_t, "delta": eps, "x0_t": x0_t, "target": target}
+            latents |= {"delta_prev": carried[at], "eps_ref": eps}
+            records.add(images[rows], numbers, latents, {"reference_error": mean_square(target.float() - eps)})
+            last = told(np.flatnonzero(numbers == level_of.shape[1] - 1))
+            clean[at[last]], delta[at[last]] = x0_t[last], eps[last]
+    for level in reversed(loop.levels):
+        rows = np.flatnonzero(back & (level < level_of[:, -1]))
+        if len(rows):
+            at, timestep = told(rows), np.full(len(rows), level)
+            a, s = (each.float() for each in table(timestep))
+            clean[at], delta[at] = visit(rows, a * clean[at] + s * delta[at], timestep)
+    if back.any():
+        at = told(np.flatnonzero(back))
+        records.add_round_trips(images[back], clean[at], x0[at])
