@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from inpo.common.cache import open_cache
 from inpo.common.spread import SPREAD_RECORDS
 from inpo.precompute.worker import Components
 
@@ -61,10 +60,9 @@ def test_the_records_are_evaluated_again_and_no_more(
 
 def test_a_shard_without_a_pair_has_no_spread(pipelines: Callable, tars: Callable, run: Any, tmp_path: Path) -> None:
     def spoil(components: Components) -> None:
-        encode = components.images
-        components.images = lambda *arguments: encode(*arguments) * torch.nan  # type: ignore[assignment]
+        encode, factors = components.images, iter((1.0, torch.nan))
+        components.images = lambda *arguments: encode(*arguments) * next(factors)  # type: ignore[assignment]
 
     run.prepare = spoil
-    assert run(tars(1, 1), pipelines(), tmp_path / "cache") == 0
-    (commit,) = open_cache(str(tmp_path / "cache"), allow_empty=True).commits.values()
-    assert (commit.num_pairs, commit.spread) == (0, None)
+    commits = run.cache(tars(2, 1), pipelines(), tmp_path / "cache").commits.values()
+    assert [(commit.num_pairs, commit.spread is None) for commit in commits] == [(1, False), (0, True)]
