@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
 from inpo.common.cache.reader import Shard, Texts
 from inpo.common.cache.schema import EMPTY_PROMPT
@@ -79,6 +79,10 @@ class Condition(Mapping[str, Tensor]):
         return cls.build(prompts, torch.from_numpy(index), own)
 
 
+Call = Callable[
+    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
+]
+"""(network, x, label, condition) -> its output: a family's `call`."""
 Place = tuple[str, int]
 """Where a prompt stands: name of a text shard, row there."""
 EMPTY_PLACE: Place = (EMPTY_PROMPT, 0)
@@ -92,7 +96,7 @@ def training_places(shard: Shard, groups: Int[np.ndarray, "group"]) -> list[Plac
 
 
 def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np.ndarray, "place ..."]]:
-    """{condition: rows} of prompts, those of a family with `max_tokens` padded with zeros to so many tokens.
+    """{condition: rows} of prompts, those of a family with a mask padded with zeros to `max_tokens` tokens.
 
     Raises CacheIncomplete for a text shard that is not committed.
     """
@@ -106,9 +110,9 @@ def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np
         rows = np.array([places[number][1] for number in numbers], dtype=np.int64)
         for name, spec in manifest.text_conditions.items():
             values = shard.rows(name, rows)
-            if "token" in spec.axes and manifest.max_tokens is not None:
+            if "token" in spec.axes and manifest.is_padded:
                 axis = spec.axes.index("token") + 1
-                missing = manifest.max_tokens - values.shape[axis]
+                missing = (manifest.max_tokens or 0) - values.shape[axis]
                 if missing < 0:
                     raise shard.misfit(name, f"{values.shape[axis]} tokens, and at most {manifest.max_tokens} fit")
                 values = np.pad(values, [(0, missing if each == axis else 0) for each in range(values.ndim)])

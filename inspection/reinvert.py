@@ -33,7 +33,7 @@ class Again:
     error_at_stored: Float[np.ndarray, "pair side record"]
     """The reference error that this network gives at the stored x_t and target."""
     prediction_rms: Float[np.ndarray, "pair side record"]
-    """RMS of its noise prediction there."""
+    """RMS of its prediction there."""
     x_t: Float[np.ndarray, "pair side record c h w"]
     target: Float[np.ndarray, "pair side record c h w"]
     finite: Bool[np.ndarray, "pair"]
@@ -72,7 +72,10 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     Raises CacheMismatch if it takes other latents or conditions or walks other levels than the cache's.
     """
     manifest = cache.manifest
-    shape, levels = model.family.latent_shape(model.config, manifest.resolution[0]), LevelTables.of(model.levels)
+    shape, levels = (
+        model.family.latent_shape(model.config, manifest.resolution[0]),
+        LevelTables.of(model.levels_of(manifest)),
+    )
     same = same_levels(levels, manifest.levels)
     # The very weights under another scheduler's configuration would be read as predicting something else.
     found, stored = model.fingerprints, manifest.fingerprints
@@ -90,7 +93,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     network = model.load_network()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
-    return model.denoiser(network, cache.levels, network_dtype=manifest.network_dtype)
+    return model.denoiser(network, manifest, network_dtype=manifest.network_dtype)
 
 
 def reinvert(
@@ -183,7 +186,8 @@ def _at_stored(
     x_t: Float[np.ndarray, "pair side record c h w"],
     target: Float[np.ndarray, "pair side record c h w"],
 ) -> tuple[Float[np.ndarray, "pair side record"], Float[np.ndarray, "pair side record"]]:
-    """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
+    """(MSE(target - eps), RMS of eps) with eps the network's prediction, of what the target
+    is of, at the stored x_t under the caption."""
     errors, sizes = np.empty(x_t.shape[:3], np.float32), np.empty(x_t.shape[:3], np.float32)
     for pair, images in enumerate(sides):
         condition = Condition.of(shard, images).to(denoiser.device)

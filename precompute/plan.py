@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,9 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
     """Estimate what the tasks that are not committed yet will cost."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
+    lengths = model.family.lengths(model.config, manifest.max_tokens)
     own = {
-        spec.array(name).path: dict(zip(spec.axes, model.family.lengths(model.config)[name], strict=True))
+        spec.array(name).path: dict(zip(spec.axes, lengths[name], strict=True))
         for name, spec in manifest.conditions.items()
     }
     arrays = [*manifest.arrays, *manifest.text_specs.values()]
@@ -104,10 +105,11 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
     For fixed_point the maximum of iterations is counted.
     """
     total = 0.0
+    levels = replace(manifest.levels.levels(), sampler=model.levels.sampler)
     for index in range(_SAMPLED_PATHS):
         path = build_path(
             manifest.inverter,
-            model.levels,
+            levels,
             seed=manifest.seed,
             group_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,

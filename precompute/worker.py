@@ -66,7 +66,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
     return Components(
         family=model.family,
-        denoiser=model.denoiser(network, manifest.levels.levels(), network_dtype=manifest.network_dtype),
+        denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,
@@ -81,12 +81,13 @@ def compile_components(components: Components, model: Model, manifest: Manifest,
     """Compile the network for batches of the settings' size, if they ask for it."""
     denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
     device = denoiser.device
+    blank = family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens)
 
     @torch.inference_mode()
     def first() -> None:
         x = torch.zeros(images, *manifest.latent_shape, device=device)
         timestep = torch.zeros(images, dtype=torch.int64, device=device)
-        denoiser.predict(x, timestep, family.blank(model.config, images, manifest.resolution[0]).to(device))
+        denoiser.predict(x, timestep, blank.to(device))
 
     if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
         denoiser.rows = images

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from inpo.common.choices import Space
 from inpo.train.settings import ObjectiveName, TrainSettings
 
 SMPO_GAMMA = 10.0
@@ -183,6 +184,11 @@ class Objective:
     """True: the function takes a mean over images as its fifth argument."""
     logistic: bool = False
     """True: the loss is -log sigmoid of a multiple of u, hence ln 2 at theta = reference."""
+
+    @property
+    def space(self) -> Space | None:
+        """What the prediction is compared with is of; None: what the cache's targets are of. A delta is noise."""
+        return None if self.target == "target" else "noise"
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from inpo.common.cache import Cache
 from inpo.common.cache.derive import mean_square
 from inpo.common.cache.identity import check_components
+from inpo.common.choices import Space
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import CacheMismatch, command
 from inpo.common.models import Model
@@ -140,15 +141,20 @@ def refuse(proof: Proof, cache: Cache, *, beta: float) -> CacheMismatch:
     )
 
 
-def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides of every record, in one network call for all images."""
-    return _record_errors(denoiser, batch, batch.x_t.float())
+def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
+    """E = MSE(aim - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+
+    `space`: what the aim is of; None: what the levels' targets are of.
+    """
+    return _record_errors(denoiser, batch, batch.x_t.float(), space)
 
 
-def _record_errors(denoiser: Denoiser, batch: Batch, x_t: Float[Tensor, "slot c h w"]) -> Float[Tensor, "record side"]:
+def _record_errors(
+    denoiser: Denoiser, batch: Batch, x_t: Float[Tensor, "slot c h w"], space: Space | None = None
+) -> Float[Tensor, "record side"]:
     """At points of one's own."""
-    eps = denoiser(x_t, batch.timestep, batch.condition)
-    return batch.by_side(mean_square(batch.aim.float() - eps))
+    predicted = denoiser(x_t, batch.timestep, batch.condition, space)
+    return batch.by_side(mean_square(batch.aim.float() - predicted))
 
 
 def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tuple[float, float, str]:

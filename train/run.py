@@ -118,7 +118,7 @@ def run_train(
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
-    denoiser = model.denoiser(wrapped, opened[0].levels, network_dtype=network_dtype)
+    denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,

@@ -184,7 +184,7 @@ class Shard(CommittedArrays):
 
         distinct, row = np.unique(images, return_inverse=True)
         x0 = self.read_chunks("x0", distinct[:, None])[row]
-        a, s = self.cache.levels.at(self.timesteps()[images, records][:, None])
+        a, s = self.cache.levels.mixture(self.timesteps()[images, records][:, None])
         return derive_x_t(x0, target[:, None], a, s)[:, 0]
 
     def sides(self, pairs: Rows = None) -> Int[np.ndarray, "pair 2"]:
@@ -217,7 +217,7 @@ class Shard(CommittedArrays):
     def _derive_x_t(self, images: Rows) -> Float[np.ndarray, "image record c h w"]:
         from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
 
-        a, s = self.cache.levels.at(self.timesteps(images))
+        a, s = self.cache.levels.mixture(self.timesteps(images))
         return derive_x_t(self.read("x0", images), self.read("target", images), a, s)
 
     def _incomplete(self, path: str) -> CacheIncomplete:

@@ -124,11 +124,13 @@ class Batch:
             state.residual = torch.where(stay, state.residual, 0.0)
         x = torch.where(stay, state.x, x)
         if any(call.store for call in calls):
-            target, x_t = stored_point(x0, x, told.a, told.s)
+            is_noise = self._denoiser.levels.space == "noise"
+            mixture = (told.a if is_noise else torch.ones_like(told.a), told.s)  # Levels.mixture
+            target, x_t = stored_point(x0, x, *mixture)
             if any(call.store and call.move is Move.START for call in calls):
-                noised = state.delta.half()
+                noised = (state.delta if is_noise else state.delta - x0.float()).half()
                 target = torch.where(start, noised, target)
-                x_t = torch.where(start, point_from_target(x0, noised, told.a, told.s), x_t)
+                x_t = torch.where(start, point_from_target(x0, noised, *mixture), x_t)
             store = told.store == 1
             state.target = torch.where(store, target, state.target)
             x = torch.where(store, x_t.float(), x)
@@ -171,7 +173,8 @@ class Batch:
             return
         index = upload(torch.from_numpy(rows), timestep.device)
         there = self._state.rows(index)
-        eps_ref = self._denoiser.to_noise(under_caption[index], there.x, timestep[index])
+        reference = (under_caption[index], there.x, timestep[index])
+        eps_ref, predicted = self._denoiser.to_noise(*reference), self._denoiser.to_space(*reference)
         self._records.add(
             np.array(self._images)[rows],
             numbers[rows],
@@ -183,7 +186,7 @@ class Batch:
                 "delta_prev": there.carried,
                 "eps_ref": eps_ref,
             },
-            {"reference_error": mean_square(there.target.float() - eps_ref), "residual": there.residual.flatten()},
+            {"reference_error": mean_square(there.target.float() - predicted), "residual": there.residual.flatten()},
         )
 
     def end_round_trips(self, images: Sequence[int]) -> None:
