@@ -35,12 +35,14 @@ def moved(
     return x * (1 + size * (2 * noise - 1))
 
 
-def root_shift(error: Float[Tensor, "*record"], reference_error: Float[Tensor, "*record"]) -> Float[Tensor, "*record"]:
+def root_shift(
+    error: Float[Tensor, " *record"], reference_error: Float[Tensor, " *record"]
+) -> Float[Tensor, " *record"]:
     """How far the root of each error is from the reference's."""
     return error.sqrt() - reference_error.sqrt()
 
 
-def root_mean_square(values: Float[Tensor, "*record"]) -> float:
+def root_mean_square(values: Float[Tensor, " *record"]) -> float:
     """Of all values; NaN if there are none."""
     return float(values.double().square().mean().sqrt())
 

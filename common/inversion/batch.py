@@ -137,7 +137,7 @@ class Batch:
         state.x = x
 
     def _use(
-        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], told: Any, calls: Sequence[Call]
+        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], told: Any, calls: Sequence[Call]
     ) -> dict[int, float]:
         """Guidance, clean and delta, finished records, iterations: from the network's own output at x."""
         state, denoiser, guidance = self._state, self._denoiser, self._identity.guidance
@@ -164,7 +164,7 @@ class Batch:
         return dict(zip(self._images, residual.flatten().tolist(), strict=True))
 
     def _store(
-        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], calls: Sequence[Call]
+        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], calls: Sequence[Call]
     ) -> None:
         """The records that are finished with this output."""
         numbers = np.array([call.record for call in calls])
