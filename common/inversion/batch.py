@@ -123,15 +123,17 @@ class Batch:
             state.x_before = torch.where(stay, state.x_before, state.x)
             state.residual = torch.where(stay, state.residual, 0.0)
         x = torch.where(stay, state.x, x)
-        if any(call.store for call in calls):
-            target, x_t = stored_point(x0, x, told.a, told.s)
-            if any(call.store and call.move is Move.START for call in calls):
-                noised = state.delta.half()
-                target = torch.where(start, noised, target)
-                x_t = torch.where(start, point_from_target(x0, noised, told.a, told.s), x_t)
-            store = told.store == 1
-            state.target = torch.where(store, target, state.target)
-            x = torch.where(store, x_t.float(), x)
+        stored = np.flatnonzero([call.store for call in calls])
+        if len(stored):
+            at = upload(torch.from_numpy(stored), x.device)
+            x0, a, s = x0[at], told.a[at], told.s[at]
+            target, x_t = stored_point(x0, x[at], a, s)
+            if any(calls[row].is_noised for row in stored):
+                noised, as_target = start[at], state.delta[at].half()
+                target = torch.where(noised, as_target, target)
+                x_t = torch.where(noised, point_from_target(x0, as_target, a, s), x_t)
+            state.target.index_copy_(0, at, target)
+            x.index_copy_(0, at, x_t.float())
         state.x = x
 
     def _use(
