@@ -37,14 +37,14 @@ class Condition(Mapping[str, Tensor]):
     def to(self, device: torch.device) -> "Condition":
         return self.map(lambda tensor: tensor.to(device))
 
-    def rows(self, rows: Int[Tensor, "row"]) -> "Condition":
+    def rows(self, rows: Int[Tensor, " row"]) -> "Condition":
         return self.map(lambda tensor: tensor[rows])
 
     def repeat(self, times: int) -> "Condition":
         """Every row `times` times in a row: what the images of one prompt share."""
         return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-    def where(self, chosen: Bool[Tensor, "row"], other: "Condition") -> "Condition":
+    def where(self, chosen: Bool[Tensor, " row"], other: "Condition") -> "Condition":
         """These rows where `chosen`, those of `other` elsewhere."""
 
         def mixed(name: str) -> Tensor:
@@ -54,25 +54,29 @@ class Condition(Mapping[str, Tensor]):
 
     @classmethod
     def build(
-        cls, prompts: Mapping[str, Tensor], prompt: Int[Tensor, "image"], images: Mapping[str, Tensor]
+        cls, prompts: Mapping[str, Tensor], prompt: Int[Tensor, " image"], images: Mapping[str, Tensor]
     ) -> "Condition":
         """One row per image: row `prompt` of what prompts own, and what images own as it is."""
         return cls(**{name: tensor[prompt] for name, tensor in prompts.items()}, **images)
 
     @classmethod
-    def of(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
+    def of(cls, shard: Shard, images: Int[np.ndarray, " image"]) -> "Condition":
         """What some images were inverted under and are to be trained under. A dropped caption is the empty prompt."""
         groups, index = np.unique(shard.read("image/group", images), return_inverse=True)
         return cls._read(shard, images, training_places(shard, groups), index)
 
     @classmethod
-    def empty(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
+    def empty(cls, shard: Shard, images: Int[np.ndarray, " image"]) -> "Condition":
         """The same under the empty prompt; what an image owns stays its own."""
         return cls._read(shard, images, [EMPTY_PLACE], np.zeros(len(images), np.int64))
 
     @classmethod
     def _read(
-        cls, shard: Shard, images: Int[np.ndarray, "image"], places: Sequence["Place"], index: Int[np.ndarray, "image"]
+        cls,
+        shard: Shard,
+        images: Int[np.ndarray, " image"],
+        places: Sequence["Place"],
+        index: Int[np.ndarray, " image"],
     ) -> "Condition":
         prompts = {name: torch.from_numpy(each) for name, each in read_prompts(shard.cache.texts, places).items()}
         own = {name: torch.from_numpy(shard.read(path, images)) for name, path in owned(shard, "image").items()}
@@ -80,7 +84,7 @@ class Condition(Mapping[str, Tensor]):
 
 
 Call = Callable[
-    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
+    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, " batch"], Condition], Float[Tensor, "batch c h w"]
 ]
 """(network, x, label, condition) -> its output: a family's `call`."""
 Place = tuple[str, int]
@@ -88,7 +92,7 @@ Place = tuple[str, int]
 EMPTY_PLACE: Place = (EMPTY_PROMPT, 0)
 
 
-def training_places(shard: Shard, groups: Int[np.ndarray, "group"]) -> list[Place]:
+def training_places(shard: Shard, groups: Int[np.ndarray, " group"]) -> list[Place]:
     """Where the prompts stand that some groups are to be trained under: the empty one where the caption was dropped."""
     texts = shard.commit.texts
     found = zip(shard.read("group/prompt", groups).tolist(), shard.dropped()[groups].tolist(), strict=True)

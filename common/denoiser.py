@@ -70,7 +70,7 @@ class Denoiser:
         return next(self.network.parameters()).device
 
     def predict(
-        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
+        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
@@ -88,7 +88,7 @@ class Denoiser:
         return torch.cat(outputs)[: len(x)]
 
     def _output(
-        self, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """One call of the network."""
         with self.autocast():
@@ -98,7 +98,7 @@ class Denoiser:
     def __call__(
         self,
         x: Float[Tensor, "batch c h w"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         condition: Condition,
         space: Space | None = None,
     ) -> Float[Tensor, "batch c h w"]:
@@ -109,7 +109,7 @@ class Denoiser:
         self,
         output: Float[Tensor, "batch c h w"],
         x: Float[Tensor, "batch c h w"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         space: Space | None = None,
     ) -> Float[Tensor, "batch c h w"]:
         """Noise or velocity = noise - x0(t) from the network's own output at (x, t)."""
@@ -120,7 +120,7 @@ class Denoiser:
         return self.to_noise(output, x, timestep) - self.to_clean(output, x, timestep)
 
     def to_noise(
-        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch c h w"]:
         """Noise from the network's own output at (x, t); the output itself where that is noise."""
         if self.prediction == "epsilon":
@@ -129,7 +129,7 @@ class Denoiser:
         return (a * output - p * x) / det
 
     def to_clean(
-        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch c h w"]:
         """x0(t) from the network's own output at (x, t), Eq. 8; the output itself where that is x0."""
         if self.prediction == "sample":
@@ -137,7 +137,7 @@ class Denoiser:
         _, s, _, q, det = self.at(timestep)
         return (q * x - s * output) / det
 
-    def at(self, timestep: Int[Tensor, "batch"]) -> tuple[Float[Tensor, "batch 1 1 1"], ...]:
+    def at(self, timestep: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 1 1 1"], ...]:
         """(a, s, p, q, a q - s p) in float32 where the timesteps are."""
         return self._beside(timestep)[:-1, timestep.long(), None, None, None].unbind()
 

@@ -77,9 +77,9 @@ class SamplerSettings:
 class Levels:
     """Immutable tables, float64 of shape [timestep], on the CPU."""
 
-    signal: Float[Tensor, "timestep"]
-    noise: Float[Tensor, "timestep"]
-    label: Float[Tensor, "timestep"]
+    signal: Float[Tensor, " timestep"]
+    noise: Float[Tensor, " timestep"]
+    label: Float[Tensor, " timestep"]
     floor: float
     """The sigma below which a step in log sigma is stretched (ab2) and from which the clean end is counted."""
     space: Space = "noise"
@@ -118,7 +118,7 @@ class Levels:
         return replace(cls.from_alphas_cumprod(torch.as_tensor(table)), sampler=SamplerSettings.from_config(config))
 
     @classmethod
-    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, "timestep"]) -> "Levels":
+    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, " timestep"]) -> "Levels":
         """Build from the table abar_t itself, in (0, 1) and decreasing: signal^2 + noise^2 = 1, the label is t."""
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         if not bool((abar > 1e-9).all()):
@@ -149,7 +149,7 @@ class Levels:
         num_train_timesteps: int,
         *,
         label: Callable[[Tensor], Tensor] = lambda times: times,
-        exact: Float[Tensor, "time"] | None = None,
+        exact: Float[Tensor, " time"] | None = None,
     ) -> "Levels":
         """A rectified flow's levels, signal = 1 - t and noise = t: t is the density's quantile at (i + 1/2) / T, then
         moved to S t / (1 + (S - 1) t).
@@ -182,7 +182,7 @@ class Levels:
         return self.signal.shape[0]
 
     @property
-    def sigma(self) -> Float[Tensor, "timestep"]:
+    def sigma(self) -> Float[Tensor, " timestep"]:
         """sigma_t = s_t / a_t, float64."""
         return self.noise / self.signal
 
@@ -218,27 +218,27 @@ class Levels:
         return a, s
 
     @property
-    def points(self) -> Int[np.ndarray, "point"]:
+    def points(self) -> Int[np.ndarray, " point"]:
         """Numbers of all points but a clean end that lies outside the table, ascending in sigma."""
         return np.arange(min(self.clean + 1, 0), self.num_train_timesteps)
 
     def at(
-        self, timestep: Int[np.ndarray, "*shape"]
-    ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+        self, timestep: Int[np.ndarray, " *shape"]
+    ) -> tuple[Float[np.ndarray, " *shape"], Float[np.ndarray, " *shape"]]:
         """(a_t, s_t), float64."""
         index = timestep.astype(np.int64)
         return self.signal.numpy()[index], self.noise.numpy()[index]
 
     def mixture(
-        self, timestep: Int[np.ndarray, "*shape"]
-    ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+        self, timestep: Int[np.ndarray, " *shape"]
+    ) -> tuple[Float[np.ndarray, " *shape"], Float[np.ndarray, " *shape"]]:
         """(A, B) of x_t = A x0 + B target, float64: (a_t, s_t) where the target is noise, (1, s_t) where it is
         velocity."""
         a, s = self.at(timestep)
         return (a, s) if self.space == "noise" else (np.ones_like(a), s)
 
 
-def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, "grid"]:
+def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, " grid"]:
     """The exact inversion grid of a pair: t_i = floor((i + u) * T / n), i = 0..n-1, int64 ascending.
 
     `offset` is u in [0, 1). Over uniform u every timestep 0..T-1 is covered uniformly, for any n, and every record

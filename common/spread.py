@@ -2,8 +2,9 @@
 
 In another batch, by other kernels or compiled, a network rounds elsewhere, and the same record's error comes out a
 little different. How far hangs on the network, its dtype and the size of its latents, so that it is measured: records
-are evaluated again in another batch, their input moved at random by up to a quarter of a rounding of the dtype. That begins
-every rounding anew, even where numbers do not depend on the batch, as on a CPU or in kernels compiled for one shape.
+are evaluated again in another batch, their input moved at random by up to a quarter of a rounding of the dtype. That
+begins every rounding anew, even where numbers do not depend on the batch, as on a CPU or in kernels compiled for one
+shape.
 
 A spread is a root mean square in units of the root of an error: with those, small and large errors move alike.
 """
@@ -34,12 +35,14 @@ def moved(
     return x * (1 + size * (2 * noise - 1))
 
 
-def root_shift(error: Float[Tensor, "*record"], reference_error: Float[Tensor, "*record"]) -> Float[Tensor, "*record"]:
+def root_shift(
+    error: Float[Tensor, " *record"], reference_error: Float[Tensor, " *record"]
+) -> Float[Tensor, " *record"]:
     """How far the root of each error is from the reference's."""
     return error.sqrt() - reference_error.sqrt()
 
 
-def root_mean_square(values: Float[Tensor, "*record"]) -> float:
+def root_mean_square(values: Float[Tensor, " *record"]) -> float:
     """Of all values; NaN if there are none."""
     return float(values.double().square().mean().sqrt())
 

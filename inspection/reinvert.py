@@ -36,7 +36,7 @@ class Again:
     """RMS of its prediction there."""
     x_t: Float[np.ndarray, "pair side record c h w"]
     target: Float[np.ndarray, "pair side record c h w"]
-    finite: Bool[np.ndarray, "pair"]
+    finite: Bool[np.ndarray, " pair"]
     """Whether both images' new inversions hold numbers."""
 
     def change(self, name: str) -> Float[np.ndarray, "pair side record"]:
@@ -58,8 +58,8 @@ class Again:
 
 
 def choose_pairs(
-    table: PairTable, count: int, *, among: Bool[np.ndarray, "pair"] | None = None
-) -> Int[np.ndarray, "chosen"]:
+    table: PairTable, count: int, *, among: Bool[np.ndarray, " pair"] | None = None
+) -> Int[np.ndarray, " chosen"]:
     """`count` rows of the table, drawn by the hash of the pair id: the same on every run, spread over the cache."""
     rows = np.arange(len(table)) if among is None else np.flatnonzero(among)
     hashes = [stable_hash("inspect", table.pair_id[row]) for row in rows]
@@ -99,7 +99,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
 def reinvert(
     cache: Cache,
     table: PairTable,
-    chosen: Int[np.ndarray, "chosen"],
+    chosen: Int[np.ndarray, " chosen"],
     denoiser: Denoiser,
     on_pairs: Callable[[int], None] = lambda count: None,
     damaged: dict[str, InpoError] | None = None,
@@ -122,7 +122,7 @@ def reinvert(
         on_pairs(len(rows))
 
 
-def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> Again:
+def _again(shard: Shard, rows: Int[np.ndarray, " pair"], denoiser: Denoiser) -> Again:
     manifest = shard.cache.manifest
     sides, groups = shard.sides(rows), shard.groups(rows)
     images, inverted = _invert_images(shard, sides, denoiser)
@@ -149,7 +149,7 @@ def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> A
 
 def _invert_images(
     shard: Shard, sides: Int[np.ndarray, "pair side"], denoiser: Denoiser
-) -> tuple[Int[np.ndarray, "image"], Inverted]:
+) -> tuple[Int[np.ndarray, " image"], Inverted]:
     """(rows, inversion) of some images and of those that walk with them, as precompute inverted them; of a large group
     no more than these."""
     manifest = shard.cache.manifest

@@ -137,7 +137,8 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table = Table(title="Plan", show_header=False)
     table.add_row("shards", f"{plan.num_shards} ({plan.num_committed} committed already)")
     table.add_row("pairs to make", f"{plan.num_pairs:,} at most")
-    table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
+    per_image = f"{plan.network_calls_per_image:.2f} per image and {SPREAD_RECORDS} per shard"
+    table.add_row("network calls", f"{plan.network_calls:,} latents, {per_image}")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
         if size and size >= plan.cache_bytes / 1000:
             table.add_row(f"bytes of {name}", human_bytes(size))

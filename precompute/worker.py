@@ -342,7 +342,7 @@ def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
 
 
 def _finite_pairs(
-    arrangement: Arrangement, finite: Bool[Tensor, "image"], what: str, skipped: list[dict[str, Any]]
+    arrangement: Arrangement, finite: Bool[Tensor, " image"], what: str, skipped: list[dict[str, Any]]
 ) -> list[PreparedPair]:
     """The pairs of finite images; the others are added to `skipped`. Never zeroed."""
     kept: list[PreparedPair] = []

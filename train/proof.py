@@ -30,7 +30,7 @@ _RECORDS = 32
 """Records that are looked at, at least, if there are so many."""
 _SHARDS = 64
 """Most shards that are looked at."""
-_MOVES = 64
+_MOVES = 32
 """Errors that are computed again, at least, to measure this run's spread."""
 _NEGLIGIBLE = 1e-6
 """Of an error: a thousandth of a logit at beta 2000. In float32 other kernels may differ by more than rounding does."""
@@ -107,7 +107,7 @@ def run_proof(denoiser: Denoiser, index: Index, *, batch_size: int) -> Proof:
     shift = root_shift(error, stored)
     spread = _measure_spread(denoiser, places, batch_size, error)
     known = [found for shard, _ in sample if (found := shard.shard.commit.spread) is not None]
-    cache_spread = root_mean_square(torch.tensor(known)) if known else None
+    cache_spread = root_mean_square(torch.tensor(known, dtype=torch.float64)) if known else None
     mean = float(stored.mean())
     scale = spread if cache_spread is None else math.hypot(spread, cache_spread) / math.sqrt(2)
     findings = [_judge(shift, scale, "of all records")]

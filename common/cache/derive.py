@@ -42,7 +42,7 @@ def point_from_target(
     return round_to_half(signal + noise)
 
 
-def round_to_half(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def round_to_half(value: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
     """The float16 nearest to a float64, ties to even: what numpy's `astype` gives.
 
     torch's own conversion goes through float32 and so rounds twice; about one value in 16,000 comes out one step
@@ -76,6 +76,6 @@ def derive_x_t(
     return x_t
 
 
-def mean_square(value: Float[Tensor, "*image c h w"]) -> Float[Tensor, "*image"]:
+def mean_square(value: Float[Tensor, "*image c h w"]) -> Float[Tensor, " *image"]:
     """Mean over channel, height and width of the square: the MSE of the released code."""
     return torch.mean(value.float() ** 2, dim=(-3, -2, -1))

@@ -402,7 +402,7 @@ class Commit(AnyCommit):
     source: ShardSource
     counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
     """Things that happened to pairs that were kept, e.g. cut_prompt."""
-    spread: Annotated[float, Field(ge=0, le=1e3)] | None = None
+    spread: Annotated[float, Field(ge=0, le=1e20)] | None = None
     """How far rounding moves the root of a reference error (common/spread.py); null: not measured."""
 
     @model_validator(mode="after")

@@ -31,11 +31,11 @@ class FlowFamily(Family):
 
     # Levels
 
-    def told(self, times: Float[Tensor, "time"]) -> Float[Tensor, "time"]:
+    def told(self, times: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
         """What the transformer is given as `timestep`: linear in the time."""
         return 1000 * times
 
-    def exact(self, network_dtype: str) -> Float[Tensor, "time"] | None:
+    def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
         """The times that the network sees unrounded in this dtype, ascending; None: all."""
         return None
 

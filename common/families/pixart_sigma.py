@@ -87,7 +87,7 @@ class PixArtSigma(Family):
         return super().is_cut(pipeline, prompt.lower().strip(), max_tokens)  # as the pipeline encodes it
 
     def call(
-        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The noise; the variance that the transformer gives beside it is nobody's."""
         embedding = condition["embedding"].float()

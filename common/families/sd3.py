@@ -64,7 +64,7 @@ class StableDiffusion3(FlowFamily):
         return len(tokens) > (max_tokens or self.max_tokens)
 
     def call(
-        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         output: Tensor = network(
             hidden_states=x,

@@ -123,21 +123,24 @@ class Batch:
             state.x_before = torch.where(stay, state.x_before, state.x)
             state.residual = torch.where(stay, state.residual, 0.0)
         x = torch.where(stay, state.x, x)
-        if any(call.store for call in calls):
+        stored = np.flatnonzero([call.store for call in calls])
+        if len(stored):
+            at = upload(torch.from_numpy(stored), x.device)
             is_noise = self._denoiser.levels.space == "noise"
-            mixture = (told.a if is_noise else torch.ones_like(told.a), told.s)  # Levels.mixture
-            target, x_t = stored_point(x0, x, *mixture)
-            if any(call.store and call.move is Move.START for call in calls):
-                noised = (state.delta if is_noise else state.delta - x0.float()).half()
-                target = torch.where(start, noised, target)
-                x_t = torch.where(start, point_from_target(x0, noised, *mixture), x_t)
-            store = told.store == 1
-            state.target = torch.where(store, target, state.target)
-            x = torch.where(store, x_t.float(), x)
+            x0, s = x0[at], told.s[at]
+            a = told.a[at] if is_noise else torch.ones_like(s)  # Levels.mixture
+            target, x_t = stored_point(x0, x[at], a, s)
+            if any(calls[row].is_noised for row in stored):
+                noised, delta = start[at], state.delta[at]
+                as_target = (delta if is_noise else delta - x0.float()).half()
+                target = torch.where(noised, as_target, target)
+                x_t = torch.where(noised, point_from_target(x0, as_target, a, s), x_t)
+            state.target.index_copy_(0, at, target)
+            x.index_copy_(0, at, x_t.float())
         state.x = x
 
     def _use(
-        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], told: Any, calls: Sequence[Call]
+        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], told: Any, calls: Sequence[Call]
     ) -> dict[int, float]:
         """Guidance, clean and delta, finished records, iterations: from the network's own output at x."""
         state, denoiser, guidance = self._state, self._denoiser, self._identity.guidance
@@ -164,7 +167,7 @@ class Batch:
         return dict(zip(self._images, residual.flatten().tolist(), strict=True))
 
     def _store(
-        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], calls: Sequence[Call]
+        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], calls: Sequence[Call]
     ) -> None:
         """The records that are finished with this output."""
         numbers = np.array([call.record for call in calls])

@@ -86,14 +86,14 @@ class ReleasedLoop:
         return _EXTRA_NOISE * randn.half() * float(variance.sqrt().half())
 
     def target(
-        self, x: Float32[Tensor, "image c h w"], x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, "#image"]
+        self, x: Float32[Tensor, "image c h w"], x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, " #image"]
     ) -> Float32[Tensor, "image c h w"]:
         """What the loss aims at: x, at whatever level, taken for a point at `timestep` (CPU, one or by image)."""
         abar = self._half_abar[timestep.long()].view(-1, 1, 1, 1)
         signal, spread = upload(torch.stack([abar.sqrt(), (1 - abar).sqrt()]), x.device).unbind()
         return (x - x0 * signal) / spread
 
-    def _ends(self, table: Float[Tensor, "timestep"], level: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def _ends(self, table: Float[Tensor, " timestep"], level: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """abar before and after the step to `level`."""
         label = self.label(level)
         return self._clean_end if label < 0 else table[label], table[level]
@@ -172,7 +172,7 @@ def _run_batch(
     x = x0.float()
     clean, delta, carried = (torch.zeros_like(x) for _ in range(3))
 
-    def told(values: np.ndarray) -> Int64[Tensor, "row"]:
+    def told(values: np.ndarray) -> Int64[Tensor, " row"]:
         return upload(torch.from_numpy(values), device)
 
     def table(timestep: np.ndarray) -> list[Float64[Tensor, "row 1 1 1"]]:
@@ -191,13 +191,15 @@ def _run_batch(
         if not len(going):
             break
         at = told(going)
-        carried[at] = denoiser.predict(x[at], torch.full_like(at, loop.label(level)), caption.rows(at))
+        eps = denoiser.predict(x[at], torch.full_like(at, loop.label(level)), caption.rows(at))
         drawn = [
             normal((len(part.images), *x.shape[1:]), seed, part.group_id, "extra", level)
             for part in parts
             if part.path.points[-1].level >= level
         ]
-        x[at] = loop.step(x[at], carried[at], level) + loop.noise(upload(torch.cat(drawn), device), level)
+        noise = loop.noise(upload(torch.cat(drawn), device), level)
+        x.index_copy_(0, at, loop.step(x[at], eps, level) + noise)
+        carried.index_copy_(0, at, eps)
         where = np.argwhere(level_of == level)
         for first in range(0, len(where), len(images)):
             rows, numbers = where[first : first + len(images)].T
@@ -209,13 +211,16 @@ def _run_batch(
             latents |= {"delta_prev": carried[at], "eps_ref": eps}
             records.add(images[rows], numbers, latents, {"reference_error": mean_square(target.float() - eps)})
             last = told(np.flatnonzero(numbers == level_of.shape[1] - 1))
-            clean[at[last]], delta[at[last]] = x0_t[last], eps[last]
+            clean.index_copy_(0, at[last], x0_t[last])
+            delta.index_copy_(0, at[last], eps[last])
     for level in reversed(loop.levels):
         rows = np.flatnonzero(back & (level < level_of[:, -1]))
         if len(rows):
             at, timestep = told(rows), np.full(len(rows), level)
             a, s = (each.float() for each in table(timestep))
-            clean[at], delta[at] = visit(rows, a * clean[at] + s * delta[at], timestep)
+            x0_t, eps = visit(rows, a * clean[at] + s * delta[at], timestep)
+            clean.index_copy_(0, at, x0_t)
+            delta.index_copy_(0, at, eps)
     if back.any():
         at = told(np.flatnonzero(back))
         records.add_round_trips(images[back], clean[at], x0[at])

@@ -1,0 +1,68 @@
+"""What the inversion asks of a device, counted on torch's meta device, which has no numbers to wait for. No clock."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks.operations import CHOICES, Counts, count
+from inpo.common.cache.schema import InverterIdentity
+from inpo.common.denoiser import Denoiser
+from inpo.common.inversion import Group
+
+MOST = 160
+"""Operations between two network calls in which everything happens: walks begin, step, store, end and go back."""
+
+
+def pairs(number: int) -> list[Group]:
+    return [Group(id=str(each), num_images=2) for each in range(number)]
+
+
+def counts(name: str, groups: list[Group], images_per_batch: int) -> Counts:
+    identity = InverterIdentity(**{"grid_points": 6, "timestep_range": (0, 1000), **CHOICES[name]})
+    return count(identity, groups, images_per_batch=images_per_batch, measure_inversion=0.5, extra=("delta_prev",))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_batch_of_any_size_takes_the_same_operations(name: str) -> None:
+    """One pair alone, and 16 that walk its path beside each other: a group's id says which."""
+    one = counts(name, [Group(id="3", num_images=2)], 64)
+    many = counts(name, [Group(id="3", num_images=2)] * 16, 64)
+    assert len(one.operations) > 4
+    assert one.operations == many.operations
+    assert one.copies == many.copies
+    assert one.waits == many.waits
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_walks_at_different_points_take_one_set_of_operations(name: str) -> None:
+    """A batch that is refilled all the time."""
+    made = counts(name, pairs(48), 24)
+    assert max(made.operations) <= MOST
+    num_calls = len(made.operations) - 1
+    if name == "fixed_point":  # which asks how far all have come, at most once for a network call
+        assert num_calls / 2 < made.waits <= num_calls
+    else:
+        assert made.waits == 0
+    assert made.copies <= 3 * num_calls  # latents, figures, round trips; none of them is waited for
+
+
+def test_a_walk_that_ends_makes_room_at_once(
+    linear: Callable[..., Denoiser], latents: Callable, inverted: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    predict = Denoiser.predict
+    monkeypatch.setattr(Denoiser, "predict", lambda self, x, *rest: (sizes.append(len(x)), predict(self, x, *rest))[1])
+    settings: dict[str, Any] = {"grid_points": 8, "timesteps_per_pair": 1}
+    x0: Tensor = latents(12)
+    inverted(linear(), x0, pairs_per_batch=1, **settings)
+    lengths = [size for size in sizes if size == 2]
+    assert lengths == sizes
+    total = len(sizes)
+    sizes.clear()
+    inverted(linear(), x0, pairs_per_batch=3, **settings)
+    assert sum(sizes) == 2 * total
+    full = sizes.count(6)
+    assert sizes == [6] * full + sorted(sizes[full:], reverse=True)
+    assert len(sizes[full:]) <= 1 + 8  # the last two pairs' longest paths
