@@ -34,10 +34,10 @@ class Flux(FlowFamily):
     patch = 4
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
-    def told(self, times: Float[Tensor, "time"]) -> Float[Tensor, "time"]:
+    def told(self, times: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
         return times
 
-    def exact(self, network_dtype: str) -> Float[Tensor, "time"] | None:
+    def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
         """The transformer rounds the time to its dtype, multiplies by 1000 and rounds again: multiples of 8 stay."""
         return None if network_dtype == "float32" else torch.arange(1, 125, dtype=torch.float64) / 125
 
@@ -72,7 +72,7 @@ class Flux(FlowFamily):
         self,
         network: nn.Module,
         x: Float[Tensor, "batch c h w"],
-        label: Float[Tensor, "batch"],
+        label: Float[Tensor, " batch"],
         condition: Condition,
         guidance: float | None = None,
     ) -> Float[Tensor, "batch c h w"]:

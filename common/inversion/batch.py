@@ -130,7 +130,7 @@ class Batch:
             x0, s = x0[at], told.s[at]
             a = told.a[at] if is_noise else torch.ones_like(s)  # Levels.mixture
             target, x_t = stored_point(x0, x[at], a, s)
-            if any(calls[row].is_noised for row in stored):
+            if any(calls[row].is_noised for row in stored.tolist()):
                 noised, delta = start[at], state.delta[at]
                 as_target = (delta if is_noise else delta - x0.float()).half()
                 target = torch.where(noised, as_target, target)
