@@ -128,7 +128,7 @@ class Batch:
             at = upload(torch.from_numpy(stored), x.device)
             x0, a, s = x0[at], told.a[at], told.s[at]
             target, x_t = stored_point(x0, x[at], a, s)
-            if any(calls[row].is_noised for row in stored):
+            if any(calls[row].is_noised for row in stored.tolist()):
                 noised, as_target = start[at], state.delta[at].half()
                 target = torch.where(noised, as_target, target)
                 x_t = torch.where(noised, point_from_target(x0, as_target, a, s), x_t)
