@@ -66,7 +66,7 @@ class OnlineLoop:
         self._update(a * x0 + s * noise, noise, timestep, condition)
 
     def invert(
-        self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, "image"], condition: Condition
+        self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, " image"], condition: Condition
     ) -> tuple[Float[Tensor, "image c h w"], Float[Tensor, "image c h w"]]:
         """(what the network is trained on, what it aims at), float32; `timestep` is on the CPU."""
         loop = ReleasedLoop(self.trained.levels, self.steps)
@@ -86,7 +86,7 @@ class OnlineLoop:
         self,
         x_t: Float[Tensor, "image c h w"],
         target: Float[Tensor, "image c h w"],
-        timestep: Int[Tensor, "image"],
+        timestep: Int[Tensor, " image"],
         condition: Condition,
     ) -> None:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile
+from inpo.common.choices import MAX_TIMESTEPS, DensityName, DtypeName, ExtraName, GroupName, InverterName, Profile
 from inpo.common.recipe import Section
 
 if TYPE_CHECKING:
@@ -43,6 +43,15 @@ class CacheSettings(Section):
     timestep_range: tuple[int, int] | None = None
     """Kept timesteps lie in [LOW, HIGH); unset: all."""
 
+    levels: DensityName | None = None
+    """Density of a flow model's levels over time; unset: logit-normal for a flow model, else the scheduler's table."""
+    shift: str | None = None
+    """What moves a flow model's levels towards noise: auto (as the scheduler does), none, or a number; unset: auto."""
+    embedded_guidance: float | None = Field(None, ge=0.0, le=1e3)
+    """What a network with guidance built in is told, here and in training; unset: 1."""
+    max_tokens: int | None = Field(None, ge=1, le=1 << 16)
+    """Tokens that a prompt is cut at and padded to; unset: the model's own number."""
+
     profile: Profile = "full"
     """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
     extra: tuple[ExtraName, ...] = ()
@@ -63,6 +72,19 @@ class CacheSettings(Section):
     """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: object) -> object:
+        if value is None or value in ("auto", "none"):
+            return value
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = 0.0
+        if isinstance(value, bool) or not 0 < number < 1e6:
+            raise ValueError("auto, none, or a number above 0")
+        return str(number)
 
     @field_validator("extra")
     @classmethod
@@ -95,6 +117,9 @@ class CacheSettings(Section):
         inverter = manifest.inverter
         told = {**dict(manifest), **dict(inverter), "inverter": inverter.name, "dtype": manifest.network_dtype}
         told["resolution"] = manifest.resolution[0]
+        told["levels"], shift = manifest.levels.density, manifest.levels.shift
+        told["shift"] = None if shift is None else str(shift)
+        told["embedded_guidance"] = manifest.static.get("embedded_guidance")
         # What the inverter does not use, and what it takes anyway, stays unset.
         if inverter.refine_start == _usual_refinement(inverter.name):
             told["refine_start"] = None

@@ -8,6 +8,7 @@ ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "prompt"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Space = Literal["noise", "velocity"]
+DensityName = Literal["uniform", "logit-normal"]
 CompileName = Literal["auto", "blocks", "whole", "off"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""

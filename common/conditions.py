@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
 from inpo.common.cache.reader import Shard, Texts
 from inpo.common.cache.schema import EMPTY_PROMPT
@@ -37,14 +37,14 @@ class Condition(Mapping[str, Tensor]):
     def to(self, device: torch.device) -> "Condition":
         return self.map(lambda tensor: tensor.to(device))
 
-    def rows(self, rows: Int[Tensor, "row"]) -> "Condition":
+    def rows(self, rows: Int[Tensor, " row"]) -> "Condition":
         return self.map(lambda tensor: tensor[rows])
 
     def repeat(self, times: int) -> "Condition":
         """Every row `times` times in a row: what the images of one prompt share."""
         return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-    def where(self, chosen: Bool[Tensor, "row"], other: "Condition") -> "Condition":
+    def where(self, chosen: Bool[Tensor, " row"], other: "Condition") -> "Condition":
         """These rows where `chosen`, those of `other` elsewhere."""
 
         def mixed(name: str) -> Tensor:
@@ -54,37 +54,45 @@ class Condition(Mapping[str, Tensor]):
 
     @classmethod
     def build(
-        cls, prompts: Mapping[str, Tensor], prompt: Int[Tensor, "image"], images: Mapping[str, Tensor]
+        cls, prompts: Mapping[str, Tensor], prompt: Int[Tensor, " image"], images: Mapping[str, Tensor]
     ) -> "Condition":
         """One row per image: row `prompt` of what prompts own, and what images own as it is."""
         return cls(**{name: tensor[prompt] for name, tensor in prompts.items()}, **images)
 
     @classmethod
-    def of(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
+    def of(cls, shard: Shard, images: Int[np.ndarray, " image"]) -> "Condition":
         """What some images were inverted under and are to be trained under. A dropped caption is the empty prompt."""
         groups, index = np.unique(shard.read("image/group", images), return_inverse=True)
         return cls._read(shard, images, training_places(shard, groups), index)
 
     @classmethod
-    def empty(cls, shard: Shard, images: Int[np.ndarray, "image"]) -> "Condition":
+    def empty(cls, shard: Shard, images: Int[np.ndarray, " image"]) -> "Condition":
         """The same under the empty prompt; what an image owns stays its own."""
         return cls._read(shard, images, [EMPTY_PLACE], np.zeros(len(images), np.int64))
 
     @classmethod
     def _read(
-        cls, shard: Shard, images: Int[np.ndarray, "image"], places: Sequence["Place"], index: Int[np.ndarray, "image"]
+        cls,
+        shard: Shard,
+        images: Int[np.ndarray, " image"],
+        places: Sequence["Place"],
+        index: Int[np.ndarray, " image"],
     ) -> "Condition":
         prompts = {name: torch.from_numpy(each) for name, each in read_prompts(shard.cache.texts, places).items()}
         own = {name: torch.from_numpy(shard.read(path, images)) for name, path in owned(shard, "image").items()}
         return cls.build(prompts, torch.from_numpy(index), own)
 
 
+Call = Callable[
+    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, " batch"], Condition], Float[Tensor, "batch c h w"]
+]
+"""(network, x, label, condition) -> its output: a family's `call`."""
 Place = tuple[str, int]
 """Where a prompt stands: name of a text shard, row there."""
 EMPTY_PLACE: Place = (EMPTY_PROMPT, 0)
 
 
-def training_places(shard: Shard, groups: Int[np.ndarray, "group"]) -> list[Place]:
+def training_places(shard: Shard, groups: Int[np.ndarray, " group"]) -> list[Place]:
     """Where the prompts stand that some groups are to be trained under: the empty one where the caption was dropped."""
     texts = shard.commit.texts
     found = zip(shard.read("group/prompt", groups).tolist(), shard.dropped()[groups].tolist(), strict=True)
@@ -92,7 +100,7 @@ def training_places(shard: Shard, groups: Int[np.ndarray, "group"]) -> list[Plac
 
 
 def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np.ndarray, "place ..."]]:
-    """{condition: rows} of prompts, those of a family with `max_tokens` padded with zeros to so many tokens.
+    """{condition: rows} of prompts, those of a family with a mask padded with zeros to `max_tokens` tokens.
 
     Raises CacheIncomplete for a text shard that is not committed.
     """
@@ -106,11 +114,9 @@ def read_prompts(texts: Texts, places: Sequence["Place"]) -> dict[str, Shaped[np
         rows = np.array([places[number][1] for number in numbers], dtype=np.int64)
         for name, spec in manifest.text_conditions.items():
             values = shard.rows(name, rows)
-            if "token" in spec.axes and manifest.max_tokens is not None:
+            if "token" in spec.axes and manifest.is_padded:
                 axis = spec.axes.index("token") + 1
-                missing = manifest.max_tokens - values.shape[axis]
-                if missing < 0:
-                    raise shard.misfit(name, f"{values.shape[axis]} tokens, at most {manifest.max_tokens}")
+                missing = (manifest.max_tokens or 0) - values.shape[axis]
                 if missing < 0:
                     raise shard.misfit(name, f"{values.shape[axis]} tokens, and at most {manifest.max_tokens} fit")
                 values = np.pad(values, [(0, missing if each == axis else 0) for each in range(values.ndim)])

@@ -1,13 +1,14 @@
-"""One network behind one signature: whatever it predicts, noise comes out."""
+"""One network behind one signature: whatever it predicts, noise, x0(t) or velocity come out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from inpo.common.conditions import Condition
+from inpo.common.choices import Space
+from inpo.common.conditions import Call, Condition
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 from inpo.common.predictions import PREDICTIONS
@@ -31,17 +32,13 @@ def default_dtype(device_type: str) -> str:
     return "float32" if device_type == "cpu" else "bfloat16"
 
 
-Call = Callable[
-    [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, "batch"], Condition], Float[Tensor, "batch c h w"]
-]
-"""(network, x, label, condition) -> its output: a family's `call`."""
-
-
 class Denoiser:
-    """eps(x, t, c): the noise prediction of a network, in float32, whatever it was trained to predict.
+    """What targets are of, predicted: eps(x, t, c), or v(x, t, c) on levels in velocity space; in float32, whatever
+    the network was trained to predict.
 
     The network runs under autocast in `network_dtype`; inputs and outputs are float32. What its output means at a
-    timestep follows from `levels` and `prediction` (common/predictions.py).
+    timestep follows from `levels` and `prediction` (common/predictions.py). A timestep may be the number of any point
+    that a path visits (common/levels.py).
     """
 
     def __init__(
@@ -62,22 +59,25 @@ class Denoiser:
         """Latents evaluated so far: one call is one latent through the network."""
         self.rows: int | None = None
         """Latents in every call of the network, where that is compiled for one shape; None: as they come."""
-        p, q = PREDICTIONS[prediction](levels.signal, levels.noise)
+        signal, noise, label = levels.walked
+        p, q = PREDICTIONS[prediction](signal, noise)
         # In float64: for v the determinant is a^2 + s^2, which must come out as 1.
-        det = levels.signal * q - levels.noise * p
-        self._tables = torch.stack([levels.signal, levels.noise, p, q, det, levels.label]).float()
+        det = signal * q - noise * p
+        self._tables = torch.stack([signal, noise, p, q, det, label]).float()
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
     def predict(
-        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
+        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The network's own output, float32."""
         self.num_calls += x.shape[0]
-        # Before the table, where the released code asks, the label goes on as the index does.
-        label = self._beside(timestep)[-1, timestep.long().clamp(min=0)] + timestep.clamp(max=0)
+        if self.levels.clean < 0:
+            label = self._beside(timestep)[-1, timestep.long()]
+        else:  # before the table, where the released code asks, the label goes on as the index does
+            label = self._beside(timestep)[-1, timestep.long().clamp(min=0)] + timestep.clamp(max=0)
         if self.rows is None:
             return self._output(x, label, condition)
         # Another number of rows, or order in memory, would be compiled anew: what is missing repeats the last row.
@@ -88,7 +88,7 @@ class Denoiser:
         return torch.cat(outputs)[: len(x)]
 
     def _output(
-        self, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """One call of the network."""
         with self.autocast():
@@ -96,13 +96,31 @@ class Denoiser:
         return output.float()
 
     def __call__(
-        self, x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"], condition: Condition
+        self,
+        x: Float[Tensor, "batch c h w"],
+        timestep: Int[Tensor, " batch"],
+        condition: Condition,
+        space: Space | None = None,
     ) -> Float[Tensor, "batch c h w"]:
-        """eps(x, t, c), float32."""
-        return self.to_noise(self.predict(x, timestep, condition), x, timestep)
+        """Noise or velocity, as `space` says; None: what the levels' targets are of."""
+        return self.to_space(self.predict(x, timestep, condition), x, timestep, space)
+
+    def to_space(
+        self,
+        output: Float[Tensor, "batch c h w"],
+        x: Float[Tensor, "batch c h w"],
+        timestep: Int[Tensor, " batch"],
+        space: Space | None = None,
+    ) -> Float[Tensor, "batch c h w"]:
+        """Noise or velocity = noise - x0(t) from the network's own output at (x, t)."""
+        if (space or self.levels.space) == "noise":
+            return self.to_noise(output, x, timestep)
+        if self.prediction == "flow_prediction":
+            return output
+        return self.to_noise(output, x, timestep) - self.to_clean(output, x, timestep)
 
     def to_noise(
-        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch c h w"]:
         """Noise from the network's own output at (x, t); the output itself where that is noise."""
         if self.prediction == "epsilon":
@@ -111,7 +129,7 @@ class Denoiser:
         return (a * output - p * x) / det
 
     def to_clean(
-        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, "batch"]
+        self, output: Float[Tensor, "batch c h w"], x: Float[Tensor, "batch c h w"], timestep: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch c h w"]:
         """x0(t) from the network's own output at (x, t), Eq. 8; the output itself where that is x0."""
         if self.prediction == "sample":
@@ -119,7 +137,7 @@ class Denoiser:
         _, s, _, q, det = self.at(timestep)
         return (q * x - s * output) / det
 
-    def at(self, timestep: Int[Tensor, "batch"]) -> tuple[Float[Tensor, "batch 1 1 1"], ...]:
+    def at(self, timestep: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 1 1 1"], ...]:
         """(a, s, p, q, a q - s p) in float32 where the timesteps are."""
         return self._beside(timestep)[:-1, timestep.long(), None, None, None].unbind()
 
@@ -143,11 +161,12 @@ def prepare_for_inference(network: nn.Module, *, network_dtype: str, device: tor
 
     autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do.
     """
-    network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval()
     dtype = DTYPES[dtype_name(network_dtype)]
-    if dtype != torch.float32:
+    if dtype != torch.float32:  # before it moves: a network of 20 billion weights does not fit a device in float32
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
+    network.to(device)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

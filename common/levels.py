@@ -6,10 +6,15 @@ Timestep t is an index 0..T-1 into three float64 tables (docs/equations.md):
 
 a_t and s_t are signal and noise, sigma_t = s_t / a_t. The clean end of a trajectory lies outside the tables: a = 1,
 s = 0. A table of another family is another constructor here; nothing else asks where the tables come from.
+
+A flow's table may begin far from the clean end. What a path visits below it has negative numbers: -1 is the level just
+below timestep 0, the last one is the clean end. Such points are never records.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +22,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inpo.common.choices import Space
+from inpo.common.choices import DensityName, Space
 from inpo.common.errors import ModelError, UsageError
+
+_FLOW_FLOOR = 0.05
+NEAREST_CLEAN = 0.8
+"""Times the floor: what the clean end's sigma counts as where a path is refined."""
+_BELOW = 32
+"""Levels between the clean end and a flow's table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSettings:
+    """Which times a flow's levels are. A scheduler's own table asks for none of this."""
+
+    density: DensityName = "uniform"
+    shift: str = "none"
+    """auto: the scheduler's own; none: 1; or a number."""
+    latent_shape: tuple[int, int, int] | None = None
+    """What a shift by the image's size is for; None: the smallest that the scheduler names."""
+    network_dtype: str = "float32"
+    """In half precision a network sees some labels rounded; the times are those that it sees as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +77,16 @@ class SamplerSettings:
 class Levels:
     """Immutable tables, float64 of shape [timestep], on the CPU."""
 
-    signal: Float[Tensor, "timestep"]
-    noise: Float[Tensor, "timestep"]
-    label: Float[Tensor, "timestep"]
+    signal: Float[Tensor, " timestep"]
+    noise: Float[Tensor, " timestep"]
+    label: Float[Tensor, " timestep"]
     floor: float
     """The sigma below which a step in log sigma is stretched (ab2) and from which the clean end is counted."""
     space: Space = "noise"
     """What `target` and the errors are of: noise, or velocity = noise - x0."""
+    density: DensityName | None = None
+    """Of a flow's times, before the shift."""
+    shift: float | None = None
     sampler: SamplerSettings = SamplerSettings()
 
     @classmethod
@@ -91,7 +118,7 @@ class Levels:
         return replace(cls.from_alphas_cumprod(torch.as_tensor(table)), sampler=SamplerSettings.from_config(config))
 
     @classmethod
-    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, "timestep"]) -> "Levels":
+    def from_alphas_cumprod(cls, alphas_cumprod: Float[Tensor, " timestep"]) -> "Levels":
         """Build from the table abar_t itself, in (0, 1) and decreasing: signal^2 + noise^2 = 1, the label is t."""
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         if not bool((abar > 1e-9).all()):
@@ -114,25 +141,104 @@ class Levels:
         label = torch.arange(len(abar), dtype=torch.float64)
         return cls(signal=signal, noise=noise, label=label, floor=float(noise[0] / signal[0]))
 
+    @classmethod
+    def from_density(
+        cls,
+        density: DensityName,
+        shift: float,
+        num_train_timesteps: int,
+        *,
+        label: Callable[[Tensor], Tensor] = lambda times: times,
+        exact: Float[Tensor, " time"] | None = None,
+    ) -> "Levels":
+        """A rectified flow's levels, signal = 1 - t and noise = t: t is the density's quantile at (i + 1/2) / T, then
+        moved to S t / (1 + (S - 1) t).
+
+        Args:
+            label: what the network is told at times, linear in them.
+            exact: the only times to take, ascending, in (0, 1): each of ours becomes the nearest of them, and
+                neighbours may be equal.
+        """
+        share = (torch.arange(num_train_timesteps, dtype=torch.float64) + 0.5) / num_train_timesteps
+        times = share if density == "uniform" else torch.special.ndtri(share).sigmoid()
+        times = shift * times / (1 + (shift - 1) * times)
+        if exact is not None:
+            exact = exact.double()
+            times = exact[torch.bucketize(times, (exact[1:] + exact[:-1]) / 2)]
+        return cls(
+            signal=1 - times,
+            noise=times,
+            label=label(times),
+            floor=_FLOW_FLOOR,
+            space="velocity",
+            density=density,
+            shift=shift,
+            sampler=SamplerSettings(prediction_type="flow_prediction"),
+        )
+
     @property
     def num_train_timesteps(self) -> int:
         """T, the length of the tables."""
         return self.signal.shape[0]
 
     @property
-    def sigma(self) -> Float[Tensor, "timestep"]:
+    def sigma(self) -> Float[Tensor, " timestep"]:
         """sigma_t = s_t / a_t, float64."""
         return self.noise / self.signal
 
+    @cached_property
+    def walked(self) -> Float[Tensor, "3 level"]:
+        """(signal, noise, label) of every point that a path may visit: the tables, and behind them what lies below, so
+        that negative numbers find it.
+
+        Below a flow's table: the clean end at time 0, then levels evenly in log sigma from 0.8 floor to the table. A
+        table in noise space has none; its clean end is told timestep 0's label.
+        """
+        table = torch.stack([self.signal, self.noise, self.label])
+        if self.space == "noise":
+            return table
+        lowest, first = NEAREST_CLEAN * self.floor, float(self.sigma[0])
+        times = torch.zeros(1, dtype=torch.float64)
+        if first > lowest:
+            sigma = torch.linspace(math.log(lowest), math.log(first), _BELOW + 2, dtype=torch.float64).exp()[1:-1]
+            times = torch.cat([times, sigma / (1 + sigma)])
+        # The label is linear in time; rounded, because a difference of rounded numbers must not make 0 a tiny number.
+        slope = round(float((self.label[-1] - self.label[0]) / (self.noise[-1] - self.noise[0])), 6)
+        start = round(float(self.label[0] - slope * self.noise[0]), 6)
+        return torch.cat([table, torch.stack([1 - times, times, start + slope * times])], dim=1)
+
+    @property
+    def clean(self) -> int:
+        """Number of the clean end."""
+        return self.num_train_timesteps - self.walked.shape[1]
+
+    def point(self, number: int) -> tuple[float, float]:
+        """(a, s) of a point that a path may visit."""
+        a, s, _ = self.walked[:, number].tolist()
+        return a, s
+
+    @property
+    def points(self) -> Int[np.ndarray, " point"]:
+        """Numbers of all points but a clean end that lies outside the table, ascending in sigma."""
+        return np.arange(min(self.clean + 1, 0), self.num_train_timesteps)
+
     def at(
-        self, timestep: Int[np.ndarray, "*shape"]
-    ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+        self, timestep: Int[np.ndarray, " *shape"]
+    ) -> tuple[Float[np.ndarray, " *shape"], Float[np.ndarray, " *shape"]]:
         """(a_t, s_t), float64."""
         index = timestep.astype(np.int64)
         return self.signal.numpy()[index], self.noise.numpy()[index]
 
+    def mixture(
+        self, timestep: Int[np.ndarray, " *shape"]
+    ) -> tuple[Float[np.ndarray, " *shape"], Float[np.ndarray, " *shape"]]:
+        """(A, B) of x_t = A x0 + B target, float64: (a_t, s_t) where the target is noise, (1, s_t) where it is
+        velocity."""
+        a, s = self.at(timestep)
+        return (a, s) if self.space == "noise" else (np.ones_like(a), s)
 
-def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, "grid"]:
+
+def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, " grid"]:
     """The exact inversion grid of a pair: t_i = floor((i + u) * T / n), i = 0..n-1, int64 ascending.
 
     `offset` is u in [0, 1). Over uniform u every timestep 0..T-1 is covered uniformly, for any n, and every record

@@ -20,14 +20,15 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from inpo.common import fingerprint, single_file, weight_files
+from inpo.common.cache.schema import Manifest
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
 from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
 from inpo.common.families.base import read_json
-from inpo.common.levels import Levels
+from inpo.common.levels import Levels, TimeSettings
 from inpo.common.markers import check_markers
 from inpo.common.model_folder import find_vae, folder_of
-from inpo.common.prediction import check_prediction, noise_likeness
+from inpo.common.prediction import FLOW_PROBES, check_flow, check_prediction, flow_likeness, noise_likeness
 from inpo.common.processes import settle_numbers
 
 _TOKENIZER_FILES = (
@@ -101,7 +102,16 @@ class Model:
 
     @cached_property
     def levels(self) -> Levels:
+        """The scheduler's own table; of a flow, times evenly spread. A cache has chosen its own."""
         return self.family.levels(self.scheduler)
+
+    def levels_of(self, manifest: Manifest) -> Levels:
+        """What this model makes of a cache's choice of times."""
+        chosen = manifest.levels
+        if chosen.density is None:
+            return self.levels
+        times = TimeSettings(density=chosen.density, shift=str(chosen.shift), network_dtype=manifest.network_dtype)
+        return self.family.levels(self.scheduler, times)
 
     @cached_property
     def prediction(self) -> str:
@@ -166,7 +176,11 @@ class Model:
         """
         family, network = self.family, self.load_component(self.family.network)
         side, factor = family.probe_side(self.config(family.network)), family.vae_factor(self.config)
-        shape = (int(self.config("vae")["latent_channels"]), side, side)
+        shape = (family.latent_shape(self.config, side * factor)[0], side, side)
+        if family.space == "velocity":
+            blank = family.blank(self.config, 2 * len(FLOW_PROBES), side * factor)
+            check_flow(flow_likeness(self.denoiser(network), blank, shape), where=self.name)
+            return cast(nn.Module, network)
         check_prediction(
             noise_likeness(self.denoiser(network), family.blank(self.config, 2, side * factor), shape),
             self.levels,
@@ -177,12 +191,16 @@ class Model:
         )
         return cast(nn.Module, network)
 
-    def denoiser(self, network: nn.Module, levels: Levels | None = None, *, network_dtype: str = "float32") -> Denoiser:
-        """A network of this model's kind, on the model's own levels or on the tables of a cache, which says nothing of
-        its sampler's settings: those are the model's.
+    def denoiser(
+        self, network: nn.Module, manifest: Manifest | None = None, *, network_dtype: str = "float32"
+    ) -> Denoiser:
+        """A network of this model's kind, on the model's own levels, or on the tables of a cache and told what that
+        cache's was told at every call. A cache says nothing of its sampler's settings: those are the model's.
         """
-        levels = self.levels if levels is None else replace(levels, sampler=self.levels.sampler)
-        return Denoiser(network, levels, self.family.call, self.prediction, network_dtype=network_dtype)
+        levels, static = self.levels, self.family.static(self.config)
+        if manifest is not None:
+            levels, static = replace(manifest.levels.levels(), sampler=levels.sampler), manifest.static
+        return Denoiser(network, levels, self.family.bound(static), self.prediction, network_dtype=network_dtype)
 
     def load_vae(self) -> Any:
         """The VAE in float32 on the CPU."""
@@ -332,7 +350,7 @@ def _family_of(folder: Path) -> Family:
             where=folder,
             expected=SUPPORTED,
             got=name,
-            fix="inpainting, pixel-space and flow-matching models have other inputs or other equations",
+            fix="inpainting and pixel-space models have other inputs; each family of flow models is a file of its own",
         )
     return BY_PIPELINE[name]
 

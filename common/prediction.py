@@ -2,15 +2,18 @@
 
 The scheduler's configuration names the prediction type, the weights do not, and a wrong name gives finite latents and a
 worthless cache. Where the last label leaves almost pure noise, a trained network that predicts noise gives its input
-back, and one that predicts v or the sample gives something like a picture.
+back, and one that predicts v or the sample gives something like a picture. A flow is asked at both ends and in the
+middle, which tells a wrong sign and a time that is reversed or on another scale.
 """
 
 import math
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch.nn.functional import cosine_similarity, interpolate
 
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
@@ -79,6 +82,66 @@ def check_prediction(
         )
 
 
+FLOW_PROBES = ("the last timestep", "the clean end", "the middle")
+"""Where a flow is asked."""
+_AGAINST = -0.4
+"""At or below this cosine a flow's output is the opposite of what it should be."""
+_LIKE = 0.4
+"""From here on a flow's output shows that it is trained."""
+
+
+def check_flow(likeness: Sequence[float], *, where: str) -> None:
+    """Judge the cosines of `flow_likeness`, one for each of FLOW_PROBES.
+
+    Raises ModelError if an output is not finite or against what a trained flow gives. Outputs that show nothing are
+    noted: weights that are not trained give such.
+    """
+    told = ", ".join(f"{cosine:.2f} at {probe}" for probe, cosine in zip(FLOW_PROBES, likeness, strict=True))
+    if not all(map(math.isfinite, likeness)):
+        raise ModelError(
+            "The network gives numbers that are not finite.",
+            where=where,
+            expected="finite weights",
+            got="NaN or infinity from standard normal latents, in float32",
+            fix="download or convert the model again",
+        )
+    if min(likeness) <= _AGAINST:
+        raise ModelError(
+            "The weights do not predict noise - x0 at the times that they are told.",
+            where=where,
+            expected="a network whose output is near the noise at time 1, and near minus the latent at time 0",
+            got=f"cosines {told}",
+            fix="the output has another sign, or time runs the other way or on another scale: not a model of the "
+            "family that its pipeline names",
+        )
+    if min(likeness) < _LIKE:
+        _note(f"note: {where} does not give noise - x0 (cosines {told}): it is untrained, or another model's weights")
+
+
+@torch.no_grad()
+def flow_likeness(denoiser: Denoiser, blank: Condition, shape: tuple[int, int, int]) -> list[float]:
+    """Cosines between a flow's output and what a trained one gives, in one call: for noise at the last timestep the
+    noise, for smooth latents at the clean end minus these, for their mixture in the middle the difference.
+
+    A wrong sign and a reversed time together look right at both ends; the middle tells them. `blank` has two rows for
+    each.
+    """
+    random, levels = torch.Generator().manual_seed(0), denoiser.levels
+    noise = torch.randn(2, *shape, generator=random)
+    smooth = interpolate(torch.randn(2, shape[0], 2, 2, generator=random), shape[1:], mode="bilinear")
+    smooth = smooth / smooth.square().mean().sqrt()
+    middle = int((levels.noise - 0.5).abs().argmin())
+    a, s = levels.point(middle)
+    points = ((levels.num_train_timesteps - 1, noise), (levels.clean, smooth), (middle, a * smooth + s * noise))
+    output = denoiser.predict(
+        torch.cat([x for _, x in points]), torch.tensor([number for number, _ in points for _ in range(2)]), blank
+    )
+    return [
+        float(cosine_similarity(got.flatten(), expected.flatten(), dim=0))
+        for got, expected in zip(output.split(2), (noise, -smooth, noise - smooth), strict=True)
+    ]
+
+
 @cache
 def _note(text: str) -> None:
     """Once in a run, however often and in however many processes the network is loaded."""
@@ -94,4 +157,4 @@ def noise_likeness(denoiser: Denoiser, blank: Condition, shape: tuple[int, int, 
     x = torch.randn(len(next(iter(blank.values()))), *shape, generator=torch.Generator().manual_seed(0))
     last = torch.full((len(x),), denoiser.levels.num_train_timesteps - 1)
     output = denoiser.predict(x, last, blank)
-    return float(torch.nn.functional.cosine_similarity(output.flatten(), x.flatten(), dim=0))
+    return float(cosine_similarity(output.flatten(), x.flatten(), dim=0))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Table = Float[Tensor, "timestep"]
+Table = Float[Tensor, " timestep"]
 
 PREDICTIONS: Mapping[str, Callable[[Table, Table], tuple[Table, Table]]] = {
     "epsilon": lambda a, s: (torch.zeros_like(a), torch.ones_like(s)),

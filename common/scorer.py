@@ -23,7 +23,7 @@ class Scorer(Protocol):
 
     name: str
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         """One float64 per image, in the scorer's own raw unit."""
         ...
 

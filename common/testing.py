@@ -5,6 +5,7 @@ Nothing is faked: every component is the real class with a small configuration, 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,11 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -30,19 +34,25 @@ from transformers import (
     T5TokenizerFast,
 )
 
-TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma"]
+TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma", "sd3"]
 _WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "the", "sky", "photo", "of")
 
 
 def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) -> Path:
     """Write a tiny random-weight pipeline folder and return it.
 
-    Images of 32 px give latents of [4, 8, 8]. Kinds: noise prediction (sd15), v-prediction (sd2-v), sample
-    prediction, SDXL with two text encoders, and PixArt-Sigma with a T5 encoder. Equal seeds give equal weights.
+    Images of 32 px give latents of [4, 8, 8], of flows [16, 8, 8]. Kinds: noise prediction (sd15), v-prediction
+    (sd2-v), sample prediction, SDXL with two text encoders, PixArt-Sigma with a T5 encoder, and the flow SD3 with
+    three. Equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline: Any = _pixart() if kind == "pixart-sigma" else _sdxl(folder) if kind == "sdxl" else _sd(folder, kind)
+        made: dict[str, Callable[[], Any]] = {
+            "pixart-sigma": _pixart,
+            "sdxl": lambda: _sdxl(folder),
+            "sd3": lambda: _sd3(folder),
+        }
+        pipeline = made.get(kind, lambda: _sd(folder, kind))()
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -87,12 +97,13 @@ def _text_config(tokenizer: CLIPTokenizer, *, width: int = 32) -> CLIPTextConfig
     )
 
 
-def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+def _vae(scaling_factor: float = 0.18215, channels: int = 4, **config: Any) -> AutoencoderKL:
     return AutoencoderKL(
+        **config,
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=32,
         scaling_factor=scaling_factor,
@@ -164,11 +175,40 @@ def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
     )
 
 
-def _pixart() -> PixArtSigmaPipeline:
-    tokenizer = _t5_tokenizer()
-    text_config = T5Config(
+def _sd3(folder: Path) -> StableDiffusion3Pipeline:
+    tokenizer, t5_tokenizer = _tokenizer(folder), _t5_tokenizer()
+    first, second, third = (_text_config(tokenizer), _text_config(tokenizer, width=48), _t5_config(t5_tokenizer, 96))
+    return StableDiffusion3Pipeline(
+        vae=_vae(1.5305, 16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(first).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        text_encoder_3=T5EncoderModel(third).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_projection_dim=32,
+            joint_attention_dim=third.d_model,
+            pooled_projection_dim=32 + 48,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _t5_config(tokenizer: T5TokenizerFast, width: int) -> T5Config:
+    return T5Config(
         vocab_size=len(tokenizer),
-        d_model=32,
+        d_model=width,
         d_kv=8,
         d_ff=64,
         num_layers=2,
@@ -177,6 +217,11 @@ def _pixart() -> PixArtSigmaPipeline:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _pixart() -> PixArtSigmaPipeline:
+    tokenizer = _t5_tokenizer()
+    text_config = _t5_config(tokenizer, 32)
     return PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel(text_config).eval(),

@@ -93,7 +93,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
         num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})
-        size = model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor
+        size = model.family.drawn_side(pipeline)
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]

@@ -138,14 +138,14 @@ def check_texts(shard: TextShard, manifest: Manifest) -> ShardResult:
                 wrong = ~np.isfinite(values).reshape(len(values), -1).all(1)
                 if wrong.any():
                     result.bad("texts", f"{path}: prompt {start + int(wrong.argmax())} holds NaN or infinity")
-    _check_prompts(shard, manifest.max_tokens, small, result)
+    _check_prompts(shard, manifest.max_tokens if manifest.is_padded else None, small, result)
     if result.is_whole:
         result.held("texts", shard.num_prompts)
     return result
 
 
 def _check_prompts(shard: TextShard, most: int | None, small: Mapping[str, np.ndarray], result: ShardResult) -> None:
-    """`most`: the manifest's max_tokens."""
+    """`most`: the manifest's max_tokens, where prompts are padded to it."""
     text, length = small.get(TEXT.path), small.get("length")
     prompts = [] if text is None else [str(each) for each in text]
     if len(set(prompts)) != len(prompts):
@@ -262,18 +262,28 @@ def _check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str], result
 def _check_identities(
     shard: Shard, arrays: Mapping[str, np.ndarray], timestep: np.ndarray, names: Sequence[str], result: ShardResult
 ) -> None:
-    a, s = shard.cache.levels.at(timestep)
+    levels = shard.cache.levels
+    (a, s), mixture = levels.at(timestep), levels.mixture(timestep)
     # Not-finite values have their own finding; here they only make comparisons false.
     with np.errstate(invalid="ignore", over="ignore"):
         if {"x0", "target", "x_t"} <= set(arrays):
-            wrong = derive_x_t(arrays["x0"], arrays["target"], a, s).view(np.int16) != arrays["x_t"].view(np.int16)
+            derived = derive_x_t(arrays["x0"], arrays["target"], *mixture)
+            wrong = derived.view(np.int16) != arrays["x_t"].view(np.int16)
             _judge("x_t", wrong, "is not float16(a x0 + s target)", names, result)
         if {"x_t", "delta", "x0_t"} <= set(arrays):
             wrong = ~(_clean_excess(arrays["x_t"], arrays["delta"], arrays["x0_t"], a, s) <= 0)
             _judge("x0_t", wrong, "is not (x_t - s delta) / a", names, result)
         prediction = "eps_ref" if "eps_ref" in arrays else "delta" if shard.cache.delta_is_reference else None
         if prediction in arrays and {"target", "reference_error"} <= set(arrays):
-            excess = _error_excess(arrays["target"], arrays[str(prediction)], arrays["reference_error"])
+            told = arrays[str(prediction)].astype(np.float64)
+            rounding = (1 + 2 * _HALF_ULP) * (_HALF_ULP * np.abs(told) + _TINY)
+            if (
+                levels.space == "velocity"
+            ):  # noise - x0(t), of which only the noise is rounded: x0(t) is (x_t - s eps) / a
+                x_t = arrays["x_t"] if "x_t" in arrays else derive_x_t(arrays["x0"], arrays["target"], *mixture)
+                scale = a[:, :, None, None, None]
+                told, rounding = (told - x_t) / scale, rounding / scale
+            excess = _error_excess(arrays["target"], told, rounding, arrays["reference_error"])
             _judge("reference_error", ~(excess <= 0), f"is not mean (target - {prediction})^2", names, result)
 
 
@@ -308,12 +318,11 @@ def _clean_excess(
 def _error_excess(
     target: Float[np.ndarray, "image record c h w"],
     prediction: Float[np.ndarray, "image record c h w"],
+    rounding: Float[np.ndarray, "image record c h w"],
     stored: Float[np.ndarray, "image record"],
 ) -> Float[np.ndarray, "image record"]:
-    """|stored - mean (target - prediction)^2| minus its bound; above 0: wrong."""
-    eps = prediction.astype(np.float64)
-    residual = target.astype(np.float64) - eps
-    rounding = (1 + 2 * _HALF_ULP) * (_HALF_ULP * np.abs(eps) + _TINY)
+    """|stored - mean (target - prediction)^2| minus its bound; above 0: wrong. `rounding`: of the prediction."""
+    residual = target.astype(np.float64) - prediction
     error = (residual**2).mean((-3, -2, -1))
     bound = (2 * np.abs(residual) * rounding + rounding**2).mean((-3, -2, -1))
     return np.abs(stored - error) - bound - _FLOAT32 * (error + np.abs(stored))

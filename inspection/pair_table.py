@@ -15,18 +15,18 @@ class PairTable:
     """Columns over the readable pairs of a cache, in the order of shards and rows."""
 
     shard_names: tuple[str, ...]
-    shard: Int[np.ndarray, "pair"]
+    shard: Int[np.ndarray, " pair"]
     """Index into `shard_names`."""
-    row: Int[np.ndarray, "pair"]
+    row: Int[np.ndarray, " pair"]
     image: Int[np.ndarray, "pair side"]
     """Rows of the images in their shard: win, lose."""
-    num_images: Int[np.ndarray, "pair"]
+    num_images: Int[np.ndarray, " pair"]
     """Of the pair's group."""
     pair_id: np.ndarray
     prompt: np.ndarray
     """The original caption, also where it was dropped."""
-    caption_dropped: Bool[np.ndarray, "pair"]
-    label: Float[np.ndarray, "pair"]
+    caption_dropped: Bool[np.ndarray, " pair"]
+    label: Float[np.ndarray, " pair"]
     timestep: Int[np.ndarray, "pair record"]
     reference_error: Float32[np.ndarray, "pair side record"]
     inversion_error: Float32[np.ndarray, "pair side"]
@@ -51,12 +51,12 @@ class PairTable:
         return self.first_seen & np.isfinite(self.inversion_error)
 
     @property
-    def mean_reference_error(self) -> Float[np.ndarray, "pair"]:
+    def mean_reference_error(self) -> Float[np.ndarray, " pair"]:
         """Mean over the pair's timesteps and sides."""
         return self.reference_error.astype(np.float64).mean((1, 2))
 
     @property
-    def worst_inversion_error(self) -> Float[np.ndarray, "pair"]:
+    def worst_inversion_error(self) -> Float[np.ndarray, " pair"]:
         """The larger of the two sides; NaN: not measured."""
         return self.inversion_error.astype(np.float64).max(1)
 

@@ -18,16 +18,16 @@ class PairView:
     prompt: str
     caption_dropped: bool
     label: float
-    timestep: Int[np.ndarray, "record"]
-    a: Float[np.ndarray, "record"]
-    s: Float[np.ndarray, "record"]
+    timestep: Int[np.ndarray, " record"]
+    a: Float[np.ndarray, " record"]
+    s: Float[np.ndarray, " record"]
     x0: Float[np.ndarray, "side c h w"]
     x_t: Float[np.ndarray, "side record c h w"]
     target: Float[np.ndarray, "side record c h w"]
     delta: Float[np.ndarray, "side record c h w"] | None
     x0_t: Float[np.ndarray, "side record c h w"] | None
     reference_error: Float[np.ndarray, "side record"]
-    inversion_error: Float[np.ndarray, "side"]
+    inversion_error: Float[np.ndarray, " side"]
     """NaN: not measured."""
 
     @property

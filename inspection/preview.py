@@ -30,7 +30,7 @@ class LinearPreview:
     """rgb = latent @ weight + bias, one pixel per latent position."""
 
     weight: Float[np.ndarray, "c 3"]
-    bias: Float[np.ndarray, "3"]
+    bias: Float[np.ndarray, " 3"]
     note: str
 
     def __call__(self, latents: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n height width 3"]:

@@ -33,10 +33,10 @@ class Again:
     error_at_stored: Float[np.ndarray, "pair side record"]
     """The reference error that this network gives at the stored x_t and target."""
     prediction_rms: Float[np.ndarray, "pair side record"]
-    """RMS of its noise prediction there."""
+    """RMS of its prediction there."""
     x_t: Float[np.ndarray, "pair side record c h w"]
     target: Float[np.ndarray, "pair side record c h w"]
-    finite: Bool[np.ndarray, "pair"]
+    finite: Bool[np.ndarray, " pair"]
     """Whether both images' new inversions hold numbers."""
 
     def change(self, name: str) -> Float[np.ndarray, "pair side record"]:
@@ -58,8 +58,8 @@ class Again:
 
 
 def choose_pairs(
-    table: PairTable, count: int, *, among: Bool[np.ndarray, "pair"] | None = None
-) -> Int[np.ndarray, "chosen"]:
+    table: PairTable, count: int, *, among: Bool[np.ndarray, " pair"] | None = None
+) -> Int[np.ndarray, " chosen"]:
     """`count` rows of the table, drawn by the hash of the pair id: the same on every run, spread over the cache."""
     rows = np.arange(len(table)) if among is None else np.flatnonzero(among)
     hashes = [stable_hash("inspect", table.pair_id[row]) for row in rows]
@@ -72,7 +72,10 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     Raises CacheMismatch if it takes other latents or conditions or walks other levels than the cache's.
     """
     manifest = cache.manifest
-    shape, levels = model.family.latent_shape(model.config, manifest.resolution[0]), LevelTables.of(model.levels)
+    shape, levels = (
+        model.family.latent_shape(model.config, manifest.resolution[0]),
+        LevelTables.of(model.levels_of(manifest)),
+    )
     same = same_levels(levels, manifest.levels)
     # The very weights under another scheduler's configuration would be read as predicting something else.
     found, stored = model.fingerprints, manifest.fingerprints
@@ -90,13 +93,13 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     network = model.load_network()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
-    return model.denoiser(network, cache.levels, network_dtype=manifest.network_dtype)
+    return model.denoiser(network, manifest, network_dtype=manifest.network_dtype)
 
 
 def reinvert(
     cache: Cache,
     table: PairTable,
-    chosen: Int[np.ndarray, "chosen"],
+    chosen: Int[np.ndarray, " chosen"],
     denoiser: Denoiser,
     on_pairs: Callable[[int], None] = lambda count: None,
     damaged: dict[str, InpoError] | None = None,
@@ -119,7 +122,7 @@ def reinvert(
         on_pairs(len(rows))
 
 
-def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> Again:
+def _again(shard: Shard, rows: Int[np.ndarray, " pair"], denoiser: Denoiser) -> Again:
     manifest = shard.cache.manifest
     sides, groups = shard.sides(rows), shard.groups(rows)
     images, inverted = _invert_images(shard, sides, denoiser)
@@ -146,7 +149,7 @@ def _again(shard: Shard, rows: Int[np.ndarray, "pair"], denoiser: Denoiser) -> A
 
 def _invert_images(
     shard: Shard, sides: Int[np.ndarray, "pair side"], denoiser: Denoiser
-) -> tuple[Int[np.ndarray, "image"], Inverted]:
+) -> tuple[Int[np.ndarray, " image"], Inverted]:
     """(rows, inversion) of some images and of those that walk with them, as precompute inverted them; of a large group
     no more than these."""
     manifest = shard.cache.manifest
@@ -183,7 +186,8 @@ def _at_stored(
     x_t: Float[np.ndarray, "pair side record c h w"],
     target: Float[np.ndarray, "pair side record c h w"],
 ) -> tuple[Float[np.ndarray, "pair side record"], Float[np.ndarray, "pair side record"]]:
-    """(MSE(target - eps), RMS of eps) with eps the network's prediction at the stored x_t under the caption."""
+    """(MSE(target - eps), RMS of eps) with eps the network's prediction, of what the target
+    is of, at the stored x_t under the caption."""
     errors, sizes = np.empty(x_t.shape[:3], np.float32), np.empty(x_t.shape[:3], np.float32)
     for pair, images in enumerate(sides):
         condition = Condition.of(shard, images).to(denoiser.device)

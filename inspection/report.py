@@ -236,7 +236,7 @@ def _inversion_figures(table: PairTable, total: int) -> list[str]:
     ]
 
 
-def _edges(values: Float[np.ndarray, "value"], include: float) -> Float[np.ndarray, "edge"]:
+def _edges(values: Float[np.ndarray, " value"], include: float) -> Float[np.ndarray, " edge"]:
     """30 bins from the smallest to the largest value, `include` among them; outliers beyond 99.5% in the last one."""
     low, high = min(float(values.min()), include), max(float(np.quantile(values, 0.995)), include)
     return np.linspace(low, high if high > low else low + 1.0, 31)
@@ -279,7 +279,7 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
     return figures
 
 
-def _noise_norms(cache: Cache, table: PairTable, damaged: dict[str, InpoError]) -> Float[np.ndarray, "value"]:
+def _noise_norms(cache: Cache, table: PairTable, damaged: dict[str, InpoError]) -> Float[np.ndarray, " value"]:
     """RMS of delta (of the target, where no delta is stored) over a random sample, one value per image and record."""
     path = "delta" if cache.manifest.profile == "full" else "target"
     found = [np.zeros(0)]

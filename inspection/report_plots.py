@@ -45,8 +45,8 @@ class _Axes:
 
 
 def histogram(
-    values: Float[np.ndarray, "value"],
-    edges: Float[np.ndarray, "edge"],
+    values: Float[np.ndarray, " value"],
+    edges: Float[np.ndarray, " edge"],
     *,
     x_label: str,
     y_label: str,

@@ -127,13 +127,13 @@ def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table
     )
 
 
-def _shown_records(count: int) -> Int[np.ndarray, "shown"]:
+def _shown_records(count: int) -> Int[np.ndarray, " shown"]:
     """All of them, or so many evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_TIMESTEPS)).round().astype(int))
 
 
 def _cells(
-    view: PairView, preview: Preview, records: Int[np.ndarray, "shown"]
+    view: PairView, preview: Preview, records: Int[np.ndarray, " shown"]
 ) -> tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]:
     """(names of the columns of one timestep, (win, lose) pictures from left to right)."""
 

@@ -1,6 +1,8 @@
 """`inpo inspect summary`: a cache in figures, from its documents and small arrays; no latent is read."""
 
 import itertools
+import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -78,6 +80,8 @@ class Summary:
     """Of them those of texts."""
     timesteps: list[TimestepBin]
     inversion_error: InversionError
+    spread: float | None
+    """How far rounding moves the root of a reference error: root mean square over the shards; None: not measured."""
     num_nan: dict[str, int]
     """Not-finite values by small array; inversion_error's NaN means not measured and is not counted."""
     first_commit: str | None
@@ -118,6 +122,7 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
         for path, size in text.files.items():
             array_bytes[f"texts/{_array_of(path)}"] += size
         seconds["texts"] += sum(text.seconds.values())  # type: ignore[assignment]
+    spreads = [commit.spread for commit in commits if commit.spread is not None]
     created = sorted(commit.created for commit in [*commits, *texts])
     return Summary(
         location=cache.location,
@@ -147,6 +152,7 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
         text_bytes=sum(sum(text.files.values()) for text in texts),
         timesteps=timestep_bins(table, cache.manifest.num_train_timesteps),
         inversion_error=_inversion_error(table),
+        spread=math.sqrt(statistics.fmean(each**2 for each in spreads)) if spreads else None,
         num_nan={
             "reference_error": int((~np.isfinite(table.reference_error[table.first_seen])).sum()),
             "inversion_error": int(np.isinf(table.inversion_error[table.first_seen]).sum()),

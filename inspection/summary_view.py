@@ -164,6 +164,8 @@ def _statistics(summary: Summary) -> Table:
         )
     else:
         table.add_row("inversion error", f"measured on none of {images:,} images (precompute --measure-inversion)")
+    if summary.spread is not None:
+        table.add_row("spread", f"{number(summary.spread)}: how far rounding moves the root of a reference error")
     found = {name: count for name, count in summary.num_nan.items() if count}
     table.add_row("NaN or infinity", ", ".join(f"{count:,} in {name}" for name, count in found.items()) or "none")
     if summary.num_soft_labels:

@@ -184,7 +184,7 @@ def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
     def sizes(result: ShardResult, path: str) -> list[int] | None:
         axes = manifest.text_specs[path].axes[1:]
         found = zip(axes, result.row_shapes.get(path, ()), strict=False)
-        return [size for axis, size in found if axis != "token" or manifest.max_tokens is None] or None
+        return [size for axis, size in found if axis != "token" or not manifest.is_padded] or None
 
     empty = next((result for result in results if result.shard == f"{_TEXTS}{EMPTY_PROMPT}"), None)
     findings = []

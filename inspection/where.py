@@ -52,11 +52,11 @@ _MOST_CHARACTERS = 2000
 class Truth:
     """Three-valued: true where `yes`, false where `no`, unknown where neither."""
 
-    yes: Bool[np.ndarray, "pair"]
-    no: Bool[np.ndarray, "pair"]
+    yes: Bool[np.ndarray, " pair"]
+    no: Bool[np.ndarray, " pair"]
 
     @property
-    def unknown(self) -> Bool[np.ndarray, "pair"]:
+    def unknown(self) -> Bool[np.ndarray, " pair"]:
         return ~self.yes & ~self.no
 
 
@@ -134,7 +134,7 @@ class _Evaluation:
             return Truth(yes=values, no=~values)
         raise self._refuse(node, "a comparison, or comparisons joined by and, or, not")
 
-    def value(self, node: ast.expr) -> Shaped[np.ndarray, "pair"]:
+    def value(self, node: ast.expr) -> Shaped[np.ndarray, " pair"]:
         count = len(self.table)
         if isinstance(node, ast.Name):
             if node.id not in COLUMNS:
@@ -152,7 +152,7 @@ class _Evaluation:
                 return _ARITHMETIC[type(node.op)](self._number(node.left), self._number(node.right))
         raise self._refuse(node, "a column, a number, a text, or + - * / of numbers")
 
-    def _number(self, node: ast.expr) -> Shaped[np.ndarray, "pair"]:
+    def _number(self, node: ast.expr) -> Shaped[np.ndarray, " pair"]:
         values = self.value(node)
         if values.dtype.kind != "f":
             raise self._refuse(node, "a number")

@@ -9,7 +9,8 @@ from typing import Any
 from inpo.common.cache.schema import LevelTables, Manifest
 from inpo.common.denoiser import default_dtype
 from inpo.common.errors import UsageError
-from inpo.common.inversion import check_settings
+from inpo.common.inversion import check_distinct, check_settings
+from inpo.common.levels import TimeSettings
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
@@ -42,17 +43,12 @@ def configure(
 
 def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: str) -> Manifest:
     """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made."""
-    levels = model.levels
     vae = model.config("vae")
     family = model.family
-    factor = family.pixel_step(model.config)
-    identity = settings.inverter_identity(levels.num_train_timesteps)
-    check_settings(
-        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
-    )
+    static = family.static(model.config)
+    _refuse_unused(settings, model, static)
     network_dtype = settings.dtype or default_dtype(device_type)
-    # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
-    vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
+    factor = family.pixel_step(model.config)
     if settings.resolution % factor:
         raise UsageError(
             "The resolution does not fit the model.",
@@ -61,6 +57,21 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             got=settings.resolution,
             fix=f"round it up to {-(-settings.resolution // factor) * factor}",
         )
+    latent_shape = family.latent_shape(model.config, settings.resolution)
+    times = TimeSettings(
+        density=settings.levels or "logit-normal",
+        shift=settings.shift or "auto",
+        latent_shape=latent_shape,
+        network_dtype=network_dtype,
+    )
+    levels = family.levels(model.scheduler, times)
+    identity = settings.inverter_identity(levels.num_train_timesteps)
+    check_settings(
+        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
+    )
+    check_distinct(levels, settings.grid_points)
+    # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
+    vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.faithful and settings.group != "pair":
         raise UsageError(
             "--faithful draws its noise by pair.",
@@ -71,15 +82,16 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         )
     return Manifest(
         family=family.name,
-        latent_shape=family.latent_shape(model.config, settings.resolution),
+        latent_shape=latent_shape,
         levels=LevelTables.of(levels),
         conditions=dict(family.conditions),
+        static=static | ({} if settings.embedded_guidance is None else {_GUIDANCE: settings.embedded_guidance}),
         profile=settings.profile,
         extra=settings.extra,
         seed=settings.seed,
         timesteps_per_pair=settings.timesteps_per_pair,
         group=settings.group,
-        max_tokens=family.max_tokens,
+        max_tokens=settings.max_tokens or family.max_tokens,
         resolution=(settings.resolution, settings.resolution),
         crop=settings.crop,
         flip=settings.flip,
@@ -91,6 +103,37 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         fingerprints=model.fingerprints,
         versions={name: version(name) for name in ("torch", "diffusers", "transformers", "zarr", "numpy", "pillow")},
     )
+
+
+_GUIDANCE = "embedded_guidance"
+
+
+def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[str, float]) -> None:
+    """Raise UsageError for an option that this model has no use for."""
+    is_flow = model.family.space == "velocity"
+    for value, option, is_used, why in (
+        (settings.levels, "--levels", is_flow, "its scheduler has a table of levels"),
+        (settings.shift, "--shift", is_flow, "its scheduler has a table of levels"),
+        (settings.embedded_guidance, "--embedded-guidance", _GUIDANCE in static, "its network is told no guidance"),
+        (settings.max_tokens, "--max-tokens", model.family.max_tokens is not None, "its text encoders have one length"),
+    ):
+        if value is not None and not is_used:
+            raise UsageError(
+                "The model has no use for this option.",
+                where=option,
+                expected=f"no {option} for {model.family.title}: {why}",
+                got=value,
+                fix="leave it out",
+            )
+    most = model.family.most_tokens
+    if settings.max_tokens is not None and most is not None and settings.max_tokens > most:
+        raise UsageError(
+            "The model does not take prompts that long.",
+            where="--max-tokens",
+            expected=f"at most {most}",
+            got=settings.max_tokens,
+            fix=f"take {most} or fewer",
+        )
 
 
 def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:

@@ -65,21 +65,25 @@ class ImageEncoder:
 class TextEncoder:
     """A family's own prompt encoding."""
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family, *, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, family: Family, *, device: torch.device, max_tokens: int | None = None
+    ) -> None:
         self.pipeline = pipeline.to(device)
         self.family = family
         self.device = device
+        self.max_tokens = max_tokens
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Shaped[Tensor, "prompt ..."]]:
         """{condition: rows} of what prompts own, in the conditions' dtypes, on the CPU."""
         parts: list[dict[str, Tensor]] = []
         for first in range(0, len(prompts), _PROMPTS_PER_TEXT_CALL):
-            encoded = self.family.encode(self.pipeline, prompts[first : first + _PROMPTS_PER_TEXT_CALL], self.device)
+            chunk = prompts[first : first + _PROMPTS_PER_TEXT_CALL]
+            encoded = self.family.encode(self.pipeline, chunk, self.device, self.max_tokens)
             dtypes = {name: getattr(torch, self.family.conditions[name].dtype) for name in encoded}
             parts.append({name: tensor.to(dtypes[name]).cpu() for name, tensor in encoded.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the model sees only the beginning of a prompt."""
-        return self.family.is_cut(self.pipeline, prompt)
+        return self.family.is_cut(self.pipeline, prompt, self.max_tokens)

@@ -59,7 +59,7 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     compile_components(components, model, manifest, settings)
     latents = 2 * settings.batch_size
     x = torch.randn(latents, *manifest.latent_shape, device=device)
-    condition = model.family.blank(model.config, latents, settings.resolution).to(device)
+    condition = model.family.blank(model.config, latents, settings.resolution, manifest.max_tokens).to(device)
     timestep = torch.full((latents,), manifest.num_train_timesteps // 2, device=device)
     times = []
     with torch.inference_mode():

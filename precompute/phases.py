@@ -22,6 +22,8 @@ def load_worker(
     """Load what a phase needs onto `device`, and no more: text encoders and network are never there together."""
     gc.collect()  # references in a circle would keep the models of the phase before on the device
     if phase == "texts":
-        encoder = TextEncoder(model.load_text_pipeline(), model.family, device=device)
+        encoder = TextEncoder(
+            model.load_text_pipeline(), model.family, device=device, max_tokens=writer.manifest.max_tokens
+        )
         return TextWorker(encoder=encoder, writer=writer)
     return build_worker(model, writer, settings, device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from inpo.common.errors import StorageError
 from inpo.common.inversion import build_path
 from inpo.common.models import Model
 from inpo.common.space import free_bytes, human_bytes
+from inpo.common.spread import SPREAD_RECORDS
 from inpo.precompute.tasks import ShardTask
 
 _SAMPLED_PATHS = 200
@@ -45,7 +46,8 @@ class Plan:
 
     @property
     def network_calls(self) -> int:
-        return round(2 * self.num_pairs * self.network_calls_per_image)
+        measured = SPREAD_RECORDS * (self.num_shards - self.num_committed)
+        return round(2 * self.num_pairs * self.network_calls_per_image) + measured
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -64,8 +66,9 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
     """Estimate what the tasks that are not committed yet will cost."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
+    lengths = model.family.lengths(model.config, manifest.max_tokens)
     own = {
-        spec.array(name).path: dict(zip(spec.axes, model.family.lengths(model.config)[name], strict=True))
+        spec.array(name).path: dict(zip(spec.axes, lengths[name], strict=True))
         for name, spec in manifest.conditions.items()
     }
     arrays = [*manifest.arrays, *manifest.text_specs.values()]
@@ -102,10 +105,11 @@ def calls_per_image(manifest: Manifest, model: Model) -> float:
     For fixed_point the maximum of iterations is counted.
     """
     total = 0.0
+    levels = replace(manifest.levels.levels(), sampler=model.levels.sampler)
     for index in range(_SAMPLED_PATHS):
         path = build_path(
             manifest.inverter,
-            model.levels,
+            levels,
             seed=manifest.seed,
             group_id=f"plan-{index}",
             timesteps_per_pair=manifest.timesteps_per_pair,
@@ -133,7 +137,8 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table = Table(title="Plan", show_header=False)
     table.add_row("shards", f"{plan.num_shards} ({plan.num_committed} committed already)")
     table.add_row("pairs to make", f"{plan.num_pairs:,} at most")
-    table.add_row("network calls", f"{plan.network_calls:,} latents, {plan.network_calls_per_image:.2f} per image")
+    per_image = f"{plan.network_calls_per_image:.2f} per image and {SPREAD_RECORDS} per shard"
+    table.add_row("network calls", f"{plan.network_calls:,} latents, {per_image}")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):
         if size and size >= plan.cache_bytes / 1000:
             table.add_row(f"bytes of {name}", human_bytes(size))

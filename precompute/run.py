@@ -96,7 +96,7 @@ def run_precompute(
 
     with _engine(resolved, model, writer, ray_options) as make:
         table = TextTable(writer)
-        texts = list_texts(tasks, whole_shards(writer, table), table, by_length=manifest.max_tokens is not None)
+        texts = list_texts(tasks, whole_shards(writer, table), table, by_length=manifest.is_padded)
         phase("texts", texts, set(), "prompts")
         if is_main and texts:
             num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start

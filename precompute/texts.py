@@ -176,7 +176,7 @@ class TextWorker:
 
     def _trimmed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Without what no prompt of the shard has: tokens behind the longest."""
-        if self.writer.manifest.max_tokens is None:
+        if not self.writer.manifest.is_padded:
             return dict(tensors)
         longest = int(tensors["length"].max())
         specs = self.writer.manifest.conditions

@@ -30,6 +30,7 @@ from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
 from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
+from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
 from inpo.precompute.encode import ImageEncoder
 from inpo.precompute.settings import PrecomputeSettings
@@ -65,7 +66,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
     return Components(
         family=model.family,
-        denoiser=model.denoiser(network, manifest.levels.levels(), network_dtype=manifest.network_dtype),
+        denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
             vae_dtype=manifest.vae_dtype,
@@ -80,12 +81,13 @@ def compile_components(components: Components, model: Model, manifest: Manifest,
     """Compile the network for batches of the settings' size, if they ask for it."""
     denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
     device = denoiser.device
+    blank = family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens)
 
     @torch.inference_mode()
     def first() -> None:
         x = torch.zeros(images, *manifest.latent_shape, device=device)
         timestep = torch.zeros(images, dtype=torch.int64, device=device)
-        denoiser.predict(x, timestep, family.blank(model.config, images, manifest.resolution[0]).to(device))
+        denoiser.predict(x, timestep, blank.to(device))
 
     if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
         denoiser.rows = images
@@ -98,6 +100,7 @@ class _Result:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     texts: Sequence[str] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    spread: float | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -168,6 +171,7 @@ class ShardWorker:
             ),
             skipped=sorted(skipped, key=lambda row: int(row["row"])),
             counts={name: count for name, count in result.counts.items() if count},
+            spread=result.spread,
             seconds=seconds,
         )
 
@@ -194,6 +198,7 @@ class ShardWorker:
         dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
         training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
         images = self._image_conditions(everything.images)
+        caption = self._condition(training, everything, images)
         inverted = invert(
             self.components.denoiser,
             x0,
@@ -201,7 +206,7 @@ class ShardWorker:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=self._condition(training, everything, images),
+            caption=caption,
             empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
@@ -239,7 +244,19 @@ class ShardWorker:
         if inverted.residual is not None:
             missed = (numbers["residual"] > (manifest.inverter.tolerance or 0.0)).any(1)
             counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
-        return _Result(arrays={path: arrays[path] for path in manifest.specs}, texts=texts, counts=counts)
+        return _Result(
+            arrays={path: arrays[path] for path in manifest.specs},
+            texts=texts,
+            counts=counts,
+            spread=measure_spread(
+                self.components.denoiser,
+                inverted,
+                rows,
+                group_of=everything.group_of,
+                caption=caption,
+                images_per_batch=2 * self.pairs_per_batch,
+            ),
+        )
 
     def _condition(self, places: Sequence[Place], arrangement: Arrangement, images: Mapping[str, Tensor]) -> Condition:
         """From the committed texts: what a trainer will see, not what the encoder said."""
@@ -325,7 +342,7 @@ def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
 
 
 def _finite_pairs(
-    arrangement: Arrangement, finite: Bool[Tensor, "image"], what: str, skipped: list[dict[str, Any]]
+    arrangement: Arrangement, finite: Bool[Tensor, " image"], what: str, skipped: list[dict[str, Any]]
 ) -> list[PreparedPair]:
     """The pairs of finite images; the others are added to `skipped`. Never zeroed."""
     kept: list[PreparedPair] = []

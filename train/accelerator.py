@@ -19,7 +19,7 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
     check_launcher()
     precision = _PRECISION[network_dtype]
     for name, ours, option in (
-        ("ACCELERATE_MIXED_PRECISION", precision, f"the network's dtype is {network_dtype} (the cache's, or --dtype)"),
+        ("ACCELERATE_MIXED_PRECISION", precision, f"the network's dtype is {network_dtype} (the cache's)"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(settings.accumulate), "--accumulate decides"),
         ("ACCELERATE_DYNAMO_BACKEND", "no", "--compile decides"),
     ):

@@ -24,11 +24,11 @@ class IndexedShard:
     """A shard's usable pairs: rows, their images and their labels."""
 
     shard: Shard
-    rows: Int[np.ndarray, "used"]
+    rows: Int[np.ndarray, " used"]
     sides: Int[np.ndarray, "used 2"]
     """Rows of the images: win, lose."""
-    group: Int[np.ndarray, "used"]
-    label: Float[np.ndarray, "used"]
+    group: Int[np.ndarray, " used"]
+    label: Float[np.ndarray, " used"]
     """P(win preferred); the objective swaps the sides where it is below 0.5."""
 
     @property

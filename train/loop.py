@@ -83,7 +83,10 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error, reference_error = record_errors(self.denoiser, batch), batch.by_side(batch.reference_error)
+        error, reference_error = (
+            record_errors(self.denoiser, batch, self.objective.space),
+            batch.by_side(batch.reference_error),
+        )
         if self.objective.target == "delta_prev":
             weight = self._weights[batch.record_timestep, None]
             error, reference_error = error * weight, reference_error * weight
@@ -105,11 +108,11 @@ class Trainer:
         def first() -> None:
             batch = self.stream.peek().to(accelerator.device)
             with torch.no_grad():
-                record_errors(self.denoiser, batch)
+                record_errors(self.denoiser, batch, self.objective.space)
             # Of the processes of DDP one may fail alone: none may wait for its gradients. FSDP's wait in the network.
             sharded = accelerator.distributed_type == DistributedType.FSDP
             with nullcontext() if sharded else accelerator.no_sync(self.network):
-                record_errors(self.denoiser, batch).mean().backward()
+                record_errors(self.denoiser, batch, self.objective.space).mean().backward()
 
         def agree(fine: bool) -> bool:
             return float(self._reduce(torch.tensor(float(not fine), device=accelerator.device))) == 0

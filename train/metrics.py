@@ -24,7 +24,7 @@ class Accumulator:
         self._sums = torch.zeros(NUM_BINS, len(_COLUMNS), dtype=torch.float64, device=device)
         self._num_train_timesteps = num_train_timesteps
 
-    def add(self, result: ObjectiveResult, timestep: Int[Tensor, "record"]) -> None:
+    def add(self, result: ObjectiveResult, timestep: Int[Tensor, " record"]) -> None:
         """Add one micro-batch; no synchronisation."""
         columns = torch.stack(
             [

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from inpo.common.choices import Space
 from inpo.train.settings import ObjectiveName, TrainSettings
 
 SMPO_GAMMA = 10.0
@@ -30,18 +31,18 @@ KTO_LOSE_WEIGHT = 1.0
 class ObjectiveResult(NamedTuple):
     """One number per record. All but `loss` are detached and describe the sides in the order that the label prefers."""
 
-    loss: Float[Tensor, "batch"]
-    margin: Float[Tensor, "batch"]
+    loss: Float[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
     """u = -(beta / 2) * m: above 0 the model tells win from lose better than the reference does."""
-    implicit_accuracy: Float[Tensor, "batch"]
+    implicit_accuracy: Float[Tensor, " batch"]
     """1 where u > 0, 0 where u < 0, 0.5 at u = 0 exactly."""
-    win_advantage: Float[Tensor, "batch"]
+    win_advantage: Float[Tensor, " batch"]
     """E_ref - E_theta of the preferred side: above 0 it is denoised better than by the reference."""
-    lose_advantage: Float[Tensor, "batch"]
+    lose_advantage: Float[Tensor, " batch"]
 
 
 Pairwise = Float[Tensor, "batch side"]
-PerRecord = Float[Tensor, "batch"]
+PerRecord = Float[Tensor, " batch"]
 
 
 def inpo(error: Pairwise, reference_error: Pairwise, label: PerRecord, beta: float) -> ObjectiveResult:
@@ -183,6 +184,11 @@ class Objective:
     """True: the function takes a mean over images as its fifth argument."""
     logistic: bool = False
     """True: the loss is -log sigmoid of a multiple of u, hence ln 2 at theta = reference."""
+
+    @property
+    def space(self) -> Space | None:
+        """What the prediction is compared with is of; None: what the cache's targets are of. A delta is noise."""
+        return None if self.target == "target" else "noise"
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Place:
 class OrderedShard:
     """What the order needs to know of a shard: the group of each of its pairs, and K."""
 
-    group: Int[np.ndarray, "pair"]
+    group: Int[np.ndarray, " pair"]
     num_records: int
 
     @property
@@ -53,8 +53,8 @@ class _Epoch:
     """An epoch's windows, one after the other, and where each ends."""
 
     keys: tuple[WindowKey, ...]
-    shards: tuple[Int[np.ndarray, "_"], ...]
-    ends: Int[np.ndarray, "window"]
+    shards: tuple[Int[np.ndarray, " _"], ...]
+    ends: Int[np.ndarray, " window"]
 
 
 class GlobalOrder:

@@ -1,11 +1,13 @@
-"""The zero-step proof: does this cache belong to this model, in this dtype?
+"""The zero-step proof: do the errors of this cache belong to this network?
 
 At theta = reference E_theta = E_ref, record by record, because the reference error was stored for the very point that
-the trainer sees. So before the first update the trainer computes E_theta on a few records and compares. Stated on the
-logit: at beta 2000 an image's error moves the preference logit by 1000 * |E_theta - E_ref|.
+the trainer sees. So before the first update the trainer computes E_theta on a few records and compares. The two differ
+by how their kernels round, which is measured: the cache says how far rounding moved its errors, and the trainer
+measures the same on its own (common/spread.py). What they do not explain is refused.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,28 +18,38 @@ from torch import Tensor
 from inpo.common.cache import Cache
 from inpo.common.cache.derive import mean_square
 from inpo.common.cache.identity import check_components
+from inpo.common.choices import Space
 from inpo.common.denoiser import Denoiser
-from inpo.common.errors import CacheMismatch
+from inpo.common.errors import CacheMismatch, command
 from inpo.common.models import Model
-from inpo.train.index import Index
+from inpo.common.spread import moved, root_mean_square, root_shift
+from inpo.train.index import Index, IndexedShard
 from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
 
-PROOF_BETA = 2000.0
-TOLERANCE = {"float32": 0.02, "bfloat16": 0.2, "float16": 0.1}
-"""Largest error of a record's logit at beta 2000 if cache and run share a dtype; other kernels and batch sizes round
-differently. If they do not share it, float32's tolerance counts: such a run is off by 0.1 to 0.6 as a rule."""
-_RECORDS = 16
-"""Looked at in one call, and at least."""
+_RECORDS = 32
+"""Records that are looked at, at least, if there are so many."""
 _SHARDS = 64
-"""Most shards that are looked at: one call of the network for 16 of them."""
+"""Most shards that are looked at."""
+_MOVES = 32
+"""Errors that are computed again, at least, to measure this run's spread."""
+_NEGLIGIBLE = 1e-6
+"""Of an error: a thousandth of a logit at beta 2000. In float32 other kernels may differ by more than rounding does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the proof found: the largest error of a logit at beta 2000, and both mean errors."""
+    """What the proof found. Shift, spreads and limit are of the root of an error, as in common/spread.py."""
 
-    logit_error: float
-    tolerance: float
+    shift: float
+    """How far E_theta is from E_ref, where that is furthest beyond its limit."""
+    limit: float
+    """What the spreads explain there."""
+    what: str
+    """What is there, in words."""
+    spread: float
+    """Of this run."""
+    cache_spread: float | None
+    """Of the cache; None: not measured."""
     error: float
     reference_error: float
     num_records: int
@@ -45,7 +57,16 @@ class Proof:
     @property
     def holds(self) -> bool:
         # NaN fails too.
-        return self.logit_error <= self.tolerance
+        return self.shift <= self.limit
+
+    def on_logit(self, shift: float, beta: float) -> str:
+        """How far a shift of an image's root error moves the preference logit: (beta / 2) 2 sqrt(E) shift."""
+        return f"{beta * math.sqrt(self.reference_error) * shift:.2g}"
+
+    def spreads(self, beta: float) -> str:
+        """How far rounding moves the logit, here and in the cache."""
+        cache = "not measured" if self.cache_spread is None else self.on_logit(self.cache_spread, beta)
+        return f"rounding moves it by {self.on_logit(self.spread, beta)} in this run, in the cache's by {cache}"
 
 
 def check_fingerprints(cache: Cache, model: Model) -> None:
@@ -60,57 +81,132 @@ def check_fingerprints(cache: Cache, model: Model) -> None:
     )
 
 
-def run_proof(denoiser: Denoiser, index: Index) -> Proof:
+def check_dtype(cache: Cache, dtype: str | None) -> None:
+    """Raise CacheMismatch unless the network is to run in the cache's dtype: its errors are of no other network."""
+    made = cache.manifest.network_dtype
+    if dtype not in (None, made):
+        raise CacheMismatch(
+            "The cache's reference errors were made in another dtype than this run's.",
+            where=cache.location,
+            expected=f"network_dtype {made} (in the cache)",
+            got=f"--dtype {dtype}",
+            fix=f"leave --dtype out: a run takes the cache's; or `{command('precompute', '--dtype', dtype)}` into a "
+            "cache of its own",
+        )
+
+
+def run_proof(denoiser: Denoiser, index: Index, *, batch_size: int) -> Proof:
     """Compare E_theta with the stored E_ref, record by record, on a sample from the whole index.
 
     Up to 64 shards give a record at least; of more, 64 that lie evenly among them. The network must be in eval mode
-    with its initial weights.
+    with its initial weights. `batch_size` records go through it together, as in training.
     """
-    errors, stored = [], []
-    with torch.no_grad():
-        for batch in _sample(index):
-            errors.append(record_errors(denoiser, batch.to(denoiser.device)).cpu())
-            stored.append(batch.by_side(batch.reference_error))
-    error, reference_error = torch.cat(errors), torch.cat(stored)
-    # Side by side: their difference, which the logit is made of, would hide an error that both share.
-    logit_error = 0.5 * PROOF_BETA * (error - reference_error).abs().max()
-    cache_dtype = index.training[0].shard.cache.manifest.network_dtype
+    sample = _sample(index)
+    places = [place for _, of_shard in sample for place in of_shard]
+    error, stored = _errors(denoiser, places, batch_size)
+    shift = root_shift(error, stored)
+    spread = _measure_spread(denoiser, places, batch_size, error)
+    known = [found for shard, _ in sample if (found := shard.shard.commit.spread) is not None]
+    cache_spread = root_mean_square(torch.tensor(known, dtype=torch.float64)) if known else None
+    mean = float(stored.mean())
+    scale = spread if cache_spread is None else math.hypot(spread, cache_spread) / math.sqrt(2)
+    findings = [_judge(shift, scale, "of all records")]
+    for (shard, of_shard), values in zip(sample, shift.split([len(of_shard) for _, of_shard in sample]), strict=True):
+        findings.append(_judge(values, scale, f"of {len(of_shard)} records of shard {shard.shard.name}"))
+    negligible = math.sqrt(mean + _NEGLIGIBLE) - math.sqrt(mean)
+    found, limit, what = max(findings, key=lambda each: each[0] - each[1] if math.isfinite(each[0]) else math.inf)
     return Proof(
-        logit_error=float(logit_error),
-        tolerance=TOLERANCE[denoiser.network_dtype if denoiser.network_dtype == cache_dtype else "float32"],
+        shift=found,
+        limit=max(limit, negligible),
+        what=what,
+        spread=spread,
+        cache_spread=cache_spread,
         error=float(error.mean()),
-        reference_error=float(reference_error.mean()),
+        reference_error=mean,
         num_records=len(error),
     )
 
 
-def refuse(proof: Proof, cache: Cache, denoiser: Denoiser) -> CacheMismatch:
+def refuse(proof: Proof, cache: Cache, *, beta: float) -> CacheMismatch:
     """The error for a proof that does not hold."""
     return CacheMismatch(
         "Zero-step proof failed: before any update the model does not reproduce the cache's reference errors.",
         where=cache.location,
-        expected=f"mean E_ref {proof.reference_error:.6g}; logit off by at most {proof.tolerance} at beta 2000",
-        got=f"mean E_theta {proof.error:.6g}; logit off by {proof.logit_error:.4g} on {proof.num_records} records",
-        fix=f"likely reasons: another dtype (cache {cache.manifest.network_dtype}, here {denoiser.network_dtype}), "
-        "other weights or variant, other library versions "
+        expected=f"mean E_ref {proof.reference_error:.6g}; the logit at beta {beta:g} off by at most "
+        f"{proof.on_logit(proof.limit, beta)}: {proof.spreads(beta)}",
+        got=f"mean E_theta {proof.error:.6g}; the logit off by {proof.on_logit(proof.shift, beta)}, {proof.what}",
+        fix="likely reasons: other weights or variant, other library versions "
         f"({', '.join(f'{name} {value}' for name, value in cache.manifest.versions.items())} made the cache), "
         "or damage: run `inpo inspect verify`",
     )
 
 
-def record_errors(denoiser: Denoiser, batch: Batch) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - eps_theta(x_t, t, c)) of both sides of every record, in one network call for all images."""
-    eps = denoiser(batch.x_t.float(), batch.timestep, batch.condition)
-    return batch.by_side(mean_square(batch.aim.float() - eps))
+def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
+    """E = MSE(aim - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+
+    `space`: what the aim is of; None: what the levels' targets are of.
+    """
+    return _record_errors(denoiser, batch, batch.x_t.float(), space)
 
 
-def _sample(index: Index) -> Iterator[Batch]:
-    """A bounded number of records, spread over the shards and over each shard's records, in batches."""
+def _record_errors(
+    denoiser: Denoiser, batch: Batch, x_t: Float[Tensor, "slot c h w"], space: Space | None = None
+) -> Float[Tensor, "record side"]:
+    """At points of one's own."""
+    predicted = denoiser(x_t, batch.timestep, batch.condition, space)
+    return batch.by_side(mean_square(batch.aim.float() - predicted))
+
+
+def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tuple[float, float, str]:
+    """(shift, limit, what) of some records: of their mean or their root mean square, whichever is further off.
+
+    Two networks that round like those of the spreads are `scale` apart, up and down alike, so that the mean is nearer
+    to 0. The smaller the sample, the wider both scatter. Half a scale of the mean is for kernels that round otherwise.
+    """
+    scatter = 4 / math.sqrt(shift.numel())
+    noise, mean = root_mean_square(shift), abs(float(shift.double().mean()))
+    all_limit, mean_limit = (1 + scatter) * scale, (0.5 + scatter) * scale
+    if mean - mean_limit > noise - all_limit:
+        return mean, mean_limit, f"mean {where}"
+    return noise, all_limit, f"root mean square {where}"
+
+
+@torch.no_grad()
+def _errors(
+    denoiser: Denoiser, places: Sequence[RecordPlace], batch_size: int, generator: torch.Generator | None = None
+) -> tuple[Float[Tensor, "record side"], Float[Tensor, "record side"]]:
+    """(E_theta, E_ref) on the CPU; with a generator E_theta at points that are moved by a rounding."""
+    errors, stored = [], []
+    for start in range(0, len(places), batch_size):
+        batch = gather(places[start : start + batch_size])
+        there = batch.to(denoiser.device)
+        x_t = there.x_t.float()
+        x_t = x_t if generator is None else moved(x_t, denoiser.network_dtype, generator)
+        errors.append(_record_errors(denoiser, there, x_t).cpu())
+        stored.append(batch.by_side(batch.reference_error))
+    return torch.cat(errors), torch.cat(stored)
+
+
+def _measure_spread(
+    denoiser: Denoiser, places: Sequence[RecordPlace], batch_size: int, error: Float[Tensor, "record side"]
+) -> float:
+    """This run's spread: the records again, in batches of another size, among other neighbours."""
+    other_size = batch_size // 2 if batch_size > 1 else 2
+    generator = torch.Generator().manual_seed(0)
+    shifts = []
+    for _ in range(math.ceil(_MOVES / error.numel())):
+        again, _ = _errors(denoiser, places[::-1], other_size, generator)
+        shifts.append(root_shift(again.flip(0), error))
+    return root_mean_square(torch.cat(shifts))
+
+
+def _sample(index: Index) -> list[tuple[IndexedShard, list[RecordPlace]]]:
+    """A bounded number of records, spread over the shards and over each shard's records."""
     trained = {id(each.shard) for each in index.training}
     shards = [*index.training, *(each for each in index.held_out if id(each.shard) not in trained)]
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _SHARDS)).round().astype(np.int64))
     ends = np.linspace(0, max(_RECORDS, len(chosen)), len(chosen) + 1).round().astype(np.int64)
-    places: list[RecordPlace] = []
+    found = []
     for turn, number in enumerate(chosen.tolist()):
         shard = shards[number]
         of_pair = shard.shard.cache.manifest.timesteps_per_pair
@@ -119,6 +215,5 @@ def _sample(index: Index) -> Iterator[Batch]:
         # A stride through the records would meet few of a pair's; walk through them instead.
         step = (ends[turn] + np.arange(len(records))) % of_pair
         loaded = LoadedShard(shard, pairs, step, Needs())
-        places += [loaded.record(*each) for each in zip(pairs.tolist(), step.tolist(), strict=True)]
-    for start in range(0, len(places), _RECORDS):
-        yield gather(places[start : start + _RECORDS])
+        found.append((shard, [loaded.record(*each) for each in zip(pairs.tolist(), step.tolist(), strict=True)]))
+    return found

@@ -20,14 +20,14 @@ class Batch:
     x_t: Float16[Tensor, "slot c h w"]
     aim: Float16[Tensor, "slot c h w"]
     """What the prediction is compared with: the target, or what the objective aims at."""
-    reference_error: Float32[Tensor, "slot"]
-    timestep: Int[Tensor, "slot"]
+    reference_error: Float32[Tensor, " slot"]
+    timestep: Int[Tensor, " slot"]
     sides: Int[Tensor, "record 2"]
     """Slots of each record's images: win, lose."""
-    label: Float32[Tensor, "record"]
+    label: Float32[Tensor, " record"]
     prompts: Condition
     """What prompts own, one row per prompt."""
-    prompt: Int[Tensor, "slot"]
+    prompt: Int[Tensor, " slot"]
     """The row of each slot's prompt."""
     images: Condition
     """What images own, one row per slot."""
@@ -42,10 +42,10 @@ class Batch:
         return Condition(**self.prompts.rows(self.prompt), **self.images)
 
     @property
-    def record_timestep(self) -> Int[Tensor, "record"]:
+    def record_timestep(self) -> Int[Tensor, " record"]:
         return self.timestep[self.sides[:, 0]]
 
-    def by_side(self, values: Float[Tensor, "slot"]) -> Float[Tensor, "record side"]:
+    def by_side(self, values: Float[Tensor, " slot"]) -> Float[Tensor, "record side"]:
         """Numbers of slots as each record's win and lose."""
         return values[self.sides]
 
@@ -79,7 +79,11 @@ class LoadedShard:
     """The records of one shard that some micro-batches ask for, in memory: each image's once."""
 
     def __init__(
-        self, indexed: IndexedShard, pairs: Int[np.ndarray, "record"], records: Int[np.ndarray, "record"], needs: Needs
+        self,
+        indexed: IndexedShard,
+        pairs: Int[np.ndarray, " record"],
+        records: Int[np.ndarray, " record"],
+        needs: Needs,
     ) -> None:
         """`pairs` numbers positions in `indexed.rows`, `records` which of its K each of them shows."""
         shard = indexed.shard
@@ -100,13 +104,13 @@ class LoadedShard:
         groups, self._prompt = np.unique(shard.read("image/group", images), return_inverse=True)
         self._prompts = read_prompts(shard.cache.texts, training_places(shard, groups))
 
-    def _points(self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]) -> Float16[np.ndarray, "n c h w"]:
+    def _points(self, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]) -> Float16[np.ndarray, "n c h w"]:
         """x_t; of a lean cache from the target that has been read already."""
         if "x_t" in self._shard.stored or self.needs.aim != "target":
             return self._shard.read_records("x_t", images, records)
         return self._shard.derive_records(images, records, self._aim)
 
-    def _errors(self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    def _errors(self, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         if not self.needs.eps_ref:
             found: np.ndarray = self._shard.read("reference_error")[images, records]
             return found
@@ -165,7 +169,7 @@ class LoadedShard:
                     fix="leave this cache out, or make the shard again",
                 )
 
-    def _check_finite(self, images: Int[np.ndarray, "n"]) -> None:
+    def _check_finite(self, images: Int[np.ndarray, " n"]) -> None:
         """A cache holds finite numbers only; one that does not is damaged, and says which pair."""
         shard = self._shard
         for name, values in (

@@ -27,7 +27,7 @@ from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, beta_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
-from inpo.train.proof import check_fingerprints, refuse, run_proof
+from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
@@ -71,9 +71,10 @@ def run_train(
     needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
+        check_dtype(cache, settings.dtype)
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
-    network_dtype = settings.dtype or opened[0].manifest.network_dtype
+    network_dtype = opened[0].manifest.network_dtype
     index = build_index(
         opened,
         soft=objective.labels == "soft",
@@ -117,7 +118,7 @@ def run_train(
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
-    denoiser = model.denoiser(wrapped, opened[0].levels, network_dtype=network_dtype)
+    denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
 
     stream = RecordStream(
         index,
@@ -247,12 +248,14 @@ def _start(
             part = index.of(cache)
             if not part.training:
                 continue
-            proof = run_proof(trainer.denoiser, part)
+            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size)
             if not proof.holds:
-                raise refuse(proof, cache, trainer.denoiser)
+                raise refuse(proof, cache, beta=trainer.beta)
             say(
-                f"zero-step proof holds: E_theta {proof.error:.6g}, E_ref {proof.reference_error:.6g}, logit off by "
-                f"{proof.logit_error:.2g} (at most {proof.tolerance}) on {proof.num_records} records"
+                f"zero-step proof holds: E_theta {proof.error:.6g}, E_ref {proof.reference_error:.6g} on "
+                f"{proof.num_records} records; the logit at beta {trainer.beta:g} off by "
+                f"{proof.on_logit(proof.shift, trainer.beta)} ({proof.what}), at most "
+                f"{proof.on_logit(proof.limit, trainer.beta)}: {proof.spreads(trainer.beta)}"
             )
     start = trainer.write_start()
     at_reference = trainer.objective.logistic and not settings.init_from

@@ -67,7 +67,7 @@ class TrainSettings(Section):
     s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."""
 
     dtype: DtypeName | None = None
-    """Network dtype; unset: the cache's, which the stored reference errors belong to."""
+    """Network dtype, which must be the cache's: the stored reference errors belong to it."""
     init_from: Location | None = None
     """Start from another model's UNet than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False

@@ -204,7 +204,7 @@ class Window:
         return self._shards[shard].record(pair, record)
 
 
-def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, "position"]:
+def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, " position"]:
     """Positions of a window that fall into this rank's micro-batches."""
     numbers = stream.order.first_record(key) + np.arange(count)
     return np.flatnonzero((numbers // stream.batch_size) % stream.world_size == stream.rank)

@@ -32,7 +32,7 @@ from inpo.common.errors import CacheCorrupt, CacheSchemaError, InpoError, comman
 _Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError)
 """What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
 
-Rows = Int[np.ndarray, "row"] | slice | None
+Rows = Int[np.ndarray, " row"] | slice | None
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
 
@@ -313,7 +313,7 @@ def _decode(data: bytes, out: np.ndarray, *, compressed: bool) -> None:
         Zstd().decode(content, out=out)
 
 
-def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, "row"], path: str) -> Any:
+def _read_rows(array: zarr.Array[Any], rows: Int[np.ndarray, " row"], path: str) -> Any:
     """Some rows in their order, read as runs of neighbours.
 
     zarr's own selection by a list moves every element by six indices, four times slower. Only what was asked for is

@@ -1,9 +1,10 @@
 """The stored-point rule, and what follows from what is stored.
 
 Every stored number describes one and the same point. x0 is rounded to float16 before the inversion; at a kept
-timestep `target` is rounded to float16 first, then x_t is the float16 rounding of a_t * x0 + s_t * target computed in
+timestep `target` is rounded to float16 first, then x_t is the float16 rounding of a * x0 + s * target computed in
 float64, and the network is evaluated AT that x_t. So E_ref is exact for what a trainer sees, and a lean cache, which
-stores no x_t, gives it back bit for bit.
+stores no x_t, gives it back bit for bit. (a, s) are the levels' `mixture`: (a_t, s_t) where the target is noise, (1,
+s_t) where it is velocity.
 
 Products and sums are separate operations on purpose: a fused multiply-add would round differently.
 """
@@ -22,7 +23,7 @@ def stored_point(
 ) -> tuple[Float[Tensor, "*image c h w"], Float[Tensor, "*image c h w"]]:
     """(target, x_t), both float16, nearest to the trajectory's float32 `x_t`.
 
-    tau_t = (x_t - a_t * x0) / s_t (Eq. 18 with Eq. 16), with x0 float16 as stored, a and s float64.
+    tau_t = (x_t - a * x0) / s (Eq. 18 with Eq. 16), with x0 float16 as stored, a and s float64.
     """
     x0 = x0.double()
     target = ((x_t.double() - a * x0) / s).half()
@@ -35,13 +36,13 @@ def point_from_target(
     a: Float[Tensor, "*image 1 1 1"] | float,
     s: Float[Tensor, "*image 1 1 1"] | float,
 ) -> Float[Tensor, "*image c h w"]:
-    """x_t := float16(a_t * x0 + s_t * target), computed in float64."""
+    """x_t := float16(a * x0 + s * target), computed in float64."""
     signal = a * x0.double()
     noise = s * target.double()
     return round_to_half(signal + noise)
 
 
-def round_to_half(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def round_to_half(value: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
     """The float16 nearest to a float64, ties to even: what numpy's `astype` gives.
 
     torch's own conversion goes through float32 and so rounds twice; about one value in 16,000 comes out one step
@@ -75,6 +76,6 @@ def derive_x_t(
     return x_t
 
 
-def mean_square(value: Float[Tensor, "*image c h w"]) -> Float[Tensor, "*image"]:
+def mean_square(value: Float[Tensor, "*image c h w"]) -> Float[Tensor, " *image"]:
     """Mean over channel, height and width of the square: the MSE of the released code."""
     return torch.mean(value.float() ** 2, dim=(-3, -2, -1))

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from inpo.common.cache.reader import Cache
 
 _INVERTS = ("network", "scheduler")
-_ONE_RUN = ("latent_shape", "resolution", "crop", "vae_latent", "vae_dtype", "network_dtype", "family")
+_ONE_RUN = (
+    "latent_shape",
+    "resolution",
+    "crop",
+    "vae_latent",
+    "vae_dtype",
+    "network_dtype",
+    "family",
+    "static",
+    "max_tokens",
+)
 """What caches must share to be trained on together: what x0 and the embeddings are and what inverted them. How they
 were inverted, which pairs were mirrored or lost their caption, and K may differ: each record is whole in itself."""
 
@@ -58,7 +68,8 @@ def same_levels(left: LevelTables, right: LevelTables) -> bool:
 
 def _ends(levels: LevelTables) -> str:
     signal, digits = levels.signal, digest(levels.to_json())[:8]
-    return f"{levels.space}, signal {signal[0]:.9g} to {signal[-1]:.9g}, {len(signal)} values, digest {digits}"
+    chosen = "" if levels.density is None else f" ({levels.density}, shift {levels.shift:g})"
+    return f"{levels.space}{chosen}, signal {signal[0]:.9g} to {signal[-1]:.9g}, {len(signal)} values, digest {digits}"
 
 
 def check_components(cache: "Cache", fingerprints: Mapping[str, str], *, model: str, fix: str) -> None:

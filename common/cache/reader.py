@@ -37,7 +37,7 @@ class TextShard(CommittedArrays):
     def lengths(self) -> dict[str, int]:
         return {"prompt": self.num_prompts}
 
-    def rows(self, name: str, rows: Int[np.ndarray, "row"]) -> Shaped[np.ndarray, "row ..."]:
+    def rows(self, name: str, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
         """What some prompts own under a condition's name."""
         if self.specs[name].num_cut:
             return self.read_chunks(name, rows[:, None])
@@ -165,7 +165,7 @@ class Shard(CommittedArrays):
         raise self._incomplete(path)
 
     def read_records(
-        self, path: str, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"]
+        self, path: str, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]
     ) -> Shaped[np.ndarray, "n c h w"]:
         """Array `path` (x_t, target, ...) at single records: image by image, record by record. As `read`."""
         if path in self.stored and path in self.specs:
@@ -177,21 +177,21 @@ class Shard(CommittedArrays):
         raise self._incomplete(path)
 
     def derive_records(
-        self, images: Int[np.ndarray, "n"], records: Int[np.ndarray, "n"], target: Float[np.ndarray, "n c h w"]
+        self, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"], target: Float[np.ndarray, "n c h w"]
     ) -> Float[np.ndarray, "n c h w"]:
         """x_t at single records, from their stored `target`."""
         from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
 
         distinct, row = np.unique(images, return_inverse=True)
         x0 = self.read_chunks("x0", distinct[:, None])[row]
-        a, s = self.cache.levels.at(self.timesteps()[images, records][:, None])
+        a, s = self.cache.levels.mixture(self.timesteps()[images, records][:, None])
         return derive_x_t(x0, target[:, None], a, s)[:, 0]
 
     def sides(self, pairs: Rows = None) -> Int[np.ndarray, "pair 2"]:
         """Rows of the images of each pair: win, lose."""
         return np.stack([self.read("pair/win", pairs), self.read("pair/lose", pairs)], axis=1).astype(np.int64)
 
-    def groups(self, pairs: Rows = None) -> Int[np.ndarray, "pair"]:
+    def groups(self, pairs: Rows = None) -> Int[np.ndarray, " pair"]:
         """The group of each pair. Raises CacheSchemaError for a pair of images of two groups."""
         groups = self.read("image/group")[self.sides(pairs)].astype(np.int64)
         if (groups[:, 0] != groups[:, 1]).any():
@@ -204,20 +204,20 @@ class Shard(CommittedArrays):
         found: np.ndarray = self.read("timestep")[self.read("image/group", images)]
         return found
 
-    def prompts(self) -> Shaped[np.ndarray, "group"]:
+    def prompts(self) -> Shaped[np.ndarray, " group"]:
         """The original caption of each group, also where it was dropped; objects of str."""
         places = self.read("group/prompt").tolist()
         texts = [self.cache.texts.need(name).text for name in self.commit.texts]
         return np.array([texts[place][row] for place, row in places], dtype=object)
 
-    def dropped(self) -> Bool[np.ndarray, "group"]:
+    def dropped(self) -> Bool[np.ndarray, " group"]:
         """Whether a group was inverted, and is to be trained, under the empty prompt."""
         return self.read("group/caption_dropped")
 
     def _derive_x_t(self, images: Rows) -> Float[np.ndarray, "image record c h w"]:
         from inpo.common.cache.derive import derive_x_t  # torch, which takes seconds
 
-        a, s = self.cache.levels.at(self.timesteps(images))
+        a, s = self.cache.levels.mixture(self.timesteps(images))
         return derive_x_t(self.read("x0", images), self.read("target", images), a, s)
 
     def _incomplete(self, path: str) -> CacheIncomplete:

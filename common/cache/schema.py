@@ -42,7 +42,16 @@ from inpo.common.cache.document import (
     sealed,
 )
 from inpo.common.cache.specs import ARRAYS, TEXT, ArraySpec
-from inpo.common.choices import MAX_TIMESTEPS, DtypeName, ExtraName, GroupName, InverterName, Profile, Space
+from inpo.common.choices import (
+    MAX_TIMESTEPS,
+    DensityName,
+    DtypeName,
+    ExtraName,
+    GroupName,
+    InverterName,
+    Profile,
+    Space,
+)
 from inpo.common.errors import CacheSchemaError
 
 if TYPE_CHECKING:
@@ -107,6 +116,9 @@ class LevelTables(Document):
 
     space: Space
     floor: Annotated[float, Field(gt=0, le=1e3)]
+    density: DensityName | None = None
+    """Of a flow's times, before the shift; None in noise space."""
+    shift: Annotated[float, Field(gt=0, le=1e6)] | None = None
     signal: Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)]
     """a_t for t = 0..T-1."""
     noise: Annotated[tuple[Share, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)]
@@ -120,15 +132,20 @@ class LevelTables(Document):
         lengths = {name: len(getattr(self, name)) for name in _TABLES}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"tables of several lengths: {lengths}")
+        is_flow = self.space == "velocity"
         for name, table in (("signal", self.signal), ("noise", self.noise[::-1])):
-            if table[-1] <= 0 or any(later >= earlier for earlier, later in itertools.pairwise(table)):
+            # A flow's times may stand twice where they are those that a network in half precision sees exactly.
+            steps = [later - earlier for earlier, later in itertools.pairwise(table)]
+            if table[-1] <= 0 or any(step > 0 or (step == 0 and not is_flow) for step in steps):
                 raise ValueError(f"{name} is not strictly monotonic and above 0")
+        if is_flow and not self.noise[0] < self.noise[-1]:
+            raise ValueError("noise is the same at all timesteps")
         return self
 
     @classmethod
     def of(cls, levels: "Levels") -> "LevelTables":
         tables = {name: tuple(getattr(levels, name).tolist()) for name in _TABLES}
-        return cls(space=levels.space, floor=levels.floor, **tables)
+        return cls(space=levels.space, floor=levels.floor, density=levels.density, shift=levels.shift, **tables)
 
     def levels(self) -> "Levels":
         import torch  # takes seconds, and who looks at a manifest walks no levels
@@ -136,7 +153,15 @@ class LevelTables(Document):
         from inpo.common.levels import Levels
 
         signal, noise, label = (torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TABLES)
-        return Levels(space=self.space, floor=self.floor, signal=signal, noise=noise, label=label)
+        return Levels(
+            space=self.space,
+            floor=self.floor,
+            density=self.density,
+            shift=self.shift,
+            signal=signal,
+            noise=noise,
+            label=label,
+        )
 
 
 class Manifest(Document):
@@ -149,6 +174,10 @@ class Manifest(Document):
     levels: LevelTables
     conditions: Annotated[dict[ConditionName, ConditionSpec], Field(min_length=1, max_length=16)]
     """What the network is told beside latent and label, by name."""
+    static: Annotated[
+        dict[ConditionName, Annotated[float, Field(ge=0, le=1e6)]], Field(default_factory=dict, max_length=16)
+    ]
+    """What the network is told alike at every call, by name."""
     profile: Profile
     extra: Annotated[tuple[ExtraName, ...], Field(max_length=2)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -156,7 +185,7 @@ class Manifest(Document):
     group: GroupName
     """Whose images share grid and noise: those of a pair, or those of a shard's pairs of one prompt."""
     max_tokens: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
-    """Tokens that every prompt is padded to (with zeros) for the network; None: text shards hold them so."""
+    """Tokens that a prompt is cut at, and padded to for the network; None: the tokenizers have one number for all."""
     resolution: tuple[Pixels, Pixels]
     """(height, width)."""
     crop: Literal["center"]
@@ -180,6 +209,8 @@ class Manifest(Document):
             raise ValueError(f"a condition cannot be the array {', '.join(sorted(taken))}")
         if not 0 <= low < high <= total:
             raise ValueError(f"timestep_range [{low}, {high}) lies outside 0..{total}")
+        if self.is_padded and self.max_tokens is None:
+            raise ValueError("a length of prompts without max_tokens")
         if self.timesteps_per_pair > self.inverter.grid_points:
             raise ValueError(f"{self.timesteps_per_pair} timesteps per pair on {self.inverter.grid_points} points")
         return self
@@ -198,6 +229,11 @@ class Manifest(Document):
                 fix="use the version of InPO cache that wrote it, or precompute again into a new folder",
             )
         return cls._parse(document, where)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether text shards hold prompts by their length, and readers pad them with zeros to `max_tokens`."""
+        return "length" in self.conditions
 
     @property
     def num_train_timesteps(self) -> int:
@@ -366,6 +402,8 @@ class Commit(AnyCommit):
     source: ShardSource
     counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
     """Things that happened to pairs that were kept, e.g. cut_prompt."""
+    spread: Annotated[float, Field(ge=0, le=1e20)] | None = None
+    """How far rounding moves the root of a reference error (common/spread.py); null: not measured."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Commit":
@@ -376,6 +414,8 @@ class Commit(AnyCommit):
             raise ValueError(f"{self.num_groups} groups of {self.num_pairs} pairs")
         if not 2 * self.num_groups <= self.num_images <= 2 * self.num_pairs:
             raise ValueError(f"{self.num_images} images in {self.num_groups} groups and {self.num_pairs} pairs")
+        if self.spread is not None and not self.num_pairs:
+            raise ValueError(f"a spread of {self.spread} without a pair")
         return self
 
     def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:

@@ -98,7 +98,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         axes=(*_RECORD, *_LATENT),
         chunking="image_record",
         profiles=("full",),
-        meaning="latent at level t: float16 rounding of a_t * x0 + s_t * target, computed in float64",
+        meaning="latent at level t: float16 rounding of A * x0 + B * target, computed in float64",
     ),
     ArraySpec(
         path="delta",
@@ -121,7 +121,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
         chunking="image_record",
-        meaning="tau: what the loss aims at (Eq. 18), rounded to float16 before x_t is formed from it",
+        meaning="tau: what the loss aims at, noise (Eq. 18) or velocity, rounded to float16 before x_t is made of it",
     ),
     ArraySpec(
         path="reference_error",

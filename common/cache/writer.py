@@ -55,6 +55,8 @@ class ShardData:
     skipped: Sequence[Mapping[str, Any]] = ()
     """One {pair_id, reason, detail, row} per row that gave no pair."""
     counts: Mapping[str, int] = field(default_factory=dict)
+    spread: float | None = None
+    """How far rounding moves the root of a reference error; None: not measured, or no pair."""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def length(self, path: str) -> int:
@@ -150,6 +152,7 @@ class CacheWriter:
             "skipped_digest": digest(lines) if lines else None,
             "source": data.source,
             "counts": dict(sorted(data.counts.items())),
+            "spread": data.spread,
         }
         return self._write(Commit, name, data.arrays, self.manifest.specs, values, data.seconds, lines)
 

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
-from inpo.common.conditions import Condition
+from inpo.common.choices import Space
+from inpo.common.conditions import Call, Condition
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.levels import Levels
+from inpo.common.levels import Levels, TimeSettings
 
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
@@ -70,11 +71,17 @@ class Family(ABC):
     """What the network is told beside latent and label. A family with a condition `length` has a mask: what is behind
     so many tokens of a prompt is not stored, and zeros stand for it."""
     max_tokens: int | None = None
-    """Tokens that the network gets of every prompt, where `length` says how many count."""
+    """Tokens of every prompt, unless the user says another number; None: the tokenizers have one for all."""
+    most_tokens: int | None = None
+    """As many as the user may ask for."""
+    space: Space = "noise"
+    """Of targets and errors."""
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     prefixes: Mapping[str, tuple[str, ...]] = {}
     """Where a single file keeps each component's weights; empty: this family has no such file."""
+    patch: int = 1
+    """Elements of a latent's plane in one of the network's input vectors."""
     draw_arguments: Mapping[str, Any] = {}
     """What the pipeline is called with beside prompt, steps, guidance and size."""
     blocks: tuple[str, ...] = ()
@@ -88,11 +95,13 @@ class Family(ABC):
         """Raise ModelError for a model, called `name` in messages, that the equations or the conditions do not hold
         for. `index` is model_index.json, `network` and `vae` are those components' configurations.
         """
-        if network.get("in_channels") != vae.get("latent_channels"):
+        if network.get("in_channels") != self.patch * vae.get("latent_channels", 0):
+            channels = self.patch * vae.get("latent_channels", 0)
+            packed = f"{self.patch} times " if self.patch > 1 else ""
             raise ModelError(
                 f"The {self.network} does not take plain latents of this VAE.",
                 where=name,
-                expected=f"in_channels {vae.get('latent_channels')} (the VAE's latent_channels)",
+                expected=f"in_channels {channels} ({packed}the VAE's latent_channels)",
                 got=f"in_channels {network.get('in_channels')}",
                 fix=f"inpainting and depth models are not supported; supported: {self.title}",
             )
@@ -110,12 +119,13 @@ class Family(ABC):
                     fix="download the model again",
                 )
 
-    @abstractmethod
     def check_network(self, name: str, network: Config) -> None:
         """Raise ModelError for a network's configuration that asks for what this family does not give."""
+        return
 
-    def levels(self, scheduler: object) -> Levels:
-        """Raises ModelError for a scheduler that the equations do not hold for."""
+    def levels(self, scheduler: object, times: TimeSettings | None = None) -> Levels:
+        """The levels; where the family is a flow, those of `times`. Raises ModelError for a scheduler that the
+        equations do not hold for."""
         return Levels.from_scheduler(scheduler)
 
     def prediction(self, scheduler: object) -> str:
@@ -154,18 +164,18 @@ class Family(ABC):
     # Conditions
 
     @abstractmethod
-    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """{name: [prompt, ...]} of what prompts own, from a pipeline that holds tokenizers and text encoders."""
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """{name: [prompt, ...]} of what prompts own, from a pipeline that holds tokenizers and text encoders; cut at
+        `max_tokens`, where a family takes such a number."""
 
-    def token_limit(self, tokenizer: Any) -> int:
-        """How many tokens of a prompt the model sees."""
-        return int(tokenizer.model_max_length)
-
-    def is_cut(self, pipeline: Any, prompt: str) -> bool:
+    def is_cut(self, pipeline: Any, prompt: str, max_tokens: int | None = None) -> bool:
         """Whether the model sees only the beginning of a prompt."""
         tokenizers = [getattr(pipeline, name) for name in self.tokenizers]
         return any(
-            len(each(prompt, truncation=False, verbose=False)["input_ids"]) > self.token_limit(each)
+            len(each(prompt, truncation=False, verbose=False)["input_ids"])
+            > (max_tokens or self.max_tokens or each.model_max_length)
             for each in tokenizers
         )
 
@@ -176,12 +186,18 @@ class Family(ABC):
         return {}
 
     @abstractmethod
-    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         """{condition: lengths of its axes} as the configurations give them."""
 
-    def blank(self, config: Callable[[str], Config], images: int, side: int) -> Condition:
+    def static(self, config: Callable[[str], Config]) -> dict[str, float]:
+        """What the network is told alike at every call, by name, with the value that nobody chose."""
+        return {}
+
+    def blank(
+        self, config: Callable[[str], Config], images: int, side: int, max_tokens: int | None = None
+    ) -> Condition:
         """A condition that says nothing: zeros for prompts, and plain square images of `side` pixels."""
-        lengths = self.lengths(config)
+        lengths = self.lengths(config, max_tokens)
         own = self.of_image((side, side), (0, 0), (side, side))
         return Condition(
             **{
@@ -196,9 +212,13 @@ class Family(ABC):
 
     @abstractmethod
     def call(
-        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The network's output, of the latents' shape."""
+
+    def bound(self, static: Mapping[str, float]) -> Call:
+        """`call` with what is told alike at every call."""
+        return self.call
 
     # LoRA
 
@@ -231,6 +251,10 @@ class Family(ABC):
     def network_of(self, pipeline: DiffusionPipeline) -> Any:
         """The trained component of a pipeline."""
         return getattr(pipeline, self.network)
+
+    def drawn_side(self, pipeline: Any) -> int:
+        """Pixels along a side of the images that a pipeline makes by itself."""
+        return int(self.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
 
     def sampler(self, scheduler: Any) -> Any:
         """Deterministic DDIM on a scheduler's own table."""

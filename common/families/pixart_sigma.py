@@ -35,7 +35,7 @@ class PixArtSigma(Family):
     network_class = PixArtTransformer2DModel
     tokenizer_files = ("tokenizer.json", "spiece.model")
     conditions = {"embedding": EMBEDDING, "length": ConditionSpec(dtype="int32", axes=(), per="prompt")}
-    max_tokens = _TOKENS
+    max_tokens = most_tokens = _TOKENS
     predictions = ("epsilon",)
     blocks = ("BasicTransformerBlock",)
     # The size asked for, and the prompt as precompute encodes it.
@@ -67,28 +67,27 @@ class PixArtSigma(Family):
     def probe_side(self, network: Config) -> int:
         return 4 * int(network.get("patch_size", 2))
 
-    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
-        return {"embedding": (_TOKENS, int(config("transformer")["caption_channels"])), "length": ()}
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        return {"embedding": (max_tokens or _TOKENS, int(config("transformer")["caption_channels"])), "length": ()}
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
         embedding, mask, *_ = pipeline.encode_prompt(
             prompt=list(prompts),
             device=device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             clean_caption=False,
-            max_sequence_length=_TOKENS,
+            max_sequence_length=max_tokens or _TOKENS,
         )
         return {"embedding": embedding, "length": mask.sum(1)}
 
-    def token_limit(self, tokenizer: Any) -> int:
-        return _TOKENS
-
-    def is_cut(self, pipeline: Any, prompt: str) -> bool:
-        return super().is_cut(pipeline, prompt.lower().strip())  # as the pipeline encodes it
+    def is_cut(self, pipeline: Any, prompt: str, max_tokens: int | None = None) -> bool:
+        return super().is_cut(pipeline, prompt.lower().strip(), max_tokens)  # as the pipeline encodes it
 
     def call(
-        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         """The noise; the variance that the transformer gives beside it is nobody's."""
         embedding = condition["embedding"].float()

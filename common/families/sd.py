@@ -45,11 +45,13 @@ class UNetFamily(Family):
     def probe_side(self, network: Config) -> int:
         return int(2 ** len(network["block_out_channels"]))
 
-    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         tokens = int(config("text_encoder").get("max_position_embeddings", 77))
         return {"embedding": (tokens, int(config("unet")["cross_attention_dim"]))}
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
         return {"embedding": self.encoded(pipeline, prompts, device)[0]}
 
     def encoded(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> tuple[Any, ...]:
@@ -60,7 +62,7 @@ class UNetFamily(Family):
         return encoded
 
     def call(
-        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, "batch"], condition: Condition
+        self, network: nn.Module, x: Float[Tensor, "batch c h w"], label: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch c h w"]:
         added = None
         if "pooled" in condition:

@@ -35,12 +35,14 @@ class StableDiffusionXL(UNetFamily):
         [150 / 255, 140 / 255, 130 / 255],
     )
 
-    def lengths(self, config: Callable[[str], Config]) -> dict[str, tuple[int, ...]]:
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         unet = config("unet")
         pooled = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
         return super().lengths(config) | {"pooled": (pooled,), "time_ids": (6,)}
 
-    def encode(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
         encoded = self.encoded(pipeline, prompts, device)
         conditions = {"embedding": encoded[0], "pooled": encoded[2]}
         if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):

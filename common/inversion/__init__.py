@@ -2,7 +2,17 @@
 
 from inpo.common.inversion.invert import Group, Inverted, build_path, invert, together
 from inpo.common.inversion.inverters import INVERTERS
-from inpo.common.inversion.path import check_settings
+from inpo.common.inversion.path import check_distinct, check_settings
 from inpo.common.inversion.released import ReleasedLoop
 
-__all__ = ["INVERTERS", "Group", "Inverted", "ReleasedLoop", "build_path", "check_settings", "invert", "together"]
+__all__ = [
+    "INVERTERS",
+    "Group",
+    "Inverted",
+    "ReleasedLoop",
+    "build_path",
+    "check_distinct",
+    "check_settings",
+    "invert",
+    "together",
+]

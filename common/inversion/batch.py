@@ -126,10 +126,13 @@ class Batch:
         stored = np.flatnonzero([call.store for call in calls])
         if len(stored):
             at = upload(torch.from_numpy(stored), x.device)
-            x0, a, s = x0[at], told.a[at], told.s[at]
+            is_noise = self._denoiser.levels.space == "noise"
+            x0, s = x0[at], told.s[at]
+            a = told.a[at] if is_noise else torch.ones_like(s)  # Levels.mixture
             target, x_t = stored_point(x0, x[at], a, s)
             if any(calls[row].is_noised for row in stored.tolist()):
-                noised, as_target = start[at], state.delta[at].half()
+                noised, delta = start[at], state.delta[at]
+                as_target = (delta if is_noise else delta - x0.float()).half()
                 target = torch.where(noised, as_target, target)
                 x_t = torch.where(noised, point_from_target(x0, as_target, a, s), x_t)
             state.target.index_copy_(0, at, target)
@@ -137,7 +140,7 @@ class Batch:
         state.x = x
 
     def _use(
-        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], told: Any, calls: Sequence[Call]
+        self, output: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], told: Any, calls: Sequence[Call]
     ) -> dict[int, float]:
         """Guidance, clean and delta, finished records, iterations: from the network's own output at x."""
         state, denoiser, guidance = self._state, self._denoiser, self._identity.guidance
@@ -164,7 +167,7 @@ class Batch:
         return dict(zip(self._images, residual.flatten().tolist(), strict=True))
 
     def _store(
-        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, "row"], calls: Sequence[Call]
+        self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], calls: Sequence[Call]
     ) -> None:
         """The records that are finished with this output."""
         numbers = np.array([call.record for call in calls])
@@ -173,7 +176,8 @@ class Batch:
             return
         index = upload(torch.from_numpy(rows), timestep.device)
         there = self._state.rows(index)
-        eps_ref = self._denoiser.to_noise(under_caption[index], there.x, timestep[index])
+        reference = (under_caption[index], there.x, timestep[index])
+        eps_ref, predicted = self._denoiser.to_noise(*reference), self._denoiser.to_space(*reference)
         self._records.add(
             np.array(self._images)[rows],
             numbers[rows],
@@ -185,7 +189,7 @@ class Batch:
                 "delta_prev": there.carried,
                 "eps_ref": eps_ref,
             },
-            {"reference_error": mean_square(there.target.float() - eps_ref), "residual": there.residual.flatten()},
+            {"reference_error": mean_square(there.target.float() - predicted), "residual": there.residual.flatten()},
         )
 
     def end_round_trips(self, images: Sequence[int]) -> None:

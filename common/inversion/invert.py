@@ -41,13 +41,13 @@ class Inverted:
     x0_t: Float16[Tensor, "image record c h w"]
     target: Float16[Tensor, "image record c h w"]
     reference_error: Float32[Tensor, "image record"]
-    inversion_error: Float32[Tensor, "image"]
+    inversion_error: Float32[Tensor, " image"]
     """NaN where not measured."""
     delta_prev: Float16[Tensor, "image record c h w"] | None = None
     eps_ref: Float16[Tensor, "image record c h w"] | None = None
     residual: Float32[Tensor, "image record"] | None = None
     """fixed_point: relative RMS change of the last iteration."""
-    finite: Bool[Tensor, "image"]
+    finite: Bool[Tensor, " image"]
     """False where any stored number of the image is NaN or infinite: its pairs are to be quarantined."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.errors import UsageError
-from inpo.common.levels import Levels, exact_grid
+from inpo.common.levels import NEAREST_CLEAN, Levels, exact_grid
 from inpo.common.seeding import generator, uniform
 
 
@@ -99,22 +99,29 @@ def exact_path(
 def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> list[int]:
     """`--refine-start p`: p times, split the step with the largest ratio of sigmas at its geometric middle.
 
-    The clean end counts as 0.8 times the floor, so that its step has a finite ratio. Nothing is inserted where no label
-    lies strictly between the ends of the widest step.
+    The clean end counts as 0.8 times the floor, so that its step has a finite ratio. Nothing is inserted where no level
+    lies strictly between the ends of the widest step. Below a flow's table there are levels too.
     """
-    levels, sigma = list(levels), schedule.sigma.numpy()
+    levels, numbers = list(levels), schedule.points
+    a, s, _ = schedule.walked[:, numbers].numpy()
+    sigma = s / a
+    first = int(numbers[0])
     for _ in range(extra):
         ends: list[tuple[int | None, int]] = [(None, levels[0])] if clean else []
         ends += list(itertools.pairwise(levels))
         if not ends:  # all is noised: there is no step to refine
             break
-        sigmas = [(0.8 * schedule.floor if left is None else sigma[left], sigma[right]) for left, right in ends]
+        sigmas = [
+            (NEAREST_CLEAN * schedule.floor if left is None else sigma[left - first], sigma[right - first])
+            for left, right in ends
+        ]
         ratios = [right / left for left, right in sigmas]
         widest = int(np.argmax(ratios))
         middle = np.sqrt(sigmas[widest][0] * sigmas[widest][1])
-        label = int(np.abs(np.log(sigma) - np.log(middle)).argmin())
+        label = int(numbers[np.abs(np.log(sigma) - np.log(middle)).argmin()])
         left, right = ends[widest]
-        if (left is not None and label <= left) or label >= right:
+        low = 0.0 if left is None else sigma[left - first]
+        if not low < sigma[label - first] < sigma[right - first]:  # a flow's neighbours may have one level
             break
         levels = sorted([*levels, label])
     return levels
@@ -166,6 +173,19 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--faithful",
             expected="--inverter ddim without guidance, refined or noised start and timestep range",
             fix="drop the other options",
+        )
+
+
+def check_distinct(levels: Levels, grid_points: int) -> None:
+    """Raise UsageError if two points of some group's grid would lie on one level."""
+    apart = levels.num_train_timesteps // grid_points
+    if bool((levels.noise[apart:] <= levels.noise[: levels.num_train_timesteps - apart]).any()):
+        raise UsageError(
+            "Two points of the inversion grid would lie on one level.",
+            where="--grid-points",
+            expected=f"levels apart, of which a network in half precision sees {len(levels.noise.unique())} exactly",
+            got=grid_points,
+            fix="take fewer grid points, or --dtype float32",
         )
 
 

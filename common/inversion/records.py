@@ -40,10 +40,10 @@ class Records:
 
     def add(
         self,
-        images: Int[np.ndarray, "row"],
-        records: Int[np.ndarray, "row"],
+        images: Int[np.ndarray, " row"],
+        records: Int[np.ndarray, " row"],
         latents: Mapping[str, Float[Tensor, "row c h w"]],
-        figures: Mapping[str, Float32[Tensor, "row"]],
+        figures: Mapping[str, Float32[Tensor, " row"]],
     ) -> None:
         """A record of each of `images`, the image's record of that number. May be told more than is stored."""
         halves = torch.stack([latents[name].half() for name in self._latents])
@@ -52,14 +52,14 @@ class Records:
         self._made.append((images, records, _download(halves), _download(singles)))
 
     def add_round_trips(
-        self, images: Int[np.ndarray, "row"], clean: Float32[Tensor, "row c h w"], x0: Float16[Tensor, "row c h w"]
+        self, images: Int[np.ndarray, " row"], clean: Float32[Tensor, "row c h w"], x0: Float16[Tensor, "row c h w"]
     ) -> None:
         """Relative RMS between x0 and where the way back of `images` has led."""
         self._round_trips.append((images, _download((rms(clean - x0.float()) / rms(x0.float())).flatten())))
 
     def collect(
         self, device: torch.device
-    ) -> tuple[dict[str, Tensor], Float32[Tensor, "image"], Bool[Tensor, "image"]]:
+    ) -> tuple[dict[str, Tensor], Float32[Tensor, " image"], Bool[Tensor, " image"]]:
         """(arrays by name, inversion_error, finite): waits for the device, once.
 
         inversion_error is NaN where it was not measured. finite: whether all that is stored of an image is a number.

@@ -86,14 +86,14 @@ class ReleasedLoop:
         return _EXTRA_NOISE * randn.half() * float(variance.sqrt().half())
 
     def target(
-        self, x: Float32[Tensor, "image c h w"], x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, "#image"]
+        self, x: Float32[Tensor, "image c h w"], x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, " #image"]
     ) -> Float32[Tensor, "image c h w"]:
         """What the loss aims at: x, at whatever level, taken for a point at `timestep` (CPU, one or by image)."""
         abar = self._half_abar[timestep.long()].view(-1, 1, 1, 1)
         signal, spread = upload(torch.stack([abar.sqrt(), (1 - abar).sqrt()]), x.device).unbind()
         return (x - x0 * signal) / spread
 
-    def _ends(self, table: Float[Tensor, "timestep"], level: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def _ends(self, table: Float[Tensor, " timestep"], level: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """abar before and after the step to `level`."""
         label = self.label(level)
         return self._clean_end if label < 0 else table[label], table[level]
@@ -172,7 +172,7 @@ def _run_batch(
     x = x0.float()
     clean, delta, carried = (torch.zeros_like(x) for _ in range(3))
 
-    def told(values: np.ndarray) -> Int64[Tensor, "row"]:
+    def told(values: np.ndarray) -> Int64[Tensor, " row"]:
         return upload(torch.from_numpy(values), device)
 
     def table(timestep: np.ndarray) -> list[Float64[Tensor, "row 1 1 1"]]:

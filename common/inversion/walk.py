@@ -31,12 +31,13 @@ def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) 
         return (yield call._replace(move=Move.STAY, store=False, empty=True))
 
     def at(level: int) -> Call:
-        return Call(timestep=level, a=float(levels.signal[level]), s=float(levels.noise[level]))
+        a, s = levels.point(level)
+        return Call(timestep=level, a=a, s=s)
 
     number = 0
     behind: list[Call] = []
     if path.starts_clean:
-        clean_end = Call(timestep=0, a=1.0, s=0.0, move=Move.START)
+        clean_end = Call(timestep=levels.clean, a=1.0, s=0.0, move=Move.START)
         yield from evaluate(clean_end)
         behind = [clean_end]
     for index, point in enumerate(path.points):

@@ -34,7 +34,7 @@ class AestheticHead(nn.Module):
                 layers.append(nn.Dropout(dropouts[index]))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, embeddings: Float[Tensor, "image width"]) -> Float[Tensor, "image"]:
+    def forward(self, embeddings: Float[Tensor, "image width"]) -> Float[Tensor, " image"]:
         """One number per L2-normalised embedding; of real pictures mostly between 4 and 7."""
         return self.layers(embeddings).squeeze(-1)
 
@@ -83,7 +83,7 @@ class AestheticScorer:
         return clip, processor, head.to(device())
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         clip, processor, head = self._loaded
         inputs = processor(images=list(images), return_tensors="pt").to(device())
         embeddings = clip.visual_projection(clip.vision_model(**inputs).pooler_output)

@@ -23,5 +23,5 @@ class ClipScorer:
         location = model or model_location(self.name, MODEL)
         self._clip = ClipSimilarity(self.name, model=location, processor=location)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         return self._clip.cosine(images, prompts)

@@ -53,7 +53,7 @@ class ClipSimilarity:
             return model, CLIPProcessor.from_pretrained(self.processor_location)
 
     @torch.inference_mode()
-    def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         """Cosine between each image and its own prompt; text is cut at 77 tokens, or the model's own limit."""
         model, processor = self._loaded
         inputs = processor(

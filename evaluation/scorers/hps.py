@@ -49,7 +49,7 @@ class HpsV2Scorer:
         return hf_hub_download(REPOSITORY, self.checkpoint_name)
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         model, preprocess, tokenizer = self._loaded
         pixels = torch.stack([preprocess(image) for image in images]).to(device())
         image_features = model.encode_image(pixels, normalize=True)

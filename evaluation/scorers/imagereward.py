@@ -39,7 +39,7 @@ class ImageRewardScorer:
             )
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         model = self._model
         scores = []
         # A file is what every version of the package reads; PNG keeps the pixels as they are.

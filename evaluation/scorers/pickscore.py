@@ -32,5 +32,5 @@ class PickScorer:
             processor=processor or (str(local) if has_processor else PROCESSOR),
         )
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, "image"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         return self._clip.cosine(images, prompts)

@@ -83,6 +83,10 @@ COMMIT = {
     "a day with an escape": ("created", "2026-01-01T00:00:00+00:00\x1b[2J"),
     "another manifest's digest": ("manifest", "0" * 31),
     "a list's digest": ("skipped_digest", "no"),
+    "a spread below none": ("spread", -1e-3),
+    "a spread that is none": ("spread", math.nan),
+    "a spread without end": ("spread", math.inf),
+    "a spread as text": ("spread", "0.001"),
 }
 
 

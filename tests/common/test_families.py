@@ -9,7 +9,8 @@ from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(
-    r"sdxl|pixart|sd15|stablediffusion|unet2d|\bpooled\b|time_ids|[\"']unet[\"']|[\"']transformer[\"']", re.IGNORECASE
+    r"sdxl|pixart|sd15|\bsd3|stable_?diffusion_?3|\bflux|qwen|stablediffusion|unet2d|\bpooled\b|time_ids|[\"']unet[\"']|[\"']transformer[\"']",
+    re.IGNORECASE,
 )
 EXCEPTIONS = {
     "common/testing.py": "makes tiny pipelines of every family",
@@ -21,6 +22,7 @@ ROWS = {
     # name: (network, text encoders, tokenizers, conditions by owner, single file)
     "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, False),
     "sd": ("unet", 1, 1, {"embedding": "prompt"}, True),
+    "sd3": ("transformer", 3, 3, {"embedding": "prompt", "pooled": "prompt"}, False),
     "sdxl": ("unet", 2, 2, {"embedding": "prompt", "pooled": "prompt", "time_ids": "image"}, True),
 }
 

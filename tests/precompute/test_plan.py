@@ -37,7 +37,13 @@ def test_dry_run_writes_nothing_and_shows_the_configuration(
     source = tars(4, 2)
     assert run(source, pipelines(), tmp_path / "cache", dry_run=True) == 0
     output = capsys.readouterr().out
-    for words in ("[precompute]", "timesteps_per_pair = 3", "network calls", "32 latents", "bytes in all"):
+    for words in (
+        "[precompute]",
+        "timesteps_per_pair = 3",
+        "network calls",
+        "48 latents, 4.00 per image and 8 per shard",
+        "bytes in all",
+    ):
         assert words in output
     assert not (tmp_path / "cache").exists()
     assert not run.components

@@ -76,7 +76,7 @@ def test_a_run_that_dies_between_shards_is_completed(
     calls = run.network_calls
     cache = run.cache(source, pipelines(), tmp_path / "cache")
     assert cache.num_pairs == 6
-    assert run.network_calls - calls == 2 * 2 * 4  # one shard: 2 pairs, 2 sides, start and 3 points
+    assert run.network_calls - calls == 2 * 2 * 4 + 8  # one shard: 2 pairs, 2 sides, start and 3 points; its spread
 
 
 def _nan_latent(run: Runs) -> None:

@@ -16,6 +16,7 @@ from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Group, invert
 from inpo.common.models import Model, open_model
+from inpo.common.spread import measure_spread
 from inpo.common.testing import save_tiny_pipeline
 
 PROMPTS = 7
@@ -46,9 +47,10 @@ class World:
         seed: int = 0,
         fingerprints: Mapping[str, str] = MappingProxyType({}),
         prompts: Sequence[str] = (),
+        prepare: Callable[[torch.nn.Module], None] = lambda network: None,
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
-        may edit a shard's arrays before they are committed."""
+        may edit a shard's arrays before they are committed, `prepare` the network."""
         levels = self.model.levels
         identity = InverterIdentity(
             name=inverter,
@@ -79,16 +81,19 @@ class World:
         )
         writer = CacheWriter.open(str(location), manifest)
         owned = self._write_texts(writer, prompts or [f"prompt {number}" for number in range(PROMPTS)])
-        denoiser = self.model.denoiser(self.model.load_network().eval(), network_dtype=network_dtype)
+        network = self.model.load_network().eval()
+        prepare(network)
+        denoiser = self.model.denoiser(network, network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
-            arrays = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption)
+            arrays, spread = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption)
             change(number, arrays)
             writer.write(
                 f"shard-{number:03d}",
                 ShardData(
                     arrays={path: arrays[path] for path in manifest.specs},
                     texts=("empty", "texts"),
+                    spread=spread,
                     source=ShardSource(
                         location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="f" * 32
                     ),
@@ -120,7 +125,8 @@ class World:
         num_pairs: int,
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], float | None]:
+        """(arrays, spread) of a shard."""
         numbers = np.arange(first, first + num_pairs)
         dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
         prompt = numbers % PROMPTS
@@ -130,6 +136,7 @@ class World:
             images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(2 * num_pairs, 6).contiguous()
         x0 = torch.cat([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
+        caption = Condition.build(prompts, rows, images)
         found = invert(
             denoiser,
             x0,
@@ -137,7 +144,7 @@ class World:
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
-            caption=Condition.build(prompts, rows, images),
+            caption=caption,
             empty=Condition.build(prompts, torch.zeros_like(rows), images),
             extra=manifest.extra,
         )
@@ -158,7 +165,11 @@ class World:
         arrays |= {f"image/{name}": tensor.numpy() for name, tensor in images.items()}
         for name in manifest.specs.keys() - arrays.keys():
             arrays[name] = getattr(found, name).numpy()
-        return arrays
+        group_of = np.repeat(np.arange(num_pairs), 2).tolist()
+        spread = measure_spread(
+            denoiser, found, range(2 * num_pairs), group_of=group_of, caption=caption, images_per_batch=3
+        )
+        return arrays, spread
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -1,0 +1,148 @@
+"""A flow's cache against a float64 re-computation with diffusers' own transformer, VAE and text encoders.
+
+Nothing of ours is used but the reader: v comes from the transformer, called as its pipeline calls it. Each record is
+judged from the stored point before it, so that the tolerances are those of one step.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from inpo.common.cache import Cache
+
+HALF_STEP = 2.0**-11
+
+
+class Float64Flow:
+    """diffusers' components in double precision, but for what the transformer makes of its time in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+        self.pipeline.to(torch.float64)
+
+    @torch.no_grad()
+    def latent(self, pixels: np.ndarray) -> np.ndarray:
+        vae = self.pipeline.vae
+        image = torch.tensor(pixels).permute(2, 0, 1)[None].double() / 127.5 - 1
+        mean = vae.encode(image).latent_dist.mean
+        return ((mean - vae.config.shift_factor) * vae.config.scaling_factor)[0].numpy()
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> dict[str, np.ndarray]:
+        embedding, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt, None, None, do_classifier_free_guidance=False, device="cpu", max_sequence_length=256
+        )
+        return {"embedding": embedding[0].numpy(), "pooled": pooled[0].numpy()}
+
+    @torch.no_grad()
+    def velocity(self, x: np.ndarray, t: float, told: dict[str, np.ndarray]) -> np.ndarray:
+        output = self.pipeline.transformer(
+            hidden_states=torch.from_numpy(x.astype(np.float64))[None],
+            timestep=torch.tensor([1000 * t]).float(),
+            encoder_hidden_states=torch.from_numpy(told["embedding"].astype(np.float64))[None],
+            pooled_projections=torch.from_numpy(told["pooled"].astype(np.float64))[None],
+        ).sample
+        return output[0].numpy()
+
+
+@pytest.fixture
+def made(
+    pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
+) -> Callable[..., Cache]:
+    source = write_tars(tmp_path / "pairs", examples(2), 2)
+
+    def make(name: str = "cache", **settings: Any) -> Cache:
+        settings = {"grid_points": 4, "timesteps_per_pair": 4} | settings
+        cache: Cache = run.cache(source, pipelines("sd3"), tmp_path / name, **settings)
+        return cache
+
+    return make
+
+
+def told_of(cache: Cache, shard: Any, group: int) -> dict[str, np.ndarray]:
+    place, row = shard.read("group/prompt")[group]
+    texts = cache.texts.need(shard.commit.texts[place])
+    return {name: texts.read_stored(name)[row] for name in ("embedding", "pooled")}
+
+
+def test_every_stored_tensor(made: Callable, pipelines: Callable, examples: Callable) -> None:
+    cache, model = made(), Float64Flow(pipelines("sd3"))
+    (shard,) = cache
+    levels = cache.manifest.levels
+    assert (levels.space, levels.density, levels.shift, levels.floor) == ("velocity", "logit-normal", 3.0, 0.05)
+    assert cache.manifest.max_tokens == 256
+    read = {path: shard.read(path) for path in ("x0", "x_t", "delta", "x0_t", "target", "reference_error", "timestep")}
+
+    def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+        scale = 1 + np.sqrt(np.mean(np.square(want)))
+        assert np.abs(got.astype(np.float64) - want).max() / scale < tolerance
+
+    for group, pair in enumerate(examples(2)):
+        told, wanted = told_of(cache, shard, group), model.text(pair.prompt)
+        for name, want in wanted.items():
+            close(told[name], want, 4 * HALF_STEP)
+        for image, pixels in ((2 * group, pair.win), (2 * group + 1, pair.lose)):
+            close(read["x0"][image], model.latent(pixels), 4 * HALF_STEP)
+            x0 = read["x0"][image].astype(np.float64)
+            x, t_before = x0, 0.0
+            for record, timestep in enumerate(read["timestep"][group].tolist()):
+                t = levels.noise[timestep]
+                v = model.velocity(x, t_before, told)
+                x_t, target = read["x_t"][image, record], read["target"][image, record].astype(np.float64)
+                # Euler in t, which is the ddim step; what is stored is the nearest float16 of target, then of x_t.
+                euler = x + (t - t_before) * v
+                assert np.abs((euler - x0) / t - target).max() < HALF_STEP * np.abs(target).max() + 1e-5 / t
+                np.testing.assert_array_equal(x_t, (x0 + t * target).astype(np.float16))
+                x, t_before = x_t.astype(np.float64), t
+                v = model.velocity(x, t, told)
+                close(read["delta"][image, record], x + (1 - t) * v, 2 * HALF_STEP)
+                close(read["x0_t"][image, record], x - t * v, 2 * HALF_STEP)
+                error = np.mean(np.square(target - v))
+                assert float(read["reference_error"][image, record]) == pytest.approx(error, rel=2e-5, abs=1e-7)
+                # E_ref^v = MSE(x0(t) - x0) / t^2, but for the rounding of x_t.
+                also = np.sqrt(np.mean(np.square(x - t * v - x0))) / t
+                assert abs(also - np.sqrt(error)) < HALF_STEP * np.abs(x).max() / t
+
+
+def test_a_lean_cache_gives_the_same_points(made: Callable, run: Callable) -> None:
+    (full,), (lean,) = made("full"), made("lean", profile="lean")
+    assert "x_t" not in lean.stored
+    np.testing.assert_array_equal(full.read("x_t").view(np.uint16), lean.read("x_t").view(np.uint16))
+    images, records = np.array([3, 0]), np.array([1, 2])
+    np.testing.assert_array_equal(full.read("x_t")[images, records], lean.read_records("x_t", images, records))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inverter": "ab2"},
+        {"inverter": "fixed_point", "iterations": 3},
+        {"inverter": "noise"},
+        {"noised_start": 0.3, "refine_start": 2},
+        {"guidance": 0.0},
+        {"guidance": 3.0, "levels": "uniform", "shift": "none"},
+    ],
+)
+def test_errors_are_the_velocitys_whatever_inverts(made: Callable, pipelines: Callable, settings: dict) -> None:
+    cache, model = made(extra=("eps_ref", "delta_prev"), **settings), Float64Flow(pipelines("sd3"))
+    (shard,) = cache
+    read = {path: shard.read(path) for path in ("x0", "x_t", "delta_prev", "eps_ref", "target", "reference_error")}
+    times = np.array(cache.manifest.levels.noise)[shard.timesteps()]
+    for image, record in np.ndindex(4, 4):
+        t, x = times[image, record], read["x_t"][image, record].astype(np.float64)
+        x0, target = (each.astype(np.float64) for each in (read["x0"][image], read["target"][image, record]))
+        np.testing.assert_array_equal(read["x_t"][image, record], (x0 + t * target).astype(np.float16))
+        v = model.velocity(x, t, told_of(cache, shard, image // 2))
+        assert float(read["reference_error"][image, record]) == pytest.approx(np.mean((target - v) ** 2), rel=2e-5)
+        assert np.abs(read["eps_ref"][image, record] - (x + (1 - t) * v)).max() < 4 * HALF_STEP * (1 + np.abs(x).max())
+    if settings.get("inverter") == "noise":
+        # The noise of a group is its images' own at a timestep; the target is noise - x0.
+        noise = read["target"].astype(np.float64) + read["x0"][:, None].astype(np.float64)
+        assert np.abs(noise[0] - noise[1]).max() < 4 * HALF_STEP * 6
+        assert np.abs(noise - read["delta_prev"]).max() < 4 * HALF_STEP * 6
+        assert abs(noise.std() - 1) < 0.1
