@@ -67,8 +67,7 @@ def proof_of(
     network = model.load_network().eval()
     for each in prepare:
         each(network)
-    levels = cache.manifest.levels.levels()
-    denoiser = change(model.denoiser(network, levels, network_dtype=cache.manifest.network_dtype))
+    denoiser = change(model.denoiser(network, cache.manifest, network_dtype=cache.manifest.network_dtype))
     return run_proof(denoiser, build_index([cache], soft=False, held_out=0.0), batch_size=batch_size)
 
 
