@@ -15,6 +15,8 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -34,7 +36,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma", "sd3"]
+TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma", "sd3", "flux", "flux-schnell"]
 _WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "the", "sky", "photo", "of")
 
 
@@ -42,8 +44,8 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
     """Write a tiny random-weight pipeline folder and return it.
 
     Images of 32 px give latents of [4, 8, 8], of flows [16, 8, 8]. Kinds: noise prediction (sd15), v-prediction
-    (sd2-v), sample prediction, SDXL with two text encoders, PixArt-Sigma with a T5 encoder, and the flow SD3 with
-    three. Equal seeds give equal weights.
+    (sd2-v), sample prediction, SDXL with two text encoders, PixArt-Sigma with a T5 encoder, and the flows SD3 with
+    three and FLUX with two, told a guidance or (flux-schnell) none. Equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,6 +53,8 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
             "pixart-sigma": _pixart,
             "sdxl": lambda: _sdxl(folder),
             "sd3": lambda: _sd3(folder),
+            "flux": lambda: _flux(folder, guidance=True),
+            "flux-schnell": lambda: _flux(folder, guidance=False),
         }
         pipeline = made.get(kind, lambda: _sd(folder, kind))()
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -202,6 +206,33 @@ def _sd3(folder: Path) -> StableDiffusion3Pipeline:
             qk_norm="rms_norm",
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _flux(folder: Path, *, guidance: bool) -> FluxPipeline:
+    tokenizer, t5_tokenizer = _tokenizer(folder), _t5_tokenizer()
+    first, second = _text_config(tokenizer), _t5_config(t5_tokenizer, 32)
+    return FluxPipeline(
+        vae=_vae(0.3611, 16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(first).eval(),
+        text_encoder_2=T5EncoderModel(second).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=second.d_model,
+            pooled_projection_dim=first.hidden_size,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 6, 6),
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        if guidance
+        else FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
 
 

@@ -20,6 +20,7 @@ EXCEPTIONS = {
 
 ROWS = {
     # name: (network, text encoders, tokenizers, conditions by owner, single file)
+    "flux": ("transformer", 2, 2, {"embedding": "prompt", "pooled": "prompt"}, False),
     "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, False),
     "sd": ("unet", 1, 1, {"embedding": "prompt"}, True),
     "sd3": ("transformer", 3, 3, {"embedding": "prompt", "pooled": "prompt"}, False),

@@ -79,9 +79,9 @@ def test_a_zero_terminal_snr_schedule(model_copy):
 
 
 def test_another_class_of_pipeline(model_copy):
-    change(model_copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    change(model_copy / "model_index.json", _class_name="SanaPipeline")
     message = refusal(model_copy)
-    assert "StableDiffusion3Pipeline" in message
+    assert "SanaPipeline" in message
     assert "SDXL" in message
 
 

@@ -153,6 +153,10 @@ def text_strategy() -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0~"), min_size=1, max_size=12)
 
 
+WORDS_OR_NUMBERS = {"shift": st.one_of(st.sampled_from(["auto", "none"]), st.floats(1e-6, 1e5).map(str))}
+"""Fields whose text follows a rule of their own."""
+
+
 @st.composite
 def values_of(draw: st.DrawFn, kind: type[Section]) -> dict[str, Any]:
     """Values for some fields of a section."""
@@ -162,7 +166,9 @@ def values_of(draw: st.DrawFn, kind: type[Section]) -> dict[str, Any]:
             continue
         inner = [each for each in get_args(field.annotation) if each is not type(None)]
         is_optional = type(None) in get_args(field.annotation)
-        values[field.alias or name] = draw(strategy(inner[0] if is_optional else field.annotation, field.metadata))
+        own = WORDS_OR_NUMBERS.get(name)
+        plain = strategy(inner[0] if is_optional else field.annotation, field.metadata)
+        values[field.alias or name] = draw(plain if own is None else own)
     return values
 
 

@@ -21,9 +21,12 @@ HALF_STEP = 2.0**-11
 class Float64Flow:
     """diffusers' components in double precision, but for what the transformer makes of its time in float32."""
 
+    guidance = 1.0
+
     def __init__(self, folder: Path) -> None:
         self.pipeline: Any = DiffusionPipeline.from_pretrained(folder)
         self.pipeline.to(torch.float64)
+        self.is_flux = "Flux" in type(self.pipeline).__name__
 
     @torch.no_grad()
     def latent(self, pixels: np.ndarray) -> np.ndarray:
@@ -34,20 +37,35 @@ class Float64Flow:
 
     @torch.no_grad()
     def text(self, prompt: str) -> dict[str, np.ndarray]:
-        embedding, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt, None, None, do_classifier_free_guidance=False, device="cpu", max_sequence_length=256
-        )
+        if self.is_flux:
+            embedding, pooled, _ = self.pipeline.encode_prompt(prompt, None, device="cpu", max_sequence_length=512)
+        else:
+            embedding, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, device="cpu", max_sequence_length=256
+            )
         return {"embedding": embedding[0].numpy(), "pooled": pooled[0].numpy()}
 
     @torch.no_grad()
     def velocity(self, x: np.ndarray, t: float, told: dict[str, np.ndarray]) -> np.ndarray:
-        output = self.pipeline.transformer(
-            hidden_states=torch.from_numpy(x.astype(np.float64))[None],
-            timestep=torch.tensor([1000 * t]).float(),
-            encoder_hidden_states=torch.from_numpy(told["embedding"].astype(np.float64))[None],
-            pooled_projections=torch.from_numpy(told["pooled"].astype(np.float64))[None],
+        latent, pipeline = torch.from_numpy(x.astype(np.float64))[None], self.pipeline
+        text = {
+            "encoder_hidden_states": torch.from_numpy(told["embedding"].astype(np.float64))[None],
+            "pooled_projections": torch.from_numpy(told["pooled"].astype(np.float64))[None],
+        }
+        if not self.is_flux:
+            output = pipeline.transformer(hidden_states=latent, timestep=torch.tensor([1000 * t]).float(), **text)
+            return output.sample[0].numpy()
+        _, channels, height, width = latent.shape
+        output = pipeline.transformer(
+            hidden_states=pipeline._pack_latents(latent, 1, channels, height, width),
+            timestep=torch.tensor([t], dtype=torch.float64),
+            guidance=torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None,
+            txt_ids=torch.zeros(text["encoder_hidden_states"].shape[1], 3),
+            img_ids=pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+            **text,
         ).sample
-        return output[0].numpy()
+        scale = pipeline.vae_scale_factor
+        return pipeline._unpack_latents(output, height * scale, width * scale, scale)[0].numpy()
 
 
 @pytest.fixture
@@ -56,9 +74,9 @@ def made(
 ) -> Callable[..., Cache]:
     source = write_tars(tmp_path / "pairs", examples(2), 2)
 
-    def make(name: str = "cache", **settings: Any) -> Cache:
+    def make(name: str = "cache", kind: str = "sd3", **settings: Any) -> Cache:
         settings = {"grid_points": 4, "timesteps_per_pair": 4} | settings
-        cache: Cache = run.cache(source, pipelines("sd3"), tmp_path / name, **settings)
+        cache: Cache = run.cache(source, pipelines(kind), tmp_path / name, **settings)
         return cache
 
     return make
@@ -70,12 +88,31 @@ def told_of(cache: Cache, shard: Any, group: int) -> dict[str, np.ndarray]:
     return {name: texts.read_stored(name)[row] for name in ("embedding", "pooled")}
 
 
-def test_every_stored_tensor(made: Callable, pipelines: Callable, examples: Callable) -> None:
-    cache, model = made(), Float64Flow(pipelines("sd3"))
+@pytest.mark.parametrize(
+    ("kind", "shift", "tokens", "static"),
+    [
+        ("sd3", 3.0, 256, {}),
+        # 4 x 4 image tokens, where the scheduler's line goes through 0.5 at 256 and 1.15 at 4096.
+        ("flux", np.exp(0.5 - 240 * 0.65 / 3840), 512, {"embedded_guidance": 3.5}),
+        ("flux-schnell", 1.0, 512, {}),
+    ],
+)
+def test_every_stored_tensor(
+    made: Callable,
+    pipelines: Callable,
+    examples: Callable,
+    kind: str,
+    shift: float,
+    tokens: int,
+    static: dict[str, float],
+) -> None:
+    cache, model = made(kind=kind, **static), Float64Flow(pipelines(kind))
+    model.guidance = static.get("embedded_guidance", 1.0)
     (shard,) = cache
     levels = cache.manifest.levels
-    assert (levels.space, levels.density, levels.shift, levels.floor) == ("velocity", "logit-normal", 3.0, 0.05)
-    assert cache.manifest.max_tokens == 256
+    assert (levels.space, levels.density, levels.floor) == ("velocity", "logit-normal", 0.05)
+    assert levels.shift == pytest.approx(shift)
+    assert (cache.manifest.max_tokens, cache.manifest.static) == (tokens, static)
     read = {path: shard.read(path) for path in ("x0", "x_t", "delta", "x0_t", "target", "reference_error", "timestep")}
 
     def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:

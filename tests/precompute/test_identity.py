@@ -41,13 +41,15 @@ CASES: dict[str, dict[str, Any]] = {
     "ab2 not refined": {"inverter": "ab2", "refine_start": 0},
     "noise": {"inverter": "noise"},
     "the default": {},
+    "flow": {"levels": "uniform", "shift": "2.5", "embedded_guidance": 3.5, "max_tokens": 128},
 }
+MODELS = {"flow": "flux"}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_setting_comes_back_from_a_manifest(pipelines: Callable, case: str) -> None:
     settings = PrecomputeSettings(**{"resolution": 32, "dtype": "float32"} | CASES[case])
-    model = open_model(str(pipelines()))
+    model = open_model(str(pipelines(MODELS.get(case, "sd15"))))
     document = build_manifest(settings, model, device_type="cpu").to_json()
     found = CacheSettings.of(Manifest.from_json(document, "manifest.json"))
     assert found.model_dump() == {name: getattr(settings, name) for name in CacheSettings.model_fields}

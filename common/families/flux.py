@@ -1,0 +1,102 @@
+"""FLUX.1: a transformer on packed latents under a pooled CLIP state and T5, without a mask; dev is told a guidance."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from inpo.common.cache.schema import ConditionSpec
+from inpo.common.conditions import Call, Condition
+from inpo.common.families.base import EMBEDDING, Config
+from inpo.common.families.flow import FlowFamily
+
+_GUIDANCE = "embedded_guidance"
+
+
+class Flux(FlowFamily):
+    """FLUX.1 dev and schnell."""
+
+    name = "flux"
+    title = "FLUX.1"
+    tag = "flux"
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipeline = FluxPipeline
+    unneeded = {"image_encoder": None, "feature_extractor": None}
+    network_class = FluxTransformer2DModel
+    text_encoders = ("text_encoder", "text_encoder_2")
+    tokenizers = ("tokenizer", "tokenizer_2")
+    conditions = {"embedding": EMBEDDING, "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt")}
+    max_tokens = most_tokens = 512
+    patch = 4
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    def told(self, times: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
+        return times
+
+    def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
+        """The transformer rounds the time to its dtype, multiplies by 1000 and rounds again: multiples of 8 stay."""
+        return None if network_dtype == "float32" else torch.arange(1, 125, dtype=torch.float64) / 125
+
+    def static(self, config: Callable[[str], Config]) -> dict[str, float]:
+        """At 1 a network with guidance distilled into it is nearest to the mean that the errors assume."""
+        return {_GUIDANCE: 1.0} if config("transformer").get("guidance_embeds", False) else {}
+
+    def bound(self, static: Mapping[str, float]) -> Call:
+        return partial(self.call, guidance=static.get(_GUIDANCE))
+
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        transformer = config("transformer")
+        return {
+            "embedding": (max_tokens or self.max_tokens, int(transformer["joint_attention_dim"])),
+            "pooled": (int(transformer["pooled_projection_dim"]),),
+        }
+
+    def encode(
+        self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        embedding, pooled, _ = pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=device, max_sequence_length=max_tokens or self.max_tokens
+        )
+        return {"embedding": embedding, "pooled": pooled}
+
+    def is_cut(self, pipeline: Any, prompt: str, max_tokens: int | None = None) -> bool:
+        """By T5, which reads on where CLIP ends."""
+        tokens = pipeline.tokenizer_2(prompt, truncation=False, verbose=False)["input_ids"]
+        return len(tokens) > (max_tokens or self.max_tokens)
+
+    def call(
+        self,
+        network: nn.Module,
+        x: Float[Tensor, "batch c h w"],
+        label: Float[Tensor, " batch"],
+        condition: Condition,
+        guidance: float | None = None,
+    ) -> Float[Tensor, "batch c h w"]:
+        batch, channels, height, width = x.shape
+        rows, columns = height // 2, width // 2
+        packed = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        places = torch.zeros(rows, columns, 3, device=x.device)
+        places[..., 1] = torch.arange(rows, device=x.device)[:, None]
+        places[..., 2] = torch.arange(columns, device=x.device)
+        embedding = condition["embedding"].float()
+        output: Tensor = network(
+            hidden_states=packed.reshape(batch, rows * columns, 4 * channels),
+            timestep=label,
+            guidance=None if guidance is None else torch.full_like(label, guidance),
+            encoder_hidden_states=embedding,
+            pooled_projections=condition["pooled"].float(),
+            txt_ids=torch.zeros(embedding.shape[1], 3, device=x.device),
+            img_ids=places.reshape(-1, 3),
+            return_dict=False,
+        )[0]
+        return output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+    def drawn_side(self, pipeline: Any) -> int:
+        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+
+
+FAMILIES = (Flux(),)
