@@ -106,12 +106,12 @@ def counted() -> Iterator[tuple[Counts, Callable[..., Tensor]]]:
 def count(identity: InverterIdentity, groups: list[Group], *, images_per_batch: int, **settings: Any) -> Counts:
     """Count one inversion of `groups`, K = 4."""
     images = sum(group.num_images for group in groups)
-    condition = Condition(embedding=torch.zeros(images, 77, 768))
+    condition = Condition(embedding=torch.zeros(images, 4, 8))
     with counted() as (counts, call):
         levels = Levels.from_scheduler(DDIMScheduler(**SD15))
         invert(
             _OnMeta(nn.Linear(1, 1, device="meta"), levels, call),
-            torch.zeros(images, 4, 64, 64, dtype=torch.float16),
+            torch.zeros(images, 4, 8, 8, dtype=torch.float16),
             groups,
             identity=identity,
             seed=0,
