@@ -17,8 +17,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-import inpo.precompute.phases as phases
 import inpo.precompute.texts as texts_module
+import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import Cache, TextShard, open_cache
 from inpo.common.conditions import Condition, read_prompts
 from inpo.common.families import FAMILIES
@@ -96,14 +96,14 @@ def test_text_encoders_are_gone_before_the_network_is_loaded(
         model.in_a_circle = [model]
         encoders.append(weakref.ref(model))
 
-    load = phases.load_components
+    load = precompute_worker.load_components
 
     def loading(*arguments: Any) -> Components:
         left.append(sum(each() is not None for each in encoders))
         return load(*arguments)
 
     run.prepare_texts = watch
-    monkeypatch.setattr(phases, "load_components", loading)
+    monkeypatch.setattr(precompute_worker, "load_components", loading)
     gc.disable()
     try:
         run.cache(tars(2, 2), pipelines(), tmp_path / "cache", **QUICK)
