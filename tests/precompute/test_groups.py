@@ -11,6 +11,7 @@ import pytest
 from inpo.common.cache import Shard
 from inpo.common.errors import UsageError
 from inpo.common.seeding import normal
+from inpo.common.spread import SPREAD_RECORDS
 from tests.precompute.conftest import Example, assert_same_but_for_rounding, png
 
 PROMPT, OTHER = "a red cat", "a blue dog"
@@ -47,10 +48,12 @@ def test_an_image_of_several_pairs_is_inverted_once_and_serves_them_all(
     source = write_tars(tmp_path / "pairs", chain, 9)
     settings = {"grid_points": 4, "timesteps_per_pair": 4}
     plain = run.cache(source, pipelines(), tmp_path / "plain", **settings)
-    assert run.network_calls == 10 * 5  # of each side: the start, and four points
+    assert run.network_calls == 10 * 5 + SPREAD_RECORDS  # of each side: the start, and four points
     before = run.network_calls
     cache = run.cache(source, pipelines(), tmp_path / "cache", group="prompt", **settings)
-    assert run.network_calls - before == 7 * 5  # a, b, c; two more, a again under another prompt, and d
+    assert (
+        run.network_calls - before == 7 * 5 + SPREAD_RECORDS
+    )  # a, b, c; two more, a again under another prompt, and d
 
     (shard,) = cache
     assert cache.manifest.group == "prompt"
