@@ -20,8 +20,6 @@ from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
 from inpo.common.cache.store import digest
 from inpo.common.conditions import Place
-from inpo.common.errors import DataError
-from inpo.common.pairs import Pair
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.tasks import ShardTask
 
@@ -126,10 +124,8 @@ def _prompts(tasks: Iterable[ShardTask]) -> Iterator[str]:
     """The prompts of some shards. An input that cannot be read gives none; whoever reads its images says why."""
     for task in tasks:
         try:
-            for item in task.input_shard.rows(task.start, task.stop, images=False):
-                if isinstance(item, Pair):
-                    yield item.prompt
-        except DataError:
+            yield from task.input_shard.prompts(task.start, task.stop)
+        except Exception:  # whatever a damaged file makes a parser raise
             continue
 
 

@@ -18,16 +18,7 @@ from itertools import combinations
 from numbers import Integral, Real
 from typing import Any
 
-from inpo.common.pairs.pair import (
-    NO_IMAGE,
-    Pair,
-    RowProblem,
-    Skipped,
-    check_id,
-    check_image_bytes,
-    check_text,
-    preference,
-)
+from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, preference
 from inpo.common.printable import escaped, is_printable
 
 Fields = Mapping[str, Any]
@@ -84,9 +75,12 @@ def without_part(names: Iterable[str], *, is_ranking: bool) -> list[str]:
     return [name for name in names if name not in KNOWN or name in void]
 
 
-def no_image(value: object, what: str) -> bytes:
-    """A ReadImage that reads none."""
-    return NO_IMAGE
+def prompts_of(fields: Fields) -> list[str]:
+    """The prompt of a row, whatever else the row says; [] if it has none that could be a pair's."""
+    try:
+        return [_prompt(fields)]
+    except RowProblem:
+        return []
 
 
 def items(
@@ -176,12 +170,9 @@ def _item(
         elif default_id is not None:
             pair_id = check_id(default_id + suffix, what="the name of the sample, which is its id,")
         sides = _sides(fields, pairing)
-        prompt = _one_of(fields, PROMPT)
         if given is None and default_id is None:
-            pair_id = _content_id(sides, prompt)
-        if prompt is _MISSING:
-            raise RowProblem(reason="missing_prompt", detail=missing_field(PROMPT, fields))
-        prompt = check_text(prompt, what="prompt", missing="missing_prompt")
+            pair_id = _content_id(sides, _one_of(fields, PROMPT))
+        prompt = _prompt(fields)
         if parse_flag(fields.get("has_label"), what="has_label") is False:
             raise RowProblem(reason="unlabelled", detail="has_label is false")
         label = _first_preferred(fields) if pairing is None else _ranked(fields, pairing)
@@ -191,6 +182,13 @@ def _item(
         return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=row)
     win, lose = reversed(images) if swap else images
     return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=row)
+
+
+def _prompt(fields: Fields) -> str:
+    prompt = _one_of(fields, PROMPT)
+    if prompt is _MISSING:
+        raise RowProblem(reason="missing_prompt", detail=missing_field(PROMPT, fields))
+    return check_text(prompt, what="prompt", missing="missing_prompt")
 
 
 def _given_id(fields: Fields) -> str | None:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries
-from inpo.common.pairs.fields import ReadImage, items, no_image
+from inpo.common.pairs.fields import items, prompts_of
 from inpo.common.pairs.files import shard_names, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
@@ -68,18 +68,39 @@ class ListShard:
         """
         return self._index.fingerprint
 
-    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
-        """Rows start..stop-1 with their images, or without.
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+        """Rows start..stop-1 with their images.
 
         Raises DataError when the list fails, and when hosts failed and no image at all was read: an outage. A row whose
         image alone cannot be fetched is Skipped.
         """
-        index = self._index
-        stop = min(stop, self.num_rows)
+        header, stop = self._index.header, min(stop, self.num_rows)
         if start >= stop:
             return
         reach = Reach(self.file, allow_remote=self.allow_remote)
-        read = reach.read if images else no_image
+        for entry, begin, end in self._entries(start, stop):
+            row, wanted = max(begin, start), min(end, stop)
+            for item in islice(self._items(entry, header, begin, row - begin, reach), wanted - row):
+                yield item
+                row += 1
+            if row < wanted:
+                raise unreadable_file(self.file, EOFError(f"row {row} is not what it was"))
+        reach.refuse_outage(self.file)
+
+    def prompts(self, start: int, stop: int) -> Iterator[str]:
+        """From the list alone; of a ranking once. Raises DataError when the list fails."""
+        for entry, _, _ in self._entries(start, min(stop, self.num_rows)):
+            try:
+                fields = parse_entry(entry, self._index.header)
+            except RowProblem:  # gives no pair
+                continue
+            yield from prompts_of(fields)
+
+    def _entries(self, start: int, stop: int) -> Iterator[tuple[Entry, int, int]]:
+        """(entry, its first row, one after its last) of the entries that hold rows start..stop-1."""
+        if start >= stop:
+            return
+        index = self._index
         first = index.entry_of(start)
         entries = enumerate(read_entries(self.file, index, first), start=first)
         row = start
@@ -92,21 +113,15 @@ class ListShard:
                 raise
             except Exception as error:  # a remote file fails in its library's own ways
                 raise unreadable_file(self.file, error) from error
-            begin, end = int(index.first_rows[number]), int(index.first_rows[number + 1])
-            for item in islice(self._items(entry, index.header, begin, row - begin, read), min(end, stop) - row):
-                yield item
-                row += 1
-            if row < min(end, stop):
-                raise unreadable_file(self.file, EOFError(f"row {row} is not what it was"))
-        if images:
-            reach.refuse_outage(self.file)
+            begin, row = int(index.first_rows[number]), int(index.first_rows[number + 1])
+            yield entry, begin, row
 
     def _items(
-        self, entry: Entry, header: tuple[str, ...] | None, row: int, skip: int, read: ReadImage
+        self, entry: Entry, header: tuple[str, ...] | None, row: int, skip: int, reach: Reach
     ) -> Iterator[Pair | Skipped]:
         try:
             fields = parse_entry(entry, header)
         except RowProblem as problem:
             yield Skipped(pair_id=f"{self.name}/{row}", reason=problem.reason, detail=problem.detail, row=row)
             return
-        yield from items(fields, row=row, skip=skip, name=self.name, default_id=None, read=read)
+        yield from items(fields, row=row, skip=skip, name=self.name, default_id=None, read=reach.read)

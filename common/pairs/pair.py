@@ -16,8 +16,6 @@ from inpo.common.printable import is_printable
 
 MAX_IMAGE_BYTES = 128 << 20
 """Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
-NO_IMAGE = b"-"
-"""Stands for the file of an image that is not read."""
 MAX_ID_CHARACTERS = 1000
 MAX_TEXT_CHARACTERS = 1_000_000
 """Limit on any text of a row, so that the texts of a shard can always be read back."""
@@ -117,10 +115,13 @@ class InputShard(Protocol):
         """Cheap identity of the content (32 hex digits); never of path or time alone. Raises DataError."""
         ...
 
-    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
-        """Rows start..stop-1 in order, exactly one item a row, read lazily in bounded memory. Raises DataError.
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+        """Rows start..stop-1 in order, exactly one item a row, read lazily in bounded memory. Raises DataError."""
+        ...
 
-        Without `images` none is read, and NO_IMAGE stands for each: what the rows say, for a fraction of the bytes.
+    def prompts(self, start: int, stop: int) -> Iterator[str]:
+        """The prompts of rows start..stop-1: every one that `rows` gives a pair of, and those of rows that give none.
+        No image is read. Raises DataError.
         """
         ...
 

@@ -7,7 +7,7 @@ size of row groups, since pages are read a few rows at a time.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -30,8 +30,8 @@ from inpo.common.pairs.fields import (
     comparisons_of,
     items,
     missing_field,
-    no_image,
     num_ranked,
+    prompts_of,
     without_part,
 )
 from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
@@ -148,15 +148,12 @@ class ParquetShard:
             raise unreadable_file(self.file, ValueError("not a whole parquet file: no footer"))
         return hashlib.blake2b(size.to_bytes(8, "little") + footer, digest_size=16).hexdigest()
 
-    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
         and dropped, a few at a time. Raises DataError, also when rows name files and no host gives one.
         """
         stop = min(stop, self.num_rows)
         if start >= stop:
-            return
-        if not images:
-            yield from self._rows(start, stop, no_image)
             return
         reach = Reach(self.file, allow_remote=self.allow_remote)
         yield from self._rows(start, stop, partial(_image, reach))
@@ -165,18 +162,33 @@ class ParquetShard:
     def _rows(self, start: int, stop: int, read: ReadImage) -> Iterator[Pair | Skipped]:
         first_rows = self._footer.first_rows
         if first_rows is None:
-            skipped = frozenset(IMAGE_FIELDS) if read is no_image else frozenset[str]()
-            for entry, fields in self._entries(start, stop, skipped):
+            for entry, fields in self._entries(start, stop, self._footer.columns):
                 yield from self._items(fields, entry, row=entry, skip=0, read=read)
             return
-        first = int(np.searchsorted(first_rows, start, side="right")) - 1
-        end = int(np.searchsorted(first_rows, stop, side="left"))
-        for entry, fields in self._entries(first, end):
+        for entry, fields in self._entries(*self._span(start, stop), self._footer.columns):
             begin = int(first_rows[entry])
             for item in self._items(fields, entry, row=begin, skip=max(0, start - begin), read=read):
                 if item.row >= stop:
                     return
                 yield item
+
+    def prompts(self, start: int, stop: int) -> Iterator[str]:
+        """From the columns that are not images; of a ranking once. Raises DataError as `rows` does."""
+        stop = min(stop, self.num_rows)
+        if start >= stop:
+            return
+        columns = [name for name in self._footer.columns if name not in IMAGE_FIELDS]
+        for _, fields in self._entries(*self._span(start, stop), columns):
+            if not isinstance(fields, RowProblem):
+                yield from prompts_of(fields)
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        """The file's rows that hold rows start..stop-1: first, and one after the last."""
+        first_rows = self._footer.first_rows
+        if first_rows is None:
+            return start, stop
+        first = int(np.searchsorted(first_rows, start, side="right")) - 1
+        return first, int(np.searchsorted(first_rows, stop, side="left"))
 
     def _items(
         self, fields: "dict[str, Any] | RowProblem", entry: int, *, row: int, skip: int, read: ReadImage
@@ -191,11 +203,9 @@ class ParquetShard:
         yield from items(fields, row=row, skip=skip, name=self.name, default_id=pair_id, read=read)
 
     def _entries(
-        self, start: int, stop: int, unread: frozenset[str] = frozenset()
+        self, start: int, stop: int, columns: Sequence[str]
     ) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
-        """(number, fields) of the file's rows start..stop-1; something stands for the columns that are `unread`."""
-        columns = [name for name in self._footer.columns if name not in unread]
-        stand_in = {name: "-" for name in self._footer.columns if name in unread}
+        """(number, fields) of the file's rows start..stop-1, from these columns."""
         ends = self._footer.group_ends
         begins = (0, *ends[:-1])
         groups = [i for i in range(len(ends)) if begins[i] < stop and ends[i] > start]
@@ -204,7 +214,7 @@ class ParquetShard:
             for group in groups:
                 # One group at a time, so that a damaged group costs none of the rows before it.
                 batches = parquet.iter_batches(
-                    batch_size=ROWS_PER_READ, row_groups=[group], columns=columns, use_threads=False
+                    batch_size=ROWS_PER_READ, row_groups=[group], columns=list(columns), use_threads=False
                 )
                 while True:
                     try:
@@ -214,8 +224,7 @@ class ParquetShard:
                     if batch is None:
                         break
                     for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
-                        fields = _fields(batch, i)
-                        yield row + i, fields if isinstance(fields, RowProblem) else stand_in | fields
+                        yield row + i, _fields(batch, i)
                     row += batch.num_rows
                     if row >= stop:
                         return

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from inpo.common.pairs.entries import parse_object
-from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items, no_image
+from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items, prompts_of
 from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
 from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
@@ -66,17 +66,29 @@ class TarShard:
         """blake2b of every member's name, size and time and of the content of all members that are not images."""
         return self._index.fingerprint
 
-    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Samples start..stop-1, read by seeking. Raises DataError when the tar ends early or changed."""
+        return map(self._row, self._samples(start, stop))
+
+    def prompts(self, start: int, stop: int) -> Iterator[str]:
+        """From the members that are not images. Raises DataError as `rows` does."""
+        for sample in self._samples(start, stop):
+            try:
+                fields = sample.fields()
+            except RowProblem:  # gives no pair
+                continue
+            yield from prompts_of(fields)
+
+    def _samples(self, start: int, stop: int) -> Iterator["_Sample"]:
         index = self._index
         stop = min(stop, len(index))
         if start >= stop:
             return
         with open_binary(self.file) as stream:
             for row in range(start, stop):
-                yield self._row(_Sample(file=self.file, stream=stream, index=index, row=row), images)
+                yield _Sample(file=self.file, stream=stream, index=index, row=row)
 
-    def _row(self, sample: "_Sample", images: bool) -> Pair | Skipped:
+    def _row(self, sample: "_Sample") -> Pair | Skipped:
         # A key names a sample within its tar only: mirrors count from 0 in every tar.
         key = f"{self.name}/{sample.index.key(sample.row)}"
         try:
@@ -84,8 +96,7 @@ class TarShard:
         except RowProblem as problem:
             pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
-        read = (lambda role, _: sample.read(role)) if images else no_image
-        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=read)
+        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
         return item
 
 

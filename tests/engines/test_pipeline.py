@@ -114,8 +114,11 @@ class DeadlyShard:
     def fingerprint(self) -> str:
         return self.shard.fingerprint()
 
-    def rows(self, start: int, stop: int, *, images: bool = True) -> Iterator[Pair | Skipped]:
-        for item in self.shard.rows(start, stop, images=images):
+    def prompts(self, start: int, stop: int) -> Iterator[str]:
+        return self.shard.prompts(start, stop)
+
+    def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
+        for item in self.shard.rows(start, stop):
             yield replace(item, win=Deadly(b"x")) if isinstance(item, Pair) and item.row == start + 2 else item
 
 
