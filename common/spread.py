@@ -74,7 +74,7 @@ def measure_spread(
     errors = []
     for chosen in torch.arange(SPREAD_RECORDS).split(images_per_batch):
         told = caption.rows(image[chosen]).to(denoiser.device)
-        eps = denoiser(x_t[chosen].to(denoiser.device), timestep[chosen].to(denoiser.device), told)
-        errors.append(mean_square(target[chosen] - eps.cpu()))
+        predicted = denoiser(x_t[chosen].to(denoiser.device), timestep[chosen].to(denoiser.device), told)
+        errors.append(mean_square(target[chosen] - predicted.cpu()))
     spread = root_mean_square(root_shift(torch.cat(errors), inverted.reference_error[image, record]))
     return spread if math.isfinite(spread) else None
