@@ -8,14 +8,14 @@ A text shard's name is the digest of its prompts: whoever needs the same texts m
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts
-from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, MAX_PROMPTS_PER_SHARD
+from inpo.common.cache.document import MAX_PROMPTS_PER_SHARD
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
 from inpo.common.cache.store import digest
@@ -43,6 +43,11 @@ class TextTask:
     def name(self) -> str:
         """`empty`, or the digest of the prompts."""
         return EMPTY_PROMPT if self.prompts == ("",) else digest(json.dumps(self.prompts).encode())
+
+    @property
+    def number(self) -> int:
+        """Decides which process makes it: of the name alone, so that each finds the same one, whenever it looks."""
+        return 0 if self.name == EMPTY_PROMPT else int(self.name[:15], 16)
 
 
 class TextTable:
@@ -91,51 +96,57 @@ def _key(prompt: str) -> bytes:
 
 
 def list_texts(
-    tasks: Sequence[ShardTask], whole: set[str], table: TextTable, *, by_length: bool
+    tasks: Sequence[ShardTask], named: Mapping[str, Collection[str]], table: TextTable, *, by_length: bool
 ) -> dict[int, TextTask]:
-    """The text shards that are missing for these shards of images, each under a number of its own.
+    """The text shards that are missing for these shards of images, by number.
 
-    Neither a number nor what stands under it hangs on what is committed at this moment, so that processes which look
-    at different times share the work, and a run that was stopped goes on with the same text shards; only prompts that
-    another selection of pairs has brought in already are left out. A window whose shards are `whole`, committed with
-    their texts, is not read again.
+    What they are does not hang on which texts are committed at this moment, so that a run that was stopped goes on with
+    the same ones; only prompts that another selection of pairs has brought in already are left out. What committed
+    shards name is made as it was, also where the source ended earlier then. A window whose shards are committed with
+    their texts is not read again.
 
     Args:
+        named: the text shards that each committed shard of images names.
         by_length: shortest prompts first, so that little is padded.
     """
-    found = {} if table.is_known("") else {0: TextTask(prompts=("",))}
+    wanted = {name for names in named.values() for name in names}
+    listed = [TextTask(prompts=("",))]
     seen = {_key("")}
     for first in range(0, len(tasks), WINDOW):
         window = tasks[first : first + WINDOW]
-        if all(task.name in whole for task in window):
+        if all(task.name in named and table.names.issuperset(named[task.name]) for task in window):
             continue
-        fresh = dict.fromkeys(prompt for prompt in _prompts(window) if _key(prompt) not in seen)
-        seen.update(map(_key, fresh))
-        prompts = sorted(fresh, key=lambda prompt: (len(prompt), prompt)) if by_length else list(fresh)
-        cut = _cut(prompts)
+        left: list[str] = []
+        for task in window:
+            fresh = dict.fromkeys(prompt for prompt in _prompts(task) if _key(prompt) not in seen)
+            seen.update(map(_key, fresh))
+            left += fresh
+            again = [each for each in _cut(left, by_length=by_length) if each.name in wanted]
+            listed += again
+            taken = {prompt for each in again for prompt in each.prompts}
+            left = [prompt for prompt in left if prompt not in taken]
+        cut = _cut(left, by_length=by_length)
         done = {prompt for task in cut if task.name in table.names for prompt in task.prompts}
-        if any(table.is_known(prompt) and prompt not in done for prompt in prompts):
-            cut = _cut([prompt for prompt in prompts if not table.is_known(prompt)])
-        for number, task in enumerate(cut, start=1 + first * MAX_PAIRS_PER_SHARD // MAX_PROMPTS_PER_SHARD):
-            if task.name not in table.names:
-                found[number] = task
-    return found
+        if any(table.is_known(prompt) and prompt not in done for prompt in left):
+            cut = _cut([prompt for prompt in left if not table.is_known(prompt)], by_length=by_length)
+        listed += cut
+    return {task.number: task for task in listed if task.name not in table.names}
 
 
-def _prompts(tasks: Iterable[ShardTask]) -> Iterator[str]:
-    """The prompts of some shards. An input that cannot be read gives none; whoever reads its images says why."""
-    for task in tasks:
-        try:
-            for item in task.input_shard.rows(task.start, task.stop, images=False):
-                if isinstance(item, Pair):
-                    yield item.prompt
-        except DataError:
-            continue
+def _prompts(task: ShardTask) -> Iterator[str]:
+    """The prompts of a shard. An input that cannot be read gives none more; whoever reads its images says why."""
+    try:
+        for item in task.input_shard.rows(task.start, task.stop, images=False):
+            if isinstance(item, Pair):
+                yield item.prompt
+    except DataError:
+        return
 
 
-def _cut(prompts: Sequence[str]) -> list[TextTask]:
+def _cut(prompts: Sequence[str], *, by_length: bool) -> list[TextTask]:
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt), prompt)) if by_length else prompts
     step = MAX_PROMPTS_PER_SHARD
-    return [TextTask(prompts=tuple(prompts[first : first + step])) for first in range(0, len(prompts), step)]
+    return [TextTask(prompts=tuple(ordered[first : first + step])) for first in range(0, len(ordered), step)]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -176,6 +176,45 @@ def test_a_text_shard_that_is_lost_is_made_again_by_the_same_command(
         np.testing.assert_array_equal(after.texts.need(gone.name).read_stored(path), values)
 
 
+@pytest.mark.parametrize("kind", ["sd15", "pixart-sigma"])
+def test_text_shards_of_several_selections_that_are_all_lost_are_made_again(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, kind: str
+) -> None:
+    """A whole run would put the prompts of both into one text shard, and nothing committed names that one."""
+    source = tars(4, 1)
+    for limit in (1, 3, None):
+        before = run.cache(source, pipelines(kind), tmp_path / "cache", limit=limit, **QUICK)
+    numbers = {shard.name: {path: shard.read_stored(path) for path in shard.specs} for shard in before.texts}
+    assert len(numbers) == 4
+    calls = run.network_calls
+    for file in (tmp_path / "cache" / "text-commits").iterdir():
+        file.unlink()
+    after = run.cache(source, pipelines(kind), tmp_path / "cache", **QUICK)
+    assert run.network_calls == calls
+    assert after.commits == before.commits
+    assert attempts(after).keys() == numbers.keys()
+    for name, arrays in numbers.items():
+        for path, values in arrays.items():
+            np.testing.assert_array_equal(after.texts.need(name).read_stored(path), values)
+
+
+def test_a_run_that_leaves_a_committed_shard_without_its_texts_says_so_and_fails(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tars(4, 1)
+    before = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    (lost,) = of_prompts(before)
+    (tmp_path / "cache" / "text-commits" / f"{lost.name}.json").unlink()
+    (tmp_path / "pairs" / "00001.tar").rename(tmp_path / "00001.tar")
+    assert run(source, pipelines(), tmp_path / "cache", **QUICK) == 1
+    said = capsys.readouterr().err
+    for words in (f"{lost.name}.json", "3 shards cannot be read", "00000-00000000", "to do:"):
+        assert words in said
+    (tmp_path / "00001.tar").rename(tmp_path / "pairs" / "00001.tar")  # what the message asks for
+    assert run(source, pipelines(), tmp_path / "cache", **QUICK) == 0
+    assert lost.name in attempts(open_cache(str(tmp_path / "cache")))
+
+
 def _without_numbers(*prompts: str) -> Callable[[TextEncoder], None]:
     """The encoder gives NaN for these prompts."""
 
