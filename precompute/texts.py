@@ -70,8 +70,10 @@ class TextTable:
                 continue
             self.names.add(name)
             for row, text in enumerate(shard.text):
-                self._places.setdefault(_key(text), (name, row))
-            self._not_finite |= {bytes.fromhex(each) for each in shard.commit.not_finite}
+                if row in shard.commit.not_finite:
+                    self._not_finite.add(_key(text))
+                else:
+                    self._places.setdefault(_key(text), (name, row))
 
     def place(self, prompt: str) -> Place | None:
         """Where a prompt stands; None if it is not committed, or not finite."""
@@ -167,21 +169,17 @@ class TextWorker:
         return task
 
     def compute(self, task: TextTask) -> TextData:
-        """Encode; a prompt with any number that is not finite gets no row."""
+        """Encode. A prompt with any number that is not finite keeps its row, so that the others keep theirs whenever
+        the shard is made again."""
         clock = time.perf_counter()
         tensors = self.encoder(task.prompts)
         finite = torch.stack([each.isfinite().reshape(len(each), -1).all(1) for each in tensors.values()]).all(0)
-        kept = [prompt for prompt, fine in zip(task.prompts, finite.tolist(), strict=True) if fine]
-        arrays: dict[str, np.ndarray] = {}
-        if kept:
-            trimmed = self._trimmed({name: tensor[finite] for name, tensor in tensors.items()})
-            arrays = {TEXT.path: np.array(kept, dtype=object)} | {
-                name: tensor.numpy() for name, tensor in trimmed.items()
-            }
+        trimmed = self._trimmed({name: each.masked_fill(~each.isfinite(), 0) for name, each in tensors.items()})
+        texts = {TEXT.path: np.array(task.prompts, dtype=object)}
         return TextData(
-            arrays=arrays,
-            cut=[row for row, prompt in enumerate(kept) if self.encoder.is_cut(prompt)],
-            not_finite=[_key(each).hex() for each in task.prompts if each not in kept],
+            arrays=texts | {name: tensor.numpy() for name, tensor in trimmed.items()},
+            cut=[row for row, prompt in enumerate(task.prompts) if self.encoder.is_cut(prompt)],
+            not_finite=[row for row, fine in enumerate(finite.tolist()) if not fine],
             seconds={"encode": time.perf_counter() - clock},
         )
 
