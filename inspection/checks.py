@@ -150,7 +150,7 @@ def _check_prompts(shard: TextShard, most: int | None, small: Mapping[str, np.nd
     prompts = [] if text is None else [str(each) for each in text]
     if len(set(prompts)) != len(prompts):
         result.bad("texts", "a prompt stands twice in this shard")
-    if shard.name == EMPTY_PROMPT and prompts[:1] != [""] and (prompts or not shard.commit.not_finite):
+    if shard.name == EMPTY_PROMPT and prompts[:1] != [""]:
         result.bad("texts", "row 0 is not the empty prompt")
     tokens = {
         shape[shard.specs[path].axes.index("token") - 1]

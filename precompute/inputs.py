@@ -12,7 +12,6 @@ from inpo.common.pairs import PairSource, open_source
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
 from inpo.precompute.tasks import ShardTask, list_tasks
-from inpo.precompute.texts import TextTable
 
 
 def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list[ShardTask], list[DataError]]:
@@ -85,9 +84,9 @@ def committed_shards(cache: str, manifest: Manifest) -> set[str]:
     return committed
 
 
-def whole_shards(writer: CacheWriter, table: TextTable) -> set[str]:
-    """Names of the committed shards whose texts are all committed."""
-    return {name for name, commit in _commits(writer, writer.committed()).items() if set(commit.texts) <= table.names}
+def named_texts(writer: CacheWriter) -> dict[str, tuple[str, ...]]:
+    """{committed shard: the text shards that it names}."""
+    return {name: commit.texts for name, commit in _commits(writer, writer.committed()).items()}
 
 
 def _commits(writer: CacheWriter, committed: set[str]) -> dict[str, Commit]:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache import CacheWriter, Commit, TextCommit, open_cache
 from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
-from inpo.common.errors import DataError, UsageError, command
+from inpo.common.errors import CacheIncomplete, DataError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
@@ -24,7 +24,7 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, input_warnings, list_work, print_inputs, whole_shards
+from inpo.precompute.inputs import committed_shards, input_warnings, list_work, named_texts, print_inputs
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, make_plan, print_plan
@@ -42,8 +42,8 @@ def run_precompute(
     ray_options: RayOptions,
     dry_run: bool,
 ) -> int:
-    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, or if the source
-    has no pair at all; its empty commits are taken back then."""
+    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, if committed
+    shards are left without their texts, or if the source has no pair at all; its empty commits are taken back then."""
     resolved = configure(recipe, model_flags, data_flags, flags)
     settings, cache = resolved.settings, resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
@@ -95,12 +95,15 @@ def run_precompute(
             return make(name, tasks, committed=done, on_outcome=on_outcome)
 
     with _engine(resolved, model, writer, ray_options) as make:
-        table = TextTable(writer)
-        texts = list_texts(tasks, whole_shards(writer, table), table, by_length=manifest.is_padded)
+        table, named = TextTable(writer), named_texts(writer)
+        texts = list_texts(tasks, named, table, by_length=manifest.is_padded)
         phase("texts", texts, set(), "prompts")
         if is_main and texts:
             num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start
             print(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s", flush=True)
+        lost = _texts_lost(writer, {task.name: named.get(task.name, ()) for task in tasks})
+        if is_main and lost is not None:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
         report = phase("images", dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(
@@ -109,7 +112,25 @@ def run_precompute(
         if num_pairs == 0:
             _take_back(writer, tasks)
             return 1
-    return 1 if failures else 0
+    return 1 if failures or lost is not None else 0
+
+
+def _texts_lost(writer: CacheWriter, named: Mapping[str, tuple[str, ...]]) -> CacheIncomplete | None:
+    """What to say if committed shards need text shards that are still not there after the text phase."""
+    there = writer.committed(TextCommit)
+    users = {name: sorted({*texts} - there) for name, texts in named.items() if not there.issuperset(texts)}
+    if not users:
+        return None
+    lost = sorted({text for texts in users.values() for text in texts})
+    shards = f"{', '.join([*users][:4])}{', ...' if len(users) > 4 else ''}"
+    return CacheIncomplete(
+        f"Text shards that committed shards need are lost, and these pairs do not give the same ones: {len(lost)}.",
+        where=writer.store.path(TextCommit.folder),
+        expected=f"{', '.join(f'{name}.json' for name in lost[:4])}{', ...' if len(lost) > 4 else ''}",
+        got=f"no commit; {len(users)} shards cannot be read without: {shards}",
+        fix="bring the source to what it was, or restore the text shards from a copy of the cache; to make the shards "
+        f"again, move their commits in {writer.store.path(Commit.folder)} away and run again",
+    )
 
 
 @contextlib.contextmanager

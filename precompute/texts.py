@@ -8,14 +8,14 @@ A text shard's name is the digest of its prompts: whoever needs the same texts m
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts
-from inpo.common.cache.document import MAX_PAIRS_PER_SHARD, MAX_PROMPTS_PER_SHARD
+from inpo.common.cache.document import MAX_PROMPTS_PER_SHARD
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
 from inpo.common.cache.store import digest
@@ -42,6 +42,11 @@ class TextTask:
         """`empty`, or the digest of the prompts."""
         return EMPTY_PROMPT if self.prompts == ("",) else digest(json.dumps(self.prompts).encode())
 
+    @property
+    def number(self) -> int:
+        """Decides which process makes it: of the name alone, so that each finds the same one, whenever it looks."""
+        return 0 if self.name == EMPTY_PROMPT else int(self.name[:15], 16)
+
 
 class TextTable:
     """Where each committed prompt of a cache stands."""
@@ -63,8 +68,10 @@ class TextTable:
                 continue
             self.names.add(name)
             for row, text in enumerate(shard.text):
-                self._places.setdefault(_key(text), (name, row))
-            self._not_finite |= {bytes.fromhex(each) for each in shard.commit.not_finite}
+                if row in shard.commit.not_finite:
+                    self._not_finite.add(_key(text))
+                else:
+                    self._places.setdefault(_key(text), (name, row))
 
     def place(self, prompt: str) -> Place | None:
         """Where a prompt stands; None if it is not committed, or not finite."""
@@ -89,49 +96,55 @@ def _key(prompt: str) -> bytes:
 
 
 def list_texts(
-    tasks: Sequence[ShardTask], whole: set[str], table: TextTable, *, by_length: bool
+    tasks: Sequence[ShardTask], named: Mapping[str, Collection[str]], table: TextTable, *, by_length: bool
 ) -> dict[int, TextTask]:
-    """The text shards that are missing for these shards of images, each under a number of its own.
+    """The text shards that are missing for these shards of images, by number.
 
-    Neither a number nor what stands under it hangs on what is committed at this moment, so that processes which look
-    at different times share the work, and a run that was stopped goes on with the same text shards; only prompts that
-    another selection of pairs has brought in already are left out. A window whose shards are `whole`, committed with
-    their texts, is not read again.
+    What they are does not hang on which texts are committed at this moment, so that a run that was stopped goes on with
+    the same ones; only prompts that another selection of pairs has brought in already are left out. What committed
+    shards name is made as it was, also where the source ended earlier then. A window whose shards are committed with
+    their texts is not read again.
 
     Args:
+        named: the text shards that each committed shard of images names.
         by_length: shortest prompts first, so that little is padded.
     """
-    found = {} if table.is_known("") else {0: TextTask(prompts=("",))}
+    wanted = {name for names in named.values() for name in names}
+    listed = [TextTask(prompts=("",))]
     seen = {_key("")}
     for first in range(0, len(tasks), WINDOW):
         window = tasks[first : first + WINDOW]
-        if all(task.name in whole for task in window):
+        if all(task.name in named and table.names.issuperset(named[task.name]) for task in window):
             continue
-        fresh = dict.fromkeys(prompt for prompt in _prompts(window) if _key(prompt) not in seen)
-        seen.update(map(_key, fresh))
-        prompts = sorted(fresh, key=lambda prompt: (len(prompt), prompt)) if by_length else list(fresh)
-        cut = _cut(prompts)
+        left: list[str] = []
+        for task in window:
+            fresh = dict.fromkeys(prompt for prompt in _prompts(task) if _key(prompt) not in seen)
+            seen.update(map(_key, fresh))
+            left += fresh
+            again = [each for each in _cut(left, by_length=by_length) if each.name in wanted]
+            listed += again
+            taken = {prompt for each in again for prompt in each.prompts}
+            left = [prompt for prompt in left if prompt not in taken]
+        cut = _cut(left, by_length=by_length)
         done = {prompt for task in cut if task.name in table.names for prompt in task.prompts}
-        if any(table.is_known(prompt) and prompt not in done for prompt in prompts):
-            cut = _cut([prompt for prompt in prompts if not table.is_known(prompt)])
-        for number, task in enumerate(cut, start=1 + first * MAX_PAIRS_PER_SHARD // MAX_PROMPTS_PER_SHARD):
-            if task.name not in table.names:
-                found[number] = task
-    return found
+        if any(table.is_known(prompt) and prompt not in done for prompt in left):
+            cut = _cut([prompt for prompt in left if not table.is_known(prompt)], by_length=by_length)
+        listed += cut
+    return {task.number: task for task in listed if task.name not in table.names}
 
 
-def _prompts(tasks: Iterable[ShardTask]) -> Iterator[str]:
-    """The prompts of some shards. An input that cannot be read gives none; whoever reads its images says why."""
-    for task in tasks:
-        try:
-            yield from task.input_shard.prompts(task.start, task.stop)
-        except Exception:  # whatever a damaged file makes a parser raise
-            continue
+def _prompts(task: ShardTask) -> Iterator[str]:
+    """The prompts of a shard. An input that cannot be read gives none more; whoever reads its images says why."""
+    try:
+        yield from task.input_shard.prompts(task.start, task.stop)
+    except Exception:  # whatever a damaged file makes a parser raise
+        return
 
 
-def _cut(prompts: Sequence[str]) -> list[TextTask]:
+def _cut(prompts: Sequence[str], *, by_length: bool) -> list[TextTask]:
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt), prompt)) if by_length else prompts
     step = MAX_PROMPTS_PER_SHARD
-    return [TextTask(prompts=tuple(prompts[first : first + step])) for first in range(0, len(prompts), step)]
+    return [TextTask(prompts=tuple(ordered[first : first + step])) for first in range(0, len(ordered), step)]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -152,21 +165,17 @@ class TextWorker:
         return task
 
     def compute(self, task: TextTask) -> TextData:
-        """Encode; a prompt with any number that is not finite gets no row."""
+        """Encode. A prompt with any number that is not finite keeps its row, so that the others keep theirs whenever
+        the shard is made again."""
         clock = time.perf_counter()
         tensors = self.encoder(task.prompts)
         finite = torch.stack([each.isfinite().reshape(len(each), -1).all(1) for each in tensors.values()]).all(0)
-        kept = [prompt for prompt, fine in zip(task.prompts, finite.tolist(), strict=True) if fine]
-        arrays: dict[str, np.ndarray] = {}
-        if kept:
-            trimmed = self._trimmed({name: tensor[finite] for name, tensor in tensors.items()})
-            arrays = {TEXT.path: np.array(kept, dtype=object)} | {
-                name: tensor.numpy() for name, tensor in trimmed.items()
-            }
+        trimmed = self._trimmed({name: each.masked_fill(~each.isfinite(), 0) for name, each in tensors.items()})
+        texts = {TEXT.path: np.array(task.prompts, dtype=object)}
         return TextData(
-            arrays=arrays,
-            cut=[row for row, prompt in enumerate(kept) if self.encoder.is_cut(prompt)],
-            not_finite=[_key(each).hex() for each in task.prompts if each not in kept],
+            arrays=texts | {name: tensor.numpy() for name, tensor in trimmed.items()},
+            cut=[row for row, prompt in enumerate(task.prompts) if self.encoder.is_cut(prompt)],
+            not_finite=[row for row, fine in enumerate(finite.tolist()) if not fine],
             seconds={"encode": time.perf_counter() - clock},
         )
 

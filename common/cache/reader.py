@@ -38,7 +38,12 @@ class TextShard(CommittedArrays):
         return {"prompt": self.num_prompts}
 
     def rows(self, name: str, rows: Int[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
-        """What some prompts own under a condition's name."""
+        """What some prompts own under a condition's name. CacheSchemaError for one that has no numbers."""
+        without = np.intersect1d(rows, self.commit.not_finite)
+        if len(without):
+            raise self.misfit(
+                name, f"prompt {without[0]:.0f} is asked for, and the encoder gave NaN or infinity for it"
+            )
         if self.specs[name].num_cut:
             return self.read_chunks(name, rows[:, None])
         return self.read_stored(name, rows)
@@ -46,7 +51,7 @@ class TextShard(CommittedArrays):
     @cached_property
     def text(self) -> tuple[str, ...]:
         """The prompts, in rows' order."""
-        return tuple(map(str, self.read_stored(TEXT.path))) if self.num_prompts else ()
+        return tuple(map(str, self.read_stored(TEXT.path)))
 
 
 class Texts:
@@ -140,6 +145,10 @@ class Shard(CommittedArrays):
             found = self.cache.texts.need(texts[place])
             if not 0 <= row < found.num_prompts:
                 raise self.misfit("group/prompt", f"{row} outside 0..{found.num_prompts - 1} of {found.title}")
+            if row in found.commit.not_finite:
+                raise self.misfit(
+                    "group/prompt", f"prompt {row} of {found.title}, for which the encoder gave no numbers"
+                )
 
     def __contains__(self, path: str) -> bool:
         return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)

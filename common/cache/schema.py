@@ -30,6 +30,7 @@ from inpo.common.cache.document import (
     NumPrompts,
     PairId,
     Pixels,
+    PromptRow,
     Row,
     Seconds,
     ShardName,
@@ -431,20 +432,19 @@ class TextCommit(AnyCommit):
     arrays = "texts"
 
     num_prompts: NumPrompts
-    cut: Annotated[tuple[NumPrompts, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    cut: Annotated[tuple[PromptRow, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
     """Rows of prompts that are longer than the encoder takes: the model sees only their beginning."""
-    not_finite: Annotated[tuple[Digest, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
-    """Digests of prompts for which the encoder gave NaN or infinity: they have no row."""
+    not_finite: Annotated[tuple[PromptRow, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    """Rows of prompts for which the encoder gave NaN or infinity, stored as 0: no pair stands there."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TextCommit":
-        if any(row >= self.num_prompts for row in self.cut):
-            raise ValueError(f"a cut prompt in row {max(self.cut)} of {self.num_prompts}")
+        last = max((*self.cut, *self.not_finite), default=0)
+        if last >= self.num_prompts:
+            raise ValueError(f"something of row {last} of {self.num_prompts} prompts")
         return self
 
     def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
-        if not self.num_prompts:
-            return frozenset(), "no prompt"
         return files_of(manifest.text_specs), f"the arrays of {self.num_prompts} prompts"
 
 

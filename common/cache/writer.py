@@ -70,18 +70,18 @@ class ShardData:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Everything of a shard of texts: arrays by path (empty if no prompt has finite numbers)."""
+    """Everything of a shard of texts: arrays by path."""
 
     arrays: Mapping[str, np.ndarray]
     cut: Sequence[int] = ()
     """Rows of prompts of which the model sees only the beginning."""
-    not_finite: Sequence[str] = ()
-    """Digests of prompts that have no row."""
+    not_finite: Sequence[int] = ()
+    """Rows of prompts for which the encoder gave NaN or infinity: 0 stands there."""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_prompts(self) -> int:
-        return len(self.arrays[TEXT.path]) if self.arrays else 0
+        return len(self.arrays[TEXT.path])
 
 
 class CacheWriter:
@@ -269,8 +269,6 @@ class CacheWriter:
 def _check_arrays(
     where: str, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec], lengths: Mapping[str, int]
 ) -> None:
-    if not arrays:
-        return
     if specs.keys() != set(arrays):
         raise AssertionError(f"{where}: arrays {sorted(arrays)} instead of {sorted(specs)}")
     for path, values in arrays.items():

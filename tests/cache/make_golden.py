@@ -81,16 +81,18 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 
 
 def texts(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """{text shard: its arrays}. The longest prompt of the grouped cache has three of four tokens."""
+    """{text shard: its arrays}; the last prompt has no numbers. The longest one of the grouped cache has three of four
+    tokens."""
     embedding = number(4, 3, 3, 5).astype(np.float16)
     made = {
         "empty": {"text": np.array([""], dtype=object), "embedding": embedding[:1]},
-        "prompts": {"text": np.array(PROMPTS, dtype=object), "embedding": embedding[1:]},
+        "prompts": {"text": np.array([*PROMPTS, "?"], dtype=object), "embedding": embedding[[1, 2, 2]]},
     }
     if name == "grouped":
         made["empty"]["embedding"] = embedding[:1, :1]
         made["empty"]["length"] = np.array([1], dtype=np.int32)
-        made["prompts"]["length"] = np.array([2, 3], dtype=np.int32)
+        made["prompts"]["length"] = np.array([2, 3, 1], dtype=np.int32)
+    made["prompts"]["embedding"][2] = 0
     return made
 
 
@@ -141,8 +143,8 @@ def shard(name: str, *, row: int = 0) -> ShardData:
 def write(folder: Path, name: str) -> None:
     writer = CacheWriter.open(str(folder), manifest_of(name))
     for text, made in texts(name).items():
-        not_finite = ["7" * 32] if text == "prompts" else []
-        assert writer.write_texts(text, TextData(arrays=made, cut=[1][: len(not_finite)], not_finite=not_finite))
+        cut, not_finite = ([1], [2]) if text == "prompts" else ([], [])
+        assert writer.write_texts(text, TextData(arrays=made, cut=cut, not_finite=not_finite))
     assert writer.write("0-00000", shard(name))
     if name == "full":
         source = ShardSource(location="golden", input_shard="0", rows=(4, 5), fingerprint="4" * 32)

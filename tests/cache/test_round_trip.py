@@ -1,6 +1,7 @@
 """What is written is what is read, whatever the shapes, the profile and the store."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, TextCommit, TextData, open_cache
+from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, TextCommit, open_cache
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
 from inpo.common.cache.specs import ArraySpec
 from inpo.common.conditions import Condition, read_prompts
-from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing
+from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, CacheSchemaError
+from tests.cache.forging import verified
 
 
 def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
@@ -280,16 +282,28 @@ def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):
     assert open_cache(str(tmp_path), allow_empty=True).num_pairs == 0
 
 
-def test_a_text_shard_without_prompts_is_committed_and_holds_nothing(tmp_path, build):
-    """Prompts for which the encoder gave no numbers are known by digest: nobody asks for them again."""
+def test_a_prompt_for_which_the_encoder_gave_no_numbers_is_refused(tmp_path, build):
+    """It keeps its row, and whatever asks for it is told: a shard of images, and whoever reads the embeddings."""
     manifest = build.manifest()
     writer = CacheWriter.open(str(tmp_path), manifest)
-    commit = writer.write_texts("t", TextData(arrays={}, not_finite=["0" * 32]))
+    assert writer.write_texts("empty", build.texts(manifest, None))
+    data = build.shard(manifest, 3)
+    used, *others = np.unique(data.arrays["group/prompt"][:, 1]).tolist()
+    commit = writer.write_texts("t0", replace(build.texts(manifest, 0), not_finite=[used]))
     assert commit is not None
-    assert (commit.num_prompts, commit.files, commit.not_finite) == (0, {}, ("0" * 32,))
-    assert writer.committed(TextCommit) == {"t"}
-    texts = open_cache(str(tmp_path), allow_empty=True).texts
-    assert texts.need("t").text == ()
+    assert (commit.num_prompts, commit.not_finite) == (4, (used,))
+    assert writer.write("s0", data)
+    cache = open_cache(str(tmp_path))
+    assert cache.texts.need("t0").text == tuple(f"prompt 0 {row} ä" for row in range(4))
+    words = "the encoder gave"
+    with pytest.raises(
+        CacheSchemaError, match=rf"(?s)group/prompt of shard s0.*prompt {used} of text shard t0.*{words}"
+    ):
+        cache.shards["s0"].prompts()
+    with pytest.raises(CacheSchemaError, match=rf"(?s)embedding of text shard t0.*prompt {used}.*{words}"):
+        read_prompts(cache.texts, [("t0", row) for row in (*others, used)])
+    assert len(read_prompts(cache.texts, [("t0", row) for row in others])["embedding"]) == len(others)
+    assert {(each.shard, each.check) for each in verified(tmp_path)} == {("s0", "texts")}
 
 
 def test_attempts_without_a_commit_are_invisible(tmp_path, build):

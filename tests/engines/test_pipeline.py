@@ -64,7 +64,7 @@ _SETTINGS = PrecomputeSettings(
 def worker(world: World, components: Components, tmp_path: Path) -> Iterator[WatchedWorker]:
     model = open_model(str(world.model))
     writer = CacheWriter.open(str(tmp_path / "cache"), build_manifest(_SETTINGS, model, device_type="cpu"))
-    texts = list_texts(list_tasks(open_source(str(world.pairs)))[0], set(), TextTable(writer), by_length=False)
+    texts = list_texts(list_tasks(open_source(str(world.pairs)))[0], {}, TextTable(writer), by_length=False)
     text_worker = load_worker("texts", model, writer, _SETTINGS, PartialState(cpu=True).device)
     for task in texts.values():
         text_worker.write(task, text_worker.compute(task))

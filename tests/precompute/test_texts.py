@@ -21,6 +21,7 @@ import inpo.precompute.texts as texts_module
 import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import Cache, TextShard, open_cache
 from inpo.common.conditions import Condition, read_prompts
+from inpo.common.errors import CacheSchemaError
 from inpo.common.families import FAMILIES
 from inpo.common.pairs import Pair, open_source
 from inpo.precompute.encode import TextEncoder
@@ -176,6 +177,45 @@ def test_a_text_shard_that_is_lost_is_made_again_by_the_same_command(
         np.testing.assert_array_equal(after.texts.need(gone.name).read_stored(path), values)
 
 
+@pytest.mark.parametrize("kind", ["sd15", "pixart-sigma"])
+def test_text_shards_of_several_selections_that_are_all_lost_are_made_again(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, kind: str
+) -> None:
+    """A whole run would put the prompts of both into one text shard, and nothing committed names that one."""
+    source = tars(4, 1)
+    for limit in (1, 3, None):
+        before = run.cache(source, pipelines(kind), tmp_path / "cache", limit=limit, **QUICK)
+    numbers = {shard.name: {path: shard.read_stored(path) for path in shard.specs} for shard in before.texts}
+    assert len(numbers) == 4
+    calls = run.network_calls
+    for file in (tmp_path / "cache" / "text-commits").iterdir():
+        file.unlink()
+    after = run.cache(source, pipelines(kind), tmp_path / "cache", **QUICK)
+    assert run.network_calls == calls
+    assert after.commits == before.commits
+    assert attempts(after).keys() == numbers.keys()
+    for name, arrays in numbers.items():
+        for path, values in arrays.items():
+            np.testing.assert_array_equal(after.texts.need(name).read_stored(path), values)
+
+
+def test_a_run_that_leaves_a_committed_shard_without_its_texts_says_so_and_fails(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tars(4, 1)
+    before = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    (lost,) = of_prompts(before)
+    (tmp_path / "cache" / "text-commits" / f"{lost.name}.json").unlink()
+    (tmp_path / "pairs" / "00001.tar").rename(tmp_path / "00001.tar")
+    assert run(source, pipelines(), tmp_path / "cache", **QUICK) == 1
+    said = capsys.readouterr().err
+    for words in (f"{lost.name}.json", "3 shards cannot be read", "00000-00000000", "to do:"):
+        assert words in said
+    (tmp_path / "00001.tar").rename(tmp_path / "pairs" / "00001.tar")  # what the message asks for
+    assert run(source, pipelines(), tmp_path / "cache", **QUICK) == 0
+    assert lost.name in attempts(open_cache(str(tmp_path / "cache")))
+
+
 def _without_numbers(*prompts: str) -> Callable[[TextEncoder], None]:
     """The encoder gives NaN for these prompts."""
 
@@ -203,13 +243,35 @@ def test_a_prompt_without_numbers_is_skipped_with_the_reason_and_not_asked_for_a
     assert {row["pair_id"] for row in rows} == {"pair-002", "pair-006"}
     assert {row["detail"] for row in rows} == {"the text embedding is NaN or infinite"}
     (texts,) = of_prompts(cache)
-    assert texts.text == (WORDS[0], WORDS[1], WORDS[3])
-    assert len(texts.commit.not_finite) == 1
-    assert {str(prompt) for shard in cache for prompt in shard.prompts()} == set(texts.text)
+    assert (texts.text, texts.commit.not_finite) == (WORDS, (2,))
+    assert {str(prompt) for shard in cache for prompt in shard.prompts()} == {WORDS[0], WORDS[1], WORDS[3]}
     (tmp_path / "cache" / "commits" / "00001-00000000.json").unlink()
     run.encoded.clear()
     assert run.cache(source, pipelines(), tmp_path / "cache", **QUICK).num_pairs == 6
     assert run.encoded == []
+
+
+def test_rows_stay_where_a_text_shard_is_made_again_and_other_prompts_have_numbers(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """What overflows on one device does not on another."""
+    source = tars(4, 1)
+    run.prepare_texts = _without_numbers(WORDS[1])
+    before = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    told = {shard.name: Condition.of(shard, np.arange(2))["embedding"] for shard in before}
+    assert len(told) == 3
+    (lost,) = of_prompts(before)
+    (tmp_path / "cache" / "text-commits" / f"{lost.name}.json").unlink()
+    run.prepare_texts = _without_numbers(WORDS[2])
+    after = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    (again,) = of_prompts(after)
+    assert (again.name, again.commit.not_finite) == (lost.name, (2,))
+    for number, word in ((0, WORDS[0]), (3, WORDS[3])):
+        shard = after.shards[f"0000{number}-00000000"]
+        assert shard.prompts().tolist() == [word]
+        assert torch.equal(Condition.of(shard, np.arange(2))["embedding"], told[shard.name])
+    with pytest.raises(CacheSchemaError, match="prompt 2 of text shard"):
+        Condition.of(after.shards["00002-00000000"], np.arange(2))
 
 
 def test_without_numbers_for_the_empty_prompt_there_is_no_pair(
