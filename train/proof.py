@@ -142,9 +142,9 @@ def refuse(proof: Proof, cache: Cache, *, beta: float) -> CacheMismatch:
 
 
 def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+    """E = MSE(target - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
 
-    `space`: what the aim is of; None: what the levels' targets are of.
+    `space`: what the target is of; None: what the levels' targets are of.
     """
     return _record_errors(denoiser, batch, batch.x_t.float(), space)
 
@@ -154,7 +154,7 @@ def _record_errors(
 ) -> Float[Tensor, "record side"]:
     """At points of one's own."""
     predicted = denoiser(x_t, batch.timestep, batch.condition, space)
-    return batch.by_side(mean_square(batch.aim.float() - predicted))
+    return batch.by_side(mean_square(batch.target.float() - predicted))
 
 
 def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tuple[float, float, str]:

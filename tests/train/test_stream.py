@@ -40,7 +40,7 @@ def take(stream: RecordStream, count: int) -> list[Batch]:
 def same(left: Batch, right: Batch) -> bool:
     return all(
         torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("x_t", "aim", "reference_error", "timestep", "sides", "label")
+        for name in ("x_t", "target", "reference_error", "timestep", "sides", "label")
     ) and torch.equal(left.condition["embedding"], right.condition["embedding"])
 
 
@@ -149,7 +149,7 @@ def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_p
             name, row = ("empty", 0) if shard.read("group/caption_dropped")[group] else (shard.commit.texts[place], row)
             for slot, image in zip(slots, images, strict=True):
                 assert np.array_equal(batch.x_t[slot], shard.read("x_t")[image, record])
-                assert np.array_equal(batch.aim[slot], shard.read("target")[image, record])
+                assert np.array_equal(batch.target[slot], shard.read("target")[image, record])
                 assert float(batch.reference_error[slot]) == shard.read("reference_error")[image, record]
                 assert int(batch.timestep[slot]) == shard.read("timestep")[group, record]
                 for prompts in batch.prompts:
