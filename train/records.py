@@ -39,7 +39,7 @@ class Batch:
     @property
     def condition(self) -> Condition:
         """One row per slot. Expanded where the batch is: on the GPU."""
-        return Condition(**self.prompts.rows(self.prompt), **self.images)
+        return Condition.build(self.prompts, self.prompt, self.images)
 
     @property
     def record_timestep(self) -> Int[Tensor, " record"]:
@@ -117,8 +117,8 @@ class LoadedShard:
         eps_ref = self._shard.read_records("eps_ref", images, records)
         return np.square(self._target.astype(np.float32) - eps_ref.astype(np.float32)).mean((-3, -2, -1))
 
-    def record(self, pair: int, record: int) -> "RecordPlace":
-        """Where in memory a record is."""
+    def record(self, pair: int, record: int) -> "LoadedRecord":
+        """A record that was read: this shard, and its number here."""
         return self, self._where[pair, record]
 
     def slots_of(self, number: int) -> list[int]:
@@ -190,21 +190,21 @@ class LoadedShard:
             )
 
 
-RecordPlace = tuple[LoadedShard, int]
+LoadedRecord = tuple[LoadedShard, int]
 """A record in memory: shard, number of the record there."""
 
 
-def gather(places: Sequence[RecordPlace]) -> Batch:
+def gather(records: Sequence[LoadedRecord]) -> Batch:
     """Records in the given order, from any shards of one model; every image once."""
     slots: dict[tuple[int, int], int] = {}
     prompts: dict[tuple[int, int], int] = {}
-    shards = {id(shard): shard for shard, _ in places}
+    shards = {id(shard): shard for shard, _ in records}
     sides = [
         [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
-        for shard, number in places
+        for shard, number in records
     ]
     prompt = [prompts.setdefault((owner, shards[owner].prompt_of(image)), len(prompts)) for owner, image in slots]
-    arrays, of_prompts = places[0][0].empty_slots(len(slots)), places[0][0].empty_prompts(len(prompts))
+    arrays, of_prompts = records[0][0].empty_slots(len(slots)), records[0][0].empty_prompts(len(prompts))
     for shard in shards.values():
         shard.check_fits(arrays | of_prompts)
     for (owner, image), slot in slots.items():
@@ -216,7 +216,7 @@ def gather(places: Sequence[RecordPlace]) -> Batch:
     return Batch(
         **{name: tensors.pop(name) for name in names},
         sides=torch.tensor(sides),
-        label=torch.tensor([shard.label_of(number) for shard, number in places], dtype=torch.float32),
+        label=torch.tensor([shard.label_of(number) for shard, number in records], dtype=torch.float32),
         prompts=Condition(**{name: torch.from_numpy(values) for name, values in of_prompts.items()}),
         prompt=torch.tensor(prompt),
         images=Condition(**tensors),

@@ -11,11 +11,11 @@ from inpo.common.inversion.inverters import INVERTERS, Call, Move, Use, iteratio
 from inpo.common.inversion.path import Path
 from inpo.common.levels import Levels
 
-Walk = Generator[Call, bool, None]
+Calls = Generator[Call, bool, None]
 """To be sent, after every Call, whether the iteration has settled: all that a walk must know of the numbers."""
 
 
-def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) -> Walk:
+def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) -> Calls:
     """The calls along `path`, and `back` down the same points by deterministic DDIM, to measure the round trip.
 
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
