@@ -83,10 +83,8 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error, reference_error = (
-            record_errors(self.denoiser, batch, self.objective.space),
-            batch.by_side(batch.reference_error),
-        )
+        error = record_errors(self.denoiser, batch, self.objective.space)
+        reference_error = batch.by_side(batch.reference_error)
         if self.objective.target == "delta_prev":
             weight = self._weights[batch.record_timestep, None]
             error, reference_error = error * weight, reference_error * weight
@@ -267,7 +265,7 @@ class Trainer:
 
     def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""
-        if self.settings.reference_guard and float(self._reduce(self._bad)) > 0:
+        if self.settings.check_finite and float(self._reduce(self._bad)) > 0:
             raise TrainingError(
                 "The loss or the gradient is not finite.",
                 where=f"at step {self.step} or up to {self.settings.log_every} before it",

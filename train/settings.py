@@ -102,7 +102,7 @@ class TrainSettings(Section):
     """Steps between checkpoints."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints to keep."""
-    reference_guard: bool = True
+    check_finite: bool = True
     """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves go beside metrics.jsonl."""
