@@ -1,7 +1,7 @@
 """Chains of pairs, by prompt and as plain pairs: `python -m benchmarks.groups`.
 
 A chain is what Pick-a-Pic's users made: the image that was preferred meets the next one under the same prompt. Six
-pairs of a chain show seven images in twelve places: 1.71 places per image. The same pairs are inverted and trained with
+pairs of a chain show seven images as twelve sides: 1.71 sides per image. The same pairs are inverted and trained with
 `--group pair` and `--group prompt`; network calls are counted, times are of the same worker and the same loop.
 """
 

@@ -69,7 +69,7 @@ class TrainSettings(Section):
     dtype: DtypeName | None = None
     """Network dtype, which must be the cache's: the stored reference errors belong to it."""
     init_from: Location | None = None
-    """Start from another model's UNet than the cache's reference; unset: from the reference."""
+    """Start from another model's network than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     compile: CompileName = "auto"
