@@ -106,9 +106,6 @@ class Setting:
         worker.close()
         return open_cache(str(location))
 
-    def opened(self, location: Path) -> Cache:
-        return open_cache(str(location))
-
     def index(self, cache: Cache) -> Index:
         return build_index([cache], soft=False, held_out=0.0)
 

@@ -102,13 +102,13 @@ class Trainer:
         gradients, as evaluations call it, and with them. `blocks`: see compile_network.
         """
         accelerator, settings = self.accelerator, self.settings
+        sharded = accelerator.distributed_type == DistributedType.FSDP
 
         def first() -> None:
             batch = self.stream.peek().to(accelerator.device)
             with torch.no_grad():
                 record_errors(self.denoiser, batch, self.objective.space)
             # Of the processes of DDP one may fail alone: none may wait for its gradients. FSDP's wait in the network.
-            sharded = accelerator.distributed_type == DistributedType.FSDP
             with nullcontext() if sharded else accelerator.no_sync(self.network):
                 record_errors(self.denoiser, batch, self.objective.space).mean().backward()
 
@@ -116,8 +116,10 @@ class Trainer:
             return float(self._reduce(torch.tensor(float(not fine), device=accelerator.device))) == 0
 
         bare = accelerator.unwrap_model(self.network)
-        if compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
-            self.denoiser.rows = self.stream.num_slots
+        # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
+        self.denoiser.rows = 2 * settings.batch_size if sharded else self.stream.num_slots
+        if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
+            self.denoiser.rows = None
         self.network.zero_grad(set_to_none=True)
 
     def write_start(self) -> dict[str, Any]:
