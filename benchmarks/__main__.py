@@ -1,10 +1,10 @@
 """`python -m benchmarks`: every benchmark once, at this machine's default size."""
 
-from benchmarks import decode, groups, precompute, recipe, roofline, scaling, stream, train_step
+from benchmarks import decode, groups, operations, precompute, recipe, roofline, scaling, stream, train_step
 
 
 def main() -> None:
-    for benchmark in (train_step, recipe, precompute, groups, decode, scaling, stream, roofline):
+    for benchmark in (train_step, recipe, precompute, groups, operations, decode, scaling, stream, roofline):
         benchmark.main([])
         print(flush=True)
 

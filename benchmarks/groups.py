@@ -1,7 +1,7 @@
 """Chains of pairs, by prompt and as plain pairs: `python -m benchmarks.groups`.
 
 A chain is what Pick-a-Pic's users made: the image that was preferred meets the next one under the same prompt. Six
-pairs of a chain show seven images in twelve places: 1.71 places per image. The same pairs are inverted and trained with
+pairs of a chain show seven images as twelve sides: 1.71 sides per image. The same pairs are inverted and trained with
 `--group pair` and `--group prompt`; network calls are counted, times are of the same worker and the same loop.
 """
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks.measure import interleaved, machine, ratio_table, record
 from benchmarks.setting import PROMPTS, Setting, setting
+from inpo.common.cache import open_cache
 from inpo.common.choices import GroupName
 from inpo.common.pairs import open_source
 from inpo.precompute.tasks import list_tasks
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         for worker in workers.values():
             worker.close()
         loops = {
-            name: here.cached(here.opened(Path(scratch) / group), batch_size=options.batch_size)
+            name: here.cached(open_cache(str(Path(scratch) / group)), batch_size=options.batch_size)
             for name, group in groups.items()
         }
         training = interleaved({name: loop.step for name, loop in loops.items()}, rounds=4 * options.rounds)

@@ -106,19 +106,16 @@ class Setting:
         worker.close()
         return open_cache(str(location))
 
-    def opened(self, location: Path) -> Cache:
-        return open_cache(str(location))
-
     def index(self, cache: Cache) -> Index:
         return build_index([cache], soft=False, held_out=0.0)
 
     def trained(self) -> tuple[Denoiser, torch.optim.Optimizer]:
         """A trainable network and its optimiser."""
-        unet = self.model.load_network().to(self.device).train()
+        network = self.model.load_network().to(self.device).train()
         if self.device.type == "cuda":
-            unet.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-8, fused=True)
-        return self.model.denoiser(unet, network_dtype=self.dtype), optimizer
+            network.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-8, fused=True)
+        return self.model.denoiser(network, network_dtype=self.dtype), optimizer
 
     def cached(self, cache: Cache, *, batch_size: int) -> "CachedLoop":
         """Ours: the real record stream of a cache, and one network."""

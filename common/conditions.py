@@ -83,7 +83,7 @@ class Condition(Mapping[str, Tensor]):
         return cls.build(prompts, torch.from_numpy(index), own)
 
 
-Call = Callable[
+NetworkCall = Callable[
     [nn.Module, Float[Tensor, "batch c h w"], Float[Tensor, " batch"], Condition], Float[Tensor, "batch c h w"]
 ]
 """(network, x, label, condition) -> its output: a family's `call`."""

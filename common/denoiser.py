@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from inpo.common.choices import Space
-from inpo.common.conditions import Call, Condition
+from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
 from inpo.common.predictions import PREDICTIONS
@@ -45,7 +45,7 @@ class Denoiser:
         self,
         network: nn.Module,
         levels: Levels,
-        call: Call,
+        call: NetworkCall,
         prediction: str = "epsilon",
         *,
         network_dtype: str = "float32",

@@ -175,9 +175,7 @@ def relabel(
     if main:
         agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
         print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards, temperature {used:g}")
-        print(
-            f"  {scorer} prefers the source's winner in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs"
-        )
+        print(f"  {scorer} prefers the source's win in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs")
         if report.num_replaced:
             print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
         labelled = ("--cache", opened.location, "--labels", name)

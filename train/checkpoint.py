@@ -57,7 +57,7 @@ class FileSeal(_Strict):
     """blake2b with 128 bits over all of it."""
 
 
-class Document(_Strict):
+class RunDocument(_Strict):
     """run.json."""
 
     step: PositiveInt
@@ -74,7 +74,7 @@ class Checkpoint:
     """A checkpoint that was found whole."""
 
     path: Path
-    document: Document
+    document: RunDocument
 
     @property
     def step(self) -> int:
@@ -254,7 +254,7 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     damaged: list[str] = []
     for each in reversed(found) if resume == "auto" else [path]:
         document = _verified(each)
-        if isinstance(document, Document):
+        if isinstance(document, RunDocument):
             for line in damaged:
                 say(f"note: {line}; going on from {each.name}, the last whole one")
             return Checkpoint(path=each, document=document)
@@ -270,12 +270,12 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     return None
 
 
-def _verified(path: Path) -> Document | str:
+def _verified(path: Path) -> RunDocument | str:
     """The checkpoint's document if every file is the one that was written, else what is wrong."""
     try:
         data = load((path / STATE).read_bytes(), STATE)
         check_seal(data, STATE, what=STATE, fix="")
-        document = Document.model_validate(data)
+        document = RunDocument.model_validate(data)
         with ThreadPoolExecutor(_THREADS) as pool:
             seals = pool.map(_seal, [path / name for name in document.files])
             wrong = [name for (name, seal), now in zip(document.files.items(), seals, strict=True) if seal != now]

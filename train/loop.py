@@ -83,10 +83,8 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error, reference_error = (
-            record_errors(self.denoiser, batch, self.objective.space),
-            batch.by_side(batch.reference_error),
-        )
+        error = record_errors(self.denoiser, batch, self.objective.space)
+        reference_error = batch.by_side(batch.reference_error)
         if self.objective.target == "delta_prev":
             weight = self._weights[batch.record_timestep, None]
             error, reference_error = error * weight, reference_error * weight
@@ -104,13 +102,13 @@ class Trainer:
         gradients, as evaluations call it, and with them. `blocks`: see compile_network.
         """
         accelerator, settings = self.accelerator, self.settings
+        sharded = accelerator.distributed_type == DistributedType.FSDP
 
         def first() -> None:
             batch = self.stream.peek().to(accelerator.device)
             with torch.no_grad():
                 record_errors(self.denoiser, batch, self.objective.space)
             # Of the processes of DDP one may fail alone: none may wait for its gradients. FSDP's wait in the network.
-            sharded = accelerator.distributed_type == DistributedType.FSDP
             with nullcontext() if sharded else accelerator.no_sync(self.network):
                 record_errors(self.denoiser, batch, self.objective.space).mean().backward()
 
@@ -118,8 +116,10 @@ class Trainer:
             return float(self._reduce(torch.tensor(float(not fine), device=accelerator.device))) == 0
 
         bare = accelerator.unwrap_model(self.network)
-        if compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
-            self.denoiser.rows = self.stream.num_slots
+        # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
+        self.denoiser.rows = 2 * settings.batch_size if sharded else self.stream.num_slots
+        if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
+            self.denoiser.rows = None
         self.network.zero_grad(set_to_none=True)
 
     def write_start(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Trainer:
 
     def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""
-        if self.settings.reference_guard and float(self._reduce(self._bad)) > 0:
+        if self.settings.check_finite and float(self._reduce(self._bad)) > 0:
             raise TrainingError(
                 "The loss or the gradient is not finite.",
                 where=f"at step {self.step} or up to {self.settings.log_every} before it",

@@ -29,11 +29,11 @@ class WindowKey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a record of the endless sequence lies: its window and its position in the window's shuffled order."""
+class Position:
+    """Where a record of the endless sequence lies: its window, and how far on in the window's shuffled order."""
 
     key: WindowKey
-    position: int
+    offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,14 @@ class GlobalOrder:
         rows = np.tile(np.arange(ordered.num_records), (int(ordered.group.max()) + 1, 1))
         return generator(self.seed, epoch, shard, "records").permuted(rows, axis=1)
 
-    def place(self, record: int) -> Place:
+    def position(self, record: int) -> Position:
         """Where record number `record` of the endless sequence lies."""
         epoch, offset = divmod(record, self.num_records)
         found = self._epoch(epoch)
         window = int(np.searchsorted(found.ends, offset, side="right"))
         start = int(found.ends[window - 1]) if window else 0
-        return Place(key=found.keys[window], position=offset - start)
+        return Position(key=found.keys[window], offset=offset - start)
 
-    def micro_batch(self, number: int, batch_size: int) -> list[Place]:
+    def micro_batch(self, number: int, batch_size: int) -> list[Position]:
         """The records of one micro-batch; may span windows, slices and epochs."""
-        return [self.place(record) for record in range(number * batch_size, (number + 1) * batch_size)]
+        return [self.position(record) for record in range(number * batch_size, (number + 1) * batch_size)]

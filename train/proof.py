@@ -24,7 +24,7 @@ from inpo.common.errors import CacheMismatch, command
 from inpo.common.models import Model
 from inpo.common.spread import moved, root_mean_square, root_shift
 from inpo.train.index import Index, IndexedShard
-from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
+from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
 
 _RECORDS = 32
 """Records that are looked at, at least, if there are so many."""
@@ -102,10 +102,10 @@ def run_proof(denoiser: Denoiser, index: Index, *, batch_size: int) -> Proof:
     with its initial weights. `batch_size` records go through it together, as in training.
     """
     sample = _sample(index)
-    places = [place for _, of_shard in sample for place in of_shard]
-    error, stored = _errors(denoiser, places, batch_size)
+    records = [record for _, of_shard in sample for record in of_shard]
+    error, stored = _errors(denoiser, records, batch_size)
     shift = root_shift(error, stored)
-    spread = _measure_spread(denoiser, places, batch_size, error)
+    spread = _measure_spread(denoiser, records, batch_size, error)
     known = [found for shard, _ in sample if (found := shard.shard.commit.spread) is not None]
     cache_spread = root_mean_square(torch.tensor(known, dtype=torch.float64)) if known else None
     mean = float(stored.mean())
@@ -142,9 +142,9 @@ def refuse(proof: Proof, cache: Cache, *, beta: float) -> CacheMismatch:
 
 
 def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
-    """E = MSE(aim - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+    """E = MSE(target - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
 
-    `space`: what the aim is of; None: what the levels' targets are of.
+    `space`: what the target is of; None: what the levels' targets are of.
     """
     return _record_errors(denoiser, batch, batch.x_t.float(), space)
 
@@ -154,7 +154,7 @@ def _record_errors(
 ) -> Float[Tensor, "record side"]:
     """At points of one's own."""
     predicted = denoiser(x_t, batch.timestep, batch.condition, space)
-    return batch.by_side(mean_square(batch.aim.float() - predicted))
+    return batch.by_side(mean_square(batch.target.float() - predicted))
 
 
 def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tuple[float, float, str]:
@@ -173,12 +173,12 @@ def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tup
 
 @torch.no_grad()
 def _errors(
-    denoiser: Denoiser, places: Sequence[RecordPlace], batch_size: int, generator: torch.Generator | None = None
+    denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, generator: torch.Generator | None = None
 ) -> tuple[Float[Tensor, "record side"], Float[Tensor, "record side"]]:
     """(E_theta, E_ref) on the CPU; with a generator E_theta at points that are moved by a rounding."""
     errors, stored = [], []
-    for start in range(0, len(places), batch_size):
-        batch = gather(places[start : start + batch_size])
+    for start in range(0, len(records), batch_size):
+        batch = gather(records[start : start + batch_size])
         there = batch.to(denoiser.device)
         x_t = there.x_t.float()
         x_t = x_t if generator is None else moved(x_t, denoiser.network_dtype, generator)
@@ -188,19 +188,19 @@ def _errors(
 
 
 def _measure_spread(
-    denoiser: Denoiser, places: Sequence[RecordPlace], batch_size: int, error: Float[Tensor, "record side"]
+    denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, error: Float[Tensor, "record side"]
 ) -> float:
     """This run's spread: the records again, in batches of another size, among other neighbours."""
     other_size = batch_size // 2 if batch_size > 1 else 2
     generator = torch.Generator().manual_seed(0)
     shifts = []
     for _ in range(math.ceil(_MOVES / error.numel())):
-        again, _ = _errors(denoiser, places[::-1], other_size, generator)
+        again, _ = _errors(denoiser, records[::-1], other_size, generator)
         shifts.append(root_shift(again.flip(0), error))
     return root_mean_square(torch.cat(shifts))
 
 
-def _sample(index: Index) -> list[tuple[IndexedShard, list[RecordPlace]]]:
+def _sample(index: Index) -> list[tuple[IndexedShard, list[LoadedRecord]]]:
     """A bounded number of records, spread over the shards and over each shard's records."""
     trained = {id(each.shard) for each in index.training}
     shards = [*index.training, *(each for each in index.held_out if id(each.shard) not in trained)]
@@ -210,10 +210,10 @@ def _sample(index: Index) -> list[tuple[IndexedShard, list[RecordPlace]]]:
     for turn, number in enumerate(chosen.tolist()):
         shard = shards[number]
         of_pair = shard.shard.cache.manifest.timesteps_per_pair
-        records = np.unique(np.linspace(0, shard.num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
-        pairs = records // of_pair
+        evenly = np.unique(np.linspace(0, shard.num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
+        pairs = evenly // of_pair
         # A stride through the records would meet few of a pair's; walk through them instead.
-        step = (ends[turn] + np.arange(len(records))) % of_pair
-        loaded = LoadedShard(shard, pairs, step, Needs())
-        found.append((shard, [loaded.record(*each) for each in zip(pairs.tolist(), step.tolist(), strict=True)]))
+        records = (ends[turn] + np.arange(len(evenly))) % of_pair
+        loaded = LoadedShard(shard, pairs, records, Needs())
+        found.append((shard, [loaded.record(*each) for each in zip(pairs.tolist(), records.tolist(), strict=True)]))
     return found

@@ -18,8 +18,8 @@ class Batch:
     """A micro-batch of records. An image stands in one slot, whatever the number of records that it is part of."""
 
     x_t: Float16[Tensor, "slot c h w"]
-    aim: Float16[Tensor, "slot c h w"]
-    """What the prediction is compared with: the target, or what the objective aims at."""
+    target: Float16[Tensor, "slot c h w"]
+    """What the prediction is compared with: the array of that name, or the one that the objective takes instead."""
     reference_error: Float32[Tensor, " slot"]
     timestep: Int[Tensor, " slot"]
     sides: Int[Tensor, "record 2"]
@@ -39,7 +39,7 @@ class Batch:
     @property
     def condition(self) -> Condition:
         """One row per slot. Expanded where the batch is: on the GPU."""
-        return Condition(**self.prompts.rows(self.prompt), **self.images)
+        return Condition.build(self.prompts, self.prompt, self.images)
 
     @property
     def record_timestep(self) -> Int[Tensor, " record"]:
@@ -70,9 +70,9 @@ class Batch:
 class Needs:
     """Which arrays a run reads, decided by its objective. Nothing else is read."""
 
-    aim: str = "target"
+    target: str = "target"
     eps_ref: bool = False
-    """The reference error is computed from the reference's prediction, because the aim is not the stored target."""
+    """The reference error is computed from the reference's prediction, because the target is not the stored one."""
 
 
 class LoadedShard:
@@ -94,7 +94,7 @@ class LoadedShard:
         keys, sides = np.unique(indexed.sides[pairs] * num_records + records[:, None], return_inverse=True)
         self._sides = sides.reshape(len(pairs), 2)
         images, image_records = np.divmod(keys, num_records)
-        self._aim = shard.read_records(needs.aim, images, image_records)
+        self._target = shard.read_records(needs.target, images, image_records)
         self._x_t = self._points(images, image_records)
         self._timestep = shard.timesteps()[images, image_records].astype(np.int64)
         self._reference_error = self._errors(images, image_records)
@@ -106,19 +106,19 @@ class LoadedShard:
 
     def _points(self, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]) -> Float16[np.ndarray, "n c h w"]:
         """x_t; of a lean cache from the target that has been read already."""
-        if "x_t" in self._shard.stored or self.needs.aim != "target":
+        if "x_t" in self._shard.stored or self.needs.target != "target":
             return self._shard.read_records("x_t", images, records)
-        return self._shard.derive_records(images, records, self._aim)
+        return self._shard.derive_records(images, records, self._target)
 
     def _errors(self, images: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         if not self.needs.eps_ref:
             found: np.ndarray = self._shard.read("reference_error")[images, records]
             return found
         eps_ref = self._shard.read_records("eps_ref", images, records)
-        return np.square(self._aim.astype(np.float32) - eps_ref.astype(np.float32)).mean((-3, -2, -1))
+        return np.square(self._target.astype(np.float32) - eps_ref.astype(np.float32)).mean((-3, -2, -1))
 
-    def record(self, pair: int, record: int) -> "RecordPlace":
-        """Where in memory a record is."""
+    def record(self, pair: int, record: int) -> "LoadedRecord":
+        """A record that was read: this shard, and its number here."""
         return self, self._where[pair, record]
 
     def slots_of(self, number: int) -> list[int]:
@@ -129,7 +129,7 @@ class LoadedShard:
     def copy_slot(self, image: int, batch: dict[str, np.ndarray], slot: int) -> None:
         """Copy an image's numbers into a slot of a batch's arrays."""
         batch["x_t"][slot] = self._x_t[image]
-        batch["aim"][slot] = self._aim[image]
+        batch["target"][slot] = self._target[image]
         batch["reference_error"][slot] = self._reference_error[image]
         batch["timestep"][slot] = self._timestep[image]
         for name, values in self._images.items():
@@ -149,7 +149,7 @@ class LoadedShard:
 
     def empty_slots(self, number: int) -> dict[str, np.ndarray]:
         """Arrays for slots like this shard's, to be filled."""
-        like = {"x_t": self._x_t, "aim": self._aim, "reference_error": self._reference_error}
+        like = {"x_t": self._x_t, "target": self._target, "reference_error": self._reference_error}
         like |= {"timestep": self._timestep, **self._images}
         return {name: np.empty((number, *values.shape[1:]), values.dtype) for name, values in like.items()}
 
@@ -174,7 +174,7 @@ class LoadedShard:
         shard = self._shard
         for name, values in (
             ("x_t", self._x_t),
-            (self.needs.aim, self._aim),
+            (self.needs.target, self._target),
             ("reference_error", self._reference_error),
         ):
             if _all_finite(values):
@@ -190,33 +190,33 @@ class LoadedShard:
             )
 
 
-RecordPlace = tuple[LoadedShard, int]
+LoadedRecord = tuple[LoadedShard, int]
 """A record in memory: shard, number of the record there."""
 
 
-def gather(places: Sequence[RecordPlace]) -> Batch:
+def gather(records: Sequence[LoadedRecord]) -> Batch:
     """Records in the given order, from any shards of one model; every image once."""
     slots: dict[tuple[int, int], int] = {}
     prompts: dict[tuple[int, int], int] = {}
-    shards = {id(shard): shard for shard, _ in places}
+    shards = {id(shard): shard for shard, _ in records}
     sides = [
         [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
-        for shard, number in places
+        for shard, number in records
     ]
     prompt = [prompts.setdefault((owner, shards[owner].prompt_of(image)), len(prompts)) for owner, image in slots]
-    arrays, of_prompts = places[0][0].empty_slots(len(slots)), places[0][0].empty_prompts(len(prompts))
+    arrays, of_prompts = records[0][0].empty_slots(len(slots)), records[0][0].empty_prompts(len(prompts))
     for shard in shards.values():
         shard.check_fits(arrays | of_prompts)
     for (owner, image), slot in slots.items():
         shards[owner].copy_slot(image, arrays, slot)
     for (owner, row), number in prompts.items():
         shards[owner].copy_prompt(row, of_prompts, number)
-    names = ("x_t", "aim", "reference_error", "timestep")
+    names = ("x_t", "target", "reference_error", "timestep")
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return Batch(
         **{name: tensors.pop(name) for name in names},
         sides=torch.tensor(sides),
-        label=torch.tensor([shard.label_of(number) for shard, number in places], dtype=torch.float32),
+        label=torch.tensor([shard.label_of(number) for shard, number in records], dtype=torch.float32),
         prompts=Condition(**{name: torch.from_numpy(values) for name, values in of_prompts.items()}),
         prompt=torch.tensor(prompt),
         images=Condition(**tensors),

@@ -95,11 +95,11 @@ def check_distribution(fsdp: int, settings: TrainSettings) -> None:
 
 def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
     """What to read, or CacheIncomplete naming the tensor that a cache lacks and the command that makes it."""
-    needs = Needs(aim=objective.target, eps_ref=objective.target != "target")
+    needs = Needs(target=objective.target, eps_ref=objective.target != "target")
     for cache in caches:
         manifest = cache.manifest
         shard = next(iter(cache))
-        wanted = [needs.aim, *(["eps_ref"] if needs.eps_ref else [])]
+        wanted = [needs.target, *(["eps_ref"] if needs.eps_ref else [])]
         lacking = [name for name in wanted if name not in shard]
         if lacking:
             # At guidance 1 the reference's prediction is delta, which the full profile holds.

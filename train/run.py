@@ -324,7 +324,7 @@ def run_identity(
         "only",
         "except_",
         "gradient_checkpointing",
-        "reference_guard",
+        "check_finite",
         "dtype",
         "caches",
     }

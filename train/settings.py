@@ -69,7 +69,7 @@ class TrainSettings(Section):
     dtype: DtypeName | None = None
     """Network dtype, which must be the cache's: the stored reference errors belong to it."""
     init_from: Location | None = None
-    """Start from another model's UNet than the cache's reference; unset: from the reference."""
+    """Start from another model's network than the cache's reference; unset: from the reference."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     compile: CompileName = "auto"
@@ -102,7 +102,7 @@ class TrainSettings(Section):
     """Steps between checkpoints."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints to keep."""
-    reference_guard: bool = True
+    check_finite: bool = True
     """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves go beside metrics.jsonl."""

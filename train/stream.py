@@ -11,8 +11,8 @@ from jaxtyping import Int
 
 from inpo.common.errors import TrainingError
 from inpo.train.index import Index
-from inpo.train.order import GlobalOrder, OrderedShard, Place, WindowKey
-from inpo.train.records import Batch, LoadedShard, Needs, RecordPlace, gather
+from inpo.train.order import GlobalOrder, OrderedShard, Position, WindowKey
+from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
 
 STATE_VERSION = 1
 _BATCHES_AHEAD = 4
@@ -71,10 +71,10 @@ class RecordStream:
         most = 0
         for number in range(_BATCHES_MEASURED):
             images = set()
-            for place in self.order.micro_batch(number, self.batch_size):
-                if place.key not in windows:
-                    windows = {place.key: self.order.shuffled(place.key)}
-                shard, pair, record = windows[place.key][place.position].tolist()
+            for position in self.order.micro_batch(number, self.batch_size):
+                if position.key not in windows:
+                    windows = {position.key: self.order.shuffled(position.key)}
+                shard, pair, record = windows[position.key][position.offset].tolist()
                 images |= {(shard, image, record) for image in self.index.training[shard].sides[pair].tolist()}
             most = max(most, len(images))
         return most
@@ -146,7 +146,7 @@ class RecordStream:
         turn = first
         try:
             while not self._stop.is_set():
-                batch = self._loader.batch(self._places(turn))
+                batch = self._loader.batch(self._positions(turn))
                 self._put(batch.pin() if self.pin else batch)
                 turn += 1
         except BaseException as error:  # raised again by the consumer
@@ -160,7 +160,7 @@ class RecordStream:
             except queue.Full:
                 continue
 
-    def _places(self, turn: int) -> list[Place]:
+    def _positions(self, turn: int) -> list[Position]:
         return self.order.micro_batch(turn * self.world_size + self.rank, self.batch_size)
 
 
@@ -172,16 +172,16 @@ class WindowLoader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._windows: dict[WindowKey, Future[Window]] = {}
 
-    def batch(self, places: list[Place]) -> Batch:
+    def batch(self, positions: list[Position]) -> Batch:
         """Gather a micro-batch; starts reading the window after its last one."""
-        keys = list(dict.fromkeys(place.key for place in places))
+        keys = list(dict.fromkeys(position.key for position in positions))
         following = self._stream.order.following(keys[-1])
         for done in self._windows.keys() - {*keys, following}:
             self._windows.pop(done)
         for key in [*keys, following]:
             if key not in self._windows:
                 self._windows[key] = self._pool.submit(Window, self._stream, key)
-        return gather([self._windows[place.key].result().place(place.position) for place in places])
+        return gather([self._windows[each.key].result().record(each.offset) for each in positions])
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -192,20 +192,20 @@ class Window:
 
     def __init__(self, stream: RecordStream, key: WindowKey) -> None:
         self._records = stream.order.shuffled(key)
-        mine = self._records[_positions_of_rank(stream, key, len(self._records))]
+        mine = self._records[_offsets_of_rank(stream, key, len(self._records))]
         self._shards: dict[int, LoadedShard] = {}
         for shard in np.unique(mine[:, 0]).tolist():
             _, pairs, records = mine[mine[:, 0] == shard].T
             self._shards[shard] = LoadedShard(stream.index.training[shard], pairs, records, stream.needs)
 
-    def place(self, position: int) -> RecordPlace:
-        """Where in memory the record at `position` of the window is."""
-        shard, pair, record = self._records[position].tolist()
+    def record(self, offset: int) -> LoadedRecord:
+        """The record that is so far on in the window."""
+        shard, pair, record = self._records[offset].tolist()
         return self._shards[shard].record(pair, record)
 
 
-def _positions_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, " position"]:
-    """Positions of a window that fall into this rank's micro-batches."""
+def _offsets_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, " offset"]:
+    """Offsets in a window that fall into this rank's micro-batches."""
     numbers = stream.order.first_record(key) + np.arange(count)
     return np.flatnonzero((numbers // stream.batch_size) % stream.world_size == stream.rank)
 
@@ -219,10 +219,10 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):
         by_shard.setdefault(records[each][0], []).append(records[each][1])
-    places: list[RecordPlace] = []
+    loaded: list[LoadedRecord] = []
     for number, wanted in by_shard.items():
         shard = index.held_out[number]
         pairs, of_pair = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
-        loaded = LoadedShard(shard, pairs, of_pair, needs)
-        places += [loaded.record(*each) for each in zip(pairs.tolist(), of_pair.tolist(), strict=True)]
-    return [gather(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+        here = LoadedShard(shard, pairs, of_pair, needs)
+        loaded += [here.record(*each) for each in zip(pairs.tolist(), of_pair.tolist(), strict=True)]
+    return [gather(loaded[start : start + batch_size]) for start in range(0, len(loaded), batch_size)]

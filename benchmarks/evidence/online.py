@@ -15,16 +15,16 @@ from inpo.precompute.encode import ImageEncoder, TextEncoder
 def train_online(
     output: Path, *, source: str, learning_rate: float, beta: float, steps: int, batch: int, seed: int
 ) -> None:
-    """Train the base with online inversion and write a pipeline folder. Winner and loser as the labels say."""
+    """Train the base with online inversion and write a pipeline folder. Win and lose as the labels say."""
     model = open_model(BASE)
     device = torch.device("cpu")
-    unet = model.load_network().train()
+    network = model.load_network().train()
     loop = OnlineLoop(
-        trained=model.denoiser(unet),
+        trained=model.denoiser(network),
         reference=model.denoiser(model.load_network().requires_grad_(False).eval()),
         images=ImageEncoder(model.load_vae(), vae_dtype="float32", sample=False, seed=0, device=device),
         text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
-        optimizer=torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2),
+        optimizer=torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2),
         beta=beta,
     )
     pairs = _training_pairs(source)
@@ -39,7 +39,7 @@ def train_online(
         if step % 10 == 0:
             print(f"online: step {step} of {steps}", flush=True)
     pipeline = model.load_pipeline()
-    pipeline.unet.load_state_dict(unet.state_dict())
+    pipeline.unet.load_state_dict(network.state_dict())
     pipeline.save_pretrained(output)
 
 

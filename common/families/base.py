@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.choices import Space
-from inpo.common.conditions import Call, Condition
+from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.levels import Levels, TimeSettings
 
@@ -216,7 +216,7 @@ class Family(ABC):
     ) -> Float[Tensor, "batch c h w"]:
         """The network's output, of the latents' shape."""
 
-    def bound(self, static: Mapping[str, float]) -> Call:
+    def bound(self, static: Mapping[str, float]) -> NetworkCall:
         """`call` with what is told alike at every call."""
         return self.call
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
-from inpo.common.conditions import Call, Condition
+from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.families.base import EMBEDDING, Config
 from inpo.common.families.flow import FlowFamily
 
@@ -45,7 +45,7 @@ class Flux(FlowFamily):
         """At 1 a network with guidance distilled into it is nearest to the mean that the errors assume."""
         return {_GUIDANCE: 1.0} if config("transformer").get("guidance_embeds", False) else {}
 
-    def bound(self, static: Mapping[str, float]) -> Call:
+    def bound(self, static: Mapping[str, float]) -> NetworkCall:
         return partial(self.call, guidance=static.get(_GUIDANCE))
 
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:

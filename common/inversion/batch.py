@@ -49,7 +49,7 @@ class _State:
         return _State(**{name: tensor[rows] for name, tensor in vars(self).items()})
 
 
-class Batch:
+class ImageBatch:
     """The images that are under way, one row each. `everything`, `caption` and `empty` have one row per image."""
 
     def __init__(

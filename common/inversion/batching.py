@@ -12,10 +12,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.inversion.batch import Batch
+from inpo.common.inversion.batch import ImageBatch
 from inpo.common.inversion.inverters import Call
 from inpo.common.inversion.path import Part
-from inpo.common.inversion.walk import Walk, walk
+from inpo.common.inversion.walk import Calls, walk
 from inpo.common.levels import Levels
 from inpo.common.seeding import normal
 
@@ -23,13 +23,19 @@ from inpo.common.seeding import normal
 @dataclass(kw_only=True)
 class _Walking:
     part: Part
-    walk: Walk
+    calls: Calls
     call: Call
     """What is to be done next."""
 
 
 def run_walks(
-    parts: Sequence[Part], batch: Batch, *, identity: InverterIdentity, levels: Levels, seed: int, images_per_batch: int
+    parts: Sequence[Part],
+    batch: ImageBatch,
+    *,
+    identity: InverterIdentity,
+    levels: Levels,
+    seed: int,
+    images_per_batch: int,
 ) -> None:
     """Walk every part to its end, at most `images_per_batch` images at a time, one part at least."""
     latent_shape = batch.latent_shape
@@ -48,8 +54,8 @@ def run_walks(
             not under_way or sum(len(each.part.images) for each in under_way) + longest <= images_per_batch
         ):
             part = waiting.pop()
-            steps = walk(part.path, identity, levels, back=part.back)
-            under_way.append(_Walking(part=part, walk=steps, call=next(steps)))
+            calls = walk(part.path, identity, levels, back=part.back)
+            under_way.append(_Walking(part=part, calls=calls, call=next(calls)))
         if not under_way:
             return
         batch.seat([image for each in under_way for image in each.part.images])
@@ -63,7 +69,7 @@ def run_walks(
             # A residual that is NaN settles nothing.
             settled = all(residual.get(image, 0.0) <= (identity.tolerance or 0.0) for image in each.part.images)
             try:
-                each.call = each.walk.send(settled)
+                each.call = each.calls.send(settled)
                 still.append(each)
             except StopIteration:
                 ended.append(each.part)

@@ -10,7 +10,7 @@ from torch import Tensor
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion.batch import Batch
+from inpo.common.inversion.batch import ImageBatch
 from inpo.common.inversion.batching import run_walks
 from inpo.common.inversion.path import Part, Path, exact_path
 from inpo.common.inversion.records import Records
@@ -111,7 +111,7 @@ def invert(
     if identity.faithful:
         run_released(parts, denoiser, identity, clean, caption, records, seed=seed, images_per_batch=images_per_batch)
     else:
-        batch = Batch(denoiser, identity, clean, caption, empty, records)
+        batch = ImageBatch(denoiser, identity, clean, caption, empty, records)
         run_walks(parts, batch, identity=identity, levels=denoiser.levels, seed=seed, images_per_batch=images_per_batch)
     arrays, inversion_error, finite = records.collect(device)
     return Inverted(

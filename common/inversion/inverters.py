@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from inpo.common.cache.schema import InverterIdentity
 from inpo.common.choices import InverterName
 
 
@@ -99,6 +100,11 @@ def iteration(here: Call, last: Call) -> Call:
     z_t = z_s + (sigma_t - sigma_s) eps with z = x / a; at convergence the exact DDIM inverse.
     """
     return here._replace(rise=here.s / here.a - last.s / last.a, a_from=last.a, use=Use.ITERATE)
+
+
+def most_iterations(identity: InverterIdentity) -> int:
+    """How often a point is iterated at most: fixed_point's alone."""
+    return (identity.iterations or 0) if identity.name == "fixed_point" else 0
 
 
 INVERTERS: dict[InverterName, Callable[[Call, Sequence[Call], float], Call]] = {

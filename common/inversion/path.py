@@ -10,6 +10,7 @@ import numpy as np
 
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.errors import UsageError
+from inpo.common.inversion.inverters import most_iterations
 from inpo.common.levels import NEAREST_CLEAN, Levels, exact_grid
 from inpo.common.seeding import generator, uniform
 
@@ -53,7 +54,7 @@ class Path:
             if not here.records and not (here.noised and after.noised)
         )
         inverted = sum(not point.noised for point in self.points)
-        visits = self.starts_clean + self.num_records + pass_through + inverted * (identity.iterations or 0)
+        visits = self.starts_clean + self.num_records + pass_through + inverted * most_iterations(identity)
         guided = 1 if identity.guidance in (0.0, 1.0) else 2
         under_caption = self.num_records if identity.guidance == 0.0 else 0
         return guided * (visits + measured * (len(self.points) - 1)) + under_caption

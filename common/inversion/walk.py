@@ -7,15 +7,15 @@ compute them all at once (batch.py).
 from collections.abc import Generator
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.inversion.inverters import INVERTERS, Call, Move, Use, iteration
+from inpo.common.inversion.inverters import INVERTERS, Call, Move, Use, iteration, most_iterations
 from inpo.common.inversion.path import Path
 from inpo.common.levels import Levels
 
-Walk = Generator[Call, bool, None]
+Calls = Generator[Call, bool, None]
 """To be sent, after every Call, whether the iteration has settled: all that a walk must know of the numbers."""
 
 
-def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) -> Walk:
+def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) -> Calls:
     """The calls along `path`, and `back` down the same points by deterministic DDIM, to measure the round trip.
 
     E_ref is always the loss's: the prediction under the training caption without guidance. Where that is also what
@@ -44,7 +44,7 @@ def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) 
         here = at(point.level)
         if not point.noised:
             call = INVERTERS[identity.name](here, behind, levels.floor)
-            for _ in range((identity.iterations or 0) if identity.name == "fixed_point" else 0):
+            for _ in range(most_iterations(identity)):
                 settled = yield from evaluate(iteration(call, behind[-1]))
                 call = here
                 if settled:

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.operations import CHOICES, Counts, count
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion import Group
+from inpo.common.inversion import Group, build_path
 
 MOST = 160
 """Operations between two network calls in which everything happens: walks begin, step, store, end and go back."""
@@ -46,6 +46,32 @@ def test_walks_at_different_points_take_one_set_of_operations(name: str) -> None
     else:
         assert made.waits == 0
     assert made.copies <= 3 * num_calls  # latents, figures, round trips; none of them is waited for
+
+
+@pytest.mark.parametrize("measured", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *CHOICES.values(),
+        {"name": "ddim", "iterations": 5},
+        {"name": "fixed_point", "iterations": 3, "tolerance": 0.0, "guidance": 0.0},
+        {"name": "ab2", "refine_start": 2, "noised_start": 0.5, "guidance": 3.0},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())),
+)
+def test_a_path_says_how_many_calls_it_takes(
+    linear: Callable[..., Denoiser], latents: Callable, inverted: Callable, settings: dict[str, Any], measured: float
+) -> None:
+    """Counted by the denoiser, group by group: what `inpo plan` adds up."""
+    settings = {"grid_points": 6, "timestep_range": (0, 1000), **settings}
+    if settings["name"] == "fixed_point":
+        settings["tolerance"] = 0.0  # no point settles early
+    for number in range(8):
+        denoiser, group = linear(), f"group-{number}"
+        inverted(denoiser, latents(1), pair_ids=[group], timesteps_per_pair=2, measure_inversion=measured, **settings)
+        identity = InverterIdentity(**settings)
+        path = build_path(identity, denoiser.levels, seed=0, group_id=group, timesteps_per_pair=2)
+        assert denoiser.num_calls == 2 * path.num_calls(identity, measured=measured)
 
 
 def test_a_walk_that_ends_makes_room_at_once(

@@ -65,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 DECIDE_NO_WEIGHT = {
     *("output", "caches", "log_every", "save_every", "keep_last", "evaluate_every", "held_out_records", "tracker"),
-    *("sample_every", "sample_prompts", "sample_steps", "sample_guidance", "reference_guard"),
+    *("sample_every", "sample_prompts", "sample_steps", "sample_guidance", "check_finite"),
     "labels",  # a column of the data, as the pairs are
     "except_",  # `except` above
 }

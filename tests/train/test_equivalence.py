@@ -55,8 +55,8 @@ def test_cached_training_equals_inversion_on_the_fly(world: Any, cache: str, run
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=EPS, weight_decay=1e-2)
     for step in range(20):
         rows, kept = [], []
-        for place in order.micro_batch(step, 2):
-            number, pair, which = order.shuffled(place.key)[place.position].tolist()
+        for each in order.micro_batch(step, 2):
+            number, pair, which = order.shuffled(each.key)[each.offset].tolist()
             rows.append((shards[number], pair))
             kept += [which, which]
         captions = embedding[[int(shard.read("group/prompt")[pair, 1]) for shard, pair in rows]].repeat_interleave(2, 0)

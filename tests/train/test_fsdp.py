@@ -66,7 +66,7 @@ def test_split_weights_equal_whole_ones(sharded: Callable[..., Any], run: Callab
 
 def test_split_weights_that_are_not_finite_are_not_written(sharded: Callable[..., Any], tmp_path: Path) -> None:
     """The guard looks at the weights that are trained, not at those that FSDP took them from."""
-    done = sharded(tmp_path / "run", "--no-reference-guard", "--learning-rate=1e38", "--weight-decay=10")
+    done = sharded(tmp_path / "run", "--no-check-finite", "--learning-rate=1e38", "--weight-decay=10")
     assert done.returncode != 0
     assert "The trained weights are not finite, and were not written" in done.stderr
     assert not (tmp_path / "run/checkpoints").exists()

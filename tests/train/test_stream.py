@@ -40,7 +40,7 @@ def take(stream: RecordStream, count: int) -> list[Batch]:
 def same(left: Batch, right: Batch) -> bool:
     return all(
         torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("x_t", "aim", "reference_error", "timestep", "sides", "label")
+        for name in ("x_t", "target", "reference_error", "timestep", "sides", "label")
     ) and torch.equal(left.condition["embedding"], right.condition["embedding"])
 
 
@@ -75,8 +75,8 @@ def test_every_epoch_uses_every_record_once_whatever_the_ranks(
         order.micro_batch(turn * world_size + rank, batch_size) for turn in range(turns) for rank in range(world_size)
     ]
     records = []
-    for place in [place for micro_batch in dealt for place in micro_batch][: 3 * total]:
-        records.append((place.key, *order.shuffled(place.key)[place.position].tolist()))
+    for each in [position for micro_batch in dealt for position in micro_batch][: 3 * total]:
+        records.append((each.key, *order.shuffled(each.key)[each.offset].tolist()))
     everything = {
         (number, pair, record)
         for number, shard in enumerate(shards)
@@ -98,7 +98,7 @@ def test_a_groups_pairs_follow_each_other_at_one_record() -> None:
     shards = [ordered(groups=20, most=4, records=3), ordered(groups=9, most=2, records=3)]
     order = GlobalOrder(shards, window_shards=2, seed=5)
     for number in range(3):
-        key = order.place(number * sum(shard.num_pairs for shard in shards)).key
+        key = order.position(number * sum(shard.num_pairs for shard in shards)).key
         runs = []
         for shard, pair, record in order.shuffled(key).tolist():
             each = (shard, int(shards[shard].group[pair]), record)
@@ -112,7 +112,7 @@ def test_a_groups_pairs_follow_each_other_at_one_record() -> None:
 def test_epochs_and_seeds_differ_and_windows_mix_shards() -> None:
     def sequence(seed: int, epoch: int) -> list[list[int]]:
         order = GlobalOrder([ordered(40, 1, 1)] * 6, window_shards=3, seed=seed)
-        return [order.shuffled(place.key)[place.position].tolist() for place in order.micro_batch(epoch, 240)]
+        return [order.shuffled(each.key)[each.offset].tolist() for each in order.micro_batch(epoch, 240)]
 
     assert sequence(0, 0) == sequence(0, 0)
     assert sequence(0, 0) != sequence(0, 1)
@@ -149,7 +149,7 @@ def test_batches_hold_what_the_shards_hold(make_world: Callable[..., Any], tmp_p
             name, row = ("empty", 0) if shard.read("group/caption_dropped")[group] else (shard.commit.texts[place], row)
             for slot, image in zip(slots, images, strict=True):
                 assert np.array_equal(batch.x_t[slot], shard.read("x_t")[image, record])
-                assert np.array_equal(batch.aim[slot], shard.read("target")[image, record])
+                assert np.array_equal(batch.target[slot], shard.read("target")[image, record])
                 assert float(batch.reference_error[slot]) == shard.read("reference_error")[image, record]
                 assert int(batch.timestep[slot]) == shard.read("timestep")[group, record]
                 for prompts in batch.prompts:
