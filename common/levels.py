@@ -103,7 +103,7 @@ class Levels:
                 "The scheduler has no alphas_cumprod table.",
                 where=name,
                 expected="a discrete DDPM/DDIM-family schedule",
-                fix="use the scheduler that the model came with; a flow is told by its pipeline's class (docs/models.md)",
+                fix="use the model's own scheduler; a flow is told by its pipeline's class (docs/models.md)",
             )
         config = getattr(scheduler, "config", {})
         if config.get("rescale_betas_zero_snr", False):

@@ -62,7 +62,7 @@ def refusal(location, **options) -> str:
 def test_a_flow_matching_scheduler(model_copy):
     change(model_copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     (model_copy / "scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
-    assert "use the scheduler that the model came with" in refusal(model_copy)
+    assert "use the model's own scheduler" in refusal(model_copy)
 
 
 def test_an_inpainting_unet(model_copy):
