@@ -56,8 +56,9 @@ class CacheSettings(Section):
     """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
-    group: GroupName = "pair"
-    """prompt: a shard's pairs of one prompt share grid and noise, and an image of several is inverted once."""
+    group: GroupName | None = None
+    """Whose images share grid and noise, an image of several pairs being inverted once: those of a pair, of a ranking
+    or list, or of a shard's pairs of one prompt; unset: list for a source of rankings, else pair."""
     resolution: int = Field(512, ge=8, le=1 << 16)
     """Side of the square images in pixels."""
     crop: Literal["center"] = "center"

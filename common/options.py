@@ -18,7 +18,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from inpo.common.paths import home
-from inpo.common.recipe import DataSection, Section, option_name
+from inpo.common.recipe import Section, option_name
 
 Given = Mapping[type[Section], dict[str, Any]]
 """{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
@@ -97,6 +97,8 @@ def flags(*sections: Section) -> list[str]:
 
 def _word(value: object) -> str:
     """A value as one would type it, with all its digits."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={each}" for name, each in value.items())
     short = f"{value:g}" if isinstance(value, float) else ""
     return short if short and float(short) == value else str(value)
 
@@ -114,6 +116,8 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
     text, (_, unset) = help_text(section, name), _text(field)
     option, metavar = option_name(name, field), None
     shown: bool | str = unset if default is None else True
+    if get_origin(kind) is dict:
+        kind, metavar = str, "<role=column,...>"
     if kind is bool:
         shown = "on" if default else "off"
     inner = _plain(get_args(kind)[0]) if _is_list(kind) else kind
@@ -167,9 +171,3 @@ def _plain(kind: Any) -> Any:
 
 def _is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
-
-
-AllowRemote = Annotated[
-    bool, typer.Option("--allow-remote", help=help_text(DataSection, "allow_remote"), show_default="off")
-]
-"""For commands that read pairs and no recipe."""

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
 
+from inpo.common.choices import PairsFrom
 from inpo.common.errors import UsageError
 from inpo.common.paths import expand_home
 from inpo.common.printable import shown
@@ -21,6 +22,7 @@ from inpo.common.text import read_text
 
 if TYPE_CHECKING:
     import inpo.common.models
+    import inpo.common.pairs
 
 SECTIONS = ("model", "data", "precompute", "train", "evaluate")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
@@ -36,6 +38,15 @@ _OPTIONS = {
 
 Location = Annotated[str, AfterValidator(expand_home), PlainSerializer(shown, return_type=str, when_used="json")]
 """A path, an address or a hub id. Written down, an address is without its secrets."""
+
+
+def _columns(value: object) -> object:
+    from inpo.common.pairs.columns import parse_columns
+
+    return parse_columns(value)
+
+
+ColumnNames = Annotated[dict[str, str], BeforeValidator(_columns)]
 LocalPath = Annotated[Path, AfterValidator(expand_home)]
 
 
@@ -91,10 +102,23 @@ class DataSection(Section):
     pairs: Location | None = None
     """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
     with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."""
+    columns: ColumnNames | None = None
+    """Which column is what, as ROLE=COLUMN,ROLE=COLUMN, for instance win=good,lose=bad,prompt=text; `inpo data columns`
+    shows what is there; unset: those of known names."""
+    pairs_from: PairsFrom = "all"
+    """What of a ranking is compared: every two images, neighbours in its order, or its two ends."""
     allow_remote: bool = False
     """A list of pairs may name images outside its own folder: elsewhere on this machine, or on other hosts."""
     cache: Location | None = None
     """The cache: a folder, or s3:// or gs://."""
+
+    def open(self) -> "inpo.common.pairs.PairSource":
+        """The pair source. Raises UsageError and DataError as `open_source` does."""
+        from inpo.common.pairs import open_source  # Pillow and numpy, which most commands do without
+
+        return open_source(
+            self.need("pairs"), columns=self.columns, pairs_from=self.pairs_from, allow_remote=self.allow_remote
+        )
 
     def need(self, name: str) -> str:
         """The value of `name`, or UsageError saying how to give it."""
@@ -211,6 +235,8 @@ def _toml_value(value: object) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
     return repr(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from inpo.common.pairs.decode import DecodePool, measure_pair
 from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
-from inpo.common.pairs.walk import Walk, count_not_read
+from inpo.common.pairs.walk import Reasons, Walk, count_not_read
 from inpo.common.printable import shown
 
 
@@ -31,6 +31,8 @@ class CheckReport:
     """Files, members, columns and fields that no pair is made of, and how often they are there."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Error text by input shard name."""
+    no_pair: list[str] = field(default_factory=list)
+    """Where there is no pair: the most frequent reasons, an example of each, and the fields that were found."""
 
 
 def check_source(
@@ -48,12 +50,13 @@ def check_source(
     report = CheckReport(location=shown(walk.source.location), kind=walk.source.kind)
     report.num_input_shards = len(shards) + len(walk.unreadable)
     report.not_read = count_not_read(walk.source, [shard for shard, _ in shards])
-    pool = DecodePool(workers)
+    pool, reasons = DecodePool(workers), Reasons()
     try:
         for name, item, sides in _decoded(walk.rows(shards), pool):
             report.num_rows += 1
             if isinstance(item, Skipped):
                 report.skipped[item.reason] = report.skipped.get(item.reason, 0) + 1
+                reasons.add(item.reason, item.pair_id, item.detail)
             else:
                 report.num_pairs += 1
                 report.num_soft_labels += item.label < 1.0
@@ -63,6 +66,8 @@ def check_source(
             on_row(name, item)
     finally:
         pool.close()
+    if not report.num_pairs:
+        report.no_pair = reasons.lines(shard for shard, _ in shards)
     report.unreadable = {name: str(error) for name, error in walk.unreadable.items()}
     return report
 

@@ -1,5 +1,5 @@
-"""`inpo data`: pack pairs into webdataset tars, and check a source without a model. Nothing heavy is imported before a
-command runs: the front door mounts this, and every command would wait for it."""
+"""`inpo data`: look at the columns of a source, check it without a model, pack it into webdataset tars. Nothing heavy
+is imported before a command runs: the front door mounts this, and every command would wait for it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,32 +12,35 @@ import typer
 
 from inpo.common.durable import new_file
 from inpo.common.errors import DataError, UsageError
-from inpo.common.options import AllowRemote, help_text
+from inpo.common.options import Given, help_text, options
 from inpo.common.paths import home
 from inpo.common.printable import shown_message
 from inpo.common.progress import ProgressReport
-from inpo.common.recipe import DataSection
+from inpo.common.recipe import DataSection, resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from inpo.common.pairs import InputShard, Pair, Skipped
+    from inpo.common.pairs import InputShard, Pair, PairSource, Skipped
     from inpo.common.pairs.pair import SkipReason
     from inpo.common.pairs.walk import Walk
     from inpo.data.check import CheckReport
     from inpo.data.pack import PackReport
 
-app = typer.Typer(help="Pack and check preference pairs.", no_args_is_help=True)
+app = typer.Typer(help="Look at, check and pack preference pairs.", no_args_is_help=True)
 
 SOURCE_HELP = help_text(DataSection, "pairs")
+READING = ("columns", "pairs_from", "allow_remote")
+"""How the source is read: options of every command that opens one."""
 
 
 @app.command("pack")
+@options(DataSection, only=READING)
 def pack_command(
+    given: Given,
     source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
     output: Annotated[str, typer.Argument(metavar="OUT", help="New local folder for the tars.", callback=home)],
-    allow_remote: AllowRemote = False,
     pairs_per_tar: Annotated[
         int | None,
         typer.Option(
@@ -57,7 +60,7 @@ def pack_command(
     """Write any source as webdataset tars. Ties, unlabelled and other rows without a pair are listed, not packed."""
     from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
     from inpo.common.console import console
-    from inpo.common.pairs import Skipped, open_source
+    from inpo.common.pairs import Skipped
     from inpo.common.pairs.walk import Walk, count_not_read
     from inpo.data.pack import pack, refuse_occupied
 
@@ -80,7 +83,7 @@ def pack_command(
         )
     refuse_occupied(Path(output))
     messages = console(stderr=True)
-    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
+    walk = Walk(source=_opened(source, given), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     passes, unit = (2, "rows read or written") if by_prompt else (1, "rows")
@@ -97,6 +100,7 @@ def pack_command(
             output=Path(output),
             pairs_per_tar=pairs_per_tar or (MAX_PAIRS_PER_SHARD if by_prompt else 1024),
             by_prompt=by_prompt,
+            shards=[shard for shard, _ in shards],
             on_written=progress.advance,
         )
     not_read = count_not_read(walk.source, [shard for shard, _ in shards])
@@ -106,9 +110,10 @@ def pack_command(
 
 
 @app.command("check")
+@options(DataSection, only=READING)
 def check_command(
+    given: Given,
     source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
-    allow_remote: AllowRemote = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.", show_default="off")
     ] = False,
@@ -126,13 +131,13 @@ def check_command(
     no pair.
     """
     from inpo.common.console import console
-    from inpo.common.pairs import Skipped, open_source
+    from inpo.common.pairs import Skipped
     from inpo.common.pairs.walk import Walk
     from inpo.data.check import check_source
     from inpo.data.pack import skipped_line
 
     messages = console(stderr=True)
-    walk = Walk(source=open_source(source, allow_remote=allow_remote), on_unreadable=_error_line(messages))
+    walk = Walk(source=_opened(source, given), on_unreadable=_error_line(messages))
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
@@ -148,10 +153,43 @@ def check_command(
     else:
         console().print(_check_table(report))
     if not report.num_pairs:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
-        messages.print(f"no pair: nothing here can be used ({reasons or 'no rows'})", markup=False, highlight=False)
+        lines = ["no pair: nothing here can be used", *report.no_pair]
+        messages.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
     if report.unreadable or not report.num_pairs:
         raise typer.Exit(1)
+
+
+@app.command("columns")
+@options(DataSection, only=READING)
+def columns_command(
+    given: Given,
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP, callback=home)],
+    rows: Annotated[int, typer.Option(min=1, max=100, help="Rows that are shown.")] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.", show_default="off")
+    ] = False,
+) -> None:
+    """Show which columns are there, what each is taken for, and the first rows. Exit code 1 if no shard can be read or
+    no pair can be made of these columns.
+    """
+    from inpo.common.console import console
+    from inpo.data.columns import columns_report, columns_tables
+
+    report = columns_report(_opened(source, given), num_rows=rows)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        known = report.recognised or "no known set"
+        print(shown_message(f"{report.location} ({report.kind}), {report.shard}: {known}"))
+        for table in columns_tables(report):
+            console().print(table)
+    if report.problem:
+        console(stderr=True).print(report.problem, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _opened(source: str, given: Given) -> "PairSource":
+    return resolve(DataSection, "data", {}, {"pairs": source, **given[DataSection]}).open()
 
 
 def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":

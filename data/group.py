@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, groupby, islice
@@ -24,6 +25,7 @@ from inpo.common.space import free_bytes, human_bytes
 HASH_BYTES = 16
 _KEY = struct.Struct(f">{HASH_BYTES}sQIII")
 """Hash of the prompt, offset, bytes of the text and of the two images. Big-endian: keys sort as their bytes do."""
+_SIDES = ("win", "lose")
 KEYS_PER_RUN = 1 << 18
 MAX_RUNS = 64
 """Runs become one when there are so many: each is an open file."""
@@ -49,7 +51,9 @@ def group_by_prompt(pairs: Iterable[Pair], *, folder: Path, most: int) -> Iterat
 
 def _keep(pair: Pair, store: IO[bytes], folder: Path) -> bytes:
     """Append a pair to the file; returns its key."""
-    text = json.dumps({"pair_id": pair.pair_id, "prompt": pair.prompt, "label": pair.label, "row": pair.row}).encode()
+    text = json.dumps(
+        {each.name: getattr(pair, each.name) for each in fields(pair) if each.name not in _SIDES}
+    ).encode()
     parts = (text, pair.win, pair.lose)
     sizes = [len(part) for part in parts]
     offset = store.tell()
@@ -70,7 +74,9 @@ def _keep(pair: Pair, store: IO[bytes], folder: Path) -> bytes:
 def _read_back(key: bytes, store: IO[bytes]) -> Pair:
     _, offset, text, win, lose = _KEY.unpack(key)
     store.seek(offset)
-    return Pair(**json.loads(store.read(text)), win=store.read(win), lose=store.read(lose))
+    told = json.loads(store.read(text))
+    told["scores"] = told["scores"] and tuple(told["scores"])
+    return Pair(**told, win=store.read(win), lose=store.read(lose))
 
 
 def _sorted(keys: Iterator[bytes], folder: Path) -> Iterator[bytes]:

@@ -16,7 +16,8 @@ import webdataset
 
 from inpo.common.durable import new_folder
 from inpo.common.errors import DataError, UsageError
-from inpo.common.pairs.pair import Pair, Skipped, SkipReason
+from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
+from inpo.common.pairs.walk import Reasons
 from inpo.data.group import group_by_prompt
 
 PATTERN = "pairs-%06d.tar"
@@ -30,6 +31,7 @@ class PackReport:
     num_pairs: int = 0
     num_tars: int = 0
     skipped: dict[SkipReason, int] = field(default_factory=dict)
+    reasons: Reasons = field(default_factory=Reasons)
 
 
 def pack(
@@ -38,12 +40,14 @@ def pack(
     output: Path,
     pairs_per_tar: int,
     by_prompt: bool = False,
+    shards: Iterable[InputShard] = (),
     on_written: Callable[[], object] = lambda: None,
 ) -> PackReport:
     """Write the pairs to `output` as tars of `pairs_per_tar`, and the rows without a pair to `skipped.jsonl` there.
 
     With `by_prompt` pairs whose prompts are equal come one after another, in one tar if they fit into one (group.py
-    says in what order); tars are then closed before they are full. `on_written` is called for each pair in its tar.
+    says in what order); tars are then closed before they are full. `shards` are what the rows come from, for the
+    message where there is no pair. `on_written` is called for each pair in its tar.
 
     Images are not decoded, so a damaged one is copied. Raises UsageError when `output` exists and is not an empty
     folder, StorageError when the disk refuses, DataError when no row gives a pair; nothing is left under `output` then.
@@ -60,11 +64,10 @@ def pack(
             groups = ((1, iter([pair])) for pair in pairs)
         _write(groups, building, pairs_per_tar, report, on_written)
         if not report.num_pairs:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.items())
             raise DataError(
                 "no row gives a pair, so there is nothing to pack",
                 where=output,
-                got=reasons or "no rows",
+                got="\n".join(report.reasons.lines(shards)) or "no rows",
                 fix="`inpo data check SRC --out bad.jsonl` lists the rows with their reasons",
             )
     return report
@@ -88,6 +91,7 @@ def _pairs(rows: Iterable[tuple[str, Pair | Skipped]], folder: Path, report: Pac
                 yield item
             else:
                 report.skipped[item.reason] = report.skipped.get(item.reason, 0) + 1
+                report.reasons.add(item.reason, item.pair_id, item.detail)
                 skipped.write(skipped_line(name, item))
 
 
@@ -148,7 +152,11 @@ def skipped_line(input_shard: str, item: Skipped) -> str:
 
 
 def _sample(number: int, pair: Pair) -> dict[str, object]:
-    metadata = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
+    metadata: dict[str, object] = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
+    if pair.list is not None:
+        metadata["list"] = pair.list
+    if pair.scores is not None:
+        metadata["score_win"], metadata["score_lose"] = pair.scores
     return {
         "__key__": f"{number:09d}",
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),

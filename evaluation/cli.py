@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from inpo.common.options import AllowRemote, Given, RecipeOption, help_text, options
+from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.evaluation.settings import EvaluateSettings
@@ -116,9 +116,10 @@ def compare_command(
         print(f"\ntable and picture in {out}")
 
 
+@options(DataSection, only=("pairs", "columns", "pairs_from", "allow_remote"))
 def relabel(
+    given: Given,
     cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"), callback=home)],
-    pairs: Annotated[str, typer.Option(help=help_text(DataSection, "pairs"), callback=home)],
     scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
     temperature: Annotated[
         float | None,
@@ -132,7 +133,6 @@ def relabel(
         str | None,
         typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
     ] = None,
-    allow_remote: AllowRemote = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
@@ -157,18 +157,17 @@ def relabel(
     judge = load_scorer(scorer)
     used = default_temperature(judge) if temperature is None else temperature
     name = check_set_name(set_name or scorer)
-    opened = open_cache(cache)
+    opened, source = open_cache(cache), resolve(DataSection, "data", {}, given[DataSection]).open()
     main = processes().is_main_process
     say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     share = -(-opened.num_pairs // processes().num_processes)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         report = relabel_cache(
             opened,
-            pairs,
+            source,
             judge,
             set_name=name,
             temperature=used,
-            allow_remote=allow_remote,
             pairs_per_batch=batch_size,
             on_pairs=progress.advance,
         )

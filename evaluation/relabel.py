@@ -12,7 +12,7 @@ from scipy.special import expit
 from inpo.common.cache import Cache, Shard
 from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labels, write_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
-from inpo.common.pairs import ImageError, InputShard, Pair, decode_image, open_source
+from inpo.common.pairs import ImageError, InputShard, Pair, PairSource, decode_image
 from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
@@ -51,12 +51,11 @@ def default_temperature(scorer: Scorer) -> float:
 
 def relabel_cache(
     cache: Cache,
-    source_location: str,
+    source: PairSource,
     scorer: Scorer,
     *,
     set_name: str,
     temperature: float,
-    allow_remote: bool = False,
     pairs_per_batch: int = PAIRS_PER_BATCH,
     on_pairs: Callable[[int], None] = lambda num_pairs: None,
 ) -> RelabelReport:
@@ -68,7 +67,7 @@ def relabel_cache(
     """
     state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
-    inputs = {shard.name: shard for shard in open_source(source_location, allow_remote=allow_remote).input_shards()}
+    inputs = {shard.name: shard for shard in source.input_shards()}
     num_replaced = 0
     state.wait_for_everyone()
     for shard in list(cache)[state.process_index :: state.num_processes]:
@@ -77,7 +76,7 @@ def relabel_cache(
             on_pairs(shard.num_pairs)
             continue
         wanted = [str(pair_id) for pair_id in shard.read("pair/id")]
-        input_shard = _input_of(shard, inputs, source_location)
+        input_shard = _input_of(shard, inputs, source.location)
         labels: dict[str, PairLabel] = {}
         committed = _pairs_of(shard, input_shard, set(wanted))
         while pairs := list(islice(committed, pairs_per_batch)):
@@ -87,7 +86,7 @@ def relabel_cache(
         if missing:
             raise CacheMismatch(
                 "The source lacks committed pairs.",
-                where=source_location,
+                where=source.location,
                 expected=f"pair {missing[0]} in {shard.name}",
                 got=f"{len(missing)} of {len(wanted)} pairs are not there",
                 fix="pass the source the cache was made from",
@@ -99,7 +98,7 @@ def relabel_cache(
             attempt=shard.commit.attempt,
             scorer=scorer.name,
             temperature=temperature,
-            source=shown(source_location),
+            source=shown(source.location),
             pairs={pair_id: labels[pair_id] for pair_id in wanted},
         )
         write_labels(cache.store, set_name, shard.name, made)

@@ -1,5 +1,6 @@
 """From the pairs of a shard to its groups, images and pairs: which rows there are, and who stands on which."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ from inpo.common.seeding import stable_hash
 _Key = tuple[str, ...]
 
 
-def group_id(by: GroupName, *, pair_id: str, prompt: str) -> str:
-    """The id of the group that a pair belongs to: its own, or the digest of its prompt."""
-    return pair_id if by == "pair" else f"{stable_hash(prompt, bits=128):032x}"
+def group_id(by: GroupName, *, pair_id: str, prompt: str, of_list: str | None) -> str:
+    """The id of the group that a pair belongs to: its own, or a digest of its list or of its prompt."""
+    if by == "pair" or (by == "list" and of_list is None):
+        return pair_id
+    key = (prompt,) if by == "prompt" else (of_list, prompt)  # a group has one prompt
+    return f"{stable_hash(*key, bits=128):032x}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +35,8 @@ class Arrangement:
     images: tuple[PreparedImage, ...]
     ids: tuple[str, ...]
     """Of each image: the digest of its file."""
+    scores: tuple[float, ...]
+    """Of each image: the source's own score; NaN where it has none."""
     group_of: tuple[int, ...]
     """The group of each image."""
     sides: tuple[tuple[int, int], ...]
@@ -46,12 +52,15 @@ class Arrangement:
 
 
 def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
-    """Put pairs into groups. By prompt, an image that occurs in several pairs of a group (the same file) is one row."""
+    """Put pairs into groups. By list or prompt, an image that occurs in several pairs of a group (the same file) is one
+    row.
+    """
     members: dict[str, dict[_Key, PreparedImage]] = {}
+    scores: dict[_Key, float] = {}
     prompts: dict[str, str] = {}
     keys: list[tuple[_Key, _Key]] = []
     for pair in pairs:
-        name = group_id(by, pair_id=pair.pair_id, prompt=pair.prompt)
+        name = group_id(by, pair_id=pair.pair_id, prompt=pair.prompt, of_list=pair.list)
         win, lose = ((name, each) for each in pair.ids)
         if win == lose:  # a file against itself: two images all the same
             lose = (*lose, pair.pair_id)
@@ -60,6 +69,8 @@ def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
         group.setdefault(win, pair.win)
         group.setdefault(lose, pair.lose)
         keys.append((win, lose))
+        if pair.scores is not None:
+            scores |= dict(zip((win, lose), pair.scores, strict=True))
     rows = {key: row for row, key in enumerate(key for group in members.values() for key in group)}
     return Arrangement(
         pairs=tuple(pairs),
@@ -67,6 +78,7 @@ def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
         prompts=tuple(prompts.values()),
         images=tuple(image for group in members.values() for image in group.values()),
         ids=tuple(key[1] for key in rows),
+        scores=tuple(scores.get(key, math.nan) for key in rows),
         group_of=tuple(number for number, group in enumerate(members.values()) for _ in group),
         sides=tuple((rows[win], rows[lose]) for win, lose in keys),
         keys=tuple(rows),

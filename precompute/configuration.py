@@ -72,7 +72,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     check_distinct(levels, settings.grid_points)
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
     vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
-    if settings.faithful and settings.group != "pair":
+    if settings.faithful and settings.group not in (None, "pair"):
         raise UsageError(
             "--faithful draws its noise by pair.",
             where="--group",
@@ -90,7 +90,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         extra=settings.extra,
         seed=settings.seed,
         timesteps_per_pair=settings.timesteps_per_pair,
-        group=settings.group,
+        group=settings.group or "pair",
         max_tokens=settings.max_tokens or family.max_tokens,
         resolution=(settings.resolution, settings.resolution),
         crop=settings.crop,

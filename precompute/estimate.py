@@ -15,7 +15,7 @@ from inpo.common.console import console
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.configuration import build_manifest, configure, device_type
-from inpo.precompute.inputs import committed_shards, list_work, print_inputs
+from inpo.precompute.inputs import committed_shards, grouped, list_work, print_inputs
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import compile_components, load_components
@@ -38,9 +38,10 @@ def run_plan(
     resolved = configure(recipe, model_flags, data_flags, flags)
     cache = resolved.data.need("cache")
     model = resolved.model_section.open()
-    manifest = build_manifest(resolved.settings, model, device_type=device_type(resolved.settings, None))
-    check_complete(model)
     source, tasks, unreadable = list_work(resolved.data, limit=resolved.settings.limit)
+    settings = grouped(resolved.settings, tasks)
+    manifest = build_manifest(settings, model, device_type=device_type(settings, None))
+    check_complete(model)
     print_inputs(source, tasks, unreadable)
     plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None

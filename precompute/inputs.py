@@ -1,6 +1,7 @@
 """What a run finds before it begins: the pairs it is to read, the shards that its cache holds already."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
@@ -8,9 +9,10 @@ from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
-from inpo.common.pairs import PairSource, open_source
+from inpo.common.pairs import PairSource
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 
 
@@ -19,12 +21,19 @@ def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list
 
     Raises DataError if there is nothing to do: before there is a cache, since the next try may have other settings.
     """
-    pairs = data.need("pairs")
-    source = open_source(pairs, allow_remote=data.allow_remote)
+    pairs, source = data.need("pairs"), data.open()
     tasks, unreadable = list_tasks(source, limit=limit)
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     return source, tasks, unreadable
+
+
+def grouped(settings: PrecomputeSettings, tasks: Sequence[ShardTask]) -> PrecomputeSettings:
+    """The settings with their groups chosen: by list where the pairs come from rankings, unless they say."""
+    if settings.group is not None or settings.faithful:
+        return settings
+    has_lists = any(shard.has_lists for shard in {task.input_shard.name: task.input_shard for task in tasks}.values())
+    return settings.model_copy(update={"group": "list" if has_lists else "pair"})
 
 
 def print_inputs(source: PairSource, tasks: list[ShardTask], unreadable: list[DataError]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.cache import CacheWriter, Commit, TextCommit, open_cache
+from inpo.common.cache.schema import skipped_rows
 from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
@@ -17,6 +18,7 @@ from inpo.common.errors import CacheIncomplete, DataError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
+from inpo.common.pairs.walk import Reasons
 from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
@@ -24,7 +26,7 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, input_warnings, list_work, named_texts, print_inputs
+from inpo.precompute.inputs import committed_shards, grouped, input_warnings, list_work, named_texts, print_inputs
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, make_plan, print_plan
@@ -57,12 +59,13 @@ def run_precompute(
     state = processes()
     is_main = state.is_main_process
     model = resolved.model_section.open()
+    source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
+    settings = grouped(settings, tasks)
     manifest = build_manifest(settings, model, device_type=device_type(settings, ray_options))
     if is_main:
         check_complete(model)
         if settings.engine != "ray":  # whose workers have devices of their own
             say_device(state.device, manifest.network_dtype, num_processes=state.num_processes)
-    source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
@@ -199,6 +202,10 @@ def _print_summary(
     if failures:
         print(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
+        for line in _reasons(writer, commits).lines(
+            {task.input_shard.name: task.input_shard for task in tasks}.values()
+        ):
+            print(line)
         print(
             "no pair was kept, so nothing of this source stays committed: "
             f"`{command('data', 'check', tasks[0].location)}` counts the reasons",
@@ -208,6 +215,16 @@ def _print_summary(
     print(f"next: {command('inspect', 'summary', writer.store.location)}")
     print(f"next: {next_command}", flush=True)
     return num_pairs
+
+
+def _reasons(writer: CacheWriter, commits: Mapping[str, Commit]) -> Reasons:
+    """Why no row of these shards gave a pair."""
+    reasons = Reasons()
+    for name, commit in commits.items():
+        path = f"skipped/{name}/{commit.attempt}.jsonl"
+        for row in skipped_rows(writer.store.get(path) or b"", writer.store.path(path)):
+            reasons.add(row.reason, row.pair_id, row.detail)
+    return reasons
 
 
 def _take_back(writer: CacheWriter, tasks: list[ShardTask]) -> None:

@@ -138,7 +138,7 @@ class ShardWorker:
 
     def _flip(self, pair: Pair) -> tuple[bool]:
         """One draw for both sides: a flip that differs between them would change what the pair compares."""
-        group = group_id(self.manifest.group, pair_id=pair.pair_id, prompt=pair.prompt)
+        group = group_id(self.manifest.group, pair_id=pair.pair_id, prompt=pair.prompt, of_list=pair.list)
         return (self.manifest.flip and uniform(self.manifest.seed, group, "flip") < 0.5,)
 
     def compute(self, prepared: PreparedShard) -> ShardData:
@@ -228,7 +228,7 @@ class ShardWorker:
             "timestep": inverted.timestep.numpy()[groups],
             "image/id": np.array(kept.ids, dtype=object),
             "image/group": np.array(kept.group_of, dtype=np.int32),
-            "image/score": np.full(len(rows), np.nan, dtype=np.float32),
+            "image/score": np.array(kept.scores, dtype=np.float32),
             "group/id": np.array([group.id for group in kept.groups], dtype=object),
             "group/prompt": np.array([(texts.index(own[each][0]), own[each][1]) for each in groups], dtype=np.int32),
             "group/caption_dropped": dropped[groups],

@@ -184,7 +184,7 @@ class Manifest(Document):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     timesteps_per_pair: Timesteps
     group: GroupName
-    """Whose images share grid and noise: those of a pair, or those of a shard's pairs of one prompt."""
+    """Whose images share grid and noise: those of a pair, of a ranking or list, or of a shard's pairs of one prompt."""
     max_tokens: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     """Tokens that a prompt is cut at, and padded to for the network; None: the tokenizers have one number for all."""
     resolution: tuple[Pixels, Pixels]

@@ -41,6 +41,9 @@ class PreparedPair:
     lose: PreparedImage
     ids: tuple[str, str]
     """Digests of both image files."""
+    list: str | None = None
+    scores: tuple[float, float] | None = None
+    """As the pair has them."""
 
 
 def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | Skipped:
@@ -54,7 +57,15 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | S
     win, lose = sides
     ids = (_digest(pair.win), _digest(pair.lose))
     return PreparedPair(
-        pair_id=pair.pair_id, prompt=pair.prompt, label=pair.label, row=pair.row, win=win, lose=lose, ids=ids
+        pair_id=pair.pair_id,
+        prompt=pair.prompt,
+        label=pair.label,
+        row=pair.row,
+        win=win,
+        lose=lose,
+        ids=ids,
+        list=pair.list,
+        scores=pair.scores,
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.fields import LAYOUTS, LOSE, WIN, brief, is_ranking, missing_field, rows_of, without_part
+from inpo.common.pairs.columns import SIDES, ColumnMap, Reading, brief, missing_field
+from inpo.common.pairs.fields import holds_singles, is_ranking, without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
+from inpo.common.pairs.runs import Record, RunIndex, runs
 from inpo.common.pairs.signatures import Likely, likely_kind
 from inpo.common.text import TextProblem, decode_text, refuse_wide
 
@@ -49,18 +51,15 @@ class ListIndex:
     """int64 [entry]: the byte at which it begins."""
     lines: np.ndarray
     """int64 [entry]: its line, from 1."""
-    first_rows: np.ndarray
-    """int64 [entry + 1]: the number of its first row; rankings stand for several rows. The last value is the total."""
+    runs: RunIndex
+    """Which entries stand for which rows."""
     header: tuple[str, ...] | None
     """Column names of CSV and TSV."""
     not_read: dict[str, int]
     fingerprint: str
 
-    def entry_of(self, row: int) -> int:
-        return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
-
-def index_list(location: str) -> ListIndex:
+def index_list(location: str, reading: Reading, *, check_header: bool = True) -> ListIndex:
     """Go through a list once. Raises DataError when the file as a whole is not what its name says."""
     suffix = PurePosixPath(location).suffix.lower()
     try:
@@ -68,12 +67,12 @@ def index_list(location: str) -> ListIndex:
             _refuse_other_kinds(location, stream.read(4096))
             stream.seek(0)
             if suffix == ".json":
-                return _index_array(location, stream.read())
+                return _index_array(location, stream.read(), reading)
             reader = EntryReader(stream, delimiter=_DELIMITERS.get(suffix))
             header = reader.header()
-            if header is not None:
-                _check_header(location, header)
-            return _index(reader.entries(), header, reader.digest)
+            if header is not None and check_header:
+                _check_header(location, header, reading.columns)
+            return _index(reader.entries(), header, reader.digest, reading)
     except DataError:
         raise
     except Exception as error:  # a remote file fails in its library's own ways
@@ -118,6 +117,14 @@ def parse_entry(entry: Entry, header: tuple[str, ...] | None) -> dict[str, Any]:
         return dict(zip(header, entry.content, strict=True))
     except RowProblem as problem:
         raise RowProblem(reason=problem.reason, detail=f"line {entry.line}: {problem.detail}") from None
+
+
+def record_of(number: int, entry: Entry, header: tuple[str, ...] | None, columns: ColumnMap) -> Record:
+    """An entry as a record, or why it is none."""
+    try:
+        return number, columns.row(parse_entry(entry, header))
+    except RowProblem as problem:
+        return number, problem
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -217,37 +224,38 @@ class EntryReader:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any) -> ListIndex:
-    offsets, lines, first_rows = [], [], [0]
+def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any, reading: Reading) -> ListIndex:
+    offsets, lines = [], []
     not_read: Counter[str] = Counter()
-    for entry in entries:
-        offsets.append(entry.offset)
-        lines.append(entry.line)
-        rows = 1
-        if header is None:
-            try:
-                fields = parse_entry(entry, header)
-            except RowProblem:
-                fields = {}
-            rows = rows_of(fields)
-            count_fields(without_part(fields, is_ranking=is_ranking(fields)), not_read)
-        first_rows.append(first_rows[-1] + rows)
+
+    def records() -> Iterator[Record]:
+        for entry in entries:
+            offsets.append(entry.offset)
+            lines.append(entry.line)
+            number, row = record_of(len(offsets) - 1, entry, header, reading.columns)
+            if header is None and not isinstance(row, RowProblem):
+                count_fields(without_part(row, ranking=is_ranking(row)), not_read)
+            yield number, row
+
+    found = RunIndex.of(runs(records()), reading.pairs_from)
     if header is not None:
-        not_read.update({f"column {brief(name)}": len(offsets) for name in without_part(header, is_ranking=False)})
+        void = without_part(reading.columns.row(dict.fromkeys(header)), ranking=False)
+        not_read.update({f"column {brief(name)}": len(offsets) for name in void})
     return ListIndex(
         offsets=np.array(offsets, dtype=np.int64),
         lines=np.array(lines, dtype=np.int64),
-        first_rows=np.array(first_rows, dtype=np.int64),
+        runs=found,
         header=header,
         not_read=dict(not_read),
         fingerprint=digest.hexdigest(),
     )
 
 
-def _index_array(location: str, data: bytes) -> ListIndex:
+def _index_array(location: str, data: bytes, reading: Reading) -> ListIndex:
     try:
         text = decode_text(data)
-        return _index(_elements(text, mark=len(data) - len(text.encode("utf-8"))), None, _digest(data))
+        elements = _elements(text, mark=len(data) - len(text.encode("utf-8")))
+        return _index(elements, None, _digest(data), reading)
     except (TextProblem, json.JSONDecodeError) as problem:
         raise DataError(
             "this list of pairs is no JSON array",
@@ -322,19 +330,33 @@ def _refuse_other_kinds(location: str, head: bytes) -> None:
         )
 
 
-def _check_header(location: str, header: tuple[str, ...]) -> None:
+def _check_header(location: str, header: tuple[str, ...], columns: ColumnMap) -> None:
     twice = [name for name, count in Counter(header).items() if count > 1]
-    if not twice and any(all(set(names) & set(header) for names in layout) for layout in LAYOUTS):
+    problem = columns_problem(columns, header)
+    if not twice and problem is None:
         return
-    wanted = next((names for names in (WIN, LOSE) if not set(names) & set(header)), WIN)
     raise DataError(
         "this list of pairs names a column twice" if twice else "this list of pairs lacks columns",
         where=location,
-        expected="a first line that names the columns win, lose, prompt and perhaps label, id",
+        expected="a first line that names the columns win, lose, prompt and perhaps label, id, or other names and "
+        "--columns win=...,lose=...",
         got=", ".join(map(brief, twice or header)) or "an empty file",
         fix=("put the names into the first line, separated by " + ("tabs" if location.endswith(".tsv") else "commas"))
-        + ("" if twice or not header else f" ({missing_field(wanted, header)})"),
+        + ("" if twice or not header else f" ({problem})"),
     )
+
+
+def columns_problem(columns: ColumnMap, names: Sequence[str]) -> str | None:
+    """Why no pair can be made of columns of these names, of which none is a list; None if some can."""
+    absent = columns.absent(names)
+    if absent:
+        return missing_field(absent[:1], names)
+    row = columns.row(dict.fromkeys(names))
+    if holds_singles(row) or any(all(row.columns(role) for role in sides) for sides in SIDES):
+        return None
+    half = next(((one, other) for one, other in (*SIDES, SIDES[0]) if row.columns(one) or row.columns(other)), None)
+    missing = [role for role in half or SIDES[0] if not row.columns(role)]
+    return missing_field(columns.names(*missing[: 1 if half else 2]), names)
 
 
 def _check_utf8(text: str) -> None:

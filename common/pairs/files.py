@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.columns import Reading
 from inpo.common.pairs.signatures import Likely, likely_kind
 from inpo.common.printable import shown
 
@@ -314,6 +315,13 @@ def shard_names(locations: Sequence[str]) -> list[str]:
     if len(set(names)) != len(names):
         raise DataError("the same file is named twice", where=", ".join(locations))
     return names
+
+
+def read_as(fingerprint: str, reading: Reading) -> str:
+    """The fingerprint of a file that is read in some way: other columns make other rows of the same bytes."""
+    if not reading.identity:
+        return fingerprint
+    return hashlib.blake2b(f"{fingerprint} {reading.identity}".encode(), digest_size=16).hexdigest()
 
 
 def _safe(text: str) -> str:

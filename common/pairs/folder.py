@@ -10,17 +10,19 @@ for rows that are asked for.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries
-from inpo.common.pairs.fields import items, prompts_of
-from inpo.common.pairs.files import shard_names, unreadable_file
+from inpo.common.pairs.columns import USUAL, Reading
+from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries, record_of
+from inpo.common.pairs.fields import prompts_of
+from inpo.common.pairs.files import read_as, shard_names, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
+from inpo.common.pairs.runs import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,12 @@ class ListSource:
     file: str
     not_read: Mapping[str, int] = field(default_factory=dict)
     """Other files beside the list, images aside."""
-    allow_remote: bool = False
+    reading: Reading = USUAL
     kind: Literal["folder"] = "folder"
 
     def input_shards(self) -> list["ListShard"]:
         """The list as one shard."""
-        return [ListShard(name=shard_names([self.file])[0], file=self.file, allow_remote=self.allow_remote)]
+        return [ListShard(name=shard_names([self.file])[0], file=self.file, reading=self.reading)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +47,32 @@ class ListShard:
 
     name: str
     file: str
-    allow_remote: bool = False
-    """Whether rows may name what lies outside the list's folder, here or on other hosts."""
+    reading: Reading = USUAL
 
     @cached_property
     def _index(self) -> ListIndex:
-        return index_list(self.file)
+        return index_list(self.file, self.reading)
 
     @property
     def num_rows(self) -> int:
         """Rows of the list. Raises DataError when it cannot be read."""
-        return int(self._index.first_rows[-1])
+        return self._index.runs.num_rows
 
     @property
     def not_read(self) -> Mapping[str, int]:
         """The fields or columns that no pair is made of, and in how many entries they are."""
         return self._index.not_read
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether rows are compared images of rankings."""
+        return self._index.runs.has_lists
+
     def fingerprint(self) -> str:
         """blake2b of the list's bytes. The images are not part of it: give a replaced image a new name or the pair a
         new id.
         """
-        return self._index.fingerprint
+        return read_as(self._index.fingerprint, self.reading)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1 with their images.
@@ -74,54 +80,61 @@ class ListShard:
         Raises DataError when the list fails, and when hosts failed and no image at all was read: an outage. A row whose
         image alone cannot be fetched is Skipped.
         """
-        header, stop = self._index.header, min(stop, self.num_rows)
+        stop = min(stop, self.num_rows)
         if start >= stop:
             return
-        reach = Reach(self.file, allow_remote=self.allow_remote)
-        for entry, begin, end in self._entries(start, stop):
-            row, wanted = max(begin, start), min(end, stop)
-            for item in islice(self._items(entry, header, begin, row - begin, reach), wanted - row):
-                yield item
-                row += 1
-            if row < wanted:
-                raise unreadable_file(self.file, EOFError(f"row {row} is not what it was"))
+        reach = Reach(self.file, allow_remote=self.reading.allow_remote)
+        row = start
+        for item in self._index.runs.items(
+            self._records(start, stop),
+            start,
+            stop,
+            name=self.name,
+            id_of=lambda entry: None,
+            read=reach.image,
+            pairs_from=self.reading.pairs_from,
+        ):
+            yield item
+            row += 1
+        if row < stop:
+            raise unreadable_file(self.file, EOFError(f"row {row} is not what it was"))
         reach.refuse_outage(self.file)
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         """From the list alone; of a ranking once. Raises DataError when the list fails."""
-        for entry, _, _ in self._entries(start, min(stop, self.num_rows)):
-            try:
-                fields = parse_entry(entry, self._index.header)
-            except RowProblem:  # gives no pair
-                continue
-            yield from prompts_of(fields)
+        stop = min(stop, self.num_rows)
+        for run, _ in self._index.runs.runs(self._records(start, stop), start, stop):
+            if run.problem is None:
+                yield from prompts_of(run.rows[0])
 
-    def _entries(self, start: int, stop: int) -> Iterator[tuple[Entry, int, int]]:
-        """(entry, its first row, one after its last) of the entries that hold rows start..stop-1."""
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """The fields of the first entries that can be understood. Raises DataError when the list fails."""
+        found: list[dict[str, Any]] = []
+        index = index_list(self.file, self.reading, check_header=False)
+        for entry in self._entries(0, len(index.offsets), index):
+            with suppress(RowProblem):
+                found.append(parse_entry(entry, index.header))
+            if len(found) == count:
+                break
+        return found
+
+    def _records(self, start: int, stop: int) -> Iterator[Record]:
+        """The entries that rows start..stop-1 are made of."""
         if start >= stop:
             return
-        index = self._index
-        first = index.entry_of(start)
-        entries = enumerate(read_entries(self.file, index, first), start=first)
-        row = start
-        while row < stop:
+        first, last = self._index.runs.records(start, stop)
+        for number, entry in enumerate(self._entries(first, last, self._index), start=first):
+            yield record_of(number, entry, self._index.header, self.reading.columns)
+
+    def _entries(self, start: int, stop: int, index: ListIndex) -> Iterator[Entry]:
+        """Entries start..stop-1 of the list."""
+        entries = read_entries(self.file, index, start)
+        for number in range(start, stop):
             try:
-                number, entry = next(entries)
+                yield next(entries)
             except StopIteration:
-                raise unreadable_file(self.file, EOFError(f"row {row} of {stop} is not there any more")) from None
+                raise unreadable_file(self.file, EOFError(f"entry {number} of {stop} is not there any more")) from None
             except DataError:
                 raise
             except Exception as error:  # a remote file fails in its library's own ways
                 raise unreadable_file(self.file, error) from error
-            begin, row = int(index.first_rows[number]), int(index.first_rows[number + 1])
-            yield entry, begin, row
-
-    def _items(
-        self, entry: Entry, header: tuple[str, ...] | None, row: int, skip: int, reach: Reach
-    ) -> Iterator[Pair | Skipped]:
-        try:
-            fields = parse_entry(entry, header)
-        except RowProblem as problem:
-            yield Skipped(pair_id=f"{self.name}/{row}", reason=problem.reason, detail=problem.detail, row=row)
-            return
-        yield from items(fields, row=row, skip=skip, name=self.name, default_id=None, read=reach.read)

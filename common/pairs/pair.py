@@ -8,11 +8,14 @@ gives one `Skipped`, never half a pair, and never the win of one row beside the 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from inpo.common.printable import is_printable
+
+if TYPE_CHECKING:
+    from inpo.common.pairs.columns import Reading
 
 MAX_IMAGE_BYTES = 128 << 20
 """Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
@@ -75,6 +78,10 @@ class Pair:
     """P(win preferred), in (0.5, 1]: the source orders the sides so."""
     row: int
     """Row in the input shard, from 0."""
+    list: str | None = None
+    """The ranking or list that the pair comes from: its images are one group. None for a pair of its own."""
+    scores: tuple[float, float] | None = None
+    """The source's own scores of win and lose, higher is better: ranks are negated. None: it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,11 @@ class InputShard(Protocol):
         ...
 
     @property
+    def reading(self) -> "Reading":
+        """How the file is read: which columns, what of a ranking."""
+        ...
+
+    @property
     def num_rows(self) -> int:
         """Rows in the file, known without decoding an image. Raises DataError when the file is unreadable."""
         ...
@@ -109,6 +121,11 @@ class InputShard(Protocol):
         """What lies in the file and has no part in any pair, and how often: `member .cls`, `column user_id`. Raises
         DataError as `num_rows` does.
         """
+        ...
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether pairs of the file come from rankings or lists of images. Raises DataError as `num_rows` does."""
         ...
 
     def fingerprint(self) -> str:
@@ -122,6 +139,12 @@ class InputShard(Protocol):
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         """The prompts of rows start..stop-1: every one that `rows` gives a pair of, and those of rows that give none.
         No image is read. Raises DataError.
+        """
+        ...
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """The fields of the first `count` records as the file has them, whatever they mean, also where no pair can be
+        made of them. Raises DataError.
         """
         ...
 

@@ -9,34 +9,20 @@ size of row groups, since pages are read a few rows at a time.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.fields import (
-    IMAGE_FIELDS,
-    IMAGES,
-    KNOWN,
-    LAYOUTS,
-    LOSE,
-    ORDER,
-    WIN,
-    ReadImage,
-    brief,
-    comparisons_of,
-    items,
-    missing_field,
-    num_ranked,
-    prompts_of,
-    without_part,
-)
-from inpo.common.pairs.files import filesystem, is_local, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.columns import IMAGE_ROLES, ORDERS, SIDES, USUAL, Reading, RowFields, brief, missing_field
+from inpo.common.pairs.entries import columns_problem
+from inpo.common.pairs.fields import holds_singles, prompts_of, without_part
+from inpo.common.pairs.files import filesystem, is_local, open_binary, read_as, shard_names, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
+from inpo.common.pairs.runs import Record, RunIndex, runs
 
 ROWS_PER_READ = 16
 """Rows decoded at a time: 32 encoded images, or those of 16 rankings."""
@@ -53,14 +39,14 @@ class ParquetSource:
     files: tuple[str, ...]
     not_read: Mapping[str, int] = field(default_factory=dict)
     """Other files and folders beside the parquet files."""
-    allow_remote: bool = False
+    reading: Reading = USUAL
     kind: Literal["parquet"] = "parquet"
 
     def input_shards(self) -> list["ParquetShard"]:
         """One shard a file, sorted by name."""
         names = shard_names(self.files)
         shards = [
-            ParquetShard(name=name, file=file, allow_remote=self.allow_remote)
+            ParquetShard(name=name, file=file, reading=self.reading)
             for name, file in zip(names, self.files, strict=True)
         ]
         return sorted(shards, key=lambda shard: shard.name)
@@ -75,62 +61,91 @@ class _Footer:
     columns: tuple[str, ...]
     """The columns that are read."""
     not_read: dict[str, int]
-    first_rows: np.ndarray | None
-    """int64 [row of the file + 1]: the number of its first row as counted here, where rows are rankings; else None."""
+    runs: RunIndex
+    """Which of the file's rows stand for which rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetShard:
-    """One parquet file; a row is a row of the file, or two images of a ranking in one."""
+    """One parquet file; a row is a row of the file, or two images of a ranking in one or in several."""
 
     name: str
     file: str
-    allow_remote: bool = False
-    """Whether rows that have paths for images may name what lies outside the file's folder, here or on other hosts."""
+    reading: Reading = USUAL
 
     @cached_property
     def _footer(self) -> _Footer:
         with self._open() as parquet:
+            problem = self._schema_problem(parquet.schema_arrow)
+            if problem is not None:
+                raise DataError(
+                    "this parquet file has no image columns",
+                    where=self.file,
+                    expected="columns win and lose, chosen and rejected, or those of another known set "
+                    "(`inpo data columns SRC`, docs/data.md)",
+                    got=f"columns {', '.join(map(brief, parquet.schema_arrow.names))}",
+                    fix=f"say which is which: --columns win=...,lose=...,prompt=...; {problem}",
+                )
             names = parquet.schema_arrow.names
             total, ends = 0, []
             for group in range(parquet.num_row_groups):
                 total += parquet.metadata.row_group(group).num_rows
                 ends.append(total)
             lists = _lists(parquet.schema_arrow)
-            order = [name for name in ORDER if name in lists]
-            is_ranking = bool(order) and any(name in lists for name in IMAGES)
-            not_read = set(without_part(names, is_ranking=is_ranking))
+            probe = self.reading.columns.row(dict.fromkeys(names))
+            orders = [name for role in ORDERS for name in probe.columns(role)]
+            is_ranking = any(name in lists for name in orders) and any(
+                name in lists for name in probe.columns("images")
+            )
+            not_read = set(without_part(probe, ranking=is_ranking))
+            index = RunIndex.plain(total)
             if is_ranking:  # what has another type in such a file is none of them
-                not_read |= {name for name in names if name in (*IMAGES, *ORDER) and name not in lists}
+                not_read |= {name for name in (*probe.columns("images"), *orders) if name not in lists}
+                index = self._index(parquet, [name for name in orders if name in lists])
+            elif holds_singles(probe):
+                keys = [*orders, *probe.columns("list"), *probe.columns("prompt")]
+                index = self._index(parquet, list(dict.fromkeys(keys)))
             return _Footer(
                 group_ends=tuple(ends),
                 columns=tuple(name for name in names if name not in not_read),
                 not_read={f"column {brief(name)}": total for name in names if name in not_read},
-                first_rows=self._rankings(parquet, order) if is_ranking else None,
+                runs=index,
             )
 
-    def _rankings(self, parquet: pq.ParquetFile, order: list[str]) -> np.ndarray:
-        """Rows by row of the file, from the small columns that have the ranks."""
-        counts = [0]
+    def _index(self, parquet: pq.ParquetFile, columns: list[str]) -> RunIndex:
+        """From the small columns that say what is compared with what."""
+
+        def records() -> Iterator[Record]:
+            number = 0
+            for batch in parquet.iter_batches(columns=columns, use_threads=False):
+                for fields in batch.to_pylist():
+                    # The images stand for themselves.
+                    blank = {name: [] for name in probe.columns("images")} | {
+                        name: b"" for name in probe.columns("image")
+                    }
+                    yield number, RowFields(fields={**blank, **fields}, layout=probe.layout)
+                    number += 1
+
+        probe = self.reading.columns.row(dict.fromkeys(parquet.schema_arrow.names))
         try:
-            for batch in parquet.iter_batches(columns=order, use_threads=False):
-                counts += [comparisons_of(num_ranked(fields)) for fields in batch.to_pylist()]
+            return RunIndex.of(runs(records()), self.reading.pairs_from)
         except Exception as error:  # pyarrow passes on whatever the file object raises
             raise unreadable_file(self.file, error) from error
-        return np.cumsum(np.array(counts, dtype=np.int64))
 
     @property
     def num_rows(self) -> int:
         """Rows in the file, from its footer. Raises DataError when it cannot be read or has no image columns."""
-        footer = self._footer
-        if footer.first_rows is not None:
-            return int(footer.first_rows[-1])
-        return footer.group_ends[-1] if footer.group_ends else 0
+        return self._footer.runs.num_rows
 
     @property
     def not_read(self) -> Mapping[str, int]:
         """The columns that no pair is made of."""
         return self._footer.not_read
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether rows are compared images of rankings."""
+        return self._footer.runs.has_lists
 
     def fingerprint(self) -> str:
         """blake2b of the file's size and footer, which holds sizes, offsets and statistics of every column chunk."""
@@ -146,7 +161,8 @@ class ParquetShard:
                 raise unreadable_file(self.file, error) from error
         if tail[4:] != b"PAR1" or len(footer) != footer_bytes:
             raise unreadable_file(self.file, ValueError("not a whole parquet file: no footer"))
-        return hashlib.blake2b(size.to_bytes(8, "little") + footer, digest_size=16).hexdigest()
+        found = hashlib.blake2b(size.to_bytes(8, "little") + footer, digest_size=16).hexdigest()
+        return read_as(found, self.reading)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
@@ -155,52 +171,51 @@ class ParquetShard:
         stop = min(stop, self.num_rows)
         if start >= stop:
             return
-        reach = Reach(self.file, allow_remote=self.allow_remote)
-        yield from self._rows(start, stop, partial(_image, reach))
+        reach = Reach(self.file, allow_remote=self.reading.allow_remote)
+        index = self._footer.runs
+        yield from index.items(
+            self._records(*index.records(start, stop), self._footer.columns),
+            start,
+            stop,
+            name=self.name,
+            id_of=lambda entry: f"{self.name}/{entry}",
+            read=reach.image,
+            pairs_from=self.reading.pairs_from,
+        )
         reach.refuse_outage(self.file)
-
-    def _rows(self, start: int, stop: int, read: ReadImage) -> Iterator[Pair | Skipped]:
-        first_rows = self._footer.first_rows
-        if first_rows is None:
-            for entry, fields in self._entries(start, stop, self._footer.columns):
-                yield from self._items(fields, entry, row=entry, skip=0, read=read)
-            return
-        for entry, fields in self._entries(*self._span(start, stop), self._footer.columns):
-            begin = int(first_rows[entry])
-            for item in self._items(fields, entry, row=begin, skip=max(0, start - begin), read=read):
-                if item.row >= stop:
-                    return
-                yield item
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         """From the columns that are not images; of a ranking once. Raises DataError as `rows` does."""
         stop = min(stop, self.num_rows)
         if start >= stop:
             return
-        columns = [name for name in self._footer.columns if name not in IMAGE_FIELDS]
-        for _, fields in self._entries(*self._span(start, stop), columns):
-            if not isinstance(fields, RowProblem):
-                yield from prompts_of(fields)
+        first, last = self._footer.runs.records(start, stop)
+        probe = self.reading.columns.row(dict.fromkeys(self._footer.columns))
+        images = {name for role in IMAGE_ROLES for name in probe.columns(role)}
+        columns = [name for name in self._footer.columns if name not in images]
+        for _, row in self._records(first, last, columns):
+            if not isinstance(row, RowProblem):
+                yield from prompts_of(row)
 
-    def _span(self, start: int, stop: int) -> tuple[int, int]:
-        """The file's rows that hold rows start..stop-1: first, and one after the last."""
-        first_rows = self._footer.first_rows
-        if first_rows is None:
-            return start, stop
-        first = int(np.searchsorted(first_rows, start, side="right")) - 1
-        return first, int(np.searchsorted(first_rows, stop, side="left"))
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """The first rows of the file with all columns. Raises DataError."""
+        found: list[dict[str, Any]] = []
+        with self._open() as parquet:
+            binary = set(parquet.schema_arrow.names)  # whatever is bytes may be an image
+            try:
+                for batch in parquet.iter_batches(batch_size=min(count, ROWS_PER_READ), use_threads=False):
+                    rows = [_fields(batch, i, binary) for i in range(batch.num_rows)]
+                    found += [fields for fields in rows if not isinstance(fields, RowProblem)]
+                    if len(found) >= count:
+                        break
+            except Exception as error:  # pyarrow's errors, and whatever the file object raises
+                raise unreadable_file(self.file, error) from error
+        return found[:count]
 
-    def _items(
-        self, fields: "dict[str, Any] | RowProblem", entry: int, *, row: int, skip: int, read: ReadImage
-    ) -> Iterator[Pair | Skipped]:
-        pair_id = f"{self.name}/{entry}"
-        if isinstance(fields, RowProblem):
-            first_rows = self._footer.first_rows
-            count = 1 if first_rows is None else int(first_rows[entry + 1] - first_rows[entry])
-            for number in range(skip, count):
-                yield Skipped(pair_id=pair_id, reason=fields.reason, detail=fields.detail, row=row + number)
-            return
-        yield from items(fields, row=row, skip=skip, name=self.name, default_id=pair_id, read=read)
+    def _records(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[Record]:
+        """The file's rows start..stop-1, from these columns."""
+        for number, fields in self._entries(start, stop, columns):
+            yield number, fields if isinstance(fields, RowProblem) else self.reading.columns.row(fields)
 
     def _entries(
         self, start: int, stop: int, columns: Sequence[str]
@@ -210,6 +225,7 @@ class ParquetShard:
         begins = (0, *ends[:-1])
         groups = [i for i in range(len(ends)) if begins[i] < stop and ends[i] > start]
         row = begins[groups[0]] if groups else 0
+        images = set(self.reading.columns.names(*IMAGE_ROLES))
         with self._open() as parquet:
             for group in groups:
                 # One group at a time, so that a damaged group costs none of the rows before it.
@@ -224,7 +240,7 @@ class ParquetShard:
                     if batch is None:
                         break
                     for i in range(max(0, start - row), min(batch.num_rows, stop - row)):
-                        yield row + i, _fields(batch, i)
+                        yield row + i, _fields(batch, i, images)
                     row += batch.num_rows
                     if row >= stop:
                         return
@@ -242,48 +258,22 @@ class ParquetShard:
         except Exception as error:  # pyarrow passes on whatever the file object raises
             stream.close()
             raise unreadable_file(self.file, error) from error
-        problem = _schema_problem(parquet.schema_arrow)
-        if problem is not None:
-            stream.close()
-            raise DataError(
-                "this parquet file has no image columns",
-                where=self.file,
-                expected="columns jpg_0 and jpg_1 (Pick-a-Pic), win and lose, chosen and rejected, "
-                "or a list images with ranks or scores",
-                got=f"columns {', '.join(map(brief, parquet.schema_arrow.names))}",
-                fix=f"rename the columns, or use a folder with pairs.jsonl (docs/data.md); {problem}",
-            )
         return parquet
 
-
-def _image(reach: Reach, value: object, what: str) -> bytes | None:
-    """The bytes of a binary cell, of a `{bytes, path}` struct, or of the file that a path names."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if isinstance(data, str):
-        data, path = None, data
-    if data is None and path is not None:
-        return reach.read(path, what)
-    if data is not None and not isinstance(data, bytes):
-        raise RowProblem(reason="missing_image", detail=f"{what} is {type(data).__name__}, not bytes or a path")
-    return data
-
-
-def _schema_problem(schema: pa.Schema) -> str | None:
-    """Why no pair can be made of these columns; None if some can."""
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1 and name in KNOWN})
-    if twice:
-        return f"{', '.join(twice)} is there twice"
-    names = set(schema.names)
-    if any(set(first) & names and set(second) & names for first, second in LAYOUTS):
-        return None
-    lists = _lists(schema)
-    if lists & set(IMAGES):
-        if lists & set(ORDER):
-            return None
-        one_value = [name for name in ORDER if name in names]
-        return f"{one_value[0]} is no list" if one_value else missing_field(ORDER, schema.names)
-    one_side = next((other for side, other in LAYOUTS if set(side) & names), None)
-    return missing_field(one_side or (*WIN, *LOSE), schema.names)
+    def _schema_problem(self, schema: pa.Schema) -> str | None:
+        """Why no pair can be made of these columns; None if some can."""
+        columns, lists = self.reading.columns, _lists(schema)
+        row = columns.row(dict.fromkeys(schema.names))
+        twice = sorted({name for names in row.layout.values() for name in names if schema.names.count(name) > 1})
+        if twice:
+            return f"{', '.join(twice)} is there twice"
+        is_pair = any(all(row.columns(role) for role in sides) for sides in SIDES)
+        if not is_pair and lists & set(row.columns("images")):
+            orders = [name for role in ORDERS for name in row.columns(role)]
+            if lists & set(orders):
+                return None
+            return f"{orders[0]} is no list" if orders else missing_field(columns.names(*ORDERS), schema.names)
+        return columns_problem(columns, schema.names)
 
 
 def _lists(schema: pa.Schema) -> set[str]:
@@ -292,13 +282,13 @@ def _lists(schema: pa.Schema) -> set[str]:
     return {str(field.name) for field in schema if any(test(field.type) for test in tests)}
 
 
-def _fields(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RowProblem:
+def _fields(batch: pa.RecordBatch, i: int, images: set[str]) -> dict[str, Any] | RowProblem:
     fields = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             value = column[i].as_py()
             # Some writers store text without saying that it is text.
-            fields[name] = value.decode("utf-8") if isinstance(value, bytes) and name not in IMAGE_FIELDS else value
+            fields[name] = value.decode("utf-8") if isinstance(value, bytes) and name not in images else value
         except UnicodeDecodeError:
             return RowProblem(reason="bad_metadata", detail=f"{name} is not UTF-8")
         except (ValueError, OverflowError, pa.ArrowException) as error:  # a date or a number that Python has not

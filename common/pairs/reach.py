@@ -67,6 +67,16 @@ class Reach:
         self.num_read = 0
         self.last_unreachable: RowProblem | None = None
 
+    def image(self, value: object, side: str) -> bytes | None:
+        """The bytes of an image as a row has it: bytes, a `{bytes, path}` struct, or the name of a file, of a member
+        of an archive beside the list, or an address. Raises RowProblem.
+        """
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(data, bytes):
+            return data
+        named = path if data is None else data
+        return None if named is None else self.read(named, side)
+
     def read(self, path: object, side: str) -> bytes:
         """The bytes of the image that a row names. Raises RowProblem."""
         path = check_text(path, what=side, missing="missing_image")

@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
+from inpo.common.choices import PairsFrom
 from inpo.common.errors import DataError
+from inpo.common.pairs.columns import Reading, brief, column_map
 from inpo.common.pairs.entries import LIST_SUFFIXES
-from inpo.common.pairs.fields import brief
 from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder
 from inpo.common.pairs.folder import ListSource
 from inpo.common.pairs.pair import PairSource
@@ -21,30 +23,40 @@ DATA_FOLDER = "data"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
 
-def open_source(location: str, *, allow_remote: bool = False) -> PairSource:
+def open_source(
+    location: str,
+    *,
+    columns: Mapping[str, str] | str | None = None,
+    pairs_from: PairsFrom = "all",
+    allow_remote: bool = False,
+) -> PairSource:
     """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
 
-    Rows that name their images may name what lies below the file's folder; with `allow_remote` anything else too.
+    Args:
+        columns: {what it is: the name of its column} where the names are not the known ones (columns.py).
+        pairs_from: what of a ranking is compared.
+        allow_remote: rows that name their images may name what lies below the file's folder; with this anything else.
 
-    Raises DataError when nothing recognisable is there, when it cannot be reached, or when it is not clear which of
-    several things is meant.
+    Raises UsageError for columns that are none, DataError when nothing recognisable is there, when it cannot be
+    reached, or when it is not clear which of several things is meant.
     """
+    reading = Reading(columns=column_map(columns), pairs_from=pairs_from, allow_remote=allow_remote)
     files = expand_pattern(location)
     if not files:
         raise _nothing_there(location, [])
     if len(files) > 1:
-        return _from_files(location, files, allow_remote)
+        return _from_files(location, files, reading)
     if not exists(files[0]):
         raise _nothing_there(location, files)
     folder = is_folder(files[0])
     if _kind(files[0]) is not None and not folder:
-        return _from_files(location, files, allow_remote)
+        return _from_files(location, files, reading)
     if not folder:
         raise _not_recognised(location, f"a file named {PurePosixPath(files[0]).name}")
-    return _from_folder(location, allow_remote)
+    return _from_folder(location, reading)
 
 
-def _from_folder(location: str, allow_remote: bool, *, around: Counter[str] | None = None) -> PairSource:
+def _from_folder(location: str, reading: Reading, *, around: Counter[str] | None = None) -> PairSource:
     """`around`: what lies beside this folder, where it is a repository's data."""
     listing = list_folder(location)
     names = [PurePosixPath(file).name for file in listing.files]
@@ -63,10 +75,10 @@ def _from_folder(location: str, allow_remote: bool, *, around: Counter[str] | No
         )
     if found:
         not_read = (around or Counter()) + _beside(listing, found[0])
-        return _from_files(location, found[0], allow_remote, not_read=dict(sorted(not_read.items())))
+        return _from_files(location, found[0], reading, not_read=dict(sorted(not_read.items())))
     folders = {PurePosixPath(folder).name: folder for folder in listing.folders}
     if DATA_FOLDER in folders and around is None:
-        return _from_folder(folders[DATA_FOLDER], allow_remote, around=_beside(listing, [folders[DATA_FOLDER]]))
+        return _from_folder(folders[DATA_FOLDER], reading, around=_beside(listing, [folders[DATA_FOLDER]]))
     got = ", ".join(map(brief, names[:8])) or "no files directly in it"
     if folders:
         got += f"; folders in it: {', '.join(map(brief, list(folders)[:8]))}"
@@ -91,7 +103,7 @@ def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
 
 
 def _from_files(
-    location: str, files: list[str], allow_remote: bool, *, not_read: dict[str, int] | None = None
+    location: str, files: list[str], reading: Reading, *, not_read: dict[str, int] | None = None
 ) -> PairSource:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or None in kinds:
@@ -102,16 +114,16 @@ def _from_files(
     if kind == "list":
         if len(files) > 1:
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
-        return ListSource(location=location, file=files[0], not_read=not_read or {}, allow_remote=allow_remote)
+        return ListSource(location=location, file=files[0], not_read=not_read or {}, reading=reading)
     _refuse_mixed_splits(location, files)
     # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":
         from inpo.common.pairs.tars import TarSource
 
-        return TarSource(location=location, files=tuple(files), not_read=not_read or {})
+        return TarSource(location=location, files=tuple(files), not_read=not_read or {}, reading=reading)
     from inpo.common.pairs.parquet import ParquetSource
 
-    return ParquetSource(location=location, files=tuple(files), not_read=not_read or {}, allow_remote=allow_remote)
+    return ParquetSource(location=location, files=tuple(files), not_read=not_read or {}, reading=reading)
 
 
 def _refuse_mixed_splits(location: str, files: list[str]) -> None:

@@ -11,30 +11,38 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.columns import IMAGE_ROLES, ColumnMap, brief
 from inpo.common.pairs.entries import count_fields, parse_object
-from inpo.common.pairs.fields import FIRST, ID, IMAGE_FIELDS, LOSE, SECOND, WIN, brief, without_part
+from inpo.common.pairs.fields import without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.text import TextProblem, decode_text
 
-Role = Literal["win", "lose", "jpg_0", "jpg_1", "json", "caption", "label", "label_0", "label_1", "has_label", "id"]
-ROLES: tuple[Role, ...] = get_args(Role)
-IMAGE_ROLES: tuple[Role, ...] = ("win", "lose", "jpg_0", "jpg_1")
-_NAMES: dict[str, Role] = {
-    **dict.fromkeys(WIN, "win"),
-    **dict.fromkeys(LOSE, "lose"),
-    **dict.fromkeys(FIRST, "jpg_0"),
-    **dict.fromkeys(SECOND, "jpg_1"),
-    **dict.fromkeys(("caption", "prompt", "original_prompt", "txt", "text"), "caption"),
-    **dict.fromkeys(ID, "id"),
-    **{name: name for name in ("json", "label", "label_0", "label_1", "has_label")},
-}
+SIDE_ROLES = ("win", "lose", "image1", "image2")
+TEXT_ROLES = (
+    "prompt",
+    "label",
+    "label1",
+    "label2",
+    "votes",
+    "votes1",
+    "votes2",
+    "has_label",
+    "score1",
+    "score2",
+    "id",
+    "list",
+)
+ROLES = (*SIDE_ROLES, "json", *TEXT_ROLES)
+"""What a member may be: one of the sides, a text, or a JSON object with fields."""
+_ALSO_PROMPT = ("original_prompt", "txt", "text")
+"""What mirrors call the prompt, and what nobody would call a column so."""
 
 _ABSENT, _DOUBLED, _LINK = -1, -2, -3
 _BLOCK = 512
@@ -49,7 +57,7 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """Places of the members, by row and role. 176 bytes a row and its key; picklable."""
+    """Places of the members, by row and role. 272 bytes a row and its key; picklable."""
 
     keys: bytes
     """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""
@@ -67,14 +75,14 @@ class TarIndex:
     def key(self, row: int) -> str:
         return self._key_list()[row]
 
-    def member(self, row: int, role: Role) -> tuple[int, int] | None:
+    def member(self, row: int, role: str) -> tuple[int, int] | None:
         offset, size = self.places[row, ROLES.index(role)]
         return None if offset < 0 else (int(offset), int(size))
 
-    def doubled_roles(self, row: int) -> list[Role]:
+    def doubled_roles(self, row: int) -> list[str]:
         return [role for i, role in enumerate(ROLES) if self.places[row, i, 0] == _DOUBLED]
 
-    def linked_roles(self, row: int) -> list[Role]:
+    def linked_roles(self, row: int) -> list[str]:
         return [role for i, role in enumerate(ROLES) if self.places[row, i, 0] == _LINK]
 
     def _key_list(self) -> list[str]:
@@ -88,9 +96,15 @@ class TarIndex:
         return {name: value for name, value in self.__dict__.items() if name != "_keys"}
 
 
-def role_of(suffix: str) -> Role | None:
-    """The part a member plays, from what follows its key: `win.png` is win, `label_0.txt` is label_0."""
-    return _NAMES.get(suffix.split(".", 1)[0])
+def role_of(suffix: str, columns: ColumnMap) -> str | None:
+    """The part a member plays, from what follows its key: `win.png` is win, `label_0.txt` is label1."""
+    name = suffix.split(".", 1)[0]
+    if name == "json":
+        return name
+    if name in _ALSO_PROMPT and "prompt" not in dict(columns.chosen):
+        return "prompt"
+    role = columns.role_of(name)
+    return role if role in ROLES else None
 
 
 class _Member(NamedTuple):
@@ -102,22 +116,22 @@ class _Member(NamedTuple):
     """Names in a JSON member."""
 
 
-def index_tar(location: str) -> TarIndex:
+def index_tar(location: str, columns: ColumnMap) -> TarIndex:
     """Walk the headers of a tar. Raises DataError when it is compressed, damaged, cut, or holds no pairs."""
     not_read: Counter[str] = Counter()
     with open_binary(location) as stream:
         try:
-            members, digest = _walk(stream, not_read)
+            members, digest = _walk(stream, not_read, columns)
         except Exception as error:  # tarfile's errors, and whatever a remote file raises
             raise unreadable_file(location, error) from error
-    rows: dict[str, list[set[Role]]] = {}
+    rows: dict[str, list[set[str]]] = {}
     keys: list[str] = []
     tables: list[np.ndarray] = []
     for key, sample in groupby(members, key=lambda member: member.key):
         table = np.full((len(ROLES), 2), _ABSENT, dtype=np.int64)
         fields: frozenset[str] = frozenset()
         for member in sample:
-            role, fields = role_of(member.suffix), fields | member.fields
+            role, fields = role_of(member.suffix, columns), fields | member.fields
             if role is None:
                 not_read[f"member .{brief(member.suffix)}"] += 1
                 continue
@@ -126,7 +140,7 @@ def index_tar(location: str) -> TarIndex:
         present = {role for role, (offset, _) in zip(ROLES, table, strict=True) if offset != _ABSENT}
         if not present:
             continue  # a README or a checksum list beside the samples
-        _count_void(fields, present, not_read)
+        _count_void(fields, present, not_read, columns)
         key = key.removeprefix("./")
         earlier = rows.setdefault(key, [])
         if any(present.isdisjoint(other) for other in earlier):
@@ -145,14 +159,14 @@ def index_tar(location: str) -> TarIndex:
             where=location,
             expected="<key>.win.<ext> <key>.lose.<ext> <key>.json, or <key>.jpg_0 <key>.jpg_1 <key>.label_0 ...",
             got=", ".join(brief(member.name) for member in members[:5]) or ", ".join(not_read),
-            fix="see docs/data.md for the two layouts",
+            fix="see docs/data.md for the two layouts; --columns win=...,lose=... names members of other names",
         )
     places = np.stack(tables) if tables else np.empty((0, len(ROLES), 2), dtype=np.int64)
     packed = "\n".join(keys).encode("utf-8", "surrogateescape")
     return TarIndex(keys=packed, places=places, not_read=dict(not_read), fingerprint=digest)
 
 
-def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], str]:
+def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tuple[list[_Member], str]:
     """All members with a name that counts, and the fingerprint. What has no bytes or no name is counted."""
     digest = hashlib.blake2b(digest_size=16)
     members: list[_Member] = []
@@ -170,15 +184,15 @@ def _walk(stream: ByteStream, not_read: Counter[str]) -> tuple[list[_Member], st
             if key is None:
                 not_read["member without a suffix"] += 1
                 continue
-            suffix = suffix.lower()
-            role = role_of(suffix)
+            suffix = suffix if columns.chosen else suffix.lower()
+            role = role_of(suffix, columns)
             place, fields = (info.offset_data, info.size), frozenset[str]()
             if not info.isreg() or info.issparse():
                 not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
                 if role is None:
                     continue
                 place = (_LINK, _LINK)
-            elif role is not None and role not in IMAGE_ROLES:
+            elif role is not None and role not in SIDE_ROLES:
                 # A changed label or prompt may keep its size and time.
                 stream.seek(info.offset_data)
                 left, head = info.size, b""
@@ -204,11 +218,12 @@ def _names(data: bytes) -> frozenset[str]:
         return frozenset()  # the row says it when it is read
 
 
-def _count_void(fields: frozenset[str], present: set[Role], not_read: Counter[str]) -> None:
+def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str], columns: ColumnMap) -> None:
     """Count what has no part in a sample's pair: fields of its JSON, and a label where it cannot say which image."""
-    void = set(without_part({*fields, *present} - {"json"}, is_ranking=False))
-    count_fields(fields & (void | set(IMAGE_FIELDS)), not_read)  # images are members of their own
-    if "label" in void & present:
+    members = {columns.names(role)[0] for role in present - {"json"}}
+    void = set(without_part(columns.row(dict.fromkeys({*fields, *members})), ranking=False))
+    count_fields(fields & (void | set(columns.names(*IMAGE_ROLES))), not_read)  # images are members of their own
+    if void & members:
         not_read["member .label"] += 1
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from inpo.common.pairs.columns import IMAGE_ROLES, SIDES, USUAL, ColumnMap, Reading
 from inpo.common.pairs.entries import parse_object
-from inpo.common.pairs.fields import IMAGE_FIELDS, LAYOUTS, as_number, items, prompts_of
-from inpo.common.pairs.files import ByteStream, open_binary, shard_names, unreadable_file
+from inpo.common.pairs.fields import items, prompts_of
+from inpo.common.pairs.files import ByteStream, open_binary, read_as, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
-from inpo.common.pairs.tar_index import IMAGE_ROLES, Role, TarIndex, index_tar
+from inpo.common.pairs.tar_index import SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
+from inpo.common.pairs.values import as_number
 from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text
-
-TEXT_ROLES: tuple[Role, ...] = ("caption", "label", "label_0", "label_1", "has_label", "id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,15 @@ class TarSource:
     files: tuple[str, ...]
     not_read: Mapping[str, int] = field(default_factory=dict)
     """Other files and folders beside the tars."""
+    reading: Reading = USUAL
     kind: Literal["webdataset"] = "webdataset"
 
     def input_shards(self) -> list["TarShard"]:
         """One shard a tar, sorted by name."""
         names = shard_names(self.files)
-        shards = [TarShard(name=name, file=file) for name, file in zip(names, self.files, strict=True)]
+        shards = [
+            TarShard(name=name, file=file, reading=self.reading) for name, file in zip(names, self.files, strict=True)
+        ]
         return sorted(shards, key=lambda shard: shard.name)
 
 
@@ -47,10 +50,11 @@ class TarShard:
 
     name: str
     file: str
+    reading: Reading = USUAL
 
     @cached_property
     def _index(self) -> TarIndex:
-        return index_tar(self.file)
+        return index_tar(self.file, self.reading.columns)
 
     @property
     def num_rows(self) -> int:
@@ -62,9 +66,15 @@ class TarShard:
         """Members without a role, links, and fields of JSON members that no pair is made of."""
         return self._index.not_read
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether the first sample says of which list its pair is, as `inpo data pack` writes it."""
+        columns = self.reading.columns
+        return any(columns.row(fields).get("list") is not None for fields in self.head(1))
+
     def fingerprint(self) -> str:
         """blake2b of every member's name, size and time and of the content of all members that are not images."""
-        return self._index.fingerprint
+        return read_as(self._index.fingerprint, self.reading)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Samples start..stop-1, read by seeking. Raises DataError when the tar ends early or changed."""
@@ -77,7 +87,19 @@ class TarShard:
                 fields = sample.fields()
             except RowProblem:  # gives no pair
                 continue
-            yield from prompts_of(fields)
+            yield from prompts_of(self.reading.columns.row(fields))
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """The fields of the first samples; of an image its bytes. Raises DataError."""
+        found: list[dict[str, Any]] = []
+        for sample in self._samples(0, min(count, self.num_rows)):
+            try:
+                fields = sample.fields()
+            except RowProblem:
+                continue
+            images = {name for role in SIDE_ROLES for name in self.reading.columns.names(role)}
+            found.append({name: sample.read(str(fields[name])) if name in images else fields[name] for name in fields})
+        return found
 
     def _samples(self, start: int, stop: int) -> Iterator["_Sample"]:
         index = self._index
@@ -86,7 +108,7 @@ class TarShard:
             return
         with open_binary(self.file) as stream:
             for row in range(start, stop):
-                yield _Sample(file=self.file, stream=stream, index=index, row=row)
+                yield _Sample(file=self.file, stream=stream, index=index, row=row, columns=self.reading.columns)
 
     def _row(self, sample: "_Sample") -> Pair | Skipped:
         # A key names a sample within its tar only: mirrors count from 0 in every tar.
@@ -96,8 +118,9 @@ class TarShard:
         except RowProblem as problem:
             pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
-        (item,) = items(fields, row=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
-        return item
+        row = self.reading.columns.row(fields)
+        found = items(row, number=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
+        return next(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +131,7 @@ class _Sample:
     stream: ByteStream
     index: TarIndex
     row: int
+    columns: ColumnMap
 
     def fields(self) -> dict[str, Any]:
         """What the sample says. The value of an image is its role; a text member and a field of the JSON must agree."""
@@ -119,25 +143,26 @@ class _Sample:
                 f"{', '.join(linked)} is a link or sparse, without bytes here; tar --dereference --hard-dereference"
             )
             raise RowProblem(reason="missing_image", detail=detail)
-        fields = {name: value for name, value in self.json().items() if name not in IMAGE_FIELDS}
+        images = self.columns.names(*IMAGE_ROLES)
+        fields = {name: value for name, value in self.json().items() if name not in images}
         for role in TEXT_ROLES:
             text = self.text(role)
             if text is None:
                 continue
-            other = fields.get(role)
+            name = self.columns.names(role)[0]
+            other = fields.get(name)
             if other not in (None, text) and (as_number(text) is None or as_number(text) != as_number(other)):
-                raise RowProblem(reason="bad_metadata", detail=f"the {role} member and the JSON's {role} differ")
-            fields[role] = text
-        images = [role for role in IMAGE_ROLES if self.index.member(self.row, role) is not None]
-        if not images:
+                raise RowProblem(reason="bad_metadata", detail=f"the {name} member and the JSON's {name} differ")
+            fields[name] = text
+        sides = [role for role in SIDE_ROLES if self.index.member(self.row, role) is not None]
+        if not sides:
             raise RowProblem(reason="missing_image", detail="no image member")
-        for layout in LAYOUTS:
-            roles = [names[0] for names in layout]
-            if set(roles) & set(images):
-                fields |= {role: role if role in images else None for role in roles}
+        for layout in SIDES:
+            if set(layout) & set(sides):
+                fields |= {self.columns.names(role)[0]: role if role in sides else None for role in layout}
         return fields
 
-    def read(self, role: Role) -> bytes | None:
+    def read(self, role: str) -> bytes | None:
         place = self.index.member(self.row, role)
         if place is None:
             return None
@@ -153,7 +178,7 @@ class _Sample:
             raise unreadable_file(self.file, EOFError(f"{len(data)} of {size} bytes of a member: the tar was cut"))
         return data
 
-    def text(self, role: Role) -> str | None:
+    def text(self, role: str) -> str | None:
         """A text member; the line end at its end belongs to the file, not to the text."""
         data = self.read(role)
         if data is None:

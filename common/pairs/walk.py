@@ -1,11 +1,14 @@
-"""All rows of a source in order: duplicates marked across shards, unreadable shards noted and passed over."""
+"""All rows of a source in order: duplicates marked across shards, unreadable shards noted and passed over; and why a
+source gave no pair.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.pair import InputShard, Pair, PairSource, Skipped, mark_duplicates
+from inpo.common.pairs.columns import brief
+from inpo.common.pairs.pair import SKIP_REASONS, InputShard, Pair, PairSource, Skipped, mark_duplicates
 
 
 @dataclass(kw_only=True)
@@ -56,3 +59,44 @@ def not_read_words(not_read: dict[str, int], *, most: int = 12) -> str:
     kinds = sorted(not_read, key=lambda kind: (-not_read[kind], kind))
     words = ", ".join(f"{kind} ({not_read[kind]:,})" for kind in kinds[:most])
     return words + (f" and {len(kinds) - most} kinds more" if len(kinds) > most else "")
+
+
+_MOST_REASONS = 3
+_RECORDS_LOOKED_AT = 20
+
+
+@dataclass(kw_only=True)
+class Reasons:
+    """Why rows gave no pair: how often, and the first row of each reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """{reason: (pair id, detail)}."""
+
+    def add(self, reason: str, pair_id: str, detail: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, (pair_id, detail))
+
+    def lines(self, shards: Iterable[InputShard]) -> list[str]:
+        """The most frequent reasons, each with an example, and the fields that these shards have."""
+        lines = []
+        for reason, count in self.counts.most_common(_MOST_REASONS):
+            pair_id, detail = self.examples[reason]
+            meaning = SKIP_REASONS.get(reason, reason)  # type: ignore[call-overload]  # a cache has reasons of its own
+            lines.append(f"{count:,} x {reason}: {meaning}; for instance {brief(pair_id)}: {detail}")
+        names = found_fields(shards)
+        if names:
+            lines.append(f"fields found: {', '.join(map(brief, names[:24]))}{', ...' if len(names) > 24 else ''}")
+        return lines
+
+
+def found_fields(shards: Iterable[InputShard]) -> list[str]:
+    """The names of the fields in the first records of the first shard that can be read."""
+    for shard in shards:
+        try:
+            records = shard.head(_RECORDS_LOOKED_AT)
+        except DataError:
+            continue
+        if records:
+            return list(dict.fromkeys(name for record in records for name in record))
+    return []

@@ -126,7 +126,7 @@ def cache(tmp_path: Path, source: Path) -> Path:
 
 def run(cache: Path, source: Path, scorer, **options: object):
     values = {"set_name": "reds", "temperature": 50.0} | options
-    return relabel_cache(open_cache(str(cache)), str(source), scorer, **values)
+    return relabel_cache(open_cache(str(cache)), open_source(str(source)), scorer, **values)
 
 
 def by_name(labels: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -167,6 +167,7 @@ def test_a_stopped_run_goes_on(cache: Path, source: Path, counting) -> None:
 KILLED = """
 import os, signal, sys
 from inpo.common.cache import open_cache
+from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 
 class Dying:
@@ -176,7 +177,8 @@ class Dying:
             os.kill(os.getpid(), signal.SIGKILL)
         return [image.getpixel((0, 0))[0] for image in images]
 
-relabel_cache(open_cache(sys.argv[1]), sys.argv[2], Dying(), set_name="reds", temperature=50.0, pairs_per_batch=1)
+relabel_cache(open_cache(sys.argv[1]), open_source(sys.argv[2]), Dying(), set_name="reds", temperature=50.0,
+              pairs_per_batch=1)
 """
 
 

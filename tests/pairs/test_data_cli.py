@@ -260,6 +260,7 @@ def test_check_counts_every_reason_and_lists_every_pair(tmp_path: Path, bad: Pat
         "largest_side": 40,
         "not_read": {"column are_different": 14, "column best_image_uid": 14, "column user_id": 14},
         "unreadable": {},
+        "no_pair": [],
     }
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
     assert {line["pair_id"]: line["reason"] for line in listed} == EXPECTED
@@ -281,9 +282,12 @@ def test_a_source_without_a_pair_is_a_failure(tmp_path: Path, pick_row: PickRow,
     code, stdout, stderr = run("check", path, "--json")
     assert code == 1
     assert json.loads(stdout)["num_pairs"] == 0
-    assert "1 x unlabelled, 1 x missing_prompt" in stderr
+    assert re.search(r"1 x unlabelled: .*for instance 1000: has_label is false\n +1 x missing_prompt: .*1001", stderr)
+    assert "fields found: are_different, best_image_uid, caption, " in stderr
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"(?s)nothing to pack.*1 x unlabelled, 1 x missing_prompt"):
+    with pytest.raises(
+        DataError, match=r"(?s)nothing to pack.*1 x unlabelled: .*1 x missing_prompt: .*fields found: are_diff"
+    ):
         run("pack", path, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
