@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     pairs = [_pair(row) for row in range(options.pairs)]
-    work = partial(prepare_pair, resolution=RESOLUTION)
+    work = partial(prepare_pair, resolution=(RESOLUTION, RESOLUTION))
     pools = {"the reading thread": DecodePool(0), "1 process": DecodePool(1), OURS: DecodePool(2)}
 
     def by_pool(pool: DecodePool) -> None:

@@ -94,7 +94,9 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     pairs = pairs[: arguments.count]
 
     def levels(data: bytes) -> np.ndarray:
-        return prepare_image(decode_image(data), resolution=arguments.resolution, crop="center", flip=False).levels
+        return prepare_image(
+            decode_image(data), resolution=(arguments.resolution, arguments.resolution), crop="center", flip=False
+        ).levels
 
     files = [data for pair in pairs for data in (pair.win, pair.lose)]
     x0 = components.images([levels(data) for data in files], [str(number) for number in range(len(files))])

@@ -14,10 +14,14 @@ _CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
 
 
 def folder_of(
-    location: str, *, variant: str | None, stems: tuple[str, ...] = ("*/model", "*/diffusion_pytorch_model")
+    location: str,
+    *,
+    variant: str | None,
+    revision: str | None = None,
+    stems: tuple[str, ...] = ("*/model", "*/diffusion_pytorch_model"),
 ) -> Path:
     """The folder of a model. What has to be fetched is its configuration, and the weights of these names and this
-    variant. Raises ModelError.
+    variant, at `revision` of the repository. Raises ModelError.
     """
     path = Path(location)
     if path.is_dir():
@@ -37,7 +41,12 @@ def folder_of(
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
-            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
+            snapshot_download(
+                location,
+                revision=revision,
+                allow_patterns=[*_CONFIGURATION, *weights],
+                ignore_patterns="safety_checker/*",
+            )
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(
@@ -46,6 +55,18 @@ def folder_of(
             got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
             fix="check the name, the network and HF_HUB_OFFLINE, or download it and pass the folder",
         ) from error
+
+
+def refuse_local(location: str, revision: str) -> None:
+    """Raise ModelError for a model that is on this machine, which a revision says nothing of."""
+    if Path(location).exists() or location == BUILT_IN:
+        raise ModelError(
+            "A model on this machine has no revisions.",
+            where=location,
+            expected="a hub id like owner/name with --revision",
+            got=f"--revision {revision}",
+            fix="leave --revision out",
+        )
 
 
 def find_vae(location: str) -> Path:

@@ -27,7 +27,7 @@ from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
 from inpo.common.families.base import read_json
 from inpo.common.levels import Levels, TimeSettings
 from inpo.common.markers import check_markers
-from inpo.common.model_folder import find_vae, folder_of
+from inpo.common.model_folder import find_vae, folder_of, refuse_local
 from inpo.common.prediction import FLOW_PROBES, check_flow, check_prediction, flow_likeness, noise_likeness
 from inpo.common.processes import settle_numbers
 
@@ -176,13 +176,14 @@ class Model:
         """
         family, network = self.family, self.load_component(self.family.network)
         side, factor = family.probe_side(self.config(family.network)), family.vae_factor(self.config)
-        shape = (family.latent_shape(self.config, side * factor)[0], side, side)
+        size = (side * factor, side * factor)
+        shape = (family.latent_shape(self.config, size)[0], side, side)
         if family.space == "velocity":
-            blank = family.blank(self.config, 2 * len(FLOW_PROBES), side * factor)
+            blank = family.blank(self.config, 2 * len(FLOW_PROBES), size)
             check_flow(flow_likeness(self.denoiser(network), blank, shape), where=self.name)
             return cast(nn.Module, network)
         check_prediction(
-            noise_likeness(self.denoiser(network), family.blank(self.config, 2, side * factor), shape),
+            noise_likeness(self.denoiser(network), family.blank(self.config, 2, size), shape),
             self.levels,
             self.prediction,
             where=self.name,
@@ -288,17 +289,24 @@ def _loading(what: str, where: Path) -> Iterator[None]:
 
 
 def open_model(
-    location: str, *, variant: str | None = None, model_config: str | None = None, vae: str | None = None
+    location: str,
+    *,
+    variant: str | None = None,
+    model_config: str | None = None,
+    vae: str | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Find a model: a pipeline folder, a hub id, or one .safetensors file (`model_config` is a pipeline folder with
-    its configurations; without it the hub is asked for those that its weights look like). `vae` names a replacement
-    VAE: its folder, or a pipeline folder with vae/ in it.
+    its configurations; without it the hub is asked for those that its weights look like). `revision` is a hub id's
+    branch, tag or commit. `vae` names a replacement VAE: its folder, or a pipeline folder with vae/ in it.
 
     Raises ModelError, saying what is supported, for anything else.
     """
     settle_numbers()
     _quieten()
     path = Path(location)
+    if revision is not None:
+        refuse_local(location, revision)
     vae_folder = None if vae is None else find_vae(vae)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -324,7 +332,7 @@ def open_model(
         model = _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
         check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
         return model
-    folder = folder_of(location, variant=variant)
+    folder = folder_of(location, variant=variant, revision=revision)
     model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.

@@ -77,6 +77,8 @@ class ModelSection(Section):
     """A pipeline folder, a hub id, or one .safetensors file."""
     variant: str | None = None
     """Weights variant, for instance fp16; unset: the plain weights."""
+    revision: str | None = None
+    """Of a hub id: a branch, a tag or a commit; unset: its main branch."""
     model_config_dir: Location | None = None
     """For a single file: the pipeline folder that has its configurations; unset: found by what its weights look like.
     """
@@ -91,7 +93,9 @@ class ModelSection(Section):
             raise UsageError(
                 "No model given.", where="--model", fix="pass --model, or set model in [model] of the recipe"
             )
-        return open_model(self.model, variant=self.variant, model_config=self.model_config_dir, vae=self.vae)
+        return open_model(
+            self.model, variant=self.variant, model_config=self.model_config_dir, vae=self.vae, revision=self.revision
+        )
 
 
 class DataSection(Section):
@@ -101,7 +105,8 @@ class DataSection(Section):
 
     pairs: Location | None = None
     """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
-    with pairs.jsonl, .json, .csv or .tsv; a local path or a URL."""
+    with pairs.jsonl, .json, .csv or .tsv; a local path, a URL, or a data set of the hub as
+    owner/name[:config][@revision][/split]."""
     columns: ColumnNames | None = None
     """Which column is what, as ROLE=COLUMN,ROLE=COLUMN, for instance win=good,lose=bad,prompt=text; `inpo data columns`
     shows what is there; unset: those of known names."""

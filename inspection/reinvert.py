@@ -73,7 +73,7 @@ def load_denoiser(cache: Cache, model: Model) -> Denoiser:
     """
     manifest = cache.manifest
     shape, levels = (
-        model.family.latent_shape(model.config, manifest.resolution[0]),
+        model.family.latent_shape(model.config, manifest.resolution),
         LevelTables.of(model.levels_of(manifest)),
     )
     same = same_levels(levels, manifest.levels)

@@ -41,27 +41,32 @@ def configure(
     )
 
 
-def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: str) -> Manifest:
-    """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made."""
+def build_manifest(
+    settings: PrecomputeSettings, model: Model, *, device_type: str, levels_size: tuple[int, int] | None = None
+) -> Manifest:
+    """The identity of the cache that these settings and this model make. Raises UsageError for what cannot be made.
+    `levels_size`: the size of image that a flow's levels are for; None: the settings' own.
+    """
     vae = model.config("vae")
     family = model.family
     static = family.static(model.config)
     _refuse_unused(settings, model, static)
     network_dtype = settings.dtype or default_dtype(device_type)
     factor = family.pixel_step(model.config)
-    if settings.resolution % factor:
+    if any(side % factor for side in settings.size):
+        fits = [-(-side // factor) * factor for side in settings.size]
         raise UsageError(
             "The resolution does not fit the model.",
             where="--resolution",
-            expected=f"a multiple of {factor}",
+            expected=f"sides that are multiples of {factor}",
             got=settings.resolution,
-            fix=f"round it up to {-(-settings.resolution // factor) * factor}",
+            fix=f"round it up to {fits[0]}x{fits[1]}" if fits[0] != fits[1] else f"round it up to {fits[0]}",
         )
-    latent_shape = family.latent_shape(model.config, settings.resolution)
+    latent_shape = family.latent_shape(model.config, settings.size)
     times = TimeSettings(
         density=settings.levels or "logit-normal",
         shift=settings.shift or "auto",
-        latent_shape=latent_shape,
+        latent_shape=family.latent_shape(model.config, levels_size or settings.size),
         network_dtype=network_dtype,
     )
     levels = family.levels(model.scheduler, times)
@@ -92,7 +97,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         timesteps_per_pair=settings.timesteps_per_pair,
         group=settings.group or "pair",
         max_tokens=settings.max_tokens or family.max_tokens,
-        resolution=(settings.resolution, settings.resolution),
+        resolution=settings.size,
         crop=settings.crop,
         flip=settings.flip,
         vae_latent=settings.vae_latent,

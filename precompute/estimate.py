@@ -15,10 +15,11 @@ from inpo.common.console import console
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.configuration import build_manifest, configure, device_type
-from inpo.precompute.inputs import committed_shards, grouped, list_work, print_inputs
+from inpo.precompute.inputs import committed_shards, print_inputs
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import compile_components, load_components
+from inpo.precompute.works import list_works
 
 
 def run_plan(
@@ -36,20 +37,29 @@ def run_plan(
     Raises StorageError if the disk is too small.
     """
     resolved = configure(recipe, model_flags, data_flags, flags)
-    cache = resolved.data.need("cache")
+    resolved.data.need("cache")
     model = resolved.model_section.open()
-    source, tasks, unreadable = list_work(resolved.data, limit=resolved.settings.limit)
-    settings = grouped(resolved.settings, tasks)
-    manifest = build_manifest(settings, model, device_type=device_type(settings, None))
     check_complete(model)
-    print_inputs(source, tasks, unreadable)
-    plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
-    hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
+    works, unreadable = list_works(resolved, model, is_real=False)
+    documents = []
+    for number, work in enumerate(works):
+        settings, cache = work.resolved.settings, work.resolved.data.need("cache")
+        manifest = build_manifest(
+            settings, model, device_type=device_type(settings, None), levels_size=work.levels_size
+        )
+        if number == 0:
+            print_inputs(work.source, work.tasks, unreadable)
+        plan = make_plan(work.tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
+        hours = _calibrated_hours(plan, model, manifest, settings) if calibrate else None
+        bucket = {"bucket": work.title} if work.title else {}
+        documents.append(plan.to_json() | {"device_hours": hours, "gpus": gpus} | bucket)
+        if not as_json:
+            if work.title:
+                print(work.title)
+            print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
+        check_disk(plan, cache)
     if as_json:
-        print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
-    else:
-        print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
-    check_disk(plan, cache)
+        print(json.dumps(documents[0] if resolved.settings.buckets is None else documents, indent=1))
     return 1 if unreadable else 0
 
 
@@ -60,7 +70,7 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     compile_components(components, model, manifest, settings)
     latents = 2 * settings.batch_size
     x = torch.randn(latents, *manifest.latent_shape, device=device)
-    condition = model.family.blank(model.config, latents, settings.resolution, manifest.max_tokens).to(device)
+    condition = model.family.blank(model.config, latents, manifest.resolution, manifest.max_tokens).to(device)
     timestep = torch.full((latents,), manifest.num_train_timesteps // 2, device=device)
     times = []
     with torch.inference_mode():

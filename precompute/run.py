@@ -26,13 +26,14 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, grouped, input_warnings, list_work, named_texts, print_inputs
+from inpo.precompute.inputs import committed_shards, input_warnings, named_texts, print_inputs
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, make_plan, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable, list_texts
+from inpo.precompute.works import Work, list_works
 
 
 def run_precompute(
@@ -47,7 +48,8 @@ def run_precompute(
     """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, if committed
     shards are left without their texts, or if the source has no pair at all; its empty commits are taken back then."""
     resolved = configure(recipe, model_flags, data_flags, flags)
-    settings, cache = resolved.settings, resolved.data.need("cache")
+    settings = resolved.settings
+    resolved.data.need("cache")
     if settings.engine != "ray" and ray_options != RayOptions():
         raise UsageError(
             "Ray options without the ray engine.",
@@ -56,12 +58,36 @@ def run_precompute(
             got=settings.engine,
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
+    model = resolved.model_section.open()
+    works, unreadable = list_works(resolved, model, is_real=not dry_run)
+    codes = []
+    for number, work in enumerate(works):
+        if work.title and processes().is_main_process:
+            print(work.title, flush=True)
+        failed = unreadable if number == 0 else []
+        codes.append(_run(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
+    if settings.buckets is not None and processes().is_main_process and not dry_run:
+        print(f"next: {_next_command(resolved, recipe)}", flush=True)  # on all buckets
+    return max(codes)
+
+
+def _run(
+    work: Work,
+    model: Model,
+    unreadable: list[DataError],
+    recipe: Path | None,
+    *,
+    ray_options: RayOptions,
+    dry_run: bool,
+) -> int:
+    """Make one cache."""
+    resolved, source, tasks = work.resolved, work.source, work.tasks
+    settings, cache = resolved.settings, resolved.data.need("cache")
     state = processes()
     is_main = state.is_main_process
-    model = resolved.model_section.open()
-    source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
-    settings = grouped(settings, tasks)
-    manifest = build_manifest(settings, model, device_type=device_type(settings, ray_options))
+    manifest = build_manifest(
+        settings, model, device_type=device_type(settings, ray_options), levels_size=work.levels_size
+    )
     if is_main:
         check_complete(model)
         if settings.engine != "ray":  # whose workers have devices of their own

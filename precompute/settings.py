@@ -2,11 +2,13 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from inpo.common.cache_settings import CacheSettings
 from inpo.common.choices import CompileName
 from inpo.common.recipe import Section
+
+MAX_BUCKETS = 64
 
 
 class PrecomputeSettings(CacheSettings):
@@ -22,8 +24,20 @@ class PrecomputeSettings(CacheSettings):
     """Processes that decode and resize images, for each device; 0: the reading thread does it."""
     engine: Literal["local", "ray"] = "local"
     """local: this machine, and all processes under accelerate launch; ray: a worker per GPU of a cluster."""
+    buckets: str | None = None
+    """Sort the pairs by the shape of their images into a cache for each bucket, in folders HEIGHTxWIDTH of the cache's:
+    sdxl, or a number of buckets from 1:2 to 2:1, all with about as many pixels as the resolution's square; unset: one
+    cache."""
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N rows; unset: all."""
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _sdxl_or_number(cls, value: object) -> str | None:
+        text = str(value).strip().lower()
+        if value is None or text == "sdxl" or (text.isdecimal() and 1 <= int(text) <= MAX_BUCKETS):
+            return None if value is None else text
+        raise ValueError(f"sdxl, or a number from 1 to {MAX_BUCKETS}")
 
 
 class RayOptions(Section):

@@ -81,7 +81,7 @@ def compile_components(components: Components, model: Model, manifest: Manifest,
     """Compile the network for batches of the settings' size, if they ask for it."""
     denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
     device = denoiser.device
-    blank = family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens)
+    blank = family.blank(model.config, images, manifest.resolution, manifest.max_tokens)
 
     @torch.inference_mode()
     def first() -> None:
@@ -124,7 +124,7 @@ class ShardWorker:
         rows = mark_duplicates(task.input_shard.rows(task.start, task.stop), set())
         pairs: list[PreparedPair] = []
         skipped: list[dict[str, Any]] = []
-        prepare = partial(prepare_pair, resolution=self.manifest.resolution[0])
+        prepare = partial(prepare_pair, resolution=self.manifest.resolution)
         rows = _with_shard(rows, task)
         for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):

@@ -127,3 +127,26 @@ class GlobalOrder:
     def micro_batch(self, number: int, batch_size: int) -> list[Position]:
         """The records of one micro-batch; may span windows, slices and epochs."""
         return [self.position(record) for record in range(number * batch_size, (number + 1) * batch_size)]
+
+
+class ShapeOrder:
+    """Which micro-batch is of which shape of latents, where caches of several are trained on together.
+
+    Each shape has an endless order of its own. They take turns in blocks of about an epoch, shuffled by (seed, block);
+    in a block each has a share of the turns as of the records, and one turn at least. All ranks take the same shape.
+    """
+
+    def __init__(self, num_records: Sequence[int], *, records_per_turn: int, seed: int) -> None:
+        self._counts = np.array([max(1, round(number / records_per_turn)) for number in num_records])
+        self._seed = seed
+        self._block: tuple[int, Int[np.ndarray, " turn"]] = (-1, np.empty(0, dtype=np.int64))
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """(shape, turn of that shape) of a turn."""
+        block, offset = divmod(number, int(self._counts.sum()))
+        if self._block[0] != block:
+            turns = np.repeat(np.arange(len(self._counts)), self._counts)
+            self._block = (block, generator(self._seed, block, "shapes").permutation(turns))
+        turns = self._block[1]
+        shape = int(turns[offset])
+        return shape, block * int(self._counts[shape]) + int((turns[:offset] == shape).sum())

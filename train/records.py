@@ -117,6 +117,11 @@ class LoadedShard:
         eps_ref = self._shard.read_records("eps_ref", images, records)
         return np.square(self._target.astype(np.float32) - eps_ref.astype(np.float32)).mean((-3, -2, -1))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[c, h, w] of its latents, which a micro-batch has one of."""
+        return self._x_t.shape[1:]
+
     def record(self, pair: int, record: int) -> "LoadedRecord":
         """A record that was read: this shard, and its number here."""
         return self, self._where[pair, record]

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
-from inpo.common.cache import Cache, open_cache
+from inpo.common.cache import Cache
+from inpo.common.cache.buckets import open_caches
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
@@ -145,7 +146,7 @@ def run_train(
                 steps=settings.sample_steps,
                 guidance=settings.sample_guidance,
                 seed=settings.seed,
-                resolution=opened[0].manifest.resolution[0],
+                resolution=opened[0].manifest.resolution,
                 network_dtype=network_dtype,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
@@ -197,7 +198,7 @@ def _resolve(
     settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
-    opened = [open_cache(location) for location in settings.caches or (data.need("cache"),)]
+    opened = [cache for location in settings.caches or (data.need("cache"),) for cache in open_caches(location)]
     if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
             "A cache is given twice: its pairs would count twice.",

@@ -33,7 +33,7 @@ def sample_images(
     steps: int,
     guidance: float,
     seed: int,
-    resolution: int,
+    resolution: tuple[int, int],
     network_dtype: str,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
@@ -58,8 +58,8 @@ def sample_images(
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="np",
-                    height=resolution,
-                    width=resolution,
+                    height=resolution[0],
+                    width=resolution[1],
                     **model.family.draw_arguments,
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from inpo.common.errors import TrainingError
-from inpo.train.index import Index
-from inpo.train.order import GlobalOrder, OrderedShard, Position, WindowKey
+from inpo.train.index import Index, IndexedShard
+from inpo.train.order import GlobalOrder, OrderedShard, ShapeOrder, WindowKey
 from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
 
 STATE_VERSION = 1
@@ -47,17 +47,15 @@ class RecordStream:
         self.pin = pin
         self.consumed = 0
         """Micro-batches this rank has handed out."""
-        self.order = GlobalOrder(
-            [
-                OrderedShard(group=shard.group, num_records=shard.shard.cache.manifest.timesteps_per_pair)
-                for shard in index.training
-            ],
-            window_shards=window_shards,
-            seed=seed,
+        self.window_shards = window_shards
+        self.seed = seed
+        self._shapes = [ShapeStream(self, shards) for shards in _by_shape(index.training)]
+        self.num_records = sum(shape.order.num_records for shape in self._shapes)
+        self._turns = ShapeOrder(
+            [shape.order.num_records for shape in self._shapes], records_per_turn=batch_size * world_size, seed=seed
         )
         self.num_slots = self._slots()
         """Images of a micro-batch: what a compiled network is made for."""
-        self._loader = WindowLoader(self)
         self._thread: threading.Thread | None = None
         self._peeked: Batch | None = None
         self._stop = threading.Event()
@@ -67,22 +65,12 @@ class RecordStream:
         """Two by record, or where images are shared as many as the first micro-batches of all ranks have at most."""
         if all(each.num_images >= 2 * len(each.rows) for each in self.index.training):
             return 2 * self.batch_size
-        windows: dict[WindowKey, Int[np.ndarray, "record 3"]] = {}
-        most = 0
-        for number in range(_BATCHES_MEASURED):
-            images = set()
-            for position in self.order.micro_batch(number, self.batch_size):
-                if position.key not in windows:
-                    windows = {position.key: self.order.shuffled(position.key)}
-                shard, pair, record = windows[position.key][position.offset].tolist()
-                images |= {(shard, image, record) for image in self.index.training[shard].sides[pair].tolist()}
-            most = max(most, len(images))
-        return most
+        return max(shape.most_images(_BATCHES_MEASURED) for shape in self._shapes)
 
     @property
     def epoch(self) -> float:
         """Epochs begun, as a fraction: records handed out by all ranks over records there are."""
-        return self.consumed * self.world_size * self.batch_size / self.order.num_records
+        return self.consumed * self.world_size * self.batch_size / self.num_records
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -90,8 +78,8 @@ class RecordStream:
             "consumed": self.consumed,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
-            "window_shards": self.order.window_shards,
-            "seed": self.order.seed,
+            "window_shards": self.window_shards,
+            "seed": self.seed,
             "index": self.index.fingerprint,
         }
 
@@ -140,13 +128,15 @@ class RecordStream:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self._loader.close()
+        for shape in self._shapes:
+            shape.close()
 
     def _read_ahead(self, first: int) -> None:
         turn = first
         try:
             while not self._stop.is_set():
-                batch = self._loader.batch(self._positions(turn))
+                number, turn_of_shape = self._turns.turn(turn)
+                batch = self._shapes[number].batch(turn_of_shape)
                 self._put(batch.pin() if self.pin else batch)
                 turn += 1
         except BaseException as error:  # raised again by the consumer
@@ -160,27 +150,59 @@ class RecordStream:
             except queue.Full:
                 continue
 
-    def _positions(self, turn: int) -> list[Position]:
-        return self.order.micro_batch(turn * self.world_size + self.rank, self.batch_size)
+
+def _by_shape(shards: Sequence[IndexedShard]) -> list[tuple[IndexedShard, ...]]:
+    """The shards of each shape of latents, in order."""
+    found: dict[tuple[int, ...], list[IndexedShard]] = {}
+    for shard in shards:
+        found.setdefault(shard.shard.cache.manifest.latent_shape, []).append(shard)
+    return [tuple(each) for each in found.values()]
 
 
-class WindowLoader:
-    """Holds the current window in memory and reads the next one in the background."""
+class ShapeStream:
+    """The micro-batches of one shape of latents: holds the current window in memory and reads the next one in the
+    background.
+    """
 
-    def __init__(self, stream: RecordStream) -> None:
+    def __init__(self, stream: RecordStream, shards: tuple[IndexedShard, ...]) -> None:
         self._stream = stream
+        self.shards = shards
+        self.order = GlobalOrder(
+            [
+                OrderedShard(group=shard.group, num_records=shard.shard.cache.manifest.timesteps_per_pair)
+                for shard in shards
+            ],
+            window_shards=stream.window_shards,
+            seed=stream.seed,
+        )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._windows: dict[WindowKey, Future[Window]] = {}
 
-    def batch(self, positions: list[Position]) -> Batch:
-        """Gather a micro-batch; starts reading the window after its last one."""
+    def most_images(self, batches: int) -> int:
+        """As many images as one of the first micro-batches of all ranks has at most."""
+        windows: dict[WindowKey, Int[np.ndarray, "record 3"]] = {}
+        most = 0
+        for number in range(batches):
+            images = set()
+            for position in self.order.micro_batch(number, self._stream.batch_size):
+                if position.key not in windows:
+                    windows = {position.key: self.order.shuffled(position.key)}
+                shard, pair, record = windows[position.key][position.offset].tolist()
+                images |= {(shard, image, record) for image in self.shards[shard].sides[pair].tolist()}
+            most = max(most, len(images))
+        return most
+
+    def batch(self, turn: int) -> Batch:
+        """Gather this rank's micro-batch of a turn; starts reading the window after its last one."""
+        stream = self._stream
+        positions = self.order.micro_batch(turn * stream.world_size + stream.rank, stream.batch_size)
         keys = list(dict.fromkeys(position.key for position in positions))
-        following = self._stream.order.following(keys[-1])
+        following = self.order.following(keys[-1])
         for done in self._windows.keys() - {*keys, following}:
             self._windows.pop(done)
         for key in [*keys, following]:
             if key not in self._windows:
-                self._windows[key] = self._pool.submit(Window, self._stream, key)
+                self._windows[key] = self._pool.submit(Window, stream, self, key)
         return gather([self._windows[each.key].result().record(each.offset) for each in positions])
 
     def close(self) -> None:
@@ -190,13 +212,13 @@ class WindowLoader:
 class Window:
     """The records of one window that this rank will be asked for, in memory."""
 
-    def __init__(self, stream: RecordStream, key: WindowKey) -> None:
-        self._records = stream.order.shuffled(key)
-        mine = self._records[_offsets_of_rank(stream, key, len(self._records))]
+    def __init__(self, stream: RecordStream, shape: ShapeStream, key: WindowKey) -> None:
+        self._records = shape.order.shuffled(key)
+        mine = self._records[_offsets_of_rank(stream, shape.order.first_record(key), len(self._records))]
         self._shards: dict[int, LoadedShard] = {}
         for shard in np.unique(mine[:, 0]).tolist():
             _, pairs, records = mine[mine[:, 0] == shard].T
-            self._shards[shard] = LoadedShard(stream.index.training[shard], pairs, records, stream.needs)
+            self._shards[shard] = LoadedShard(shape.shards[shard], pairs, records, stream.needs)
 
     def record(self, offset: int) -> LoadedRecord:
         """The record that is so far on in the window."""
@@ -204,9 +226,9 @@ class Window:
         return self._shards[shard].record(pair, record)
 
 
-def _offsets_of_rank(stream: RecordStream, key: WindowKey, count: int) -> Int[np.ndarray, " offset"]:
+def _offsets_of_rank(stream: RecordStream, first: int, count: int) -> Int[np.ndarray, " offset"]:
     """Offsets in a window that fall into this rank's micro-batches."""
-    numbers = stream.order.first_record(key) + np.arange(count)
+    numbers = first + np.arange(count)
     return np.flatnonzero((numbers // stream.batch_size) % stream.world_size == stream.rank)
 
 
@@ -225,4 +247,8 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
         pairs, of_pair = np.divmod(np.array(wanted), shard.shard.cache.manifest.timesteps_per_pair)
         here = LoadedShard(shard, pairs, of_pair, needs)
         loaded += [here.record(*each) for each in zip(pairs.tolist(), of_pair.tolist(), strict=True)]
-    return [gather(loaded[start : start + batch_size]) for start in range(0, len(loaded), batch_size)]
+    batches = []
+    for shape in dict.fromkeys(shard.shape for shard, _ in loaded):
+        alike = [each for each in loaded if each[0].shape == shape]
+        batches += [gather(alike[start : start + batch_size]) for start in range(0, len(alike), batch_size)]
+    return batches

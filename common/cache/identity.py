@@ -13,19 +13,10 @@ if TYPE_CHECKING:
     from inpo.common.cache.reader import Cache
 
 _INVERTS = ("network", "scheduler")
-_ONE_RUN = (
-    "latent_shape",
-    "resolution",
-    "crop",
-    "vae_latent",
-    "vae_dtype",
-    "network_dtype",
-    "family",
-    "static",
-    "max_tokens",
-)
+_ONE_RUN = ("crop", "vae_latent", "vae_dtype", "network_dtype", "family", "static", "max_tokens")
 """What caches must share to be trained on together: what x0 and the embeddings are and what inverted them. How they
-were inverted, which pairs were mirrored or lost their caption, and K may differ: each record is whole in itself."""
+were inverted, their size, which pairs were mirrored or lost their caption, and K may differ: each record is whole in
+itself."""
 
 
 def check_identity(existing: Manifest, wanted: Manifest, location: object) -> None:

@@ -143,18 +143,20 @@ class Family(ABC):
 
     # Latents
 
-    def latent_shape(self, config: Callable[[str], Config], resolution: int) -> tuple[int, int, int]:
-        """[C, H, W] of a square image's latent. `config` gives a component's configuration by its name."""
+    def latent_shape(self, config: Callable[[str], Config], size: tuple[int, int]) -> tuple[int, int, int]:
+        """[C, H, W] of the latent of an image of `size` (height, width) in pixels. `config` gives a component's
+        configuration by its name.
+        """
         vae = config("vae")
-        side = resolution // self.vae_factor(config)
-        return (int(vae["latent_channels"]), side, side)
+        factor = self.vae_factor(config)
+        return (int(vae["latent_channels"]), size[0] // factor, size[1] // factor)
 
     def vae_factor(self, config: Callable[[str], Config]) -> int:
         """Pixels along a side of a latent's element."""
         return int(2 ** (len(config("vae")["block_out_channels"]) - 1))
 
     def pixel_step(self, config: Callable[[str], Config]) -> int:
-        """What a resolution must be a multiple of."""
+        """What both sides of an image must be multiples of."""
         return self.vae_factor(config)
 
     @abstractmethod
@@ -194,11 +196,11 @@ class Family(ABC):
         return {}
 
     def blank(
-        self, config: Callable[[str], Config], images: int, side: int, max_tokens: int | None = None
+        self, config: Callable[[str], Config], images: int, size: tuple[int, int], max_tokens: int | None = None
     ) -> Condition:
-        """A condition that says nothing: zeros for prompts, and plain square images of `side` pixels."""
+        """A condition that says nothing: zeros for prompts, and whole images of that size (height, width)."""
         lengths = self.lengths(config, max_tokens)
-        own = self.of_image((side, side), (0, 0), (side, side))
+        own = self.of_image(size, (0, 0), size)
         return Condition(
             **{
                 name: torch.zeros(images, *lengths[name], dtype=getattr(torch, spec.dtype))

@@ -46,7 +46,7 @@ class PreparedPair:
     """As the pair has them."""
 
 
-def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | Skipped:
+def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> PreparedPair | Skipped:
     """Both sides of a pair, cropped and flipped alike; or, if either is no good image, the reason."""
     sides: list[PreparedImage] = []
     for side, data in (("win", pair.win), ("lose", pair.lose)):

@@ -90,6 +90,8 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
             )
         return _object_store(scheme, ""), location
     try:
+        if scheme == "hf":
+            _refuse_offline()
         fs, path = fsspec.core.url_to_fs(location)
     except Exception as error:  # every file system has exceptions of its own
         raise DataError(
@@ -100,6 +102,14 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
             fix="check the address, install the package if the message names one, or copy the data to a local folder",
         ) from error
     return fs, path
+
+
+def _refuse_offline() -> None:
+    """Raise ConnectionError if the hub's client is told not to ask it: its file system would find nothing there."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("the hub is not asked: HF_HUB_OFFLINE is set")
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -52,7 +52,7 @@ class PreparedImage:
     """Pixels for the VAE and what a network may be told of the image."""
 
     levels: UInt8[np.ndarray, "3 h w"]
-    """8-bit RGB, h = w = resolution: a quarter of the memory while a shard's images wait for the VAE."""
+    """8-bit RGB, [h, w] = resolution: a quarter of the memory while a shard's images wait for the VAE."""
     original_size: tuple[int, int]
     """(height, width) of the decoded image, after EXIF rotation, before resizing."""
     crop_top_left: tuple[int, int]
@@ -83,8 +83,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise _classify(data, error) from error
 
 
-def prepare_image(image: Image.Image, *, resolution: int, crop: Crop, flip: bool) -> PreparedImage:
-    """Resize the shorter side to `resolution` (LANCZOS, antialiased), crop to a square, flip left-right on request.
+def prepare_image(image: Image.Image, *, resolution: tuple[int, int], crop: Crop, flip: bool) -> PreparedImage:
+    """Resize (LANCZOS, antialiased) until the image just covers `resolution`, (height, width); cut the middle out of
+    it, and flip left-right on request.
 
     `image` is RGB. Only the cropped part is resampled, so a 1x50000 image costs no more than a square one.
     """
@@ -92,23 +93,33 @@ def prepare_image(image: Image.Image, *, resolution: int, crop: Crop, flip: bool
         raise ValueError(f"prepare_image takes RGB, got {image.mode}")
     if crop != "center":
         raise ValueError(f"unknown crop {crop!r}")
-    width, height = image.size
-    scale = resolution / min(width, height)
-    resized_width = max(resolution, round(width * scale))
-    resized_height = max(resolution, round(height * scale))
-    top, left = (resized_height - resolution) // 2, (resized_width - resolution) // 2
+    (width, height), (rows, columns) = image.size, resolution
+    scale = max(rows / height, columns / width)
+    resized_width = max(columns, round(width * scale))
+    resized_height = max(rows, round(height * scale))
+    top, left = (resized_height - rows) // 2, (resized_width - columns) // 2
     box = (
         left * width / resized_width,
         top * height / resized_height,
-        min(width, (left + resolution) * width / resized_width),
-        min(height, (top + resolution) * height / resized_height),
+        min(width, (left + columns) * width / resized_width),
+        min(height, (top + rows) * height / resized_height),
     )
-    cropped = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    cropped = image.resize((columns, rows), Image.Resampling.LANCZOS, box=box)
     if flip:
         cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left = resized_width - resolution - left
+        left = resized_width - columns - left
     levels = np.ascontiguousarray(np.array(cropped, dtype=np.uint8).transpose(2, 0, 1))
     return PreparedImage(levels=levels, original_size=(height, width), crop_top_left=(top, left))
+
+
+def shown_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an image file as it is shown, from its header alone; None where that says nothing."""
+    try:
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in `decode_image`, which says why
+        return None
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 _TRANSPOSE = {

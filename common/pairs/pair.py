@@ -39,6 +39,7 @@ SkipReason = Literal[
     "decompression_bomb",
     "unsupported_mode",
     "duplicate_id",
+    "mixed_sizes",
 ]
 """Every reason for which a row gives no pair. The words are stable: commits, tables and JSONL lists carry them."""
 
@@ -58,6 +59,7 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "decompression_bomb": "an image has more pixels than the limit",
     "unsupported_mode": "an image's pixels have no defined 8-bit meaning (float, 32-bit, LAB)",
     "duplicate_id": "an earlier row has the same pair id",
+    "mixed_sizes": "its images have the shapes of two buckets (precompute --buckets)",
 }
 """What each reason means, in words for tables and documents."""
 

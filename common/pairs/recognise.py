@@ -15,7 +15,8 @@ from inpo.common.pairs.pair import PairSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
-    "parquet files (*.parquet), or a folder with pairs.jsonl, pairs.json, pairs.csv or pairs.tsv"
+    "parquet files (*.parquet), a folder with pairs.jsonl, pairs.json, pairs.csv or pairs.tsv, "
+    "or a data set of the hub (owner/name[:config][@revision][/split])"
 )
 LIST_NAMES = tuple(f"pairs{suffix}" for suffix in LIST_SUFFIXES)
 DATA_FOLDER = "data"
@@ -47,7 +48,12 @@ def open_source(
     if len(files) > 1:
         return _from_files(location, files, reading)
     if not exists(files[0]):
-        raise _nothing_there(location, files)
+        from inpo.common.pairs.hub import hub_files, parse_hub_name  # a client that most sources do without
+
+        name = parse_hub_name(location)
+        if name is None:
+            raise _nothing_there(location, files)
+        return _from_files(location, hub_files(location, name), reading)
     folder = is_folder(files[0])
     if _kind(files[0]) is not None and not folder:
         return _from_files(location, files, reading)

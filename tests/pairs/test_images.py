@@ -243,7 +243,7 @@ def smooth(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("size", [(64, 64), (100, 64), (64, 101), (37, 53), (16, 16), (9, 31), (1, 1), (200, 65)])
 def test_resize_and_crop_agree_with_pillow_in_two_steps(size: tuple[int, int]) -> None:
     image = smooth(*size)
-    prepared = prepare_image(image, resolution=32, crop="center", flip=False)
+    prepared = prepare_image(image, resolution=(32, 32), crop="center", flip=False)
     assert pixels(prepared).shape == (3, 32, 32)
     assert pixels(prepared).dtype == torch.float32
     assert prepared.original_size == (size[1], size[0])
@@ -254,17 +254,21 @@ def test_resize_and_crop_agree_with_pillow_in_two_steps(size: tuple[int, int]) -
 def test_resize_is_antialiased(encoded: Callable[..., bytes]) -> None:
     # Noise shrunk 16 times averages 256 pixels, so its spread falls about 16 times; plain sampling would keep it.
     image = decode_image(encoded(2, size=(512, 512)))
-    shown = pixels(prepare_image(image, resolution=32, crop="center", flip=False))
+    shown = pixels(prepare_image(image, resolution=(32, 32), crop="center", flip=False))
     spread = ((shown + 1) * 127.5).std()
     assert 255 / 12**0.5 / 16 * 0.8 < spread < 255 / 12**0.5 / 16 * 1.5
 
 
 def test_an_image_of_the_right_size_is_only_scaled_to_minus_one_and_one() -> None:
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
-    shown = pixels(prepare_image(image, resolution=8, crop="center", flip=False))
+    shown = pixels(prepare_image(image, resolution=(8, 8), crop="center", flip=False))
     np.testing.assert_array_equal(shown.numpy(), np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
     ends = Image.fromarray(np.array([[[0, 255, 0]]], dtype=np.uint8))
-    assert pixels(prepare_image(ends, resolution=1, crop="center", flip=False)).flatten().tolist() == [-1.0, 1.0, -1.0]
+    assert pixels(prepare_image(ends, resolution=(1, 1), crop="center", flip=False)).flatten().tolist() == [
+        -1.0,
+        1.0,
+        -1.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,19 +279,19 @@ def test_crop_offset_is_that_of_the_image_shown(
     encoded: Callable[..., bytes], size: tuple[int, int], flip: bool, expected: tuple[int, int]
 ) -> None:
     image = decode_image(encoded(1, size=size))
-    assert prepare_image(image, resolution=32, crop="center", flip=flip).crop_top_left == expected
+    assert prepare_image(image, resolution=(32, 32), crop="center", flip=flip).crop_top_left == expected
 
 
 def test_flip_mirrors_the_same_crop(encoded: Callable[..., bytes]) -> None:
     image = decode_image(encoded(1, size=(40, 33)))
-    plain = pixels(prepare_image(image, resolution=32, crop="center", flip=False))
-    flipped = pixels(prepare_image(image, resolution=32, crop="center", flip=True))
+    plain = pixels(prepare_image(image, resolution=(32, 32), crop="center", flip=False))
+    flipped = pixels(prepare_image(image, resolution=(32, 32), crop="center", flip=True))
     assert torch.equal(flipped, plain.flip(-1))
 
 
 def test_a_thin_image_costs_no_more_than_its_crop() -> None:
     # Resized whole it would have 64 * 3,200,000 pixels.
-    prepared = prepare_image(Image.new("RGB", (1, 50_000), RED), resolution=64, crop="center", flip=False)
+    prepared = prepare_image(Image.new("RGB", (1, 50_000), RED), resolution=(64, 64), crop="center", flip=False)
     assert prepared.original_size == (50_000, 1)
     assert prepared.crop_top_left == ((64 * 50_000 - 64) // 2, 0)
     assert pixels(prepared)[0].eq(1.0).all()

@@ -96,7 +96,7 @@ def test_they_start_while_the_models_are_loaded(pipelines: Callable, tars: Calla
 
 def test_processes_give_what_the_calling_thread_gives_in_the_same_order(pool: DecodePool) -> None:
     given = rows(40)
-    work = partial(prepare_pair, resolution=8)
+    work = partial(prepare_pair, resolution=(8, 8))
     here = list(DecodePool(0).map(work, given, arguments=flip_odd, on_crash=crashed))
     there = list(pool.map(work, given, arguments=flip_odd, on_crash=crashed))
     assert [row for row, _ in there] == [row for row, _ in here] == given

@@ -1,0 +1,57 @@
+"""Caches side by side in one folder, one for each size of images, as `inpo precompute --buckets` makes them."""
+
+import json
+import re
+
+from inpo.common.cache.reader import Cache, open_cache
+from inpo.common.cache.schema import MANIFEST
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import CacheMissing, CacheSchemaError
+
+BUCKETS = "buckets.json"
+"""In the folder above: {"buckets": [their folders]}."""
+
+
+def read_buckets(location: str) -> list[str] | None:
+    """The folders of the caches in this one; None if it is no such folder. Raises CacheSchemaError."""
+    store = CacheStore(location)
+    data = store.get(BUCKETS)
+    if data is None:
+        return None
+    try:
+        names = json.loads(data)["buckets"]
+        if not isinstance(names, list) or not all(re.fullmatch(r"\d{1,6}x\d{1,6}", name) for name in names):
+            raise ValueError(f"{names!r:.100}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheSchemaError(
+            "The list of buckets cannot be read.",
+            where=store.path(BUCKETS),
+            expected='{"buckets": ["1024x1024", ...]}',
+            got=f"{type(error).__name__}: {error}",
+            fix="restore it from a copy, or name the caches below this folder one by one",
+        ) from None
+    return [str(name) for name in names]
+
+
+def open_caches(location: str) -> list[Cache]:
+    """The cache at a location, or those of its buckets that have been made. Raises as `open_cache` does."""
+    names = read_buckets(location)
+    if names is None:
+        return [open_cache(location)]
+    base = location.rstrip("/")
+    found = []
+    for name in names:
+        try:
+            if CacheStore(f"{base}/{name}").get(MANIFEST) is None:
+                continue
+        except CacheMissing:  # no pair had this shape
+            continue
+        found.append(open_cache(f"{base}/{name}"))
+    if not found:
+        raise CacheMissing(
+            "No bucket here has a cache yet.",
+            where=location,
+            expected=f"one of {', '.join(names)}",
+            fix="run the same `inpo precompute` again",
+        )
+    return found
