@@ -8,7 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -99,7 +98,13 @@ class Hub(BaseHTTPRequestHandler):
             if sha is None:
                 return self._missing("RevisionNotFound")
             return self._json({"id": api[1], "sha": sha, "siblings": [{"rfilename": name} for name in FILES[api[1]]]})
-        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
+        tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path)
+        if tree and tree[1] in FILES:
+            files, folder = FILES[tree[1]], f"{tree[2]}/" if tree[2] else ""
+            below = {name.removeprefix(folder).partition("/")[0] for name in files if name.startswith(folder)}
+            if below:
+                return self._json([entry(folder + name, files) for name in sorted(below)])
+        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if file and file[3] in FILES.get(file[1], {}):
             data = FILES[file[1]][file[3]]
             span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -111,6 +116,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def entry(name: str, files: dict[str, bytes]) -> dict[str, object]:
+    if name not in files:
+        return {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
     return {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
 
 
@@ -122,7 +129,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     HfFileSystem.clear_instance_cache()
     yield
     server.shutdown()
