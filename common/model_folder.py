@@ -10,7 +10,7 @@ BUILT_IN = "toyworld/base"
 """The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
 wins over a name.
 """
-_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
+CONFIGURATION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.jinja", "*/spiece.model")
 
 
 def folder_of(
@@ -37,7 +37,9 @@ def folder_of(
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
-            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
+            snapshot_download(
+                location, allow_patterns=[*CONFIGURATION_FILES, *weights], ignore_patterns="safety_checker/*"
+            )
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(

@@ -69,6 +69,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
         denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
+            model.family,
             vae_dtype=manifest.vae_dtype,
             sample=manifest.vae_latent == "sample",
             seed=manifest.seed,

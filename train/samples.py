@@ -54,13 +54,11 @@ def sample_images(
         for number, prompt in enumerate(prompts):
             images += list(
                 pipeline(
-                    prompt,
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
                     output_type="np",
                     height=resolution,
                     width=resolution,
-                    **model.family.draw_arguments,
+                    **model.family.drawing([prompt], guidance),
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )
