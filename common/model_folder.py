@@ -6,9 +6,9 @@ from huggingface_hub import snapshot_download
 
 from inpo.common.errors import ModelError
 
-BUILT_IN = "toyworld/base"
-"""The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
-wins over a name.
+BUILT_IN = ("toyworld/base", "toyworld/flow")
+"""The models that are in the package, from any folder; a folder of that name in the working folder wins, as every
+folder wins over a name.
 """
 CONFIGURATION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.jinja", "*/spiece.model")
 
@@ -22,8 +22,8 @@ def folder_of(
     path = Path(location)
     if path.is_dir():
         return path
-    if location == BUILT_IN and not path.exists():
-        return Path(__file__).parents[1] / BUILT_IN
+    if location in BUILT_IN and not path.exists():
+        return Path(__file__).parents[1] / location
     if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
         raise ModelError(
             "There is no model here.",

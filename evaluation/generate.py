@@ -77,6 +77,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     state = processes()
     dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
     _check_resolution(model, settings.resolution)
+    model.family.check_tokens(settings.max_tokens)
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -93,7 +94,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
             say_device(state.device, str(dtype).removeprefix("torch."), num_processes=state.num_processes)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
-        num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})
+        family, most = model.family, settings.max_tokens
+        num_cut = len({entry.prompt for entry in entries if family.is_cut(pipeline, entry.prompt, most)})
         size = settings.resolution or model.family.drawn_side(pipeline)
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process
@@ -153,7 +155,7 @@ def _draw(
                 output_type="np",
                 height=settings.resolution,
                 width=settings.resolution,
-                **family.drawing([entry.prompt for entry in batch], settings.guidance),
+                **family.drawing([entry.prompt for entry in batch], settings.guidance, settings.max_tokens),
             ).images
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -202,6 +204,7 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
         "inference_steps": settings.inference_steps,
         "guidance": settings.guidance,
         "resolution": settings.resolution,
+        "max_tokens": settings.max_tokens,
         "scheduler": settings.scheduler,
         "dtype": str(dtype).removeprefix("torch."),
         "names": {

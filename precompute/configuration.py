@@ -115,7 +115,6 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
         (settings.levels, "--levels", is_flow, "its scheduler has a table of levels"),
         (settings.shift, "--shift", is_flow, "its scheduler has a table of levels"),
         (settings.embedded_guidance, "--embedded-guidance", _GUIDANCE in static, "its network is told no guidance"),
-        (settings.max_tokens, "--max-tokens", model.family.max_tokens is not None, "its text encoders have one length"),
     ):
         if value is not None and not is_used:
             raise UsageError(
@@ -125,15 +124,7 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
                 got=value,
                 fix="leave it out",
             )
-    most = model.family.most_tokens
-    if settings.max_tokens is not None and most is not None and settings.max_tokens > most:
-        raise UsageError(
-            "The model does not take prompts that long.",
-            where="--max-tokens",
-            expected=f"at most {most}",
-            got=settings.max_tokens,
-            fix=f"take {most} or fewer",
-        )
+    model.family.check_tokens(settings.max_tokens)
 
 
 def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:

@@ -147,6 +147,7 @@ def run_train(
                 seed=settings.seed,
                 resolution=opened[0].manifest.resolution[0],
                 network_dtype=network_dtype,
+                max_tokens=opened[0].manifest.max_tokens,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(

@@ -196,6 +196,27 @@ class Family(ABC):
             for each in tokenizers
         )
 
+    def check_tokens(self, max_tokens: int | None) -> None:
+        """Raise UsageError for a number of tokens that a user has asked for in vain."""
+        if max_tokens is None:
+            return
+        if self.max_tokens is None:
+            raise UsageError(
+                "The model has no use for this option.",
+                where="--max-tokens",
+                expected=f"no --max-tokens for {self.title}: its text encoders have one length",
+                got=max_tokens,
+                fix="leave it out",
+            )
+        if self.most_tokens is not None and max_tokens > self.most_tokens:
+            raise UsageError(
+                "The model does not take prompts that long.",
+                where="--max-tokens",
+                expected=f"at most {self.most_tokens}",
+                got=max_tokens,
+                fix=f"take {self.most_tokens} or fewer",
+            )
+
     def of_image(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, tuple[float, ...]]:
@@ -274,9 +295,11 @@ class Family(ABC):
         """Pixels along a side of the images that a pipeline makes by itself."""
         return int(self.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
 
-    def drawing(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """What the pipeline is called with beside noise, steps and size. At guidance 1 prompts alone count."""
-        return {"prompt": list(prompts), "guidance_scale": guidance}
+        told = {"prompt": list(prompts), "guidance_scale": guidance}
+        tokens = max_tokens or self.max_tokens
+        return told if tokens is None else told | {"max_sequence_length": tokens}
 
     def sampler(self, scheduler: Any) -> Any:
         """Deterministic DDIM on a scheduler's own table."""

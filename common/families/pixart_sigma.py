@@ -99,9 +99,12 @@ class PixArtSigma(Family):
         )[0]
         return output[:, : x.shape[1]]
 
-    def drawing(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """With the size asked for, and the prompt as precompute encodes it."""
-        return super().drawing(prompts, guidance) | {"use_resolution_binning": False, "clean_caption": False}
+        return super().drawing(prompts, guidance, max_tokens) | {
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
 
     # diffusers has no LoRA loader for this pipeline: its layers are a peft adapter, which
     # PeftModel.from_pretrained(pipeline.transformer, folder) takes.

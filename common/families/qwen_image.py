@@ -111,10 +111,11 @@ class QwenImage(FlowFamily):
         )[0]
         return unpacked(output, x.shape)
 
-    def drawing(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """Guided away from a space, as the model's authors do it."""
-        away = {"true_cfg_scale": guidance, "negative_prompt": [" "] * len(prompts)} if guidance > 1 else {}
-        return {"prompt": list(prompts), "true_cfg_scale": 1.0} | away
+        told = super().drawing(prompts, guidance, max_tokens)
+        told["true_cfg_scale"] = max(1.0, told.pop("guidance_scale"))
+        return told | ({"negative_prompt": [" "] * len(prompts)} if guidance > 1 else {})
 
 
 FAMILIES = (QwenImage(),)

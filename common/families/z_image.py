@@ -76,9 +76,9 @@ class ZImage(FlowFamily):
     def drawn_side(self, pipeline: Any) -> int:
         return 1024  # the pipeline's own number, which stands nowhere else
 
-    def drawing(self, prompts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """The pipeline counts from 0 what others count from 1."""
-        return super().drawing(prompts, max(0.0, guidance - 1.0))
+        return super().drawing(prompts, max(0.0, guidance - 1.0), max_tokens)
 
 
 FAMILIES = (ZImage(),)
