@@ -53,7 +53,8 @@ class CacheSettings(Section):
     """Tokens that a prompt is cut at and padded to; unset: the model's own number."""
 
     profile: Profile = "full"
-    """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
+    """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training. compact:
+    these two in 8 bits, half of lean."""
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
     group: GroupName = "pair"

@@ -3,7 +3,7 @@
 from typing import Literal
 
 InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
-Profile = Literal["full", "lean"]
+Profile = Literal["full", "lean", "compact"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "prompt"]
 DtypeName = Literal["float32", "bfloat16", "float16"]

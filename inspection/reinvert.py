@@ -173,6 +173,7 @@ def _invert_images(
         timesteps_per_pair=manifest.timesteps_per_pair,
         caption=Condition.of(shard, images),
         empty=Condition.empty(shard, images),
+        compact=manifest.profile == "compact",
     )
     return images, inverted
 

@@ -80,6 +80,14 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             got=settings.group,
             fix="leave out --group or --faithful",
         )
+    if settings.faithful and settings.profile == "compact":
+        raise UsageError(
+            "--faithful rounds as the released code does.",
+            where="--profile",
+            expected="full or lean",
+            got=settings.profile,
+            fix="choose one of them, or leave out --faithful",
+        )
     return Manifest(
         family=family.name,
         latent_shape=latent_shape,

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float16
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
+from inpo.common.cache.derive import coarse, split
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.compiled import compile_network
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
@@ -200,6 +201,8 @@ class ShardWorker:
         training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
         images = self._image_conditions(everything.images)
         caption = self._condition(training, everything, images)
+        compact = manifest.profile == "compact"
+        x0 = coarse(x0) if compact else x0
         inverted = invert(
             self.components.denoiser,
             x0,
@@ -211,6 +214,7 @@ class ShardWorker:
             empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
+            compact=compact,
             images_per_batch=2 * self.pairs_per_batch,
         )
         kept = arrange(
@@ -239,6 +243,8 @@ class ShardWorker:
             "pair/label": np.array([pair.label for pair in kept.pairs], dtype=np.float32),
         }
         arrays |= {f"image/{name}": tensor.numpy()[rows] for name, tensor in images.items()}
+        for name in ("x0", "target") if compact else ():
+            arrays[name], arrays[f"{name}_scale"] = split(arrays[name])
         counts = {
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
         }

@@ -72,6 +72,7 @@ def invert(
     empty: Condition | None = None,
     measure_inversion: float = 0.0,
     extra: tuple[str, ...] = (),
+    compact: bool = False,
     images_per_batch: int = 32,
 ) -> Inverted:
     """Invert every image with the frozen network behind `denoiser`.
@@ -83,6 +84,7 @@ def invert(
         empty: the empty prompt's condition likewise; needed where the guidance is not 1.
         measure_inversion: share of the groups (by hash) whose round trip is measured.
         extra: "delta_prev", "eps_ref".
+        compact: x0 is `coarse` (cache/derive.py), and targets are to be.
         images_per_batch: how many images travel together; does not change the numbers beyond float32 rounding.
     """
     device = denoiser.device
@@ -111,7 +113,7 @@ def invert(
     if identity.faithful:
         run_released(parts, denoiser, identity, clean, caption, records, seed=seed, images_per_batch=images_per_batch)
     else:
-        batch = ImageBatch(denoiser, identity, clean, caption, empty, records)
+        batch = ImageBatch(denoiser, identity, clean, caption, empty, records, compact=compact)
         run_walks(parts, batch, identity=identity, levels=denoiser.levels, seed=seed, images_per_batch=images_per_batch)
     arrays, inversion_error, finite = records.collect(device)
     return Inverted(
