@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 
 from inpo.common.cache import Cache, Commit, TextCommit, open_cache
+from inpo.common.cache.commits import AnyCommit, skipped_rows
 from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
-from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING, AnyCommit, skipped_rows
+from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from inpo.common.cache.schema import AnyCommit
+from inpo.common.cache.commits import AnyCommit
 from inpo.common.errors import DataError
 
 

@@ -30,7 +30,9 @@ def pairs_command(
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
     from inpo.toyworld.pairs import PairSettings, make_pairs
 
-    formats: Any = tuple(name.strip() for name in format.split(","))  # PairSettings says which there are
+    formats: Any = tuple(name.strip() for name in format.split(","))
+    if set(formats) - {"parquet", "webdataset"}:
+        raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
     settings = PairSettings(num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels)
     report = make_pairs(settings, out)
     print(f"{report.num_pairs} pairs in {out}: {report.num_ties} ties, {report.num_flipped} labels flipped on purpose")
