@@ -321,10 +321,7 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
                 pieces.append(symbols[0])
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*pieces, "<|endoftext|>"]))}
     tokenizer = Qwen2Tokenizer(
-        vocabulary,
-        merges,  # type: ignore[arg-type]  # of pairs, whatever the annotation says
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        model_max_length=1 << 17,
+        vocabulary, merges, extra_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=1 << 17
     )
     tokenizer.chat_template = _CHAT
     return tokenizer

@@ -20,12 +20,12 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, UNet2DConditionModel
 from jaxtyping import Float, Int, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -82,6 +82,9 @@ class VaeTraining(nn.Module):
 
 class UnetTraining(nn.Module):
     """The usual epsilon loss, over UNet and text encoder together."""
+
+    alphas_cumprod: Tensor
+    tokens: Tensor
 
     def __init__(
         self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokens: Int[Tensor, "caption 16"]
@@ -241,7 +244,7 @@ def save(
     reports: dict[str, StageReport],
 ) -> None:
     """Writes the pipeline in fp16 and its training record."""
-    networks = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    networks: dict[str, Any] = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
     for module in networks.values():
         module.to(torch.float16, memory_format=torch.contiguous_format)
     record = {
@@ -283,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")
-        multiprocessing.spawn(train, args=(chosen, rendezvous), nprocs=WORLD_SIZE)
+        spawn(train, args=(chosen, rendezvous), nprocs=WORLD_SIZE)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def run_train(
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if dropout := network.config.get("dropout"):
+    if dropout := model.config(model.family.network).get("dropout"):
         notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:

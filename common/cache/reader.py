@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, Shaped
 
-from inpo.common.cache.commits import read_commits
+from inpo.common.cache.commits import Commit, TextCommit, read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
-from inpo.common.cache.schema import MANIFEST, Commit, Manifest, TextCommit
+from inpo.common.cache.schema import MANIFEST, Manifest
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMissing, InpoError
@@ -162,7 +162,8 @@ class Shard(CommittedArrays):
         values = super().read_stored(path, rows)
         scale = self._scale(path)[slice(None) if rows is None else rows]
         out = np.empty(values.shape, np.float16) if allocate is None else allocate(values.shape, np.dtype(np.float16))
-        return np.multiply(values, scale[..., None, None], out=out)
+        np.multiply(values, scale[..., None, None], out=out)
+        return out
 
     def read_chunks(self, path: str, places: Int[np.ndarray, "chunk axis"]) -> Shaped[np.ndarray, "chunk ..."]:
         """As `read_stored`."""
