@@ -81,6 +81,8 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             got=settings.group,
             fix="leave out --group or --faithful",
         )
+    if settings.inverter == "tracked":
+        _check_tracked(settings, model)
     if settings.faithful and settings.profile == "compact":
         raise UsageError(
             "--faithful rounds as the released code does.",
@@ -115,6 +117,27 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
 
 
 _GUIDANCE = "embedded_guidance"
+
+
+def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
+    """Raise UsageError where the noise that an image was made from is not the noise at its levels."""
+    if model.family.space != "velocity":
+        raise UsageError(
+            "An image's own noise is for flow models.",
+            where="--inverter",
+            expected=f"ddim, ab2, fixed_point or noise for {model.family.title}",
+            got="tracked",
+            fix="the paths of other models bend: between an image and its own noise lie points that they never visit, "
+            "and training there was worse than with fresh noise (docs/inversion.md)",
+        )
+    if settings.flip:
+        raise UsageError(
+            "A mirrored image was not made from its noise.",
+            where="--flip",
+            expected="no --flip with --inverter tracked",
+            got="--flip",
+            fix="leave one of them out",
+        )
 
 
 def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[str, float]) -> None:

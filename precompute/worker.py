@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16
+from jaxtyping import Bool, Float16, Float32
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
@@ -130,7 +130,7 @@ class ShardWorker:
         rows = _with_shard(rows, task)
         for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):
-                if self._has_texts(item, task, skipped):
+                if self._has_noise(item, skipped) and self._has_texts(item, task, skipped):
                     pairs.append(item)
             else:
                 skipped.append(_skipped(item.pair_id, item.reason, item.detail, item.row))
@@ -177,6 +177,20 @@ class ShardWorker:
             seconds=seconds,
         )
 
+    def _has_noise(self, pair: PreparedPair, skipped: list[dict[str, Any]]) -> bool:
+        """Whether the noise of both images is known, if it is asked for; if not, the pair is added to `skipped`."""
+        if self.manifest.inverter.name != "tracked":
+            return True
+        sizes = {pair.win.original_size, pair.lose.original_size}
+        if pair.seeds is None:
+            detail = "the row has no seeds"
+        elif sizes != {self.manifest.resolution}:
+            detail = f"an image of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} is resized"
+        else:
+            return True
+        skipped.append(_skipped(pair.pair_id, "missing_noise", detail, pair.row))
+        return False
+
     def _has_texts(self, pair: PreparedPair, task: ShardTask, skipped: list[dict[str, Any]]) -> bool:
         """Whether the pair's prompt, and the empty one, have numbers; if not, it is added to `skipped`."""
         for prompt, what in (("", "the empty prompt's embedding"), (pair.prompt, "the text embedding")):
@@ -215,6 +229,7 @@ class ShardWorker:
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
             compact=compact,
+            own_noise=self._own_noise(everything) if manifest.inverter.name == "tracked" else None,
             images_per_batch=2 * self.pairs_per_batch,
         )
         kept = arrange(
@@ -271,6 +286,17 @@ class ShardWorker:
         prompts = read_prompts(self.table.texts, list(distinct))
         rows = torch.tensor([distinct[places[group]] for group in arrangement.group_of])
         return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
+
+    def _own_noise(self, everything: Arrangement) -> Float32[Tensor, "image c h w"]:
+        """As a diffusers pipeline draws it in float32 from a generator of the image's own on the CPU."""
+        shape = (1, *self.manifest.latent_shape)
+        seeds: dict[int, int] = {}
+        for pair, sides in zip(everything.pairs, everything.sides, strict=True):
+            assert pair.seeds is not None, "of such a pair there is no noise"
+            for image, seed in zip(sides, pair.seeds, strict=True):
+                seeds.setdefault(image, seed)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in sorted(seeds)]
+        return torch.cat(noise)
 
     def _image_conditions(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """{name: [image, ...]} of what the network is told of each image."""
