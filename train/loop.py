@@ -13,17 +13,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from inpo.common.cache.derive import mean_square
 from inpo.common.compiled import compile_network
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
+from inpo.train.loss_space import error_weights
+from inpo.train.losses import preserve_win
 from inpo.train.metrics import Accumulator, MetricsWriter
-from inpo.train.objectives import Objective, ObjectiveResult, beta_of
-from inpo.train.proof import record_errors
+from inpo.train.objectives import Objective, ObjectiveResult, beta_of, parameter_of
+from inpo.train.proof import record_errors, residuals
 from inpo.train.records import Batch
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream
@@ -55,6 +59,7 @@ class Trainer:
         self.output = output
         self.objective = objective
         self.beta = beta_of(settings)
+        self.parameter = parameter_of(settings)
         self.accelerator = accelerator
         self.network = network
         self.trained = trained
@@ -72,8 +77,8 @@ class Trainer:
         self._sums = self._new_sums()
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
-        # 1 / abar_t, for the objective that aims at the previous delta.
-        self._weights = (1 / denoiser.levels.signal**2).float().to(accelerator.device)
+        self.weights = _weights(objective, denoiser, settings).float().to(accelerator.device)
+        """Of both errors in the loss, by timestep."""
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
         self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -83,15 +88,22 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error = record_errors(self.denoiser, batch, self.objective.space)
-        reference_error = batch.by_side(batch.reference_error)
-        if self.objective.target == "delta_prev":
-            weight = self._weights[batch.record_timestep, None]
-            error, reference_error = error * weight, reference_error * weight
-        if self.objective.needs_mean:
-            mean = torch.mean if alone else self._mean_over_processes
-            return self.objective.function(error, reference_error, batch.label, self.beta, mean)
-        return self.objective.function(error, reference_error, batch.label, self.beta)
+        residual = residuals(self.denoiser, batch, self.objective.space)
+        weight = self.weights[batch.record_timestep, None]
+        error = batch.by_side(mean_square(residual)) * weight
+        if self.settings.sdpo is not None:
+            win, lose = residual.detach()[batch.sides].unbind(dim=1)
+            product = (win * lose).mean(dim=(-3, -2, -1)) * weight[:, 0]
+            error = preserve_win(error, product, batch.label, self.settings.sdpo)
+        return self.objective.function(
+            error,
+            batch.by_side(batch.reference_error) * weight,
+            batch.lists or batch.label,
+            self.beta,
+            torch.mean if alone else self._mean_over_processes,
+            parameter=self.parameter,
+            num_values=batch.x_t[0].numel(),
+        )
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.detach().mean(), reduction="mean")  # all hold equally many
@@ -117,7 +129,8 @@ class Trainer:
 
         bare = accelerator.unwrap_model(self.network)
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
-        self.denoiser.rows = 2 * settings.batch_size if sharded else self.stream.num_slots
+        widest = max(shard.sides.shape[1] for shard in self.stream.index.training)
+        self.denoiser.rows = widest * settings.batch_size if sharded else self.stream.num_slots
         if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
             self.denoiser.rows = None
         self.network.zero_grad(set_to_none=True)
@@ -127,10 +140,12 @@ class Trainer:
         sums = self._new_sums()
         batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
-            sums.add(self.losses(batch), batch.record_timestep)
+            result = self.losses(batch)
+            sums.add(result, batch.record_timestep)
+            at_reference = self.accelerator.reduce(result.at_reference.mean(), reduction="mean")
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
-        return values
+        return values | {"at_reference": float(at_reference)}
 
     def run(self) -> bool:
         """Train to `settings.steps`. Returns False if SIGTERM or Ctrl-C ended it early (a checkpoint was written)."""
@@ -315,3 +330,11 @@ class Trainer:
         flag = torch.tensor(float(self._stopping))
         torch.distributed.all_reduce(flag, group=self._control)
         return bool(flag > 0)
+
+
+def _weights(objective: Objective, denoiser: Denoiser, settings: TrainSettings) -> Float[Tensor, " timestep"]:
+    """What an error is multiplied by in the loss: 1 / abar_t where the target is the previous delta."""
+    levels = denoiser.levels
+    if objective.space is not None:
+        return levels.signal**-2
+    return error_weights(levels, denoiser.prediction, settings.loss_space, levels.space)

@@ -24,7 +24,7 @@ from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
@@ -33,6 +33,7 @@ from inpo.train.requirements import (
     check_installed,
     check_lora,
     check_needs,
+    check_objective,
     check_origin,
     refuse_hard_labels,
     temperature_notes,
@@ -66,6 +67,7 @@ def run_train(
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
     check_installed(settings)
     check_lora(settings)
+    check_objective(settings)
     claim_output(resolved.output)
     objective = OBJECTIVES[settings.objective]
     needs = check_needs(opened, objective)
@@ -77,11 +79,18 @@ def run_train(
     network_dtype = opened[0].manifest.network_dtype
     index = build_index(
         opened,
-        soft=objective.labels == "soft",
+        soft=objective.labels != "hard",
         held_out=settings.held_out,
         labels=settings.labels,
         only=settings.only,
         excluded=settings.except_,
+        swap=settings.swap_labels,
+        reverse_dropped=objective.reverses_dropped,
+        timestep_range=settings.timestep_range,
+        rates=objective.labels == "rates",
+        lists=objective.lists,
+        scores=objective.scores,
+        score_temperature=settings.score_temperature,
     )
     refuse_hard_labels(index, objective)
 
@@ -248,7 +257,7 @@ def _start(
             part = index.of(cache)
             if not part.training:
                 continue
-            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size)
+            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size, weights=trainer.weights)
             if not proof.holds:
                 raise refuse(proof, cache, beta=trainer.beta)
             say(
@@ -258,11 +267,7 @@ def _start(
                 f"{proof.on_logit(proof.limit, trainer.beta)}: {proof.spreads(trainer.beta)}"
             )
     start = trainer.write_start()
-    at_reference = trainer.objective.logistic and not settings.init_from
-    say(
-        f"before the first update: loss {start['loss']:.6f}"
-        + (" (ln 2 = 0.693147 at the reference)" if at_reference else "")
-    )
+    say(f"before the first update: loss {start['loss']:.6f} ({start['at_reference']:.6f} at the reference)")
 
 
 def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) -> None:
@@ -333,6 +338,7 @@ def run_identity(
         values["steps"] = settings.steps
     values |= {
         "beta": beta_of(settings),
+        "parameter": parameter_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
@@ -353,14 +359,27 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
+        f"objective {settings.objective}, {_strength(settings)}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )
+    things = "lists" if objective.lists else "pairs"
     say(
-        f"{index.num_pairs} pairs, {index.num_records} records to train on, "
-        f"{sum(len(shard.rows) for shard in index.held_out)} pairs held out; "
+        f"{index.num_pairs} {things}, {index.num_records} records to train on, "
+        f"{sum(len(shard.rows) for shard in index.held_out)} {things} held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
     for line in [*index.unknown, *notes]:
         say(f"note: {line}")
+
+
+def _strength(settings: TrainSettings) -> str:
+    """Beta, the objective's own number, and what else changes the loss, in words."""
+    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
+    if known is not None:
+        words.append(f"{known.name} {parameter_of(settings):g}")
+    if settings.sdpo is not None:
+        words.append(f"sdpo mu {settings.sdpo:g}")
+    if settings.swap_labels:
+        words.append("labels swapped")
+    return ", ".join(words)
