@@ -23,6 +23,7 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
+from inpo.train.judge import Evaluation, Judge
 from inpo.train.loss_space import error_weights
 from inpo.train.losses import preserve_win
 from inpo.train.metrics import Accumulator, MetricsWriter
@@ -73,6 +74,8 @@ class Trainer:
         self.metrics = metrics
         self.sample = sample
         self.step = 0
+        self.judge = Judge()
+        self._warned = False
         self._stopping = False
         self._sums = self._new_sums()
         self._gradient_norm = torch.zeros((), device=accelerator.device)
@@ -158,7 +161,7 @@ class Trainer:
         gc.freeze()
         try:
             with ProgressReport("train", total=settings.steps, unit="steps", done=self.step, quiet=quiet) as progress:
-                while self.step < settings.steps:
+                while self.step < settings.steps and not self.overfitted:
                     records += self._optimise(batches)
                     self.step += 1
                     last, stopping = self.step == settings.steps, self._stop_requested()
@@ -166,6 +169,7 @@ class Trainer:
                     if self.step % settings.log_every == 0 or last or stopping:
                         note = self._log(records, started, evaluate=last)
                         started, records = before, 0
+                        last = last or self.overfitted
                     if self.sample is not None and self.step % settings.sample_every == 0:
                         self.sample(self.step)
                     if self.step % settings.save_every == 0 or last or stopping:
@@ -182,6 +186,11 @@ class Trainer:
             self.stream.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @property
+    def overfitted(self) -> bool:
+        """True: the held-out accuracy has turned, and the run is to stop then."""
+        return self.settings.overfitting == "stop" and self.judge.turned
 
     def _optimise(self, batches: Iterator[Batch]) -> int:
         """One optimiser step over `accumulate` micro-batches. Returns the records this process used."""
@@ -230,6 +239,7 @@ class Trainer:
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if evaluate or self.step % self.settings.evaluate_every == 0:
             values |= self._evaluate()
+            self._judge(values)
         self._write(values)
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
@@ -251,6 +261,7 @@ class Trainer:
             step=self.step,
             stream=self.stream.state_dict(),
             identity=self.identity,
+            held_out=[[*each] for each in self.judge.evaluations],
             keep_last=self.settings.keep_last,
         )
 
@@ -258,6 +269,7 @@ class Trainer:
         """Go on from a checkpoint."""
         self.stream.load_state_dict(chosen.document.stream)
         self._parts.read(chosen)
+        self.judge.evaluations = [Evaluation(*each) for each in chosen.document.held_out]
         self.step = chosen.step
 
     @property
@@ -279,6 +291,22 @@ class Trainer:
                 if number < len(self.held_out):
                     sums.add(result, here.record_timestep)
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
+
+    def _judge(self, values: dict[str, Any]) -> None:
+        """Note an evaluation, and say once that the held-out accuracy has turned."""
+        if "held_out_implicit_accuracy" not in values:
+            return
+        count = sum(part["records"] for part in values["held_out_by_timestep"])
+        self.judge.evaluations.append(Evaluation(self.step, values["held_out_implicit_accuracy"], count))
+        if self.judge.turned and not self._warned and self.settings.overfitting != "ignore":
+            self._warned = True
+            best, now = self.judge.best, self.judge.evaluations[-1]
+            saved = self.output / "checkpoints" / f"step-{best.step:08d}"
+            self.accelerator.print(
+                f"note: the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
+                f"now, at step {self.step}"
+                + (f"; `--resume {saved} --steps {best.step}` writes the model of then" if saved.is_dir() else "")
+            )
 
     def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""

@@ -184,6 +184,8 @@ def run_train(
     try:
         _start(trainer, resolved, index, chosen, say)
         finished = trainer.run()
+        if trainer.overfitted:
+            say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
             _finish(trainer, resolved, say)
         else:
@@ -330,6 +332,7 @@ def run_identity(
         "except_",
         "gradient_checkpointing",
         "check_finite",
+        "overfitting",
         "dtype",
         "caches",
     }

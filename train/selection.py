@@ -175,13 +175,14 @@ class PairsOfShard:
     def pairs(self) -> IndexedShard:
         rows = np.flatnonzero(self.usable.any(axis=1))
         usable, label = self.usable[rows], self.label[rows].astype(np.float32)
+        constant = bool((label == label[:, :1]).all())
         return IndexedShard(
             shard=self.shard,
             rows=rows,
             sides=self.sides[rows],
             group=self.group[rows],
-            label=label.mean(axis=1),
-            by_record=None if (label == label[:, :1]).all() else label,
+            label=label[:, 0] if constant else label.mean(axis=1),
+            by_record=None if constant else label,
             usable=None if usable.all() else usable,
         )
 

@@ -1,6 +1,6 @@
 """Label sets: P(win preferred) given to committed pairs later, beside the shards, which stay as they are.
 
-    CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source,
+    CACHE/labels/<set>/<shard>.json    {attempt, scorer, members, temperature, source,
                                          pairs: {pair id: {scores: [win, lose], label, by_record}}, checksum}
 
 One document per shard, keyed by the attempt it was made for, and sealed: zarr's checksums do not reach here. A set is
@@ -27,6 +27,8 @@ from inpo.common.cache.reader import Cache
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
 
+FILE = "file"
+"""The scorer of labels that a file gave."""
 SMPO_TEMPERATURE = 0.28201571 - 0.11543526
 """Of SmPO's released labels, in raw PickScore cosines: the range that its preprocessing divides them by."""
 Score = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -51,6 +53,9 @@ class LabelSet(Document):
     attempt: Attempt
     """The committed attempt that these pair ids belong to."""
     scorer: Annotated[str, Field(max_length=1000)]
+    """A scorer's name; vote or mean of a combined set, file of one that a file gave."""
+    members: tuple[Annotated[str, Field(max_length=100)], ...] = ()
+    """Of a combined set the sets that it was made of."""
     temperature: Annotated[float, Field(gt=0, le=1e30)]
     """In the scorer's unit."""
     source: Location
@@ -110,6 +115,16 @@ def read_shard_labels(store: CacheStore, set_name: str, shard_name: str) -> Labe
     path = f"labels/{check_set_name(set_name)}/{shard_name}.json"
     data = store.get(path)
     return None if data is None else LabelSet.from_json(data, store.path(path))
+
+
+def sets_by_scorer(cache: Cache) -> dict[str, str]:
+    """{label set: its scorer} of the sets that one scorer made. Sets without a label for any shard are left out."""
+    found = {}
+    for name in label_sets(cache.store):
+        made = next((each for shard in cache.shards if (each := read_shard_labels(cache.store, name, shard))), None)
+        if made is not None and made.scorer != FILE and not made.members:
+            found[name] = made.scorer
+    return found
 
 
 def label_settings(cache: Cache, set_name: str) -> tuple[str, float] | None:
