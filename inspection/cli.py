@@ -240,7 +240,7 @@ def filter_pairs(
     bad: dict[str, Any] = {}
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
-    selection = select(table, where or "label >= 0")
+    selection = select(table, "label >= 0" if where is None else where)
     agreed = selection.truth.yes if agree is None else agreeing(opened, table, agree, labels)
     selected = table.pair_id[selection.truth.yes & agreed].tolist()
     chosen = [pair_id for pair_id in selected if is_printable(pair_id) and pair_id == pair_id.strip()]

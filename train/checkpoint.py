@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ def save(
     step: int,
     stream: dict[str, Any],
     identity: dict[str, Any],
-    held_out: list[list[float]],
+    held_out: Sequence[tuple[int, float, int]],
     keep_last: int,
 ) -> Path:
     """Write `folder`/step-N, then remove what is older than the last `keep_last`, and what is of later steps: a run

@@ -261,7 +261,7 @@ class Trainer:
             step=self.step,
             stream=self.stream.state_dict(),
             identity=self.identity,
-            held_out=[[*each] for each in self.judge.evaluations],
+            held_out=self.judge.evaluations,
             keep_last=self.settings.keep_last,
         )
 

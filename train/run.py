@@ -17,7 +17,7 @@ from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
-from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
 from inpo.train.end import check_parts, check_space
@@ -28,6 +28,7 @@ from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
+from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
@@ -51,7 +52,20 @@ class Resolved:
     output: Path
     model: Model
     caches: list[Cache]
-    toml: str
+    sections: Mapping[str, Section]
+    """[model] and [data]."""
+
+    @property
+    def toml(self) -> str:
+        return to_toml({**self.sections, "train": self.settings})
+
+    def check(self) -> Needs:
+        """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
+        Returns what is read."""
+        check_installed(self.settings)
+        check_lora(self.settings)
+        check_objective(self.settings)
+        return check_needs(self.caches, OBJECTIVES[self.settings.objective])
 
 
 def run_train(
@@ -63,14 +77,16 @@ def run_train(
     resume: str,
 ) -> int:
     """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
-    resolved = _resolve(recipe, model_flags, caches, flags)
+    train(resolve_run(recipe, model_flags, caches, flags), resume=resume)
+    return 0
+
+
+def train(resolved: Resolved, *, resume: str) -> bool:
+    """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
-    check_installed(settings)
-    check_lora(settings)
-    check_objective(settings)
+    needs = resolved.check()
     claim_output(resolved.output)
     objective = OBJECTIVES[settings.objective]
-    needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
         check_dtype(cache, settings.dtype)
@@ -195,12 +211,13 @@ def run_train(
         if metrics is not None:
             metrics.close()
     accelerator.end_training()
-    return 0
+    return finished
 
 
-def _resolve(
+def resolve_run(
     recipe: Path | None, model_flags: Mapping[str, Any], caches: list[str] | None, flags: Mapping[str, Any]
 ) -> Resolved:
+    """A run's configuration from recipe and flags. Raises UsageError for what does not go together."""
     sections = read_recipe(recipe)
     model_section = resolve(ModelSection, "model", sections, model_flags)
     data = resolve(DataSection, "data", sections, {"cache": caches[0]} if caches else {})
@@ -222,7 +239,7 @@ def _resolve(
         output=settings.output,
         model=model_section.open(),
         caches=opened,
-        toml=to_toml({"model": model_section, "data": data, "train": settings}),
+        sections={"model": model_section, "data": data},
     )
 
 
