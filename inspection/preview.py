@@ -1,7 +1,7 @@
 """Latents as pictures: through the VAE, or fast and without a model through a linear map to RGB."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ _LATENTS_PER_VAE_CALL = 8
 class Preview(Protocol):
     """Turns latents into RGB. `note` says how, in words for the sheet."""
 
-    note: str
+    @property
+    def note(self) -> str: ...
 
     def __call__(self, latents: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n height width 3"]: ...
 
@@ -42,7 +43,7 @@ class LinearPreview:
 class VaePreview:
     """Decoded by the model's VAE, in float32."""
 
-    vae: torch.nn.Module
+    vae: Any
     note: str
 
     @torch.inference_mode()

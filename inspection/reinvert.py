@@ -143,7 +143,7 @@ def _again(shard: Shard, rows: Int[np.ndarray, " pair"], denoiser: Denoiser) -> 
         prediction_rms=rms,
         x_t=inverted.x_t.float().numpy()[at],
         target=inverted.target.float().numpy()[at],
-        finite=inverted.finite.numpy()[at].all(1),
+        finite=np.all(inverted.finite.numpy()[at], axis=1),
     )
 
 

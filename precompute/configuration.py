@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.cache.schema import LevelTables, Manifest
+from inpo.common.choices import DtypeName
 from inpo.common.denoiser import default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_distinct, check_settings
@@ -71,7 +72,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     )
     check_distinct(levels, settings.grid_points)
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
-    vae_dtype = "float32" if vae.get("force_upcast", True) else network_dtype
+    vae_dtype: DtypeName = "float32" if vae.get("force_upcast", True) else network_dtype
     if settings.faithful and settings.group != "pair":
         raise UsageError(
             "--faithful draws its noise by pair.",

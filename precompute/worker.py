@@ -242,7 +242,7 @@ class ShardWorker:
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
         }
         if inverted.residual is not None:
-            missed = (numbers["residual"] > (manifest.inverter.tolerance or 0.0)).any(1)
+            missed = np.any(numbers["residual"] > (manifest.inverter.tolerance or 0.0), axis=1)
             counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
         return _Result(
             arrays={path: arrays[path] for path in manifest.specs},

@@ -1,7 +1,7 @@
 """`inpo toyworld`: preference pairs and prompts of the embedded default."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def pairs_command(
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
     from inpo.toyworld.pairs import PairSettings, make_pairs
 
-    formats = tuple(name.strip() for name in format.split(","))
+    formats: Any = tuple(name.strip() for name in format.split(","))
     if set(formats) - {"parquet", "webdataset"}:
         raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
     settings = PairSettings(num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels)

@@ -17,12 +17,12 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -76,6 +76,8 @@ class VaeTraining(nn.Module):
 
 class UnetTraining(nn.Module):
     """The usual epsilon loss, over UNet and text encoder together."""
+
+    alphas_cumprod: Tensor
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -218,7 +220,7 @@ def main() -> None:
     TRAINING_FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")
-        multiprocessing.spawn(train, args=(TRAINING_FOLDER, rendezvous), nprocs=WORLD_SIZE)
+        spawn(train, args=(TRAINING_FOLDER, rendezvous), nprocs=WORLD_SIZE)
 
 
 if __name__ == "__main__":

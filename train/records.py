@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,14 +61,12 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Batch(
-            **{
-                name: value.map(function) if isinstance(value, Condition | Lists) else function(value)
-                for name, value in values.items()
-                if value is not None
-            }
-        )
+        moved: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None:
+                moved[each.name] = value.map(function) if isinstance(value, Condition | Lists) else function(value)
+        return Batch(**moved)
 
 
 @dataclass(frozen=True, kw_only=True)

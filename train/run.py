@@ -194,7 +194,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         sample=sample,
     )
     notes = temperature_notes(opened, settings, objective)
-    if dropout := network.config.get("dropout"):
+    if dropout := model.config(model.family.network).get("dropout"):
         notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:

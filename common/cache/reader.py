@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from inpo.common.cache.commits import read_commits
+from inpo.common.cache.commits import Commit, TextCommit, read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
-from inpo.common.cache.schema import MANIFEST, Commit, Manifest, TextCommit
+from inpo.common.cache.schema import MANIFEST, Manifest
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMissing, InpoError

@@ -18,7 +18,8 @@ from inpo.common.cache import (
     TextCommit,
     open_cache,
 )
-from inpo.common.cache.schema import AnyCommit, ConditionSpec, LevelTables
+from inpo.common.cache.commits import AnyCommit
+from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.cache.specs import TEXT
 from inpo.common.conditions import Condition
 from inpo.common.families import FAMILIES
