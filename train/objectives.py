@@ -1,7 +1,8 @@
 """The objectives by name: each one's loss (train/losses.py), its own numbers, and what it asks of a cache."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -123,12 +124,13 @@ class Objective:
         """
         if parameter is None and self.parameter is not None:
             parameter = self.parameter.default
-        numbers = {"beta": beta, "num_values": num_values} | ({} if parameter is None else {"parameter": parameter})
-        loss = self.loss(error, reference_error, label, Strength(**numbers, mean=mean))
+        number = math.nan if parameter is None else parameter
+        strength = Strength(beta=beta, parameter=number, num_values=num_values, mean=mean)
+        loss = self.loss(error, reference_error, label, strength)
         detached = error.detach()
         with torch.no_grad():
             # Every mean of g is 0 there: no process has to ask the others.
-            start = self.loss(reference_error, reference_error, label, Strength(**numbers))
+            start = self.loss(reference_error, reference_error, label, replace(strength, mean=torch.mean))
             if isinstance(label, Lists):
                 return ObjectiveResult(loss, start, *_of_lists(detached, reference_error, label, beta))
             return ObjectiveResult(loss, start, *_of_pairs(*oriented(detached, reference_error, label), beta))
@@ -256,7 +258,7 @@ def parameter_of(settings: TrainSettings) -> float | None:
     """
     known, asked = OBJECTIVES[settings.objective].parameter, settings.parameter
     if asked is None:
-        return known and known.default
+        return None if known is None else known.default
     if known is None or not known.low <= asked <= known.high:
         having = ", ".join(each.name for each in OBJECTIVES.values() if each.parameter)
         raise UsageError(

@@ -57,9 +57,9 @@ class OrderedShard:
 
     @cached_property
     def usable_by_group(self) -> Bool[np.ndarray, "group record"]:
-        """True: some pair of the group may use the record. Of a shard with `usable`."""
+        """True: some pair of the group may use the record."""
         found = np.zeros((int(self.group.max()) + 1, self.num_records), bool)
-        np.logical_or.at(found, self.group, self.usable)
+        np.logical_or.at(found, self.group, True if self.usable is None else self.usable)
         return found
 
     @cached_property

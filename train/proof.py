@@ -23,8 +23,9 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.errors import CacheMismatch, command
 from inpo.common.models import Model
 from inpo.common.spread import moved, root_mean_square, root_shift
-from inpo.train.index import Index, IndexedShard
+from inpo.train.index import Index
 from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
+from inpo.train.selection import IndexedShard
 
 _RECORDS = 32
 """Records that are looked at, at least, if there are so many."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -91,9 +92,12 @@ class IndexedShard:
 
     def part(self, mask: Bool[np.ndarray, " used"]) -> "IndexedShard":
         """Some of its rows."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "shard"}
-        kept = {name: None if value is None else value[mask] for name, value in values.items()}
-        return IndexedShard(shard=self.shard, **kept)
+        kept: dict[str, Any] = {"shard": self.shard}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name != "shard" and value is not None:
+                kept[each.name] = value[mask]
+        return IndexedShard(**kept)
 
 
 class PairsOfShard:
