@@ -211,24 +211,22 @@ class PairsOfShard:
                 found.append((group, pairs[0], images, above, advantage))
         place = max((len(images) for _, _, images, _, _ in found), default=2)
         groups = np.array([group for group, *_ in found], dtype=np.int64)
+        sides = np.full((len(found), place), -1)
+        above = np.zeros((len(found), place, place), bool)
+        advantage = np.zeros((len(found), place), np.float32)
+        for row, (_, _, images, prefers, weight) in enumerate(found):
+            size = len(images)
+            sides[row, :size], above[row, :size, :size], advantage[row, :size] = images, prefers, weight
         usable = self.usable[[first for _, first, *_ in found]]
-
-        def padded(values: np.ndarray, fill: float) -> np.ndarray:
-            return np.pad(values, [(0, place - length) for length in values.shape], constant_values=fill)
-
-        def stacked(each: int, fill: float, shape: tuple[int, ...], kind: type) -> np.ndarray:
-            rows = [padded(entry[each], fill) for entry in found]
-            return np.array(rows, dtype=kind).reshape(len(found), *shape)
-
         return IndexedShard(
             shard=self.shard,
             rows=groups,
-            sides=stacked(2, -1, (place,), np.int64),
+            sides=sides,
             group=groups,
             label=np.ones(len(found), np.float32),
             usable=None if usable.all() else usable,
-            above=stacked(3, False, (place, place), bool),
-            advantage=stacked(4, 0.0, (place,), np.float32),
+            above=above,
+            advantage=advantage,
         )
 
     def _images(self, pairs: Int[np.ndarray, " pair"]) -> tuple[Int[np.ndarray, " image"], Int[np.ndarray, "pair 2"]]:
