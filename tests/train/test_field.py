@@ -2,18 +2,21 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.objectives import table
 from inpo.common.errors import UsageError
 from inpo.train.lists import advantages, by_score, preferences, win_rates
 from inpo.train.losses import Lists, preserve_win
 from inpo.train.objectives import OBJECTIVES, parameter_of
 from inpo.train.settings import TrainSettings
 
+ROOT = Path(__file__).parents[2]
 BETA = 2000.0
 NUM_VALUES = 4 * 32 * 32
 
@@ -236,3 +239,18 @@ def test_a_number_that_the_objective_does_not_have_is_refused() -> None:
     assert parameter_of(TrainSettings(objective="bdpo", parameter=0.5)) == 0.5
     assert parameter_of(TrainSettings(objective="poly")) == 8.0
     assert parameter_of(TrainSettings(objective="inpo")) is None
+
+
+# --- the document ---
+
+
+def test_the_documents_table_is_what_the_functions_give() -> None:
+    text = (ROOT / "docs/objectives.md").read_text()
+    assert table() in text
+    rows = {line.split("`")[1]: line.split("|") for line in text.split("## At the")[0].splitlines() if "| `" in line}
+    assert set(rows) == set(OBJECTIVES)
+    for name, objective in OBJECTIVES.items():
+        told = rows[name][3].strip()
+        assert (told == "") == (objective.parameter is None), name
+        if objective.parameter is not None:
+            assert float(told.split("=")[1].split(",")[0]) == objective.parameter.default
