@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
-Profile = Literal["full", "lean"]
+InverterName = Literal["ddim", "ab2", "fixed_point", "noise", "tracked"]
+NOISING: frozenset[InverterName] = frozenset({"noise", "tracked"})
+"""Those that take no step: every grid point is x0 and noise."""
+Profile = Literal["full", "lean", "compact"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "list", "prompt"]
 PairsFrom = Literal["all", "adjacent", "best-worst"]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from inpo.common.choices import Space
+from inpo.common.choices import DtypeName, Space
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
@@ -27,7 +27,7 @@ def dtype_name(name: str) -> str:
     return canonical
 
 
-def default_dtype(device_type: str) -> str:
+def default_dtype(device_type: str) -> DtypeName:
     """What an unset dtype means in every stage: bfloat16 on a GPU, float32 on a CPU."""
     return "float32" if device_type == "cpu" else "bfloat16"
 

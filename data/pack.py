@@ -157,6 +157,8 @@ def _sample(number: int, pair: Pair) -> dict[str, object]:
         metadata["list"] = pair.list
     if pair.scores is not None:
         metadata["score_win"], metadata["score_lose"] = pair.scores
+    if pair.seeds is not None:
+        metadata["seeds"] = list(pair.seeds)
     return {
         "__key__": f"{number:09d}",
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),

@@ -182,8 +182,12 @@ def parse_scores(rows: Iterable[Mapping[str, Any]], where: Path) -> dict[tuple[s
     found: dict[tuple[str, int], float] = {}
     for number, row in enumerate(rows, start=1):
         prompt, seed, score = row.get("prompt"), row.get("seed"), row.get("score")
-        known = isinstance(prompt, str) and isinstance(seed, int)
-        if not known or not isinstance(score, int | float) or not math.isfinite(score):
+        if (
+            not isinstance(prompt, str)
+            or not isinstance(seed, int)
+            or not isinstance(score, int | float)
+            or not math.isfinite(score)
+        ):
             raise DataError(
                 "A line is no score of an image.",
                 where=f"{where}, line {number}",

@@ -4,6 +4,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -105,7 +106,7 @@ def font_names(text: str) -> list[str]:
     return [OWN_FONT, other.name] if other else [OWN_FONT]
 
 
-def _show(axes, image: Image.Image) -> None:
+def _show(axes: Any, image: Image.Image) -> None:
     # Small pictures show their pixels; large ones are reduced smoothly, and only as far as the cell needs.
     small = max(image.size) <= _SMALL_PIXELS
     if not small:

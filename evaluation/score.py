@@ -6,6 +6,7 @@ Each process appends to a part file of its own; when every image has a score, th
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
     return len(left)
 
 
-def checked_scores(scorer: Scorer, images: Sequence, prompts: Sequence[str], names: Sequence[str]) -> list[float]:
+def checked_scores(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], names: Sequence[str]) -> list[float]:
     """The scorer's numbers as floats. Raises DataError, naming the image, for one that is not finite."""
     scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):

@@ -288,7 +288,7 @@ def _check_identities(
 
 
 def _judge(check: str, wrong: np.ndarray, text: str, names: Sequence[str], result: ShardResult) -> None:
-    by_image = wrong.reshape(len(names), -1).any(1)
+    by_image = np.any(wrong.reshape(len(names), -1), axis=1)
     if by_image.any():
         result.bad(check, f"{check} of {_first(names, by_image)} {text} ({int(wrong.sum())} of {wrong.size} values)")
     result.held(check, len(names))

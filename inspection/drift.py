@@ -77,7 +77,8 @@ def measure_drift(
         raise nothing_readable(cache, damaged)
     denoiser = load_denoiser(cache, model)
     chosen = choose_pairs(table, num_sampled)
-    timesteps, changes = [], {"x_t": [], "target": []}
+    timesteps: list[np.ndarray] = []
+    changes: dict[str, list[np.ndarray]] = {"x_t": [], "target": []}
     num_sampled_pairs = num_not_finite = 0
     for again in reinvert(cache, table, chosen, denoiser, on_pairs, damaged):
         finite = again.finite

@@ -13,7 +13,8 @@ from pathlib import Path
 import obstore
 
 from inpo.common.cache import Commit, TextCommit
-from inpo.common.cache.schema import REMOVING, AnyCommit
+from inpo.common.cache.commits import AnyCommit
+from inpo.common.cache.schema import REMOVING
 from inpo.common.cache.store import CacheStore
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError

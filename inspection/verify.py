@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 
 from inpo.common.cache import Cache, Commit, TextCommit, open_cache
+from inpo.common.cache.commits import AnyCommit, skipped_rows
 from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
-from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING, AnyCommit, skipped_rows
+from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING
 from inpo.common.cache.store import digest
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
@@ -121,10 +122,11 @@ def verify(
 def _impossible(cache: Cache, files: Mapping[str, int], *, has_model: bool) -> dict[str, str]:
     """{check: why it cannot be made on a healthy cache with this manifest}."""
     manifest = cache.manifest
-    reasons = {}
-    if manifest.profile == "lean":
-        reasons |= {"x_t": "not stored (lean): readers derive it", "x0_t": "not stored (lean)"}
-    if "eps_ref" not in manifest.extra and (manifest.profile == "lean" or not cache.delta_is_reference):
+    reasons: dict[str, str] = {}
+    if manifest.profile != "full":
+        why = f"not stored ({manifest.profile})"
+        reasons |= {"x_t": f"{why}: readers derive it", "x0_t": why}
+    if "eps_ref" not in manifest.extra and (manifest.profile != "full" or not cache.delta_is_reference):
         reasons["reference_error"] = "needs delta as the reference's prediction, or --extra eps_ref"
     if not label_sets(cache.store):
         reasons["labels"] = "this cache has no label set"
@@ -187,8 +189,10 @@ def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
         return [size for axis, size in found if axis != "token" or not manifest.is_padded] or None
 
     empty = next((result for result in results if result.shard == f"{_TEXTS}{EMPTY_PROMPT}"), None)
+    if empty is None:
+        return []
     findings = []
-    for result in results if empty is not None else ():
+    for result in results:
         for path in manifest.text_specs:
             ours, others = sizes(result, path), sizes(empty, path)
             if ours is not None and others is not None and ours != others:

@@ -117,8 +117,8 @@ class _Evaluation:
             parts = [self.truth(part) for part in node.values]
             yes, no = np.stack([part.yes for part in parts]), np.stack([part.no for part in parts])
             if isinstance(node.op, ast.And):
-                return Truth(yes=yes.all(0), no=no.any(0))
-            return Truth(yes=yes.any(0), no=no.all(0))
+                return Truth(yes=np.all(yes, axis=0), no=np.any(no, axis=0))
+            return Truth(yes=np.any(yes, axis=0), no=np.all(no, axis=0))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             inner = self.truth(node.operand)
             return Truth(yes=inner.no, no=inner.yes)

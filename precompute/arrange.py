@@ -59,6 +59,8 @@ def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
     scores: dict[_Key, float] = {}
     prompts: dict[str, str] = {}
     keys: list[tuple[_Key, _Key]] = []
+    win: _Key
+    lose: _Key
     for pair in pairs:
         name = group_id(by, pair_id=pair.pair_id, prompt=pair.prompt, of_list=pair.list)
         win, lose = ((name, each) for each in pair.ids)

@@ -12,9 +12,10 @@ import time
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from inpo.common.cache.schema import AnyCommit
+from inpo.common.cache.commits import AnyCommit
 from inpo.common.errors import DataError
 
 
@@ -140,6 +141,9 @@ class _End:
     error: BaseException | None = None
 
 
+_Events = queue.SimpleQueue[_Read | Outcome | _Written | _End]
+
+
 def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generator[Outcome, None, None]:
     """Make every task's shard; yields each outcome when the shard is committed, not in order.
 
@@ -147,7 +151,7 @@ def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generato
     shard that another run has committed meanwhile is not made again. The first failure of any thread is raised here;
     a shard that is being written then, or when the caller stops, is finished first.
     """
-    events: queue.SimpleQueue[_Read | Outcome | _Written | _End] = queue.SimpleQueue()
+    events: _Events = queue.SimpleQueue()
     room = threading.Semaphore(1)
     stop = threading.Event()
     reader = threading.Thread(
@@ -206,18 +210,18 @@ def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generato
                         waiting.append(event)
                 written = writer.submit(worker.write, task, data)
                 writing = True
-                written.add_done_callback(lambda done, task=task: events.put(_Written(task=task, result=done)))
+                written.add_done_callback(partial(_put_written, events, task))
         finally:
             # A shard that is being written when we are stopped is finished, not torn: leaving the pool waits for it.
             stop.set()
 
 
+def _put_written(events: _Events, task: Task, result: Future[AnyCommit | None]) -> None:
+    events.put(_Written(task=task, result=result))
+
+
 def _read_ahead(
-    worker: Worker,
-    tasks: Iterable[Task],
-    events: "queue.SimpleQueue[_Read | Outcome | _Written | _End]",
-    room: threading.Semaphore,
-    stop: threading.Event,
+    worker: Worker, tasks: Iterable[Task], events: _Events, room: threading.Semaphore, stop: threading.Event
 ) -> None:
     """Read task after task, one ahead of the computing thread, until `stop`."""
     try:

@@ -47,7 +47,7 @@ class RayOptions(Section):
 
     address: str | None = None
     """Join this cluster, as host:port; unset: one is started on this machine."""
-    gpus_per_worker: float | None = Field(None, gt=0.0, le=1.0)
+    gpus_per_worker: float | None = Field(default=None, gt=0.0, le=1.0)
     """GPUs per worker, at most 1, fractions allowed; unset: 1 where there are any."""
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
     """Most workers; unset: as many as fit."""

@@ -18,9 +18,8 @@ CONFIDENCE = 0.9
 def augmented_render(scene: Scene, rng: np.random.Generator) -> Float[np.ndarray, "32 32 3"]:
     """A clean render, jittered by a pixel, with light blur or noise; values from -1 to 1."""
     shift = rng.uniform(-1.3, 1.3, 2)
-    picture = render(scene, shift=(float(shift[0]), float(shift[1])), scale=float(rng.uniform(0.92, 1.08))).astype(
-        np.float32
-    )
+    picture: np.ndarray = render(scene, shift=(float(shift[0]), float(shift[1])), scale=float(rng.uniform(0.92, 1.08)))
+    picture = picture.astype(np.float32)
     if rng.random() < 0.3:
         picture = blur(picture, radius=rng.uniform(0.2, 0.8))
     if rng.random() < 0.5:

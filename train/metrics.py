@@ -45,6 +45,7 @@ class Accumulator:
         sums = reduce(self._sums).cpu().numpy()  # the one wait: all that follows is arithmetic here
         self._sums = torch.zeros_like(self._sums)
         total = sums.sum(0)
+        result: dict[str, Any]
         result = {name: float(total[column] / total[0]) for column, name in enumerate(_COLUMNS) if column}
         result["by_timestep"] = [
             {

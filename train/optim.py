@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
@@ -16,7 +16,7 @@ from inpo.train.settings import TrainSettings
 
 
 def prepare_network(
-    network: nn.Module, family: Family, settings: TrainSettings, *, network_dtype: str, device: torch.device
+    network: ModelMixin, family: Family, settings: TrainSettings, *, network_dtype: str, device: torch.device
 ) -> list[torch.nn.Parameter]:
     """Make the network trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
@@ -51,7 +51,7 @@ def prepare_network(
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if device.type == "cuda":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     # Never in training mode: E_ref is the error of the whole network, and dropout would make noise of every margin.
     network.eval()
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -62,8 +62,9 @@ class RecordStream:
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
 
     def _slots(self) -> int:
-        """Two by record, or where images are shared as many as the first micro-batches of all ranks have at most."""
-        if all(each.num_images >= 2 * len(each.rows) for each in self.index.training):
+        """Two by record, or where images are shared or records are lists as many as the first micro-batches of all
+        ranks have at most."""
+        if all(each.above is None and each.num_images >= 2 * len(each.rows) for each in self.index.training):
             return 2 * self.batch_size
         return max(shape.most_images(_BATCHES_MEASURED) for shape in self._shapes)
 
@@ -168,10 +169,7 @@ class ShapeStream:
         self._stream = stream
         self.shards = shards
         self.order = GlobalOrder(
-            [
-                OrderedShard(group=shard.group, num_records=shard.shard.cache.manifest.timesteps_per_pair)
-                for shard in shards
-            ],
+            [OrderedShard(group=shard.group, num_records=shard.num_kept, usable=shard.usable) for shard in shards],
             window_shards=stream.window_shards,
             seed=stream.seed,
         )
@@ -188,7 +186,8 @@ class ShapeStream:
                 if position.key not in windows:
                     windows = {position.key: self.order.shuffled(position.key)}
                 shard, pair, record = windows[position.key][position.offset].tolist()
-                images |= {(shard, image, record) for image in self.shards[shard].sides[pair].tolist()}
+                found = self.shards[shard].sides[pair]
+                images |= {(shard, image, record) for image in found[found >= 0].tolist()}
             most = max(most, len(images))
         return most
 
@@ -236,7 +235,12 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     """A fixed sample of the held-out records, in batches of `batch_size`, on the CPU; [] if there are none."""
     if not index.held_out:
         return []
-    records = [(number, record) for number, shard in enumerate(index.held_out) for record in range(shard.num_records)]
+    records = [
+        (number, record)
+        for number, shard in enumerate(index.held_out)
+        for record in range(len(shard.rows) * shard.num_kept)
+        if shard.usable is None or shard.usable.flat[record]
+    ]
     chosen = np.random.default_rng(seed).permutation(len(records))[:most_records]
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):

@@ -1,13 +1,222 @@
-"""The commits of a cache: which of them a reader may believe."""
+"""Commits: what makes an attempt visible, which ones a reader may believe, and the lists of skipped rows."""
 
-from typing import TypeVar
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, TypeVar
 
-from inpo.common.cache.document import SHARD_NAME
-from inpo.common.cache.schema import MANIFEST, AnyCommit, Manifest
+from pydantic import Field, model_validator
+
+from inpo.common.cache.document import (
+    MAX_METADATA_BYTES,
+    MAX_PAIRS_PER_SHARD,
+    MAX_PROMPTS_PER_SHARD,
+    MAX_WHOLE_BYTES,
+    SHARD_NAME,
+    Attempt,
+    Digest,
+    Document,
+    FilePath,
+    InputShardName,
+    Location,
+    Name,
+    NumBytes,
+    NumImages,
+    NumPairs,
+    NumPrompts,
+    PairId,
+    PromptRow,
+    Row,
+    Seconds,
+    ShardName,
+    UtcTime,
+    check_seal,
+    load,
+    sealed,
+)
+from inpo.common.cache.schema import MANIFEST, Manifest
+from inpo.common.cache.specs import ARRAYS, ArraySpec
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheCorrupt, CacheError, CacheSchemaError
 
-_C = TypeVar("_C", bound=AnyCommit)
+_FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
+
+
+class ShardSource(Document):
+    """Where a shard's pairs came from: rows [start, stop) of an input shard with this fingerprint."""
+
+    location: Location
+    input_shard: InputShardName
+    rows: tuple[Row, Row]
+    fingerprint: Digest
+
+    @model_validator(mode="after")
+    def _is_one_shard(self) -> "ShardSource":
+        start, stop = self.rows
+        if not 0 < stop - start <= MAX_PAIRS_PER_SHARD:
+            raise ValueError(f"rows [{start}, {stop}) are not 1 to {MAX_PAIRS_PER_SHARD} rows")
+        return self
+
+
+def files_of(specs: Mapping[str, ArraySpec]) -> frozenset[str]:
+    """The files of a group that holds these arrays: the groups' metadata, and of each array its metadata and chunk."""
+    names = {"zarr.json"}
+    for spec in specs.values():
+        group, _, array = spec.path.rpartition("/")
+        names |= {f"{spec.path}/zarr.json", spec.chunk_file, *([f"{group}/zarr.json"] if array and group else [])}
+    return frozenset(names)
+
+
+_C = TypeVar("_C", bound="AnyCommit")
+
+
+class AnyCommit(Document):
+    """What a commit of images and one of texts share: it makes one attempt visible. Written last, put-if-absent."""
+
+    folder: ClassVar[str]
+    """Where such commits lie."""
+    arrays: ClassVar[str]
+    """Where the attempts that they name lie."""
+
+    attempt: Attempt
+    manifest: Digest
+    """blake2b digest of the manifest.json that this shard was made under."""
+    files: Annotated[dict[FilePath, NumBytes], Field(max_length=100)]
+    """Bytes of every file of the attempt, by path."""
+    digests: Annotated[dict[FilePath, Digest], Field(max_length=100)]
+    """blake2b digest of each file's first, middle and last 4096 bytes: tells a file put in another's place."""
+    seconds: Annotated[dict[Name, Seconds], Field(default_factory=dict, max_length=32)]
+    """Where the time went: decode, encode, invert, write, total."""
+    created: UtcTime
+    """UTC, ISO 8601."""
+    checksum: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
+    """blake2b digest of all other fields (sorted keys, no white space): any edit of a commit is found."""
+
+    @model_validator(mode="after")
+    def _files_fit(self) -> "AnyCommit":
+        if set(self.files) != set(self.digests):
+            raise ValueError("files and digests name different files")
+        for path, size in self.files.items():
+            limit = MAX_METADATA_BYTES if path.endswith("zarr.json") else MAX_WHOLE_BYTES
+            if size > limit and path not in _FILES_IN_PARTS:
+                raise ValueError(f"{path} of {size} bytes, limit {limit}")
+        return self
+
+    @abstractmethod
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        """(files of the attempt, what they are in words)."""
+
+    def check_files(self, manifest: Manifest, where: str) -> None:
+        """Raise CacheSchemaError unless the commit names exactly the files that its arrays are made of."""
+        expected, words = self.expected_files(manifest)
+        lacking, foreign = sorted(expected - self.files.keys()), sorted(self.files.keys() - expected)
+        if lacking or foreign:
+            parts = [
+                f"{what} {len(names)}: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+                for what, names in (("lacks", lacking), ("has besides", foreign))
+                if names
+            ]
+            raise CacheSchemaError(
+                "A commit does not name the files that its shard's arrays are made of.",
+                where=where,
+                expected=f"{len(expected)} files: {words}",
+                got=f"{len(self.files)} files; it {'; it '.join(parts)}",
+                fix="`inpo inspect verify --quarantine` moves the commit aside; the next `inpo precompute` makes the "
+                "shard again",
+            )
+
+    def to_json(self) -> bytes:
+        return sealed(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls: type[_C], data: bytes, where: str) -> _C:
+        """Parse; raises CacheCorrupt if any value is not the one that was written."""
+        document = load(data, where)
+        commit = cls._parse(document, where)
+        check_seal(
+            document,
+            where,
+            what="A commit",
+            fix="the file was edited or damaged; restore it from a copy, or remove it: the next `inpo precompute` "
+            "makes this shard again",
+        )
+        return commit
+
+
+class Commit(AnyCommit):
+    """CACHE/commits/<name>.json: a shard of images."""
+
+    folder = "commits"
+    arrays = "shards"
+
+    num_images: NumImages
+    num_groups: NumPairs
+    num_pairs: NumPairs
+    texts: Annotated[tuple[ShardName, ...], Field(max_length=MAX_PROMPTS_PER_SHARD + 1)]
+    """The text shards that its prompts stand in: group/prompt counts places here."""
+    skipped: Annotated[dict[Name, NumPairs], Field(max_length=32)]
+    skipped_digest: Digest | None = None
+    """blake2b digest of the list of skipped rows; null: nothing was skipped."""
+    source: ShardSource
+    counts: Annotated[dict[Name, NumPairs], Field(default_factory=dict, max_length=32)]
+    """Things that happened to pairs that were kept, e.g. cut_prompt."""
+    spread: Annotated[float, Field(ge=0, le=1e20)] | None = None
+    """How far rounding moves the root of a reference error (common/spread.py); null: not measured."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Commit":
+        start, stop = self.source.rows
+        if self.num_pairs + sum(self.skipped.values()) > stop - start:
+            raise ValueError(f"{self.num_pairs} pairs and {sum(self.skipped.values())} skipped of {stop - start} rows")
+        if not min(self.num_pairs, 1) <= self.num_groups <= self.num_pairs:
+            raise ValueError(f"{self.num_groups} groups of {self.num_pairs} pairs")
+        if not 2 * self.num_groups <= self.num_images <= 2 * self.num_pairs:
+            raise ValueError(f"{self.num_images} images in {self.num_groups} groups and {self.num_pairs} pairs")
+        if self.spread is not None and not self.num_pairs:
+            raise ValueError(f"a spread of {self.spread} without a pair")
+        return self
+
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        if not self.num_pairs:
+            return frozenset(), "no pair"
+        return files_of(manifest.specs), f"the arrays of {self.num_pairs} pairs, profile {manifest.profile}"
+
+
+class TextCommit(AnyCommit):
+    """CACHE/text-commits/<name>.json: a shard of texts."""
+
+    folder = "text-commits"
+    arrays = "texts"
+
+    num_prompts: NumPrompts
+    cut: Annotated[tuple[PromptRow, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    """Rows of prompts that are longer than the encoder takes: the model sees only their beginning."""
+    not_finite: Annotated[tuple[PromptRow, ...], Field(max_length=MAX_PROMPTS_PER_SHARD)] = ()
+    """Rows of prompts for which the encoder gave NaN or infinity, stored as 0: no pair stands there."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TextCommit":
+        last = max((*self.cut, *self.not_finite), default=0)
+        if last >= self.num_prompts:
+            raise ValueError(f"something of row {last} of {self.num_prompts} prompts")
+        return self
+
+    def expected_files(self, manifest: Manifest) -> tuple[frozenset[str], str]:
+        return files_of(manifest.text_specs), f"the arrays of {self.num_prompts} prompts"
+
+
+class SkippedRow(Document):
+    """A line of CACHE/skipped/<shard>/<attempt>.jsonl: a row of the source that gave no pair."""
+
+    pair_id: PairId
+    reason: Name
+    detail: Annotated[str, Field(max_length=1 << 16)]
+    row: Row
+
+
+def skipped_rows(data: bytes, where: str) -> list[SkippedRow]:
+    """The lines of a list of skipped rows. Raises CacheSchemaError, naming the line."""
+    lines = data.removesuffix(b"\n").split(b"\n")
+    return [SkippedRow.from_json(line, f"{where}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_commits(

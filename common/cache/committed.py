@@ -22,8 +22,8 @@ from inpo.common.cache.arrays import (
     metadata_problem,
     open_array,
 )
+from inpo.common.cache.commits import AnyCommit
 from inpo.common.cache.document import MAX_WHOLE_BYTES, load
-from inpo.common.cache.schema import AnyCommit
 from inpo.common.cache.specs import CRC_BYTES, INDEX_BYTES, ArraySpec
 from inpo.common.cache.store import CacheStore
 from inpo.common.durable import storage_errors

@@ -22,19 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from inpo.common.cache.arrays import WrittenStore, write_group
+from inpo.common.cache.commits import AnyCommit, Commit, ShardSource, SkippedRow, TextCommit
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.identity import check_identity
-from inpo.common.cache.schema import (
-    CONFIGURATION_SEAL,
-    MANIFEST,
-    REMOVING,
-    AnyCommit,
-    Commit,
-    Manifest,
-    ShardSource,
-    SkippedRow,
-    TextCommit,
-)
+from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, Manifest
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.durable import storage_errors

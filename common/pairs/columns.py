@@ -40,6 +40,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "score": ("score", "scores", "human_preference"),
     "score1": ("score_win",),
     "score2": ("score_lose",),
+    "seeds": ("seeds",),
 }
 """{role: the names it is known by}. A role with a 1 or 2 is of the first or second image, win before lose."""
 

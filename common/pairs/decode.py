@@ -43,6 +43,7 @@ class PreparedPair:
     """Digests of both image files."""
     list: str | None = None
     scores: tuple[float, float] | None = None
+    seeds: tuple[int, int] | None = None
     """As the pair has them."""
 
 
@@ -66,6 +67,7 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> Prep
         ids=ids,
         list=pair.list,
         scores=pair.scores,
+        seeds=pair.seeds,
     )
 
 

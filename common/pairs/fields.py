@@ -16,7 +16,7 @@ from typing import Any
 
 from inpo.common.choices import PairsFrom
 from inpo.common.pairs.columns import IMAGE_ROLES, LABEL_ROLES, MISSING, ORDERS, SIDES, RowFields, missing_field
-from inpo.common.pairs.labels import first_preferred, num_ranked, orders_of, ranked, ranks_of, scores_of
+from inpo.common.pairs.labels import first_preferred, num_ranked, orders_of, ranked, ranks_of, scores_of, seeds_of
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, preference
 from inpo.common.pairs.values import as_number, parse_flag, parse_id
 from inpo.common.printable import is_printable
@@ -124,7 +124,7 @@ def merge(rows: Sequence[RowFields]) -> tuple[RowFields, RowProblem | None]:
     first = rows[0]
     layout = {role: first.layout[role] for role in ("prompt", "list", "has_label") if role in first.layout}
     fields = {name: first.fields.get(name) for names in layout.values() for name in names}
-    for role, new in (("image", "images"), *((role, role) for role in ORDERS)):
+    for role, new in (("image", "images"), *((role, role) for role in (*ORDERS, "seeds"))):
         if role in first.layout:
             layout[new] = first.layout[role]
             fields |= {name: [row.fields.get(name) for row in rows] for name in layout[new] if name in first.fields}
@@ -164,6 +164,7 @@ def _item(
         scores = scores_of(row) if pairing is None else ranks_of(row, pairing)
         label = first_preferred(row, scores) if pairing is None else ranked(row, pairing)
         swap, label = preference(label)
+        seeds = seeds_of(row, pairing)
         images = [check_image_bytes(None if value is None else read(value, what), what=what) for what, value in sides]
     except RowProblem as found:
         return Skipped(pair_id=pair_id, reason=found.reason, detail=found.detail, row=number)
@@ -181,6 +182,7 @@ def _item(
         row=number,
         list=list_id,
         scores=(scores[1], scores[0]) if scores and swap else scores,
+        seeds=(seeds[1], seeds[0]) if seeds and swap else seeds,
     )
 
 

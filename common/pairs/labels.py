@@ -1,6 +1,7 @@
-"""Which image a row prefers: from its labels, votes, ranks and scores, or from the images' names."""
+"""Which image a row prefers: from labels, votes, ranks and scores, or from the images' names. And the images' seeds."""
 
 import json
+from numbers import Integral
 from typing import Any
 
 from inpo.common.pairs.columns import ORDERS, RowFields, missing_field
@@ -133,3 +134,18 @@ def ranked(row: RowFields, pairing: tuple[int, int]) -> float:
     if {0.0, 1.0} <= set(said.values()):
         raise RowProblem(reason="bad_label", detail=f"{' and '.join(said)} contradict each other")
     return next((value for value in said.values() if value != 0.5), 0.5)
+
+
+def seeds_of(row: RowFields, pairing: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The seeds of the two images, in the order of the images; None if the row has none."""
+    given, name = row.get("seeds"), row.name("seeds")
+    if is_null(given):
+        return None
+    wanted = num_ranked(row) if pairing is not None else 2
+    if not isinstance(given, list) or len(given) != wanted:
+        raise RowProblem(reason="bad_metadata", detail=f"{name} is {cut(given)}, expected a list of {wanted}")
+    first, second = (given[place] for place in pairing or (0, 1))
+    for value in (first, second):
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
+            raise RowProblem(reason="bad_metadata", detail=f"{name} has {cut(value)}, expected 0..2^63 - 1")
+    return int(first), int(second)

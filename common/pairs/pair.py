@@ -30,6 +30,7 @@ SkipReason = Literal[
     "missing_prompt",
     "bad_metadata",
     "missing_image",
+    "missing_noise",
     "not_allowed",
     "unreachable",
     "empty_image",
@@ -50,11 +51,12 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
     "bad_metadata": "the row cannot be understood: JSON, CSV, UTF-8, a field missing or given twice, or a bad id",
     "missing_image": "an image's bytes, member or file are not there",
+    "missing_noise": "--inverter tracked, and an image has no seed, or is not of the resolution it was made at",
     "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
     "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
     "too_large": "an image's file is larger than 128 MiB",
-    "unreadable": "the bytes are no image in a supported format",
+    "unreadable": "the bytes are not an image in a supported format",
     "truncated": "an image file ends too early",
     "decompression_bomb": "an image has more pixels than the limit",
     "unsupported_mode": "an image's pixels have no defined 8-bit meaning (float, 32-bit, LAB)",
@@ -84,6 +86,8 @@ class Pair:
     """The ranking or list that the pair comes from: its images are one group. None for a pair of its own."""
     scores: tuple[float, float] | None = None
     """The source's own scores of win and lose, higher is better: ranks are negated. None: it has none."""
+    seeds: tuple[int, int] | None = None
+    """Of the noise that win and lose were made from, where the source says them."""
 
 
 @dataclass(frozen=True, kw_only=True)

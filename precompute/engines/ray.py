@@ -124,7 +124,8 @@ class _Run:
         if options.gpus_per_worker is not None and not self._use_gpus:
             raise UsageError("No GPU in the cluster.", where="--gpus-per-worker", fix="leave the option out for CPUs")
         needs = {"num_gpus": options.gpus_per_worker or 1.0, "num_cpus": 0} if self._use_gpus else {"num_cpus": 1}
-        self._remote = ray.remote(max_concurrency=_CALLS_AT_ONCE, max_restarts=0, **needs)(RayWorker)
+        limits: dict[str, Any] = {"max_concurrency": _CALLS_AT_ONCE, "max_restarts": 0}
+        self._remote = ray.remote(**limits, **needs)(RayWorker)
         self.assignment = Assignment(self._tasks)
         self._workers: dict[str, _Worker] = {}
         self._inputs: dict[str, Any] = {}
@@ -187,7 +188,7 @@ class _Run:
         for node, number in usable.items():
             have = sum(worker.node == node for worker in self._workers.values())
             while have < number and len(self._workers) < most:
-                actor = self._remote.options(
+                actor: Any = self._remote.options(
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)
                 ).remote(**self._arguments)
                 worker = _Worker(name=f"worker-{self._num_started}", node=node, actor=actor)

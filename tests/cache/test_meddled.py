@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from inpo.common.cache import CacheWriter, Commit, TextCommit, open_cache
-from inpo.common.cache.schema import AnyCommit
+from inpo.common.cache.commits import AnyCommit
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import StorageError
 from inpo.inspection.leftovers import find_leftovers, remove_leftover

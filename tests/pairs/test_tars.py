@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from inpo.common.cache.commits import ShardSource
 from inpo.common.cache.document import SHARD_NAME
-from inpo.common.cache.schema import ShardSource
 from inpo.common.errors import DataError
 from inpo.common.pairs import Pair, Skipped, open_source
 
