@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.cache import CacheWriter, Commit, TextCommit, open_cache
-from inpo.common.cache.schema import skipped_rows
+from inpo.common.cache.commits import skipped_rows
 from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console

@@ -14,7 +14,6 @@ from typing import Any
 
 from inpo.common.choices import PairsFrom
 from inpo.common.errors import UsageError
-from inpo.common.pairs.pair import RowProblem
 from inpo.common.printable import escaped
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -102,17 +101,6 @@ class RowFields:
     def names(self, *roles: str) -> list[str]:
         """What columns of these roles are, or may be, called."""
         return [name for role in roles for name in self.layout.get(role) or ROLES[role]]
-
-    def one_of(self, role: str) -> Any:
-        """The value of the one field that goes by several names; MISSING if there is none. Two that differ are a
-        RowProblem: whichever were taken, the other would be lost without a word.
-        """
-        columns = self.columns(role)
-        values = [value for _, value in self.given(role)]
-        if len({value.strip() if isinstance(value, str) else repr(value) for value in values}) > 1:
-            detail = f"{' and '.join(columns)} are both there and differ: keep one"
-            raise RowProblem(reason="bad_metadata", detail=detail)
-        return values[0] if values else None if columns else MISSING
 
     @property
     def is_open(self) -> bool:

@@ -157,7 +157,7 @@ def _item(
         _refuse_absent(row)
         sides = _sides(row, pairing)
         if given is None and default_id is None:
-            pair_id = _content_id(sides, row.one_of("prompt"))
+            pair_id = _content_id(sides, _one_of(row, "prompt"))
         prompt = _prompt(row)
         if parse_flag(row.get("has_label"), what=row.name("has_label")) is False:
             raise RowProblem(reason="unlabelled", detail=f"{row.name('has_label')} is false")
@@ -194,7 +194,7 @@ def _refuse_absent(row: RowFields) -> None:
 
 
 def _prompt(row: RowFields) -> str:
-    prompt = row.one_of("prompt")
+    prompt = _one_of(row, "prompt")
     if prompt is MISSING:
         raise RowProblem(reason="missing_prompt", detail=missing_field(row.names("prompt"), row.fields))
     return check_text(prompt, what="prompt", missing="missing_prompt")
@@ -255,11 +255,23 @@ def _sides(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str, A
         raise RowProblem(reason="bad_metadata", detail=detail)
     sides = []
     for role in layouts[0]:
-        value = row.one_of(role)
+        value = _one_of(row, role)
         if value is MISSING:
             raise RowProblem(reason="bad_metadata", detail=missing_field(row.names(role), row.fields))
         sides.append((row.columns(role)[0], value))
     return sides
+
+
+def _one_of(row: RowFields, role: str) -> Any:
+    """The value of the one field that goes by several names; MISSING if there is none. Two that differ are a
+    RowProblem: whichever were taken, the other would be lost without a word.
+    """
+    columns = row.columns(role)
+    values = [value for _, value in row.given(role)]
+    if len({value.strip() if isinstance(value, str) else repr(value) for value in values}) > 1:
+        detail = f"{' and '.join(columns)} are both there and differ: keep one"
+        raise RowProblem(reason="bad_metadata", detail=detail)
+    return values[0] if values else None if columns else MISSING
 
 
 def _remember(read: ReadImage) -> ReadImage:

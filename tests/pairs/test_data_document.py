@@ -33,6 +33,12 @@ def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for _, output in outputs
     ]
     assert list(zip([line.split(" --")[0] for line, _ in outputs], pairs, strict=True)) == [
+        ("inpo data check sets/hpdv3.json", "1"),
+        ("inpo data check sets/hpdv3pp.json", "1"),
+        ("inpo data check sets/rapidata.parquet", "1"),
+        ("inpo data check sets/hpdv2.json", "3"),
+        ("inpo data check sets/imagereward.parquet", "1"),
+        ("inpo data check sets/chosen.parquet", "1"),
         ("inpo data check cubes", "2"),
         ("inpo data pack cubes cubes-tars", "2"),
         ("inpo data check cubes-tars", "2"),
@@ -41,7 +47,7 @@ def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("inpo data check pick.parquet", "2"),
         ("inpo data pack pick.parquet pick-tars", "2"),
     ]
-    assert re.search(r"skipped: tie\W+1", outputs[0][1])
+    assert re.search(r"skipped: tie\W+1", outputs[6][1])
 
 
 def test_the_table_of_reasons_is_the_codes() -> None:
