@@ -93,9 +93,9 @@ def columns_tables(report: ColumnsReport) -> list["Table"]:
     rows = Table(title="first rows", title_justify="left")
     for heading in ("id", "label", "prompt, or why there is no pair"):
         rows.add_column(heading, overflow="fold")
-    for told in report.rows:
-        if "reason" in told:
-            rows.add_row(escape(brief(told["id"])), "", escape(f"{told['reason']}: {told['detail']}"))
+    for row in report.rows:
+        if "reason" in row:
+            rows.add_row(escape(brief(row["id"])), "", escape(f"{row['reason']}: {row['detail']}"))
         else:
-            rows.add_row(escape(brief(told["id"])), f"{told['label']:.4g}", escape(_example(told["prompt"])))
+            rows.add_row(escape(brief(row["id"])), f"{row['label']:.4g}", escape(_example(row["prompt"])))
     return [table for table in (columns, rows) if table.row_count]

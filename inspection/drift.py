@@ -154,12 +154,13 @@ def refresh_command(cache: Cache, model: Model) -> str:
         model_config_dir=str(model.folder) if model.file is not None and model.guessed_from is None else None,
         vae=None if vae is None else str(vae),
     )
-    allow_remote = told.get("data", {}).get("allow_remote", False)
+    read_as = ("columns", "pairs_from", "allow_remote")
+    reading = {name: each for name, each in told.get("data", {}).items() if name in read_as}
     sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
     return " &&\n  ".join(
         command(
             "precompute",
-            *flags(DataSection(pairs=source, allow_remote=allow_remote, cache=f"{cache.location}-refreshed"), chosen),
+            *flags(DataSection(pairs=source, **reading, cache=f"{cache.location}-refreshed"), chosen),
             *flags(CacheSettings.of(cache.manifest)),
         )
         for source in sources

@@ -169,7 +169,7 @@ def _item(
     except RowProblem as found:
         return Skipped(pair_id=pair_id, reason=found.reason, detail=found.detail, row=number)
     if pairing is not None:  # without an id the list is its prompt's, so that it may grow
-        list_id = given or default_id or ""
+        list_id: str | None = given or default_id or ""
     else:
         list_id = parse_id(row.get("list"), what=row.name("list"))
     win, lose = reversed(images) if swap else images

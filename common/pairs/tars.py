@@ -98,7 +98,7 @@ class TarShard:
             except RowProblem:
                 continue
             images = {name for role in SIDE_ROLES for name in self.reading.columns.names(role)}
-            found.append({name: sample.read(str(fields[name])) if name in images else fields[name] for name in fields})
+            found.append({n: sample.read(str(v)) if n in images and v is not None else v for n, v in fields.items()})
         return found
 
     def _samples(self, start: int, stop: int) -> Iterator["_Sample"]:
