@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from inpo.common.cache.buckets import BUCKETS, read_buckets
-from inpo.common.cache.schema import MANIFEST
+from inpo.common.cache.buckets import read_buckets
+from inpo.common.cache.schema import BUCKETS, MANIFEST
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import InputShard, Pair, PairSource, Skipped

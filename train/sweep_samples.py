@@ -90,7 +90,7 @@ def _of_reference(run: Resolved, prompts: Sequence[str]) -> list[Image.Image]:
         steps=settings.sample_steps,
         guidance=settings.sample_guidance,
         seed=settings.seed,
-        resolution=manifest.resolution[0],
+        resolution=manifest.resolution,
         network_dtype=manifest.network_dtype,
     )
     return _apart(strip, len(prompts))

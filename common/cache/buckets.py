@@ -4,12 +4,9 @@ import json
 import re
 
 from inpo.common.cache.reader import Cache, open_cache
-from inpo.common.cache.schema import MANIFEST
+from inpo.common.cache.schema import BUCKETS, MANIFEST
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMissing, CacheSchemaError
-
-BUCKETS = "buckets.json"
-"""In the folder above: {"buckets": [their folders]}."""
 
 
 def read_buckets(location: str) -> list[str] | None:

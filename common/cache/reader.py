@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float16, Int, Shaped
 
 from inpo.common.cache.commits import Commit, TextCommit, read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
-from inpo.common.cache.schema import MANIFEST, Manifest
+from inpo.common.cache.schema import BUCKETS, MANIFEST, Manifest
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMissing, InpoError
@@ -344,6 +344,14 @@ def open_cache(location: str, *, allow_empty: bool = False, damaged: dict[str, C
                 expected="the file that its shards were committed under",
                 got=f"no such file beside {len(commits_left)} commits",
                 fix="restore it from a copy of the cache; without one, `inpo precompute` into another folder",
+            )
+        if store.get(BUCKETS) is not None:
+            raise CacheMissing(
+                "The caches here are those of buckets, each in a folder of its own.",
+                where=store.location,
+                expected=MANIFEST,
+                got=BUCKETS,
+                fix=f"name one of the folders that {BUCKETS} lists; `inpo train` takes them together",
             )
         raise CacheMissing(
             "There is no cache here.",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+BUCKETS = "buckets.json"
+"""In a folder whose caches are those of buckets: {"buckets": [their folders]}."""
 REMOVING = ".removing"
 """Ends the name of the mark beside an attempt that `inpo inspect clean` is removing."""
 CONFIGURATION_SEAL = "# digest of the lines above: "
