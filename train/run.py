@@ -34,6 +34,7 @@ from inpo.train.requirements import (
     check_lora,
     check_needs,
     check_origin,
+    check_quantised,
     refuse_hard_labels,
     temperature_notes,
 )
@@ -75,6 +76,7 @@ def run_train(
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
     network_dtype = opened[0].manifest.network_dtype
+    check_quantised(network_dtype, settings)
     index = build_index(
         opened,
         soft=objective.labels == "soft",
