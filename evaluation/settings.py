@@ -8,6 +8,7 @@ from inpo.common.choices import CompileName, DtypeName
 from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
+CombineName = Literal["vote", "mean"]
 
 
 class EvaluateSettings(Section):

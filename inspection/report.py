@@ -257,7 +257,8 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
                 continue
             for pair in found.pairs.values() if found is not None and found.attempt == shard.commit.attempt else ():
                 labels.append(pair.label)
-                margins.append(pair.scores[0] - pair.scores[1])
+                # Labels that a file gave have no scores.
+                margins.append(pair.scores[0] - pair.scores[1] if pair.scores else 2 * pair.label - 1)
         if not labels:
             continue
         spread = np.array(margins)
@@ -268,7 +269,7 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
                 histogram(
                     spread,
                     np.linspace(-edge, edge, 31),
-                    x_label="score of win minus score of lose",
+                    x_label="score of win minus score of lose (without scores P(win) - P(lose))",
                     y_label="pairs",
                     mark=0.0,
                 ),
