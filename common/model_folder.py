@@ -59,7 +59,7 @@ def folder_of(
 
 def refuse_local(location: str, revision: str) -> None:
     """Raise ModelError for a model that is on this machine, which a revision says nothing of."""
-    if Path(location).exists() or location == BUILT_IN:
+    if Path(location).exists() or location in BUILT_IN:
         raise ModelError(
             "A model on this machine has no revisions.",
             where=location,

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Int
 
 from inpo.common.errors import TrainingError
-from inpo.train.index import Index, IndexedShard
+from inpo.train.index import Index
 from inpo.train.order import GlobalOrder, OrderedShard, ShapeOrder, WindowKey
 from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
+from inpo.train.selection import IndexedShard
 
 STATE_VERSION = 1
 _BATCHES_AHEAD = 4

@@ -120,7 +120,7 @@ class ParquetShard:
             for batch in parquet.iter_batches(columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     # The images stand for themselves.
-                    blank = {name: [] for name in probe.columns("images")} | {
+                    blank: dict[str, Any] = {name: [] for name in probe.columns("images")} | {
                         name: b"" for name in probe.columns("image")
                     }
                     yield number, RowFields(fields={**blank, **fields}, layout=probe.layout)
