@@ -52,7 +52,7 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert skipped == [{"mixed_sizes": 1, "missing_image": 1}, {}]
     (shard,) = found[44, 24]
     assert shard.read("x0").shape == (2, *found[44, 24].manifest.latent_shape)
-    assert shard.read("image/time_ids").tolist() == [[64, 32, 0, 0, 44, 24]] * 2
+    assert shard.read("image/time_ids").tolist() == [[64, 32, 2, 0, 44, 24]] * 2
     prompts = {text for texts in found[44, 24].texts for text in texts.text}
     assert prompts == {"", "p1"}
     with pytest.raises(CacheMismatch, match=r"(?s)sorted by other buckets.*24x44, 32x32, 44x24"):
