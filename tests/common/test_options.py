@@ -153,7 +153,12 @@ def text_strategy() -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0~"), min_size=1, max_size=12)
 
 
-WORDS_OR_NUMBERS = {"shift": st.one_of(st.sampled_from(["auto", "none"]), st.floats(1e-6, 1e5).map(str))}
+WORDS_OR_NUMBERS = {
+    "shift": st.one_of(st.sampled_from(["auto", "none"]), st.floats(1e-6, 1e5).map(str)),
+    "resolution": st.sampled_from(["512", "96x64"]),
+    "buckets": st.sampled_from(["sdxl", "5"]),
+    "columns": st.sampled_from([{"win": "a b", "lose": "x"}, {"prompt": "=", "votes_win": "Ja!"}]),
+}
 """Fields whose text follows a rule of their own."""
 
 
