@@ -133,7 +133,9 @@ class Setting:
             trained=trained,
             optimizer=optimizer,
             reference=self.model.denoiser(frozen, network_dtype=self.dtype),
-            images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
+            images=ImageEncoder(
+                self.model.load_vae(), self.model.family, vae_dtype="float32", sample=True, seed=0, device=self.device
+            ),
             text=self.text_encoder(),
         )
 

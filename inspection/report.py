@@ -325,8 +325,9 @@ def _sampling(num_readable: int, summary: Summary, sampled: list[SampledPair]) -
     text = f"Pictures of {shown} pairs ({parts}; one may be several). Figures and plots above cover all readable pairs."
     if summary.identity["timesteps_per_pair"] > MOST_TIMESTEPS:
         text += f" {MOST_TIMESTEPS} of {summary.identity['timesteps_per_pair']} timesteps are shown, evenly spread."
-    if summary.identity["profile"] == "lean":
-        text += " This lean cache stores neither delta nor x0(t); precompute with --profile full to see them."
+    if summary.identity["profile"] != "full":
+        profile = summary.identity["profile"]
+        text += f" This {profile} cache stores neither delta nor x0(t); precompute with --profile full to see them."
     return text + " Open one with a click or Enter; arrow keys go on, Escape closes."
 
 

@@ -36,6 +36,7 @@ from inpo.train.requirements import (
     check_needs,
     check_objective,
     check_origin,
+    check_quantised,
     refuse_hard_labels,
     temperature_notes,
 )
@@ -93,6 +94,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
     network_dtype = opened[0].manifest.network_dtype
+    check_quantised(network_dtype, settings)
     index = build_index(
         opened,
         soft=objective.labels != "hard",
@@ -172,6 +174,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
                 seed=settings.seed,
                 resolution=opened[0].manifest.resolution[0],
                 network_dtype=network_dtype,
+                max_tokens=opened[0].manifest.max_tokens,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(
