@@ -72,9 +72,6 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1, done.output  # capo: the labels of this cache are hard
     assert "needs soft labels" in done.output
-    import traceback
-
-    traceback.print_exception(done.exception)
     found = {each["name"]: each for each in json.loads((tmp_path / "out/sweep.json").read_text())}
     assert set(found) == {"inpo", "capo", "v"}
     assert found["capo"]["failed"]
