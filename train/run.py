@@ -24,7 +24,7 @@ from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
@@ -382,7 +382,7 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, {_strength(settings)}; effective batch {batch} records "
+        f"objective {settings.objective}, {strength_of(settings)}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )
@@ -394,15 +394,3 @@ def _say_effective(
     )
     for line in [*index.unknown, *notes]:
         say(f"note: {line}")
-
-
-def _strength(settings: TrainSettings) -> str:
-    """Beta, the objective's own number, and what else changes the loss, in words."""
-    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
-    if known is not None:
-        words.append(f"{known.name} {parameter_of(settings):g}")
-    if settings.sdpo is not None:
-        words.append(f"sdpo mu {settings.sdpo:g}")
-    if settings.swap_labels:
-        words.append("labels swapped")
-    return ", ".join(words)
