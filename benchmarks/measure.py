@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tensor_watch import TensorWatch
+from inpo.common.tensor_watch import TensorWatch
 
 RESULTS = Path("runs/bench/results.jsonl")
 

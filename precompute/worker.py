@@ -6,7 +6,7 @@ write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Bool, Float16
 from torch import Tensor
 
+from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
 from inpo.common.cache.schema import EMPTY_PROMPT
-from inpo.common.compiled import compile_network
+from inpo.common.choices import AUTO, CompileName
+from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
@@ -77,20 +79,30 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     )
 
 
-def compile_components(components: Components, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> None:
-    """Compile the network for batches of the settings' size, if they ask for it."""
-    denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
-    device = denoiser.device
+_SMALLER = "--resolution lowers it too"
+_OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
+
+
+def call_blank(components: Components, model: Model, manifest: Manifest, pairs: int) -> Tensor:
+    """One network call of so many pairs, of nobody's latents."""
+    denoiser, family, images = components.denoiser, model.family, 2 * pairs
     blank = family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens)
+    with torch.inference_mode():
+        x = torch.zeros(images, *manifest.latent_shape, device=denoiser.device)
+        timestep = torch.zeros(images, dtype=torch.int64, device=denoiser.device)
+        return denoiser.predict(x, timestep, blank.to(denoiser.device))
 
-    @torch.inference_mode()
-    def first() -> None:
-        x = torch.zeros(images, *manifest.latent_shape, device=device)
-        timestep = torch.zeros(images, dtype=torch.int64, device=device)
-        denoiser.predict(x, timestep, blank.to(device))
 
-    if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
-        denoiser.rows = images
+def compile_components(
+    components: Components, model: Model, manifest: Manifest, how: CompileName, batch_size: int
+) -> None:
+    """Compile the network for batches of `batch_size` pairs, if `how` asks for it."""
+    denoiser = components.denoiser
+    first = partial(call_blank, components, model, manifest, batch_size)
+    denoiser.rows, device = 2 * batch_size, denoiser.device
+    graphs = uses_graphs(how, device, denoiser.rows)
+    if not compile_network(denoiser.network, how, first, blocks=model.family.blocks, device=device, graphs=graphs):
+        denoiser.rows = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,7 +154,12 @@ class ShardWorker:
         return (self.manifest.flip and uniform(self.manifest.seed, group, "flip") < 0.5,)
 
     def compute(self, prepared: PreparedShard) -> ShardData:
-        """Encode and invert; pairs with any number that is not finite are quarantined with the reason."""
+        """Encode and invert; pairs with any number that is not finite are quarantined with the reason. Raises
+        OutOfMemory."""
+        with memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE):
+            return self._compute(prepared)
+
+    def _compute(self, prepared: PreparedShard) -> ShardData:
         task, manifest = prepared.task, self.manifest
         seconds = {"read": prepared.seconds}
         skipped = list(prepared.skipped)
@@ -282,27 +299,38 @@ class ShardWorker:
         self.decode.close()
 
 
-def build_worker(model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device) -> ShardWorker:
+def build_worker(
+    model: Model,
+    writer: CacheWriter,
+    settings: PrecomputeSettings,
+    device: torch.device,
+    least: Callable[[int], int] = int,
+) -> ShardWorker:
     """A worker for `device`. The processes that decode images start while the models are loaded and compiled.
 
-    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start.
+    Args:
+        least: of a batch size that fits here the least of all processes' ones; called where the size is to be found.
+
+    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start, OutOfMemory.
     """
     decode = DecodePool(settings.decode_workers)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
             started = beside.submit(decode.start)
-            components = load_components(model, writer.manifest, device)
-            compile_components(components, model, writer.manifest, settings)
+            with memory_in_words(None, otherwise=_OTHERWISE):
+                components = load_components(model, writer.manifest, device)
+            pairs = settings.batch_size
+            if pairs == AUTO:
+                trial = partial(call_blank, components, model, writer.manifest)
+                pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
+            with memory_in_words(pairs, smaller=_SMALLER, otherwise=_OTHERWISE):
+                compile_components(components, model, writer.manifest, settings.compile, pairs)
         started.result()
     except BaseException:
         decode.close()
         raise
     return ShardWorker(
-        components=components,
-        writer=writer,
-        table=TextTable(writer),
-        pairs_per_batch=settings.batch_size,
-        decode=decode,
+        components=components, writer=writer, table=TextTable(writer), pairs_per_batch=pairs, decode=decode
     )
 
 

@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from inpo.common.compiled import compile_network
+from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
@@ -69,6 +69,7 @@ class Trainer:
         self.sample = sample
         self.step = 0
         self._stopping = False
+        self._graphs = False
         self._sums = self._new_sums()
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
@@ -118,9 +119,16 @@ class Trainer:
         bare = accelerator.unwrap_model(self.network)
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
         self.denoiser.rows = 2 * settings.batch_size if sharded else self.stream.num_slots
-        if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
-            self.denoiser.rows = None
-        self.network.zero_grad(set_to_none=True)
+        # DDP and FSDP move gradients while they are made.
+        alone, images = accelerator.num_processes == 1 and not sharded, self.denoiser.rows
+        self._graphs = alone and uses_graphs(settings.compile, accelerator.device, images)
+        for each in self.trained if self._graphs else ():  # which a graph's own gradients are added to
+            each.grad = torch.zeros_like(each)
+        if not compile_network(
+            bare, settings.compile, first, blocks=blocks, device=accelerator.device, graphs=self._graphs, agree=agree
+        ):
+            self.denoiser.rows, self._graphs = None, False
+        self.network.zero_grad(set_to_none=not self._graphs)
 
     def write_start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""
@@ -183,7 +191,7 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     self._clip()
                 self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad(set_to_none=not self._graphs)
         # float16's scaler skips an update whose gradients overflow: the weights are as they were, and so is the rate.
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()

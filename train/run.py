@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
+from inpo.common.batch_size import memory_in_words
 from inpo.common.cache import Cache, open_cache
+from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
-from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
 from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
+from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, beta_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
@@ -50,7 +53,15 @@ class Resolved:
     output: Path
     model: Model
     caches: list[Cache]
-    toml: str
+    sections: Mapping[str, Section]
+
+    @property
+    def toml(self) -> str:
+        return to_toml({**self.sections, "train": self.settings})
+
+    def with_batch_size(self, pairs: int) -> "Resolved":
+        """The same, where the batch size was to be found."""
+        return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
 
 
 def run_train(
@@ -92,10 +103,21 @@ def run_train(
     if accelerator.is_main_process:
         check_parts(model, settings)
     set_seed(settings.seed, device_specific=True)
-    identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
     if chosen is not None:
-        chosen.check_identity(identity)
+        if settings.batch_size == AUTO:  # what was found when the run began
+            resolved = resolved.with_batch_size(chosen.document.identity["batch_size"])
+            settings = resolved.settings
+        chosen.check_identity(run_identity(settings, opened, index, network_dtype, accelerator.num_processes))
+    elif settings.batch_size == AUTO and sharded:
+        raise UsageError(
+            "With FSDP the batch size is not found by trying: one process that is out of memory would leave the others "
+            "waiting.",
+            where="--batch-size",
+            expected="a number",
+            got="auto",
+            fix="`inpo plan` says what one process takes; FSDP divides weights, gradients and optimiser",
+        )
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
@@ -109,8 +131,11 @@ def run_train(
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 
-    network = origin.load_network()
-    trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
+    with memory_in_words(None, otherwise=NO_SMALLER):
+        network = origin.load_network()
+        trained = prepare_network(
+            network, model.family, settings, network_dtype=network_dtype, device=accelerator.device
+        )
     if accelerator.is_main_process:
         check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
@@ -119,6 +144,10 @@ def run_train(
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
     denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
+    if settings.batch_size == AUTO:
+        pairs = fitting_batch(accelerator, denoiser, trained, model, opened[0].manifest, settings)
+        resolved = resolved.with_batch_size(pairs)
+        settings = resolved.settings
 
     stream = RecordStream(
         index,
@@ -164,7 +193,7 @@ def run_train(
         held_out=held_out_batches(
             index, needs, batch_size=settings.batch_size, most_records=settings.held_out_records, seed=settings.seed
         ),
-        identity=identity,
+        identity=run_identity(settings, opened, index, network_dtype, accelerator.num_processes),
         metrics=metrics,
         sample=sample,
     )
@@ -173,8 +202,9 @@ def run_train(
         notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
-        _start(trainer, resolved, index, chosen, say)
-        finished = trainer.run()
+        with memory_in_words(settings.batch_size, smaller=SMALLER, otherwise=NO_SMALLER):
+            _start(trainer, resolved, index, chosen, say)
+            finished = trainer.run()
         if finished:
             _finish(trainer, resolved, say)
         else:
@@ -211,7 +241,7 @@ def _resolve(
         output=settings.output,
         model=model_section.open(),
         caches=opened,
-        toml=to_toml({"model": model_section, "data": data, "train": settings}),
+        sections={"model": model_section, "data": data},
     )
 
 
