@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo precompute train inspect test check bench evidence toyworld-base clean
+.PHONY: help install dev demo precompute train inspect test check bench bench-gpu evidence toyworld-base clean
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
@@ -14,7 +14,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 INPO := .venv/bin/python -m inpo
 
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
-demo test bench evidence: export HF_HUB_OFFLINE = 1
+demo test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
 # Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
 demo evidence toyworld-base: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo evidence toyworld-base: export MALLOC_TRIM_THRESHOLD_ = 8589934592
@@ -76,6 +76,9 @@ check: $(DEV) ## ruff, mypy, import-linter
 
 bench: $(DEV) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
+
+bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (half an hour)
+	.venv/bin/python -m benchmarks.gpu
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
