@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from inpo.common.cache import Cache
-from inpo.common.compiled import compile_network
+from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.models import open_model
 from inpo.train.index import build_index
@@ -53,19 +53,20 @@ def test_two_batch_sizes_make_the_same_cache(
         assert _proof(model, large, device, 6).shift == 0
 
 
+@pytest.mark.parametrize("how", ["blocks", "whole"])
 def test_a_compiled_network_makes_the_same_cache(
-    model: Path, device: torch.device, precompute: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+    how: Any, model: Path, device: torch.device, precompute: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real kernels on a GPU; on a CPU graphs are captured as ever, and run by PyTorch."""
+    """Real kernels on a GPU, of the whole network as a CUDA graph; on a CPU graphs are captured as ever, and run by
+    PyTorch."""
     if device.type == "cpu":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.compiler.reset()
-    eager, compiled = precompute("eager"), precompute("compiled", compile="blocks")
+    eager, compiled = precompute("eager"), precompute("compiled", compile=how)
     _close(eager, compiled)
     assert _proof(model, compiled, device, 3).holds
-    denoiser = _denoiser(model, eager, device)
-    images = 6
-    blank = open_model(str(model)).family.blank(open_model(str(model)).config, images, 32)
+    denoiser, images, opened = _denoiser(model, eager, device), 6, open_model(str(model))
+    blank = opened.family.blank(opened.config, images, 32)
 
     def first() -> None:
         with torch.no_grad():
@@ -75,7 +76,9 @@ def test_a_compiled_network_makes_the_same_cache(
                 blank.to(device),
             )
 
-    assert compile_network(denoiser.network, "blocks", first, blocks=(), device=device)
+    assert compile_network(
+        denoiser.network, how, first, blocks=(), device=device, graphs=uses_graphs(how, device, images)
+    )
     denoiser.rows = images
     assert run_proof(denoiser, build_index([eager], soft=False, held_out=0.0), batch_size=3).holds
 
@@ -94,3 +97,18 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(
 
     assert len(losses(whole)) == len(losses(parts)) == 3
     assert losses(parts) == pytest.approx(losses(whole), rel=0.0 if device.type == "cpu" else 0.02, abs=0.0)
+
+
+def test_compiled_training_is_eager_training_but_for_rounding(
+    device: torch.device, precompute: Callable[..., Cache], train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of a graph are added up in memory of the trainer's own, over two micro-batches."""
+    if device.type == "cpu":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    cache = precompute("cache")
+    runs = [train(how, cache, compile=how, accumulate=2, log_every=1) for how in ("off", "whole")]
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    for eager, compiled in zip(*lines, strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert compiled[name] == pytest.approx(eager[name], rel=0.05, abs=0.01), name
