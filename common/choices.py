@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-InverterName = Literal["ddim", "ab2", "fixed_point", "noise"]
-Profile = Literal["full", "lean"]
+InverterName = Literal["ddim", "ab2", "fixed_point", "noise", "tracked"]
+NOISING: frozenset[InverterName] = frozenset({"noise", "tracked"})
+"""Those that take no step: every grid point is x0 and noise."""
+Profile = Literal["full", "lean", "compact"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "prompt"]
 DtypeName = Literal["float32", "bfloat16", "float16"]

@@ -123,9 +123,10 @@ def _impossible(cache: Cache, files: Mapping[str, int], *, has_model: bool) -> d
     """{check: why it cannot be made on a healthy cache with this manifest}."""
     manifest = cache.manifest
     reasons: dict[str, str] = {}
-    if manifest.profile == "lean":
-        reasons |= {"x_t": "not stored (lean): readers derive it", "x0_t": "not stored (lean)"}
-    if "eps_ref" not in manifest.extra and (manifest.profile == "lean" or not cache.delta_is_reference):
+    if manifest.profile != "full":
+        why = f"not stored ({manifest.profile})"
+        reasons |= {"x_t": f"{why}: readers derive it", "x0_t": why}
+    if "eps_ref" not in manifest.extra and (manifest.profile != "full" or not cache.delta_is_reference):
         reasons["reference_error"] = "needs delta as the reference's prediction, or --extra eps_ref"
     if not label_sets(cache.store):
         reasons["labels"] = "this cache has no label set"

@@ -85,6 +85,16 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             got=settings.group,
             fix="leave out --group or --faithful",
         )
+    if settings.inverter == "tracked":
+        _check_tracked(settings, model)
+    if settings.faithful and settings.profile == "compact":
+        raise UsageError(
+            "--faithful rounds as the released code does.",
+            where="--profile",
+            expected="full or lean",
+            got=settings.profile,
+            fix="choose one of them, or leave out --faithful",
+        )
     return Manifest(
         family=family.name,
         latent_shape=latent_shape,
@@ -113,6 +123,27 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
 _GUIDANCE = "embedded_guidance"
 
 
+def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
+    """Raise UsageError where the noise that an image was made from is not the noise at its levels."""
+    if model.family.space != "velocity":
+        raise UsageError(
+            "An image's own noise is for flow models.",
+            where="--inverter",
+            expected=f"ddim, ab2, fixed_point or noise for {model.family.title}",
+            got="tracked",
+            fix="the paths of other models bend: between an image and its own noise lie points that they never visit, "
+            "and training there was worse than with fresh noise (docs/inversion.md)",
+        )
+    if settings.flip:
+        raise UsageError(
+            "A mirrored image was not made from its noise.",
+            where="--flip",
+            expected="no --flip with --inverter tracked",
+            got="--flip",
+            fix="leave one of them out",
+        )
+
+
 def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[str, float]) -> None:
     """Raise UsageError for an option that this model has no use for."""
     is_flow = model.family.space == "velocity"
@@ -120,7 +151,6 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
         (settings.levels, "--levels", is_flow, "its scheduler has a table of levels"),
         (settings.shift, "--shift", is_flow, "its scheduler has a table of levels"),
         (settings.embedded_guidance, "--embedded-guidance", _GUIDANCE in static, "its network is told no guidance"),
-        (settings.max_tokens, "--max-tokens", model.family.max_tokens is not None, "its text encoders have one length"),
     ):
         if value is not None and not is_used:
             raise UsageError(
@@ -130,15 +160,7 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
                 got=value,
                 fix="leave it out",
             )
-    most = model.family.most_tokens
-    if settings.max_tokens is not None and most is not None and settings.max_tokens > most:
-        raise UsageError(
-            "The model does not take prompts that long.",
-            where="--max-tokens",
-            expected=f"at most {most}",
-            got=settings.max_tokens,
-            fix=f"take {most} or fewer",
-        )
+    model.family.check_tokens(settings.max_tokens)
 
 
 def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:

@@ -5,10 +5,11 @@ prompts --text encoders--> embeddings float16
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Float16, Shaped, UInt8
 from torch import Tensor
 
@@ -37,8 +38,11 @@ class ImageEncoder:
     Mean of the posterior, or a sample whose noise hangs on (seed, image id) alone.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, vae_dtype: str, sample: bool, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, vae: Any, family: Family, *, vae_dtype: str, sample: bool, seed: int, device: torch.device
+    ) -> None:
         self.vae = vae.requires_grad_(False).eval().to(device)
+        self.family = family
         self.vae_dtype = DTYPES[vae_dtype]
         self.sample = sample
         self.seed = seed
@@ -50,6 +54,7 @@ class ImageEncoder:
     ) -> Float16[Tensor, "image c lh lw"]:
         """Not finite where the VAE overflows, for the caller to quarantine."""
         latents: list[Tensor] = []
+        shift, factor = self.family.vae_scale(self.vae)
         together = images_per_vae_call(images[0].shape[-1])
         for first in range(0, len(images), together):
             chunk = slice(first, first + together)
@@ -59,13 +64,12 @@ class ImageEncoder:
                 # TF32 convolutions round as float16 does, to which the latents are rounded anyway, and cost a fraction.
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=True),
             ):
-                posterior = self.vae.encode(batch).latent_dist
-            mean = posterior.mean.float()
+                mean, deviation = self.family.posterior(self.vae, batch)
+            mean = mean.float()
             if self.sample:
                 noise = torch.stack([normal(tuple(mean.shape[1:]), self.seed, each, "vae") for each in ids[chunk]])
-                mean = mean + posterior.std.float() * noise.to(self.device)
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents.append(((mean - shift) * self.vae.config.scaling_factor).half())
+                mean = mean + deviation.float() * noise.to(self.device)
+            latents.append(((mean - shift) * factor).half())
         return torch.cat(latents)
 
 

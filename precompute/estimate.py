@@ -13,12 +13,12 @@ from inpo.common.console import console
 from inpo.common.memory import Need, device_memory
 from inpo.common.models import Model
 from inpo.common.processes import processes
+from inpo.precompute.components import call_blank, compile_components, load_components
 from inpo.precompute.configuration import build_manifest, configure, device_type
 from inpo.precompute.inputs import committed_shards, list_work, print_inputs
 from inpo.precompute.memory import precompute_peak
 from inpo.precompute.plan import Plan, check_disk, make_plan, print_needs, print_plan
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import call_blank, compile_components, load_components
 
 
 def run_plan(

@@ -8,10 +8,13 @@ from accelerate import Accelerator
 from inpo.common.batch_size import find_batch_size
 from inpo.common.cache import Manifest
 from inpo.common.cache.derive import mean_square
+from inpo.common.choices import AUTO
 from inpo.common.denoiser import Denoiser
+from inpo.common.errors import UsageError
 from inpo.common.memory import META, Need, Peak, bytes_of, checkpoint_counted, counting, line, weights_of
 from inpo.common.models import Model
 from inpo.common.recipe import read_recipe, resolve
+from inpo.train.checkpoint import Checkpoint
 from inpo.train.optim import build_optimizer, prepare_network
 from inpo.train.settings import TrainSettings
 
@@ -22,6 +25,23 @@ NO_SMALLER = (
 )
 
 
+def recorded_batch(chosen: Checkpoint | None, *, sharded: bool) -> int:
+    """The batch size that was found when the run began; AUTO if it begins now. Raises UsageError under FSDP, where it
+    cannot be found."""
+    if chosen is not None:
+        return int(chosen.document.identity["batch_size"])
+    if sharded:
+        raise UsageError(
+            "With FSDP the batch size is not found by trying: one process that is out of memory would leave the others "
+            "waiting.",
+            where="--batch-size",
+            expected="a number",
+            got="auto",
+            fix="`inpo plan` says what one process takes; FSDP divides weights, gradients and optimiser",
+        )
+    return AUTO
+
+
 def fitting_batch(
     accelerator: Accelerator,
     denoiser: Denoiser,
@@ -29,16 +49,17 @@ def fitting_batch(
     model: Model,
     manifest: Manifest,
     settings: TrainSettings,
+    sides: int,
 ) -> int:
-    """The largest batch with which a forward and a backward pass fit into every process, beside what the optimiser
-    will hold. Nothing is trained by it. Raises OutOfMemory.
+    """The largest batch, of records with so many sides, with which a forward and a backward pass fit into every
+    process, beside what the optimiser will hold. Nothing is trained by it. Raises OutOfMemory.
     """
     device, network = denoiser.device, denoiser.network
     empty = [torch.nn.Parameter(torch.empty_like(each, device=META)) for each in trained]
     state = _state_bytes(empty, settings, manifest.network_dtype)
 
     def trial(pairs: int) -> None:
-        images = 2 * pairs
+        images = sides * pairs
         blank = model.family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens).to(device)
         x = torch.zeros(images, *manifest.latent_shape, device=device)
         reserve = torch.empty(state, dtype=torch.uint8, device=device)

@@ -1,6 +1,5 @@
 """A training run from resolved settings to the written pipeline."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,19 +22,22 @@ from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, 
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
 from inpo.train.end import check_parts, check_space
+from inpo.train.identity import run_identity
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
-from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch
+from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
+from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
     check_lora,
     check_needs,
+    check_objective,
     check_origin,
     refuse_hard_labels,
     temperature_notes,
@@ -54,6 +56,7 @@ class Resolved:
     model: Model
     caches: list[Cache]
     sections: Mapping[str, Section]
+    """[model] and [data]."""
 
     @property
     def toml(self) -> str:
@@ -62,6 +65,14 @@ class Resolved:
     def with_batch_size(self, pairs: int) -> "Resolved":
         """The same, where the batch size was to be found."""
         return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
+
+    def check(self) -> Needs:
+        """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
+        Returns what is read."""
+        check_installed(self.settings)
+        check_lora(self.settings)
+        check_objective(self.settings)
+        return check_needs(self.caches, OBJECTIVES[self.settings.objective])
 
 
 def run_train(
@@ -73,13 +84,16 @@ def run_train(
     resume: str,
 ) -> int:
     """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
-    resolved = _resolve(recipe, model_flags, caches, flags)
+    train(resolve_run(recipe, model_flags, caches, flags), resume=resume)
+    return 0
+
+
+def train(resolved: Resolved, *, resume: str) -> bool:
+    """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
-    check_installed(settings)
-    check_lora(settings)
+    needs = resolved.check()
     claim_output(resolved.output)
     objective = OBJECTIVES[settings.objective]
-    needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
         check_dtype(cache, settings.dtype)
@@ -88,11 +102,18 @@ def run_train(
     network_dtype = opened[0].manifest.network_dtype
     index = build_index(
         opened,
-        soft=objective.labels == "soft",
+        soft=objective.labels != "hard",
         held_out=settings.held_out,
         labels=settings.labels,
         only=settings.only,
         excluded=settings.except_,
+        swap=settings.swap_labels,
+        reverse_dropped=objective.reverses_dropped,
+        timestep_range=settings.timestep_range,
+        rates=objective.labels == "rates",
+        lists=objective.lists,
+        scores=objective.scores,
+        score_temperature=settings.score_temperature,
     )
     refuse_hard_labels(index, objective)
 
@@ -104,20 +125,11 @@ def run_train(
         check_parts(model, settings)
     set_seed(settings.seed, device_specific=True)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
+    if settings.batch_size == AUTO:
+        resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
+        settings = resolved.settings
     if chosen is not None:
-        if settings.batch_size == AUTO:  # what was found when the run began
-            resolved = resolved.with_batch_size(chosen.document.identity["batch_size"])
-            settings = resolved.settings
         chosen.check_identity(run_identity(settings, opened, index, network_dtype, accelerator.num_processes))
-    elif settings.batch_size == AUTO and sharded:
-        raise UsageError(
-            "With FSDP the batch size is not found by trying: one process that is out of memory would leave the others "
-            "waiting.",
-            where="--batch-size",
-            expected="a number",
-            got="auto",
-            fix="`inpo plan` says what one process takes; FSDP divides weights, gradients and optimiser",
-        )
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
@@ -145,7 +157,8 @@ def run_train(
     ema = _moving_average(accelerator, trained, settings)
     denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
     if settings.batch_size == AUTO:
-        pairs = fitting_batch(accelerator, denoiser, trained, model, opened[0].manifest, settings)
+        widest = max(shard.sides.shape[1] for shard in index.training)
+        pairs = fitting_batch(accelerator, denoiser, trained, model, opened[0].manifest, settings, widest)
         resolved = resolved.with_batch_size(pairs)
         settings = resolved.settings
 
@@ -176,6 +189,7 @@ def run_train(
                 seed=settings.seed,
                 resolution=opened[0].manifest.resolution[0],
                 network_dtype=network_dtype,
+                max_tokens=opened[0].manifest.max_tokens,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(
@@ -205,6 +219,8 @@ def run_train(
         with memory_in_words(settings.batch_size, smaller=SMALLER, otherwise=NO_SMALLER):
             _start(trainer, resolved, index, chosen, say)
             finished = trainer.run()
+        if trainer.overfitted:
+            say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
             _finish(trainer, resolved, say)
         else:
@@ -214,12 +230,13 @@ def run_train(
         if metrics is not None:
             metrics.close()
     accelerator.end_training()
-    return 0
+    return finished
 
 
-def _resolve(
+def resolve_run(
     recipe: Path | None, model_flags: Mapping[str, Any], caches: list[str] | None, flags: Mapping[str, Any]
 ) -> Resolved:
+    """A run's configuration from recipe and flags. Raises UsageError for what does not go together."""
     sections = read_recipe(recipe)
     model_section = resolve(ModelSection, "model", sections, model_flags)
     data = resolve(DataSection, "data", sections, {"cache": caches[0]} if caches else {})
@@ -278,7 +295,7 @@ def _start(
             part = index.of(cache)
             if not part.training:
                 continue
-            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size)
+            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size, weights=trainer.weights)
             if not proof.holds:
                 raise refuse(proof, cache, beta=trainer.beta)
             say(
@@ -288,11 +305,7 @@ def _start(
                 f"{proof.on_logit(proof.limit, trainer.beta)}: {proof.spreads(trainer.beta)}"
             )
     start = trainer.write_start()
-    at_reference = trainer.objective.logistic and not settings.init_from
-    say(
-        f"before the first update: loss {start['loss']:.6f}"
-        + (" (ln 2 = 0.693147 at the reference)" if at_reference else "")
-    )
+    say(f"before the first update: loss {start['loss']:.6f} ({start['at_reference']:.6f} at the reference)")
 
 
 def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) -> None:
@@ -333,45 +346,6 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
     accelerator.wait_for_everyone()
 
 
-def run_identity(
-    settings: TrainSettings, caches: list[Cache], index: Index, network_dtype: str, world_size: int
-) -> dict[str, Any]:
-    """Settings that a checkpoint must share to be resumed: all that change the trajectory."""
-    free = {
-        "output",
-        "steps",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "evaluate_every",
-        "tracker",
-        "sample_every",
-        "sample_prompts",
-        "sample_steps",
-        "sample_guidance",
-        "held_out_records",
-        "compile",
-        "only",
-        "except_",
-        "gradient_checkpointing",
-        "check_finite",
-        "dtype",
-        "caches",
-    }
-    values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
-    if settings.schedule not in ("constant", "constant_with_warmup"):
-        values["steps"] = settings.steps
-    values |= {
-        "beta": beta_of(settings),
-        "network_dtype": network_dtype,
-        "world_size": world_size,
-        "index": index.fingerprint,
-        "caches": [cache.manifest.fingerprints for cache in caches],
-    }
-    normalised: dict[str, Any] = json.loads(json.dumps(values))
-    return normalised
-
-
 def _say_effective(
     say: Any,
     settings: TrainSettings,
@@ -383,14 +357,27 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
+        f"objective {settings.objective}, {_strength(settings)}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )
+    things = "lists" if objective.lists else "pairs"
     say(
-        f"{index.num_pairs} pairs, {index.num_records} records to train on, "
-        f"{sum(len(shard.rows) for shard in index.held_out)} pairs held out; "
+        f"{index.num_pairs} {things}, {index.num_records} records to train on, "
+        f"{sum(len(shard.rows) for shard in index.held_out)} {things} held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
     for line in [*index.unknown, *notes]:
         say(f"note: {line}")
+
+
+def _strength(settings: TrainSettings) -> str:
+    """Beta, the objective's own number, and what else changes the loss, in words."""
+    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
+    if known is not None:
+        words.append(f"{known.name} {parameter_of(settings):g}")
+    if settings.sdpo is not None:
+        words.append(f"sdpo mu {settings.sdpo:g}")
+    if settings.swap_labels:
+        words.append("labels swapped")
+    return ", ".join(words)

@@ -35,6 +35,7 @@ def sample_images(
     seed: int,
     resolution: int,
     network_dtype: str,
+    max_tokens: int | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
     own seed. VAE and text encoders are loaded for this and freed again."""
@@ -54,13 +55,11 @@ def sample_images(
         for number, prompt in enumerate(prompts):
             images += list(
                 pipeline(
-                    prompt,
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
                     output_type="np",
                     height=resolution,
                     width=resolution,
-                    **model.family.draw_arguments,
+                    **model.family.drawing([prompt], guidance, max_tokens),
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.families.base import EMBEDDING, Config
-from inpo.common.families.flow import FlowFamily
+from inpo.common.families.flow import FlowFamily, packed, unpacked
 
 _GUIDANCE = "embedded_guidance"
 
@@ -76,15 +76,13 @@ class Flux(FlowFamily):
         condition: Condition,
         guidance: float | None = None,
     ) -> Float[Tensor, "batch c h w"]:
-        batch, channels, height, width = x.shape
-        rows, columns = height // 2, width // 2
-        packed = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] = torch.arange(rows, device=x.device)[:, None]
         places[..., 2] = torch.arange(columns, device=x.device)
         embedding = condition["embedding"].float()
         output: Tensor = network(
-            hidden_states=packed.reshape(batch, rows * columns, 4 * channels),
+            hidden_states=packed(x),
             timestep=label,
             guidance=None if guidance is None else torch.full_like(label, guidance),
             encoder_hidden_states=embedding,
@@ -93,10 +91,7 @@ class Flux(FlowFamily):
             img_ids=places.reshape(-1, 3),
             return_dict=False,
         )[0]
-        return output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
-
-    def drawn_side(self, pipeline: Any) -> int:
-        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        return unpacked(output, x.shape)
 
 
 FAMILIES = (Flux(),)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inpo.common.errors import OutOfMemory
-from inpo.precompute.worker import Components
+from inpo.precompute.components import Components
 
 
 def _memory_for(images: int) -> Callable[[Components], None]:

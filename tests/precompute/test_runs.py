@@ -17,10 +17,10 @@ import torch
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, UsageError
 from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
-from inpo.precompute.worker import Components
 from tests.precompute.conftest import Runs
 
 
