@@ -11,10 +11,10 @@ from inpo.common.choices import (
     MAX_TIMESTEPS,
     NOISING,
     DensityName,
-    DtypeName,
     ExtraName,
     GroupName,
     InverterName,
+    NetworkDtypeName,
     Profile,
 )
 from inpo.common.recipe import Section
@@ -79,8 +79,8 @@ class CacheSettings(Section):
     """What is taken of the VAE's posterior."""
     measure_inversion: float = Field(0.02, ge=0.0, le=1.0)
     """Share of the pairs whose round trip is measured."""
-    dtype: DtypeName | None = None
-    """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
+    dtype: NetworkDtypeName | None = None
+    """Network dtype, with -int8 of a quantised one; unset: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
 

@@ -257,7 +257,9 @@ def _check_relabel(
         ),
     ):
         if wrong:
-            raise UsageError("These options do not go together.", where=where, expected=expected, fix=fix)
+            raise UsageError(
+                "An option is missing, or two do not go together.", where=where, expected=expected, fix=fix
+            )
 
 
 def _say_set(

@@ -15,6 +15,7 @@ from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
 from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING
 from inpo.common.cache.store import digest
+from inpo.common.denoiser import compute_name
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
 from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard, check_texts
@@ -370,7 +371,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
     chosen = choose_pairs(table, num_sampled, among=np.isin(table.shard, healthy))
     if not len(chosen):
         return
-    dtype = cache.manifest.network_dtype
+    dtype = compute_name(cache.manifest.network_dtype)
     verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
     for again in reinvert(cache, table, chosen, load_denoiser(cache, model)):
         findings = verification.findings

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inpo.common.cache.schema import LevelTables, Manifest
 from inpo.common.choices import DtypeName
-from inpo.common.denoiser import default_dtype
+from inpo.common.denoiser import check_quantiser, compute_name, default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_distinct, check_settings
 from inpo.common.levels import TimeSettings
@@ -76,7 +76,8 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     )
     check_distinct(levels, settings.grid_points)
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
-    vae_dtype: DtypeName = "float32" if vae.get("force_upcast", True) else network_dtype
+    check_quantiser(network_dtype)
+    vae_dtype = "float32" if vae.get("force_upcast", True) else compute_name(network_dtype)
     if settings.faithful and settings.group != "pair":
         raise UsageError(
             "--faithful draws its noise by pair.",
@@ -111,7 +112,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         crop=settings.crop,
         flip=settings.flip,
         vae_latent=settings.vae_latent,
-        vae_dtype=vae_dtype,
+        vae_dtype=cast(DtypeName, vae_dtype),
         network_dtype=network_dtype,
         measure_inversion=settings.measure_inversion,
         inverter=identity,

@@ -39,7 +39,6 @@ def train(
     """
     from inpo.common.errors import UsageError
     from inpo.train.run import run_train
-    from inpo.train.sweep import run_sweep
 
     flags = dict(given[TrainSettings])
     caches = flags.pop("caches", None)
@@ -49,6 +48,8 @@ def train(
                 "There is no sweep to score.", where="--sweep-scorer", fix="pass --sweep FILE, or leave it out"
             )
         raise typer.Exit(run_train(recipe, given[ModelSection], caches, flags, resume=resume))
+    from inpo.train.sweep import run_sweep
+
     if resume not in ("auto", "never"):
         raise UsageError("A sweep has no one checkpoint.", where="--resume", expected="auto or never", got=resume)
     raise typer.Exit(run_sweep(sweep, recipe, given[ModelSection], caches, flags, scorers=sweep_scorer, resume=resume))

@@ -15,7 +15,7 @@ from inpo.common.cache.labels import read_label_shards
 from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.common.seeding import stable_hash, uniform
 from inpo.common.text import read_text, text_lines
-from inpo.train.selection import IndexedShard, PairsOfShard, Selection
+from inpo.train.selection import IndexedShard, PairsOfShard, RecordSelection
 
 _THREADS = 16
 
@@ -55,9 +55,9 @@ def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **other
     Held-out pairs are chosen by the hash of the prompt alone (without case and blanks), so that a prompt is never on
     both sides and runs of other seeds hold out the same ones. With hard labels a record at 0.5 is left out, and of
     lists one that prefers nobody. Raises UsageError for a list of pair ids that cannot be read or names no pair of the
-    caches, CacheIncomplete for labels or scores that are not there. `others`: more of a Selection.
+    caches, CacheIncomplete for labels or scores that are not there. `others`: more of a RecordSelection.
     """
-    selection = Selection(soft=soft, held_out=held_out, **others)
+    selection = RecordSelection(soft=soft, held_out=held_out, **others)
     check_one_run(caches)
     lists = {
         "--only": (selection.only, _read_list(selection.only, "--only")),

@@ -10,6 +10,7 @@ from inpo.common.cache import Cache
 from inpo.common.cache.identity import same_levels
 from inpo.common.cache.labels import SMPO_TEMPERATURE, label_settings
 from inpo.common.cache.schema import LevelTables
+from inpo.common.denoiser import check_quantiser, is_quantised
 from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index
@@ -44,6 +45,19 @@ def check_lora(settings: TrainSettings) -> None:
                 got="0",
                 fix="pass --lora-rank as well, or leave it out",
             )
+
+
+def check_quantised(network_dtype: str, settings: TrainSettings) -> None:
+    """Raise UsageError for a cache of a quantised network that is to be trained whole: no weight of it can move."""
+    check_quantiser(network_dtype)
+    if is_quantised(network_dtype) and not settings.lora_rank:
+        raise UsageError(
+            "The cache is of a network with quantised weights, which are not trained.",
+            where="--lora-rank",
+            expected=f"LoRA layers over the network of dtype {network_dtype}",
+            got="0: full fine-tuning",
+            fix="pass --lora-rank, or precompute with another --dtype",
+        )
 
 
 def check_objective(settings: TrainSettings) -> None:

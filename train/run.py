@@ -39,6 +39,7 @@ from inpo.train.requirements import (
     check_needs,
     check_objective,
     check_origin,
+    check_quantised,
     refuse_hard_labels,
     temperature_notes,
 )
@@ -100,6 +101,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
     network_dtype = opened[0].manifest.network_dtype
+    check_quantised(network_dtype, settings)
     index = build_index(
         opened,
         soft=objective.labels != "hard",

@@ -15,7 +15,7 @@ from inpo.train.lists import advantages, by_score, preferences, win_rates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class RecordSelection:
     """Which records of the caches are used, and what is made of their labels and scores."""
 
     soft: bool
@@ -103,7 +103,7 @@ class IndexedShard:
 class PairsOfShard:
     """The pairs of a shard with their labels and scores, before it is decided which are used."""
 
-    def __init__(self, shard: Shard, selection: Selection, labels: LabelSet | None) -> None:
+    def __init__(self, shard: Shard, selection: RecordSelection, labels: LabelSet | None) -> None:
         self.shard = shard
         self.selection = selection
         self.ids = [str(pair_id) for pair_id in shard.read("pair/id")]

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import BatchSize, CompileName, DtypeName
+from inpo.common.choices import BatchSize, CompileName, NetworkDtypeName
 from inpo.common.recipe import LocalPath, Location, Section
 
 ObjectiveName = Literal[
@@ -97,7 +97,7 @@ class TrainSettings(Section):
     """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
     s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."""
 
-    dtype: DtypeName | None = None
+    dtype: NetworkDtypeName | None = None
     """Network dtype, which must be the cache's: the stored reference errors belong to it."""
     init_from: Location | None = None
     """Start from another model's network than the cache's reference; unset: from the reference."""

@@ -18,9 +18,10 @@ from inpo.common.processes import processes
 from inpo.common.recipe import read_recipe, resolve
 from inpo.common.scorer import load_scorer
 from inpo.common.text import read_text
+from inpo.train.output import claim_output
 from inpo.train.run import Resolved, resolve_run, train
 from inpo.train.settings import TrainSettings
-from inpo.train.sweep_page import Outcome, markdown, page
+from inpo.train.sweep_page import SweepRow, markdown, page
 from inpo.train.sweep_samples import SampleJudge
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -119,6 +120,7 @@ def run_sweep(
     """Train every run of `file` below --output; returns the exit code, 1 if one of them failed."""
     planned = read_sweep(file)
     base = resolve_run(recipe, model_flags, caches, flags)
+    claim_output(base.output)
     sections = read_recipe(recipe)
     runs: dict[str, Resolved] = {}
     for each in planned:
@@ -137,7 +139,7 @@ def run_sweep(
             got=0,
             fix="pass --sample-every as well, or leave --sweep-scorer out",
         )
-    main, outcomes = processes().is_main_process, []
+    main, rows = processes().is_main_process, []
     judge = SampleJudge(judges if main else (), runs)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if main:
@@ -156,16 +158,14 @@ def run_sweep(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if main:
-            outcomes.append(Outcome.read(name, run, failed=failed))
+            rows.append(SweepRow.read(name, run, failed=failed))
     if not main:
         return 0
     compared = judge.compare()
-    outcomes = [replace(each, scores=compared.get(each.name, {})) for each in outcomes]
-    table = markdown(outcomes)
+    rows = [replace(each, scores=compared.get(each.name, {})) for each in rows]
+    table = markdown(rows)
     write_file(base.output / "sweep.md", table.encode())
-    write_file(
-        base.output / "sweep.json", (json.dumps([each.to_json() for each in outcomes], indent=1) + "\n").encode()
-    )
-    write_file(base.output / "sweep.html", page(outcomes).encode())
+    write_file(base.output / "sweep.json", (json.dumps([each.to_json() for each in rows], indent=1) + "\n").encode())
+    write_file(base.output / "sweep.html", page(rows).encode())
     print(f"\n{table}\ntable and page in {base.output}")
-    return int(any(each.failed for each in outcomes))
+    return int(any(each.failed for each in rows))

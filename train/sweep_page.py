@@ -18,7 +18,7 @@ _ALIKE = "Margins, losses and advantages compare only between runs of one beta a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class SweepRow:
     """One run of a sweep."""
 
     name: str
@@ -32,7 +32,7 @@ class Outcome:
     scores: Mapping[str, SampleScore] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, name: str, run: Resolved, *, failed: str | None) -> "Outcome":
+    def read(cls, name: str, run: Resolved, *, failed: str | None) -> "SweepRow":
         """From what the run left behind."""
         file, settings = run.output / "metrics.jsonl", run.settings
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -77,8 +77,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _scorers(outcomes: Sequence[Outcome]) -> list[str]:
-    return list(dict.fromkeys(name for each in outcomes for name in each.scores))
+def _scorers(rows: Sequence[SweepRow]) -> list[str]:
+    return list(dict.fromkeys(name for each in rows for name in each.scores))
 
 
 def _heads(scorers: Sequence[str]) -> list[str]:
@@ -90,26 +90,24 @@ def _heads(scorers: Sequence[str]) -> list[str]:
     ]
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
+def markdown(rows: Sequence[SweepRow]) -> str:
     """The table, and what it does not compare."""
-    scorers = _scorers(outcomes)
+    scorers = _scorers(rows)
     heads = _heads(scorers)
-    rows = [heads, ["---"] * len(heads), *(each.cells(scorers) for each in outcomes)]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    cells = [heads, ["---"] * len(heads), *(each.cells(scorers) for each in rows)]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
     return "\n".join([*lines, "", _ALIKE, ""])
 
 
-def page(outcomes: Sequence[Outcome]) -> str:
+def page(rows: Sequence[SweepRow]) -> str:
     """The table, the held-out curves and each run's last samples."""
-    scorers = _scorers(outcomes)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in each.cells(scorers))}</tr>" for each in outcomes
-    )
+    scorers = _scorers(rows)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in each.cells(scorers))}</tr>" for each in rows)
     heads = "".join(f"<th>{escape(head)}</th>" for head in _heads(scorers))
-    parts = [f"<table><tr>{heads}</tr>{rows}</table>", f"<p>{escape(_ALIKE)}</p>"]
-    if any(each.held_out for each in outcomes):
-        parts.append(f'<img alt="held-out accuracy by step" src="{_picture(_curves(outcomes))}">')
-    for each in outcomes:
+    parts = [f"<table><tr>{heads}</tr>{body}</table>", f"<p>{escape(_ALIKE)}</p>"]
+    if any(each.held_out for each in rows):
+        parts.append(f'<img alt="held-out accuracy by step" src="{_picture(_curves(rows))}">')
+    for each in rows:
         file = last_sample(each.output)
         if file is not None:
             parts.append(f"<h2>{escape(each.name)}, {file.stem}</h2>")
@@ -126,13 +124,13 @@ def _picture(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _curves(outcomes: Sequence[Outcome]) -> bytes:
+def _curves(rows: Sequence[SweepRow]) -> bytes:
     """Held-out accuracy by step, with one standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for each in outcomes:
+    for each in rows:
         if each.held_out:
             axes.errorbar(
                 [point.step for point in each.held_out],

@@ -39,7 +39,7 @@ class Flux(FlowFamily):
 
     def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
         """The transformer rounds the time to its dtype, multiplies by 1000 and rounds again: multiples of 8 stay."""
-        return None if network_dtype == "float32" else torch.arange(1, 125, dtype=torch.float64) / 125
+        return None if network_dtype.startswith("float32") else torch.arange(1, 125, dtype=torch.float64) / 125
 
     def static(self, config: Callable[[str], Config]) -> dict[str, float]:
         """At 1 a network with guidance distilled into it is nearest to the mean that the errors assume."""

@@ -49,7 +49,7 @@ class QwenImage(FlowFamily):
 
     def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
         """The transformer rounds the time to its dtype and scales it in float32: what has 8 bits stays."""
-        return None if network_dtype == "float32" else torch.arange(1, 256, dtype=torch.float64) / 256
+        return None if network_dtype.startswith("float32") else torch.arange(1, 256, dtype=torch.float64) / 256
 
     # The VAE, of video: an image is one frame, and each channel has a mean and a deviation of its own.
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from inpo.common.cache import open_cache
 from inpo.common.conditions import Condition
-from inpo.common.errors import ModelError
+from inpo.common.errors import CacheMismatch, ModelError
 from inpo.common.families import BY_PIPELINE
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
@@ -45,8 +45,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cache of images that are not square, under prompts of two lengths."""
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images that are not square, under prompts of two lengths."""
     place = tmp_path_factory.mktemp("pairs")
     rows = []
     for row in range(3):
@@ -55,11 +55,19 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             Image.fromarray(pixels if side == "win" else pixels[::-1]).save(place / f"{row}-{side}.png")
         rows.append({"win": f"{row}-win.png", "lose": f"{row}-lose.png", "prompt": PROMPTS[row % 2]})
     (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cache = str(tmp_path_factory.mktemp("cache") / "c")
-    settings = {"resolution": 48, "grid_points": 4, "timesteps_per_pair": 4, "decode_workers": 0}
-    sections = ({"model": str(folder)}, {"pairs": str(place), "cache": cache}, settings)
+    return str(place)
+
+
+def precompute(folder: Path, pairs: str, cache: str, **settings: Any) -> str:
+    settings = {"resolution": 48, "grid_points": 4, "timesteps_per_pair": 4, "decode_workers": 0, **settings}
+    sections = ({"model": str(folder)}, {"pairs": pairs, "cache": cache}, settings)
     assert run_precompute(None, *sections, ray_options=RayOptions(), dry_run=False) == 0
     return cache
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, pairs: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return precompute(folder, pairs, str(tmp_path_factory.mktemp("cache") / "c"))
 
 
 Step = tuple[torch.Tensor, float, torch.Tensor]
@@ -169,6 +177,26 @@ def test_the_cache_is_verified_inverted_again_and_shown(made: str, folder: Path)
             decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(vae_preview(cache, model)(x0) / 255 - expected).max() < 0.01
+
+
+def test_prompts_are_stored_by_their_length_and_cut_where_the_cache_says(
+    folder: Path, pairs: str, made: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CacheMismatch, match="max_tokens"):
+        precompute(folder, pairs, made, max_tokens=64)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    encoded = [pipeline.encode_prompt(prompt, device="cpu")[0][0] for prompt in PROMPTS]
+    wanted = [len(each.reshape(-1, each.shape[-1])) for each in encoded]
+    for location, most in ((made, 512), (precompute(folder, pairs, str(tmp_path / "short"), max_tokens=9), 9)):
+        cache = open_cache(location)
+        (shard,) = cache
+        text = cache.texts.need(next(name for name in shard.commit.texts if name != "empty"))
+        lengths = dict(zip(text.text, text.read_stored("length").tolist(), strict=True))
+        assert lengths == {prompt: min(most, tokens) for prompt, tokens in zip(PROMPTS, wanted, strict=True)}
+        assert text.read_stored("embedding").shape[1] == min(most, max(wanted))
+        assert [text.text[row] for row in text.commit.cut] == [
+            prompt for prompt in text.text if wanted[PROMPTS.index(prompt)] > most
+        ]
 
 
 def test_the_network_alone_from_a_single_file(any_folder: Path, tmp_path: Path) -> None:
