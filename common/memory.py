@@ -18,7 +18,7 @@ from torch.fx.experimental import _config as symbolic
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from inpo.common.denoiser import DTYPES
+from inpo.common.denoiser import compute_dtype, is_quantised
 from inpo.common.tensor_watch import TensorWatch
 
 META = torch.device("meta")
@@ -47,7 +47,8 @@ class _Counting(TorchFunctionMode):
 
     def __init__(self, network_dtype: str, device_type: str, tokens: int) -> None:
         super().__init__()
-        self.dtype = None if network_dtype == "float32" else DTYPES[network_dtype]
+        dtype = compute_dtype(network_dtype)
+        self.dtype = None if dtype == torch.float32 else dtype
         self.float32 = FLOAT32.get(device_type, frozenset())
         self.tokens = tokens
 
@@ -118,9 +119,16 @@ def bytes_of(tensors: Iterator[Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def weights_of(network: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return bytes_of(network.parameters()) + bytes_of(network.buffers())
+def weights_of(network: nn.Module, network_dtype: str = "float32") -> int:
+    """Bytes of parameters and buffers; in a quantised dtype with one for each frozen weight of a linear layer, and a
+    scale for each row."""
+    whole = bytes_of(network.parameters()) + bytes_of(network.buffers())
+    if not is_quantised(network_dtype):
+        return whole
+    frozen = [
+        each.weight for each in network.modules() if isinstance(each, nn.Linear) and not each.weight.requires_grad
+    ]
+    return whole - sum(each.numel() * (each.element_size() - 1) - len(each) * each.element_size() for each in frozen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import torch
 
 from inpo.common.cache import Manifest
-from inpo.common.denoiser import prepare_for_inference
+from inpo.common.denoiser import compute_name, prepare_for_inference
 from inpo.common.memory import META, Peak, counting, line, weights_of
 from inpo.common.models import Model
 from inpo.precompute.encode import PROMPTS_PER_TEXT_CALL, images_per_vae_call
@@ -13,8 +13,8 @@ def precompute_peak(model: Model, manifest: Manifest, *, device_type: str = "cud
     """Of the phase of images; what the VAE and the phase of texts take is its `elsewhere`."""
     family, dtype = model.family, manifest.network_dtype
     network, vae = model.empty_component(family.network), model.empty_component("vae")
-    prepare_for_inference(network, network_dtype=dtype, device=META)
-    weights = weights_of(network) + weights_of(vae)
+    prepare_for_inference(network, network_dtype=compute_name(dtype), device=META)
+    weights = weights_of(network, dtype) + weights_of(vae)
     call, tokens = family.bound(manifest.static), manifest.max_tokens or 1
 
     @torch.inference_mode()

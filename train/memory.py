@@ -9,7 +9,7 @@ from inpo.common.batch_size import find_batch_size
 from inpo.common.cache import Manifest
 from inpo.common.cache.derive import mean_square
 from inpo.common.choices import AUTO
-from inpo.common.denoiser import Denoiser
+from inpo.common.denoiser import Denoiser, compute_name
 from inpo.common.errors import UsageError
 from inpo.common.memory import META, Need, Peak, bytes_of, checkpoint_counted, counting, line, weights_of
 from inpo.common.models import Model
@@ -95,7 +95,7 @@ def train_peak(model: Model, manifest: Manifest, settings: TrainSettings, *, dev
     family, dtype = model.family, manifest.network_dtype
     tokens = manifest.max_tokens or 1
     network = model.empty_component(family.network)
-    trained = prepare_network(network, family, settings, network_dtype=dtype, device=META)
+    trained = prepare_network(network, family, settings, network_dtype=compute_name(dtype), device=META)
     if settings.gradient_checkpointing:
         checkpoint_counted(network, dtype, tokens=tokens, device_type=device_type)
     call = family.bound(manifest.static)
@@ -112,7 +112,7 @@ def train_peak(model: Model, manifest: Manifest, settings: TrainSettings, *, dev
 
     fixed, per_image = line(count)
     return Peak(
-        weights=weights_of(network),
+        weights=weights_of(network, dtype),
         optimizer=_state_bytes(trained, settings, dtype) + (bytes_of(iter(trained)) if settings.ema else 0),
         gradients=bytes_of(iter(trained)),
         fixed=fixed,

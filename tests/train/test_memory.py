@@ -112,6 +112,19 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     assert Peak(weights=1, per_image=1.0, elsewhere=500).most_images(500) == 0
 
 
+def test_quantised_weights_are_a_byte_each(world: Any) -> None:
+    """Of linear layers; a row of them has a scale in the dtype."""
+    told = TrainSettings(lora_rank=4)
+    plain, quantised = (
+        train_peak(world.model, _manifest(world.model, "bfloat16").model_copy(update={"network_dtype": dtype}), told)
+        for dtype in ("bfloat16", "bfloat16-int8")
+    )
+    layers = [each.weight for each in world.model.load_network().modules() if isinstance(each, torch.nn.Linear)]
+    saved = sum(each.numel() - 2 * len(each) for each in layers)
+    assert plain.weights - quantised.weights == saved > 0
+    assert (plain.optimizer, plain.per_image) == (quantised.optimizer, quantised.per_image)
+
+
 def test_the_model_folder_is_all_that_is_read(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan for a model that fits no memory here."""
     monkeypatch.setattr(Model, "load_component", lambda *arguments: pytest.fail("weights were read"))
