@@ -18,7 +18,7 @@ from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import ReleasedLoop
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.train.objectives import inpo
+from inpo.train.objectives import OBJECTIVES
 
 
 @dataclass(kw_only=True, eq=False)
@@ -100,7 +100,7 @@ class OnlineLoop:
             reference_error = mean_square(target - self.reference(x_t, timestep, condition))
         error = mean_square(target - self.trained(x_t, timestep, condition))
         pairs = len(x_t) // 2
-        result = inpo(
+        result = OBJECTIVES["inpo"].function(
             error.unflatten(0, (pairs, 2)),
             reference_error.unflatten(0, (pairs, 2)),
             torch.ones(pairs, device=x_t.device),

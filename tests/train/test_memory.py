@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inpo.common.cache import Manifest
+from inpo.common.conditions import Condition
 from inpo.common.memory import META, Peak, bytes_of, counting
 from inpo.common.models import Model
 from inpo.common.tensor_watch import TensorWatch
@@ -39,7 +40,10 @@ def _saved(model: Model, manifest: Manifest, device: torch.device, images: int) 
             kept[storage._cdata] = storage
         return tensor
 
-    blank = model.family.blank(model.config, images, 32, manifest.max_tokens).to(device)
+    blank = model.family.blank(model.config, images, 32, manifest.max_tokens)
+    if "length" in blank:  # the longest prompts, as what is counted has them
+        blank = Condition(**{**blank, "length": torch.full_like(blank["length"], manifest.max_tokens or 1)})
+    blank = blank.to(device)
     x, label = torch.zeros(images, *manifest.latent_shape, device=device), torch.zeros(images, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.family.bound(manifest.static)(network, x, label, blank)
