@@ -27,7 +27,7 @@ from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of, strength_of
+from inpo.train.objectives import OBJECTIVES, Objective, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, model_card, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
