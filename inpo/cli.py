@@ -22,7 +22,7 @@ from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.precompute.cli import plan, precompute
 from inpo.toyworld.cli import app as toyworld_app
-from inpo.train.cli import export, train
+from inpo.train.cli import export, push, train
 
 app = typer.Typer(
     name="inpo",
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.command()(precompute)
 app.command()(train)
 app.command()(export)
+app.command()(push)
 app.command()(plan)
 app.command()(relabel)
 app.add_typer(inspect_app, name="inspect")

@@ -62,3 +62,22 @@ def export(
         from inpo.train.export import export_single_file
 
         print(export_single_file(run, single_file, dtype=dtype))
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished run.", callback=home)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private one.", show_default="off")] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="The hub's short name of the licence, for instance openrail.", show_default="the base's"),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `inpo evaluate compare --out`: its picture and scores.", callback=home),
+    ] = None,
+) -> None:
+    """Upload a run's pipeline or LoRA files to the Hugging Face hub, with a card: usage, images, scores, recipe."""
+    from inpo.train.push import push as push_run
+
+    print(push_run(run, repository, private=private, license=license, compare=compare))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from inpo.common.cache import Cache
 from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.models import Model
@@ -48,28 +47,3 @@ def write_output(network: nn.Module, model: Model, output: Path, *, card: str, l
     if lora:
         save_kohya(layers, model, output)
     return final
-
-
-def model_card(start: str, model: Model, caches: list[Cache], *, configuration: str, step: int, lora: bool) -> str:
-    """A model card with the resolved configuration and the caches' fingerprints. `start`: whose weights were trained,
-    the reference's or those of --init-from."""
-    tags = "lora" if lora else model.family.tag
-    lines = [
-        "---",
-        "library_name: diffusers",
-        f"base_model: {start}",
-        f"tags: [text-to-image, preference-alignment, inpo, {tags}]",
-        "---",
-        "",
-        f"# {Path(model.name).name}, aligned with InPO cache",
-        "",
-        f"Trained for {step} optimiser steps from `{start}` on cached inversions (DDIM-InPO, arXiv 2503.18454);",
-        f"the reference is `{model.name}`.",
-        "",
-        "## Caches",
-        "",
-    ]
-    for cache in caches:
-        lines.append(f"- `{cache.location}`: {cache.num_pairs} pairs, {cache.num_records} records")
-        lines += [f"  - {name}: `{value}`" for name, value in sorted(cache.manifest.fingerprints.items())]
-    return "\n".join([*lines, "", "## Configuration", "", "```toml", configuration.rstrip(), "```", ""])

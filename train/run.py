@@ -17,17 +17,19 @@ from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
-from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
+from inpo.train.card import model_card
 from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, beta_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
-from inpo.train.output import claim_output, model_card, write_output
+from inpo.train.output import claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
+from inpo.train.push import claim_repository, push
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
@@ -50,7 +52,11 @@ class Resolved:
     output: Path
     model: Model
     caches: list[Cache]
-    toml: str
+    sections: dict[str, Section]
+
+    @property
+    def toml(self) -> str:
+        return to_toml(self.sections)
 
 
 def run_train(
@@ -91,6 +97,8 @@ def run_train(
     say = accelerator.print
     if accelerator.is_main_process:
         check_parts(model, settings)
+        if settings.push_to_hub:
+            claim_repository(settings.push_to_hub)
     set_seed(settings.seed, device_specific=True)
     identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
@@ -211,7 +219,7 @@ def _resolve(
         output=settings.output,
         model=model_section.open(),
         caches=opened,
-        toml=to_toml({"model": model_section, "data": data, "train": settings}),
+        sections={"model": model_section, "data": data, "train": settings},
     )
 
 
@@ -295,11 +303,13 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             resolved.settings.init_from or resolved.model.name,
             resolved.model,
             resolved.caches,
-            configuration=resolved.toml,
+            sections=resolved.sections,
             step=trainer.step,
             lora=lora,
         )
         say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, lora=lora)}")
+        if repository := resolved.settings.push_to_hub:
+            say(f"pushed {push(resolved.output, repository, private=False, license=None, compare=None)}")
     accelerator.wait_for_everyone()
 
 
@@ -315,6 +325,7 @@ def run_identity(
         "keep_last",
         "evaluate_every",
         "tracker",
+        "push_to_hub",
         "sample_every",
         "sample_prompts",
         "sample_steps",

@@ -74,7 +74,7 @@ def test_lora_on_top_of_another_start_belongs_to_that_model(
 ) -> None:
     other = make_world(seed=1).model.folder
     output = run(steps=1, lora_rank=2, init_from=str(other), learning_rate=1e-1)
-    assert f"base_model: {other}" in (output / "lora" / "README.md").read_text()
+    assert f"from `{other.name}` on cached inversions" in (output / "lora" / "README.md").read_text()
     file = export_single_file(output, tmp_path / "merged.safetensors", dtype="float32")
     merged, base = (
         load_file(file),
