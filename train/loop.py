@@ -123,13 +123,16 @@ class Trainer:
         self.network.zero_grad(set_to_none=True)
 
     def write_start(self) -> dict[str, Any]:
-        """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""
+        """The first line of metrics.jsonl, before any update, on the first micro-batch, which is used again; and the
+        first samples, which show what training begins with."""
         sums = self._new_sums()
         batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
             sums.add(self.losses(batch), batch.record_timestep)
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
+        if self.sample is not None:
+            self.sample(0)
         return values
 
     def run(self) -> bool:

@@ -142,7 +142,12 @@ def run_train(
     if accelerator.is_main_process:
         write_file(resolved.output / "recipe.toml", resolved.toml)
         metrics = MetricsWriter(
-            resolved.output, tracker=settings.tracker, resumed_step=step, config=settings.model_dump(mode="json")
+            resolved.output,
+            tracker=settings.tracker,
+            resumed_step=step,
+            config=settings.model_dump(mode="json"),
+            project=settings.project,
+            name=settings.run_name,
         )
         if settings.sample_every:
             draw = partial(
@@ -325,6 +330,8 @@ def run_identity(
         "keep_last",
         "evaluate_every",
         "tracker",
+        "project",
+        "run_name",
         "push_to_hub",
         "sample_every",
         "sample_prompts",

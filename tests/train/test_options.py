@@ -108,6 +108,24 @@ def test_training_goes_on_where_compiling_fails(
     assert "no compiler here" in said
 
 
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **options: asked.append(options) or SimpleNamespace())
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    output = tmp_path / "my-run"
+    for step, named in ((0, {}), (5, {}), (9, {"project": "p", "name": "n"}), (0, {})):
+        MetricsWriter(output, tracker="wandb", resumed_step=step, config={}, **named)
+    first, second, third, anew = asked
+    assert (first["project"], first["name"]) == ("inpo", "my-run")
+    assert (third["project"], third["name"]) == ("p", "n")
+    assert first["id"] == second["id"] == third["id"] != anew["id"]
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    MetricsWriter(output, tracker="wandb", resumed_step=9, config={})
+    assert asked[-1]["project"] == "theirs"
+
+
 def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, dict[str, Any]]] = []
     ended = []
