@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo precompute train inspect test check bench evidence toyworld-base clean
+.PHONY: help install dev demo demo-flow precompute train inspect test check bench evidence toyworld-base toyworld-flow clean
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
@@ -13,11 +13,13 @@ DEV       := .venv/.dev
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPO := .venv/bin/python -m inpo
 
+demo: TOY := base
+demo-flow: TOY := flow
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
-demo test bench evidence: export HF_HUB_OFFLINE = 1
+demo demo-flow test bench evidence: export HF_HUB_OFFLINE = 1
 # Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
-demo evidence toyworld-base: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-demo evidence toyworld-base: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,23 +39,25 @@ install: $(INSTALLED) ## create .venv with what `inpo` needs
 
 dev: $(DEV) ## and with what the checks, tests and benchmarks need besides
 
-demo: $(INSTALLED) ## the whole job on a toy world: pairs, precompute, train, compare
+demo: ## the whole job on a toy world: pairs, precompute, train, compare
+demo-flow: ## the same with a rectified flow in place of the UNet
+demo demo-flow: $(INSTALLED)
 	@printf '\n== 1/5  preference pairs, made with the base model\n'
-	$(INPO) toyworld pairs --out runs/demo/pairs --pairs $(DEMO_PAIRS) --seed 0
-	$(INPO) toyworld prompts --split test --limit $(DEMO_PROMPTS) --out runs/demo/test-prompts.txt
+	$(INPO) toyworld pairs --model $(TOY) --out runs/$@/pairs --pairs $(DEMO_PAIRS) --seed 0
+	$(INPO) toyworld prompts --split test --limit $(DEMO_PROMPTS) --out runs/$@/test-prompts.txt
 	@printf '\n== 2/5  precompute: invert every pair once\n'
-	$(INPO) precompute --recipe recipes/demo.toml
+	$(INPO) precompute --recipe recipes/$@.toml
 	@printf '\n== 3/5  train: stream the cache\n'
-	$(INPO) train --recipe recipes/demo.toml
+	$(INPO) train --recipe recipes/$@.toml
 	@printf '\n== 4/5  images of base and trained model for held-out captions, same seeds\n'
-	$(INPO) evaluate generate --recipe recipes/demo.toml --model toyworld/base --out runs/demo/images/base
-	$(INPO) evaluate generate --recipe recipes/demo.toml --model runs/demo/train/pipeline --out runs/demo/images/trained
+	$(INPO) evaluate generate --recipe recipes/$@.toml --model toyworld/$(TOY) --out runs/$@/images/base
+	$(INPO) evaluate generate --recipe recipes/$@.toml --model runs/$@/train/pipeline --out runs/$@/images/trained
 	@printf '\n== 5/5  does it align?\n'
-	$(INPO) inspect pair runs/demo/cache --first --model toyworld/base --out runs/demo/pair.png
-	$(INPO) evaluate compare --recipe recipes/demo.toml runs/demo/images/base runs/demo/images/trained --out runs/demo/compare
-	@printf '\nwhere:  runs/demo/compare (table and before/after picture), runs/demo/pair.png (one cached pair),\n'
-	@printf '        runs/demo/cache, runs/demo/train/pipeline (load it with diffusers)\n'
-	@printf 'next:   make inspect; .venv/bin/tensorboard --logdir runs/demo/train; docs/data.md for your own pairs\n'
+	$(INPO) inspect pair runs/$@/cache --first --model toyworld/$(TOY) --out runs/$@/pair.png
+	$(INPO) evaluate compare --recipe recipes/$@.toml runs/$@/images/base runs/$@/images/trained --out runs/$@/compare
+	@printf '\nwhere:  runs/$@/compare (table and before/after picture), runs/$@/pair.png (one cached pair),\n'
+	@printf '        runs/$@/cache, runs/$@/train/pipeline (load it with diffusers)\n'
+	@printf 'next:   make inspect; .venv/bin/tensorboard --logdir runs/$@/train; docs/data.md for your own pairs\n'
 
 precompute: $(INSTALLED) ## invert the recipe's pairs into its cache (RECIPE=...)
 	$(if $(filter recipes/demo.toml,$(RECIPE)),$(INPO) toyworld pairs --out runs/demo/pairs --pairs $(DEMO_PAIRS) --seed 0)
@@ -81,7 +85,10 @@ evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarte
 	.venv/bin/python -m benchmarks.evidence
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
-	.venv/bin/python -m inpo.toyworld.train_base
+	.venv/bin/python -m inpo.toyworld.train_base base
+
+toyworld-flow: $(INSTALLED) ## train the toy world's flow on the base model's VAE
+	.venv/bin/python -m inpo.toyworld.train_base flow
 
 clean: ## remove .venv, runs and everything generated
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -23,7 +23,7 @@ from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.texts import TextTable, TextTask, TextWorker
 from inpo.precompute.worker import ShardWorker, load_components
 from inpo.train.index import Index, build_index
-from inpo.train.objectives import inpo
+from inpo.train.objectives import OBJECTIVES
 from inpo.train.proof import record_errors
 from inpo.train.records import Needs
 from inpo.train.stream import RecordStream
@@ -133,7 +133,9 @@ class Setting:
             trained=trained,
             optimizer=optimizer,
             reference=self.model.denoiser(frozen, network_dtype=self.dtype),
-            images=ImageEncoder(self.model.load_vae(), vae_dtype="float32", sample=True, seed=0, device=self.device),
+            images=ImageEncoder(
+                self.model.load_vae(), self.model.family, vae_dtype="float32", sample=True, seed=0, device=self.device
+            ),
             text=self.text_encoder(),
         )
 
@@ -155,7 +157,8 @@ class CachedLoop:
         """One micro-batch from the cache, and the optimiser's step."""
         batch = next(iter(self.stream)).to(self.device)
         error = record_errors(self.denoiser, batch)
-        inpo(error, batch.by_side(batch.reference_error), batch.label, 2000.0).loss.mean().backward()
+        inpo = OBJECTIVES["inpo"]
+        inpo.function(error, batch.by_side(batch.reference_error), batch.label, inpo.beta).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import MAX_TIMESTEPS, DensityName, DtypeName, ExtraName, GroupName, InverterName, Profile
+from inpo.common.choices import (
+    MAX_TIMESTEPS,
+    NOISING,
+    DensityName,
+    ExtraName,
+    GroupName,
+    InverterName,
+    NetworkDtypeName,
+    Profile,
+)
 from inpo.common.recipe import Section
 
 if TYPE_CHECKING:
@@ -25,7 +34,8 @@ class CacheSettings(Section):
     timesteps_per_pair: int = Field(4, ge=1, le=MAX_TIMESTEPS)
     """K: how many of the n grid points are kept as records."""
     inverter: InverterName = "ddim"
-    """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it."""
+    """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it; tracked: plus the
+    noise that the image was made from, by the source's seeds (flow models only, as PNAPO has it)."""
     refine_start: int | None = Field(None, ge=0, le=16)
     """Extra path points near the clean end; unset: 3 for ab2, else 0."""
     noised_start: float = Field(0.0, ge=0.0, le=1.0)
@@ -53,7 +63,8 @@ class CacheSettings(Section):
     """Tokens that a prompt is cut at and padded to; unset: the model's own number."""
 
     profile: Profile = "full"
-    """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training."""
+    """lean: x0 and target only, about a quarter of the bytes; the rest is computed from them while training. compact:
+    these two in 8 bits, half of lean."""
     extra: tuple[ExtraName, ...] = ()
     """Arrays to store too; repeatable."""
     group: GroupName = "pair"
@@ -68,8 +79,8 @@ class CacheSettings(Section):
     """What is taken of the VAE's posterior."""
     measure_inversion: float = Field(0.02, ge=0.0, le=1.0)
     """Share of the pairs whose round trip is measured."""
-    dtype: DtypeName | None = None
-    """Network dtype; unset: bfloat16 on a GPU, float32 on a CPU."""
+    dtype: NetworkDtypeName | None = None
+    """Network dtype, with -int8 of a quantised one; unset: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Seed of everything random."""
 
@@ -96,7 +107,7 @@ class CacheSettings(Section):
         from inpo.common.cache.schema import InverterIdentity  # torch and zarr, for which a command line would wait
 
         refine = _usual_refinement(self.inverter) if self.refine_start is None else self.refine_start
-        is_noise = self.inverter == "noise"
+        is_noise = self.inverter in NOISING
         is_fixed_point = self.inverter == "fixed_point"
         return InverterIdentity(
             name=self.inverter,
@@ -125,7 +136,7 @@ class CacheSettings(Section):
             told["refine_start"] = None
         if inverter.timestep_range == (0, manifest.num_train_timesteps):
             told["timestep_range"] = None
-        if inverter.name == "noise":
+        if inverter.name in NOISING:
             told["noised_start"] = None
         return cls(**{name: told[name] for name in CacheSettings.model_fields if told[name] is not None})
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from inpo.common.choices import DtypeName, Space
+from inpo.common.choices import DtypeName, NetworkDtypeName, Space
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import UsageError
 from inpo.common.levels import Levels
@@ -15,16 +17,31 @@ from inpo.common.predictions import PREDICTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_INT8 = "-int8"
 
 
 def dtype_name(name: str) -> str:
     """The canonical name of a network dtype; accepts fp32, bf16 and fp16 too."""
     canonical = _ALIASES.get(name, name)
-    if canonical not in DTYPES:
-        raise UsageError(
-            "Unknown dtype.", where="--dtype", expected=", ".join(DTYPES), got=name, fix="name one of them"
-        )
+    known = get_args(NetworkDtypeName)
+    if canonical not in known:
+        raise UsageError("Unknown dtype.", where="--dtype", expected=", ".join(known), got=name, fix="name one of them")
     return canonical
+
+
+def is_quantised(network_dtype: str) -> bool:
+    """Whether the weights of the network's linear layers are stored in 8 bits."""
+    return network_dtype.endswith(_INT8)
+
+
+def compute_name(network_dtype: str) -> str:
+    """The dtype that a network of this one computes in, by name."""
+    return network_dtype.removesuffix(_INT8)
+
+
+def compute_dtype(network_dtype: str) -> torch.dtype:
+    """What a network of this dtype computes in."""
+    return DTYPES[compute_name(network_dtype)]
 
 
 def default_dtype(device_type: str) -> DtypeName:
@@ -151,22 +168,38 @@ class Denoiser:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """autocast in the network's dtype; nothing in float32."""
-        dtype = DTYPES[self.network_dtype]
+        dtype = compute_dtype(self.network_dtype)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
+
+
+def check_quantiser(network_dtype: str) -> None:
+    """Raise UsageError for a quantised dtype without the package that quantises."""
+    if is_quantised(network_dtype) and find_spec("torchao") is None:
+        raise UsageError(
+            f"The network dtype {network_dtype} needs the package torchao, which is not installed.",
+            where="--dtype",
+            fix="`pip install torchao`, or choose another dtype",
+        )
 
 
 def prepare_for_inference(network: nn.Module, *, network_dtype: str, device: torch.device) -> None:
     """Freeze `network`, move it, and store convolution and linear weights in `network_dtype`.
 
-    autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do.
+    autocast would cast exactly those weights at every call, so the numbers do not change; memory and time do. Of a
+    quantised dtype they do: each row of a linear layer's weights has a scale. Raises UsageError if torchao is missing.
     """
     network.requires_grad_(False).eval()
-    dtype = DTYPES[dtype_name(network_dtype)]
+    dtype = compute_dtype(dtype_name(network_dtype))
     if dtype != torch.float32:  # before it moves: a network of 20 billion weights does not fit a device in float32
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
+    if is_quantised(network_dtype):
+        check_quantiser(network_dtype)
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(network, Int8WeightOnlyConfig(version=2))
     network.to(device)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -25,14 +25,25 @@ _WORDS: dict[str, str] = {
     "x0": "sample",
 }
 _MODELSPEC = "modelspec.prediction_type"
+_SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", ".absmax", ".quant_state")
+"""Parts of names of what quantised weights must be multiplied with; readers that know of none leave it out."""
 
 
 def check_markers(file: Path, configured: str, *, scheduler_file: str) -> None:
     """Raise ModelError, naming both, if the file says of itself another prediction type than is configured, or a
-    schedule that is not supported. A file that says nothing is no contradiction.
+    schedule that is not supported, or if it holds quantised weights. A file that says nothing is no contradiction.
     """
     with safe_open(file, framework="pt") as weights:
         names, header = set(weights.keys()), weights.metadata() or {}
+    scales = sorted(name for name in names if any(part in name for part in _SCALES))
+    if scales:
+        raise ModelError(
+            "The file's weights are quantised, with scales of their own.",
+            where=file,
+            expected="weights as they are: float32, bfloat16 or float16",
+            got=", ".join(scales[:3]),
+            fix="use the file that they were made from",
+        )
     said: list[tuple[str, str]] = []
     if "v_pred" in names:
         said.append(("the tensor v_pred", "v_prediction"))

@@ -6,11 +6,11 @@ from huggingface_hub import snapshot_download
 
 from inpo.common.errors import ModelError
 
-BUILT_IN = "toyworld/base"
-"""The model that is in the package, from any folder; a folder of that name in the working folder wins, as every folder
-wins over a name.
+BUILT_IN = ("toyworld/base", "toyworld/flow")
+"""The models that are in the package, from any folder; a folder of that name in the working folder wins, as every
+folder wins over a name.
 """
-_CONFIGURATION = ("*.json", "*/*.json", "*/*.txt", "*/spiece.model")
+CONFIGURATION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.jinja", "*/spiece.model")
 
 
 def folder_of(
@@ -22,8 +22,8 @@ def folder_of(
     path = Path(location)
     if path.is_dir():
         return path
-    if location == BUILT_IN and not path.exists():
-        return Path(__file__).parents[1] / BUILT_IN
+    if location in BUILT_IN and not path.exists():
+        return Path(__file__).parents[1] / location
     if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
         raise ModelError(
             "There is no model here.",
@@ -37,7 +37,9 @@ def folder_of(
     weights = [f"{stem}{tag}{part}.safetensors" for stem in stems for part in ("", "-*-of-*")]
     try:
         return Path(
-            snapshot_download(location, allow_patterns=[*_CONFIGURATION, *weights], ignore_patterns="safety_checker/*")
+            snapshot_download(
+                location, allow_patterns=[*CONFIGURATION_FILES, *weights], ignore_patterns="safety_checker/*"
+            )
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(

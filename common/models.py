@@ -38,6 +38,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "spiece.model",
 )
 _CHANGES_NUMBERS = ("force_zeros_for_empty_prompt",)
@@ -235,7 +236,11 @@ class Model:
 
     def in_file(self, component: str) -> bool:
         """Whether a component's weights are in the single file."""
-        return self.file is not None and not (component == "vae" and self.vae_folder is not None)
+        return (
+            self.file is not None
+            and component in self.family.prefixes
+            and not (component == "vae" and self.vae_folder is not None)
+        )
 
     def load_component(self, component: str) -> Any:
         """A network in float32 on the CPU, in eval mode. Raises ModelError, with their names, if weights are missing:
@@ -322,6 +327,15 @@ def open_model(
                 fix="pass the pipeline's folder or hub id",
             )
         model = _checked(Model(location, folder, family, file=path, vae_folder=vae_folder, guessed_from=guessed_from))
+        elsewhere = [component for component in model.networks if component not in family.prefixes]
+        if guessed_from is not None and elsewhere:
+            raise ModelError(
+                f"Of a model of this family a file is read for its {family.network} alone.",
+                where=path,
+                expected=f"a pipeline that the rest comes from: {', '.join(elsewhere)}",
+                got="none named",
+                fix=f"--model-config with a pipeline folder or hub id, {guessed_from} for instance",
+            )
         check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
         return model
     folder = folder_of(location, variant=variant)

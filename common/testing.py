@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -19,11 +20,15 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -31,12 +36,19 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
-TinyKind = Literal["sd15", "sd2-v", "sample", "sdxl", "pixart-sigma", "sd3", "flux", "flux-schnell"]
+TinyKind = Literal[
+    "sd15", "sd2-v", "sample", "sdxl", "pixart-sigma", "sd3", "flux", "flux-schnell", "qwen-image", "z-image"
+]
 _WORDS = ("a", "red", "green", "blue", "cat", "dog", "house", "on", "under", "the", "sky", "photo", "of")
 
 
@@ -44,8 +56,9 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
     """Write a tiny random-weight pipeline folder and return it.
 
     Images of 32 px give latents of [4, 8, 8], of flows [16, 8, 8]. Kinds: noise prediction (sd15), v-prediction
-    (sd2-v), sample prediction, SDXL with two text encoders, PixArt-Sigma with a T5 encoder, and the flows SD3 with
-    three and FLUX with two, told a guidance or (flux-schnell) none. Equal seeds give equal weights.
+    (sd2-v), sample prediction, SDXL with two text encoders, PixArt-Sigma with a T5 encoder, and the flows: SD3 with
+    three encoders, FLUX with two, told a guidance or (flux-schnell) none, Qwen-Image and Z-Image with a language model.
+    Equal seeds give equal weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,6 +68,8 @@ def save_tiny_pipeline(folder: Path, kind: TinyKind = "sd15", *, seed: int = 0) 
             "sd3": lambda: _sd3(folder),
             "flux": lambda: _flux(folder, guidance=True),
             "flux-schnell": lambda: _flux(folder, guidance=False),
+            "qwen-image": _qwen_image,
+            "z-image": _z_image,
         }
         pipeline = made.get(kind, lambda: _sd(folder, kind))()
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -279,3 +294,87 @@ def _t5_tokenizer() -> T5TokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return T5TokenizerFast(tokenizer_object=core, extra_ids=0, model_max_length=512)
+
+
+_QUESTION = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+"""Qwen-Image's, around every prompt: its 34 first tokens are left out, so the tokenizer must count them alike."""
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """A real byte-level tokenizer over a few words, with Qwen's special tokens and a conversation's layout."""
+    pieces, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    spaced = [f"\u0120{word.strip(',:')}" for word in (*_QUESTION.split(), *_WORDS)]
+    for word in ("system", "user", "assistant", "Describe", *spaced):  # no merge of one splits another
+        symbols = list(word)
+        while len(symbols) > 1:
+            merge = (symbols[0], symbols[1])
+            symbols[:2] = [symbols[0] + symbols[1]]
+            if merge not in merges:
+                merges.append(merge)
+                pieces.append(symbols[0])
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*pieces, "<|endoftext|>"]))}
+    tokenizer = Qwen2Tokenizer(
+        vocabulary, merges, extra_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=1 << 17
+    )
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def _language(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+
+
+def _qwen_image() -> QwenImagePipeline:
+    tokenizer = _qwen_tokenizer()
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    text = _language(tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    return QwenImagePipeline(
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ).eval(),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6)
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    )
+
+
+def _z_image() -> ZImagePipeline:
+    tokenizer = _qwen_tokenizer()
+    return ZImagePipeline(
+        vae=_vae(0.3611, 16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(Qwen3Config(**_language(tokenizer), head_dim=16)).eval(),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 64, 64],
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )

@@ -148,7 +148,9 @@ def skipped_line(input_shard: str, item: Skipped) -> str:
 
 
 def _sample(number: int, pair: Pair) -> dict[str, object]:
-    metadata = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
+    metadata: dict[str, object] = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
+    if pair.seeds is not None:
+        metadata["seeds"] = list(pair.seeds)
     return {
         "__key__": f"{number:09d}",
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),

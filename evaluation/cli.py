@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,10 @@ from inpo.common.foreign import Command
 from inpo.common.options import AllowRemote, Given, RecipeOption, help_text, options
 from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
-from inpo.evaluation.settings import EvaluateSettings
+from inpo.evaluation.settings import CombineName, EvaluateSettings
+
+if TYPE_CHECKING:
+    from inpo.evaluation.relabel import RelabelReport
 
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
@@ -119,8 +122,30 @@ def compare_command(
 
 def relabel(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help=help_text(DataSection, "cache"), callback=home)],
-    pairs: Annotated[str, typer.Option(help=help_text(DataSection, "pairs"), callback=home)],
-    scorer: Annotated[str, typer.Option(help="Scorer by name, as in `inpo evaluate score`.")],
+    pairs: Annotated[
+        str | None, typer.Option(help=help_text(DataSection, "pairs"), show_default="none", callback=home)
+    ] = None,
+    scorer: Annotated[
+        list[str], typer.Option(help="Scorer by name, as in `inpo evaluate score`; repeatable.", show_default="none")
+    ] = [],  # noqa: B006
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help='Instead of a scorer a file with a line {"pair_id": ..., "label": P(win preferred)} for each pair; '
+            "label may be a list, one for each kept timestep.",
+            show_default="none",
+            callback=home,
+        ),
+    ] = None,
+    combine: Annotated[
+        CombineName | None,
+        typer.Option(
+            help="With several scorers, what the set takes of each one's own (vote, mean).",
+            metavar="<name>",
+            show_default="none",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -129,6 +154,10 @@ def relabel(
             show_default="the scorer's own: 0.01 for cosines, else 1",
         ),
     ] = None,
+    smpo: Annotated[
+        bool,
+        typer.Option("--smpo", help="Labels for `train --objective smpo`: temperature 0.16658.", show_default="off"),
+    ] = False,
     set_name: Annotated[
         str | None,
         typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
@@ -136,14 +165,18 @@ def relabel(
     allow_remote: AllowRemote = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
 ) -> None:
-    """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again."""
+    """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again.
+
+    With several scorers each has a set of its own name, and --combine makes the set of --set out of them.
+    """
     from inpo.common.cache import open_cache
-    from inpo.common.cache.labels import check_set_name
+    from inpo.common.cache.labels import SMPO_TEMPERATURE, check_set_name
     from inpo.common.device import say_device
-    from inpo.common.errors import UsageError, command
+    from inpo.common.errors import UsageError
     from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
+    from inpo.evaluation.combine import combine_sets, read_file
     from inpo.evaluation.relabel import default_temperature, relabel_cache
     from inpo.evaluation.score import SCORERS_DTYPE
 
@@ -155,31 +188,95 @@ def relabel(
             got=temperature,
             fix="leave it out for the scorer's own",
         )
-    judge = load_scorer(scorer)
-    used = default_temperature(judge) if temperature is None else temperature
-    name = check_set_name(set_name or scorer)
+    names = list(dict.fromkeys(scorer))
+    _check_relabel(names, pairs, from_file, combine, temperature, smpo, set_name)
+    chosen = check_set_name(set_name or names[0])
     opened = open_cache(cache)
     main = processes().is_main_process
+    if from_file is not None:
+        if main:
+            _say_set(chosen, read_file(opened, from_file, set_name=chosen), "the file", opened.location)
+        return
     say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
-    share = -(-opened.num_pairs // processes().num_processes)
+    judges = [load_scorer(name) for name in names]
+    share = -(-opened.num_pairs // processes().num_processes) * len(judges)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
-        report = relabel_cache(
-            opened,
-            pairs,
-            judge,
-            set_name=name,
-            temperature=used,
-            allow_remote=allow_remote,
-            pairs_per_batch=batch_size,
-            on_pairs=progress.advance,
-        )
-    if main:
-        agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
-        print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards, temperature {used:g}")
-        print(f"  {scorer} prefers the source's win in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs")
-        if report.num_replaced:
-            print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
-        labelled = ("--cache", opened.location, "--labels", name)
+        for name, judge in zip(names, judges, strict=True):
+            own = SMPO_TEMPERATURE if smpo else default_temperature(judge)
+            used = own if temperature is None else temperature
+            made = check_set_name(name) if combine else chosen
+            report = relabel_cache(
+                opened,
+                pairs or "",
+                judge,
+                set_name=made,
+                temperature=used,
+                allow_remote=allow_remote,
+                pairs_per_batch=batch_size,
+                on_pairs=progress.advance,
+            )
+            if main:
+                _say_set(made, report, name, None if combine else opened.location, temperature=used)
+    if combine and main:
+        report = combine_sets(opened, names, how=combine, set_name=chosen)
+        _say_set(chosen, report, f"the {combine} of {', '.join(names)}", opened.location)
+
+
+def _check_relabel(
+    scorers: list[str],
+    pairs: str | None,
+    from_file: Path | None,
+    combine: str | None,
+    temperature: float | None,
+    smpo: bool,
+    set_name: str | None,
+) -> None:
+    """Raise UsageError for options that do not go together."""
+    from inpo.common.errors import UsageError
+
+    several = len(scorers) > 1
+    own = "one scorer, or none: several have each its own"
+    for wrong, where, expected, fix in (
+        (not scorers and from_file is None, "--scorer", "a scorer, or --from FILE", "pass one"),
+        (bool(scorers) and from_file is not None, "--from", "a file, or scorers", "leave one of both out"),
+        (bool(scorers) and pairs is None, "--pairs", "the source of the pairs", "pass the source of the cache"),
+        (from_file is not None and set_name is None, "--set", "a name", "pass --set NAME"),
+        (several and combine is None, "--combine", "vote or mean", "pass --combine, or one scorer at a time"),
+        (not several and combine is not None, "--combine", "several scorers", "leave it out"),
+        (
+            several and (set_name is None or set_name in scorers),
+            "--set",
+            "a name that no scorer has",
+            "pass --set NAME",
+        ),
+        (several and temperature is not None, "--temperature", own, "leave it out, or label with one at a time"),
+        (
+            smpo and (scorers != ["pickscore"] or temperature is not None),
+            "--smpo",
+            "pickscore alone, without --temperature: its unit is PickScore's",
+            "leave --smpo out, and pass --temperature",
+        ),
+    ):
+        if wrong:
+            raise UsageError(
+                "An option is missing, or two do not go together.", where=where, expected=expected, fix=fix
+            )
+
+
+def _say_set(
+    name: str, report: "RelabelReport", who: str, location: str | None, *, temperature: float | None = None
+) -> None:
+    """What a label set is, and with `location` what to do next."""
+    from inpo.common.errors import command
+
+    agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
+    unit = "" if temperature is None else f", temperature {temperature:g}"
+    print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards{unit}")
+    print(f"  {who} prefers the source's win in {agreeing:.1f}% of them, and neither in {report.num_ties} pairs")
+    if report.num_replaced:
+        print(f"  labels of {report.num_replaced} shards were for attempts that are gone, and were made anew")
+    if location is not None:
+        labelled = ("--cache", location, "--labels", name)
         print(f"next: {command('train', *labelled, '--model', 'MODEL', '--output', 'RUN')}")
 
 

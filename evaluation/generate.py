@@ -76,6 +76,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     """
     state = processes()
     dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
+    _check_resolution(model, settings.resolution)
+    model.family.check_tokens(settings.max_tokens)
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -92,8 +94,9 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
             say_device(state.device, str(dtype).removeprefix("torch."), num_processes=state.num_processes)
         if dtype != torch.float32:
             pipeline = pipeline.to(dtype)
-        num_cut = len({entry.prompt for entry in entries if model.family.is_cut(pipeline, entry.prompt)})
-        size = model.family.drawn_side(pipeline)
+        family, most = model.family, settings.max_tokens
+        num_cut = len({entry.prompt for entry in entries if family.is_cut(pipeline, entry.prompt, most)})
+        size = settings.resolution or model.family.drawn_side(pipeline)
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
@@ -147,12 +150,12 @@ def _draw(
     try:
         with torch.inference_mode():
             pixels = pipeline(
-                [entry.prompt for entry in batch],
                 num_inference_steps=settings.inference_steps,
-                guidance_scale=settings.guidance,
                 generator=generators,
                 output_type="np",
-                **family.draw_arguments,
+                height=settings.resolution,
+                width=settings.resolution,
+                **family.drawing([entry.prompt for entry in batch], settings.guidance, settings.max_tokens),
             ).images
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -174,6 +177,19 @@ def _draw(
     return pipeline.image_processor.numpy_to_pil(pixels)
 
 
+def _check_resolution(model: Model, resolution: int | None) -> None:
+    """Raise UsageError for images that the network has no latents of: pipelines round, or fail at the end."""
+    step = model.family.pixel_step(model.config)
+    if resolution is not None and resolution % step:
+        raise UsageError(
+            "The resolution does not fit the model.",
+            where="--resolution",
+            expected=f"a multiple of {step}",
+            got=resolution,
+            fix=f"round it up to {-(-resolution // step) * step}",
+        )
+
+
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
@@ -187,6 +203,8 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
         "images_per_prompt": settings.images_per_prompt,
         "inference_steps": settings.inference_steps,
         "guidance": settings.guidance,
+        "resolution": settings.resolution,
+        "max_tokens": settings.max_tokens,
         "scheduler": settings.scheduler,
         "dtype": str(dtype).removeprefix("torch."),
         "names": {

@@ -104,7 +104,7 @@ def relabel_cache(
         )
         write_labels(cache.store, set_name, shard.name, made)
     state.wait_for_everyone()
-    return _report(cache, set_name, num_replaced)
+    return report(cache, set_name, num_replaced)
 
 
 def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[str, PairLabel]:
@@ -176,7 +176,8 @@ def _check_settings(cache: Cache, set_name: str, scorer: str, temperature: float
             )
 
 
-def _report(cache: Cache, set_name: str, num_replaced: int) -> RelabelReport:
+def report(cache: Cache, set_name: str, num_replaced: int) -> RelabelReport:
+    """A set as it stands."""
     num_shards = num_pairs = num_agreeing = num_ties = 0
     for shard in cache:
         labels = read_shard_labels(cache.store, set_name, shard.name)

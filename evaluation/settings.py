@@ -8,6 +8,7 @@ from inpo.common.choices import CompileName, DtypeName
 from inpo.common.recipe import Location, Section
 
 SchedulerName = Literal["ddim", "own"]
+CombineName = Literal["vote", "mean"]
 
 
 class EvaluateSettings(Section):
@@ -27,7 +28,11 @@ class EvaluateSettings(Section):
     inference_steps: int = Field(50, ge=1)
     """Denoising steps."""
     guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance scale."""
+    """Guidance scale, 1 is none; where a network has guidance built in, what it is told."""
+    resolution: int | None = Field(None, ge=8, le=1 << 16)
+    """Side of the square images in pixels; unset: the model's own."""
+    max_tokens: int | None = Field(None, ge=1, le=1 << 16)
+    """Tokens that a prompt is cut at and padded to, as in the cache; unset: the model's own number."""
     scheduler: SchedulerName = "ddim"
     """ddim: deterministic DDIM on the model's schedule; own: the scheduler in the pipeline folder."""
     dtype: DtypeName | None = None

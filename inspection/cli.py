@@ -197,13 +197,25 @@ def clean(
 def filter_pairs(
     cache: Cache,
     where: Annotated[
-        str,
+        str | None,
         typer.Option(
             help='Condition, e.g. "inversion_error < 0.2 and reference_error < 3". Columns: inversion_error, '
             "reference_error (each also _win, _lose; reference_error_max), label, caption_dropped, timestep_min, "
-            'timestep_max, num_images (of the group), prompt, pair_id; "cat" in prompt looks for text.'
+            'timestep_max, num_images (of the group), prompt, pair_id; "cat" in prompt looks for text.',
+            show_default="all",
         ),
-    ],
+    ] = None,
+    agree: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<N/M>",
+            help="Only pairs in which N of M label sets prefer the same side, for instance 4/5.",
+            show_default="none",
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str], typer.Option(help="A label set for --agree; repeatable.", show_default="all that one scorer made")
+    ] = [],  # noqa: B006
     out: Annotated[
         Path | None,
         typer.Option(help="The list to write, one pair id a line.", show_default="standard output", callback=home),
@@ -214,19 +226,23 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
-    from inpo.common.errors import command
+    from inpo.common.errors import UsageError, command
     from inpo.common.printable import is_printable
+    from inpo.inspection.agree import agreeing
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.pair_table import read_pair_table
     from inpo.inspection.where import select
 
+    if where is None and agree is None:
+        raise UsageError("No condition given.", where="--where", expected="--where, --agree or both", fix="pass one")
     if out is not None:
         refuse_output(out, what="list")
     bad: dict[str, Any] = {}
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
-    selection = select(table, where)
-    selected = table.pair_id[selection.truth.yes].tolist()
+    selection = select(table, "label >= 0" if where is None else where)
+    agreed = selection.truth.yes if agree is None else agreeing(opened, table, agree, labels)
+    selected = table.pair_id[selection.truth.yes & agreed].tolist()
     chosen = [pair_id for pair_id in selected if is_printable(pair_id) and pair_id == pair_id.strip()]
     text = "".join(f"{pair_id}\n" for pair_id in chosen)
     if out is None:
@@ -236,6 +252,8 @@ def filter_pairs(
     say = print if out is not None else partial(print, file=sys.stderr)
     unknown = int(selection.truth.unknown.sum())
     say(f"{len(chosen):,} of {len(table):,} pairs, {int(selection.truth.no.sum()):,} fail, {unknown:,} undecided")
+    if agree is not None:
+        say(f"{int((~agreed).sum()):,} pairs have less than {agree} of the label sets on one side")
     for name, count in selection.num_lacking.items():
         hint = "; `inpo precompute --measure-inversion 1` measures all" if name.startswith("inversion_error") else ""
         say(f"{count:,} pairs lack {name}{hint}")

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 
 from inpo.common.cache import Cache
 from inpo.common.errors import CacheMismatch, InpoError
-from inpo.common.families import FAMILIES
+from inpo.common.families import FAMILIES, Family
 from inpo.common.models import Model
 
 _SAMPLE_IMAGES = 128
@@ -44,17 +44,16 @@ class VaePreview:
     """Decoded by the model's VAE, in float32."""
 
     vae: Any
+    family: Family
     note: str
 
     @torch.inference_mode()
     def __call__(self, latents: Float[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n height width 3"]:
         parameter = next(self.vae.parameters())
-        config = self.vae.config
-        scaled = torch.from_numpy(np.asarray(latents, np.float32)) / config.scaling_factor
-        scaled = scaled + (getattr(config, "shift_factor", None) or 0.0)
+        shift, factor = self.family.vae_scale(self.vae)
         parts = [
-            self.vae.decode(part.to(parameter.device)).sample.float().cpu()
-            for part in scaled.split(_LATENTS_PER_VAE_CALL)
+            self.family.decoded(self.vae, part.to(parameter.device) / factor + shift).float().cpu()
+            for part in torch.from_numpy(np.asarray(latents, np.float32)).split(_LATENTS_PER_VAE_CALL)
         ]
         levels = ((torch.cat(parts) + 1) / 2).clamp(0, 1) * 255
         return levels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -112,4 +111,5 @@ def vae_preview(cache: Cache, model: Model) -> VaePreview:
             fix="pass the model that the cache was precomputed with, or leave --model out",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return VaePreview(vae=model.load_vae().requires_grad_(False).eval().to(device), note="latents decoded by the VAE")
+    vae = model.load_vae().requires_grad_(False).eval().to(device)
+    return VaePreview(vae=vae, family=model.family, note="latents decoded by the VAE")

@@ -173,8 +173,16 @@ def _invert_images(
         timesteps_per_pair=manifest.timesteps_per_pair,
         caption=Condition.of(shard, images),
         empty=Condition.empty(shard, images),
+        compact=manifest.profile == "compact",
+        own_noise=_own_noise(shard, images) if manifest.inverter.name == "tracked" else None,
     )
     return images, inverted
+
+
+def _own_noise(shard: Shard, images: Int[np.ndarray, " image"]) -> torch.Tensor:
+    """What images were noised with: target + x0, at any record."""
+    target, x0 = (torch.from_numpy(shard.read(path, images)).float() for path in ("target", "x0"))
+    return target[:, 0] + x0
 
 
 @torch.inference_mode()

@@ -257,7 +257,8 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
                 continue
             for pair in found.pairs.values() if found is not None and found.attempt == shard.commit.attempt else ():
                 labels.append(pair.label)
-                margins.append(pair.scores[0] - pair.scores[1])
+                # Labels that a file gave have no scores.
+                margins.append(pair.scores[0] - pair.scores[1] if pair.scores else 2 * pair.label - 1)
         if not labels:
             continue
         spread = np.array(margins)
@@ -268,7 +269,7 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[str]
                 histogram(
                     spread,
                     np.linspace(-edge, edge, 31),
-                    x_label="score of win minus score of lose",
+                    x_label="score of win minus score of lose (without scores P(win) - P(lose))",
                     y_label="pairs",
                     mark=0.0,
                 ),
@@ -324,8 +325,9 @@ def _sampling(num_readable: int, summary: Summary, sampled: list[SampledPair]) -
     text = f"Pictures of {shown} pairs ({parts}; one may be several). Figures and plots above cover all readable pairs."
     if summary.identity["timesteps_per_pair"] > MOST_TIMESTEPS:
         text += f" {MOST_TIMESTEPS} of {summary.identity['timesteps_per_pair']} timesteps are shown, evenly spread."
-    if summary.identity["profile"] == "lean":
-        text += " This lean cache stores neither delta nor x0(t); precompute with --profile full to see them."
+    if summary.identity["profile"] != "full":
+        profile = summary.identity["profile"]
+        text += f" This {profile} cache stores neither delta nor x0(t); precompute with --profile full to see them."
     return text + " Open one with a click or Enter; arrow keys go on, Escape closes."
 
 

@@ -184,7 +184,7 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
     lines.append(("xₜ", "the inverted latent that is trained on, a x₀ + s τ"))
     if view.delta is None:
         lines.append(("|τ|", "target, RMS over channels; a unit Gaussian gives about 1"))
-        lines.append(("lean", "this cache stores no δ and no x₀(t); precompute with --profile full to see them"))
+        lines.append(("no δ", "this cache stores no δ and no x₀(t); precompute with --profile full to see them"))
     else:
         lines += [
             ("|δ|", "the inverting model's noise at xₜ, RMS over channels; a unit Gaussian gives about 1"),

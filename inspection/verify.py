@@ -15,6 +15,7 @@ from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets, read_shard_labels
 from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING
 from inpo.common.cache.store import digest
+from inpo.common.denoiser import compute_name
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
 from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard, check_texts
@@ -123,9 +124,10 @@ def _impossible(cache: Cache, files: Mapping[str, int], *, has_model: bool) -> d
     """{check: why it cannot be made on a healthy cache with this manifest}."""
     manifest = cache.manifest
     reasons: dict[str, str] = {}
-    if manifest.profile == "lean":
-        reasons |= {"x_t": "not stored (lean): readers derive it", "x0_t": "not stored (lean)"}
-    if "eps_ref" not in manifest.extra and (manifest.profile == "lean" or not cache.delta_is_reference):
+    if manifest.profile != "full":
+        why = f"not stored ({manifest.profile})"
+        reasons |= {"x_t": f"{why}: readers derive it", "x0_t": why}
+    if "eps_ref" not in manifest.extra and (manifest.profile != "full" or not cache.delta_is_reference):
         reasons["reference_error"] = "needs delta as the reference's prediction, or --extra eps_ref"
     if not label_sets(cache.store):
         reasons["labels"] = "this cache has no label set"
@@ -369,7 +371,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
     chosen = choose_pairs(table, num_sampled, among=np.isin(table.shard, healthy))
     if not len(chosen):
         return
-    dtype = cache.manifest.network_dtype
+    dtype = compute_name(cache.manifest.network_dtype)
     verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
     for again in reinvert(cache, table, chosen, load_denoiser(cache, model)):
         findings = verification.findings

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inpo.common.cache.schema import LevelTables, Manifest
 from inpo.common.choices import DtypeName
-from inpo.common.denoiser import default_dtype
+from inpo.common.denoiser import check_quantiser, compute_name, default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_distinct, check_settings
 from inpo.common.levels import TimeSettings
@@ -72,7 +72,8 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
     )
     check_distinct(levels, settings.grid_points)
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
-    vae_dtype: DtypeName = "float32" if vae.get("force_upcast", True) else network_dtype
+    check_quantiser(network_dtype)
+    vae_dtype = "float32" if vae.get("force_upcast", True) else compute_name(network_dtype)
     if settings.faithful and settings.group != "pair":
         raise UsageError(
             "--faithful draws its noise by pair.",
@@ -80,6 +81,16 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
             expected="pair",
             got=settings.group,
             fix="leave out --group or --faithful",
+        )
+    if settings.inverter == "tracked":
+        _check_tracked(settings, model)
+    if settings.faithful and settings.profile == "compact":
+        raise UsageError(
+            "--faithful rounds as the released code does.",
+            where="--profile",
+            expected="full or lean",
+            got=settings.profile,
+            fix="choose one of them, or leave out --faithful",
         )
     return Manifest(
         family=family.name,
@@ -97,7 +108,7 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
         crop=settings.crop,
         flip=settings.flip,
         vae_latent=settings.vae_latent,
-        vae_dtype=vae_dtype,
+        vae_dtype=cast(DtypeName, vae_dtype),
         network_dtype=network_dtype,
         measure_inversion=settings.measure_inversion,
         inverter=identity,
@@ -109,6 +120,27 @@ def build_manifest(settings: PrecomputeSettings, model: Model, *, device_type: s
 _GUIDANCE = "embedded_guidance"
 
 
+def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
+    """Raise UsageError where the noise that an image was made from is not the noise at its levels."""
+    if model.family.space != "velocity":
+        raise UsageError(
+            "An image's own noise is for flow models.",
+            where="--inverter",
+            expected=f"ddim, ab2, fixed_point or noise for {model.family.title}",
+            got="tracked",
+            fix="the paths of other models bend: between an image and its own noise lie points that they never visit, "
+            "and training there was worse than with fresh noise (docs/inversion.md)",
+        )
+    if settings.flip:
+        raise UsageError(
+            "A mirrored image was not made from its noise.",
+            where="--flip",
+            expected="no --flip with --inverter tracked",
+            got="--flip",
+            fix="leave one of them out",
+        )
+
+
 def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[str, float]) -> None:
     """Raise UsageError for an option that this model has no use for."""
     is_flow = model.family.space == "velocity"
@@ -116,7 +148,6 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
         (settings.levels, "--levels", is_flow, "its scheduler has a table of levels"),
         (settings.shift, "--shift", is_flow, "its scheduler has a table of levels"),
         (settings.embedded_guidance, "--embedded-guidance", _GUIDANCE in static, "its network is told no guidance"),
-        (settings.max_tokens, "--max-tokens", model.family.max_tokens is not None, "its text encoders have one length"),
     ):
         if value is not None and not is_used:
             raise UsageError(
@@ -126,15 +157,7 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
                 got=value,
                 fix="leave it out",
             )
-    most = model.family.most_tokens
-    if settings.max_tokens is not None and most is not None and settings.max_tokens > most:
-        raise UsageError(
-            "The model does not take prompts that long.",
-            where="--max-tokens",
-            expected=f"at most {most}",
-            got=settings.max_tokens,
-            fix=f"take {most} or fewer",
-        )
+    model.family.check_tokens(settings.max_tokens)
 
 
 def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:

@@ -5,10 +5,11 @@ prompts --text encoders--> embeddings float16
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Float16, Shaped, UInt8
 from torch import Tensor
 
@@ -31,8 +32,11 @@ class ImageEncoder:
     Mean of the posterior, or a sample whose noise hangs on (seed, image id) alone.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, vae_dtype: str, sample: bool, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, vae: Any, family: Family, *, vae_dtype: str, sample: bool, seed: int, device: torch.device
+    ) -> None:
         self.vae = vae.requires_grad_(False).eval().to(device)
+        self.family = family
         self.vae_dtype = DTYPES[vae_dtype]
         self.sample = sample
         self.seed = seed
@@ -44,6 +48,7 @@ class ImageEncoder:
     ) -> Float16[Tensor, "image c lh lw"]:
         """Not finite where the VAE overflows, for the caller to quarantine."""
         latents: list[Tensor] = []
+        shift, factor = self.family.vae_scale(self.vae)
         for first in range(0, len(images), _IMAGES_PER_VAE_CALL):
             chunk = slice(first, first + _IMAGES_PER_VAE_CALL)
             batch = pixels_from_levels(torch.from_numpy(np.stack(images[chunk])).to(self.device))
@@ -52,13 +57,12 @@ class ImageEncoder:
                 # TF32 convolutions round as float16 does, to which the latents are rounded anyway, and cost a fraction.
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=True),
             ):
-                posterior = self.vae.encode(batch).latent_dist
-            mean = posterior.mean.float()
+                mean, deviation = self.family.posterior(self.vae, batch)
+            mean = mean.float()
             if self.sample:
                 noise = torch.stack([normal(tuple(mean.shape[1:]), self.seed, each, "vae") for each in ids[chunk]])
-                mean = mean + posterior.std.float() * noise.to(self.device)
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents.append(((mean - shift) * self.vae.config.scaling_factor).half())
+                mean = mean + deviation.float() * noise.to(self.device)
+            latents.append(((mean - shift) * factor).half())
         return torch.cat(latents)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16
+from jaxtyping import Bool, Float16, Float32
 from torch import Tensor
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
+from inpo.common.cache.derive import coarse, split
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.compiled import compile_network
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
@@ -69,6 +70,7 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
         denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
         images=ImageEncoder(
             model.load_vae(),
+            model.family,
             vae_dtype=manifest.vae_dtype,
             sample=manifest.vae_latent == "sample",
             seed=manifest.seed,
@@ -128,7 +130,7 @@ class ShardWorker:
         rows = _with_shard(rows, task)
         for _, item in self.decode.map(prepare, rows, arguments=self._flip, on_crash=partial(_crashed, task)):
             if isinstance(item, PreparedPair):
-                if self._has_texts(item, task, skipped):
+                if self._has_noise(item, skipped) and self._has_texts(item, task, skipped):
                     pairs.append(item)
             else:
                 skipped.append(_skipped(item.pair_id, item.reason, item.detail, item.row))
@@ -175,6 +177,20 @@ class ShardWorker:
             seconds=seconds,
         )
 
+    def _has_noise(self, pair: PreparedPair, skipped: list[dict[str, Any]]) -> bool:
+        """Whether the noise of both images is known, if it is asked for; if not, the pair is added to `skipped`."""
+        if self.manifest.inverter.name != "tracked":
+            return True
+        sizes = {pair.win.original_size, pair.lose.original_size}
+        if pair.seeds is None:
+            detail = "the row has no seeds"
+        elif sizes != {self.manifest.resolution}:
+            detail = f"an image of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} is resized"
+        else:
+            return True
+        skipped.append(_skipped(pair.pair_id, "missing_noise", detail, pair.row))
+        return False
+
     def _has_texts(self, pair: PreparedPair, task: ShardTask, skipped: list[dict[str, Any]]) -> bool:
         """Whether the pair's prompt, and the empty one, have numbers; if not, it is added to `skipped`."""
         for prompt, what in (("", "the empty prompt's embedding"), (pair.prompt, "the text embedding")):
@@ -199,6 +215,8 @@ class ShardWorker:
         training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
         images = self._image_conditions(everything.images)
         caption = self._condition(training, everything, images)
+        compact = manifest.profile == "compact"
+        x0 = coarse(x0) if compact else x0
         inverted = invert(
             self.components.denoiser,
             x0,
@@ -210,6 +228,8 @@ class ShardWorker:
             empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
+            compact=compact,
+            own_noise=self._own_noise(everything) if manifest.inverter.name == "tracked" else None,
             images_per_batch=2 * self.pairs_per_batch,
         )
         kept = arrange(
@@ -238,6 +258,8 @@ class ShardWorker:
             "pair/label": np.array([pair.label for pair in kept.pairs], dtype=np.float32),
         }
         arrays |= {f"image/{name}": tensor.numpy()[rows] for name, tensor in images.items()}
+        for name in ("x0", "target") if compact else ():
+            arrays[name], arrays[f"{name}_scale"] = split(arrays[name])
         counts = {
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
         }
@@ -264,6 +286,17 @@ class ShardWorker:
         prompts = read_prompts(self.table.texts, list(distinct))
         rows = torch.tensor([distinct[places[group]] for group in arrangement.group_of])
         return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
+
+    def _own_noise(self, everything: Arrangement) -> Float32[Tensor, "image c h w"]:
+        """As a diffusers pipeline draws it in float32 from a generator of the image's own on the CPU."""
+        shape = (1, *self.manifest.latent_shape)
+        seeds: dict[int, int] = {}
+        for pair, sides in zip(everything.pairs, everything.sides, strict=True):
+            assert pair.seeds is not None, "of such a pair there is no noise"
+            for image, seed in zip(sides, pair.seeds, strict=True):
+                seeds.setdefault(image, seed)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in sorted(seeds)]
+        return torch.cat(noise)
 
     def _image_conditions(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """{name: [image, ...]} of what the network is told of each image."""

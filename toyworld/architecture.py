@@ -1,20 +1,41 @@
-"""The base model's networks, tokenizer and scheduler: Stable Diffusion 1.5's classes at a toy's size.
+"""The base models' networks, tokenizers and schedulers: Stable Diffusion 1.5's and 3's classes at a toy's size.
 
 Picture [3, 32, 32] -1..1 -> AutoencoderKL -> latent [6, 8, 8] -> times scaling_factor -> UNet2DConditionModel, told the
-caption by a CLIPTextModel over at most 16 tokens.
+caption by a CLIPTextModel over at most 16 tokens. The flow has the same VAE and captions, an SD3Transformer2DModel on
+every element of the latent, two CLIP encoders and T5.
 """
 
 import json
 import string
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
+from inpo.toyworld.sampling import MAX_TOKENS
 from inpo.toyworld.scenes import scenes_by_caption
 
-MAX_TOKENS = 16
 TEXT_WIDTH = 64
+SECOND_WIDTH = 32
+"""Of the flow's second CLIP encoder; T5 is as wide as both together."""
+FLOW_WIDTH, FLOW_HEADS, FLOW_LAYERS = 128, 4, 4
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
@@ -47,19 +68,21 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextModel(_text_config(tokenizer, TEXT_WIDTH))
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -117,4 +140,57 @@ def build_pipeline(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer where each word of the captions is one token; other words fall into letters."""
+    words = sorted({word for caption in scenes_by_caption() for word in caption.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in words)]
+    letters = ["\u2581", *string.ascii_lowercase, *string.digits, *string.punctuation]
+    core = Tokenizer(models.Unigram([*pieces, *((letter, -9.0) for letter in letters)], unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=core, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def build_flow_pipeline(*, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
+    """Untrained but for the VAE."""
+    vae.register_to_config(shift_factor=0.0)  # which its pipeline adds
+    t5_tokenizer, t5_width = build_t5_tokenizer(), TEXT_WIDTH + SECOND_WIDTH
+    t5_config = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=t5_width,
+        d_kv=24,
+        d_ff=2 * t5_width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=t5_tokenizer.pad_token_id,
+        eos_token_id=t5_tokenizer.eos_token_id,
+    )
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer, TEXT_WIDTH)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, SECOND_WIDTH)),
+        text_encoder_3=T5EncoderModel(t5_config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=6,
+            out_channels=6,
+            num_layers=FLOW_LAYERS,
+            attention_head_dim=FLOW_WIDTH // FLOW_HEADS,
+            num_attention_heads=FLOW_HEADS,
+            caption_projection_dim=FLOW_WIDTH,
+            joint_attention_dim=t5_width,
+            pooled_projection_dim=t5_width,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )

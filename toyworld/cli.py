@@ -25,15 +25,18 @@ def pairs_command(
     split: Annotated[Split, typer.Option(help="Whose captions to use.")] = "train",
     format: Annotated[str, typer.Option(help="parquet, webdataset, or both with a comma.")] = "parquet,webdataset",
     flip_labels: Annotated[float, typer.Option(min=0, max=1, help="Share of labels turned to the opposite.")] = 0.05,
+    model: Annotated[str, typer.Option(help="The model that makes the pictures: base, or flow.")] = "base",
 ) -> None:
-    """Make preference pairs with the base model, labelled by the oracle."""
+    """Make preference pairs with a base model, labelled by the oracle."""
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
     from inpo.toyworld.pairs import PairSettings, make_pairs
 
     formats: Any = tuple(name.strip() for name in format.split(","))
     if set(formats) - {"parquet", "webdataset"}:
         raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
-    settings = PairSettings(num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels)
+    settings = PairSettings(
+        num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels, model=model
+    )
     report = make_pairs(settings, out)
     print(f"{report.num_pairs} pairs in {out}: {report.num_ties} ties, {report.num_flipped} labels flipped on purpose")
     for name in formats:

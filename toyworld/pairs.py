@@ -26,7 +26,7 @@ from inpo.common.progress import ProgressReport
 from inpo.common.seeding import normal, stable_hash, uniform
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.pair_files import WRITERS, LabelledPair
-from inpo.toyworld.sampling import BASE_FOLDER, GUIDANCE, LATENT_SHAPE, STEPS, generate
+from inpo.toyworld.sampling import GUIDANCE, LATENT_SHAPE, MODELS, STEPS, generate
 from inpo.toyworld.scenes import captions
 from inpo.toyworld.split import Split
 
@@ -49,8 +49,12 @@ class PairSettings:
     formats: tuple[Format, ...] = ("parquet", "webdataset")
     flip_labels: float = 0.05
     """Probability that a pair's label is the opposite of what the oracle says; ties stay ties."""
+    model: str = "base"
+    """Which of the base models makes the pictures."""
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise UsageError("unknown base model", expected=" or ".join(MODELS), got=self.model)
         if self.num_pairs < 1:
             raise UsageError("too few pairs", expected="at least 1", got=self.num_pairs)
         if not 0 <= self.flip_labels <= 1:
@@ -72,7 +76,7 @@ class PairSettings:
             "steps": STEPS,
             "guidance": GUIDANCE,
             "tie_margin": TIE_MARGIN,
-            "base": _base_fingerprint(),
+            "base": _fingerprint(self.model),
         }
 
 
@@ -92,9 +96,9 @@ class PairReport:
 
 
 @cache
-def _base_fingerprint() -> str:
+def _fingerprint(model: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(BASE_FOLDER.rglob("*.safetensors")):
+    for path in sorted(MODELS[model].rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -110,7 +114,7 @@ def make_batch(settings: PairSettings, start: int, stop: int) -> list[LabelledPa
     indices = range(start, stop)
     texts = pair_captions(settings)[start:stop]
     noise = [normal(LATENT_SHAPE, settings.seed, index, "picture", side) for side in (0, 1) for index in indices]
-    images = generate(texts + texts, torch.stack(noise))
+    images = generate(texts + texts, torch.stack(noise), model=settings.model)
     scores = OracleScorer().score(images, texts + texts).tolist()
     half = len(texts)
     return [
@@ -142,7 +146,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _picture_id(settings: PairSettings, index: int, side: int) -> str:
-    return f"{stable_hash(_base_fingerprint(), settings.split, settings.seed, index, side):016x}"
+    return f"{stable_hash(_fingerprint(settings.model), settings.split, settings.seed, index, side):016x}"
 
 
 def make_pairs(settings: PairSettings, folder: Path, *, quiet: bool = False) -> PairReport:

@@ -1,4 +1,4 @@
-"""Loads the committed base model and makes pictures with it."""
+"""Loads a base model of the toy world and makes pictures with it."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,28 +12,38 @@ from torch import Tensor
 if TYPE_CHECKING:
     import diffusers
 
-BASE_FOLDER = Path(__file__).parent / "base"
+    from inpo.common import families
+
+MODELS = {name: Path(__file__).parent / name for name in ("base", "flow")}
 LATENT_SHAPE = (6, 8, 8)
+MAX_TOKENS = 16
+"""Of a prompt."""
 STEPS = 20
 GUIDANCE = 2.5
 
 
 @cache
-def load_base() -> "diffusers.StableDiffusionPipeline":
-    """The base model in float32 on the CPU, without a progress bar."""
+def _load(name: str) -> "tuple[families.Family, diffusers.DiffusionPipeline]":
+    """A base model in float32 on the CPU, without a progress bar, and its family."""
     # Seconds to import, for which the process that only hands out the work need not wait.
     from inpo.common.models import open_model
 
-    pipeline = open_model(str(BASE_FOLDER)).load_pipeline()
+    model = open_model(str(MODELS[name]))
+    pipeline = model.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return model.family, pipeline
 
 
 def generate(
-    captions: Sequence[str], noise: Float[Tensor, "caption 6 8 8"], *, steps: int = STEPS, guidance: float = GUIDANCE
+    captions: Sequence[str],
+    noise: Float[Tensor, "caption 6 8 8"],
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    model: str = "base",
 ) -> list[Image.Image]:
-    """One RGB picture of 32 x 32 pixels per caption, from its starting noise (standard normal) by DDIM."""
-    pipeline = load_base()
-    return pipeline(
-        list(captions), latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="pil"
-    ).images
+    """One RGB picture of 32 x 32 pixels per caption, from its starting noise (standard normal), without other noise."""
+    family, pipeline = _load(model)
+    tokens = MAX_TOKENS if family.max_tokens else None
+    told = family.drawing(captions, guidance, tokens)
+    return pipeline(latents=noise, num_inference_steps=steps, output_type="pil", **told).images

@@ -1,25 +1,28 @@
-"""Trains the base model and the held-out scorer from nothing: `python -m inpo.toyworld.train_base`.
+"""Trains a base model from nothing, and with the first the held-out scorer: `python -m inpo.toyworld.train_base MODEL`.
 
-    mixed renders -> AutoencoderKL -> latents -> UNet2DConditionModel with CLIPTextModel -> toyworld/base/
-    clean renders -> AttributeNet -> toyworld/heldout.safetensors
+    base    mixed renders -> AutoencoderKL -> latents -> UNet2DConditionModel with CLIPTextModel -> toyworld/base/
+            clean renders -> AttributeNet -> toyworld/heldout.safetensors
+    flow    mixed renders -> base's AutoencoderKL -> latents -> SD3Transformer2DModel with CLIP and T5 -> toyworld/flow/
 
 Seeded; two processes; resumes from toyworld/.training when stopped. The settings, the loss and the time each stage took
-are kept in toyworld/base/training.json.
+are kept in training.json beside the weights.
 """
 
+import argparse
 import json
 import os
 import platform
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from jaxtyping import Bool, Float, Int, UInt8
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, UNet2DConditionModel
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -29,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from inpo.common.durable import new_folder
 from inpo.toyworld import train_heldout
 from inpo.toyworld.architecture import (
-    MAX_TOKENS,
+    build_flow_pipeline,
     build_pipeline,
     build_scheduler,
     build_text_encoder,
@@ -39,7 +42,7 @@ from inpo.toyworld.architecture import (
 )
 from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
 from inpo.toyworld.mixed_quality import mixed_renders
-from inpo.toyworld.sampling import BASE_FOLDER
+from inpo.toyworld.sampling import MAX_TOKENS, MODELS
 from inpo.toyworld.scenes import scenes_by_caption
 from inpo.toyworld.stages import WORLD_SIZE, StageReport, StageSettings, train_stage
 
@@ -48,11 +51,14 @@ NUM_PICTURES = 32_000
 CAPTION_DROPOUT = 0.1
 VAE = StageSettings(steps=900, batch_size=64, learning_rate=2e-3)
 UNET = StageSettings(steps=2200, batch_size=128, learning_rate=1.5e-3)
+FLOW = StageSettings(steps=3000, batch_size=128, learning_rate=1e-3)
 KL_WEIGHT = 1e-4
 """Weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1."""
 EDGE_WEIGHT = 0.5
 """Weight of the error in differences between neighbouring pixels, which keeps small shapes sharp."""
 TRAINING_FOLDER = Path(__file__).parent / ".training"
+CAPTIONS = [*scenes_by_caption(), ""]
+"""Every caption of the world, and last the empty prompt."""
 
 Pictures = Float[Tensor, "picture 3 32 32"]
 Latents = Float[Tensor, "picture 6 8 8"]
@@ -78,19 +84,64 @@ class UnetTraining(nn.Module):
     """The usual epsilon loss, over UNet and text encoder together."""
 
     alphas_cumprod: Tensor
+    tokens: Tensor
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokens: Int[Tensor, "caption 16"]
+    ) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
         self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod, persistent=False)
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    @staticmethod
+    def times(generator: torch.Generator, count: int) -> Int[Tensor, " picture"]:
+        """Uniform timesteps."""
+        return torch.randint(1000, (count,), generator=generator)
 
     def forward(
-        self, x0: Latents, noise: Latents, timestep: Int[Tensor, " picture"], tokens: Int[Tensor, "picture 16"]
+        self, x0: Latents, noise: Latents, timestep: Int[Tensor, " picture"], caption: Int[Tensor, " picture"]
     ) -> Tensor:
         signal = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
-        prediction = self.unet(x_t, timestep, self.text_encoder(tokens).last_hidden_state).sample
+        prediction = self.unet(x_t, timestep, self.text_encoder(self.tokens[caption]).last_hidden_state).sample
         return functional.mse_loss(prediction, noise)
+
+
+class FlowTraining(nn.Module):
+    """The velocity's loss at logit-normal times, over transformer and text encoders together."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.networks = nn.ModuleList(
+            [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+        )
+
+    @staticmethod
+    def times(generator: torch.Generator, count: int) -> Float[Tensor, " picture"]:
+        """In (0, 1), most in the middle."""
+        return torch.randn(count, generator=generator).sigmoid()
+
+    def forward(
+        self, x0: Latents, noise: Latents, time: Float[Tensor, " picture"], caption: Int[Tensor, " picture"]
+    ) -> Tensor:
+        embedding, _, pooled, _ = self.pipeline.encode_prompt(
+            [CAPTIONS[index] for index in caption.tolist()],
+            None,
+            None,
+            device=x0.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_TOKENS,
+        )
+        t = time.view(-1, 1, 1, 1)
+        velocity = self.pipeline.transformer(
+            hidden_states=(1 - t) * x0 + t * noise,
+            timestep=1000 * time,
+            encoder_hidden_states=embedding,
+            pooled_projections=pooled,
+        ).sample
+        return functional.mse_loss(velocity, noise - x0)
 
 
 def as_tensor(pictures: UInt8[Tensor, "picture 32 32 3"]) -> Pictures:
@@ -98,11 +149,11 @@ def as_tensor(pictures: UInt8[Tensor, "picture 32 32 3"]) -> Pictures:
     return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
-def load_pictures(folder: Path) -> tuple[UInt8[Tensor, "picture 32 32 3"], Int[Tensor, " picture"]]:
+def load_pictures(folder: Path, count: int) -> tuple[UInt8[Tensor, "picture 32 32 3"], Int[Tensor, " picture"]]:
     """The training pictures and their captions' indices, drawn once by the first process."""
     path = folder / "pictures.pt"
     if dist.get_rank() == 0 and not path.exists():
-        pictures, captions = mixed_renders(NUM_PICTURES, seed=SEED)
+        pictures, captions = mixed_renders(count, seed=SEED)
         torch.save((torch.from_numpy(pictures), torch.from_numpy(captions)), path)
     dist.barrier()
     pictures_t, captions_t = torch.load(path, weights_only=True)
@@ -119,85 +170,93 @@ def encode_pictures(vae: AutoencoderKL, pictures: UInt8[Tensor, "picture 32 32 3
     return torch.cat(parts).clone()
 
 
-def tokenise_captions(tokenizer: CLIPTokenizer) -> Int[Tensor, "caption 16"]:
-    """Tokens of every caption of the world, and of the empty prompt in the last row."""
-    texts = [*scenes_by_caption(), ""]
-    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-
-
-def train(rank: int, folder: Path, rendezvous: str) -> None:
+def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
     """What each of the two processes does; the first one saves."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD_SIZE)
-    reports: dict[str, StageReport] = {}
+    folder, reports = chosen.work, {}
+    settings: dict[str, StageSettings] = {}
+
+    def stage(name: str, module: nn.Module, draw: Any, wanted: StageSettings) -> None:
+        settings[name] = wanted if chosen.steps is None else replace(wanted, steps=chosen.steps)
+        reports[name] = train_stage(name, module, draw, settings[name], seed=SEED, folder=folder)
 
     torch.manual_seed(SEED)
-    heldout = train_heldout.HeldoutTraining()
-    reports["heldout"] = train_stage(
-        "heldout", heldout, train_heldout.draw_batch, train_heldout.SETTINGS, seed=SEED, folder=folder
-    )
-    if rank == 0:
-        save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, HELDOUT_WEIGHTS)
+    is_flow = chosen.model == "flow"
+    if not is_flow:
+        heldout = train_heldout.HeldoutTraining()
+        stage("heldout", heldout, train_heldout.draw_batch, train_heldout.SETTINGS)
+        if rank == 0:
+            save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, HELDOUT_WEIGHTS)
 
-    pictures, captions = load_pictures(folder)
-    vae_training = VaeTraining(build_vae().to(memory_format=torch.channels_last))
+    pictures, captions = load_pictures(folder, chosen.pictures)
+    if is_flow:
+        vae = AutoencoderKL.from_pretrained(MODELS["base"], subfolder="vae", dtype=torch.float32).eval()
+    else:
+        vae_training = VaeTraining(build_vae().to(memory_format=torch.channels_last))
 
-    def draw_pictures(generator: torch.Generator, count: int) -> tuple[Tensor]:
-        return (as_tensor(pictures[torch.randint(len(pictures), (count,), generator=generator)]),)
+        def draw_pictures(generator: torch.Generator, count: int) -> tuple[Tensor]:
+            return (as_tensor(pictures[torch.randint(len(pictures), (count,), generator=generator)]),)
 
-    reports["vae"] = train_stage("vae", vae_training, draw_pictures, VAE, seed=SEED, folder=folder)
-    vae = vae_training.vae
+        stage("vae", vae_training, draw_pictures, VAE)
+        vae = vae_training.vae
 
     latents = encode_pictures(vae, pictures)
-    scaling_factor = round(1 / float(latents.std()), 4)
-    latents = latents * scaling_factor
-    vae.register_to_config(scaling_factor=scaling_factor)
+    if not is_flow:
+        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    latents = latents * vae.config.scaling_factor
 
     if rank == 0:
         build_tokenizer(folder / "tokenizer")
     dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    tokens = tokenise_captions(tokenizer)
-    unet_training = UnetTraining(build_unet().to(memory_format=torch.channels_last), build_text_encoder(tokenizer))
 
-    def draw_latents(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw_latents(generator: torch.Generator, count: int) -> tuple[Tensor, ...]:
         index = torch.randint(len(latents), (count,), generator=generator)
         noise = torch.randn((count, *latents.shape[1:]), generator=generator)
-        timestep = torch.randint(1000, (count,), generator=generator)
-        dropped: Bool[Tensor, " picture"] = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-        caption = torch.where(dropped, len(tokens) - 1, captions[index])
-        return latents[index], noise, timestep, tokens[caption]
+        times = training.times(generator, count)
+        dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
+        return latents[index], noise, times, torch.where(dropped, len(CAPTIONS) - 1, captions[index])
 
-    reports["unet"] = train_stage("unet", unet_training, draw_latents, UNET, seed=SEED, folder=folder)
+    training: UnetTraining | FlowTraining
+    pipeline: DiffusionPipeline
+    if is_flow:
+        pipeline = build_flow_pipeline(vae=vae, tokenizer=tokenizer)
+        training = FlowTraining(pipeline)
+        stage("transformer", training, draw_latents, FLOW)
+    else:
+        tokens = tokenizer(CAPTIONS, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        training = UnetTraining(
+            build_unet().to(memory_format=torch.channels_last), build_text_encoder(tokenizer), tokens
+        )
+        stage("unet", training, draw_latents, UNET)
+        pipeline = build_pipeline(vae=vae, unet=training.unet, text_encoder=training.text_encoder, tokenizer=tokenizer)
     if rank == 0:
-        save_base(vae, unet_training.unet, unet_training.text_encoder, tokenizer, reports)
+        save(pipeline, chosen, settings, reports)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def save_base(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
+def save(
+    pipeline: DiffusionPipeline,
+    chosen: argparse.Namespace,
+    settings: dict[str, StageSettings],
     reports: dict[str, StageReport],
 ) -> None:
     """Writes the pipeline in fp16 and its training record."""
-    for module in (vae, unet, text_encoder):
+    networks: dict[str, Any] = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    for module in networks.values():
         module.to(torch.float16, memory_format=torch.contiguous_format)
-    pipeline = build_pipeline(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
     record = {
         "seed": SEED,
-        "num_pictures": NUM_PICTURES,
+        "num_pictures": chosen.pictures,
         "caption_dropout": CAPTION_DROPOUT,
-        "kl_weight": KL_WEIGHT,
-        "edge_weight": EDGE_WEIGHT,
-        "scaling_factor": vae.config.scaling_factor,
+        **({} if "vae" not in settings else {"kl_weight": KL_WEIGHT, "edge_weight": EDGE_WEIGHT}),
+        "scaling_factor": pipeline.vae.config.scaling_factor,
         "num_parameters": {
-            name: sum(parameter.numel() for parameter in module.parameters())
-            for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
+            name: sum(parameter.numel() for parameter in module.parameters()) for name, module in networks.items()
         },
-        "settings": {"heldout": asdict(train_heldout.SETTINGS), "vae": asdict(VAE), "unet": asdict(UNET)},
+        "settings": {name: asdict(each) for name, each in settings.items()},
         "minutes": {
             name: {"wall": round(report.wall_seconds / 60, 1), "cpu": round(report.cpu_seconds / 60, 1)}
             for name, report in reports.items()
@@ -210,17 +269,24 @@ def save_base(
         },
         "loss": {name: report.loss for name, report in reports.items()},
     }
-    with new_folder(BASE_FOLDER, replace=True) as staged:
+    with new_folder(chosen.out or MODELS[chosen.model], replace=True) as staged:
         pipeline.save_pretrained(staged, safe_serialization=True)
         (staged / "training.json").write_text(json.dumps(record) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("--out", type=Path, help="folder of the pipeline, in place of the repository's own")
+    parser.add_argument("--work", type=Path, default=TRAINING_FOLDER, help="folder for what a stopped run goes on from")
+    parser.add_argument("--steps", type=int, help="of every stage, to try the script")
+    parser.add_argument("--pictures", type=int, default=NUM_PICTURES, help="that are trained on")
+    chosen = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    TRAINING_FOLDER.mkdir(exist_ok=True)
+    chosen.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         rendezvous = str(Path(temporary) / "rendezvous")
-        spawn(train, args=(TRAINING_FOLDER, rendezvous), nprocs=WORLD_SIZE)
+        spawn(train, args=(chosen, rendezvous), nprocs=WORLD_SIZE)
 
 
 if __name__ == "__main__":

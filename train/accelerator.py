@@ -2,13 +2,15 @@
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
 
+from inpo.common.denoiser import compute_dtype
 from inpo.common.processes import check_launcher, note, on_cpu
 from inpo.train.settings import TrainSettings
 
-_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerator:
@@ -17,7 +19,7 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
     Raises UsageError for a launcher's way of training that is not ours.
     """
     check_launcher()
-    precision = _PRECISION[network_dtype]
+    precision = _PRECISION[compute_dtype(network_dtype)]
     for name, ours, option in (
         ("ACCELERATE_MIXED_PRECISION", precision, f"the network's dtype is {network_dtype} (the cache's)"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(settings.accumulate), "--accumulate decides"),

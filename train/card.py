@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -91,7 +91,7 @@ def with_results(card: str, *, repository: str, license: str | None, images: Seq
     """A card for `repository`: its name in the usage lines, images (paths in the repository) and a table of scores."""
     read = ModelCard(card, ignore_metadata_errors=True)
     if license is not None:
-        read.data.license = license
+        cast(ModelCardData, read.data).license = license
     parts = [f"![{PurePath(image).stem}]({image})\n" for image in images]
     if scores:
         parts.append(f"## Scores\n\n{scores.rstrip()}\n")
@@ -148,5 +148,6 @@ def _license(model: Model) -> str | None:
     file = model.folder / "README.md"
     if not file.is_file():
         return None
-    data = ModelCard(file.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
-    return data.license if isinstance(data.license, str) else None
+    card = ModelCard(file.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
+    named = cast(ModelCardData, card.data).license
+    return named if isinstance(named, str) else None

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -65,6 +65,8 @@ class RunDocument(_Strict):
     """Where the record stream goes on."""
     identity: dict[str, Any]
     """The settings that change the trajectory."""
+    held_out: list[Annotated[tuple[NonNegativeInt, float, PositiveInt], Strict(False)]]
+    """The held-out evaluations so far: step, accuracy, records."""
     files: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+\.(json|safetensors)$")], FileSeal]
     checksum: str
 
@@ -187,7 +189,14 @@ def set_full_state(
 
 
 def save(
-    parts: Resumable, folder: Path, *, step: int, stream: dict[str, Any], identity: dict[str, Any], keep_last: int
+    parts: Resumable,
+    folder: Path,
+    *,
+    step: int,
+    stream: dict[str, Any],
+    identity: dict[str, Any],
+    held_out: Sequence[tuple[int, float, int]],
+    keep_last: int,
 ) -> Path:
     """Write `folder`/step-N, then remove what is older than the last `keep_last`, and what is of later steps: a run
     that went on from an earlier checkpoint has left them behind.
@@ -207,6 +216,7 @@ def save(
                 "step": step,
                 "stream": stream,
                 "identity": identity,
+                "held_out": held_out,
                 "files": {file.name: _seal(file).model_dump() for file in sorted(staged.iterdir())},
             }
             (staged / STATE).write_bytes(sealed(document))

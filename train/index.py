@@ -5,40 +5,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from inpo.common.cache import Cache, Shard
 from inpo.common.cache.identity import check_one_run
-from inpo.common.cache.labels import read_labels
+from inpo.common.cache.labels import read_label_shards
 from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.common.seeding import stable_hash, uniform
 from inpo.common.text import read_text, text_lines
+from inpo.train.selection import IndexedShard, PairsOfShard, RecordSelection
 
 _THREADS = 16
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class IndexedShard:
-    """A shard's usable pairs: rows, their images and their labels."""
-
-    shard: Shard
-    rows: Int[np.ndarray, " used"]
-    sides: Int[np.ndarray, "used 2"]
-    """Rows of the images: win, lose."""
-    group: Int[np.ndarray, " used"]
-    label: Float[np.ndarray, " used"]
-    """P(win preferred); the objective swaps the sides where it is below 0.5."""
-
-    @property
-    def num_images(self) -> int:
-        """Distinct images of the pairs."""
-        return len(np.unique(self.sides))
-
-    @property
-    def num_records(self) -> int:
-        return len(self.rows) * self.shard.cache.manifest.timesteps_per_pair
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,75 +49,46 @@ class Index:
         return sum(len(shard.rows) for shard in self.training)
 
 
-def build_index(
-    caches: Sequence[Cache],
-    *,
-    soft: bool,
-    held_out: float,
-    labels: str | None = None,
-    only: Path | None = None,
-    excluded: Path | None = None,
-) -> Index:
+def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **others: Any) -> Index:
     """Read the small arrays of every shard and decide what is used.
 
     Held-out pairs are chosen by the hash of the prompt alone (without case and blanks), so that a prompt is never on
-    both sides and runs of other seeds hold out the same ones. With hard labels a pair at 0.5 is left out. Raises
-    UsageError for a list of pair ids that cannot be read or names no pair of the caches.
+    both sides and runs of other seeds hold out the same ones. With hard labels a record at 0.5 is left out, and of
+    lists one that prefers nobody. Raises UsageError for a list of pair ids that cannot be read or names no pair of the
+    caches, CacheIncomplete for labels or scores that are not there. `others`: more of a RecordSelection.
     """
+    selection = RecordSelection(soft=soft, held_out=held_out, **others)
     check_one_run(caches)
-    wanted = _read_list(only, "--only")
-    unwanted = _read_list(excluded, "--except")
+    lists = {
+        "--only": (selection.only, _read_list(selection.only, "--only")),
+        "--except": (selection.excluded, _read_list(selection.excluded, "--except")),
+    }
     shards = [shard for cache in caches for shard in cache]
-    label_sets = {id(cache): read_labels(cache, labels) if labels else None for cache in caches}
+    sets = {id(cache): read_label_shards(cache, selection.labels) if selection.labels else {} for cache in caches}
 
     def index_one(shard: Shard) -> tuple[IndexedShard, IndexedShard, int, list[str]]:
-        ids = [str(pair_id) for pair_id in shard.read("pair/id")]
-        sides, group = shard.sides(), shard.groups()
-        prompts = shard.prompts()[group]
-        label_set = label_sets[id(shard.cache)]
-        if label_set is None:
-            label = shard.read("pair/label").astype(np.float64)
-        else:
-            found = label_set.get(shard.name, {})
-            missing = [pair_id for pair_id in ids if pair_id not in found]
-            if missing:
-                raise CacheIncomplete(
-                    f"The label set {labels!r} lacks pairs.",
-                    where=f"{shard.cache.location}, shard {shard.name}",
-                    expected=f"{len(ids)} labels",
-                    got=f"{len(found)}; missing {missing[0]!r}, ...",
-                    fix="run `inpo relabel` again with the same --set: it completes the set",
-                )
-            label = np.array([found[pair_id] for pair_id in ids], dtype=np.float64)
-        use = np.array([(wanted is None or each in wanted) and each not in (unwanted or ()) for each in ids], bool)
-        if not soft:
-            use &= label != 0.5
-        aside = np.array([uniform("held-out", _plain(str(prompt))) < held_out for prompt in prompts], bool)
-
-        def part(mask: np.ndarray) -> IndexedShard:
-            rows = np.flatnonzero(mask)
-            return IndexedShard(
-                shard=shard, rows=rows, sides=sides[rows], group=group[rows], label=label[rows].astype(np.float32)
-            )
-
-        digest = stable_hash(shard.commit.attempt, *np.flatnonzero(use).tolist(), *label[use].tolist())
-        return part(use & ~aside), part(use & aside), digest, ids
+        found = PairsOfShard(shard, selection, sets[id(shard.cache)].get(shard.name))
+        found.use(wanted=lists["--only"][1], unwanted=lists["--except"][1])
+        whole = found.lists() if selection.lists else found.pairs()
+        prompts = shard.prompts()[whole.group]
+        aside = np.array([uniform("held-out", _plain(str(each))) < selection.held_out for each in prompts], bool)
+        return whole.part(~aside), whole.part(aside), found.digest(whole), found.ids
 
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(index_one, shards))
     index = Index(
         training=tuple(training for training, _, _, _ in parts if len(training.rows)),
         held_out=tuple(aside for _, aside, _, _ in parts if len(aside.rows)),
-        fingerprint=f"{stable_hash(held_out, *(digest for _, _, digest, _ in parts)):016x}",
-        unknown=_unknown({"--only": (only, wanted), "--except": (excluded, unwanted)}, [each[3] for each in parts]),
+        fingerprint=f"{stable_hash(selection.held_out, *(digest for _, _, digest, _ in parts)):016x}",
+        unknown=_unknown(lists, [each[3] for each in parts]),
     )
     if index.num_records == 0:
         raise CacheIncomplete(
-            "No pair is left to train on.",
+            "No list is left to train on." if selection.lists else "No pair is left to train on.",
             where=", ".join(cache.location for cache in caches),
             got=f"{sum(cache.num_pairs for cache in caches)} committed pairs, "
             f"{sum(len(shard.rows) for shard in index.held_out)} of them held out",
-            fix="check --only, --except, --labels and held_out",
+            fix="check --only, --except, --labels, --timestep-range and held_out",
         )
     return index
 

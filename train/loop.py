@@ -13,17 +13,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from inpo.common.cache.derive import mean_square
 from inpo.common.compiled import compile_network
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
+from inpo.train.judge import Evaluation, Judge
+from inpo.train.loss_space import error_weights
+from inpo.train.losses import preserve_win
 from inpo.train.metrics import Accumulator, MetricsWriter
-from inpo.train.objectives import Objective, ObjectiveResult, beta_of
-from inpo.train.proof import record_errors
+from inpo.train.objectives import Objective, ObjectiveResult, beta_of, parameter_of
+from inpo.train.proof import record_errors, residuals
 from inpo.train.records import Batch
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream
@@ -55,6 +60,7 @@ class Trainer:
         self.output = output
         self.objective = objective
         self.beta = beta_of(settings)
+        self.parameter = parameter_of(settings)
         self.accelerator = accelerator
         self.network = network
         self.trained = trained
@@ -68,12 +74,14 @@ class Trainer:
         self.metrics = metrics
         self.sample = sample
         self.step = 0
+        self.judge = Judge()
+        self._warned = False
         self._stopping = False
         self._sums = self._new_sums()
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
-        # 1 / abar_t, for the objective that aims at the previous delta.
-        self._weights = (1 / denoiser.levels.signal**2).float().to(accelerator.device)
+        self.weights = _weights(objective, denoiser, settings).float().to(accelerator.device)
+        """Of both errors in the loss, by timestep."""
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
         self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -83,15 +91,22 @@ class Trainer:
         What an objective averages over images is averaged over all processes' micro-batches, so that all of them must
         call this together; with `alone` over this one.
         """
-        error = record_errors(self.denoiser, batch, self.objective.space)
-        reference_error = batch.by_side(batch.reference_error)
-        if self.objective.target == "delta_prev":
-            weight = self._weights[batch.record_timestep, None]
-            error, reference_error = error * weight, reference_error * weight
-        if self.objective.needs_mean:
-            mean = torch.mean if alone else self._mean_over_processes
-            return self.objective.function(error, reference_error, batch.label, self.beta, mean)
-        return self.objective.function(error, reference_error, batch.label, self.beta)
+        residual = residuals(self.denoiser, batch, self.objective.space)
+        weight = self.weights[batch.record_timestep, None]
+        error = batch.by_side(mean_square(residual)) * weight
+        if self.settings.sdpo is not None:
+            win, lose = residual.detach()[batch.sides].unbind(dim=1)
+            product = (win * lose).mean(dim=(-3, -2, -1)) * weight[:, 0]
+            error = preserve_win(error, product, batch.label, self.settings.sdpo)
+        return self.objective.function(
+            error,
+            batch.by_side(batch.reference_error) * weight,
+            batch.lists or batch.label,
+            self.beta,
+            torch.mean if alone else self._mean_over_processes,
+            parameter=self.parameter,
+            num_values=batch.x_t[0].numel(),
+        )
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.detach().mean(), reduction="mean")  # all hold equally many
@@ -117,7 +132,8 @@ class Trainer:
 
         bare = accelerator.unwrap_model(self.network)
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
-        self.denoiser.rows = 2 * settings.batch_size if sharded else self.stream.num_slots
+        widest = max(shard.sides.shape[1] for shard in self.stream.index.training)
+        self.denoiser.rows = widest * settings.batch_size if sharded else self.stream.num_slots
         if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
             self.denoiser.rows = None
         self.network.zero_grad(set_to_none=True)
@@ -128,12 +144,14 @@ class Trainer:
         sums = self._new_sums()
         batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
-            sums.add(self.losses(batch), batch.record_timestep)
+            result = self.losses(batch)
+            sums.add(result, batch.record_timestep)
+            at_reference = self.accelerator.reduce(result.at_reference.mean(), reduction="mean")
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
         if self.sample is not None:
             self.sample(0)
-        return values
+        return values | {"at_reference": float(at_reference)}
 
     def run(self) -> bool:
         """Train to `settings.steps`. Returns False if SIGTERM or Ctrl-C ended it early (a checkpoint was written)."""
@@ -146,7 +164,7 @@ class Trainer:
         gc.freeze()
         try:
             with ProgressReport("train", total=settings.steps, unit="steps", done=self.step, quiet=quiet) as progress:
-                while self.step < settings.steps:
+                while self.step < settings.steps and not self.overfitted:
                     records += self._optimise(batches)
                     self.step += 1
                     last, stopping = self.step == settings.steps, self._stop_requested()
@@ -154,6 +172,7 @@ class Trainer:
                     if self.step % settings.log_every == 0 or last or stopping:
                         note = self._log(records, started, evaluate=last)
                         started, records = before, 0
+                        last = last or self.overfitted
                     if self.sample is not None and self.step % settings.sample_every == 0:
                         self.sample(self.step)
                     if self.step % settings.save_every == 0 or last or stopping:
@@ -170,6 +189,11 @@ class Trainer:
             self.stream.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @property
+    def overfitted(self) -> bool:
+        """True: the held-out accuracy has turned, and the run is to stop then."""
+        return self.settings.overfitting == "stop" and self.judge.turned
 
     def _optimise(self, batches: Iterator[Batch]) -> int:
         """One optimiser step over `accumulate` micro-batches. Returns the records this process used."""
@@ -218,6 +242,7 @@ class Trainer:
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if evaluate or self.step % self.settings.evaluate_every == 0:
             values |= self._evaluate()
+            self._judge(values)
         self._write(values)
         return f"loss {values['loss']:.4f}, accuracy {values['implicit_accuracy']:.3f}"
 
@@ -239,6 +264,7 @@ class Trainer:
             step=self.step,
             stream=self.stream.state_dict(),
             identity=self.identity,
+            held_out=self.judge.evaluations,
             keep_last=self.settings.keep_last,
         )
 
@@ -246,6 +272,7 @@ class Trainer:
         """Go on from a checkpoint."""
         self.stream.load_state_dict(chosen.document.stream)
         self._parts.read(chosen)
+        self.judge.evaluations = [Evaluation(*each) for each in chosen.document.held_out]
         self.step = chosen.step
 
     @property
@@ -267,6 +294,22 @@ class Trainer:
                 if number < len(self.held_out):
                     sums.add(result, here.record_timestep)
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
+
+    def _judge(self, values: dict[str, Any]) -> None:
+        """Note an evaluation, and say once that the held-out accuracy has turned."""
+        if "held_out_implicit_accuracy" not in values:
+            return
+        count = sum(part["records"] for part in values["held_out_by_timestep"])
+        self.judge.evaluations.append(Evaluation(self.step, values["held_out_implicit_accuracy"], count))
+        if self.judge.turned and not self._warned and self.settings.overfitting != "ignore":
+            self._warned = True
+            best, now = self.judge.best, self.judge.evaluations[-1]
+            saved = self.output / "checkpoints" / f"step-{best.step:08d}"
+            self.accelerator.print(
+                f"note: the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
+                f"now, at step {self.step}"
+                + (f"; `--resume {saved} --steps {best.step}` writes the model of then" if saved.is_dir() else "")
+            )
 
     def _guard(self) -> None:
         """Stop before numbers that are not finite reach a checkpoint."""
@@ -318,3 +361,11 @@ class Trainer:
         flag = torch.tensor(float(self._stopping))
         torch.distributed.all_reduce(flag, group=self._control)
         return bool(flag > 0)
+
+
+def _weights(objective: Objective, denoiser: Denoiser, settings: TrainSettings) -> Float[Tensor, " timestep"]:
+    """What an error is multiplied by in the loss: 1 / abar_t where the target is the previous delta."""
+    levels = denoiser.levels
+    if objective.space is not None:
+        return levels.signal**-2
+    return error_weights(levels, denoiser.prediction, settings.loss_space, levels.space)

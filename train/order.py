@@ -1,9 +1,10 @@
 """The one global order of records, from (seed, epoch) alone.
 
 An epoch is K slices. Each visits every pair once, at another of its K records, so that a short run meets as many pairs
-as it has records: the K records of a pair are correlated (docs/training.md). The pairs of a group stand at the same
-record and follow each other, so that a micro-batch meets their images once. In a slice shards are shuffled and cut into
-windows, and the groups of a window are shuffled together.
+as it has records: the K records of a pair are correlated (docs/training.md). Where not all records may be used, the
+last slices visit fewer pairs. The pairs of a group stand at the same record and follow each other, so that a
+micro-batch meets their images once. In a slice shards are shuffled and cut into windows, and the groups of a window are
+shuffled together.
 
 The slices and epochs follow each other without a gap: micro-batch b holds records b * B .. (b + 1) * B - 1 of the
 endless sequence, and rank r of W takes micro-batches r, r + W, ...: so two ranks equal one rank with twice the
@@ -12,9 +13,10 @@ accumulation, every record is used equally often, and no rank ever waits for one
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from inpo.common.seeding import generator
 
@@ -38,14 +40,32 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderedShard:
-    """What the order needs to know of a shard: the group of each of its pairs, and K."""
+    """What the order needs to know of a shard: the group of each of its pairs, K, and which records may be used."""
 
     group: Int[np.ndarray, " pair"]
     num_records: int
+    usable: Bool[np.ndarray, "pair record"] | None = None
+    """None: all."""
 
     @property
     def num_pairs(self) -> int:
         return len(self.group)
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_pairs * self.num_records if self.usable is None else int(self.usable.sum())
+
+    @cached_property
+    def usable_by_group(self) -> Bool[np.ndarray, "group record"]:
+        """True: some pair of the group may use the record."""
+        found = np.zeros((int(self.group.max()) + 1, self.num_records), bool)
+        np.logical_or.at(found, self.group, True if self.usable is None else self.usable)
+        return found
+
+    @cached_property
+    def num_slices(self) -> int:
+        """Slices of an epoch that have a record of this shard."""
+        return self.num_records if self.usable is None else int(self.usable_by_group.sum(axis=1).max())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +84,21 @@ class GlobalOrder:
         self.shards = shards
         self.window_shards = window_shards
         self.seed = seed
-        self.num_records = sum(shard.num_pairs * shard.num_records for shard in shards)
+        self.num_records = sum(shard.num_usable for shard in shards)
         self._epochs: dict[int, _Epoch] = {}
 
     def _epoch(self, epoch: int) -> _Epoch:
         """Threads may ask for neighbouring epochs; old ones are forgotten."""
         if epoch not in self._epochs:
-            keys, windows = [], []
-            for number in range(max(shard.num_records for shard in self.shards)):
-                # Caches of fewer records have no part in an epoch's last slices.
-                has = np.flatnonzero([shard.num_records > number for shard in self.shards])
+            keys, windows, sizes = [], [], []
+            for number in range(max(shard.num_slices for shard in self.shards)):
+                # Shards of fewer records have no part in an epoch's last slices.
+                has = np.flatnonzero([shard.num_slices > number for shard in self.shards])
                 shuffled = generator(self.seed, epoch, number, "shards").permutation(has)
                 for window, start in enumerate(range(0, len(shuffled), self.window_shards)):
                     keys.append(WindowKey(epoch=epoch, slice=number, window=window))
                     windows.append(shuffled[start : start + self.window_shards])
-            sizes = [sum(self.shards[shard].num_pairs for shard in window) for window in windows]
+                    sizes.append(sum(self._num_visited(epoch, shard, number) for shard in windows[-1].tolist()))
             self._epochs[epoch] = _Epoch(keys=tuple(keys), shards=tuple(windows), ends=np.cumsum(sizes))
             for old in [known for known in list(self._epochs) if known < epoch - 2]:
                 self._epochs.pop(old, None)
@@ -101,20 +121,39 @@ class GlobalOrder:
         found = self._epoch(key.epoch)
         parts = []
         for shard in found.shards[found.keys.index(key)].tolist():
-            group = self.shards[shard].group
-            records = self._records(key.epoch, shard)[group, key.slice]
-            parts.append(np.stack([np.full(len(group), shard), np.arange(len(group)), records, group], axis=1))
+            pairs, records = self._pairs(key.epoch, shard, key.slice)
+            group = self.shards[shard].group[pairs]
+            parts.append(np.stack([np.full(len(pairs), shard), pairs, records, group], axis=1))
         rows = np.concatenate(parts)
         _, number = np.unique(rows[:, [0, 3]], axis=0, return_inverse=True)
         turn = generator(self.seed, key.epoch, key.slice, key.window, "groups").permutation(number.max() + 1)
         order = np.argsort(turn[number.ravel()], kind="stable")
         return rows[order, :3]
 
+    def _pairs(self, epoch: int, shard: int, slice_: int) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+        """The pairs of a shard that a slice visits, and the record that each shows."""
+        ordered = self.shards[shard]
+        records = self._records(epoch, shard)[ordered.group, slice_]
+        pairs = np.arange(ordered.num_pairs)
+        if ordered.usable is not None:
+            pairs = np.flatnonzero(ordered.usable[pairs, records])
+        return pairs, records[pairs]
+
+    def _num_visited(self, epoch: int, shard: int, slice_: int) -> int:
+        """Pairs of a shard that a slice visits."""
+        ordered = self.shards[shard]
+        return ordered.num_pairs if ordered.usable is None else len(self._pairs(epoch, shard, slice_)[0])
+
     def _records(self, epoch: int, shard: int) -> Int[np.ndarray, "group record"]:
-        """Which record each group of a shard shows in each slice of an epoch: a permutation by group."""
+        """Which record each group of a shard shows in each slice of an epoch: a permutation by group, what nobody may
+        use last."""
         ordered = self.shards[shard]
         rows = np.tile(np.arange(ordered.num_records), (int(ordered.group.max()) + 1, 1))
-        return generator(self.seed, epoch, shard, "records").permuted(rows, axis=1)
+        shuffled = generator(self.seed, epoch, shard, "records").permuted(rows, axis=1)
+        if ordered.usable is None:
+            return shuffled
+        unusable = ~np.take_along_axis(ordered.usable_by_group, shuffled, axis=1)
+        return np.take_along_axis(shuffled, np.argsort(unusable, axis=1, kind="stable"), axis=1)
 
     def position(self, record: int) -> Position:
         """Where record number `record` of the endless sequence lies."""

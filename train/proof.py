@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from inpo.common.cache import Cache
@@ -23,8 +23,9 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.errors import CacheMismatch, command
 from inpo.common.models import Model
 from inpo.common.spread import moved, root_mean_square, root_shift
-from inpo.train.index import Index, IndexedShard
+from inpo.train.index import Index
 from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
+from inpo.train.selection import IndexedShard
 
 _RECORDS = 32
 """Records that are looked at, at least, if there are so many."""
@@ -52,6 +53,8 @@ class Proof:
     """Of the cache; None: not measured."""
     error: float
     reference_error: float
+    slope: float
+    """Root mean square of w sqrt(E_ref), w the weight of an error in the loss (train/loss_space.py)."""
     num_records: int
 
     @property
@@ -60,8 +63,8 @@ class Proof:
         return self.shift <= self.limit
 
     def on_logit(self, shift: float, beta: float) -> str:
-        """How far a shift of an image's root error moves the preference logit: (beta / 2) 2 sqrt(E) shift."""
-        return f"{beta * math.sqrt(self.reference_error) * shift:.2g}"
+        """How far a shift of an image's root error moves the preference logit: (beta / 2) 2 w sqrt(E) shift."""
+        return f"{beta * self.slope * shift:.2g}"
 
     def spreads(self, beta: float) -> str:
         """How far rounding moves the logit, here and in the cache."""
@@ -95,15 +98,19 @@ def check_dtype(cache: Cache, dtype: str | None) -> None:
         )
 
 
-def run_proof(denoiser: Denoiser, index: Index, *, batch_size: int) -> Proof:
+def run_proof(
+    denoiser: Denoiser, index: Index, *, batch_size: int, weights: Float[Tensor, " timestep"] | None = None
+) -> Proof:
     """Compare E_theta with the stored E_ref, record by record, on a sample from the whole index.
 
     Up to 64 shards give a record at least; of more, 64 that lie evenly among them. The network must be in eval mode
-    with its initial weights. `batch_size` records go through it together, as in training.
+    with its initial weights. `batch_size` records go through it together, as in training. `weights`: of errors in the
+    loss, by timestep; they scale what is said of the logit, not the verdict.
     """
     sample = _sample(index)
     records = [record for _, of_shard in sample for record in of_shard]
-    error, stored = _errors(denoiser, records, batch_size)
+    error, stored, timestep = _errors(denoiser, records, batch_size)
+    weight = 1.0 if weights is None else weights.cpu()[timestep, None]
     shift = root_shift(error, stored)
     spread = _measure_spread(denoiser, records, batch_size, error)
     known = [found for shard, _ in sample if (found := shard.shard.commit.spread) is not None]
@@ -123,6 +130,7 @@ def run_proof(denoiser: Denoiser, index: Index, *, batch_size: int) -> Proof:
         cache_spread=cache_spread,
         error=float(error.mean()),
         reference_error=mean,
+        slope=math.sqrt(float((weight**2 * stored).mean())),
         num_records=len(error),
     )
 
@@ -141,20 +149,20 @@ def refuse(proof: Proof, cache: Cache, *, beta: float) -> CacheMismatch:
     )
 
 
-def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
-    """E = MSE(target - prediction at (x_t, t, c)) of both sides of every record, in one network call for all images.
+def residuals(
+    denoiser: Denoiser, batch: Batch, space: Space | None = None, *, x_t: Float[Tensor, "slot c h w"] | None = None
+) -> Float[Tensor, "slot c h w"]:
+    """target - prediction at (x_t, t, c), in one network call for all images.
 
-    `space`: what the target is of; None: what the levels' targets are of.
+    `space`: what the target is of; None: what the levels' targets are of. `x_t`: points of one's own.
     """
-    return _record_errors(denoiser, batch, batch.x_t.float(), space)
+    point = batch.x_t.float() if x_t is None else x_t
+    return batch.target.float() - denoiser(point, batch.timestep, batch.condition, space)
 
 
-def _record_errors(
-    denoiser: Denoiser, batch: Batch, x_t: Float[Tensor, "slot c h w"], space: Space | None = None
-) -> Float[Tensor, "record side"]:
-    """At points of one's own."""
-    predicted = denoiser(x_t, batch.timestep, batch.condition, space)
-    return batch.by_side(mean_square(batch.target.float() - predicted))
+def record_errors(denoiser: Denoiser, batch: Batch, space: Space | None = None) -> Float[Tensor, "record side"]:
+    """E = mean square of the residuals, of both sides of every record."""
+    return batch.by_side(mean_square(residuals(denoiser, batch, space)))
 
 
 def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tuple[float, float, str]:
@@ -174,17 +182,18 @@ def _judge(shift: Float[Tensor, "record side"], scale: float, where: str) -> tup
 @torch.no_grad()
 def _errors(
     denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, generator: torch.Generator | None = None
-) -> tuple[Float[Tensor, "record side"], Float[Tensor, "record side"]]:
-    """(E_theta, E_ref) on the CPU; with a generator E_theta at points that are moved by a rounding."""
-    errors, stored = [], []
+) -> tuple[Float[Tensor, "record side"], Float[Tensor, "record side"], Int[Tensor, " record"]]:
+    """(E_theta, E_ref, timestep) on the CPU; with a generator E_theta at points that are moved by a rounding."""
+    errors, stored, timesteps = [], [], []
     for start in range(0, len(records), batch_size):
         batch = gather(records[start : start + batch_size])
         there = batch.to(denoiser.device)
         x_t = there.x_t.float()
         x_t = x_t if generator is None else moved(x_t, denoiser.network_dtype, generator)
-        errors.append(_record_errors(denoiser, there, x_t).cpu())
+        errors.append(batch.by_side(mean_square(residuals(denoiser, there, x_t=x_t)).cpu()))
         stored.append(batch.by_side(batch.reference_error))
-    return torch.cat(errors), torch.cat(stored)
+        timesteps.append(batch.record_timestep)
+    return torch.cat(errors), torch.cat(stored), torch.cat(timesteps)
 
 
 def _measure_spread(
@@ -195,7 +204,7 @@ def _measure_spread(
     generator = torch.Generator().manual_seed(0)
     shifts = []
     for _ in range(math.ceil(_MOVES / error.numel())):
-        again, _ = _errors(denoiser, records[::-1], other_size, generator)
+        again, _, _ = _errors(denoiser, records[::-1], other_size, generator)
         shifts.append(root_shift(again.flip(0), error))
     return root_mean_square(torch.cat(shifts))
 
@@ -210,10 +219,11 @@ def _sample(index: Index) -> list[tuple[IndexedShard, list[LoadedRecord]]]:
     for turn, number in enumerate(chosen.tolist()):
         shard = shards[number]
         of_pair = shard.shard.cache.manifest.timesteps_per_pair
-        evenly = np.unique(np.linspace(0, shard.num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
+        num_records = len(shard.rows) * of_pair
+        evenly = np.unique(np.linspace(0, num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
         pairs = evenly // of_pair
         # A stride through the records would meet few of a pair's; walk through them instead.
         records = (ends[turn] + np.arange(len(evenly))) % of_pair
-        loaded = LoadedShard(shard, pairs, records, Needs())
+        loaded = LoadedShard(shard.first_two, pairs, records, Needs())
         found.append((shard, [loaded.record(*each) for each in zip(pairs.tolist(), records.tolist(), strict=True)]))
     return found

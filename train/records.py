@@ -11,7 +11,8 @@ from torch import Tensor
 
 from inpo.common.conditions import Condition, owned, read_prompts, training_places
 from inpo.common.errors import CacheCorrupt, CacheSchemaError, command
-from inpo.train.index import IndexedShard
+from inpo.train.losses import Lists
+from inpo.train.selection import IndexedShard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,8 +24,8 @@ class Batch:
     """What the prediction is compared with: the array of that name, or the one that the objective takes instead."""
     reference_error: Float32[Tensor, " slot"]
     timestep: Int[Tensor, " slot"]
-    sides: Int[Tensor, "record 2"]
-    """Slots of each record's images: win, lose."""
+    sides: Int[Tensor, "record place"]
+    """Slots of each record's images: win, lose; of a list all, and its first image again where it is shorter."""
     label: Float32[Tensor, " record"]
     prompts: Condition
     """What prompts own, one row per prompt."""
@@ -32,6 +33,8 @@ class Batch:
     """The row of each slot's prompt."""
     images: Condition
     """What images own, one row per slot."""
+    lists: Lists | None = None
+    """Where records are lists: what is known of their images."""
 
     @property
     def num_records(self) -> int:
@@ -46,8 +49,8 @@ class Batch:
     def record_timestep(self) -> Int[Tensor, " record"]:
         return self.timestep[self.sides[:, 0]]
 
-    def by_side(self, values: Float[Tensor, " slot"]) -> Float[Tensor, "record side"]:
-        """Numbers of slots as each record's win and lose."""
+    def by_side(self, values: Float[Tensor, " slot"]) -> Float[Tensor, "record place"]:
+        """Numbers of slots as each record's win and lose, or as each list's images."""
         return values[self.sides]
 
     def pin(self) -> "Batch":
@@ -61,7 +64,8 @@ class Batch:
         moved: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            moved[each.name] = value.map(function) if isinstance(value, Condition) else function(value)
+            if value is not None:
+                moved[each.name] = value.map(function) if isinstance(value, Condition | Lists) else function(value)
         return Batch(**moved)
 
 
@@ -90,15 +94,22 @@ class LoadedShard:
         self.needs = needs
         num_records = shard.cache.manifest.timesteps_per_pair
         self._where = {key: number for number, key in enumerate(zip(pairs.tolist(), records.tolist(), strict=True))}
-        keys, sides = np.unique(indexed.sides[pairs] * num_records + records[:, None], return_inverse=True)
-        self._sides = sides.reshape(len(pairs), 2)
+        sides = indexed.sides[pairs]
+        there = sides >= 0
+        keys, slots = np.unique((sides * num_records + records[:, None])[there], return_inverse=True)
+        self._slots = np.split(slots, np.cumsum(there.sum(axis=1))[:-1])
         images, image_records = np.divmod(keys, num_records)
         self._target = shard.read_records(needs.target, images, image_records)
         self._x_t = self._points(images, image_records)
         self._timestep = shard.timesteps()[images, image_records].astype(np.int64)
         self._reference_error = self._errors(images, image_records)
         self._check_finite(images)
-        self._label = indexed.label[pairs]
+        self._label = indexed.labels(pairs, records)
+        self._lists = (
+            None
+            if indexed.above is None or indexed.advantage is None
+            else (indexed.above[pairs], indexed.advantage[pairs])
+        )
         self._images = {name: shard.read(path, images) for name, path in owned(shard, "image").items()}
         groups, self._prompt = np.unique(shard.read("image/group", images), return_inverse=True)
         self._prompts = read_prompts(shard.cache.texts, training_places(shard, groups))
@@ -121,9 +132,17 @@ class LoadedShard:
         return self, self._where[pair, record]
 
     def slots_of(self, number: int) -> list[int]:
-        """The images of a record: win, lose."""
-        found: list[int] = self._sides[number].tolist()
+        """The images of a record: win, lose, or all of a list."""
+        found: list[int] = self._slots[number].tolist()
         return found
+
+    def list_of(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(above, advantage) of the images of a record, if it is a list."""
+        if self._lists is None:
+            return None
+        above, advantage = self._lists
+        length = len(self._slots[number])
+        return above[number, :length, :length], advantage[number, :length]
 
     def copy_slot(self, image: int, batch: dict[str, np.ndarray], slot: int) -> None:
         """Copy an image's numbers into a slot of a batch's arrays."""
@@ -202,6 +221,7 @@ def gather(records: Sequence[LoadedRecord]) -> Batch:
         [slots.setdefault((id(shard), image), len(slots)) for image in shard.slots_of(number)]
         for shard, number in records
     ]
+    places = max(map(len, sides))
     prompt = [prompts.setdefault((owner, shards[owner].prompt_of(image)), len(prompts)) for owner, image in slots]
     arrays, of_prompts = records[0][0].empty_slots(len(slots)), records[0][0].empty_prompts(len(prompts))
     for shard in shards.values():
@@ -214,12 +234,25 @@ def gather(records: Sequence[LoadedRecord]) -> Batch:
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return Batch(
         **{name: tensors.pop(name) for name in names},
-        sides=torch.tensor(sides),
+        sides=torch.tensor([each + each[:1] * (places - len(each)) for each in sides]),
         label=torch.tensor([shard.label_of(number) for shard, number in records], dtype=torch.float32),
         prompts=Condition(**{name: torch.from_numpy(values) for name, values in of_prompts.items()}),
         prompt=torch.tensor(prompt),
         images=Condition(**tensors),
+        lists=_lists([each for shard, number in records if (each := shard.list_of(number)) is not None], places),
     )
+
+
+def _lists(found: Sequence[tuple[np.ndarray, np.ndarray]], places: int) -> Lists | None:
+    """What is known of the images of a micro-batch's lists, each brought to as many places; None if there are none."""
+    if not found:
+        return None
+    above = np.zeros((len(found), places, places), bool)
+    advantage, there = np.zeros((len(found), places), np.float32), np.zeros((len(found), places), bool)
+    for row, (prefers, weight) in enumerate(found):
+        length = len(weight)
+        above[row, :length, :length], advantage[row, :length], there[row, :length] = prefers, weight, True
+    return Lists(above=torch.from_numpy(above), advantage=torch.from_numpy(advantage), there=torch.from_numpy(there))
 
 
 _BLOCK = 1 << 18

@@ -8,12 +8,13 @@ import numpy as np
 
 from inpo.common.cache import Cache
 from inpo.common.cache.identity import same_levels
-from inpo.common.cache.labels import label_settings
+from inpo.common.cache.labels import SMPO_TEMPERATURE, label_settings
 from inpo.common.cache.schema import LevelTables
+from inpo.common.denoiser import check_quantiser, is_quantised
 from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index
-from inpo.train.objectives import SMPO_TEMPERATURE, Objective
+from inpo.train.objectives import OBJECTIVES, Objective, parameter_of
 from inpo.train.records import Needs
 from inpo.train.settings import TrainSettings
 
@@ -43,6 +44,42 @@ def check_lora(settings: TrainSettings) -> None:
                 expected="--lora-rank, above 0",
                 got="0",
                 fix="pass --lora-rank as well, or leave it out",
+            )
+
+
+def check_quantised(network_dtype: str, settings: TrainSettings) -> None:
+    """Raise UsageError for a cache of a quantised network that is to be trained whole: no weight of it can move."""
+    check_quantiser(network_dtype)
+    if is_quantised(network_dtype) and not settings.lora_rank:
+        raise UsageError(
+            "The cache is of a network with quantised weights, which are not trained.",
+            where="--lora-rank",
+            expected=f"LoRA layers over the network of dtype {network_dtype}",
+            got="0: full fine-tuning",
+            fix="pass --lora-rank, or precompute with another --dtype",
+        )
+
+
+def check_objective(settings: TrainSettings) -> None:
+    """Raise UsageError for an option that the objective has no use for, or a number outside its range."""
+    objective = OBJECTIVES[settings.objective]
+    parameter_of(settings)
+    pairwise = ", ".join(each.name for each in OBJECTIVES.values() if each.pairwise)
+    for wrong, option, expected in (
+        (settings.sdpo is not None and not objective.pairwise, "--sdpo", f"a pairwise objective: {pairwise}"),
+        (
+            settings.loss_space != "own" and objective.space is not None,
+            "--loss-space",
+            "own: the weight of its errors is part of this objective",
+        ),
+    ):
+        if wrong:
+            raise UsageError(
+                f"{option} does not go with objective {objective.name}.",
+                where=option,
+                expected=expected,
+                got=f"--objective {objective.name}",
+                fix=f"leave {option} out, or choose another --objective",
             )
 
 
@@ -125,13 +162,22 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
                 got=f"inverter {manifest.inverter.name}",
                 fix="make another cache: `inpo precompute --inverter noise --cache OTHER ...`, or use --objective inpo",
             )
+        if objective.reverses_dropped and not manifest.inverter.caption_dropout:
+            raise CacheIncomplete(
+                f"Objective {objective.name} reverses the preference where captions were dropped, and none was here.",
+                where=cache.location,
+                expected="caption_dropout above 0, say 0.1",
+                got="caption_dropout 0",
+                fix="make another cache: `inpo precompute --caption-dropout 0.1 --cache OTHER ...`, or use --objective "
+                "bdpo",
+            )
     return needs
 
 
 def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objective: Objective) -> list[str]:
     """A line for each label set whose temperature makes a soft objective another strength than the released one's."""
     notes = []
-    for cache in caches if objective.labels == "soft" and settings.labels else ():
+    for cache in caches if objective.name == "smpo" and settings.labels else ():
         scorer, temperature = label_settings(cache, settings.labels or "") or ("", SMPO_TEMPERATURE)
         if scorer == "pickscore" and math.isclose(temperature, SMPO_TEMPERATURE, rel_tol=1e-3):
             continue
@@ -150,7 +196,7 @@ def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objectiv
 
 def refuse_hard_labels(index: Index, objective: Objective) -> None:
     """A soft objective on hard labels is another objective; refuse it."""
-    if objective.labels == "soft" and all(np.isin(shard.label, (0.0, 1.0)).all() for shard in index.training):
+    if objective.labels != "hard" and all(np.isin(shard.label, (0.0, 1.0)).all() for shard in index.training):
         location = index.training[0].shard.cache.location
         raise CacheIncomplete(
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",

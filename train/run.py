@@ -25,17 +25,20 @@ from inpo.train.end import check_parts, check_space
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of
+from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
 from inpo.train.push import claim_repository, push
+from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
     check_lora,
     check_needs,
+    check_objective,
     check_origin,
+    check_quantised,
     refuse_hard_labels,
     temperature_notes,
 )
@@ -52,11 +55,20 @@ class Resolved:
     output: Path
     model: Model
     caches: list[Cache]
-    sections: dict[str, Section]
+    sections: Mapping[str, Section]
+    """[model] and [data]."""
 
     @property
     def toml(self) -> str:
-        return to_toml(self.sections)
+        return to_toml({**self.sections, "train": self.settings})
+
+    def check(self) -> Needs:
+        """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
+        Returns what is read."""
+        check_installed(self.settings)
+        check_lora(self.settings)
+        check_objective(self.settings)
+        return check_needs(self.caches, OBJECTIVES[self.settings.objective])
 
 
 def run_train(
@@ -68,26 +80,37 @@ def run_train(
     resume: str,
 ) -> int:
     """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
-    resolved = _resolve(recipe, model_flags, caches, flags)
+    train(resolve_run(recipe, model_flags, caches, flags), resume=resume)
+    return 0
+
+
+def train(resolved: Resolved, *, resume: str) -> bool:
+    """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
-    check_installed(settings)
-    check_lora(settings)
+    needs = resolved.check()
     claim_output(resolved.output)
     objective = OBJECTIVES[settings.objective]
-    needs = check_needs(opened, objective)
     for cache in opened:
         check_fingerprints(cache, model)
         check_dtype(cache, settings.dtype)
     origin = open_model(settings.init_from) if settings.init_from else model
     check_origin(origin, model)
     network_dtype = opened[0].manifest.network_dtype
+    check_quantised(network_dtype, settings)
     index = build_index(
         opened,
-        soft=objective.labels == "soft",
+        soft=objective.labels != "hard",
         held_out=settings.held_out,
         labels=settings.labels,
         only=settings.only,
         excluded=settings.except_,
+        swap=settings.swap_labels,
+        reverse_dropped=objective.reverses_dropped,
+        timestep_range=settings.timestep_range,
+        rates=objective.labels == "rates",
+        lists=objective.lists,
+        scores=objective.scores,
+        score_temperature=settings.score_temperature,
     )
     refuse_hard_labels(index, objective)
 
@@ -160,6 +183,7 @@ def run_train(
                 seed=settings.seed,
                 resolution=opened[0].manifest.resolution[0],
                 network_dtype=network_dtype,
+                max_tokens=opened[0].manifest.max_tokens,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(
@@ -188,6 +212,8 @@ def run_train(
     try:
         _start(trainer, resolved, index, chosen, say)
         finished = trainer.run()
+        if trainer.overfitted:
+            say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
             _finish(trainer, resolved, say)
         else:
@@ -197,12 +223,13 @@ def run_train(
         if metrics is not None:
             metrics.close()
     accelerator.end_training()
-    return 0
+    return finished
 
 
-def _resolve(
+def resolve_run(
     recipe: Path | None, model_flags: Mapping[str, Any], caches: list[str] | None, flags: Mapping[str, Any]
 ) -> Resolved:
+    """A run's configuration from recipe and flags. Raises UsageError for what does not go together."""
     sections = read_recipe(recipe)
     model_section = resolve(ModelSection, "model", sections, model_flags)
     data = resolve(DataSection, "data", sections, {"cache": caches[0]} if caches else {})
@@ -224,7 +251,7 @@ def _resolve(
         output=settings.output,
         model=model_section.open(),
         caches=opened,
-        sections={"model": model_section, "data": data, "train": settings},
+        sections={"model": model_section, "data": data},
     )
 
 
@@ -261,7 +288,7 @@ def _start(
             part = index.of(cache)
             if not part.training:
                 continue
-            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size)
+            proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size, weights=trainer.weights)
             if not proof.holds:
                 raise refuse(proof, cache, beta=trainer.beta)
             say(
@@ -271,11 +298,7 @@ def _start(
                 f"{proof.on_logit(proof.limit, trainer.beta)}: {proof.spreads(trainer.beta)}"
             )
     start = trainer.write_start()
-    at_reference = trainer.objective.logistic and not settings.init_from
-    say(
-        f"before the first update: loss {start['loss']:.6f}"
-        + (" (ln 2 = 0.693147 at the reference)" if at_reference else "")
-    )
+    say(f"before the first update: loss {start['loss']:.6f} ({start['at_reference']:.6f} at the reference)")
 
 
 def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) -> None:
@@ -308,7 +331,7 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             resolved.settings.init_from or resolved.model.name,
             resolved.model,
             resolved.caches,
-            sections=resolved.sections,
+            sections={**resolved.sections, "train": resolved.settings},
             step=trainer.step,
             lora=lora,
         )
@@ -343,6 +366,7 @@ def run_identity(
         "except_",
         "gradient_checkpointing",
         "check_finite",
+        "overfitting",
         "dtype",
         "caches",
     }
@@ -351,6 +375,7 @@ def run_identity(
         values["steps"] = settings.steps
     values |= {
         "beta": beta_of(settings),
+        "parameter": parameter_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,
@@ -371,14 +396,27 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, beta {beta_of(settings):g}; effective batch {batch} records "
+        f"objective {settings.objective}, {_strength(settings)}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )
+    things = "lists" if objective.lists else "pairs"
     say(
-        f"{index.num_pairs} pairs, {index.num_records} records to train on, "
-        f"{sum(len(shard.rows) for shard in index.held_out)} pairs held out; "
+        f"{index.num_pairs} {things}, {index.num_records} records to train on, "
+        f"{sum(len(shard.rows) for shard in index.held_out)} {things} held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
     for line in [*index.unknown, *notes]:
         say(f"note: {line}")
+
+
+def _strength(settings: TrainSettings) -> str:
+    """Beta, the objective's own number, and what else changes the loss, in words."""
+    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
+    if known is not None:
+        words.append(f"{known.name} {parameter_of(settings):g}")
+    if settings.sdpo is not None:
+        words.append(f"sdpo mu {settings.sdpo:g}")
+    if settings.swap_labels:
+        words.append("labels swapped")
+    return ", ".join(words)

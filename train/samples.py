@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from inpo.common.cache import Cache
-from inpo.common.denoiser import DTYPES
+from inpo.common.denoiser import compute_dtype
 from inpo.common.durable import write_file
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
@@ -35,11 +35,12 @@ def sample_images(
     seed: int,
     resolution: int,
     network_dtype: str,
+    max_tokens: int | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
     own seed. VAE and text encoders are loaded for this and freed again."""
     device = next(network.parameters()).device
-    dtype = DTYPES[network_dtype]
+    dtype = compute_dtype(network_dtype)
     images = []
     # Loading and sampling leave the training's random state alone, and compile nothing for their few images.
     with (
@@ -54,13 +55,11 @@ def sample_images(
         for number, prompt in enumerate(prompts):
             images += list(
                 pipeline(
-                    prompt,
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
                     output_type="np",
                     height=resolution,
                     width=resolution,
-                    **model.family.draw_arguments,
+                    **model.family.drawing([prompt], guidance, max_tokens),
                     generator=torch.Generator().manual_seed(seed + number),
                 ).images
             )

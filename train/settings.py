@@ -4,10 +4,29 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import CompileName, DtypeName
+from inpo.common.choices import CompileName, NetworkDtypeName
 from inpo.common.recipe import LocalPath, Location, Section
 
-ObjectiveName = Literal["inpo", "dpo", "ipo", "hinge", "kto", "sft", "smpo", "mapo", "inversion_dpo"]
+ObjectiveName = Literal[
+    "inpo",
+    "dpo",
+    "ipo",
+    "hinge",
+    "kto",
+    "sft",
+    "smpo",
+    "mapo",
+    "inversion_dpo",
+    "poly",
+    "bdpo",
+    "snpo",
+    "linear",
+    "capo",
+    "dmpo",
+    "listwise",
+    "lair",
+]
+LossSpace = Literal["own", "noise", "v"]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -38,14 +57,25 @@ class TrainSettings(Section):
     """Strength of the reference. diffusers' DPO has no 1/2: double its beta here; unset: inpo 2000 (InPO, for SD1.5),
     dpo 2000 (ours; released launchers 5000), ipo 0.05 and hinge 1000 (ours; diffusers' example 5000), kto 1000
     (Diffusion-KTO's script), smpo 2000 (SmPO's launcher), mapo 1000 (MaPO's code), inversion_dpo 100 (ours, as the loss
-    is)."""
+    is), linear 100 (Linear-DPO's script), dmpo 2000 (Diffusion-SDPO's script), all others 2000 (ours: inpo's)."""
+    parameter: float | None = None
+    """The objective's own number beside beta; unset: poly's alpha 8, lambda of bdpo and snpo 0.9, linear's eta 0.001,
+    dmpo's alpha 0.01, lair's lambda 0.5, kto's share of wins 0.5, smpo's gamma 10, mapo's weight 0.1."""
+    sdpo: float | None = Field(None, ge=0, le=1)
+    """Diffusion-SDPO's mu: the lose side's gradient is scaled so that the win's error cannot rise to first order; more
+    is stricter; unset: off."""
+    loss_space: LossSpace = "own"
+    """What errors are of in the loss. own: what the network predicts, as the released codes of KTO, MaPO and diffusers
+    have it; v: by 1 / abar more than noise, and of a flow its velocity."""
+    timestep_range: tuple[int, int] | None = None
+    """Only records whose timesteps lie in [LOW, HIGH); unset: all."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """Effective: nothing scales it."""
     steps: int = Field(400, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(8, ge=1)
-    """Records (pairs at one timestep) per micro-batch and process."""
+    """Records (pairs, of list objectives lists, at one timestep) per micro-batch and process."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
@@ -66,7 +96,7 @@ class TrainSettings(Section):
     """Largest decay of the weights' moving average, which is then what is written; 0: none. At step s it is at most
     s / (9 + s), as in diffusers: 0.98 at step 400, 0.999 from step 9000."""
 
-    dtype: DtypeName | None = None
+    dtype: NetworkDtypeName | None = None
     """Network dtype, which must be the cache's: the stored reference errors belong to it."""
     init_from: Location | None = None
     """Start from another model's network than the cache's reference; unset: from the reference."""
@@ -83,6 +113,10 @@ class TrainSettings(Section):
 
     labels: str | None = None
     """A label set made by `inpo relabel` (for smpo: at SmPO's temperature); unset: the labels of the pair source."""
+    swap_labels: bool = False
+    """Prefer what the labels do not: the negative model of Diffusion-NPO."""
+    score_temperature: float = Field(1.0, gt=0)
+    """Unit of the source's own scores, for capo and lair; a label set has its own."""
     only: LocalPath | None = None
     """File of pair ids to train on; unset: all."""
     except_: LocalPath | None = Field(None, alias="except")
@@ -96,6 +130,9 @@ class TrainSettings(Section):
 
     evaluate_every: int = Field(50, ge=1)
     """Steps between held-out evaluations."""
+    overfitting: Literal["warn", "stop", "ignore"] = "warn"
+    """What to do when the held-out accuracy has turned: three evaluations in a row below the best by its standard
+    error."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
     save_every: int = Field(100, ge=1)
@@ -120,6 +157,13 @@ class TrainSettings(Section):
     """Denoising steps of a sample image."""
     sample_guidance: float = Field(7.5, ge=0)
     """Classifier-free guidance scale of a sample image."""
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _ascending(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError("0 <= LOW < HIGH")
+        return value
 
     @field_validator("adam_betas")
     @classmethod

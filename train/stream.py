@@ -49,7 +49,7 @@ class RecordStream:
         """Micro-batches this rank has handed out."""
         self.order = GlobalOrder(
             [
-                OrderedShard(group=shard.group, num_records=shard.shard.cache.manifest.timesteps_per_pair)
+                OrderedShard(group=shard.group, num_records=shard.num_kept, usable=shard.usable)
                 for shard in index.training
             ],
             window_shards=window_shards,
@@ -64,8 +64,9 @@ class RecordStream:
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
 
     def _slots(self) -> int:
-        """Two by record, or where images are shared as many as the first micro-batches of all ranks have at most."""
-        if all(each.num_images >= 2 * len(each.rows) for each in self.index.training):
+        """Two by record, or where images are shared or records are lists as many as the first micro-batches of all
+        ranks have at most."""
+        if all(each.above is None and each.num_images >= 2 * len(each.rows) for each in self.index.training):
             return 2 * self.batch_size
         windows: dict[WindowKey, Int[np.ndarray, "record 3"]] = {}
         most = 0
@@ -75,7 +76,8 @@ class RecordStream:
                 if position.key not in windows:
                     windows = {position.key: self.order.shuffled(position.key)}
                 shard, pair, record = windows[position.key][position.offset].tolist()
-                images |= {(shard, image, record) for image in self.index.training[shard].sides[pair].tolist()}
+                found = self.index.training[shard].sides[pair]
+                images |= {(shard, image, record) for image in found[found >= 0].tolist()}
             most = max(most, len(images))
         return most
 
@@ -214,7 +216,12 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
     """A fixed sample of the held-out records, in batches of `batch_size`, on the CPU; [] if there are none."""
     if not index.held_out:
         return []
-    records = [(number, record) for number, shard in enumerate(index.held_out) for record in range(shard.num_records)]
+    records = [
+        (number, record)
+        for number, shard in enumerate(index.held_out)
+        for record in range(len(shard.rows) * shard.num_kept)
+        if shard.usable is None or shard.usable.flat[record]
+    ]
     chosen = np.random.default_rng(seed).permutation(len(records))[:most_records]
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):

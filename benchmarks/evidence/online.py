@@ -22,7 +22,7 @@ def train_online(
     loop = OnlineLoop(
         trained=model.denoiser(network),
         reference=model.denoiser(model.load_network().requires_grad_(False).eval()),
-        images=ImageEncoder(model.load_vae(), vae_dtype="float32", sample=False, seed=0, device=device),
+        images=ImageEncoder(model.load_vae(), model.family, vae_dtype="float32", sample=False, seed=0, device=device),
         text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
         optimizer=torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2),
         beta=beta,

@@ -1,7 +1,7 @@
 """Label sets: P(win preferred) given to committed pairs later, beside the shards, which stay as they are.
 
-    CACHE/labels/<set>/<shard>.json    {attempt, scorer, temperature, source,
-                                         pairs: {pair id: {scores: [win, lose], label}}, checksum}
+    CACHE/labels/<set>/<shard>.json    {attempt, scorer, members, temperature, source,
+                                         pairs: {pair id: {scores: [win, lose], label, by_record}}, checksum}
 
 One document per shard, keyed by the attempt it was made for, and sealed: zarr's checksums do not reach here. A set is
 complete when every committed shard has one.
@@ -27,16 +27,24 @@ from inpo.common.cache.reader import Cache
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheError, CacheIncomplete, CacheMismatch, UsageError, command
 
+FILE = "file"
+"""The scorer of labels that a file gave."""
+SMPO_TEMPERATURE = 0.28201571 - 0.11543526
+"""Of SmPO's released labels, in raw PickScore cosines: the range that its preprocessing divides them by."""
 Score = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 class PairLabel(Document):
     """One pair's raw scores, in the scorer's own unit, and P(win preferred) made from them."""
 
-    scores: tuple[Score, Score]
-    """(win, lose)."""
+    scores: tuple[Score, Score] | None
+    """(win, lose); None: the label was given without."""
     label: Share
-    """P(win preferred) = sigmoid((win - lose) / temperature); below 0.5 the scorer prefers the side called lose."""
+    """P(win preferred): of one scorer sigmoid((win - lose) / temperature), of several their vote or mean. Below 0.5 the
+    side called lose is preferred."""
+    by_record: tuple[Share, ...] = ()
+    """P(win preferred) at each kept timestep, ascending, where the label differs between them: `label` is their mean.
+    """
 
 
 class LabelSet(Document):
@@ -45,6 +53,9 @@ class LabelSet(Document):
     attempt: Attempt
     """The committed attempt that these pair ids belong to."""
     scorer: Annotated[str, Field(max_length=1000)]
+    """A scorer's name; vote or mean of a combined set, file of one that a file gave."""
+    members: tuple[Annotated[str, Field(max_length=100)], ...] = ()
+    """Of a combined set the sets that it was made of."""
     temperature: Annotated[float, Field(gt=0, le=1e30)]
     """In the scorer's unit."""
     source: Location
@@ -106,6 +117,16 @@ def read_shard_labels(store: CacheStore, set_name: str, shard_name: str) -> Labe
     return None if data is None else LabelSet.from_json(data, store.path(path))
 
 
+def sets_by_scorer(cache: Cache) -> dict[str, str]:
+    """{label set: its scorer} of the sets that one scorer made. Sets without a label for any shard are left out."""
+    found = {}
+    for name in label_sets(cache.store):
+        made = next((each for shard in cache.shards if (each := read_shard_labels(cache.store, name, shard))), None)
+        if made is not None and made.scorer != FILE and not made.members:
+            found[name] = made.scorer
+    return found
+
+
 def label_settings(cache: Cache, set_name: str) -> tuple[str, float] | None:
     """(scorer, temperature) of a label set, which all its shards share; None if no shard has labels.
 
@@ -130,7 +151,13 @@ def label_settings(cache: Cache, set_name: str) -> tuple[str, float] | None:
 
 
 def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
-    """{shard name: {pair id: P(win preferred)}} for every committed shard that has pairs.
+    """{shard name: {pair id: P(win preferred)}} for every committed shard that has pairs. Raises as the next."""
+    found = read_label_shards(cache, set_name)
+    return {name: {pair_id: pair.label for pair_id, pair in labels.pairs.items()} for name, labels in found.items()}
+
+
+def read_label_shards(cache: Cache, set_name: str) -> dict[str, LabelSet]:
+    """{shard name: its labels} for every committed shard that has pairs.
 
     Raises CacheIncomplete if there is no such set or a shard has no labels yet, and CacheMismatch if a shard's labels
     were made for another attempt, or not for as many pairs as it has.
@@ -146,7 +173,7 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
             fix=f"`{command('relabel', cache.location, '--pairs', 'SRC', '--scorer', 'NAME', '--set', set_name)}` "
             "makes it",
         )
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, LabelSet] = {}
     missing: list[str] = []
     for name, shard in cache.shards.items():
         labels = read_shard_labels(cache.store, set_name, name)
@@ -161,7 +188,7 @@ def read_labels(cache: Cache, set_name: str) -> dict[str, dict[str, float]]:
                 got=f"attempt {labels.attempt}, {len(labels.pairs)} pairs",
                 fix="run the same `inpo relabel` again: it replaces labels of attempts that are gone",
             )
-        found[name] = {pair_id: pair.label for pair_id, pair in labels.pairs.items()}
+        found[name] = labels
     if missing:
         raise CacheIncomplete(
             f"Label set {set_name!r} is not complete.",

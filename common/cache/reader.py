@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Float16, Int, Shaped
 
 from inpo.common.cache.commits import Commit, TextCommit, read_commits
 from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
@@ -98,6 +98,9 @@ class Shard(CommittedArrays):
         self.cache = cache
         self.name = name
         self.commit = commit
+        self._scales: dict[str, np.ndarray | None] = dict.fromkeys(
+            path for path, spec in self.specs.items() if spec.dtype == "int8"
+        )
 
     @property
     def title(self) -> str:
@@ -149,6 +152,33 @@ class Shard(CommittedArrays):
                 raise self.misfit(
                     "group/prompt", f"prompt {row} of {found.title}, for which the encoder gave no numbers"
                 )
+
+    def read_stored(
+        self, path: str, rows: Rows = None, *, allocate: Allocate | None = None
+    ) -> Shaped[np.ndarray, "row ..."]:
+        """As stored; what a compact cache holds in 8 bits, as the float16 numbers that it stands for."""
+        if path not in self._scales:
+            return super().read_stored(path, rows, allocate=allocate)
+        values = super().read_stored(path, rows)
+        scale = self._scale(path)[slice(None) if rows is None else rows]
+        out = np.empty(values.shape, np.float16) if allocate is None else allocate(values.shape, np.dtype(np.float16))
+        np.multiply(values, scale[..., None, None], out=out)
+        return out
+
+    def read_chunks(self, path: str, places: Int[np.ndarray, "chunk axis"]) -> Shaped[np.ndarray, "chunk ..."]:
+        """As `read_stored`."""
+        values = super().read_chunks(path, places)
+        if path not in self._scales:
+            return values
+        scaled: np.ndarray = values * self._scale(path)[tuple(places.T)][..., None, None]
+        return scaled
+
+    def _scale(self, path: str) -> Float16[np.ndarray, "*row c"]:
+        """The scales of an array in 8 bits, read once."""
+        found = self._scales[path]
+        if found is None:
+            found = self._scales[path] = super().read_stored(f"{path}_scale")
+        return found
 
     def __contains__(self, path: str) -> bool:
         return path in self.stored or (path == "x_t" and "target" in self.stored) or self._is_delta(path)

@@ -18,6 +18,7 @@ from inpo.common.choices import (
     ExtraName,
     GroupName,
     InverterName,
+    NetworkDtypeName,
     Profile,
     Space,
 )
@@ -160,7 +161,7 @@ class Manifest(Document):
     flip: bool
     vae_latent: Literal["mean", "sample"]
     vae_dtype: DtypeName
-    network_dtype: DtypeName
+    network_dtype: NetworkDtypeName
     measure_inversion: Share = 0.0
     inverter: InverterIdentity
     fingerprints: Annotated[dict[Name, Digest], Field(min_length=1, max_length=32)]

@@ -27,7 +27,7 @@ class ArraySpec:
     axes: tuple[str, ...]
     chunking: Literal["image_record", "image", "prompt", "whole"]
     meaning: str
-    profiles: tuple[Profile, ...] = ("full", "lean")
+    profiles: tuple[Profile, ...] = ("full", "lean", "compact")
     option: str | None = None
     """The `--extra` name or inverter that makes this array appear; None: always there."""
     compressed: bool = False
@@ -90,7 +90,24 @@ ARRAYS: tuple[ArraySpec, ...] = (
         dtype="float16",
         axes=("image", *_LATENT),
         chunking="image",
+        profiles=("full", "lean"),
         meaning="clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
+    ),
+    ArraySpec(
+        path="x0",
+        dtype="int8",
+        axes=("image", *_LATENT),
+        chunking="image",
+        profiles=("compact",),
+        meaning="the same, rounded to a multiple of its channel's x0_scale: x0 = value * scale, exactly",
+    ),
+    ArraySpec(
+        path="x0_scale",
+        dtype="float16",
+        axes=("image", "C"),
+        chunking="whole",
+        profiles=("compact",),
+        meaning="scale of x0, by channel: at least a 127th of the largest, with 4 significant bits",
     ),
     ArraySpec(
         path="x_t",
@@ -121,7 +138,24 @@ ARRAYS: tuple[ArraySpec, ...] = (
         dtype="float16",
         axes=(*_RECORD, *_LATENT),
         chunking="image_record",
+        profiles=("full", "lean"),
         meaning="tau: what the loss aims at, noise (Eq. 18) or velocity, rounded to float16 before x_t is made of it",
+    ),
+    ArraySpec(
+        path="target",
+        dtype="int8",
+        axes=(*_RECORD, *_LATENT),
+        chunking="image_record",
+        profiles=("compact",),
+        meaning="the same, rounded to a multiple of its channel's target_scale before x_t is made of it",
+    ),
+    ArraySpec(
+        path="target_scale",
+        dtype="float16",
+        axes=(*_RECORD, "C"),
+        chunking="whole",
+        profiles=("compact",),
+        meaning="scale of target, by channel, as x0_scale",
     ),
     ArraySpec(
         path="reference_error",

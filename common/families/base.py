@@ -27,6 +27,7 @@ from inpo.common.levels import Levels, TimeSettings
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 EMBEDDING = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+LENGTH = ConditionSpec(dtype="int32", axes=(), per="prompt")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -85,11 +86,10 @@ class Family(ABC):
     lora_file: str = "pytorch_lora_weights.safetensors"
     """What `save_lora` writes."""
     prefixes: Mapping[str, tuple[str, ...]] = {}
-    """Where a single file keeps each component's weights; empty: this family has no such file."""
+    """Where a single file keeps a component's weights, of the components that are read from one; empty: this family has
+    no such file."""
     patch: int = 1
     """Elements of a latent's plane in one of the network's input vectors."""
-    draw_arguments: Mapping[str, Any] = {}
-    """What the pipeline is called with beside prompt, steps, guidance and size."""
     blocks: tuple[str, ...] = ()
     """Classes of the network's modules that are compiled one by one; empty: those that diffusers names."""
     latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
@@ -101,8 +101,8 @@ class Family(ABC):
         """Raise ModelError for a model, called `name` in messages, that the equations or the conditions do not hold
         for. `index` is model_index.json, `network` and `vae` are those components' configurations.
         """
-        if network.get("in_channels") != self.patch * vae.get("latent_channels", 0):
-            channels = self.patch * vae.get("latent_channels", 0)
+        channels = self.patch * self.vae_channels(vae)
+        if network.get("in_channels") != channels:
             packed = f"{self.patch} times " if self.patch > 1 else ""
             raise ModelError(
                 f"The {self.network} does not take plain latents of this VAE.",
@@ -151,9 +151,12 @@ class Family(ABC):
 
     def latent_shape(self, config: Callable[[str], Config], resolution: int) -> tuple[int, int, int]:
         """[C, H, W] of a square image's latent. `config` gives a component's configuration by its name."""
-        vae = config("vae")
         side = resolution // self.vae_factor(config)
-        return (int(vae["latent_channels"]), side, side)
+        return (self.vae_channels(config("vae")), side, side)
+
+    def vae_channels(self, vae: Config) -> int:
+        """Channels of a latent, by the VAE's configuration."""
+        return int(vae.get("latent_channels", 0))
 
     def vae_factor(self, config: Callable[[str], Config]) -> int:
         """Pixels along a side of a latent's element."""
@@ -166,6 +169,20 @@ class Family(ABC):
     @abstractmethod
     def probe_side(self, network: Config) -> int:
         """A small side of a latent that the network takes."""
+
+    def posterior(self, vae: Any, pixels: Float[Tensor, "image 3 height width"]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images in -1..1, [image, c, h, w] each, in the VAE's scale."""
+        latents = vae.encode(pixels).latent_dist
+        return latents.mean, latents.std
+
+    def decoded(self, vae: Any, latents: Float[Tensor, "image c h w"]) -> Float[Tensor, "image 3 height width"]:
+        """Images of latents in the VAE's scale."""
+        pixels: Tensor = vae.decode(latents).sample
+        return pixels
+
+    def vae_scale(self, vae: Any) -> tuple[Any, Any]:
+        """(shift, factor) of x0 = (latent - shift) * factor: numbers, or tensors [c, 1, 1]."""
+        return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
 
     # Conditions
 
@@ -185,6 +202,27 @@ class Family(ABC):
             for each in tokenizers
         )
 
+    def check_tokens(self, max_tokens: int | None) -> None:
+        """Raise UsageError for a number of tokens that a user has asked for in vain."""
+        if max_tokens is None:
+            return
+        if self.max_tokens is None:
+            raise UsageError(
+                "The model has no use for this option.",
+                where="--max-tokens",
+                expected=f"no --max-tokens for {self.title}: its text encoders have one length",
+                got=max_tokens,
+                fix="leave it out",
+            )
+        if self.most_tokens is not None and max_tokens > self.most_tokens:
+            raise UsageError(
+                "The model does not take prompts that long.",
+                where="--max-tokens",
+                expected=f"at most {self.most_tokens}",
+                got=max_tokens,
+                fix=f"take {self.most_tokens} or fewer",
+            )
+
     def of_image(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, tuple[float, ...]]:
@@ -202,12 +240,13 @@ class Family(ABC):
     def blank(
         self, config: Callable[[str], Config], images: int, side: int, max_tokens: int | None = None
     ) -> Condition:
-        """A condition that says nothing: zeros for prompts, and plain square images of `side` pixels."""
+        """A condition that says nothing: zeros for prompts, of one token where that counts, and plain square images of
+        `side` pixels."""
         lengths = self.lengths(config, max_tokens)
         own = self.of_image((side, side), (0, 0), (side, side))
         return Condition(
             **{
-                name: torch.zeros(images, *lengths[name], dtype=getattr(torch, spec.dtype))
+                name: torch.full((images, *lengths[name]), name == "length", dtype=getattr(torch, spec.dtype))
                 if spec.per == "prompt"
                 else torch.tensor([own[name]]).repeat(images, 1)
                 for name, spec in self.conditions.items()
@@ -274,6 +313,12 @@ class Family(ABC):
     def drawn_side(self, pipeline: Any) -> int:
         """Pixels along a side of the images that a pipeline makes by itself."""
         return int(self.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
+
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
+        """What the pipeline is called with beside noise, steps and size. At guidance 1 prompts alone count."""
+        told = {"prompt": list(prompts), "guidance_scale": guidance}
+        tokens = max_tokens or self.max_tokens
+        return told if tokens is None else told | {"max_sequence_length": tokens}
 
     def sampler(self, scheduler: Any) -> Any:
         """Deterministic DDIM on a scheduler's own table."""

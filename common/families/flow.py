@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +25,7 @@ class FlowFamily(Family):
     predictions = ("flow_prediction",)
     tokenizer_files = ("tokenizer.json", "vocab.json", "spiece.model")
     lora_targets = (*Family.lora_targets, *_TEXT_STREAM)
+    prefixes = {"transformer": ("",)}  # a file may be the transformer alone; the rest is the pipeline's
 
     def prediction(self, scheduler: object) -> str:
         """noise - x0, whatever the scheduler calls it."""
@@ -87,6 +89,9 @@ class FlowFamily(Family):
         state = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
         return {name for name in state if "lora" in name and not name.endswith("alpha")}
 
+    def drawn_side(self, pipeline: Any) -> int:
+        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+
     def sampler(self, scheduler: Any) -> Any:
         """Euler in t, deterministic."""
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
@@ -107,3 +112,17 @@ class FlowFamily(Family):
 
     def probe_side(self, network: Config) -> int:
         return 8
+
+
+def packed(x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch token packed"]:
+    """Patches of 2 x 2 as tokens, row by row; channels first within a token."""
+    batch, channels, height, width = x.shape
+    patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpacked(tokens: Float[Tensor, "batch token packed"], shape: torch.Size) -> Float[Tensor, "batch c h w"]:
+    """Latents of this shape from the tokens of `packed`."""
+    batch, channels, height, width = shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)

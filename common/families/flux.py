@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.families.base import EMBEDDING, Config
-from inpo.common.families.flow import FlowFamily
+from inpo.common.families.flow import FlowFamily, packed, unpacked
 from inpo.common.families.lora import originals
 
 _GUIDANCE = "embedded_guidance"
@@ -60,7 +60,7 @@ class Flux(FlowFamily):
 
     def exact(self, network_dtype: str) -> Float[Tensor, " time"] | None:
         """The transformer rounds the time to its dtype, multiplies by 1000 and rounds again: multiples of 8 stay."""
-        return None if network_dtype == "float32" else torch.arange(1, 125, dtype=torch.float64) / 125
+        return None if network_dtype.startswith("float32") else torch.arange(1, 125, dtype=torch.float64) / 125
 
     def static(self, config: Callable[[str], Config]) -> dict[str, float]:
         """At 1 a network with guidance distilled into it is nearest to the mean that the errors assume."""
@@ -97,15 +97,13 @@ class Flux(FlowFamily):
         condition: Condition,
         guidance: float | None = None,
     ) -> Float[Tensor, "batch c h w"]:
-        batch, channels, height, width = x.shape
-        rows, columns = height // 2, width // 2
-        packed = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] = torch.arange(rows, device=x.device)[:, None]
         places[..., 2] = torch.arange(columns, device=x.device)
         embedding = condition["embedding"].float()
         output: Tensor = network(
-            hidden_states=packed.reshape(batch, rows * columns, 4 * channels),
+            hidden_states=packed(x),
             timestep=label,
             guidance=None if guidance is None else torch.full_like(label, guidance),
             encoder_hidden_states=embedding,
@@ -114,16 +112,13 @@ class Flux(FlowFamily):
             img_ids=places.reshape(-1, 3),
             return_dict=False,
         )[0]
-        return output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        return unpacked(output, x.shape)
 
     def architecture(self, config: Callable[[str], Config], prediction: str) -> str:
         return f"flux-1-{'dev' if config('transformer').get('guidance_embeds', False) else 'schnell'}"
 
     def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
         return {"ss_base_model_version": "flux1"}
-
-    def drawn_side(self, pipeline: Any) -> int:
-        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
 
 
 FAMILIES = (Flux(),)

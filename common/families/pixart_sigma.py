@@ -12,10 +12,9 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError
-from inpo.common.families.base import EMBEDDING, Config, Family, State, read_json
+from inpo.common.families.base import EMBEDDING, LENGTH, Config, Family, State, read_json
 from inpo.common.families.lora import WRAPPER, layers_of, save_adapter
 
 _TOKENS = 300
@@ -34,13 +33,11 @@ class PixArtSigma(Family):
     network = "transformer"
     network_class = PixArtTransformer2DModel
     tokenizer_files = ("tokenizer.json", "spiece.model")
-    conditions = {"embedding": EMBEDDING, "length": ConditionSpec(dtype="int32", axes=(), per="prompt")}
+    conditions = {"embedding": EMBEDDING, "length": LENGTH}
     max_tokens = most_tokens = _TOKENS
     predictions = ("epsilon",)
     lora_file = "adapter_model.safetensors"
     blocks = ("BasicTransformerBlock",)
-    # The size asked for, and the prompt as precompute encodes it.
-    draw_arguments = {"use_resolution_binning": False, "clean_caption": False}
 
     def check_network(self, name: str, network: Config) -> None:
         channels = network.get("in_channels", 4)
@@ -102,6 +99,13 @@ class PixArtSigma(Family):
             return_dict=False,
         )[0]
         return output[:, : x.shape[1]]
+
+    def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
+        """With the size asked for, and the prompt as precompute encodes it."""
+        return super().drawing(prompts, guidance, max_tokens) | {
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
 
     # diffusers has no LoRA loader for this pipeline: its layers are a peft adapter, which
     # PeftModel.from_pretrained(pipeline.transformer, folder) takes.

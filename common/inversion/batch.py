@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float16, Float32, Int64
 from torch import Tensor
 
-from inpo.common.cache.derive import mean_square, point_from_target, stored_point
+from inpo.common.cache.derive import coarse, mean_square, point_from_target, stored_point
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
@@ -60,8 +60,11 @@ class ImageBatch:
         caption: Condition,
         empty: Condition | None,
         records: Records,
+        *,
+        compact: bool = False,
     ) -> None:
         self._denoiser = denoiser
+        self._compact = compact
         self._identity = identity
         self._everything = everything
         self._everyones_caption = caption
@@ -129,10 +132,12 @@ class ImageBatch:
             is_noise = self._denoiser.levels.space == "noise"
             x0, s = x0[at], told.s[at]
             a = told.a[at] if is_noise else torch.ones_like(s)  # Levels.mixture
-            target, x_t = stored_point(x0, x[at], a, s)
+            target, x_t = stored_point(x0, x[at], a, s, compact=self._compact)
             if any(calls[row].is_noised for row in stored.tolist()):
                 noised, delta = start[at], state.delta[at]
                 as_target = (delta if is_noise else delta - x0.float()).half()
+                if self._compact:
+                    as_target = coarse(as_target)
                 target = torch.where(noised, as_target, target)
                 x_t = torch.where(noised, point_from_target(x0, as_target, a, s), x_t)
             state.target.index_copy_(0, at, target)

@@ -36,15 +36,20 @@ def run_walks(
     levels: Levels,
     seed: int,
     images_per_batch: int,
+    own_noise: Float32[Tensor, "image c h w"] | None = None,
 ) -> None:
-    """Walk every part to its end, at most `images_per_batch` images at a time, one part at least."""
+    """Walk every part to its end, at most `images_per_batch` images at a time, one part at least. `own_noise`: what
+    noised points of each image take, in place of a noise that a group shares."""
     latent_shape = batch.latent_shape
     no_noise = torch.zeros(latent_shape)
 
-    def noise(each: _Walking) -> Float32[Tensor, "c h w"]:
-        if not each.call.is_noised:
-            return no_noise
-        return normal(latent_shape, seed, each.part.group_id, "noise", each.call.timestep)
+    def noise(each: _Walking) -> list[Float32[Tensor, "c h w"]]:
+        if each.call.is_noised and own_noise is not None:
+            return [own_noise[image] for image in each.part.images]
+        shared = no_noise
+        if each.call.is_noised:
+            shared = normal(latent_shape, seed, each.part.group_id, "noise", each.call.timestep)
+        return [shared] * len(each.part.images)
 
     waiting = list(reversed(parts))
     longest = max((len(part.images) for part in parts), default=0)
@@ -61,7 +66,7 @@ def run_walks(
         batch.seat([image for each in under_way for image in each.part.images])
         residual = batch.call(
             [each.call for each in under_way for _ in each.part.images],
-            [drawn for each in under_way for drawn in [noise(each)] * len(each.part.images)],
+            [drawn for each in under_way for drawn in noise(each)],
         )
         still: list[_Walking] = []
         ended: list[Part] = []

@@ -72,6 +72,8 @@ def invert(
     empty: Condition | None = None,
     measure_inversion: float = 0.0,
     extra: tuple[str, ...] = (),
+    compact: bool = False,
+    own_noise: Float32[Tensor, "image c h w"] | None = None,
     images_per_batch: int = 32,
 ) -> Inverted:
     """Invert every image with the frozen network behind `denoiser`.
@@ -83,6 +85,8 @@ def invert(
         empty: the empty prompt's condition likewise; needed where the guidance is not 1.
         measure_inversion: share of the groups (by hash) whose round trip is measured.
         extra: "delta_prev", "eps_ref".
+        compact: x0 is `coarse` (cache/derive.py), and targets are to be.
+        own_noise: of the inverter `tracked`, on the CPU: the noise that each image was made from.
         images_per_batch: how many images travel together; does not change the numbers beyond float32 rounding.
     """
     device = denoiser.device
@@ -111,8 +115,16 @@ def invert(
     if identity.faithful:
         run_released(parts, denoiser, identity, clean, caption, records, seed=seed, images_per_batch=images_per_batch)
     else:
-        batch = ImageBatch(denoiser, identity, clean, caption, empty, records)
-        run_walks(parts, batch, identity=identity, levels=denoiser.levels, seed=seed, images_per_batch=images_per_batch)
+        batch = ImageBatch(denoiser, identity, clean, caption, empty, records, compact=compact)
+        run_walks(
+            parts,
+            batch,
+            identity=identity,
+            levels=denoiser.levels,
+            seed=seed,
+            images_per_batch=images_per_batch,
+            own_noise=own_noise if identity.name == "tracked" else None,
+        )
     arrays, inversion_error, finite = records.collect(device)
     return Inverted(
         timestep=torch.tensor(timestep, dtype=torch.int16), inversion_error=inversion_error, finite=finite, **arrays

@@ -112,5 +112,6 @@ INVERTERS: dict[InverterName, Callable[[Call, Sequence[Call], float], Call]] = {
     "ab2": ab2,
     "fixed_point": ddim,  # where the iteration starts
     "noise": ddim,  # every grid point is noised (path.py), so that no step is ever taken
+    "tracked": ddim,
 }
 """(the point to arrive at, the last one or two behind, Levels.floor) -> the Call that steps there."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inpo.common.cache.schema import InverterIdentity
+from inpo.common.choices import NOISING
 from inpo.common.errors import UsageError
 from inpo.common.inversion.inverters import most_iterations
 from inpo.common.levels import NEAREST_CLEAN, Levels, exact_grid
@@ -82,7 +83,7 @@ def exact_path(
     kept = set(
         generator(seed, group_id, "timesteps").choice(candidates, size=timesteps_per_pair, replace=False).tolist()
     )
-    start = 1.0 if identity.name == "noise" else identity.noised_start
+    start = 1.0 if identity.name in NOISING else identity.noised_start
     noised = [int(t) for t in grid if t < start * num_train_timesteps]
     inverted = [int(t) for t in grid if t >= start * num_train_timesteps]
     refined = _refine(noised[-1:] + inverted, schedule, identity.refine_start, clean=not noised)

@@ -41,6 +41,7 @@ class PreparedPair:
     lose: PreparedImage
     ids: tuple[str, str]
     """Digests of both image files."""
+    seeds: tuple[int, int] | None = None
 
 
 def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | Skipped:
@@ -54,7 +55,14 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: int) -> PreparedPair | S
     win, lose = sides
     ids = (_digest(pair.win), _digest(pair.lose))
     return PreparedPair(
-        pair_id=pair.pair_id, prompt=pair.prompt, label=pair.label, row=pair.row, win=win, lose=lose, ids=ids
+        pair_id=pair.pair_id,
+        prompt=pair.prompt,
+        label=pair.label,
+        row=pair.row,
+        win=win,
+        lose=lose,
+        ids=ids,
+        seeds=pair.seeds,
     )
 
 

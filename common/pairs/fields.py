@@ -38,7 +38,8 @@ HIGH_IS_BETTER = ("score", "scores", "human_preference")
 ORDER = (*LOW_IS_BETTER, *HIGH_IS_BETTER)
 
 IMAGE_FIELDS = (*WIN, *LOSE, *FIRST, *SECOND, *IMAGES)
-KNOWN = (*IMAGE_FIELDS, *PROMPT, *ID, *UIDS, *LABELS, *ORDER)
+SEEDS = "seeds"
+KNOWN = (*IMAGE_FIELDS, *PROMPT, *ID, *UIDS, *LABELS, *ORDER, SEEDS)
 """Every field that is read. Names of one tuple mean the same."""
 
 MAX_RANKED = 100
@@ -177,11 +178,29 @@ def _item(
             raise RowProblem(reason="unlabelled", detail="has_label is false")
         label = _first_preferred(fields) if pairing is None else _ranked(fields, pairing)
         swap, label = preference(label)
+        seeds = _seeds(fields, pairing)
         images = [check_image_bytes(None if value is None else read(value, what), what=what) for what, value in sides]
     except RowProblem as problem:
         return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=row)
     win, lose = reversed(images) if swap else images
-    return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=row)
+    if seeds is not None and swap:
+        seeds = (seeds[1], seeds[0])
+    return Pair(pair_id=pair_id, prompt=prompt, win=win, lose=lose, label=label, row=row, seeds=seeds)
+
+
+def _seeds(fields: Fields, pairing: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The seeds of the two images, in the order of the images; None if the row has none."""
+    given = fields.get(SEEDS)
+    if _is_null(given):
+        return None
+    wanted = num_ranked(fields) if pairing is not None else 2
+    if not isinstance(given, list) or len(given) != wanted:
+        raise RowProblem(reason="bad_metadata", detail=f"{SEEDS} is {_cut(given)}, expected a list of {wanted}")
+    first, second = (given[place] for place in pairing or (0, 1))
+    for value in (first, second):
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
+            raise RowProblem(reason="bad_metadata", detail=f"{SEEDS} has {_cut(value)}, expected 0..2^63 - 1")
+    return int(first), int(second)
 
 
 def _prompt(fields: Fields) -> str:

@@ -27,6 +27,7 @@ SkipReason = Literal[
     "missing_prompt",
     "bad_metadata",
     "missing_image",
+    "missing_noise",
     "not_allowed",
     "unreachable",
     "empty_image",
@@ -46,11 +47,12 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
     "bad_metadata": "the row cannot be understood: JSON, CSV, UTF-8, a field missing or given twice, or a bad id",
     "missing_image": "an image's bytes, member or file are not there",
+    "missing_noise": "--inverter tracked, and an image has no seed, or is not of the resolution it was made at",
     "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
     "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
     "too_large": "an image's file is larger than 128 MiB",
-    "unreadable": "the bytes are no image in a supported format",
+    "unreadable": "the bytes are not an image in a supported format",
     "truncated": "an image file ends too early",
     "decompression_bomb": "an image has more pixels than the limit",
     "unsupported_mode": "an image's pixels have no defined 8-bit meaning (float, 32-bit, LAB)",
@@ -75,6 +77,8 @@ class Pair:
     """P(win preferred), in (0.5, 1]: the source orders the sides so."""
     row: int
     """Row in the input shard, from 0."""
+    seeds: tuple[int, int] | None = None
+    """Of the noise that win and lose were made from, where the source says them."""
 
 
 @dataclass(frozen=True, kw_only=True)

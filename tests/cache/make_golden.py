@@ -2,9 +2,9 @@
 
     python tests/cache/make_golden.py tests/cache/golden/v2
 
-A version's folder is written once and never changed; the numbers follow from `number` and the contract alone. `full`
-and `lean` hold plain pairs, `grouped` a group of three images and four pairs beside a plain pair, and prompts that have
-a length.
+A version's folder is written once and never changed; the numbers follow from `number` and the contract alone. `full`,
+`lean` and `compact` hold plain pairs, `grouped` a group of three images and four pairs beside a plain pair, and prompts
+that have a length.
 """
 
 import sys
@@ -19,17 +19,21 @@ from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData
 from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.levels import Levels
 
-CACHES = ("full", "lean", "grouped")
+CACHES = ("full", "lean", "compact", "grouped")
 RECORDS, LATENT = 2, (4, 4, 4)
 TIMESTEPS = np.array([[0, 999], [37, 512], [500, 501]], dtype=np.int16)
-GROUPED_TIMESTEPS = np.array([[0, 19], [7, 8]], dtype=np.int16)
-"""Of a table with every 50th level: a small manifest."""
+SMALL = {
+    "grouped": np.array([[0, 19], [7, 8]], dtype=np.int16),
+    "compact": np.array([[0, 19], [1, 7], [8, 9]], dtype=np.int16),
+}
+"""Timesteps of a table with every 50th level: a small manifest."""
 PROMPTS = ("a red cat", "ein blaues Haus 🏠")
-GROUP = {"full": [0, 0, 1, 1, 2, 2], "lean": [0, 0, 1, 1, 2, 2], "grouped": [0, 0, 0, 1, 1]}
+PLAIN = [0, 0, 1, 1, 2, 2]
+GROUP = {"full": PLAIN, "lean": PLAIN, "compact": PLAIN, "grouped": [0, 0, 0, 1, 1]}
 """Of each image."""
 SIDES = {"full": [(0, 1), (2, 3), (4, 5)], "grouped": [(0, 1), (1, 2), (0, 2), (1, 0), (3, 4)]}
 """Images of each pair: win, lose."""
-SIDES["lean"] = SIDES["full"]
+SIDES["lean"] = SIDES["compact"] = SIDES["full"]
 
 
 def number(start: int, *shape: int) -> np.ndarray:
@@ -50,7 +54,7 @@ def arrays(name: str) -> dict[str, np.ndarray]:
     images, groups, pairs = len(group), group[-1] + 1, len(sides)
     x0 = number(1, images, *LATENT).astype(np.float16)
     target = records(2, images, *LATENT).astype(np.float16)
-    timestep = GROUPED_TIMESTEPS if name == "grouped" else TIMESTEPS
+    timestep = SMALL.get(name, TIMESTEPS)
     abar = np.array(alphas_cumprod(name))[timestep[group]][..., None, None, None]
     signal, noise = np.sqrt(abar) * x0[:, None].astype(np.float64), np.sqrt(1 - abar) * target.astype(np.float64)
     pair_ids = ["first", "second ö", 'third\n"3"', "fourth", "fifth"][:pairs]
@@ -80,6 +84,15 @@ def arrays(name: str) -> dict[str, np.ndarray]:
     return made
 
 
+def stored(name: str) -> dict[str, np.ndarray]:
+    """`arrays` as the cache holds them: of a compact one 32 times the latents, and the scale 1/32."""
+    made = arrays(name)
+    for path in ("x0", "target") if name == "compact" else ():
+        made[f"{path}_scale"] = np.full(made[path].shape[:-2], 1 / 32, dtype=np.float16)
+        made[path] = (32 * made[path]).astype(np.int8)
+    return made
+
+
 def texts(name: str) -> dict[str, dict[str, np.ndarray]]:
     """{text shard: its arrays}; the last prompt has no numbers. The longest one of the grouped cache has three of four
     tokens."""
@@ -99,7 +112,7 @@ def texts(name: str) -> dict[str, dict[str, np.ndarray]]:
 def alphas_cumprod(name: str) -> tuple[float, ...]:
     """Stable Diffusion's scaled-linear table, in float64."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return tuple(round(float(value), 9) for value in np.cumprod(1 - betas)[:: 50 if name == "grouped" else 1])
+    return tuple(round(float(value), 9) for value in np.cumprod(1 - betas)[:: 50 if name in SMALL else 1])
 
 
 def levels(name: str) -> LevelTables:
@@ -115,7 +128,7 @@ def manifest_of(name: str) -> Manifest:
         latent_shape=LATENT,
         levels=levels(name),
         conditions=conditions,
-        profile="full" if name == "full" else "lean",
+        profile="lean" if name == "grouped" else name,
         seed=42,
         timesteps_per_pair=RECORDS,
         group="prompt" if name == "grouped" else "pair",
@@ -137,7 +150,7 @@ def shard(name: str, *, row: int = 0) -> ShardData:
     num_pairs = len(SIDES[name])
     source = ShardSource(location="golden", input_shard="0", rows=(row, row + num_pairs + 1), fingerprint="4" * 32)
     skipped = [{"pair_id": "a tie", "reason": "tie", "detail": "label 0.5", "row": row + num_pairs}]
-    return ShardData(arrays=arrays(name), texts=("empty", "prompts"), source=source, skipped=skipped)
+    return ShardData(arrays=stored(name), texts=("empty", "prompts"), source=source, skipped=skipped)
 
 
 def write(folder: Path, name: str) -> None:
@@ -154,7 +167,6 @@ def write(folder: Path, name: str) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    if target.exists():
-        sys.exit(f"{target} exists; a golden cache is written once")
     for name in CACHES:
-        write(target / name, name)
+        if not (target / name).exists():  # a golden cache is written once
+            write(target / name, name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, TextCommit, open_cache
 from inpo.common.cache.committed import CommittedArrays
-from inpo.common.cache.derive import point_from_target, round_to_half, stored_point
+from inpo.common.cache.derive import coarse, point_from_target, round_to_half, split, stored_point
 from inpo.common.cache.specs import ArraySpec
 from inpo.common.conditions import Condition, read_prompts
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, CacheSchemaError
@@ -435,3 +435,18 @@ def test_the_writer_refuses_texts_that_break_the_contract(tmp_path, build, path,
     with pytest.raises(AssertionError, match=message):
         CacheWriter.open(str(tmp_path), manifest).write_texts("t", texts)
     assert not (tmp_path / "texts").exists()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1.0, 300.0, 15000.0])
+def test_eight_bits_and_a_scale_are_float16_numbers(size):
+    """What a compact cache can hold comes back exactly, and is near what was given."""
+    given = torch.from_numpy((size * np.random.default_rng(0).standard_normal((400, 4, 3, 3))).astype(np.float16))
+    rounded = coarse(given)
+    multiples, scale = split(rounded.numpy())
+    assert (multiples.dtype, scale.dtype) == (np.int8, np.float16)
+    assert same_bytes((multiples * scale[..., None, None]) + np.float16(0), rounded.numpy() + np.float16(0))
+    assert np.array_equal(multiples.astype(np.float64) * scale.astype(np.float64)[..., None, None], rounded.double())
+    half_a_step = 9 / 16 * given.double().abs().amax((-2, -1), keepdim=True) / 127
+    assert bool(((rounded.double() - given.double()).abs() <= half_a_step.clamp(min=2.0**-22)).all())
+    with pytest.raises(ValueError, match="multiples"):
+        split(np.array([[[1.0, 0.333, 0.1, 0.7]]], np.float16))

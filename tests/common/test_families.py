@@ -9,7 +9,7 @@ from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(
-    r"sdxl|pixart|sd15|\bsd3|stable_?diffusion_?3|\bflux|qwen|stablediffusion|unet2d|\bpooled\b|time_ids|[\"']unet[\"']|[\"']transformer[\"']",
+    r"sdxl|pixart|sd15|\bsd3|stable_?diffusion_?3|\bflux|qwen|z_?image|stablediffusion|unet2d|\bpooled\b|time_ids|[\"']unet[\"']|[\"']transformer[\"']",
     re.IGNORECASE,
 )
 EXCEPTIONS = {
@@ -19,12 +19,14 @@ EXCEPTIONS = {
 }
 
 ROWS = {
-    # name: (network, text encoders, tokenizers, conditions by owner, single file)
-    "flux": ("transformer", 2, 2, {"embedding": "prompt", "pooled": "prompt"}, False),
-    "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, False),
-    "sd": ("unet", 1, 1, {"embedding": "prompt"}, True),
-    "sd3": ("transformer", 3, 3, {"embedding": "prompt", "pooled": "prompt"}, False),
-    "sdxl": ("unet", 2, 2, {"embedding": "prompt", "pooled": "prompt", "time_ids": "image"}, True),
+    # name: (network, text encoders, tokenizers, conditions by owner, components of a single file)
+    "flux": ("transformer", 2, 2, {"embedding": "prompt", "pooled": "prompt"}, 1),
+    "pixart_sigma": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, 0),
+    "qwen_image": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, 1),
+    "sd": ("unet", 1, 1, {"embedding": "prompt"}, 4),
+    "sd3": ("transformer", 3, 3, {"embedding": "prompt", "pooled": "prompt"}, 1),
+    "sdxl": ("unet", 2, 2, {"embedding": "prompt", "pooled": "prompt", "time_ids": "image"}, 4),
+    "z_image": ("transformer", 1, 1, {"embedding": "prompt", "length": "prompt"}, 1),
 }
 
 
@@ -58,7 +60,7 @@ def test_every_family_has_its_row():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_family_answers(name):
-    network, num_encoders, num_tokenizers, owners, single = ROWS[name]
+    network, num_encoders, num_tokenizers, owners, in_file = ROWS[name]
     family = FAMILIES[name]
     assert family.name == name
     assert (family.network, len(family.text_encoders), len(family.tokenizers)) == (
@@ -67,7 +69,7 @@ def test_a_family_answers(name):
         num_tokenizers,
     )
     assert {each: spec.per for each, spec in family.conditions.items()} == owners
-    assert bool(family.prefixes) == single
+    assert len(family.prefixes) == in_file
     assert BY_PIPELINE[family.pipeline.__name__] is family
     assert family.title in SUPPORTED
 

@@ -21,6 +21,16 @@ class RedScorer:
     def score(self, images, prompts):
         return np.array([np.asarray(image)[..., 0].mean() for image in images], dtype=np.float64)
 
+class DarkScorer(RedScorer):
+    name = "dark"
+    def score(self, images, prompts):
+        return 255 - super().score(images, prompts)
+
+class CoarseScorer(RedScorer):
+    name = "coarse"
+    def score(self, images, prompts):
+        return super().score(images, prompts) // 100
+
 class BrokenScorer:
     name = "broken"
     def score(self, images, prompts):
@@ -40,7 +50,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that is not ours, as pip would leave it, with two scorers."""
+    """A package that is not ours, as pip would leave it, with four scorers."""
     site = tmp_path / "site"
     info = site / "red_scorers-1.0.dist-info"
     info.mkdir(parents=True)
@@ -48,6 +58,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: red-scorers\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[inpo.scorers]\nred = red_scorers:RedScorer\nbroken = red_scorers:BrokenScorer\n"
+        "dark = red_scorers:DarkScorer\ncoarse = red_scorers:CoarseScorer\n"
     )
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.delitem(sys.modules, "red_scorers", raising=False)

@@ -90,13 +90,26 @@ def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, 
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"guidance": 2.0}, "guidance = 7.5"), ({"seed": 3}, "seed = 0"), ({"prompts": 1}, "num_prompts")],
+    [
+        ({"guidance": 2.0}, "guidance = 7.5"),
+        ({"seed": 3}, "seed = 0"),
+        ({"resolution": 64}, "resolution = None"),
+        ({"prompts": 1}, "num_prompts"),
+    ],
 )
 def test_a_folder_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path, change: dict, name: str) -> None:
     make(tiny_model, tmp_path / "out", PROMPTS[:1])
     prompts = PROMPTS[:2] if change.pop("prompts", None) else PROMPTS[:1]
     with pytest.raises(UsageError, match=name):
         make(tiny_model, tmp_path / "out", prompts, **change)
+
+
+def test_images_have_the_resolution_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    make(tiny_model, tmp_path / "out", PROMPTS[:1], resolution=48)
+    assert {each.shape for each in pixels(tmp_path / "out").values()} == {(48, 48, 3)}
+    with pytest.raises(UsageError, match="--resolution"):
+        make(tiny_model, tmp_path / "odd", PROMPTS[:1], resolution=50)
+    assert not (tmp_path / "odd").exists()
 
 
 def test_another_models_folder_and_a_strangers_folder_are_refused(

@@ -26,46 +26,65 @@ class Float64Flow:
     def __init__(self, folder: Path) -> None:
         self.pipeline: Any = DiffusionPipeline.from_pretrained(folder)
         self.pipeline.to(torch.float64)
-        self.is_flux = "Flux" in type(self.pipeline).__name__
+        self.kind = type(self.pipeline).__name__
 
     @torch.no_grad()
     def latent(self, pixels: np.ndarray) -> np.ndarray:
         vae = self.pipeline.vae
         image = torch.tensor(pixels).permute(2, 0, 1)[None].double() / 127.5 - 1
+        if self.kind == "QwenImagePipeline":  # one frame, and a scale for each channel
+            mean = vae.encode(image.unsqueeze(2)).latent_dist.mean[0, :, 0].numpy()
+            shift, scale = (np.array(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+            return (mean - shift) / scale
         mean = vae.encode(image).latent_dist.mean
         return ((mean - vae.config.shift_factor) * vae.config.scaling_factor)[0].numpy()
 
     @torch.no_grad()
     def text(self, prompt: str) -> dict[str, np.ndarray]:
-        if self.is_flux:
-            embedding, pooled, _ = self.pipeline.encode_prompt(prompt, None, device="cpu", max_sequence_length=512)
-        else:
-            embedding, _, pooled, _ = self.pipeline.encode_prompt(
+        encode = self.pipeline.encode_prompt
+        if self.kind == "FluxPipeline":
+            embedding, pooled, _ = encode(prompt, None, device="cpu", max_sequence_length=512)
+        elif self.kind == "StableDiffusion3Pipeline":
+            embedding, _, pooled, _ = encode(
                 prompt, None, None, do_classifier_free_guidance=False, device="cpu", max_sequence_length=256
             )
+        else:
+            first, _ = encode(prompt, device="cpu")
+            embedding = first[0] if isinstance(first, list) else first
+            return {"embedding": embedding.reshape(-1, embedding.shape[-1]).numpy()}
         return {"embedding": embedding[0].numpy(), "pooled": pooled[0].numpy()}
 
     @torch.no_grad()
     def velocity(self, x: np.ndarray, t: float, told: dict[str, np.ndarray]) -> np.ndarray:
         latent, pipeline = torch.from_numpy(x.astype(np.float64))[None], self.pipeline
-        text = {
-            "encoder_hidden_states": torch.from_numpy(told["embedding"].astype(np.float64))[None],
-            "pooled_projections": torch.from_numpy(told["pooled"].astype(np.float64))[None],
-        }
-        if not self.is_flux:
-            output = pipeline.transformer(hidden_states=latent, timestep=torch.tensor([1000 * t]).float(), **text)
+        text = torch.from_numpy(told["embedding"].astype(np.float64))[None]
+        pooled = torch.from_numpy(told["pooled"].astype(np.float64))[None] if "pooled" in told else None
+        if self.kind == "ZImagePipeline":
+            # The transformer takes its time to float32 and then to its weights' dtype.
+            time = torch.tensor([1 - t], dtype=torch.float64).float()
+            (output,) = pipeline.transformer([latent[0].unsqueeze(1)], time, [text[0]]).sample
+            return -output.squeeze(1).numpy()
+        if self.kind == "StableDiffusion3Pipeline":
+            time = torch.tensor([1000 * t]).float()
+            output = pipeline.transformer(latent, text, pooled, time)
             return output.sample[0].numpy()
         _, channels, height, width = latent.shape
+        options: dict[str, Any] = {"img_shapes": [[(1, height // 2, width // 2)]]}
+        if self.kind == "FluxPipeline":
+            options = {
+                "pooled_projections": pooled,
+                "guidance": torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None,
+                "txt_ids": torch.zeros(text.shape[1], 3),
+                "img_ids": pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+            }
         output = pipeline.transformer(
             hidden_states=pipeline._pack_latents(latent, 1, channels, height, width),
             timestep=torch.tensor([t], dtype=torch.float64),
-            guidance=torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None,
-            txt_ids=torch.zeros(text["encoder_hidden_states"].shape[1], 3),
-            img_ids=pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
-            **text,
+            encoder_hidden_states=text,
+            **options,
         ).sample
         scale = pipeline.vae_scale_factor
-        return pipeline._unpack_latents(output, height * scale, width * scale, scale)[0].numpy()
+        return pipeline._unpack_latents(output, height * scale, width * scale, scale).reshape(latent.shape)[0].numpy()
 
 
 @pytest.fixture
@@ -85,7 +104,12 @@ def made(
 def told_of(cache: Cache, shard: Any, group: int) -> dict[str, np.ndarray]:
     place, row = shard.read("group/prompt")[group]
     texts = cache.texts.need(shard.commit.texts[place])
-    return {name: texts.read_stored(name)[row] for name in ("embedding", "pooled")}
+    told = {name: texts.read_stored(name)[row] for name in cache.manifest.text_conditions}
+    if "length" in told:  # what no mask lets through
+        length = told.pop("length")
+        assert not told["embedding"][length:].any()
+        told["embedding"] = told["embedding"][:length]
+    return told
 
 
 @pytest.mark.parametrize(
@@ -95,6 +119,8 @@ def told_of(cache: Cache, shard: Any, group: int) -> dict[str, np.ndarray]:
         # 4 x 4 image tokens, where the scheduler's line goes through 0.5 at 256 and 1.15 at 4096.
         ("flux", np.exp(0.5 - 240 * 0.65 / 3840), 512, {"embedded_guidance": 3.5}),
         ("flux-schnell", 1.0, 512, {}),
+        ("qwen-image", np.exp(0.5 - 240 * 0.4 / 7936), 512, {}),
+        ("z-image", 3.0, 512, {}),
     ],
 )
 def test_every_stored_tensor(

@@ -13,10 +13,11 @@ import inpo.toyworld
 from inpo.toyworld.architecture import build_tokenizer
 from inpo.toyworld.heldout import HeldoutScorer
 from inpo.toyworld.oracle import OracleScorer
-from inpo.toyworld.sampling import BASE_FOLDER, LATENT_SHAPE, generate
+from inpo.toyworld.sampling import LATENT_SHAPE, MODELS, generate
 from inpo.toyworld.scenes import captions, render, scenes_by_caption
 
 SIZE_LIMIT = 8_000_000
+BASE_FOLDER = MODELS["base"]
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,14 @@ class World:
         fingerprints: Mapping[str, str] = MappingProxyType({}),
         prompts: Sequence[str] = (),
         prepare: Callable[[torch.nn.Module], None] = lambda network: None,
+        images: int = 2,
+        caption_dropout: float = 0.0,
     ) -> str:
         """Write a cache of small latents. `label` and `drop_caption` go by the pair's number over all shards; `change`
-        may edit a shard's arrays before they are committed, `prepare` the network."""
+        may edit a shard's arrays before they are committed, `prepare` the network.
+
+        Of more than two `images` a shard's numbers are groups, each of one list: its pairs are neighbours in it.
+        """
         levels = self.model.levels
         identity = InverterIdentity(
             name=inverter,
@@ -58,6 +63,7 @@ class World:
             timestep_range=(0, levels.num_train_timesteps),
             guidance=guidance,
             noised_start=1.0 if inverter == "noise" else 0.0,
+            caption_dropout=caption_dropout,
         )
         manifest = Manifest(
             latent_shape=(4, side, side),
@@ -68,7 +74,7 @@ class World:
             extra=extra,
             seed=seed,
             timesteps_per_pair=timesteps_per_pair,
-            group="pair",
+            group="pair" if images == 2 else "prompt",
             max_tokens=TOKENS if self.model.family.max_tokens else None,
             resolution=(2 * side, 2 * side),
             crop="center",
@@ -86,7 +92,7 @@ class World:
         denoiser = self.model.denoiser(network, network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
-            arrays, spread = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption)
+            arrays, spread = self._arrays(manifest, owned, denoiser, first, num_pairs, label, drop_caption, images)
             change(number, arrays)
             writer.write(
                 f"shard-{number:03d}",
@@ -95,7 +101,10 @@ class World:
                     texts=("empty", "texts"),
                     spread=spread,
                     source=ShardSource(
-                        location="test", input_shard="0", rows=(first, first + num_pairs), fingerprint="f" * 32
+                        location="test",
+                        input_shard="0",
+                        rows=(first, first + len(arrays["pair/id"])),
+                        fingerprint="f" * 32,
                     ),
                 ),
             )
@@ -125,22 +134,29 @@ class World:
         num_pairs: int,
         label: Callable[[int], float],
         drop_caption: Callable[[int], bool],
+        images_of_group: int,
     ) -> tuple[dict[str, np.ndarray], float | None]:
         """(arrays, spread) of a shard."""
         numbers = np.arange(first, first + num_pairs)
         dropped = np.array([drop_caption(int(number)) for number in numbers], dtype=bool)
         prompt = numbers % PROMPTS
-        rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt + 1).astype(np.int64), 2))
+        rows = torch.from_numpy(np.repeat(np.where(dropped, 0, prompt + 1).astype(np.int64), images_of_group))
         images = {}
+        num_images = images_of_group * num_pairs
         if "time_ids" in manifest.conditions:
-            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(2 * num_pairs, 6).contiguous()
-        x0 = torch.cat([_noise((2, *manifest.latent_shape), 100 + int(number)) for number in numbers]).half()
+            images["time_ids"] = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(num_images, 6).contiguous()
+        x0 = torch.cat(
+            [_noise((images_of_group, *manifest.latent_shape), 100 + int(number)) for number in numbers]
+        ).half()
         pair_ids = [f"pair-{number:04d}" for number in numbers]
+        group_of = np.repeat(np.arange(num_pairs), images_of_group)
+        wins = np.flatnonzero(np.arange(num_images) % images_of_group < images_of_group - 1)
+        of_pairs = group_of[wins]
         caption = Condition.build(prompts, rows, images)
         found = invert(
             denoiser,
             x0,
-            [Group(id=pair_id, num_images=2) for pair_id in pair_ids],
+            [Group(id=pair_id, num_images=images_of_group) for pair_id in pair_ids],
             identity=manifest.inverter,
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
@@ -151,23 +167,28 @@ class World:
         assert bool(found.finite.all())
         arrays: dict[str, Any] = {
             "x0": x0.numpy(),
-            "image/id": np.array([f"{number:032x}" for number in range(2 * num_pairs)], dtype=object),
-            "image/group": np.repeat(np.arange(num_pairs), 2).astype(np.int32),
-            "image/score": np.full(2 * num_pairs, np.nan, np.float32),
+            "image/id": np.array([f"{number:032x}" for number in range(num_images)], dtype=object),
+            "image/group": group_of.astype(np.int32),
+            "image/score": np.full(num_images, np.nan, np.float32),
             "group/id": np.array(pair_ids, dtype=object),
             "group/prompt": np.stack([np.ones(num_pairs), prompt], axis=1).astype(np.int32),
             "group/caption_dropped": dropped,
-            "pair/id": np.array(pair_ids, dtype=object),
-            "pair/win": np.arange(0, 2 * num_pairs, 2, dtype=np.int32),
-            "pair/lose": np.arange(1, 2 * num_pairs, 2, dtype=np.int32),
-            "pair/label": np.array([label(int(number)) for number in numbers], dtype=np.float32),
+            "pair/id": np.array(
+                [
+                    f"{pair_ids[group]}{'' if images_of_group == 2 else f'-{win}'}"
+                    for group, win in zip(of_pairs, wins, strict=True)
+                ],
+                dtype=object,
+            ),
+            "pair/win": wins.astype(np.int32),
+            "pair/lose": (wins + 1).astype(np.int32),
+            "pair/label": np.array([label(int(numbers[group])) for group in of_pairs], dtype=np.float32),
         }
         arrays |= {f"image/{name}": tensor.numpy() for name, tensor in images.items()}
         for name in manifest.specs.keys() - arrays.keys():
             arrays[name] = getattr(found, name).numpy()
-        group_of = np.repeat(np.arange(num_pairs), 2).tolist()
         spread = measure_spread(
-            denoiser, found, range(2 * num_pairs), group_of=group_of, caption=caption, images_per_batch=3
+            denoiser, found, range(num_images), group_of=group_of.tolist(), caption=caption, images_per_batch=3
         )
         return arrays, spread
 

@@ -62,11 +62,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ),
     },
     "lora_rank, compile": LORA | {"compile": "blocks"},
+    "parameter, sdpo, loss_space, swap_labels, timestep_range": {
+        "objective": "poly",
+        "parameter": 2.0,
+        "sdpo": 0.9,
+        "loss_space": "v",
+        "swap_labels": True,
+        "timestep_range": (0, 900),
+    },
 }
 DECIDE_NO_WEIGHT = {
     *("output", "caches", "log_every", "save_every", "keep_last", "evaluate_every", "held_out_records", "tracker"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance", "check_finite"),
-    "labels",  # a column of the data, as the pairs are
+    *("labels", "score_temperature"),  # columns of the data, as the pairs are
+    "overfitting",  # decides when a run ends, as the steps do
     "except_",  # `except` above
 }
 

@@ -16,6 +16,9 @@ from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
 from inpo.common.models import open_model
 from inpo.common.recipe import read_recipe, resolve, to_toml
+from inpo.common.testing import save_tiny_pipeline
+from inpo.evaluation.settings import EvaluateSettings
+from inpo.precompute.settings import PrecomputeSettings
 from inpo.train import requirements
 from inpo.train.index import build_index
 from inpo.train.loop import Trainer
@@ -296,6 +299,18 @@ def test_the_fsdp_file_wraps_layers_that_sdxl_has_and_goes_with_its_recipe(make_
     requirements.check_distribution(config.fsdp_config["fsdp_version"], chosen)
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux", "qwen-image", "z-image"])
+def test_the_fsdp_file_of_flows_leaves_the_layers_to_their_class(kind: Any, tmp_path: Path) -> None:
+    config = load_config_from_file(str(RECIPES / "flow_fsdp.yaml")).fsdp_config
+    assert "fsdp_transformer_layer_cls_to_wrap" not in config
+    network = open_model(str(save_tiny_pipeline(tmp_path / kind, kind))).load_network()
+    assert set(network._no_split_modules or ()) & {type(layer).__name__ for layer in network.modules()}
+    whole = {"lora_rank": 0}
+    for recipe in ("flux", "qwen-image"):
+        chosen = resolve(TrainSettings, "train", read_recipe(RECIPES / f"{recipe}.toml"), whole)
+        requirements.check_distribution(config["fsdp_version"], chosen)
+
+
 def test_a_misspelt_setting_is_answered_with_the_right_name() -> None:
     with pytest.raises(UsageError) as caught:
         resolve(TrainSettings, "train", {"train": {"learnrate": 1e-5}}, {})
@@ -311,6 +326,9 @@ def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
     assert resolve(TrainSettings, "train", read_recipe(tmp_path / "recipe.toml"), {}) == settings
 
 
-@pytest.mark.parametrize("name", ["demo", "sd15", "sdxl"])
-def test_the_recipes_train_section_is_valid(name: str) -> None:
-    assert resolve(TrainSettings, "train", read_recipe(RECIPES / f"{name}.toml"), {}).output is not None
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda recipe: recipe.stem)
+def test_every_section_of_a_recipe_is_valid(recipe: Path) -> None:
+    sections = read_recipe(recipe)
+    for name, kind in (("precompute", PrecomputeSettings), ("evaluate", EvaluateSettings)):
+        resolve(kind, name, sections, {})
+    assert resolve(TrainSettings, "train", sections, {}).output is not None

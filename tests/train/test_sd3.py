@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -287,6 +288,86 @@ def test_a_shift_is_a_word_or_a_number(wrong: str) -> None:
 def test_settings_come_back_from_the_manifest(made: str) -> None:
     found = CacheSettings.of(open_cache(made).manifest)
     assert (found.levels, found.shift, found.max_tokens, found.embedded_guidance) == ("logit-normal", "3.0", 256, None)
+
+
+def test_a_compact_cache_loses_nothing_at_the_reference(
+    precompute: Callable[..., str], folder: Path, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Eight bits and a scale for each image's channel: x_t is of the rounded values, and so are the errors."""
+    (lean,), (compact,) = caches = [
+        open_cache(precompute(tmp_path / profile, profile=profile, noised_start=0.4)) for profile in ("lean", "compact")
+    ]
+    assert caches[1].manifest.arrays != caches[0].manifest.arrays
+    raw = {path: zarr.open_group(compact.location)[path][...] for path in ("x0", "x0_scale", "target", "target_scale")}
+    read = {path: compact.read(path) for path in ("x0", "target", "x_t", "timestep", "image/group", "reference_error")}
+    for path in ("x0", "target"):
+        assert raw[path].dtype == np.int8
+        exact = raw[path].astype(np.float64) * raw[f"{path}_scale"].astype(np.float64)[..., None, None]
+        assert read[path].dtype == np.float16
+        np.testing.assert_array_equal(read[path].astype(np.float64), exact)
+        # Half a step, of at most a 113th of the channel's largest, beside the images' own change by then.
+        apart = np.abs(read[path].astype(np.float64) - lean.read(path))
+        assert (apart[:, 0] if path == "target" else apart).mean() < np.abs(exact).max() / 113
+    t = np.array(caches[1].manifest.levels.noise)[read["timestep"][read["image/group"]]][..., None, None, None]
+    x0, target = read["x0"].astype(np.float64)[:, None], read["target"].astype(np.float64)
+    np.testing.assert_array_equal(read["x_t"], (x0 + t * target).astype(np.float16))
+    images, records = np.array([3, 0]), np.array([1, 2])
+    for path in ("target", "x_t"):
+        np.testing.assert_array_equal(compact.read_records(path, images, records), read[path][images, records])
+    sizes = [
+        sum(each.commit.files[f"{path}/c/" + "/".join("0" * rank)] for path, rank in (("x0", 4), ("target", 5)))
+        for each in (lean, compact)
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert (np.abs(read["reference_error"] / lean.read("reference_error") - 1) < 0.02).all()
+    found = verify(caches[1].location, model=open_model(str(folder)))
+    assert found.findings == []
+    assert max(found.reinverted.values()) < 1e-3
+    output = run(model=str(folder), caches=[caches[1].location], steps=1, lora_rank=2, beta=2000.0)
+    start = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(start["margin"]) < 1e-3
+    assert start["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_an_image_is_noised_with_what_it_was_made_from(
+    folder: Path, precompute: Callable[..., str], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    sizes = {"a": 32, "b": 32, "resized": 48, "without": 32}
+    rows = []
+    for number, (name, size) in enumerate(sizes.items()):
+        for side in ("0", "1"):
+            pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels if side == "0" else pixels[::-1]).save(tmp_path / f"{name}{side}.png")
+        row = {"jpg_0": f"{name}0.png", "jpg_1": f"{name}1.png", "prompt": "a red cat", "id": name}
+        seeds = {} if name == "without" else {"seeds": [10 * number, 10 * number + 1]}
+        rows.append(row | seeds | {"label_0": 1 - number % 2, "label_1": number % 2})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sections = ({"model": str(folder)}, {"pairs": str(tmp_path), "cache": str(tmp_path / "c")})
+    settings = {"resolution": 32, "grid_points": 3, "timesteps_per_pair": 3, "decode_workers": 0, "inverter": "tracked"}
+    assert run_precompute(None, *sections, settings, ray_options=RayOptions(), dry_run=False) == 0
+    cache = open_cache(str(tmp_path / "c"))
+    (shard,) = cache
+    assert shard.commit.skipped == {"missing_noise": 2}
+    x0, target = shard.read("x0").astype(np.float32), shard.read("target")
+    for pair, seeds in (("a", (0, 1)), ("b", (11, 10))):  # win first, whatever the order in the row
+        (row,) = np.flatnonzero(shard.read("pair/id") == pair)
+        for image, seed in zip(shard.sides()[row], seeds, strict=True):
+            noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))[0].numpy()
+            for record in range(3):
+                np.testing.assert_array_equal(target[image, record], (noise - x0[image]).astype(np.float16))
+    found = verify(cache.location, model=open_model(str(folder)))
+    assert found.findings == []
+    assert max(found.reinverted.values()) < 1e-3
+    assert CacheSettings.of(cache.manifest).inverter == "tracked"
+    output = run(model=str(folder), caches=[cache.location], steps=1, objective="dpo", lora_rank=2)
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(
+        np.log(2), abs=1e-3
+    )
+
+    with pytest.raises(UsageError, match="mirrored"):
+        precompute(tmp_path / "flipped", inverter="tracked", flip=True)
+    with pytest.raises(UsageError, match="own noise is for flow models"):
+        precompute(tmp_path / "other", save_tiny_pipeline(tmp_path / "sd15", "sd15"), inverter="tracked")
 
 
 def test_the_tokens_are_those_asked_for(precompute: Callable[..., str], tmp_path: Path) -> None:

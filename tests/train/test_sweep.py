@@ -1,0 +1,99 @@
+"""Several runs from one cache, one table and one page at the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
+
+from inpo.cli import app
+from inpo.common.errors import UsageError
+from inpo.train.sweep import read_sweep
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "sweep.toml"
+    file.write_text(text)
+    return file
+
+
+def test_lists_are_all_their_combinations(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        '[[run]]\nobjective = ["inpo", "poly"]\nbeta = [500, 2000]\n[[run]]\nname = "flat"\nobjective = "linear"\n'
+        'adam_betas = [0.9, 0.99]\n[[run]]\nname = "few"\ntimestep_range = [[0, 100], [100, 1000]]\n',
+    )
+    planned = {each.name: each.values for each in read_sweep(file)}
+    assert planned["inpo-beta-500"] == {"objective": "inpo", "beta": 500}
+    assert planned["flat"] == {"objective": "linear", "adam_betas": [0.9, 0.99]}
+    assert len(planned) == 7
+    assert sorted(str(each.get("timestep_range")) for each in planned.values() if "timestep_range" in each) == [
+        "[0, 100]",
+        "[100, 1000]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("objective = 1", "tables"),
+        ("[[run]]\nobjektive = 1", "cannot have"),
+        ("[[run]]\noutput = 'x'", "cannot have"),
+        ("[[run]]\nname = 1", "cannot have"),
+        ("[[run]]\nname = '../x'", "Bad name"),
+        ("[[run]]\n[[run]]\n", "one name"),
+        ("[[run]]\nbeta = [", "TOML"),
+        ("", "tables"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        read_sweep(write(tmp_path, text))
+
+
+def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    file = write(
+        tmp_path,
+        '[[run]]\nobjective = ["inpo", "bdpo"]\n[[run]]\nobjective = "capo"\n[[run]]\nname = "v"\nloss_space = "v"\n',
+    )
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
+    words += ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--evaluate-every", "1", "--held-out", "0.5"]
+    words += [
+        "--tracker",
+        "none",
+        "--sample-every",
+        "2",
+        "--sample-steps",
+        "1",
+        "--sample-prompts",
+        "a small red ball on the left at night",
+    ]
+    words += ["--sweep", str(file), "--sweep-scorer", "toyworld-oracle"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1, done.output  # capo: the labels of this cache are hard
+    assert "needs soft labels" in done.output
+    import traceback
+
+    traceback.print_exception(done.exception)
+    found = {each["name"]: each for each in json.loads((tmp_path / "out/sweep.json").read_text())}
+    assert set(found) == {"inpo", "bdpo", "capo", "v"}
+    assert found["capo"]["failed"]
+    for name in ("inpo", "bdpo", "v"):
+        lines = [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        assert found[name]["last"]["loss"] == lines[-1]["loss"]
+        assert [each["step"] for each in found[name]["held_out"]] == [1, 2]
+        assert found[name]["held_out"][-1]["accuracy"] == lines[-1]["held_out_implicit_accuracy"]
+        assert (tmp_path / "out" / name / "pipeline/model_index.json").is_file()
+        assert 0 <= found[name]["scores"]["toyworld-oracle"]["win_rate"] <= 1
+    table = (tmp_path / "out/sweep.md").read_text()
+    assert table.count("\n| ") == 5
+    page = (tmp_path / "out/sweep.html").read_text()
+    assert page.count("data:image/png") == 4  # the curves, and three runs' samples
+    assert "http" not in page
+    # The same command again makes nothing anew, and says the same.
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 1
+    assert (tmp_path / "out/sweep.md").read_text() == table

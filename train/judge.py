@@ -1,0 +1,42 @@
+"""Has the held-out accuracy turned? What says that a run has begun to learn its pairs by heart."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_IN_A_ROW = 3
+"""Evaluations that must lie below the best."""
+
+
+class Evaluation(NamedTuple):
+    """A held-out evaluation."""
+
+    step: int
+    accuracy: float
+    num_records: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy; never 0, because a few records that are all told right are no certainty."""
+        share = (self.accuracy * self.num_records + 1) / (self.num_records + 2)
+        return math.sqrt(share * (1 - share) / self.num_records)
+
+
+@dataclass(kw_only=True)
+class Judge:
+    """The evaluations of a run, in order."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def best(self) -> Evaluation:
+        """The first of the highest accuracy."""
+        return max(self.evaluations, key=lambda each: (each.accuracy, -each.step))
+
+    @property
+    def turned(self) -> bool:
+        """The last three are worse than the best by more than its standard error."""
+        if len(self.evaluations) <= _IN_A_ROW:
+            return False
+        limit, last = self.best.accuracy - self.best.standard_error, self.evaluations[-_IN_A_ROW:]
+        return all(each.accuracy < limit for each in last)

@@ -1,0 +1,101 @@
+"""The last samples of a sweep's runs against the reference's at the same prompts and seeds, by scorers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from inpo.common.denoiser import prepare_for_inference
+from inpo.common.processes import processes
+from inpo.common.scorer import Scorer
+from inpo.train.run import Resolved
+from inpo.train.samples import cached_prompts, sample_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleScore:
+    """How a run's last samples stand against the reference's."""
+
+    win_rate: float
+    """Share of the prompts whose sample scores higher; a tie counts half."""
+    mean: float
+    reference_mean: float
+    num_prompts: int
+
+
+def last_sample(output: Path) -> Path | None:
+    """The newest sample image of a run: all prompts side by side."""
+    return max((output / "samples").glob("step-*.png"), default=None)
+
+
+class SampleJudge:
+    """Scores the reference's samples first, so that a scorer that cannot judge says so before anything is trained."""
+
+    def __init__(self, scorers: Sequence[Scorer], runs: Mapping[str, Resolved]) -> None:
+        self._scorers = scorers
+        self._runs = runs
+        self._reference: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+        for run in runs.values() if scorers else ():
+            prompts = _prompts(run)
+            if _key(run, prompts) not in self._reference:
+                self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
+
+    def compare(self) -> dict[str, dict[str, SampleScore]]:
+        """{run: {scorer: how its last samples stand}}; a run without a sample is left out."""
+        found: dict[str, dict[str, SampleScore]] = {}
+        for name, run in self._runs.items() if self._scorers else ():
+            file, prompts = last_sample(run.output), _prompts(run)
+            if file is None:
+                continue
+            with Image.open(file) as strip:
+                scores = self._score(_apart(np.asarray(strip.convert("RGB")), len(prompts)), prompts)
+            reference = self._reference[_key(run, prompts)]
+            found[name] = {
+                scorer: SampleScore(
+                    win_rate=float(((np.sign(score - reference[scorer]) + 1) / 2).mean()),
+                    mean=float(score.mean()),
+                    reference_mean=float(reference[scorer].mean()),
+                    num_prompts=len(prompts),
+                )
+                for scorer, score in scores.items()
+            }
+        return found
+
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return {each.name: np.asarray(each.score(images, prompts), np.float64) for each in self._scorers}
+
+
+def _prompts(run: Resolved) -> tuple[str, ...]:
+    return run.settings.sample_prompts or cached_prompts(run.caches[0])
+
+
+def _key(run: Resolved, prompts: Sequence[str]) -> tuple[Any, ...]:
+    """What decides the reference's samples."""
+    settings = run.settings
+    return (tuple(prompts), settings.sample_steps, settings.sample_guidance, settings.seed)
+
+
+def _of_reference(run: Resolved, prompts: Sequence[str]) -> list[Image.Image]:
+    manifest, settings = run.caches[0].manifest, run.settings
+    network = run.model.load_network()
+    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=torch.device(processes().device))
+    strip = sample_images(
+        network,
+        run.model,
+        prompts,
+        steps=settings.sample_steps,
+        guidance=settings.sample_guidance,
+        seed=settings.seed,
+        resolution=manifest.resolution[0],
+        network_dtype=manifest.network_dtype,
+    )
+    return _apart(strip, len(prompts))
+
+
+def _apart(strip: np.ndarray, count: int) -> list[Image.Image]:
+    """The images that stand side by side."""
+    return [Image.fromarray(np.ascontiguousarray(each)) for each in np.split(strip, count, axis=1)]
