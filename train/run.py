@@ -136,7 +136,8 @@ def train(resolved: Resolved, *, resume: str) -> bool:
             got=settings.steps,
             fix="ask for as many steps or more, or start another run with another --output",
         )
-    say(resolved.toml)
+    say(to_toml({**resolved.sections, "train": settings}, differing=True))
+    say(f"every other setting is its default; all: {resolved.output / 'recipe.toml'}")
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 

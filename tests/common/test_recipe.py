@@ -125,3 +125,9 @@ def test_a_shipped_recipe_has_a_name_and_a_file_of_that_name_wins(tmp_path, monk
     with pytest.raises(UsageError, match="cannot be read") as caught:
         read_recipe(Path("sd16"))
     assert "demo, sd15, sd35, sdxl" in str(caught.value)
+
+
+def test_on_the_screen_stands_what_is_not_the_default() -> None:
+    section = DataSection(pairs="pairs/")
+    assert to_toml({"data": section}, differing=True) == '[data]\npairs = "pairs/"\n'
+    assert "allow_remote = false" in to_toml({"data": section})
