@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo demo-flow precompute train inspect test check bench evidence toyworld-base toyworld-flow clean
+.PHONY: help install dev demo demo-flow precompute train inspect test check bench bench-gpu evidence toyworld-base toyworld-flow clean
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
@@ -16,7 +16,7 @@ INPO := .venv/bin/python -m inpo
 demo: TOY := base
 demo-flow: TOY := flow
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
-demo demo-flow test bench evidence: export HF_HUB_OFFLINE = 1
+demo demo-flow test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
 # Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
 demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
@@ -80,6 +80,9 @@ check: $(DEV) ## ruff, mypy, import-linter
 
 bench: $(DEV) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
+
+bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (half an hour)
+	.venv/bin/python -m benchmarks.gpu
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence

@@ -28,10 +28,10 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Group, Inverted, invert
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.precompute.components import load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import load_components
 
 CHOICES: dict[str, dict[str, Any]] = {
     "ddim": {"inverter": "ddim"},

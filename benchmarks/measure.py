@@ -4,7 +4,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tensor_watch import TensorWatch
+from inpo.common.tensor_watch import TensorWatch
 
 RESULTS = Path("runs/bench/results.jsonl")
 
@@ -48,6 +49,42 @@ def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, wa
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """One large square product, in the network's dtype: what a share of the matmul rate is a share of."""
+
+    factor: torch.Tensor
+    times: int
+    """Products per timing, so that launching one is not part of it."""
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: str) -> "Matmul":
+        side, times = (8192, 10) if device.type == "cuda" else (1024, 4)
+        return cls(factor=torch.randn(side, side, dtype=getattr(torch, dtype), device=device), times=times)
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.factor @ self.factor
+
+    @property
+    def flops(self) -> int:
+        """Of one timing."""
+        return self.times * 2 * self.factor.shape[0] ** 3
+
+    @property
+    def name(self) -> str:
+        return f"matmul, {self.times} of {self.factor.shape[0]} x {self.factor.shape[0]}"
+
+
+@contextmanager
+def setting_up(what: str = "set-up") -> Iterator[None]:
+    """Prints how long it took: what is made, loaded and compiled before anything is measured."""
+    clock = time.perf_counter()
+    yield
+    synchronise()
+    print(f"{what}: {time.perf_counter() - clock:.1f} s, not measured below", flush=True)
 
 
 def peak_bytes(run: Callable[[], object], holds: Iterable[torch.nn.Module | torch.optim.Optimizer]) -> int:

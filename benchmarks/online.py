@@ -6,6 +6,7 @@ reference's call, and the trained network's forward and backward. Pairs of a bat
 alternative makes no call that it does not need.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import ReleasedLoop
 from inpo.precompute.encode import ImageEncoder, TextEncoder
-from inpo.train.objectives import inpo
+from inpo.train.objectives import OBJECTIVES
 
 
 @dataclass(kw_only=True, eq=False)
@@ -31,6 +32,8 @@ class OnlineLoop:
     optimizer: torch.optim.Optimizer
     steps: int = 10
     beta: float = 2000.0
+    sizes: Sequence[int] | None = None
+    """Numbers of images that the trained network is compiled for, ascending; None: any."""
 
     def encode(
         self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]
@@ -77,6 +80,8 @@ class OnlineLoop:
             if not len(active):
                 break
             label = torch.full((len(active),), loop.label(level), device=x0.device)
+            if self.sizes is not None:
+                self.trained.rows = next(size for size in self.sizes if size >= len(active))
             eps = self.trained(x[active], label, condition.rows(active))
             moved = loop.step(x[active], eps, level)
             x[active] = moved + loop.noise(torch.randn_like(moved), level)
@@ -89,11 +94,13 @@ class OnlineLoop:
         timestep: Int[Tensor, " image"],
         condition: Condition,
     ) -> None:
+        if self.sizes is not None:
+            self.trained.rows = self.sizes[-1]
         with torch.no_grad():
             reference_error = mean_square(target - self.reference(x_t, timestep, condition))
         error = mean_square(target - self.trained(x_t, timestep, condition))
         pairs = len(x_t) // 2
-        result = inpo(
+        result = OBJECTIVES["inpo"].function(
             error.unflatten(0, (pairs, 2)),
             reference_error.unflatten(0, (pairs, 2)),
             torch.ones(pairs, device=x_t.device),

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = (1, 2, 4, 5, 10)
     cache = here.cache(num_pairs=options.pairs, steps=10, kept=4, batch_size=options.batch_size)
     ours = here.cached(cache, batch_size=options.batch_size)
-    online = here.online()
+    online = here.online(options.batch_size)
     pixels = here.pixels(options.batch_size)
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(options.batch_size)]
 

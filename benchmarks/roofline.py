@@ -3,21 +3,27 @@ benchmarks.roofline`.
 
 FLOP are counted by PyTorch on the operations that run (convolutions, matrix products, attention); no activation is
 recomputed here, so all of them are useful, but for the scores that fused attention forms again in its backward pass.
-The matmul rate is that of one large square product in the network's dtype, measured in turn with the others.
+The matmul rate is that of large square products in the network's dtype, several per timing, measured in turn with the
+others. Precompute is a whole shard, from the images' files to the commit. What is made, loaded, compiled and counted
+before is printed apart.
 """
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import interleaved, machine, record
-from benchmarks.setting import setting
+from benchmarks.measure import Matmul, interleaved, machine, record, setting_up
+from benchmarks.setting import Setting, setting
+from inpo.common.choices import CompileName
 
 
 def count_flops(run: Callable[[], object], device: torch.device) -> int:
@@ -35,45 +41,65 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=8, help="pairs per step of train, and per batch of precompute"
     )
+    parser.add_argument("--shard", type=int, help="pairs of the shard that is made; unset: four batches")
+    parser.add_argument("--compile", choices=get_args(CompileName), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    here = setting(options.arch)
-    pairs = 4 * options.batch_size
-    ours = here.cached(
-        here.cache(num_pairs=pairs, steps=10, kept=4, batch_size=options.batch_size), batch_size=options.batch_size
-    )
-    side = 8192 if here.device.type == "cuda" else 1024
-    factor = torch.randn(side, side, dtype=getattr(torch, here.dtype), device=here.device)
-    task = here.tasks(pairs)[0]
+    here = setting(options.arch, compile=options.compile)
+    pairs = options.shard or 4 * options.batch_size
+    matmul = Matmul.on(here.device, here.dtype)
+    task, written = here.tasks(pairs)[0], itertools.count()
     with tempfile.TemporaryDirectory() as scratch:
-        worker = here.worker(Path(scratch), here.settings(steps=10, kept=4, batch_size=options.batch_size))
-        contestants: dict[str, Callable[[], object]] = {
-            f"matmul, {side} x {side}": lambda: factor @ factor,
-            "train step": ours.step,
-            "precompute": lambda: worker.compute(worker.read(task)),
-        }
-        flops = {name: count_flops(run, here.device) for name, run in contestants.items()}
-        timings = interleaved(contestants, rounds=options.rounds)
+        with setting_up():
+            cache = here.cache(num_pairs=pairs, steps=10, kept=4, batch_size=options.batch_size)
+            ours = here.cached(cache, batch_size=options.batch_size)
+            worker = here.worker(Path(scratch), here.settings(steps=10, kept=4, batch_size=options.batch_size))
+
+        def precompute() -> None:
+            """From the files of the pairs to a committed shard."""
+            worker.writer.write(f"{task.name}-{next(written)}", worker.compute(worker.read(task)))
+
+        contestants: dict[str, Callable[[], object]] = {"train step": ours.step, "precompute": precompute}
+        with setting_up("counting"):
+            flops = {name: count_flops(run, here.device) for name, run in _eagerly(contestants, here).items()}
+        flops[matmul.name] = matmul.flops
+        timings = interleaved({matmul.name: matmul, **contestants}, rounds=options.rounds)
         worker.close()
     ours.stream.close()
-    rates = {name: flops[name] / timings[name].median for name in contestants}
+    rates = {name: flops[name] / timing.median for name, timing in timings.items()}
     images = {"train step": 2 * options.batch_size, "precompute": 2 * pairs}
-    full = next(iter(rates.values()))
-    print(f"roofline, {here.architecture}, {options.batch_size} pairs, {here.dtype}, {machine()}\n")
-    print("| | TFLOP per image | TFLOP per second | share of the matmul rate |")
-    print("|---|---|---|---|")
+    full = rates[matmul.name]
+    told = f"{options.batch_size} pairs, {here.dtype}, --compile {here.compile}, {machine()}"
+    print(f"roofline, {here.architecture}, {told}\n")
+    print("| | TFLOP per image | seconds | TFLOP per second | share of the matmul rate |")
+    print("|---|---|---|---|---|")
     for name, rate in rates.items():
         each = f"{flops[name] / images[name] / 1e12:.3g}" if name in images else "-"
-        print(f"| {name} | {each} | {rate / 1e12:.3g} | {rate / full:.0%} |")
+        print(f"| {name} | {each} | {timings[name].median:.3g} | {rate / 1e12:.3g} | {rate / full:.0%} |")
     record(
         "roofline",
         {
             "architecture": here.architecture,
             "batch_size": options.batch_size,
+            "pairs": pairs,
+            "compile": here.compile,
             "flops": flops,
             "flops_per_second": rates,
+            "share": {name: rate / full for name, rate in rates.items()},
         },
     )
+
+
+def _eagerly(contestants: dict[str, Callable[[], object]], here: Setting) -> dict[str, Callable[[], object]]:
+    """The same without compiled kernels, in which nothing can be counted."""
+    if here.compile == "off":
+        return contestants
+
+    def eager(run: Callable[[], object]) -> object:
+        with torch.compiler.set_stance("force_eager"):
+            return run()
+
+    return {name: partial(eager, run) for name, run in contestants.items()}
 
 
 if __name__ == "__main__":

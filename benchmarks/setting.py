@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from PIL import Image
 from benchmarks.architectures import RESOLUTION, Architecture, model_for
 from benchmarks.online import OnlineLoop
 from inpo.common.cache import Cache, CacheWriter, open_cache
-from inpo.common.denoiser import Denoiser
+from inpo.common.choices import CompileName
+from inpo.common.compiled import compile_network
+from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
 from inpo.common.pairs.decode import DecodePool
+from inpo.precompute.components import compile_components, load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.texts import TextTable, TextTask, TextWorker
-from inpo.precompute.worker import ShardWorker, load_components
+from inpo.precompute.worker import ShardWorker
 from inpo.train.index import Index, build_index
 from inpo.train.objectives import OBJECTIVES
 from inpo.train.proof import record_errors
@@ -41,6 +45,7 @@ class Setting:
     folder: Path
     device: torch.device
     dtype: str
+    compile: CompileName = "off"
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +87,10 @@ class Setting:
             texts = TextWorker(encoder=self.text_encoder(), writer=writer)
             for task in (TextTask(prompts=("",)), TextTask(prompts=tuple(PROMPTS))):
                 texts.write(task, texts.compute(task))
+        components = load_components(self.model, manifest, self.device)
+        compile_components(components, self.model, manifest, self.compile, settings.batch_size)
         return ShardWorker(
-            components=load_components(self.model, manifest, self.device),
+            components=components,
             writer=writer,
             table=TextTable(writer),
             pairs_per_batch=settings.batch_size,
@@ -123,16 +130,50 @@ class Setting:
         stream = RecordStream(
             self.index(cache), Needs(), batch_size=batch_size, window_shards=4, seed=0, pin=self.device.type == "cuda"
         )
+        self.compiled(denoiser, [2 * batch_size])
         return CachedLoop(denoiser=denoiser, optimizer=optimizer, stream=stream, device=self.device)
 
-    def online(self) -> OnlineLoop:
-        """The alternative, complete."""
+    def compiled(self, denoiser: Denoiser, sizes: Sequence[int], *, trained: bool = True) -> bool:
+        """Compile a network as the stages do, for calls of these numbers of images; the last with gradients too."""
+        if self.compile == "off":
+            return False
+        shape = self.model.family.latent_shape(self.model.config, self.resolution)
+
+        def call(images: int) -> torch.Tensor:
+            denoiser.rows = images
+            blank = self.model.family.blank(self.model.config, images, self.resolution).to(self.device)
+            x = torch.zeros(images, *shape, device=self.device)
+            return denoiser(x, torch.zeros(images, dtype=torch.int64, device=self.device), blank)
+
+        def first() -> None:
+            with torch.no_grad():
+                for images in sizes:
+                    call(images)
+            if trained:
+                call(sizes[-1]).square().mean().backward()
+                denoiser.network.zero_grad(set_to_none=True)
+
+        blocks = self.model.family.blocks
+        if not compile_network(denoiser.network, self.compile, first, blocks=blocks, device=self.device):
+            denoiser.rows = None
+        return denoiser.rows is not None
+
+    def online(self, batch_size: int) -> OnlineLoop:
+        """The alternative, complete; compiled, if at all, as ours is, and for calls of fewer images as well: a pair
+        leaves the inversion at its own timestep."""
         trained, optimizer = self.trained()
-        frozen = self.model.load_network().requires_grad_(False).eval().to(self.device)
+        frozen = self.model.load_network()
+        prepare_for_inference(frozen, network_dtype=self.dtype, device=self.device)
+        reference = self.model.denoiser(frozen, network_dtype=self.dtype)
+        images = 2 * batch_size
+        sizes = [1 << power for power in range(1, images.bit_length()) if 1 << power < images] + [images]
+        compiled = self.compiled(trained, sizes)
+        self.compiled(reference, [images], trained=False)
         return OnlineLoop(
             trained=trained,
             optimizer=optimizer,
-            reference=self.model.denoiser(frozen, network_dtype=self.dtype),
+            reference=reference,
+            sizes=sizes if compiled else None,
             images=ImageEncoder(
                 self.model.load_vae(), self.model.family, vae_dtype="float32", sample=True, seed=0, device=self.device
             ),
@@ -164,7 +205,9 @@ class CachedLoop:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def setting(architecture: Architecture | None, folder: Path = Path("runs/bench")) -> Setting:
+def setting(
+    architecture: Architecture | None, folder: Path = Path("runs/bench"), compile: CompileName = "off"
+) -> Setting:
     """The set-up for this machine: on a GPU bf16 SD1.5, on a CPU float32 toyworld unless told otherwise."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(ImportError):
@@ -176,4 +219,5 @@ def setting(architecture: Architecture | None, folder: Path = Path("runs/bench")
         folder=folder,
         device=device,
         dtype="bfloat16" if device.type == "cuda" else "float32",
+        compile=("blocks" if device.type == "cuda" else "off") if compile == "auto" else compile,
     )

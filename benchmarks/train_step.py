@@ -1,27 +1,36 @@
 """Our cached step against a complete online InPO step and a Diffusion-DPO step: `python -m benchmarks.train_step`.
 
-Same model, batch, optimiser and machine, in turn; the cached step draws its batch from the real record stream.
+Same model, batch, optimiser and machine, in turn, compiled alike or not at all; the cached step draws its batch from
+the real record stream.
 """
 
 import argparse
+from typing import get_args
 
-from benchmarks.measure import interleaved, machine, peak_bytes, ratio_table, record
-from benchmarks.setting import PROMPTS, setting
+from benchmarks.measure import interleaved, machine, peak_bytes, ratio_table, record, setting_up
+from benchmarks.setting import PROMPTS, Setting, setting
+from inpo.common.choices import CompileName
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", choices=["toyworld", "sd15-narrow", "sd15", "sdxl"])
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[2, 8], help="pairs per step; one table each")
+    parser.add_argument("--compile", choices=get_args(CompileName), default="auto")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
-    here = setting(options.arch)
-    cache = here.cache(num_pairs=4 * options.batch_size, steps=10, kept=4, batch_size=options.batch_size)
-    ours = here.cached(cache, batch_size=options.batch_size)
-    online, dpo = here.online(), here.online()
-    pixels = here.pixels(options.batch_size)
-    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(options.batch_size)]
+    here = setting(options.arch, compile=options.compile)
+    for batch_size in options.batch_size:
+        _measure(here, batch_size, options.rounds)
 
+
+def _measure(here: Setting, batch_size: int, rounds: int) -> None:
+    with setting_up():
+        cache = here.cache(num_pairs=4 * batch_size, steps=10, kept=4, batch_size=batch_size)
+        ours = here.cached(cache, batch_size=batch_size)
+        online, dpo = here.online(batch_size), here.online(batch_size)
+        pixels = here.pixels(batch_size)
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(batch_size)]
     contestants = {
         "cached": ours.step,
         "online InPO": lambda: online.inpo_step(pixels, prompts),
@@ -32,8 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         "online InPO": [online.trained, online.reference],
         "online DPO": [dpo.trained, dpo.reference],
     }
-    timings = interleaved(contestants, rounds=options.rounds)
-    images = 2 * options.batch_size * (options.rounds + 1)
+    for network in (network for used in networks.values() for network in used):
+        network.num_calls = 0  # those of compiling
+    timings = interleaved(contestants, rounds=rounds)
+    images = 2 * batch_size * (rounds + 1)
     calls = {name: sum(network.num_calls for network in used) / images for name, used in networks.items()}
     held = {
         "cached": [ours.denoiser.network, ours.optimizer],
@@ -50,16 +61,17 @@ def main(arguments: list[str] | None = None) -> None:
     }
     memory = {name: peak_bytes(run, held[name]) for name, run in contestants.items()}
     ours.stream.close()
-    print(f"train step, {here.architecture}, {options.batch_size} pairs, {here.dtype}, {machine()}\n")
-    print(ratio_table(timings, ours="cached", unit="s"))
+    title = f"train step, {here.architecture}, {batch_size} pairs, {here.dtype}, --compile {here.compile}, {machine()}"
+    print(f"{title}\n\n{ratio_table(timings, ours='cached', unit='s')}")
     print("\nUNet calls per image: " + ", ".join(f"{name} {value:.2f}" for name, value in calls.items()))
-    print("peak memory, MB: " + ", ".join(f"{name} {value / 1e6:.0f}" for name, value in memory.items()))
+    print("peak memory, MB: " + ", ".join(f"{name} {value / 1e6:.0f}" for name, value in memory.items()), flush=True)
     record(
         "train_step",
         {
             "architecture": here.architecture,
-            "batch_size": options.batch_size,
+            "batch_size": batch_size,
             "dtype": here.dtype,
+            "compile": here.compile,
             "median_seconds": {name: timing.median for name, timing in timings.items()},
             "calls_per_image": calls,
             "peak_bytes": memory,

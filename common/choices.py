@@ -1,6 +1,8 @@
 """The closed sets of names, and the bounds, that settings offer and documents of a cache keep to."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, PlainSerializer
 
 InverterName = Literal["ddim", "ab2", "fixed_point", "noise", "tracked"]
 NOISING: frozenset[InverterName] = frozenset({"noise", "tracked"})
@@ -17,3 +19,27 @@ DensityName = Literal["uniform", "logit-normal"]
 CompileName = Literal["auto", "blocks", "whole", "off"]
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""
+
+
+AUTO = 0
+"""A batch size that is to be found."""
+
+
+def _batch_size(value: object) -> object:
+    if value == "auto":
+        return AUTO
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise ValueError("auto, or a number above 0")
+    return number
+
+
+BatchSize = Annotated[
+    int,
+    BeforeValidator(_batch_size, json_schema_input_type=int | Literal["auto"]),
+    PlainSerializer(lambda value: value or "auto", when_used="json"),
+]
+"""How many pairs go through the network together; `auto` is AUTO until it has been found."""

@@ -20,8 +20,24 @@ from inpo.common.errors import InpoError
 from inpo.common.processes import note, say
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+SMALL = 8
+"""Images of a call, at most, whose kernels are shorter than what it takes to launch them."""
+_CALLS_TO_A_GRAPH = 3
+"""One that compiles, one that records, one that plays."""
 _ENTRIES_PER_PART = 8
 """Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
+
+
+def uses_graphs(how: CompileName, device: torch.device, images: int) -> bool:
+    """Whether a network that is compiled so, for calls of so many images, runs as a CUDA graph: where calls are small,
+    launching kernels one by one takes longer than they do.
+
+    It is torch's own mode (reduce-overhead) and not torch.cuda.graph around the call: it keeps the memory of graphs
+    with and without gradients apart, copies inputs to where a graph has them, and goes on without a graph where one
+    cannot be. Blocks get none: each graph would write over what an earlier one gave to the skips. What a graph gives is
+    valid until the next call, so that outputs are copied, and gradients are added up in memory of their own.
+    """
+    return how == "whole" and device.type == "cuda" and images <= SMALL
 
 
 def compile_network(
@@ -31,6 +47,7 @@ def compile_network(
     *,
     blocks: Sequence[str],
     device: torch.device,
+    graphs: bool = False,
     agree: Callable[[bool], bool] = bool,
 ) -> bool:
     """Compile `network` in place. Returns whether it is compiled now: no if nobody asked, or if it failed, with a note.
@@ -38,6 +55,7 @@ def compile_network(
     Args:
         first: calls the network once in every way that it will be called, at the shape of all calls to come; under
             training that is forward and backward.
+        graphs: run it as a CUDA graph (see uses_graphs).
         blocks: class names of what `blocks` compiles; empty: what diffusers names for this class of networks.
         agree: of "all is well here" whether it is so in all processes; called once, if there is anything to compile.
 
@@ -47,6 +65,7 @@ def compile_network(
     if not parts:
         return False
     what = "the whole network" if parts == [network] else f"{len(parts)} blocks of the network ({_names(parts)})"
+    what += " and its CUDA graph" if graphs else ""
     say(f"compiling {what}; kernels are kept in {kernel_folder()}")
     clock = time.perf_counter()
     failure: Exception | None = None
@@ -59,8 +78,9 @@ def compile_network(
         ):
             warnings.simplefilter("ignore")  # torch's, of how it compiles; what the network's calls warn of comes again
             for part in parts:
-                part.compile(dynamic=False)
-            first()
+                part.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+            for _ in range(_CALLS_TO_A_GRAPH if graphs else 1):
+                first()
     except (InpoError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch, the C++ compiler, Triton, a full disk: whatever it was, eager does without it

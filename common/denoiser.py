@@ -110,7 +110,8 @@ class Denoiser:
         """One call of the network."""
         with self.autocast():
             output = self.call(self.network, x, label, condition)
-        return output.float()
+        # What a compiled network gives may be written over by its next call.
+        return output.to(torch.float32, copy=self.rows is not None)
 
     def __call__(
         self,

@@ -5,6 +5,7 @@
     ├── DataError(ValueError)     a pair source that cannot be read
     ├── ModelError(ValueError)    a model that cannot be loaded or is not supported
     ├── StorageError(OSError)     a disk or an object store that refuses: full, read-only, unreachable
+    ├── OutOfMemory(MemoryError)  a device, or this machine, whose memory is too small for what was asked
     ├── TrainingError(RuntimeError)   a run that cannot go on: not finite, no records, wrong checkpoint
     └── CacheError
         ├── CacheMissing(FileNotFoundError)   no cache, or no committed pair in it
@@ -81,6 +82,10 @@ class ModelError(InpoError, ValueError):
 
 class StorageError(InpoError, OSError):
     """A disk or an object store that refuses."""
+
+
+class OutOfMemory(InpoError, MemoryError):
+    """A device, or this machine, whose memory is too small for what was asked."""
 
 
 class TrainingError(InpoError, RuntimeError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from inpo.common.paths import home
@@ -85,6 +86,8 @@ def flags(*sections: Section) -> list[str]:
             field, value = type(section).model_fields[name], getattr(section, name)
             if value == field.default:
                 continue
+            if _reader(field) is not None:
+                value = section.model_dump(mode="json", include={name})[name]
             option = option_name(name, field)
             if isinstance(value, bool):
                 words.append(option if value else f"--no-{option.removeprefix('--')}")
@@ -126,6 +129,11 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
         metavar, shown = metavar or f"<{inner.__name__}>", shown if default else unset
     elif get_origin(kind) is tuple:
         metavar = " ".join(f"<{each.__name__}>" for each in get_args(kind))
+    reader = _reader(field)
+    if reader is not None:
+        kind, default = str, default if default is None else str(default)
+        told = get_args(reader.json_schema_input_type)
+        metavar = f"<{'|'.join(each.__name__ if isinstance(each, type) else get_args(each)[0] for each in told)}>"
     names = (f"{option}/--no-{option.removeprefix('--')}",) if kind is bool else (option,)
     panel = _panel(section, name)
     made = typer.Option(*names, help=text, show_default=shown, metavar=metavar, rich_help_panel=panel)
@@ -163,6 +171,11 @@ def _bare(field: FieldInfo) -> Any:
 
 def _plain(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _reader(field: FieldInfo) -> BeforeValidator | None:
+    """What reads a field whose words on the command line are not its values."""
+    return next((each for each in field.metadata if isinstance(each, BeforeValidator)), None)
 
 
 def _is_list(kind: Any) -> bool:

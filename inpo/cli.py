@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 # Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,7 +23,8 @@ from inpo.doctor import doctor
 from inpo.evaluation.cli import app as evaluate_app
 from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
-from inpo.precompute.cli import plan, precompute
+from inpo.plan import plan
+from inpo.precompute.cli import precompute
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, push, train
 
@@ -66,9 +68,21 @@ def main() -> None:
     try:
         app()
     except InpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _tell_launcher(str(error))
-        sys.exit(error.exit_code)
+        _end(error)
+    except (MemoryError, RuntimeError):
+        from inpo.common.batch_size import memory_in_words  # torch
+
+        try:
+            with memory_in_words(None, otherwise="take less at a time, or a machine or device with more memory"):
+                raise
+        except InpoError as error:
+            _end(error)
+
+
+def _end(error: InpoError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    _tell_launcher(str(error))
+    sys.exit(error.exit_code)
 
 
 def _tell_launcher(message: str) -> None:

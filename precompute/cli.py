@@ -1,4 +1,4 @@
-"""`inpo precompute` and `inpo plan`."""
+"""`inpo precompute`."""
 
 import signal
 import sys
@@ -50,31 +50,6 @@ def precompute(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    raise typer.Exit(code)
-
-
-@options(ModelSection, DataSection, PrecomputeSettings, RayOptions)
-def plan(
-    given: Given,
-    recipe: RecipeOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices the hours are divided by.")] = 1,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Time a few network calls here to estimate hours.", show_default="off")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default="off")] = False,
-) -> None:
-    """What a precompute run will cost: shards, network calls, bytes, device hours. Refuses if the disk is short."""
-    from inpo.precompute.estimate import run_plan
-
-    code = run_plan(
-        recipe,
-        given[ModelSection],
-        given[DataSection],
-        given[PrecomputeSettings],
-        gpus=gpus,
-        calibrate=calibrate,
-        as_json=as_json,
-    )
     raise typer.Exit(code)
 
 

@@ -1,7 +1,7 @@
 """From recipe and flags to a run's settings, and from these and a model to the identity of its cache."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,10 @@ class Configuration:
     model_section: ModelSection
     data: DataSection
     settings: PrecomputeSettings
+
+    def with_batch_size(self, pairs: int) -> "Configuration":
+        """The same, where the batch size was to be found."""
+        return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
 
     def to_toml(self, *, differing: bool = False) -> str:
         """As a recipe; `differing`: only what is not the default."""

@@ -17,8 +17,14 @@ from inpo.common.denoiser import DTYPES
 from inpo.common.families import Family
 from inpo.common.seeding import normal
 
-_IMAGES_PER_VAE_CALL = 16
-_PROMPTS_PER_TEXT_CALL = 64
+PROMPTS_PER_TEXT_CALL = 64
+_PIXELS_PER_VAE_CALL = 16 * 512 * 512
+_MOST_PER_VAE_CALL = 16
+
+
+def images_per_vae_call(side: int) -> int:
+    """Images of `side` pixels that the VAE encodes together: 16, of large ones as many as have as many pixels."""
+    return max(1, min(_MOST_PER_VAE_CALL, _PIXELS_PER_VAE_CALL // side**2))
 
 
 def pixels_from_levels(levels: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
@@ -49,8 +55,9 @@ class ImageEncoder:
         """Not finite where the VAE overflows, for the caller to quarantine."""
         latents: list[Tensor] = []
         shift, factor = self.family.vae_scale(self.vae)
-        for first in range(0, len(images), _IMAGES_PER_VAE_CALL):
-            chunk = slice(first, first + _IMAGES_PER_VAE_CALL)
+        together = images_per_vae_call(images[0].shape[-1])
+        for first in range(0, len(images), together):
+            chunk = slice(first, first + together)
             batch = pixels_from_levels(torch.from_numpy(np.stack(images[chunk])).to(self.device))
             with (
                 torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32),
@@ -81,8 +88,8 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str]) -> dict[str, Shaped[Tensor, "prompt ..."]]:
         """{condition: rows} of what prompts own, in the conditions' dtypes, on the CPU."""
         parts: list[dict[str, Tensor]] = []
-        for first in range(0, len(prompts), _PROMPTS_PER_TEXT_CALL):
-            chunk = prompts[first : first + _PROMPTS_PER_TEXT_CALL]
+        for first in range(0, len(prompts), PROMPTS_PER_TEXT_CALL):
+            chunk = prompts[first : first + PROMPTS_PER_TEXT_CALL]
             encoded = self.family.encode(self.pipeline, chunk, self.device, self.max_tokens)
             dtypes = {name: getattr(torch, self.family.conditions[name].dtype) for name in encoded}
             parts.append({name: tensor.to(dtypes[name]).cpu() for name, tensor in encoded.items()})

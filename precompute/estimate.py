@@ -3,22 +3,22 @@
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from inpo.common.cache import Manifest
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
+from inpo.common.memory import Need, device_memory
 from inpo.common.models import Model
 from inpo.common.processes import processes
+from inpo.precompute.components import call_blank, compile_components, load_components
 from inpo.precompute.configuration import build_manifest, configure, device_type
 from inpo.precompute.inputs import committed_shards, list_work, print_inputs
-from inpo.precompute.plan import Plan, check_disk, make_plan, print_plan
+from inpo.precompute.memory import precompute_peak
+from inpo.precompute.plan import Plan, check_disk, make_plan, print_needs, print_plan
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import compile_components, load_components
 
 
 def run_plan(
@@ -28,10 +28,16 @@ def run_plan(
     flags: Mapping[str, Any],
     *,
     gpus: int,
+    gibibytes: float | None,
     calibrate: bool,
     as_json: bool,
+    beside: Callable[[Model, Manifest], Sequence[Need]],
 ) -> int:
     """Print what a run would cost. Returns the exit code: 1 if an input shard is left out that cannot be read.
+
+    Args:
+        gibibytes: memory of the device that the largest batches are for; None: this machine's GPU.
+        beside: what other stages will hold that work on such a cache.
 
     Raises StorageError if the disk is too small.
     """
@@ -44,10 +50,14 @@ def run_plan(
     print_inputs(source, tasks, unreadable)
     plan = make_plan(tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
     hours = _calibrated_hours(plan, model, manifest, resolved.settings) if calibrate else None
+    memory = device_memory(gibibytes)
+    own = Need(what="precompute", batch_size=resolved.settings.batch_size, peak=precompute_peak(model, manifest))
+    needs = [need.to_json(memory) for need in (own, *beside(model, manifest))]
     if as_json:
-        print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus}, indent=1))
+        print(json.dumps(plan.to_json() | {"device_hours": hours, "gpus": gpus, "memory": needs}, indent=1))
     else:
         print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
+        print_needs(needs, manifest.network_dtype, console())
     check_disk(plan, cache)
     return 1 if unreadable else 0
 
@@ -56,15 +66,11 @@ def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: Pr
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
     device = processes().device
     components = load_components(model, manifest, device)
-    compile_components(components, model, manifest, settings)
-    latents = 2 * settings.batch_size
-    x = torch.randn(latents, *manifest.latent_shape, device=device)
-    condition = model.family.blank(model.config, latents, settings.resolution, manifest.max_tokens).to(device)
-    timestep = torch.full((latents,), manifest.num_train_timesteps // 2, device=device)
+    pairs = settings.batch_size or int(PrecomputeSettings.model_fields["batch_size"].default)
+    compile_components(components, model, manifest, settings.compile, pairs)
     times = []
-    with torch.inference_mode():
-        for _ in range(5):
-            clock = time.perf_counter()
-            components.denoiser.predict(x, timestep, condition).sum().item()
-            times.append(time.perf_counter() - clock)
-    return plan.network_calls / latents * statistics.median(times[1:]) / 3600
+    for _ in range(5):
+        clock = time.perf_counter()
+        call_blank(components, model, manifest, pairs).sum().item()
+        times.append(time.perf_counter() - clock)
+    return plan.network_calls / (2 * pairs) * statistics.median(times[1:]) / 3600

@@ -149,3 +149,18 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
         hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
         table.add_row("device hours", hours)
     console.print(table)
+
+
+def print_needs(needs: Sequence[Mapping[str, Any]], network_dtype: str, console: Console) -> None:
+    """What each stage will hold on a device, as `Need.to_json` has it, as a table."""
+    memory = needs[0]["device_memory"]
+    table = Table(title=f"Memory of each device, {network_dtype}, nothing compiled")
+    for name in ("", *(need["what"] for need in needs)):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("pairs", *(str(need["batch_size"]) for need in needs))
+    for name in ("weights", "optimizer", "gradients", "activations", "peak"):
+        table.add_row(name, *(human_bytes(need[name]) for need in needs))
+    if memory is not None:
+        most = (str(need["largest_batch_size"] or "none") for need in needs)
+        table.add_row(f"most pairs in {memory / 2**30:.4g} GiB", *most)
+    console.print(table)

@@ -95,7 +95,11 @@ def run_precompute(
 
             return make(name, tasks, committed=done, on_outcome=on_outcome)
 
-    with _engine(resolved, model, writer, ray_options) as make:
+    def on_batch_size(pairs: int) -> None:
+        if is_main and pairs:
+            writer.write_configuration(resolved.with_batch_size(pairs).to_toml())
+
+    with _engine(resolved, model, writer, ray_options, on_batch_size) as make:
         table, named = TextTable(writer), named_texts(writer)
         texts = list_texts(tasks, named, table, by_length=manifest.is_padded)
         phase("texts", texts, set(), "prompts")
@@ -136,12 +140,16 @@ def _texts_lost(writer: CacheWriter, named: Mapping[str, tuple[str, ...]]) -> Ca
 
 @contextlib.contextmanager
 def _engine(
-    resolved: Configuration, model: Model, writer: CacheWriter, ray_options: RayOptions
+    resolved: Configuration,
+    model: Model,
+    writer: CacheWriter,
+    ray_options: RayOptions,
+    on_batch_size: Callable[[int], None],
 ) -> Iterator[Callable[..., str]]:
     """What makes the tasks of a phase: make(phase, tasks, committed=..., on_outcome=...)."""
     settings = resolved.settings
     if settings.engine != "ray":
-        yield partial(run_local, model=model, writer=writer, settings=settings)
+        yield partial(run_local, model=model, writer=writer, settings=settings, on_batch_size=on_batch_size)
         return
     from inpo.precompute.engines.ray import ray_cluster, run_ray
 

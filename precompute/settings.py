@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.choices import CompileName
+from inpo.common.choices import BatchSize, CompileName
 from inpo.common.recipe import Section
 
 
@@ -14,8 +14,8 @@ class PrecomputeSettings(CacheSettings):
 
     panels: ClassVar = {**CacheSettings.panels, "batch_size": "Work"}
 
-    batch_size: int = Field(16, ge=1)
-    """Pairs per network batch."""
+    batch_size: BatchSize = 16
+    """Pairs per network batch; auto: the largest power of two that the device takes."""
     compile: CompileName = "auto"
     """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
     decode_workers: int = Field(4, ge=0)

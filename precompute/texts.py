@@ -10,10 +10,12 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from inpo.common.batch_size import memory_in_words
 from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts
 from inpo.common.cache.document import MAX_PROMPTS_PER_SHARD
 from inpo.common.cache.schema import EMPTY_PROMPT
@@ -23,6 +25,10 @@ from inpo.common.conditions import Place
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.tasks import ShardTask
 
+texts_in_words = partial(
+    memory_in_words, None, otherwise="take a device with more memory, or a lower --max-tokens where the model has that"
+)
+"""Around what the text encoders do."""
 WINDOW = 16
 """Shards whose prompts share text shards: a shard's prompts then lie in few of them."""
 
@@ -166,9 +172,10 @@ class TextWorker:
 
     def compute(self, task: TextTask) -> TextData:
         """Encode. A prompt with any number that is not finite keeps its row, so that the others keep theirs whenever
-        the shard is made again."""
+        the shard is made again. Raises OutOfMemory."""
         clock = time.perf_counter()
-        tensors = self.encoder(task.prompts)
+        with texts_in_words():
+            tensors = self.encoder(task.prompts)
         finite = torch.stack([each.isfinite().reshape(len(each), -1).all(1) for each in tensors.values()]).all(0)
         trimmed = self._trimmed({name: each.masked_fill(~each.isfinite(), 0) for name, each in tensors.items()})
         texts = {TEXT.path: np.array(task.prompts, dtype=object)}

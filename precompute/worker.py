@@ -6,7 +6,7 @@ write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +17,13 @@ import torch
 from jaxtyping import Bool, Float16, Float32
 from torch import Tensor
 
+from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
 from inpo.common.cache.derive import coarse, split
 from inpo.common.cache.schema import EMPTY_PROMPT
-from inpo.common.compiled import compile_network
+from inpo.common.choices import AUTO
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
-from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import DataError
-from inpo.common.families import Family
 from inpo.common.inversion import invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
@@ -33,7 +32,7 @@ from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
 from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
-from inpo.precompute.encode import ImageEncoder
+from inpo.precompute.components import Components, call_blank, compile_components, load_components
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
@@ -52,47 +51,8 @@ class PreparedShard:
     seconds: float
 
 
-@dataclass(kw_only=True, eq=False)
-class Components:
-    """The models of one device, loaded once."""
-
-    family: Family
-    denoiser: Denoiser
-    images: ImageEncoder
-
-
-def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
-    """Load the network and the VAE onto `device`."""
-    network = model.load_network()
-    prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
-    return Components(
-        family=model.family,
-        denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
-        images=ImageEncoder(
-            model.load_vae(),
-            model.family,
-            vae_dtype=manifest.vae_dtype,
-            sample=manifest.vae_latent == "sample",
-            seed=manifest.seed,
-            device=device,
-        ),
-    )
-
-
-def compile_components(components: Components, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> None:
-    """Compile the network for batches of the settings' size, if they ask for it."""
-    denoiser, family, images = components.denoiser, model.family, 2 * settings.batch_size
-    device = denoiser.device
-    blank = family.blank(model.config, images, manifest.resolution[0], manifest.max_tokens)
-
-    @torch.inference_mode()
-    def first() -> None:
-        x = torch.zeros(images, *manifest.latent_shape, device=device)
-        timestep = torch.zeros(images, dtype=torch.int64, device=device)
-        denoiser.predict(x, timestep, blank.to(device))
-
-    if compile_network(denoiser.network, settings.compile, first, blocks=family.blocks, device=device):
-        denoiser.rows = images
+_SMALLER = "--resolution lowers it too"
+_OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +104,12 @@ class ShardWorker:
         return (self.manifest.flip and uniform(self.manifest.seed, group, "flip") < 0.5,)
 
     def compute(self, prepared: PreparedShard) -> ShardData:
-        """Encode and invert; pairs with any number that is not finite are quarantined with the reason."""
+        """Encode and invert; pairs with any number that is not finite are quarantined with the reason. Raises
+        OutOfMemory."""
+        with memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE):
+            return self._compute(prepared)
+
+    def _compute(self, prepared: PreparedShard) -> ShardData:
         task, manifest = prepared.task, self.manifest
         seconds = {"read": prepared.seconds}
         skipped = list(prepared.skipped)
@@ -315,27 +280,38 @@ class ShardWorker:
         self.decode.close()
 
 
-def build_worker(model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device) -> ShardWorker:
+def build_worker(
+    model: Model,
+    writer: CacheWriter,
+    settings: PrecomputeSettings,
+    device: torch.device,
+    least: Callable[[int], int] = int,
+) -> ShardWorker:
     """A worker for `device`. The processes that decode images start while the models are loaded and compiled.
 
-    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start.
+    Args:
+        least: of a batch size that fits here the least of all processes' ones; called where the size is to be found.
+
+    Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start, OutOfMemory.
     """
     decode = DecodePool(settings.decode_workers)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
             started = beside.submit(decode.start)
-            components = load_components(model, writer.manifest, device)
-            compile_components(components, model, writer.manifest, settings)
+            with memory_in_words(None, otherwise=_OTHERWISE):
+                components = load_components(model, writer.manifest, device)
+            pairs = settings.batch_size
+            if pairs == AUTO:
+                trial = partial(call_blank, components, model, writer.manifest)
+                pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
+            with memory_in_words(pairs, smaller=_SMALLER, otherwise=_OTHERWISE):
+                compile_components(components, model, writer.manifest, settings.compile, pairs)
         started.result()
     except BaseException:
         decode.close()
         raise
     return ShardWorker(
-        components=components,
-        writer=writer,
-        table=TextTable(writer),
-        pairs_per_batch=settings.batch_size,
-        decode=decode,
+        components=components, writer=writer, table=TextTable(writer), pairs_per_batch=pairs, decode=decode
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from inpo.common.cache.derive import mean_square
-from inpo.common.compiled import compile_network
+from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.progress import ProgressReport
@@ -77,6 +77,7 @@ class Trainer:
         self.judge = Judge()
         self._warned = False
         self._stopping = False
+        self._graphs = False
         self._sums = self._new_sums()
         self._gradient_norm = torch.zeros((), device=accelerator.device)
         self._bad = torch.zeros((), device=accelerator.device)
@@ -134,9 +135,16 @@ class Trainer:
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
         widest = max(shard.sides.shape[1] for shard in self.stream.index.training)
         self.denoiser.rows = widest * settings.batch_size if sharded else self.stream.num_slots
-        if not compile_network(bare, settings.compile, first, blocks=blocks, device=accelerator.device, agree=agree):
-            self.denoiser.rows = None
-        self.network.zero_grad(set_to_none=True)
+        # DDP and FSDP move gradients while they are made.
+        alone, images = accelerator.num_processes == 1 and not sharded, self.denoiser.rows
+        self._graphs = alone and uses_graphs(settings.compile, accelerator.device, images)
+        for each in self.trained if self._graphs else ():  # which a graph's own gradients are added to
+            each.grad = torch.zeros_like(each)
+        if not compile_network(
+            bare, settings.compile, first, blocks=blocks, device=accelerator.device, graphs=self._graphs, agree=agree
+        ):
+            self.denoiser.rows, self._graphs = None, False
+        self.network.zero_grad(set_to_none=not self._graphs)
 
     def write_start(self) -> dict[str, Any]:
         """The first line of metrics.jsonl, before any update, on the first micro-batch, which is used again; and the
@@ -210,7 +218,7 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     self._clip()
                 self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad(set_to_none=not self._graphs)
         # float16's scaler skips an update whose gradients overflow: the weights are as they were, and so is the rate.
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()

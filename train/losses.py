@@ -142,7 +142,7 @@ def bdpo(error: Pairwise, reference_error: Pairwise, label: PerRecord, strength:
 
 
 def linear(error: Pairwise, reference_error: Pairwise, label: PerRecord, strength: Strength) -> PerRecord:
-    """Linear-DPO (arXiv 2605.21123), as in its released code with the reference frozen, as its SDXL script has it.
+    """Linear-DPO (arXiv 2605.21123), as in its released code with the reference frozen, as one of its scripts has it.
 
     w * (E_win - E_lose), w = clamp(0.2 beta m + 0.5, eta, 1 - eta) without a gradient: a straight line in the place of
     the sigmoid by which inpo weighs a record. The value says nothing: it has no constant at the reference.

@@ -271,3 +271,15 @@ def parameter_of(settings: TrainSettings) -> float | None:
             fix="leave it out, or choose another --objective" if known is None else f"the default is {known.default:g}",
         )
     return asked
+
+
+def strength_of(settings: TrainSettings) -> str:
+    """Beta, the objective's own number, and what else changes the loss, in words."""
+    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
+    if known is not None:
+        words.append(f"{known.name} {parameter_of(settings):g}")
+    if settings.sdpo is not None:
+        words.append(f"sdpo mu {settings.sdpo:g}")
+    if settings.swap_labels:
+        words.append("labels swapped")
+    return ", ".join(words)

@@ -1,8 +1,7 @@
 """A training run from resolved settings to the written pipeline."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
+from inpo.common.batch_size import memory_in_words
 from inpo.common.cache import Cache, open_cache
+from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
@@ -22,10 +23,12 @@ from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
 from inpo.train.card import model_card
 from inpo.train.end import check_parts, check_space
+from inpo.train.identity import run_identity
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
+from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import MetricsWriter
-from inpo.train.objectives import OBJECTIVES, Objective, beta_of, parameter_of
+from inpo.train.objectives import OBJECTIVES, Objective, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
 from inpo.train.output import claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
@@ -61,6 +64,10 @@ class Resolved:
     @property
     def toml(self) -> str:
         return to_toml({**self.sections, "train": self.settings})
+
+    def with_batch_size(self, pairs: int) -> "Resolved":
+        """The same, where the batch size was to be found."""
+        return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
 
     def check(self) -> Needs:
         """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
@@ -123,10 +130,12 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         if settings.push_to_hub:
             claim_repository(settings.push_to_hub)
     set_seed(settings.seed, device_specific=True)
-    identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
+    if settings.batch_size == AUTO:
+        resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
+        settings = resolved.settings
     if chosen is not None:
-        chosen.check_identity(identity)
+        chosen.check_identity(run_identity(settings, opened, index, network_dtype, accelerator.num_processes))
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
@@ -141,8 +150,11 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 
-    network = origin.load_network()
-    trained = prepare_network(network, model.family, settings, network_dtype=network_dtype, device=accelerator.device)
+    with memory_in_words(None, otherwise=NO_SMALLER):
+        network = origin.load_network()
+        trained = prepare_network(
+            network, model.family, settings, network_dtype=network_dtype, device=accelerator.device
+        )
     if accelerator.is_main_process:
         check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
@@ -151,6 +163,11 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
     denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
+    if settings.batch_size == AUTO:
+        widest = max(shard.sides.shape[1] for shard in index.training)
+        pairs = fitting_batch(accelerator, denoiser, trained, model, opened[0].manifest, settings, widest)
+        resolved = resolved.with_batch_size(pairs)
+        settings = resolved.settings
 
     stream = RecordStream(
         index,
@@ -202,7 +219,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         held_out=held_out_batches(
             index, needs, batch_size=settings.batch_size, most_records=settings.held_out_records, seed=settings.seed
         ),
-        identity=identity,
+        identity=run_identity(settings, opened, index, network_dtype, accelerator.num_processes),
         metrics=metrics,
         sample=sample,
     )
@@ -211,8 +228,9 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
     _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
-        _start(trainer, resolved, index, chosen, say)
-        finished = trainer.run()
+        with memory_in_words(settings.batch_size, smaller=SMALLER, otherwise=NO_SMALLER):
+            _start(trainer, resolved, index, chosen, say)
+            finished = trainer.run()
         if trainer.overfitted:
             say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
@@ -342,50 +360,6 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
     accelerator.wait_for_everyone()
 
 
-def run_identity(
-    settings: TrainSettings, caches: list[Cache], index: Index, network_dtype: str, world_size: int
-) -> dict[str, Any]:
-    """Settings that a checkpoint must share to be resumed: all that change the trajectory."""
-    free = {
-        "output",
-        "steps",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "evaluate_every",
-        "tracker",
-        "project",
-        "run_name",
-        "push_to_hub",
-        "sample_every",
-        "sample_prompts",
-        "sample_steps",
-        "sample_guidance",
-        "held_out_records",
-        "compile",
-        "only",
-        "except_",
-        "gradient_checkpointing",
-        "check_finite",
-        "overfitting",
-        "dtype",
-        "caches",
-    }
-    values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
-    if settings.schedule not in ("constant", "constant_with_warmup"):
-        values["steps"] = settings.steps
-    values |= {
-        "beta": beta_of(settings),
-        "parameter": parameter_of(settings),
-        "network_dtype": network_dtype,
-        "world_size": world_size,
-        "index": index.fingerprint,
-        "caches": [cache.manifest.fingerprints for cache in caches],
-    }
-    normalised: dict[str, Any] = json.loads(json.dumps(values))
-    return normalised
-
-
 def _say_effective(
     say: Any,
     settings: TrainSettings,
@@ -397,7 +371,7 @@ def _say_effective(
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
-        f"objective {settings.objective}, {_strength(settings)}; effective batch {batch} records "
+        f"objective {settings.objective}, {strength_of(settings)}; effective batch {batch} records "
         f"({settings.batch_size} x {settings.accumulate} accumulated x {processes} processes); effective learning rate "
         f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} warm-up steps; {network_dtype}"
     )
@@ -409,15 +383,3 @@ def _say_effective(
     )
     for line in [*index.unknown, *notes]:
         say(f"note: {line}")
-
-
-def _strength(settings: TrainSettings) -> str:
-    """Beta, the objective's own number, and what else changes the loss, in words."""
-    words, known = [f"beta {beta_of(settings):g}"], OBJECTIVES[settings.objective].parameter
-    if known is not None:
-        words.append(f"{known.name} {parameter_of(settings):g}")
-    if settings.sdpo is not None:
-        words.append(f"sdpo mu {settings.sdpo:g}")
-    if settings.swap_labels:
-        words.append("labels swapped")
-    return ", ".join(words)

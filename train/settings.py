@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from inpo.common.choices import CompileName, NetworkDtypeName
+from inpo.common.choices import BatchSize, CompileName, NetworkDtypeName
 from inpo.common.recipe import LocalPath, Location, Section
 
 ObjectiveName = Literal[
@@ -74,8 +74,9 @@ class TrainSettings(Section):
     """Effective: nothing scales it."""
     steps: int = Field(400, ge=1)
     """Optimiser steps."""
-    batch_size: int = Field(8, ge=1)
-    """Records (pairs, of list objectives lists, at one timestep) per micro-batch and process."""
+    batch_size: BatchSize = 8
+    """Records (pairs, of list objectives lists, at one timestep) per micro-batch and process; auto: the largest power
+    of two that every device takes."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"

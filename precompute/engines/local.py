@@ -10,7 +10,9 @@ from datetime import timedelta
 import torch.distributed
 from accelerate import PartialState
 
+from inpo.common.batch_size import MOST
 from inpo.common.cache import CacheWriter
+from inpo.common.choices import AUTO
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
 from inpo.common.processes import processes
@@ -32,19 +34,29 @@ def run_local(
     settings: PrecomputeSettings,
     committed: set[str],
     on_outcome: Callable[[Outcome], None],
+    on_batch_size: Callable[[int], None],
 ) -> str:
     """Make this process's share of `tasks` on its own device, then wait for the others; returns the time report of all.
 
-    The split is by the tasks' numbers, so it does not depend on when a process looked. Nothing is loaded where there is
-    nothing to do.
+    `on_batch_size` is told the batch size that all processes take, where it was to be found. The split is by the
+    tasks' numbers, so it does not depend on when a process looked. Nothing is loaded where there is nothing to do.
     """
     state = processes()
     waiting_room = _WaitingRoom(state)
     share = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
     mine = [task for number, task in tasks.items() if number in share and task.name not in committed]
     timing = Timing()
+
+    def least(pairs: int) -> int:
+        found = waiting_room.least(pairs)
+        if mine or found < MOST:  # not where nobody has anything to do
+            on_batch_size(found)
+        return found
+
+    if not mine and phase == "images" and settings.batch_size == AUTO:
+        least(MOST)
     if mine:
-        worker = load_worker(phase, model, writer, settings, state.device)
+        worker = load_worker(phase, model, writer, settings, state.device, least)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)
@@ -86,6 +98,14 @@ class _WaitingRoom:
         self._group = (
             torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
         )
+
+    def least(self, number: int) -> int:
+        """The least of all processes' numbers; all of them call this."""
+        if self._group is None:
+            return number
+        found = torch.tensor(number)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group)
+        return int(found)
 
     def meet(self, timing: Timing) -> list[Timing]:
         """Wait for the others; everybody's timing. Raises InpoError if another process has gone."""

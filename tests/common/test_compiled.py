@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from inpo.common.compiled import compile_network, kernel_folder
+from inpo.common.compiled import compile_network, kernel_folder, uses_graphs
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import UsageError
@@ -254,3 +254,30 @@ def test_every_family_has_blocks(kind: str, tiny: Callable[[str], Path], backend
     inside = {id(weight) for each in compiled for weight in each.parameters()}
     sizes = [(weight.numel(), id(weight) in inside) for weight in net.parameters()]
     assert sum(size for size, found in sizes if found) > 0.5 * sum(size for size, _ in sizes)
+
+
+@pytest.mark.parametrize(
+    ("how", "device", "images", "expected"),
+    [("whole", "cuda", 8, True), ("whole", "cuda", 9, False), ("blocks", "cuda", 4, False), ("whole", "cpu", 4, False)],
+)
+def test_where_a_network_runs_as_a_cuda_graph(how: Any, device: str, images: int, expected: bool) -> None:
+    assert uses_graphs(how, torch.device(device), images) == expected
+
+
+def test_a_graph_is_called_until_it_plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, recorded, played, before anything hangs on it: what fails then is a note, as any compiling."""
+    asked: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append(options))
+    net, called = network(), []
+    assert compile_network(net, "whole", lambda: called.append(1), blocks=(), device=CPU, graphs=True)
+    assert (asked, len(called)) == ([{"dynamic": False, "mode": "reduce-overhead"}], 3)
+
+
+def test_what_a_compiled_network_gives_is_copied() -> None:
+    """Its next call may write over it."""
+    kept = torch.zeros(4, 4, 2, 2)
+    levels = Levels.from_alphas_cumprod(torch.linspace(0.99, 0.01, 10, dtype=torch.float64))
+    denoiser = Denoiser(Sizes(), levels, lambda *arguments: kept)
+    told = torch.zeros(4, dtype=torch.int64), Condition(embedding=torch.zeros(4, 3, 5))
+    denoiser.rows = 4
+    assert denoiser.predict(torch.zeros(4, 4, 2, 2), *told).data_ptr() != kept.data_ptr()

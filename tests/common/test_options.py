@@ -8,6 +8,7 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BeforeValidator
 from typer.testing import CliRunner
 
 from inpo.cli import app
@@ -126,6 +127,8 @@ def strategy(annotation: Any, constraints: list[Any]) -> st.SearchStrategy[Any]:
         name: getattr(each, name) for each in constraints for name in ("ge", "gt", "le", "lt") if hasattr(each, name)
     }
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if any(isinstance(each, BeforeValidator) for each in constraints):
+        return st.one_of(st.just("auto"), st.integers(1, 2**40))
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
     if annotation is bool:

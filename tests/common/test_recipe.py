@@ -124,7 +124,9 @@ def test_a_shipped_recipe_has_a_name_and_a_file_of_that_name_wins(tmp_path, monk
     assert read_recipe(Path("sd15")) == {"train": {"seed": 7}}
     with pytest.raises(UsageError, match="cannot be read") as caught:
         read_recipe(Path("sd16"))
-    assert "demo, sd15, sd35, sdxl" in str(caught.value)
+    assert f"({', '.join(shipped_recipes())})" in str(caught.value)
+    shipped = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.toml"))
+    assert sorted(shipped_recipes()) == shipped
 
 
 def test_on_the_screen_stands_what_is_not_the_default() -> None:

@@ -15,6 +15,7 @@ from inpo.common.errors import DataError, StorageError
 from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
 from inpo.common.pairs.decode import DecodePool
+from inpo.precompute.components import Components, load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
@@ -23,7 +24,7 @@ from inpo.precompute.pipeline import Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 from inpo.precompute.texts import TextTable, list_texts
-from inpo.precompute.worker import Components, PreparedShard, ShardWorker, load_components
+from inpo.precompute.worker import PreparedShard, ShardWorker
 from tests.engines.runs import World, until
 
 

@@ -17,10 +17,10 @@ import inpo.precompute.phases as phases
 import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import ARRAYS, Cache, open_cache
 from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
-from inpo.precompute.worker import Components
 from tests.rounding import record_bounds, rms
 
 WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")

@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from inpo.precompute.cli import plan, precompute
+from inpo.plan import plan
+from inpo.precompute.cli import precompute
 
 
 @pytest.fixture
@@ -127,3 +128,21 @@ def test_the_front_door_opens_without_the_heavy_libraries() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.split() == []
+
+
+def test_a_plan_says_what_a_device_will_hold(app: typer.Typer, recipe: Path) -> None:
+    with recipe.open("a") as stream:
+        stream.write("[train]\nbatch_size = 3\nlora_rank = 2\n")
+    asked = ["plan", "--recipe", str(recipe), "--dtype", "bfloat16", "--device-memory", "0.1"]
+    result = CliRunner().invoke(app, [*asked, "--json"])
+    assert result.exit_code == 0, result.output
+    inverting, plain, checkpointed = json.loads(result.stdout)["memory"]
+    assert [each["batch_size"] for each in (inverting, plain, checkpointed)] == [16, 3, 3]
+    assert inverting["optimizer"] == inverting["gradients"] == 0 < plain["gradients"] < plain["optimizer"]
+    assert plain["weights"] == checkpointed["weights"] < inverting["weights"]  # which holds the VAE too
+    assert checkpointed["activations"] < plain["activations"]
+    assert 3 < plain["largest_batch_size"] < checkpointed["largest_batch_size"]
+    assert plain["device_memory"] == int(0.1 * 2**30)
+    shown = CliRunner().invoke(app, asked).output
+    for words in ("Memory of each device, bfloat16", "activations", "LoRA", "peak", "most pairs"):
+        assert words in " ".join(shown.split())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import inpo.precompute.worker as worker
+import inpo.precompute.components as components
 from inpo.common.cache import open_cache
 from inpo.common.cache.schema import MANIFEST
 from tests.precompute.test_independence import assert_same_but_for_rounding
@@ -50,12 +50,12 @@ def test_one_shape_for_all_batches(
     captured: list[int] = []
 
     def watched(*arguments: Any, **options: Any) -> bool:
-        done = worker_compile(*arguments, **options)
+        done = compile_network(*arguments, **options)
         captured.append(counters["stats"]["unique_graphs"])
         return done
 
-    worker_compile = worker.compile_network
-    monkeypatch.setattr(worker, "compile_network", watched)
+    compile_network = components.compile_network
+    monkeypatch.setattr(components, "compile_network", watched)
     compiled = run.cache(source, pipelines(kind), tmp_path / "compiled", compile=how, **SETTINGS)
     assert captured == [counters["stats"]["unique_graphs"]] != [0]
     assert_same_but_for_rounding(plain, compiled, by_id)

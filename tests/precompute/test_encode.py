@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from inpo.common.models import open_model
+from inpo.precompute.components import Components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import Components
 
 
 def _with_vae_config(pipeline: Path, folder: Path, force_upcast: bool | None) -> Path:

@@ -145,7 +145,7 @@ def test_where_an_image_breaks_down_its_pairs_go_and_the_others_stay(
     pipelines: Callable, chain: list[Example], write_tars: Callable, run: Callable, tmp_path: Path, by_id: Callable
 ) -> None:
     """The second image of the chain a-b, b-c, a-c: a and c are in a pair without it."""
-    from inpo.precompute.worker import Components
+    from inpo.precompute.components import Components
 
     def broken(components: Components) -> None:
         encode = components.images.vae.encode

@@ -17,10 +17,10 @@ import torch
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, UsageError
 from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
-from inpo.precompute.worker import Components
 from tests.precompute.conftest import Runs
 
 
@@ -339,3 +339,26 @@ def test_sigterm_ends_cleanly_and_says_how_to_go_on(pipelines: Callable, tars: C
     assert 2 <= len(done.commits) < 120
     for shard in done:
         shard.read("x_t")
+
+
+def test_weights_are_hashed_once_and_loaded_once(
+    pipelines: Callable, tars: Callable, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each component's, whatever the phases and shards: gigabytes, which every start waits for."""
+    import inpo.common.models as models
+
+    read: list[tuple[str, str]] = []
+    load, of_weights = models.Model.load_component, models.fingerprint.of_weights
+
+    def loading(self: models.Model, component: str) -> Any:
+        read.append(("load", component))
+        return load(self, component)
+
+    def hashing(files: Any, **told: Any) -> str:
+        read.extend(("hash", file.parent.name) for file in files)
+        return of_weights(files, **told)
+
+    monkeypatch.setattr(models.Model, "load_component", loading)
+    monkeypatch.setattr(models.fingerprint, "of_weights", hashing)
+    assert run(tars(4, 2), pipelines(), tmp_path / "cache") == 0
+    assert sorted(read) == [(how, name) for how in ("hash", "load") for name in ("text_encoder", "unet", "vae")]

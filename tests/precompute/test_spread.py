@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inpo.common.spread import SPREAD_RECORDS
-from inpo.precompute.worker import Components
+from inpo.precompute.components import Components
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from inpo.common.conditions import Condition, read_prompts
 from inpo.common.errors import CacheSchemaError
 from inpo.common.families import FAMILIES
 from inpo.common.pairs import Pair, open_source
+from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.texts import TextWorker
-from inpo.precompute.worker import Components
 from tests.precompute.conftest import WORDS
 
 QUICK = {"grid_points": 1, "timesteps_per_pair": 1}

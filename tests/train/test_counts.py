@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from benchmarks.tensor_watch import TensorWatch
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.denoiser import Denoiser
+from inpo.common.tensor_watch import TensorWatch
 from inpo.train.index import build_index
 from inpo.train.records import Needs
 from inpo.train.stream import RecordStream

@@ -1,0 +1,135 @@
+"""What a plan says of memory, against what real networks hold: bytes counted on a CPU, no clock."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from inpo.common.cache import Manifest
+from inpo.common.conditions import Condition
+from inpo.common.memory import META, Peak, bytes_of, counting
+from inpo.common.models import Model
+from inpo.common.tensor_watch import TensorWatch
+from inpo.common.testing import TinyKind
+from inpo.precompute.configuration import build_manifest
+from inpo.precompute.memory import precompute_peak
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.train.memory import train_peak
+from inpo.train.settings import TrainSettings
+from tests.steps import step_peak
+
+CPU = torch.device("cpu")
+
+
+def _manifest(model: Model, dtype: str) -> Manifest:
+    return build_manifest(PrecomputeSettings(resolution=32, dtype=dtype), model, device_type="cpu")
+
+
+def _saved(model: Model, manifest: Manifest, device: torch.device, images: int) -> int:
+    """Bytes that the graph of one call keeps for its backward pass, beside the weights; every storage once."""
+    network = model.empty_component(model.family.network) if device == META else model.load_network()
+    network.requires_grad_(True).eval()
+    own = {each.untyped_storage()._cdata for each in [*network.parameters(), *network.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    blank = model.family.blank(model.config, images, 32, manifest.max_tokens)
+    if "length" in blank:  # the longest prompts, as what is counted has them
+        blank = Condition(**{**blank, "length": torch.full_like(blank["length"], manifest.max_tokens or 1)})
+    blank = blank.to(device)
+    x, label = torch.zeros(images, *manifest.latent_shape, device=device), torch.zeros(images, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.family.bound(manifest.static)(network, x, label, blank)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kind", get_args(TinyKind))
+def test_a_graph_without_numbers_keeps_what_the_real_one_keeps(kind: TinyKind, make_world: Callable[..., Any]) -> None:
+    """Of every family, at a number of images at which nothing was counted."""
+    model = make_world(kind).model
+    manifest = _manifest(model, "float32")
+    with counting("float32", tokens=manifest.max_tokens or 1, device_type="cpu"):
+        counted = _saved(model, manifest, META, 3)
+    assert counted == pytest.approx(_saved(model, manifest, CPU, 3), rel=0.002)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_it_keeps_what_autocast_makes(kind: str, make_world: Callable[..., Any]) -> None:
+    model = make_world(kind).model
+    manifest = _manifest(model, "bfloat16")
+    with counting("bfloat16", tokens=manifest.max_tokens or 1, device_type="cpu"):
+        counted = _saved(model, manifest, META, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        real = _saved(model, manifest, CPU, 3)
+    assert counted == pytest.approx(real, rel=0.02)
+    assert real < 0.8 * _saved(model, manifest, CPU, 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}, {"optimizer": "adafactor", "ema": 0.9}],
+    ids=lambda settings: ",".join(settings) or "plain",
+)
+def test_the_peak_of_a_step(settings: dict[str, Any], world: Any) -> None:
+    """Forward, backward and the optimiser, held against a real step of another number of images."""
+    model, told, images = world.model, TrainSettings(**settings), 6
+    predicted = train_peak(model, _manifest(model, "float32"), told, device_type="cpu")
+    network = model.load_network()
+    real = step_peak(network, model, told, device=CPU, dtype="float32", images=images, side=8)
+    weights = bytes_of(network.parameters())
+    assert predicted.weights == pytest.approx(weights, rel=0.01)
+    ema = weights if told.ema else 0
+    assert predicted.at(images) == pytest.approx(real + ema, rel=0.03)
+
+
+def test_what_precompute_holds(world: Any) -> None:
+    manifest = _manifest(world.model, "float32")
+    predicted = precompute_peak(world.model, manifest, device_type="cpu")
+    network, vae = world.model.load_network(), world.model.load_vae()
+    blank = world.model.family.blank(world.model.config, 10, 32)
+    with torch.inference_mode():
+        with TensorWatch() as inverting:
+            world.model.family.call(network, torch.zeros(10, 4, 8, 8), torch.zeros(10), blank)
+        with TensorWatch() as encoding:
+            vae.encode(torch.zeros(16, 3, 32, 32))
+    weights = bytes_of(network.parameters()) + bytes_of(vae.parameters())
+    assert predicted.weights == weights
+    assert predicted.activations(10) == pytest.approx(inverting.peak, rel=0.03)
+    assert predicted.elsewhere == pytest.approx(weights + encoding.peak, rel=0.03)
+    assert predicted.at(1000) > predicted.at(1) == predicted.elsewhere
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    peak = Peak(weights=100, optimizer=50, gradients=400, fixed=30.0, per_image=20.0)
+    assert [peak.at(images) for images in (1, 20)] == [550, 580]
+    assert peak.most_images(1000) == 36
+    assert peak.at(36) <= 900 < peak.at(37)
+    assert peak.most_images(600) == 0
+    assert Peak(weights=1, per_image=1.0, elsewhere=500).most_images(500) == 0
+
+
+def test_quantised_weights_are_a_byte_each(world: Any) -> None:
+    """Of linear layers; a row of them has a scale in the dtype."""
+    told = TrainSettings(lora_rank=4)
+    plain, quantised = (
+        train_peak(world.model, _manifest(world.model, "bfloat16").model_copy(update={"network_dtype": dtype}), told)
+        for dtype in ("bfloat16", "bfloat16-int8")
+    )
+    layers = [each.weight for each in world.model.load_network().modules() if isinstance(each, torch.nn.Linear)]
+    saved = sum(each.numel() - 2 * len(each) for each in layers)
+    assert plain.weights - quantised.weights == saved > 0
+    assert (plain.optimizer, plain.per_image) == (quantised.optimizer, quantised.per_image)
+
+
+def test_the_model_folder_is_all_that_is_read(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for a model that fits no memory here."""
+    monkeypatch.setattr(Model, "load_component", lambda *arguments: pytest.fail("weights were read"))
+    assert train_peak(world.model, _manifest(world.model, "bfloat16"), TrainSettings()).at(4) > 0

@@ -1,0 +1,53 @@
+"""What a run is: the settings that a checkpoint must share with whoever goes on from it."""
+
+import json
+from typing import Any
+
+from inpo.common.cache import Cache
+from inpo.train.index import Index
+from inpo.train.objectives import beta_of, parameter_of
+from inpo.train.settings import TrainSettings
+
+
+def run_identity(
+    settings: TrainSettings, caches: list[Cache], index: Index, network_dtype: str, world_size: int
+) -> dict[str, Any]:
+    """Settings that a checkpoint must share to be resumed: all that change the trajectory."""
+    free = {
+        "output",
+        "steps",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "evaluate_every",
+        "tracker",
+        "project",
+        "run_name",
+        "push_to_hub",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance",
+        "held_out_records",
+        "compile",
+        "only",
+        "except_",
+        "gradient_checkpointing",
+        "check_finite",
+        "overfitting",
+        "dtype",
+        "caches",
+    }
+    values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
+    if settings.schedule not in ("constant", "constant_with_warmup"):
+        values["steps"] = settings.steps
+    values |= {
+        "beta": beta_of(settings),
+        "parameter": parameter_of(settings),
+        "network_dtype": network_dtype,
+        "world_size": world_size,
+        "index": index.fingerprint,
+        "caches": [cache.manifest.fingerprints for cache in caches],
+    }
+    normalised: dict[str, Any] = json.loads(json.dumps(values))
+    return normalised
