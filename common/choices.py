@@ -11,6 +11,7 @@ Profile = Literal["full", "lean", "compact"]
 ExtraName = Literal["delta_prev", "eps_ref"]
 GroupName = Literal["pair", "list", "prompt"]
 PairsFrom = Literal["all", "adjacent", "best-worst"]
+LoraFormat = Literal["kohya", "diffusers", "peft"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 NetworkDtypeName = Literal["float32", "bfloat16", "float16", "float32-int8", "bfloat16-int8"]
 """Of a network: with -int8 the weights of linear layers are stored in 8 bits, and computed with in the dtype."""

@@ -5,6 +5,7 @@ header fields: modelspec.* (the Stability AI model metadata standard) and ss_* (
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -75,20 +76,24 @@ def check_markers(file: Path, configured: str, *, scheduler_file: str) -> None:
         )
 
 
-def markers_for(
-    prediction: str, *, architecture: str, title: str, resolution: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header fields) that say of a single file what its weights are."""
-    is_v = prediction == "v_prediction"
+def markers_for(model: Any, *, title: str, lora: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header fields) that say of a file what its weights are: all of a model's (common/models.py), or LoRA
+    layers for it, beside which no reader looks for tensors.
+    """
+    family, is_v = model.family, model.prediction == "v_prediction"
+    side = int(model.config(family.network).get("sample_size", 128)) * family.vae_factor(model.config)
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": family.architecture(model.config, model.prediction) + ("/lora" if lora else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        _MODELSPEC: "v" if is_v else prediction,
+        "modelspec.resolution": f"{side}x{side}",
+        _MODELSPEC: "v" if is_v else model.prediction,
     }
-    return ({"v_pred": torch.zeros(0)} if is_v else {}), header
+    if lora:
+        header |= {"ss_network_module": "networks.lora", "ss_v_parameterization": str(is_v)}
+        header |= family.base_version(model.config, model.prediction)
+    return ({"v_pred": torch.zeros(0)} if is_v and not lora else {}), header
 
 
 def _is_true(value: str | None) -> bool:

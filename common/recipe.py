@@ -1,7 +1,8 @@
 """Recipes: TOML files with sections [model] [data] [precompute] [train] [evaluate], parsed into frozen models.
 
 Each stage owns the model of its own section; [model] and [data] are shared and live here. A flag on the command line
-wins over the recipe, the recipe over the default. The resolved configuration is printed and saved beside the output.
+wins over the recipe, the recipe over the default. The resolved configuration is saved beside the output; what differs
+from the defaults is printed.
 """
 
 import json
@@ -222,12 +223,14 @@ def resolve(
         ) from None
 
 
-def to_toml(sections: Mapping[str, BaseModel]) -> str:
-    """The resolved configuration as a recipe that would reproduce it; unset values are left out."""
+def to_toml(sections: Mapping[str, BaseModel], *, differing: bool = False) -> str:
+    """The resolved configuration as a recipe that would reproduce it; unset values are left out. `differing`: only what
+    is not the default, for the screen.
+    """
     lines: list[str] = []
     for name, section in sections.items():
         lines.append(f"[{name}]")
-        for key, value in section.model_dump(mode="json", by_alias=True).items():
+        for key, value in section.model_dump(mode="json", by_alias=True, exclude_defaults=differing).items():
             if value is not None:
                 lines.append(f"{key} = {_toml_value(value)}")
         lines.append("")

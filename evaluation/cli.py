@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inpo.common.foreign import Command
 from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
 
-@app.command("generate")
+@app.command("generate", cls=Command)
 @options(ModelSection, EvaluateSettings, without=("scorers",))
 def generate_command(
     given: Given,

@@ -16,15 +16,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 
 from inpo.common.errors import InpoError
+from inpo.common.foreign import Command
 from inpo.common.terminal import escape_streams
 from inpo.data.cli import app as data_app
+from inpo.doctor import doctor
 from inpo.evaluation.cli import app as evaluate_app
 from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.plan import plan
 from inpo.precompute.cli import precompute
 from inpo.toyworld.cli import app as toyworld_app
-from inpo.train.cli import export, train
+from inpo.train.cli import export, push, train
 
 app = typer.Typer(
     name="inpo",
@@ -33,11 +35,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(precompute)
-app.command()(train)
-app.command()(export)
-app.command()(plan)
-app.command()(relabel)
+app.command(cls=Command)(precompute)
+app.command(cls=Command)(train)
+app.command(cls=Command)(export)
+app.command(cls=Command)(push)
+app.command(cls=Command)(plan)
+app.command(cls=Command)(relabel)
+app.command()(doctor)
 app.add_typer(inspect_app, name="inspect")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")

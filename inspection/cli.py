@@ -268,6 +268,31 @@ def filter_pairs(
 
 
 @app.command()
+def table(
+    cache: Cache,
+    out: Annotated[Path, typer.Option(help="The .parquet file to write.", callback=home)] = Path("pairs.parquet"),
+) -> None:
+    """One row a pair, with every column of `filter`, for pandas, polars or DuckDB."""
+    from inpo.common.cache import open_cache
+    from inpo.inspection.output import refuse_output, write_output
+    from inpo.inspection.pair_table import nothing_readable, read_pair_table
+    from inpo.inspection.where import parquet
+
+    refuse_output(out, what="table", suffix=".parquet")
+    bad: dict[str, Any] = {}
+    opened = open_cache(cache, damaged=bad)
+    found = read_pair_table(opened, dict(bad))
+    if not len(found):
+        raise nothing_readable(opened, found.damaged)
+    write_output(out, parquet(found), what="table")
+    print(f"{out}: {len(found):,} pairs")
+    for name, error in found.damaged.items():
+        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
 @options(ModelSection)
 def drift(
     given: Given,

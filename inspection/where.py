@@ -31,6 +31,27 @@ COLUMNS: Mapping[str, tuple[str, Callable[[PairTable], np.ndarray]]] = {
     "prompt": ("text", lambda table: table.prompt),
     "pair_id": ("text", lambda table: table.pair_id),
 }
+
+
+def parquet(table: PairTable) -> bytes:
+    """The columns and the shard as a parquet file; what is not measured is null, and a field says what it holds."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = {"pair_id": table.pair_id, "shard": np.array(table.shard_names, dtype=object)[table.shard]}
+    columns = names | {name: of(table) for name, (_, of) in COLUMNS.items() if name not in names}
+    fields, arrays = [], []
+    for name, values in columns.items():
+        # Parquet holds UTF-8: a lone surrogate of a broken caption becomes a question mark.
+        plain = [str(each).encode(errors="replace").decode() for each in values] if values.dtype == object else values
+        arrays.append(pyarrow.array(plain, from_pandas=True))
+        meaning = COLUMNS.get(name, ("the shard that holds the pair",))[0]
+        fields.append(pyarrow.field(name, arrays[-1].type, metadata={"meaning": meaning}))
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=pyarrow.schema(fields)), sink)
+    return bytes(sink.getvalue())
+
+
 _COMPARE: Mapping[type[ast.cmpop], Callable[..., np.ndarray]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,

@@ -30,8 +30,10 @@ class Configuration:
         """The same, where the batch size was to be found."""
         return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
 
-    def to_toml(self) -> str:
-        return to_toml({"model": self.model_section, "data": self.data, "precompute": self.settings})
+    def to_toml(self, *, differing: bool = False) -> str:
+        """As a recipe; `differing`: only what is not the default."""
+        sections = {"model": self.model_section, "data": self.data, "precompute": self.settings}
+        return to_toml(sections, differing=differing)
 
 
 def configure(

@@ -95,7 +95,8 @@ def _run(
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
-        print(resolved.to_toml(), flush=True)
+        print(resolved.to_toml(differing=True))
+        print("every other setting is its default; all are kept with the cache, in configurations/", flush=True)
         print_plan(plan, console())
         print_inputs(source, tasks, unreadable)
     check_disk(plan, cache)

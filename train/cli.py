@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from inpo.common.choices import DtypeName
+from inpo.common.choices import DtypeName, LoraFormat
+from inpo.common.errors import UsageError
 from inpo.common.options import Given, RecipeOption, options
 from inpo.common.paths import home
 from inpo.common.recipe import ModelSection
@@ -59,10 +60,51 @@ def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", callback=home)
     ],
-    single_file: Annotated[Path, typer.Option(help="The .safetensors file to write.", callback=home)],
+    single_file: Annotated[
+        Path | None, typer.Option(help="The .safetensors file to write: all weights, LoRA merged.", callback=home)
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="The .safetensors file (for peft: folder) to write: LoRA alone.", callback=home)
+    ] = None,
+    form: Annotated[
+        LoraFormat,
+        typer.Option("--format", help="Of --lora: kohya is read by ComfyUI, Forge, A1111, InvokeAI and sd-scripts."),
+    ] = "kohya",
     dtype: Annotated[DtypeName, typer.Option(help="Dtype of the weights.")] = "float16",
 ) -> None:
-    """Write a trained pipeline as one file in the original Stable Diffusion layout, for the wider ecosystem."""
-    from inpo.train.export import export_single_file
+    """Write a trained model, or its LoRA layers, as one file that other programs read (docs/use-the-result.md)."""
+    if (single_file is None) == (lora is None):
+        raise UsageError(
+            "Say what to write.",
+            where="--single-file, --lora",
+            expected="one of the two",
+            got="neither" if lora is None else "both",
+            fix=f"inpo export {run} --lora {run.name or 'run'}.safetensors, for instance",
+        )
+    if lora is not None:
+        from inpo.train.lora import export_lora
 
-    print(export_single_file(run, single_file, dtype=dtype))
+        print(export_lora(run, lora, form=form, dtype=dtype))
+    elif single_file is not None:
+        from inpo.train.export import export_single_file
+
+        print(export_single_file(run, single_file, dtype=dtype))
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished run.", callback=home)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private one.", show_default="off")] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="The hub's short name of the licence, for instance openrail.", show_default="the base's"),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `inpo evaluate compare --out`: its picture and scores.", callback=home),
+    ] = None,
+) -> None:
+    """Upload a run's pipeline or LoRA files to the Hugging Face hub, with a card: usage, images, scores, recipe."""
+    from inpo.train.push import push as push_run
+
+    print(push_run(run, repository, private=private, license=license, compare=compare))

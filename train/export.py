@@ -1,6 +1,7 @@
 """`inpo export`: a run's pipeline as one safetensors file in the layout that other programs read."""
 
-import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from inpo.common.durable import new_file
 from inpo.common.errors import StorageError, UsageError
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
-from inpo.common.recipe import ModelSection, resolve
 from inpo.common.space import free_bytes, human_bytes
-from inpo.train.output import make_readable
+from inpo.train.lora import make_readable, model_of
 
 
 def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
@@ -32,15 +32,12 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
             fix=f"--single-file {file.with_suffix('.safetensors')}",
         )
     number = DTYPES[dtype_name(dtype)]
-    model, pipeline = _open(run)
+    model, load = _open(run)
+    model.family.check_layout()
+    pipeline = load()
     weights = single_file_weights(pipeline, model)
     tensors = {name: value.detach().to(number).contiguous().clone() for name, value in weights.items()}
-    markers, header = markers_for(
-        model.prediction,
-        architecture=model.family.architecture(pipeline, model.prediction),
-        title=run.resolve().name,
-        resolution=model.family.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor,
-    )
+    markers, header = markers_for(model, title=run.resolve().name)
     needed, free = sum(value.nbytes for value in tensors.values()), free_bytes(file)
     if needed > free:
         raise StorageError(
@@ -65,23 +62,14 @@ def single_file_weights(pipeline: Any, model: Model) -> dict[str, Tensor]:
     return tensors
 
 
-def _open(run: Path) -> tuple[Model, Any]:
-    if (run / "pipeline" / "model_index.json").is_file():
-        model = open_model(str(run / "pipeline"))
-        return model, model.load_pipeline()
-    if (run / "model_index.json").is_file():
-        model = open_model(str(run))
-        return model, model.load_pipeline()
+def _open(run: Path) -> tuple[Model, Callable[[], Any]]:
+    for folder in (run / "pipeline", run):
+        if (folder / "model_index.json").is_file():
+            model = open_model(str(folder))
+            return model, model.load_pipeline
     if (run / "lora").is_dir() and (run / "recipe.toml").is_file():
-        sections = tomllib.loads((run / "recipe.toml").read_text())
-        # Layers that were trained on top of --init-from belong to that model, not to the reference.
-        start = sections.get("train", {}).get("init_from")
-        model = open_model(start) if start else resolve(ModelSection, "model", sections, {}).open()
-        pipeline: Any = model.load_pipeline()
-        pipeline.load_lora_weights(str(run / "lora"))
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        return model, pipeline
+        model = model_of(run)
+        return model, partial(_merged, model, run)
     raise UsageError(
         "There is nothing to export here.",
         where=run,
@@ -89,3 +77,11 @@ def _open(run: Path) -> tuple[Model, Any]:
         got=", ".join(sorted(entry.name for entry in run.iterdir())[:8]) if run.is_dir() else "no folder",
         fix="let `inpo train` finish: it writes pipeline/ or lora/ at its end",
     )
+
+
+def _merged(model: Model, run: Path) -> Any:
+    pipeline: Any = model.load_pipeline()
+    model.family.load_lora(pipeline, run / "lora" / model.family.lora_file)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return pipeline

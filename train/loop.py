@@ -147,7 +147,8 @@ class Trainer:
         self.network.zero_grad(set_to_none=not self._graphs)
 
     def write_start(self) -> dict[str, Any]:
-        """The first line of metrics.jsonl, before any update: on the first micro-batch, which is used again."""
+        """The first line of metrics.jsonl, before any update, on the first micro-batch, which is used again; and the
+        first samples, which show what training begins with."""
         sums = self._new_sums()
         batch = self.stream.peek().to(self.accelerator.device)
         with torch.no_grad():
@@ -156,6 +157,8 @@ class Trainer:
             at_reference = self.accelerator.reduce(result.at_reference.mean(), reduction="mean")
         values = sums.result(self._reduce)
         self._write(values | {"pairs_per_second": 0.0, "gradient_norm": 0.0, "epoch": self.stream.epoch})
+        if self.sample is not None:
+            self.sample(0)
         return values | {"at_reference": float(at_reference)}
 
     def run(self) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,16 @@ class Accumulator:
 class MetricsWriter:
     """metrics.jsonl and the tracker. Lines after the step that a run resumes from are dropped first."""
 
-    def __init__(self, output: Path, *, tracker: str, resumed_step: int, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        tracker: str,
+        resumed_step: int,
+        config: dict[str, Any],
+        project: str | None = None,
+        name: str | None = None,
+    ) -> None:
         self.path = output / "metrics.jsonl"
         self._tensorboard = output / "tensorboard"
         if self.path.exists():
@@ -83,7 +94,14 @@ class MetricsWriter:
         elif tracker == "wandb":
             import wandb
 
-            self._wandb = wandb.init(dir=str(output), config=config, resume="allow")
+            self._wandb = wandb.init(
+                dir=str(output),
+                config=config,
+                project=project or os.environ.get("WANDB_PROJECT") or "inpo",
+                name=name or output.resolve().name,
+                id=_wandb_id(output / "wandb-id", resumed=resumed_step > 0),
+                resume="allow",
+            )
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
@@ -117,6 +135,16 @@ class MetricsWriter:
                 self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(file: Path, *, resumed: bool) -> str:
+    """The id of this folder's run: another one where training begins anew."""
+    with storage_errors("read the tracker's id", file):
+        known = file.read_text().strip() if resumed and file.exists() else ""
+    if not known:
+        known = uuid.uuid4().hex[:12]
+        write_file(file, known + "\n", action="write the tracker's id")
+    return known
 
 
 def _step(line: str) -> int | None:

@@ -22,6 +22,7 @@ from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
+from inpo.train.card import model_card
 from inpo.train.end import check_parts, check_space
 from inpo.train.identity import run_identity
 from inpo.train.index import Index, build_index
@@ -30,8 +31,9 @@ from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network
-from inpo.train.output import claim_output, model_card, write_output
+from inpo.train.output import claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
+from inpo.train.push import claim_repository, push
 from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
@@ -126,6 +128,8 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     say = accelerator.print
     if accelerator.is_main_process:
         check_parts(model, settings)
+        if settings.push_to_hub:
+            claim_repository(settings.push_to_hub)
     set_seed(settings.seed, device_specific=True)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
     if settings.batch_size == AUTO:
@@ -142,7 +146,8 @@ def train(resolved: Resolved, *, resume: str) -> bool:
             got=settings.steps,
             fix="ask for as many steps or more, or start another run with another --output",
         )
-    say(resolved.toml)
+    say(to_toml({**resolved.sections, "train": settings}, differing=True))
+    say(f"every other setting is its default; all: {resolved.output / 'recipe.toml'}")
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
 
@@ -179,7 +184,12 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     if accelerator.is_main_process:
         write_file(resolved.output / "recipe.toml", resolved.toml)
         metrics = MetricsWriter(
-            resolved.output, tracker=settings.tracker, resumed_step=step, config=settings.model_dump(mode="json")
+            resolved.output,
+            tracker=settings.tracker,
+            resumed_step=step,
+            config=settings.model_dump(mode="json"),
+            project=settings.project,
+            name=settings.run_name,
         )
         if settings.sample_every:
             draw = partial(
@@ -341,11 +351,13 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
             resolved.settings.init_from or resolved.model.name,
             resolved.model,
             resolved.caches,
-            configuration=resolved.toml,
+            sections={**resolved.sections, "train": resolved.settings},
             step=trainer.step,
             lora=lora,
         )
         say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, lora=lora)}")
+        if repository := resolved.settings.push_to_hub:
+            say(f"pushed {push(resolved.output, repository, private=False, license=None, compare=None)}")
     accelerator.wait_for_everyone()
 
 

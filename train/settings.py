@@ -144,6 +144,12 @@ class TrainSettings(Section):
     """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves go beside metrics.jsonl."""
+    project: str | None = None
+    """W&B project; unset: WANDB_PROJECT, or inpo."""
+    run_name: str | None = None
+    """Name of the W&B run; unset: the output folder's."""
+    push_to_hub: str | None = None
+    """Repository OWNER/NAME that the result goes to in the end, as by `inpo push`; asked for at the start."""
     sample_every: int = Field(0, ge=0)
     """Steps between sample images; 0: none."""
     sample_prompts: tuple[str, ...] = ()

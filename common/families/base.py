@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.choices import Space
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import ModelError, UsageError
+from inpo.common.families.lora import Original, numbered
 from inpo.common.levels import Levels, TimeSettings
 
 Config = Mapping[str, Any]
@@ -79,6 +81,10 @@ class Family(ABC):
     """Of targets and errors."""
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    originals: Mapping[str, Original] = {}
+    """{layer, with # for a block's number: where it stands in the network as it was published}."""
+    lora_file: str = "pytorch_lora_weights.safetensors"
+    """What `save_lora` writes."""
     prefixes: Mapping[str, tuple[str, ...]] = {}
     """Where a single file keeps a component's weights, of the components that are read from one; empty: this family has
     no such file."""
@@ -268,6 +274,19 @@ class Family(ABC):
         """Write LoRA layers, by peft's names and with their scale multiplied in, as diffusers loads them."""
         self.pipeline.save_lora_weights(str(folder), **{f"{self.network}_lora_layers": state}, safe_serialization=True)
 
+    def saved_lora(self, file: Path) -> dict[str, Tensor]:
+        """The layers in a file that `save_lora` wrote, as it was given them."""
+        return {name.removeprefix(f"{self.network}."): value for name, value in load_file(file).items()}
+
+    def original(self, layer: str, network: Config) -> Original | None:
+        """Where a layer of the network stands in the network as it was published, by the network's configuration; None:
+        nowhere, or kohya's scripts have no name for it."""
+        return numbered(self.originals, layer)
+
+    def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
+        """What kohya's header calls the model that LoRA layers belong to."""
+        return {"ss_base_model_version": self.name}
+
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
         """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats."""
         state, *_ = pipeline.lora_state_dict(
@@ -321,15 +340,19 @@ class Family(ABC):
                 fix="take fewer, 20 or 50 for instance",
             ) from error
 
-    def architecture(self, pipeline: Any, prediction: str) -> str:
-        """What a single file's header calls it, by the Stability AI model metadata standard."""
-        raise NotImplementedError
+    def architecture(self, config: Callable[[str], Config], prediction: str) -> str:
+        """What a file's header calls it, by the Stability AI model metadata standard."""
+        return self.tag
 
     def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
         """A component's weights under the names that they have in a single file."""
+        raise NotImplementedError
+
+    def check_layout(self) -> None:
+        """Raise ModelError for a family whose single file nobody reads."""
         raise ModelError(
             f"A model of this family has no single-file layout: {self.title}.",
-            where=component,
+            where="--single-file",
             expected="a family that programs read from one file",
             fix="use the pipeline folder",
         )

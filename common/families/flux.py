@@ -13,8 +13,28 @@ from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.families.base import EMBEDDING, Config
 from inpo.common.families.flow import FlowFamily, packed, unpacked
+from inpo.common.families.lora import originals
 
 _GUIDANCE = "embedded_guidance"
+_DOUBLE, _SINGLE = "transformer_blocks.#.", "single_transformer_blocks.#."
+_ORIGINALS = originals(
+    {
+        "double_blocks.#.img_attn.qkv": tuple(f"{_DOUBLE}attn.to_{part}" for part in "qkv"),
+        "double_blocks.#.img_attn.proj": (f"{_DOUBLE}attn.to_out.0",),
+        "double_blocks.#.img_mlp.0": (f"{_DOUBLE}ff.net.0.proj",),
+        "double_blocks.#.img_mlp.2": (f"{_DOUBLE}ff.net.2",),
+        "double_blocks.#.img_mod.lin": (f"{_DOUBLE}norm1.linear",),
+        "double_blocks.#.txt_attn.qkv": tuple(f"{_DOUBLE}attn.add_{part}_proj" for part in "qkv"),
+        "double_blocks.#.txt_attn.proj": (f"{_DOUBLE}attn.to_add_out",),
+        "double_blocks.#.txt_mlp.0": (f"{_DOUBLE}ff_context.net.0.proj",),
+        "double_blocks.#.txt_mlp.2": (f"{_DOUBLE}ff_context.net.2",),
+        "double_blocks.#.txt_mod.lin": (f"{_DOUBLE}norm1_context.linear",),
+        "single_blocks.#.linear1": (*(f"{_SINGLE}attn.to_{part}" for part in "qkv"), f"{_SINGLE}proj_mlp"),
+        "single_blocks.#.linear2": (f"{_SINGLE}proj_out",),
+        "single_blocks.#.modulation.lin": (f"{_SINGLE}norm.linear",),
+    },
+    wide={f"{_SINGLE}proj_mlp": 4},
+)
 
 
 class Flux(FlowFamily):
@@ -32,6 +52,7 @@ class Flux(FlowFamily):
     conditions = {"embedding": EMBEDDING, "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt")}
     max_tokens = most_tokens = 512
     patch = 4
+    originals = _ORIGINALS
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def told(self, times: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
@@ -92,6 +113,12 @@ class Flux(FlowFamily):
             return_dict=False,
         )[0]
         return unpacked(output, x.shape)
+
+    def architecture(self, config: Callable[[str], Config], prediction: str) -> str:
+        return f"flux-1-{'dev' if config('transformer').get('guidance_embeds', False) else 'schnell'}"
+
+    def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
+        return {"ss_base_model_version": "flux1"}
 
 
 FAMILIES = (Flux(),)

@@ -9,16 +9,16 @@ from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError
 from inpo.common.families.base import EMBEDDING, LENGTH, Config, Family, State, read_json
+from inpo.common.families.lora import WRAPPER, layers_of, save_adapter
 
 _TOKENS = 300
 """Of a prompt, as the pipeline cuts it."""
-_WRAPPER = "base_model.model."
 
 
 class PixArtSigma(Family):
@@ -36,6 +36,7 @@ class PixArtSigma(Family):
     conditions = {"embedding": EMBEDDING, "length": LENGTH}
     max_tokens = most_tokens = _TOKENS
     predictions = ("epsilon",)
+    lora_file = "adapter_model.safetensors"
     blocks = ("BasicTransformerBlock",)
 
     def check_network(self, name: str, network: Config) -> None:
@@ -110,25 +111,19 @@ class PixArtSigma(Family):
     # PeftModel.from_pretrained(pipeline.transformer, folder) takes.
 
     def save_lora(self, state: State, folder: Path) -> None:
-        rank = next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
-        targets = sorted({name.split(".lora_")[0] for name in state})
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(str(folder))
-        save_file(
-            {_WRAPPER + name: value.contiguous() for name, value in state.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        save_adapter(state, folder)
+
+    def saved_lora(self, file: Path) -> dict[str, Tensor]:
+        return {name.removeprefix(WRAPPER): value for name, value in load_file(file).items()}
 
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
-        return {f"{self.network}.{name.removeprefix(_WRAPPER)}" for name in load_file(file)}
+        return {f"{self.network}.{name}" for name in self.saved_lora(file)}
 
     def load_lora(self, pipeline: Any, file: Path) -> None:
-        state = {name.removeprefix(_WRAPPER): value for name, value in load_file(file).items()}
+        state = self.saved_lora(file)
         config = read_json(file.parent / "adapter_config.json")
         layers = LoraConfig(
-            r=int(config["r"]),
-            lora_alpha=config.get("lora_alpha", config["r"]),
-            target_modules=sorted({name.split(".lora_")[0] for name in state}),
+            r=int(config["r"]), lora_alpha=config.get("lora_alpha", config["r"]), target_modules=layers_of(state)
         )
         transformer = self.network_of(pipeline)
         inject_adapter_in_model(layers, transformer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError
 from inpo.common.families.base import EMBEDDING, Config, Family, State
+from inpo.common.families.lora import Original
 from inpo.common.families.original_layout import PREFIXES, clip_keys, component_keys, open_clip_keys
 
 
@@ -41,6 +42,9 @@ class UNetFamily(Family):
                 got=network.get("cross_attention_dim"),
                 fix=f"supported: {self.title}",
             )
+
+    def check_layout(self) -> None:
+        return
 
     def probe_side(self, network: Config) -> int:
         return int(2 ** len(network["block_out_channels"]))
@@ -98,17 +102,27 @@ class StableDiffusion(UNetFamily):
     def layout(self, component: str, state: State, config: Any) -> dict[str, Tensor]:
         if component != "text_encoder":
             return component_keys(component, state, config)
-        return (open_clip_keys if _is_open_clip(config) else clip_keys)(state, "cond_stage_model.")
+        return (open_clip_keys if _is_open_clip(config.to_dict()) else clip_keys)(state, "cond_stage_model.")
 
-    def architecture(self, pipeline: Any, prediction: str) -> str:
-        if not _is_open_clip(pipeline.text_encoder.config):
+    def architecture(self, config: Callable[[str], Config], prediction: str) -> str:
+        if not _is_open_clip(config("text_encoder")):
             return "stable-diffusion-v1"
         return f"stable-diffusion-v2-{'768-v' if prediction == 'v_prediction' else '512'}"
 
+    def original(self, layer: str, network: Config) -> Original | None:
+        """sd-scripts' own UNet has diffusers' names."""
+        return Original(layer)
 
-def _is_open_clip(config: Any) -> bool:
+    def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
+        """A1111 takes whatever does not say SD 2 or SDXL for SD 1."""
+        second = _is_open_clip(config("text_encoder"))
+        version = f"sd_v{2 if second else 1}{'_v' if prediction == 'v_prediction' else ''}"
+        return {"ss_base_model_version": version, "ss_v2": str(second)}
+
+
+def _is_open_clip(config: Config) -> bool:
     """SD 1.x has OpenAI's CLIP, SD 2.x OpenCLIP's; their activation functions tell them apart."""
-    return bool(config.hidden_act == "gelu")
+    return bool(config.get("hidden_act") == "gelu")
 
 
 FAMILIES = (StableDiffusion(),)

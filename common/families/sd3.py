@@ -12,6 +12,23 @@ from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
 from inpo.common.families.base import EMBEDDING, Config
 from inpo.common.families.flow import FlowFamily
+from inpo.common.families.lora import originals
+
+_BLOCK = "transformer_blocks.#."
+_ORIGINALS = originals(
+    {
+        "joint_blocks.#.x_block.attn.qkv": tuple(f"{_BLOCK}attn.to_{part}" for part in "qkv"),
+        "joint_blocks.#.x_block.attn.proj": (f"{_BLOCK}attn.to_out.0",),
+        "joint_blocks.#.x_block.attn2.qkv": tuple(f"{_BLOCK}attn2.to_{part}" for part in "qkv"),
+        "joint_blocks.#.x_block.attn2.proj": (f"{_BLOCK}attn2.to_out.0",),
+        "joint_blocks.#.x_block.mlp.fc1": (f"{_BLOCK}ff.net.0.proj",),
+        "joint_blocks.#.x_block.mlp.fc2": (f"{_BLOCK}ff.net.2",),
+        "joint_blocks.#.context_block.attn.qkv": tuple(f"{_BLOCK}attn.add_{part}_proj" for part in "qkv"),
+        "joint_blocks.#.context_block.attn.proj": (f"{_BLOCK}attn.to_add_out",),
+        "joint_blocks.#.context_block.mlp.fc1": (f"{_BLOCK}ff_context.net.0.proj",),
+        "joint_blocks.#.context_block.mlp.fc2": (f"{_BLOCK}ff_context.net.2",),
+    }
+)
 
 
 class StableDiffusion3(FlowFamily):
@@ -29,6 +46,7 @@ class StableDiffusion3(FlowFamily):
     conditions = {"embedding": EMBEDDING, "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt")}
     max_tokens = 256
     most_tokens = 512
+    originals = _ORIGINALS
     blocks = ("JointTransformerBlock",)
 
     def pixel_step(self, config: Callable[[str], Config]) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from inpo.common.cache.schema import ConditionSpec
 from inpo.common.families.base import EMBEDDING, Config, State
-from inpo.common.families.original_layout import clip_keys, component_keys, open_clip_keys
+from inpo.common.families.lora import Original
+from inpo.common.families.original_layout import clip_keys, component_keys, open_clip_keys, unet_layer
 from inpo.common.families.sd import UNetFamily
 
 
@@ -64,8 +65,15 @@ class StableDiffusionXL(UNetFamily):
             return open_clip_keys(state, "conditioner.embedders.1.")
         return component_keys(component, state, config)
 
-    def architecture(self, pipeline: Any, prediction: str) -> str:
+    def architecture(self, config: Callable[[str], Config], prediction: str) -> str:
         return "stable-diffusion-xl-v1-base"
+
+    def original(self, layer: str, network: Config) -> Original | None:
+        """sd-scripts' own UNet has the names of the single file."""
+        return Original(unet_layer(layer, network))
+
+    def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
 
 
 FAMILIES = (StableDiffusionXL(),)

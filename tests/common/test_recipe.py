@@ -127,3 +127,9 @@ def test_a_shipped_recipe_has_a_name_and_a_file_of_that_name_wins(tmp_path, monk
     assert f"({', '.join(shipped_recipes())})" in str(caught.value)
     shipped = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.toml"))
     assert sorted(shipped_recipes()) == shipped
+
+
+def test_on_the_screen_stands_what_is_not_the_default() -> None:
+    section = DataSection(pairs="pairs/")
+    assert to_toml({"data": section}, differing=True) == '[data]\npairs = "pairs/"\n'
+    assert "allow_remote = false" in to_toml({"data": section})

@@ -32,8 +32,8 @@ def test_several_caches_make_one_run(world: Any, cache: str, run: Callable[..., 
     other = world.cache(tmp_path / "other", shards=(3,), timesteps_per_pair=3, seed=1)
     output = run(caches=[cache, other], steps=2)
     card = (output / "pipeline" / "README.md").read_text()
-    assert f"`{cache}`: 9 pairs, 18 records" in card
-    assert f"`{other}`: 3 pairs, 9 records" in card
+    assert f"`{Path(cache).name}`: 9 pairs, 18 records" in card
+    assert f"`{Path(other).name}`: 3 pairs, 9 records" in card
     saved = resolve(TrainSettings, "train", read_recipe(output / "recipe.toml"), {})
     assert saved.caches == (cache, other)
 
@@ -45,7 +45,7 @@ def test_the_two_steps_of_the_paper(world: Any, run: Callable[..., Path], tmp_pa
     inverted = type(world)(model=open_model(str(tuned))).cache(tmp_path / "inpo-cache", shards=(3,))
     output = run(model=str(tuned), caches=[inverted], steps=1, output=tmp_path / "inpo")
     assert losses(output)[0] == pytest.approx(math.log(2), abs=1e-3)
-    assert str(tuned) in (output / "pipeline" / "README.md").read_text()
+    assert "the reference is `sft`" in (output / "pipeline" / "README.md").read_text()
     with pytest.raises(CacheMismatch, match="another model"):  # the base model is not this cache's reference
         run(caches=[inverted], output=tmp_path / "base")
 
@@ -106,6 +106,24 @@ def test_training_goes_on_where_compiling_fails(
     said = capsys.readouterr().err
     assert "note: the network runs as it is, because compiling it failed: " in said
     assert "no compiler here" in said
+
+
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **options: asked.append(options) or SimpleNamespace())
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    output = tmp_path / "my-run"
+    for step, named in ((0, {}), (5, {}), (9, {"project": "p", "name": "n"}), (0, {})):
+        MetricsWriter(output, tracker="wandb", resumed_step=step, config={}, **named)
+    first, second, third, anew = asked
+    assert (first["project"], first["name"]) == ("inpo", "my-run")
+    assert (third["project"], third["name"]) == ("p", "n")
+    assert first["id"] == second["id"] == third["id"] != anew["id"]
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    MetricsWriter(output, tracker="wandb", resumed_step=9, config={})
+    assert asked[-1]["project"] == "theirs"
 
 
 def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

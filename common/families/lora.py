@@ -1,0 +1,113 @@
+"""LoRA layers in other projects' formats: kohya's names, which ComfyUI, Forge, A1111 and InvokeAI read, and peft's.
+
+All begin with layers by peft's names (`<layer>.lora_A.weight` down, `<layer>.lora_B.weight` up) whose scale is
+multiplied in, so that alpha is the rank wherever a format has a place for it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inpo.common.errors import ModelError
+
+WRAPPER = "base_model.model."
+"""What peft writes before every name."""
+
+
+class Original(NamedTuple):
+    """Where a layer stands in the network as its authors published it: a layer there may be several of diffusers'."""
+
+    name: str
+    part: int = 0
+    widths: tuple[int, ...] = (1,)
+    """Outputs of the parts, in proportion."""
+
+
+def originals(
+    table: Mapping[str, tuple[str, ...]], wide: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Original]:
+    """{our layer: where it stands} from {original layer: our layers}; `wide` has outputs that are not 1."""
+    return {
+        ours: Original(name, part, tuple(wide.get(each, 1) for each in parts))
+        for name, parts in table.items()
+        for part, ours in enumerate(parts)
+    }
+
+
+def numbered(table: Mapping[str, Original], layer: str) -> Original | None:
+    """A layer's entry of a table that has # in the place of a block's number."""
+    found = table.get(re.sub(r"(?<=blocks\.)\d+", "#", layer))
+    number = re.search(r"(?<=blocks\.)\d+", layer)
+    return found and found._replace(name=found.name.replace("#", number[0] if number else "#"))
+
+
+def layers_of(state: Mapping[str, Tensor]) -> list[str]:
+    """The layers that have LoRA weights, in order."""
+    return sorted({name.split(".lora_")[0] for name in state})
+
+
+def kohya_state(state: Mapping[str, Tensor], original: Callable[[str], Original | None]) -> dict[str, Tensor]:
+    """The layers under kohya's names, with an alpha of their rank.
+
+    Where an original layer is several of ours, its rank is the sum of theirs: the downs stand one below the other, the
+    ups along the diagonal, and zeros for those that have no LoRA weights.
+
+    Raises ModelError for a layer that has no such name.
+    """
+    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    widths: dict[str, tuple[int, ...]] = {}
+    for layer in layers_of(state):
+        where = original(layer)
+        if where is None:
+            raise ModelError(
+                "kohya's LoRA format has no name for a layer of this model.",
+                where=layer,
+                expected="a layer that sd-scripts trains, of a family that it knows",
+                fix="export another --format: diffusers or peft",
+            )
+        down, up = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
+        found.setdefault(where.name, {})[where.part] = down, up
+        widths[where.name] = where.widths
+    out: dict[str, Tensor] = {}
+    for name, parts in found.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        down = torch.cat([down for _, (down, _) in sorted(parts.items())])
+        out[f"{key}.alpha"] = torch.tensor(float(len(down)))
+        out[f"{key}.lora_down.weight"] = down
+        out[f"{key}.lora_up.weight"] = _diagonal(parts, widths[name])
+    return out
+
+
+def _diagonal(parts: Mapping[int, tuple[Tensor, Tensor]], widths: tuple[int, ...]) -> Tensor:
+    if widths == (1,):
+        return parts[0][1]
+    first = next(iter(parts))
+    unit = len(parts[first][1]) // widths[first]
+    column, blocks = 0, []
+    rank = sum(len(down) for down, _ in parts.values())
+    for part, width in enumerate(widths):
+        block = torch.zeros(unit * width, rank, dtype=parts[first][1].dtype)
+        if part in parts:
+            up = parts[part][1]
+            block[:, column : column + up.shape[1]] = up
+            column += up.shape[1]
+        blocks.append(block)
+    return torch.cat(blocks)
+
+
+def save_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the layers as a peft adapter, which `PeftModel.from_pretrained(network, folder)` takes."""
+    rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(state)).save_pretrained(str(folder))
+    save_file(
+        {WRAPPER + name: value.contiguous() for name, value in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
