@@ -3,7 +3,6 @@
 [precompute] adds how the work is done. They live here because looking at a cache ends in advice how to make it anew.
 """
 
-import re
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -19,6 +18,7 @@ from inpo.common.choices import (
     Profile,
 )
 from inpo.common.recipe import Section
+from inpo.common.sizes import ImageSize, sides, size_text
 
 if TYPE_CHECKING:
     from inpo.common.cache.schema import InverterIdentity, Manifest
@@ -71,7 +71,7 @@ class CacheSettings(Section):
     group: GroupName | None = None
     """Whose images share grid and noise, an image of several pairs being inverted once: those of a pair, of a ranking
     or list, or of a shard's pairs of one prompt; unset: list for a source of rankings, else pair."""
-    resolution: str = "512"
+    resolution: ImageSize = "512"
     """Size of the images in pixels: N for squares, or HEIGHTxWIDTH."""
     crop: Literal["center"] = "center"
     """The part of an image that is not square."""
@@ -99,20 +99,10 @@ class CacheSettings(Section):
             raise ValueError("auto, none, or a number above 0")
         return str(number)
 
-    @field_validator("resolution", mode="before")
-    @classmethod
-    def _one_or_two_sides(cls, value: object) -> str:
-        found = re.fullmatch(r"(\d{1,6})(?:[x*](\d{1,6}))?", str(value).strip().lower())
-        sides = [int(side) for side in found.groups() if side] if found and not isinstance(value, bool) else []
-        if not sides or not all(8 <= side <= 1 << 16 for side in sides):
-            raise ValueError("N or HEIGHTxWIDTH, for instance 512 or 1216x832, each from 8 to 65536")
-        return _resolution(sides[0], sides[-1])
-
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, _, width = self.resolution.partition("x")
-        return int(height), int(width or height)
+        return sides(self.resolution)
 
     @field_validator("extra")
     @classmethod
@@ -144,7 +134,7 @@ class CacheSettings(Section):
         """The settings that give this identity again, with whatever model and device."""
         inverter = manifest.inverter
         told = {**dict(manifest), **dict(inverter), "inverter": inverter.name, "dtype": manifest.network_dtype}
-        told["resolution"] = _resolution(*manifest.resolution)
+        told["resolution"] = size_text(*manifest.resolution)
         told["levels"], shift = manifest.levels.density, manifest.levels.shift
         told["shift"] = None if shift is None else str(shift)
         told["embedded_guidance"] = manifest.static.get("embedded_guidance")
@@ -156,10 +146,6 @@ class CacheSettings(Section):
         if inverter.name in NOISING:
             told["noised_start"] = None
         return cls(**{name: told[name] for name in CacheSettings.model_fields if told[name] is not None})
-
-
-def _resolution(height: int, width: int) -> str:
-    return str(height) if height == width else f"{height}x{width}"
 
 
 def _usual_refinement(inverter: InverterName) -> int:

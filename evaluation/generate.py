@@ -7,6 +7,7 @@ trained one start from equal noise, and a folder can be made by any number of pr
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import stable_hash
+from inpo.common.sizes import check_sides
 from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
 from inpo.evaluation.settings import EvaluateSettings
@@ -76,7 +78,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     """
     state = processes()
     dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
-    _check_resolution(model, settings.resolution)
+    if settings.resolution is not None:  # pipelines round, or fail at the end
+        check_sides(settings.resolution, model.family.pixel_step(model.config))
     model.family.check_tokens(settings.max_tokens)
     identity = _identity(model, prompts, settings, dtype)
     _check_folder(out, identity)
@@ -96,8 +99,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
             pipeline = pipeline.to(dtype)
         family, most = model.family, settings.max_tokens
         num_cut = len({entry.prompt for entry in entries if family.is_cut(pipeline, entry.prompt, most)})
-        size = settings.resolution or model.family.drawn_side(pipeline)
-        per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // size**2))
+        pixels = math.prod(settings.size or (model.family.drawn_side(pipeline),) * 2)
+        per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // pixels))
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
         drawn: list[list[Image.Image]] = []
@@ -147,14 +150,15 @@ def _draw(
     pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: EvaluateSettings, family: Family
 ) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
+    height, width = settings.size or (None, None)
     try:
         with torch.inference_mode():
             pixels = pipeline(
                 num_inference_steps=settings.inference_steps,
                 generator=generators,
                 output_type="np",
-                height=settings.resolution,
-                width=settings.resolution,
+                height=height,
+                width=width,
                 **family.drawing([entry.prompt for entry in batch], settings.guidance, settings.max_tokens),
             ).images
     except torch.OutOfMemoryError as error:
@@ -175,19 +179,6 @@ def _draw(
                 fix="try --dtype float32; if it stays, the model's weights are broken",
             )
     return pipeline.image_processor.numpy_to_pil(pixels)
-
-
-def _check_resolution(model: Model, resolution: int | None) -> None:
-    """Raise UsageError for images that the network has no latents of: pipelines round, or fail at the end."""
-    step = model.family.pixel_step(model.config)
-    if resolution is not None and resolution % step:
-        raise UsageError(
-            "The resolution does not fit the model.",
-            where="--resolution",
-            expected=f"a multiple of {step}",
-            got=resolution,
-            fix=f"round it up to {-(-resolution // step) * step}",
-        )
 
 
 def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from inpo.common.choices import CompileName, DtypeName
 from inpo.common.recipe import Location, Section
+from inpo.common.sizes import ImageSize, sides
 
 SchedulerName = Literal["ddim", "own"]
 CombineName = Literal["vote", "mean"]
@@ -29,8 +30,8 @@ class EvaluateSettings(Section):
     """Denoising steps."""
     guidance: float = Field(7.5, ge=0)
     """Guidance scale, 1 is none; where a network has guidance built in, what it is told."""
-    resolution: int | None = Field(None, ge=8, le=1 << 16)
-    """Side of the square images in pixels; unset: the model's own."""
+    resolution: ImageSize | None = None
+    """Size of the images in pixels: N for squares, or HEIGHTxWIDTH; unset: the model's own."""
     max_tokens: int | None = Field(None, ge=1, le=1 << 16)
     """Tokens that a prompt is cut at and padded to, as in the cache; unset: the model's own number."""
     scheduler: SchedulerName = "ddim"
@@ -47,6 +48,11 @@ class EvaluateSettings(Section):
     scorers: tuple[str, ...] = ()
     """Scorer by name; repeatable. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, toyworld-oracle,
     toyworld-heldout; others come from installed packages."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels; None: the model's own."""
+        return None if self.resolution is None else sides(self.resolution)
 
     @field_validator("scorers")
     @classmethod

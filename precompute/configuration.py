@@ -15,6 +15,7 @@ from inpo.common.levels import TimeSettings
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.sizes import check_sides
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
 
@@ -59,16 +60,7 @@ def build_manifest(
     static = family.static(model.config)
     _refuse_unused(settings, model, static)
     network_dtype = settings.dtype or default_dtype(device_type)
-    factor = family.pixel_step(model.config)
-    if any(side % factor for side in settings.size):
-        fits = [-(-side // factor) * factor for side in settings.size]
-        raise UsageError(
-            "The resolution does not fit the model.",
-            where="--resolution",
-            expected=f"sides that are multiples of {factor}",
-            got=settings.resolution,
-            fix=f"round it up to {fits[0]}x{fits[1]}" if fits[0] != fits[1] else f"round it up to {fits[0]}",
-        )
+    check_sides(settings.resolution, family.pixel_step(model.config))
     latent_shape = family.latent_shape(model.config, settings.size)
     times = TimeSettings(
         density=settings.levels or "logit-normal",

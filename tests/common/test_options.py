@@ -158,6 +158,7 @@ def text_strategy() -> st.SearchStrategy[str]:
 
 WORDS_OR_NUMBERS = {
     "shift": st.one_of(st.sampled_from(["auto", "none"]), st.floats(1e-6, 1e5).map(str)),
+    "timestep_range": st.sampled_from([(0, 1), (3, 2**40)]),
     "resolution": st.sampled_from(["512", "96x64"]),
     "buckets": st.sampled_from(["sdxl", "5"]),
     "columns": st.sampled_from([{"win": "a b", "lose": "x"}, {"prompt": "=", "votes_win": "Ja!"}]),

@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, 
     [
         ({"guidance": 2.0}, "guidance = 7.5"),
         ({"seed": 3}, "seed = 0"),
-        ({"resolution": 64}, "resolution = None"),
+        ({"resolution": "64"}, "resolution = None"),
         ({"prompts": 1}, "num_prompts"),
     ],
 )
@@ -105,10 +105,10 @@ def test_a_folder_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path,
 
 
 def test_images_have_the_resolution_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    make(tiny_model, tmp_path / "out", PROMPTS[:1], resolution=48)
-    assert {each.shape for each in pixels(tmp_path / "out").values()} == {(48, 48, 3)}
+    make(tiny_model, tmp_path / "out", PROMPTS[:1], resolution="48x32")
+    assert {each.shape for each in pixels(tmp_path / "out").values()} == {(48, 32, 3)}
     with pytest.raises(UsageError, match="--resolution"):
-        make(tiny_model, tmp_path / "odd", PROMPTS[:1], resolution=50)
+        make(tiny_model, tmp_path / "odd", PROMPTS[:1], resolution="50")
     assert not (tmp_path / "odd").exists()
 
 
