@@ -132,6 +132,10 @@ def arrays_of(manifest: Manifest, num_pairs: int, *, seed: int = 0, grouped: boo
         "delta_prev": latents(num_images, steps),
         "eps_ref": latents(num_images, steps),
     }
+    if manifest.profile == "compact":
+        for path in ("x0", "target"):
+            made[path] = rng.integers(-127, 128, made[path].shape, dtype=np.int8)
+            made[f"{path}_scale"] = rng.choice(np.float16([1 / 32, 3 / 64, 1 / 16]), made[path].shape[:-2])
     return {spec.path: made[spec.path] for spec in manifest.arrays}
 
 

@@ -70,6 +70,20 @@ def whole(tmp_path_factory, build) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory, build) -> Path:
+    """The same, of the profile that has scales."""
+    folder = tmp_path_factory.mktemp("compact") / "cache"
+    build.cache(folder, pairs=(3, 3), profile="compact")
+    return folder
+
+
+@pytest.fixture
+def home(whole, compact, path) -> Path:
+    """A cache that has the array."""
+    return compact if path.endswith("_scale") else whole
+
+
 def shard_of(folder: Path, name: str = "s0") -> Shard:
     return open_cache(str(folder)).shards[name]
 
@@ -104,9 +118,9 @@ def found(folder: Path, path: str) -> str | None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_damage_to_an_arrays_files_is_detected_and_named(whole, tmp_path, path):
+def test_every_damage_to_an_arrays_files_is_detected_and_named(home, tmp_path, path):
     folder = tmp_path / "cache"
-    shutil.copytree(whole, folder)
+    shutil.copytree(home, folder)
     shards, chunk = chunks_of(folder, path)
     row: dict[str, bool] = {}
     for part in (chunk, Path("zarr.json")):
@@ -133,10 +147,10 @@ def test_every_damage_to_an_arrays_files_is_detected_and_named(whole, tmp_path, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_verify_finds_every_damage_and_names_shard_and_array(whole, tmp_path, path):
+def test_verify_finds_every_damage_and_names_shard_and_array(home, tmp_path, path):
     """The same damages as above, by `inpo inspect verify`, which must look at what no training run reads, too."""
     folder = tmp_path / "cache"
-    shutil.copytree(whole, folder)
+    shutil.copytree(home, folder)
     shards, chunk = chunks_of(folder, path)
     files = [shard / chunk for shard in shards]
     before = [file.read_bytes() for file in files]

@@ -246,14 +246,14 @@ def test_another_model_or_settings_are_refused_with_both_values(
     [
         ({"timesteps_per_pair": 4}, UsageError, ["--timesteps-per-pair", "1..3", "4"]),
         ({"timestep_range": (0, 200)}, UsageError, ["--timestep-range", "[0, 200)"]),
-        ({"inverter": "euler"}, UsageError, ["--inverter", "euler", "'ddim', 'ab2', 'fixed_point' or 'noise'"]),
+        ({"inverter": "euler"}, UsageError, ["--inverter", "euler", "'ddim', 'ab2', 'fixed_point', 'noise' or 'tracked'"]),
         ({"extra": ("noise",)}, UsageError, ["--extra", "noise", "'delta_prev' or 'eps_ref'"]),
         ({"profile": "slim"}, UsageError, ["--profile", "slim"]),
         ({"guidance": -1.0}, UsageError, ["--guidance", "-1.0"]),
         ({"caption_dropout": 1.5}, UsageError, ["--caption-dropout", "1.5"]),
         ({"colour": "red"}, UsageError, ["colour", "timesteps_per_pair"]),
         ({"dtype": "int8"}, UsageError, ["--dtype", "int8", "bfloat16"]),
-        ({"resolution": 34}, UsageError, ["--resolution", "34", "multiple of 4"]),
+        ({"resolution": 34}, UsageError, ["--resolution", "34", "multiples of 4"]),
         ({"faithful": True, "inverter": "ab2"}, UsageError, ["--faithful"]),
     ],
 )
