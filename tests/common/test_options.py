@@ -1,6 +1,7 @@
 """Options are told once: each field has one, its help is the field's text, and settings write their own flags."""
 
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -66,19 +67,27 @@ def shown(command: str) -> str:
     return " ".join(options_on.replace("│", " ").split())
 
 
-def parsed(kind: type[Section], words: list[str], recipe: dict[str, Any] | None = None) -> Section:
-    """What a command with this section's options makes of `words`."""
-    caught: list[Section] = []
+@cache
+def taken(kind: type[Section]) -> tuple[typer.Typer, list[Any]]:
+    """A command with this section's options, and the list that it puts what it was given into."""
+    caught: list[Any] = []
     made = typer.Typer()
 
     @made.command()
     @options(kind)
     def command(given: Given) -> None:
-        caught.append(resolve(kind, "section", {"section": recipe or {}}, given[kind]))
+        caught.append(given[kind])
 
+    return made, caught
+
+
+def parsed(kind: type[Section], words: list[str], recipe: dict[str, Any] | None = None) -> Section:
+    """What a command with this section's options makes of `words`."""
+    made, caught = taken(kind)
+    caught.clear()
     result = CliRunner().invoke(made, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return caught[0]
+    return resolve(kind, "section", {"section": recipe or {}}, caught[0])
 
 
 @pytest.mark.parametrize(("command", "sections"), COMMANDS.items())
