@@ -246,11 +246,7 @@ def test_another_model_or_settings_are_refused_with_both_values(
     [
         ({"timesteps_per_pair": 4}, UsageError, ["--timesteps-per-pair", "1..3", "4"]),
         ({"timestep_range": (0, 200)}, UsageError, ["--timestep-range", "[0, 200)"]),
-        (
-            {"inverter": "euler"},
-            UsageError,
-            ["--inverter", "euler", "'noise' or 'tracked'"],
-        ),
+        ({"inverter": "euler"}, UsageError, ["--inverter", "euler", "'noise' or 'tracked'"]),
         ({"extra": ("noise",)}, UsageError, ["--extra", "noise", "'delta_prev' or 'eps_ref'"]),
         ({"profile": "slim"}, UsageError, ["--profile", "slim"]),
         ({"guidance": -1.0}, UsageError, ["--guidance", "-1.0"]),
