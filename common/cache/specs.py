@@ -200,7 +200,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         dtype="string",
         axes=("group",),
         chunking="whole",
-        meaning="the pair's id, or where groups are prompts the prompt's digest",
+        meaning="the pair's id, or where groups are lists or prompts a digest",
     ),
     ArraySpec(
         path="group/prompt",
