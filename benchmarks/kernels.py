@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     with setting_up():
         network = here.model.load_network()
         prepare_for_inference(network, network_dtype=here.dtype, device=here.device)
-    shape = here.model.family.latent_shape(here.model.config, here.resolution)
+    shape = here.model.family.latent_shape(here.model.config, (here.resolution,) * 2)
     for batch_size in options.batch_size:
         images = 2 * batch_size
-        blank = here.model.family.blank(here.model.config, images, here.resolution).to(here.device)
+        blank = here.model.family.blank(here.model.config, images, (here.resolution,) * 2).to(here.device)
         x = torch.randn(images, *shape, device=here.device)
         timestep = torch.zeros(images, dtype=torch.int64, device=here.device)
         calls: dict[str, Callable[[], object]] = {}

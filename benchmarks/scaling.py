@@ -65,7 +65,7 @@ class _Shards:
 
     def __init__(self, here: Setting, row: dict[str, int], cache: Path) -> None:
         settings = here.settings(steps=row["steps"], kept=row["kept"], batch_size=32)
-        settings = settings.model_copy(update={"resolution": row["resolution"]})
+        settings = settings.model_copy(update={"resolution": str(row["resolution"])})
         self._worker = here.worker(cache, settings)
         self._task = here.tasks(row["pairs"])[0]
         self.num_made = 0

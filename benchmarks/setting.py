@@ -137,11 +137,11 @@ class Setting:
         """Compile a network as the stages do, for calls of these numbers of images; the last with gradients too."""
         if self.compile == "off":
             return False
-        shape = self.model.family.latent_shape(self.model.config, self.resolution)
+        shape = self.model.family.latent_shape(self.model.config, (self.resolution,) * 2)
 
         def call(images: int) -> torch.Tensor:
             denoiser.rows = images
-            blank = self.model.family.blank(self.model.config, images, self.resolution).to(self.device)
+            blank = self.model.family.blank(self.model.config, images, (self.resolution,) * 2).to(self.device)
             x = torch.zeros(images, *shape, device=self.device)
             return denoiser(x, torch.zeros(images, dtype=torch.int64, device=self.device), blank)
 

@@ -25,7 +25,7 @@ def step_peak(
     network.to(device)
     optimizer = build_optimizer(trained, settings, network_dtype=dtype)
     channels = model.config("vae")["latent_channels"]
-    blank = model.family.blank(model.config, images, 8 * side).to(device)
+    blank = model.family.blank(model.config, images, (8 * side, 8 * side)).to(device)
 
     def step() -> None:
         x = torch.zeros(images, channels, side, side, device=device)

@@ -64,7 +64,7 @@ def test_a_compiled_network_makes_the_same_cache(
     _close(eager, compiled)
     assert _proof(model, compiled, device, 3).holds
     denoiser, images, opened = _denoiser(model, eager, device), 6, open_model(str(model))
-    blank = opened.family.blank(opened.config, images, 32)
+    blank = opened.family.blank(opened.config, images, (32, 32))
 
     def first() -> None:
         with torch.no_grad():

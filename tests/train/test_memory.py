@@ -40,7 +40,7 @@ def _saved(model: Model, manifest: Manifest, device: torch.device, images: int) 
             kept[storage._cdata] = storage
         return tensor
 
-    blank = model.family.blank(model.config, images, 32, manifest.max_tokens)
+    blank = model.family.blank(model.config, images, (32, 32), manifest.max_tokens)
     if "length" in blank:  # the longest prompts, as what is counted has them
         blank = Condition(**{**blank, "length": torch.full_like(blank["length"], manifest.max_tokens or 1)})
     blank = blank.to(device)
@@ -94,7 +94,7 @@ def test_what_precompute_holds(world: Any) -> None:
     manifest = _manifest(world.model, "float32")
     predicted = precompute_peak(world.model, manifest, device_type="cpu")
     network, vae = world.model.load_network(), world.model.load_vae()
-    blank = world.model.family.blank(world.model.config, 10, 32)
+    blank = world.model.family.blank(world.model.config, 10, (32, 32))
     with torch.inference_mode():
         with TensorWatch() as inverting:
             world.model.family.call(network, torch.zeros(10, 4, 8, 8), torch.zeros(10), blank)
