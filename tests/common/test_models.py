@@ -273,7 +273,8 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, opt
     ]
     fetched: set[str] = set()
 
-    def download(location, *, allow_patterns, ignore_patterns):
+    def download(location, *, allow_patterns, ignore_patterns, revision):
+        assert revision is None
         kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         fetched.update(kept)
         return str(model_copy)

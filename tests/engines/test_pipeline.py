@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import PartialState
@@ -14,6 +15,7 @@ from inpo.common.cache import CacheWriter, Commit, ShardData
 from inpo.common.errors import DataError, StorageError
 from inpo.common.models import open_model
 from inpo.common.pairs import InputShard, Pair, Skipped, open_source
+from inpo.common.pairs.columns import Reading
 from inpo.common.pairs.decode import DecodePool
 from inpo.precompute.components import Components, load_components
 from inpo.precompute.configuration import build_manifest
@@ -109,14 +111,25 @@ class DeadlyShard:
         return self.shard.num_rows
 
     @property
+    def reading(self) -> Reading:
+        return self.shard.reading
+
+    @property
     def not_read(self) -> Mapping[str, int]:
         return self.shard.not_read
+
+    @property
+    def has_lists(self) -> bool:
+        return self.shard.has_lists
 
     def fingerprint(self) -> str:
         return self.shard.fingerprint()
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         return self.shard.prompts(start, stop)
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        return self.shard.head(count)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         for item in self.shard.rows(start, stop):

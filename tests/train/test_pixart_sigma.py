@@ -148,7 +148,7 @@ def test_what_this_family_does_not_have_is_refused(pixart: Any, changed: Callabl
         open_model(str(single), model_config=str(pixart.model.folder))
     with pytest.raises(UsageError, match="resolution") as caught:
         build_manifest(PrecomputeSettings(resolution=36), pixart.model, device_type="cpu")
-    assert "a multiple of 8" in str(caught.value)  # of the VAE's 4, in patches of 2
+    assert "multiples of 8" in str(caught.value)  # of the VAE's 4, in patches of 2
     with pytest.raises(ModelError, match="other conditions than text"):
         open_model(str(changed("transformer", use_additional_conditions=True)))
 
