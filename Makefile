@@ -90,7 +90,7 @@ evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarte
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
 	.venv/bin/python -m inpo.toyworld.train_base base
 
-toyworld-flow: $(INSTALLED) ## train the toy world's flow on the base model's VAE
+toyworld-flow: $(INSTALLED) ## train the toy world's flow, which demo-flow needs, on the base model's VAE
 	.venv/bin/python -m inpo.toyworld.train_base flow
 
 clean: ## remove .venv, runs and everything generated

@@ -1,6 +1,6 @@
 """Options of other trainers, answered with ours: people's fingers know diffusers', sd-scripts' and trl's command lines.
 
-They are no aliases: one thing has one word here.
+They are not aliases: one thing has one word here.
 """
 
 from typing import Any

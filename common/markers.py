@@ -31,7 +31,7 @@ _SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", ".absmax
 
 def check_markers(file: Path, configured: str, *, scheduler_file: str) -> None:
     """Raise ModelError, naming both, if the file says of itself another prediction type than is configured, or a
-    schedule that is not supported, or if it holds quantised weights. A file that says nothing is no contradiction.
+    schedule that is not supported, or if it holds quantised weights. A file that says nothing does not contradict.
     """
     with safe_open(file, framework="pt") as weights:
         names, header = set(weights.keys()), weights.metadata() or {}

@@ -24,17 +24,19 @@ def folder_of(
     variant, at `revision` of the repository. Raises ModelError.
     """
     path = Path(location)
+    own = [Path(__file__).parents[1] / name for name in BUILT_IN]
+    if location in BUILT_IN and not path.exists():
+        path = own[BUILT_IN.index(location)]
+        location = str(path)
     if path.is_dir():
         return path
-    if location in BUILT_IN and not path.exists():
-        return Path(__file__).parents[1] / location
-    if path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
+    if path in own or path.exists() or location.startswith(("/", ".", "~")) or location.count("/") != 1:
         raise ModelError(
             "There is no model here.",
             where=location,
             expected="a pipeline folder, a hub id like owner/name, or a .safetensors file",
             got="a file" if path.exists() else "nothing",
-            fix="check the path",
+            fix=f"in the repository, `make toyworld-{path.name}` trains it" if path in own else "check the path",
         )
     tag = f".{variant}" if variant else ""
     # Whole, or in numbered parts.

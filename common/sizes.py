@@ -30,10 +30,11 @@ def _one_or_two_sides(value: object) -> object:
 
 
 ImageSize = Annotated[str, BeforeValidator(_one_or_two_sides)]
+"""A setting that is such a size, in the form that `size_text` gives it."""
 
 
 def check_sides(size: str, step: int) -> None:
-    """Raise UsageError for a size that the network has no latents of: its sides are no multiples of `step` pixels."""
+    """Raise UsageError for a size that the network has no latents of: its sides are not multiples of `step` pixels."""
     if any(side % step for side in sides(size)):
         raise UsageError(
             "The resolution does not fit the model.",

@@ -10,7 +10,7 @@ from inpo.common.errors import CacheMissing, CacheSchemaError
 
 
 def read_buckets(location: str) -> list[str] | None:
-    """The folders of the caches in this one; None if it is no such folder. Raises CacheSchemaError."""
+    """The folders of the caches in this one; None if it is not such a folder. Raises CacheSchemaError."""
     store = CacheStore(location)
     data = store.get(BUCKETS)
     if data is None:

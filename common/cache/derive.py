@@ -49,7 +49,7 @@ def split(
     scale = torch.where(exact, scale, torch.ldexp((mantissa * 2**_SCALE_BITS) + 1, exponent - _SCALE_BITS))
     multiples = given / scale
     if not bool(((multiples % 1 == 0) & (multiples.abs() <= 127)).all()):
-        raise ValueError("values that are no multiples of a scale")
+        raise ValueError("values that are not multiples of a scale")
     return multiples.to(torch.int8).numpy(), scale[..., 0, 0].half().numpy()
 
 

@@ -106,7 +106,7 @@ def scores_of(row: RowFields) -> tuple[float, float] | None:
 
 
 def ranks_of(row: RowFields, pairing: tuple[int, int]) -> tuple[float, float] | None:
-    """Scores of two images of a ranking, higher is better: a rank is negated. None where one is no number."""
+    """Scores of two images of a ranking, higher is better: a rank is negated. None where one is not a number."""
     for role, _, values in orders_of(row):
         numbers = [as_number(values[i]) if i < len(values) else None for i in pairing]
         if None not in numbers:

@@ -272,7 +272,7 @@ class ParquetShard:
             orders = [name for role in ORDERS for name in row.columns(role)]
             if lists & set(orders):
                 return None
-            return f"{orders[0]} is no list" if orders else missing_field(columns.names(*ORDERS), schema.names)
+            return f"{orders[0]} is not a list" if orders else missing_field(columns.names(*ORDERS), schema.names)
         return columns_problem(columns, schema.names)
 
 

@@ -45,7 +45,7 @@ def parse_id(value: object, *, what: str) -> str | None:
     if isinstance(value, Real | Decimal) and not isinstance(value, bool):
         number = float(value)
         if abs(number) > _EXACT_FLOATS:
-            problem = f"{what} is {number!r}: floats of this size are no exact integers, so ids may have become one"
+            problem = f"{what} is {number!r}: floats of this size are not exact integers, so ids may have become one"
             raise RowProblem(reason="bad_metadata", detail=problem)
         return str(int(number)) if number.is_integer() else repr(number)
     raise RowProblem(reason="bad_metadata", detail=f"{what} is {type(value).__name__}, not text or a number")

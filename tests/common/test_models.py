@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+import inpo.common
 from inpo.common.errors import ModelError
 from inpo.common.models import open_model
 
@@ -283,6 +284,14 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, model_copy, opt
     open_model(str(model_copy) if "vae" in options else "owner/name", **options)
     assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == expected
     assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt"} <= fetched
+
+
+def test_a_built_in_model_that_is_not_trained_yet_says_how(monkeypatch, tmp_path):
+    monkeypatch.setattr("inpo.common.model_folder.BUILT_IN", ("toyworld/unmade",))
+    monkeypatch.chdir(tmp_path)
+    for location in ("toyworld/unmade", str(Path(inpo.common.__file__).parents[1] / "toyworld/unmade")):
+        with pytest.raises(ModelError, match=r"(?s)toyworld/unmade.*make toyworld-unmade"):
+            open_model(location)
 
 
 def test_a_replacement_vae(tiny, model_copy):

@@ -314,7 +314,7 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
     assert command(cache, "--pairs", source, *SCORERS, "--combine", "vote", "--set", "voted").exit_code == 0
     with pytest.raises(UsageError, match="there already"):
         combine_sets(opened, ("red", "dark"), how="vote", set_name="voted")
-    # Consensus: combined sets are no scorers, a tie prefers no side.
+    # Consensus: combined sets are not scorers, a tie prefers no side.
     out = tmp_path / "agreed"
     for agree, names in (("2/3", ["first", "second"]), ("1/3", ["first", "second", "fifth"]), ("3/3", [])):
         listed = CliRunner().invoke(inspect, ["filter", str(cache), "--agree", agree, "--out", str(out)])

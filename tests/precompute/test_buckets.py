@@ -1,4 +1,4 @@
-"""Sizes that are no squares, lists, and buckets: what reaches the cache, and where."""
+"""Sizes that are not square, lists, and buckets: what reaches the cache, and where."""
 
 import json
 from collections.abc import Callable

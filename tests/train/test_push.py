@@ -111,7 +111,7 @@ def test_a_lora_run_arrives_with_a_card_that_names_no_machine(
     assert read.data.license == "openrail"
     assert read.data.library_name == "diffusers"
     assert {"text-to-image", "lora", "inpo"} <= set(read.data.tags)
-    assert read.data.base_model is None  # a folder is no model of the hub
+    assert read.data.base_model is None  # a folder is not a model of the hub
     assert 'load_lora_weights("owner/name", weight_name="pytorch_lora_weights.safetensors")' in card
     assert "| clip | 0.7 |" in card
     assert "learning_rate" in card
