@@ -17,6 +17,11 @@ from inpo.common.models import open_model
 from inpo.train.index import build_index
 from inpo.train.proof import run_proof
 
+_COMPILED = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+"""Compiled networks on a CPU are train/test_options.py's and precompute/test_compiled.py's as well."""
+
 
 def _denoiser(model: Path, cache: Cache, device: torch.device) -> Denoiser:
     opened = open_model(str(model))
@@ -51,6 +56,7 @@ def test_two_batch_sizes_make_the_same_cache(
         assert proof.holds, proof
 
 
+@_COMPILED
 @pytest.mark.parametrize("how", ["blocks", "whole"])
 def test_a_compiled_network_makes_the_same_cache(
     how: Any, model: Path, device: torch.device, precompute: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
@@ -97,6 +103,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(
     assert losses(parts) == pytest.approx(losses(whole), rel=0.0 if device.type == "cpu" else 0.02, abs=0.0)
 
 
+@_COMPILED
 def test_compiled_training_is_eager_training_but_for_rounding(
     device: torch.device, precompute: Callable[..., Cache], train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
     file = write(tmp_path, '[[run]]\nobjective = ["inpo", "capo"]\n[[run]]\nname = "v"\nloss_space = "v"\n')
     words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
     words += ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--evaluate-every", "1", "--held-out", "0.5"]
+    words += ["--held-out-records", "8"]
     words += [
         "--tracker",
         "none",
