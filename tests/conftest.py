@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,10 +19,17 @@ def fresh_accelerate_state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays. A run collects garbage twice, and half of a small run's time would go to looking
-    through the libraries' objects."""
-    import hypothesis  # noqa: F401  (whose plugins look at what is not frozen)
+@pytest.fixture(autouse=True)
+def frozen_libraries() -> None:
+    """What is imported stays. A run collects garbage twice, and half of a small run's time would go to looking through
+    the libraries' objects."""
+    if len(sys.modules) > _frozen[0] + 100:  # diffusers and transformers import much at its first use
+        import hypothesis  # noqa: F401  (whose plugins look at what is not frozen)
 
-    gc.collect()
-    gc.freeze()
+        gc.collect()
+        gc.freeze()
+        _frozen[0] = len(sys.modules)
+
+
+_frozen = [0]
+"""How many modules were imported when their objects were frozen last."""
