@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from inpo.common.cache import Manifest, Shard, TextShard
+from inpo.common.cache import Manifest, Shard, TextCommit, TextShard
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
 from inpo.common.errors import CacheSchemaError, InpoError
 
+TEXTS = f"{TextCommit.arrays}/"
+"""Begins the name of a text shard among those of all shards."""
 _IMAGES_AT_ONCE = 16
 _PROMPTS_AT_ONCE = 32
 _HALF_ULP, _TINY = 2.0**-11, 2.0**-25
@@ -122,7 +124,7 @@ def check_shard(shard: Shard) -> ShardResult:
 
 def check_texts(shard: TextShard, manifest: Manifest) -> ShardResult:
     """The same of a committed shard of texts of a cache of this manifest."""
-    result = ShardResult(shard=f"texts/{shard.name}", bytes_read=sum(shard.commit.files.values()))
+    result = ShardResult(shard=f"{TEXTS}{shard.name}", bytes_read=sum(shard.commit.files.values()))
     small: dict[str, np.ndarray] = {}
     for path, spec in shard.specs.items():
         step = _PROMPTS_AT_ONCE if spec.chunking == "prompt" else max(shard.num_prompts, 1)

@@ -1,8 +1,7 @@
 """`inpo inspect verify`: every byte of every committed shard, and everything that follows from it."""
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,15 +9,17 @@ from functools import partial
 import numpy as np
 
 from inpo.common.cache import Cache, Commit, TextCommit, open_cache
-from inpo.common.cache.commits import AnyCommit, skipped_rows
+from inpo.common.cache.commits import AnyCommit
 from inpo.common.cache.identity import check_components
-from inpo.common.cache.labels import label_sets, read_shard_labels
-from inpo.common.cache.schema import CONFIGURATION_SEAL, EMPTY_PROMPT, MANIFEST, REMOVING
+from inpo.common.cache.labels import label_sets
+from inpo.common.cache.schema import EMPTY_PROMPT, MANIFEST
 from inpo.common.cache.store import digest
 from inpo.common.denoiser import compute_name
 from inpo.common.errors import CacheCorrupt, CacheError, InpoError
 from inpo.common.models import Model
-from inpo.inspection.checks import CHECKS, Finding, ShardResult, check_shard, check_texts
+from inpo.inspection.checks import CHECKS, TEXTS, Finding, ShardResult, check_shard, check_texts
+from inpo.inspection.documents import check_configurations, check_labels, check_skipped, labels_without_commit
+from inpo.inspection.notes import few, notes_of
 from inpo.inspection.pair_table import read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
 
@@ -27,8 +28,6 @@ PREDICTION_TOLERANCE = {"float32": 2e-3, "float16": 4e-3, "bfloat16": 2e-2}
 relative RMS (float32 covers the GPU's TF32). The reference error may move by what such a prediction does to it."""
 PATH_TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
 """The same for a whole path (x_t and target): each step feeds on the one before, and differences grow."""
-_TEXTS = f"{TextCommit.arrays}/"
-"""Begins the name of a text shard among those of all shards."""
 
 
 @dataclass(kw_only=True)
@@ -96,24 +95,24 @@ def verify(
     findings += _duplicates(results)
     findings += _texts_lost(cache, unreadable) + _texts_unlike(cache, text_results)
     files = cache.store.listing("")
-    num_checked["skipped"], skipped_findings = _check_skipped(cache)
-    num_configurations, configuration_findings = _check_configurations(cache, files)
-    labelled, label_findings = _check_labels(cache)
+    num_checked["skipped"], skipped_findings = check_skipped(cache)
+    num_configurations, configuration_findings = check_configurations(cache, files)
+    labelled, label_findings = check_labels(cache)
     findings += skipped_findings + configuration_findings + label_findings
-    findings += _labels_without_commit(cache, files, unreadable)
+    findings += labels_without_commit(cache, files, unreadable)
     for name, count in (("labels", labelled), ("configurations", num_configurations)):
         if count:
             num_checked[name] = count
     verification = Verification(
         location=cache.location,
-        num_shards=len(cache.commits) + sum(not name.startswith(_TEXTS) for name in unreadable),
+        num_shards=len(cache.commits) + sum(not name.startswith(TEXTS) for name in unreadable),
         num_pairs=cache.num_pairs,
-        num_texts=len(text_results) + sum(name.startswith(_TEXTS) for name in unreadable),
+        num_texts=len(text_results) + sum(name.startswith(TEXTS) for name in unreadable),
         bytes_read=sum(result.bytes_read for result in [*text_results, *results]),
         num_checked={name: num_checked[name] for name in CHECKS if name in num_checked},
         findings=findings,
         impossible=_impossible(cache, files, has_model=model is not None),
-        notes=_notes(cache, files, unreadable),
+        notes=notes_of(cache, files, unreadable),
     )
     if model is not None:
         _reinvert(cache, model, num_sampled, verification)
@@ -168,14 +167,14 @@ def _texts_lost(cache: Cache, unreadable: Mapping[str, CacheError]) -> list[Find
     there = {shard.name for shard in cache.texts}
     return [
         Finding(
-            shard=f"{_TEXTS}{name}",
+            shard=f"{TEXTS}{name}",
             check="texts",
-            detail=f"no commit, and {len(names)} shards need it ({_few(names)}); the same `inpo precompute` encodes it "
+            detail=f"no commit, and {len(names)} shards need it ({few(names)}); the same `inpo precompute` encodes it "
             "again; where it does not, move the commits of those shards aside",
             remake=False,
         )
         for name, names in sorted(users.items())
-        if name not in there and f"{_TEXTS}{name}" not in unreadable
+        if name not in there and f"{TEXTS}{name}" not in unreadable
     ]
 
 
@@ -189,7 +188,7 @@ def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
         found = zip(axes, result.row_shapes.get(path, ()), strict=False)
         return [size for axis, size in found if axis != "token" or not manifest.is_padded] or None
 
-    empty = next((result for result in results if result.shard == f"{_TEXTS}{EMPTY_PROMPT}"), None)
+    empty = next((result for result in results if result.shard == f"{TEXTS}{EMPTY_PROMPT}"), None)
     if empty is None:
         return []
     findings = []
@@ -200,167 +199,6 @@ def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
                 detail = f"{path} of {ours}, and of {others} for the empty prompt"
                 findings.append(Finding(shard=result.shard, check="texts", detail=detail))
     return findings
-
-
-def _check_skipped(cache: Cache) -> tuple[int, list[Finding]]:
-    """(rows looked at, findings): each commit's list of skipped rows is the one written, and says what the commit
-    counts."""
-    num_rows, findings = 0, []
-    for name, commit in cache.commits.items():
-        path = f"skipped/{name}/{commit.attempt}.jsonl"
-        problem = None
-        try:
-            data = cache.store.get(path)
-            if data is None:
-                problem = "no such file" if commit.skipped else None
-            elif not commit.skipped:
-                problem = "a list, and the commit skips nothing"
-            elif commit.skipped_digest is not None and digest(data) != commit.skipped_digest:
-                problem = "not the list that was written"
-            else:
-                rows = skipped_rows(data, cache.store.path(path))
-                num_rows += len(rows)
-                start, stop = commit.source.rows
-                counted = Counter(row.reason for row in rows)
-                if counted != commit.skipped:
-                    problem = f"{dict(counted)}, and the commit counts {commit.skipped}"
-                elif not all(start <= row.row < stop for row in rows):
-                    problem = f"a row outside the shard's, {start} to {stop - 1}"
-        except CacheError as error:
-            problem = f"{error.what} Got {error.got}"
-        if problem is not None:
-            findings.append(Finding(shard=name, check="skipped", detail=f"{problem}; in {cache.store.path(path)}"))
-    return num_rows, findings
-
-
-def _check_configurations(cache: Cache, files: Mapping[str, int]) -> tuple[int, list[Finding]]:
-    """(documents looked at, findings). No reader needs one, so making a shard again cures nothing."""
-    names = [name for name in files if name.startswith("configurations/") and name.endswith(".toml")]
-    findings = []
-    for name, data in zip(names, cache.store.get_many(names), strict=True):
-        problem = None
-        if isinstance(data, CacheError):
-            problem = data.what
-        elif data is not None:
-            text, mark, seal = data.rpartition(CONFIGURATION_SEAL.encode())
-            if not mark or seal != f"{digest(text)}\n".encode():
-                problem = "not the configuration that was written; restore it from a copy, or remove it"
-        if problem is not None:
-            findings.append(Finding(shard=name, check="configurations", detail=problem, remake=False))
-    return len(names), findings
-
-
-def _labels_without_commit(
-    cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]
-) -> list[Finding]:
-    """Labels are made for committed shards only: where there is none, and none in quarantine, a commit was removed."""
-    findings = []
-    for name in files:
-        parts = name.split("/")
-        if parts[0] != "labels" or len(parts) != 3 or not name.endswith(".json"):
-            continue
-        shard = parts[2].removesuffix(".json")
-        if shard not in cache.commits and shard not in unreadable and f"quarantine/{shard}.json" not in files:
-            detail = (
-                f"set {parts[1]} has labels for it, and there is no commit: it was removed. Restore it from a copy, or "
-                "run `inpo precompute` and `inpo relabel` again"
-            )
-            findings.append(Finding(shard=shard, check="labels", detail=detail, remake=False))
-    return findings
-
-
-def _notes(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, CacheError]) -> list[str]:
-    """What a commit that is not there leaves behind, files that belong to nothing, and what cannot be known."""
-    texts = {shard.name: shard.commit for shard in cache.texts}
-    without: dict[str, set[str]] = {}
-    strays = []
-    for name in files:
-        folder, *rest = name.split("/")
-        shard = rest[0] if rest else ""
-        known = {
-            MANIFEST: not rest,
-            "commits": len(rest) == 1 and name.endswith(".json"),
-            "text-commits": len(rest) == 1 and name.endswith(".json"),
-            "quarantine": (len(rest) == 1 or (len(rest) == 2 and shard == "texts")) and name.endswith(".json"),
-            "configurations": len(rest) == 1 and name.endswith(".toml"),
-            "labels": len(rest) == 2 and name.endswith(".json"),
-            "skipped": len(rest) == 2 and name.endswith(".jsonl"),
-            "shards": len(rest) > 2 or name.endswith(REMOVING),
-            "texts": len(rest) > 2 or name.endswith(REMOVING),
-        }.get(folder, False)
-        commit = (texts if folder == "texts" else cache.commits).get(shard)
-        if known and folder in ("shards", "texts") and commit is not None and rest[1] == commit.attempt:
-            known = "/".join(rest[2:]) in commit.files
-        if not known and not name.endswith(".staged"):
-            strays.append(name)
-        owner = f"{_TEXTS}{shard}" if folder == "texts" else shard
-        if known and folder in ("shards", "texts", "skipped") and commit is None and owner not in unreadable:
-            without.setdefault(owner, set()).add(folder)
-    notes = []
-    attempts = [shard for shard, folders in without.items() if folders != {"skipped"}]
-    if attempts:
-        notes.append(
-            f"{len(attempts)} shards have an attempt and no commit ({_few(attempts)}): a writer is at work or died, or "
-            "the commit was moved or removed; `inpo precompute` makes them again"
-        )
-    lists = [shard for shard in without if shard not in attempts]
-    if lists:
-        notes.append(
-            f"{len(lists)} shards have nothing but a list of skipped rows ({_few(lists)}): no pair was kept, and the "
-            "commit was taken back or removed; `inpo precompute` reads their rows again"
-        )
-    gaps = _gaps(cache)
-    if gaps:
-        notes.append(f"rows before committed ones have no commit ({_few(gaps)}): not made yet, or their commit is gone")
-    if strays:
-        notes.append(f"{len(strays)} files belong to no document of the cache ({_few(strays)})")
-    if cache.commits:
-        notes.append(
-            "not known from here: whether the source has more rows than those after which nothing is committed; the "
-            "same `inpo precompute` says how much is left"
-        )
-    return notes
-
-
-def _gaps(cache: Cache) -> list[str]:
-    """Rows of an input shard without a commit, before the last one with a commit."""
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for commit in cache.commits.values():
-        spans.setdefault(commit.source.input_shard, []).append(commit.source.rows)
-    gaps = []
-    for name, rows in sorted(spans.items()):
-        reached = 0
-        for start, stop in sorted(rows):
-            if start > reached:
-                gaps.append(f"{name} {reached} to {start - 1}")
-            reached = max(reached, stop)
-    return gaps
-
-
-def _few(names: Iterable[str]) -> str:
-    shown = [ascii(name)[1:-1] for name in names]
-    return ", ".join(shown[:3]) + (", ..." if shown[3:] else "")
-
-
-def _check_labels(cache: Cache) -> tuple[int, list[Finding]]:
-    """(labels looked at, findings) over every label set. Making a shard again cures no label, so none is `remake`."""
-    num_checked, findings = 0, []
-    for name in label_sets(cache.store):
-        for shard in cache:
-            try:
-                labels = read_shard_labels(cache.store, name, shard.name)
-                if labels is None:  # a set may be begun and not finished
-                    continue
-                num_checked += len(labels.pairs)
-                if labels.attempt == shard.commit.attempt and set(labels.pairs) == set(shard.read("pair/id").tolist()):
-                    continue
-                detail = "not the labels of the committed pairs; run the same `inpo relabel` again"
-            except CacheCorrupt as error:
-                detail = f"{error.what} In {error.where}; {error.fix}"
-            except CacheError as error:
-                detail = f"{error.what} Got {error.got}, in {error.where}; {error.fix}"
-            findings.append(Finding(shard=shard.name, check="labels", detail=f"set {name}: {detail}", remake=False))
-    return num_checked, findings
 
 
 def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verification) -> None:
@@ -418,8 +256,8 @@ def quarantine(location: str, verification: Verification) -> list[str]:
 
 def _commit_of(name: str) -> tuple[type[AnyCommit], str]:
     """(kind of commit, its path) of a shard, or of one of texts: texts/NAME."""
-    kind: type[AnyCommit] = TextCommit if name.startswith(_TEXTS) else Commit
-    return kind, f"{kind.folder}/{name.removeprefix(_TEXTS)}.json"
+    kind: type[AnyCommit] = TextCommit if name.startswith(TEXTS) else Commit
+    return kind, f"{kind.folder}/{name.removeprefix(TEXTS)}.json"
 
 
 def _is_of_another_manifest(cache: Cache, name: str) -> bool:
