@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from inpo.common.cache import Cache
 from inpo.common.models import Model
 from inpo.common.paths import expand_home
+from inpo.common.printable import shown
 from inpo.common.recipe import Section, to_toml
 
 HERE = "THIS-FOLDER"
@@ -107,12 +108,12 @@ def with_results(card: str, *, repository: str, license: str | None, images: Seq
 
 
 def public_name(location: str) -> str:
-    """A location without what it says of this machine: a hub id or an address as it is, of a path the last name (of
-    RUN/pipeline the run's)."""
+    """A location without what it says of this machine: a hub id or an address as it is, but for secrets; of a path
+    the last name (of RUN/pipeline the run's)."""
     if (name := hub_id(location)) is not None:
         return name
     if "://" in location and not location.startswith("file://"):
-        return location
+        return shown(location)
     path = PurePath(location)
     return (path.parent.name if path.name == "pipeline" else path.name) or location
 

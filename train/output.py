@@ -42,7 +42,7 @@ def write_output(network: nn.Module, model: Model, output: Path, *, card: str, l
             model.family.save_lora(layers, staged)
         else:
             pipeline.save_pretrained(str(staged), safe_serialization=True)
-        (staged / "README.md").write_text(card)
+        (staged / "README.md").write_text(card, encoding="utf-8")
         make_readable(*(file for file in staged.rglob("*") if file.is_file()))
     if lora:
         save_kohya(layers, model, output)

@@ -1,6 +1,9 @@
 """What a run leaves behind, read by diffusers."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,21 @@ def test_the_pipeline_loads_and_differs_in_the_unet_alone(
     card = (output / "pipeline" / "README.md").read_text()
     assert world.model.fingerprints["network"] in card
     assert "learning_rate = 0.001" in card
+
+
+def test_the_card_is_utf_8_whatever_the_locale(world: Any, tmp_path: Path) -> None:
+    """A prompt of the recipe is in it, and the hub reads it as UTF-8."""
+    code = (
+        "import sys, pathlib; from inpo.common.models import open_model; from inpo.train.output import write_output;"
+        "model = open_model(sys.argv[1]); network = model.load_network();"
+        "write_output(network, model, pathlib.Path(sys.argv[2]), card='caf\\u00e9', lora=False)"
+    )
+    told = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(world.model.folder), str(tmp_path)], capture_output=True, text=True, env=told
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pipeline" / "README.md").read_bytes() == "caf\u00e9".encode()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sd15", "float32"), ("sd15", "bfloat16"), ("sdxl", "float32")])

@@ -162,3 +162,4 @@ def test_names_for_the_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [public_name(each) for each in ("/home/me/cache", "runs/mine", "s3://b/c", "file:///home/me/x")] == [
         *("cache", "mine", "s3://b/c", "x")
     ]
+    assert public_name("https://me:word@host/c?sig=word") == "https://host/c?sig=***"
