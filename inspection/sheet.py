@@ -51,7 +51,7 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     """The sheet of one pair. `facts` is a line about the cache under the prompt."""
     scales = Scales.of(view)
     clean, blocks = _columns(view, preview, scales)
-    tile = clean.tiles[0].width
+    tile, tile_height = clean.tiles[0].size
     block_width = len(blocks[0]) * (tile + _GAP) - _GAP
     left = _MARGIN + _ROW_LABEL
     per_line = max(1, min(len(blocks), (_MAX_WIDTH - left - tile - _MARGIN) // (block_width + _BLOCK_GAP)))
@@ -59,7 +59,7 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     title_font = _font_for(_title(view), 26)
     title = _wrap(_title(view), title_font, width - 2 * _MARGIN, most=3)
     head = _MARGIN + len(title) * 36 + 58
-    line_height = _BLOCK_HEAD + 2 * (tile + _CAPTION) + 6
+    line_height = _BLOCK_HEAD + 2 * (tile_height + _CAPTION) + 6
     num_lines = -(-len(blocks) // per_line)
     legend = _legend_lines(view, preview)
     height = head + num_lines * line_height + (num_lines - 1) * _LINE_GAP + 110 + 22 * len(legend) + _MARGIN
@@ -87,7 +87,7 @@ def _columns(view: PairView, preview: Preview, scales: Scales) -> tuple[Column, 
     places = np.cumsum([0, *(part.shape[1] for part in latents)])
     shape = view.x0.shape[1:]
     pictures = preview(np.concatenate(latents, axis=1).reshape(-1, *shape))
-    tile = tile_size(pictures.shape[1])
+    tile = tile_size(*pictures.shape[1:3])
     shown = [fit(Image.fromarray(picture), tile) for picture in pictures]
 
     def both(place: int) -> tuple[Image.Image, Image.Image]:
@@ -114,7 +114,12 @@ def _columns(view: PairView, preview: Preview, scales: Scales) -> tuple[Column, 
 
 
 def _map_column(
-    head: str, maps: Float[np.ndarray, "side h w"], top: float, colours: str, tile: int, captions: tuple[str, ...]
+    head: str,
+    maps: Float[np.ndarray, "side h w"],
+    top: float,
+    colours: str,
+    tile: tuple[int, int],
+    captions: tuple[str, ...],
 ) -> Column:
     tiles = [fit(Image.fromarray(coloured(each, top, colours)), tile) for each in maps]
     return Column(head=head, tiles=(tiles[0], tiles[1]), captions=(captions[0], captions[1]))
@@ -130,17 +135,18 @@ def coloured(values: Float[np.ndarray, "h w"], top: float, colours: str) -> UInt
     return rgba[..., :3]
 
 
-def tile_size(native: int) -> int:
-    """Side of a tile for pictures of this side: a whole multiple while small, else a fixed size."""
-    return native * max(1, _TILE // native) if native <= _TILE else 192
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a tile for such pictures, of their shape: whole multiples while narrow, else a fixed width."""
+    tile = width * max(1, _TILE // width) if width <= _TILE else 192
+    return tile, max(1, round(tile * height / width))
 
 
-def fit(picture: Image.Image, tile: int) -> Image.Image:
+def fit(picture: Image.Image, tile: tuple[int, int]) -> Image.Image:
     """Enlarged pixel by pixel, shrunk smoothly."""
-    if picture.width == tile:
+    if picture.size == tile:
         return picture
-    smooth = Image.Resampling.LANCZOS if picture.width > tile else Image.Resampling.NEAREST
-    return picture.resize((tile, tile), smooth)
+    smooth = Image.Resampling.LANCZOS if picture.width > tile[0] else Image.Resampling.NEAREST
+    return picture.resize(tile, smooth)
 
 
 def _draw_line(
@@ -149,12 +155,12 @@ def _draw_line(
     """One line of blocks: x0 at the left for comparison, then timesteps in ascending order."""
     draw = ImageDraw.Draw(page)
     left, top = corner
-    tile = clean.tiles[0].width
-    rows = [top + _BLOCK_HEAD, top + _BLOCK_HEAD + tile + _CAPTION + 6]
+    tile, tile_height = clean.tiles[0].size
+    rows = [top + _BLOCK_HEAD, top + _BLOCK_HEAD + tile_height + _CAPTION + 6]
     for name, colour, y in (("win", WIN, rows[0]), ("lose", LOSE, rows[1])):
-        draw.rectangle((left - 12, y, left - 9, y + tile - 1), fill=colour)
-        label = Image.new("RGB", (tile, 22), PAPER)
-        ImageDraw.Draw(label).text((tile / 2, 11), name, colour, _font(16, bold=True), anchor="mm")
+        draw.rectangle((left - 12, y, left - 9, y + tile_height - 1), fill=colour)
+        label = Image.new("RGB", (tile_height, 22), PAPER)
+        ImageDraw.Draw(label).text((tile_height / 2, 11), name, colour, _font(16, bold=True), anchor="mm")
         page.paste(label.rotate(90, expand=True), (left - 38, y))
     _draw_column(page, clean, left, rows, head_y=top + 34)
     for index, block in enumerate(blocks):

@@ -178,7 +178,10 @@ def _shard(manifest: Manifest, denoiser: Denoiser, index: int, num_pairs: int) -
     group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     # Smooth latents, so that the pictures have something to show.
     x0 = torch.nn.functional.interpolate(
-        torch.randn(len(group), 4, 3, 3, generator=noise), size=8, mode="bilinear", align_corners=True
+        torch.randn(len(group), 4, 3, 3, generator=noise),
+        size=manifest.latent_shape[1:],
+        mode="bilinear",
+        align_corners=True,
     ).half()
     config = denoiser.network.config
     told = {

@@ -26,8 +26,10 @@ def places(page, tile):
     ]
 
 
-def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(states, inspect, tiny, tmp_path):
-    cache = states("healthy")
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16), (16, 8)], ids="{0[0]}x{0[1]}".format)
+def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(write_cache, inspect, tiny, tmp_path, shape):
+    """In their own shape, each pixel as often as a tile of 160 px in width has room for."""
+    cache = write_cache(tmp_path / "c", latent_shape=(4, *shape), resolution=tuple(4 * side for side in shape))
     done = inspect("pair", cache, "pair-1-1", "--out", tmp_path / "p.png", "--model", tiny())
     assert done.code == 0, done.out
     page = pixels(tmp_path / "p.png")
@@ -41,10 +43,11 @@ def test_the_vaes_own_pictures_stand_in_rows_win_and_lose(states, inspect, tiny,
         with torch.no_grad():
             image = vae.decode(latent[None] / 0.18215).sample[0].clamp(-1, 1)
         levels = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
-        found.append(places(page, levels.repeat(5, 0).repeat(5, 1)))
+        times = 160 // levels.shape[1]
+        found.append(places(page, levels.repeat(times, 0).repeat(times, 1)))
     (win, *_), (lose, *_) = found
     assert win[1] == lose[1]
-    assert lose[0] > win[0] + 160
+    assert lose[0] > win[0] + times * len(levels)
 
 
 @pytest.mark.parametrize("state", ["healthy", "writing", "lean", "sdxl", "corrupt", "grouped"])
