@@ -245,6 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 10, 30])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/inversion"))
     chosen = parser.parse_args(arguments)
+    if 10 not in chosen.steps:
+        parser.error("--steps needs 10: times are shares of its, and two plots are of it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = load(chosen, device)
     total = world.denoiser.levels.num_train_timesteps

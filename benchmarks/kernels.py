@@ -91,7 +91,7 @@ def _contiguous(denoiser: Denoiser, call: Callable[[], object], blocks: tuple[st
 
 def _pure(denoiser: Denoiser, call: Callable[[], object], blocks: tuple[str, ...], images: int) -> bool:
     """Norms and activations too: other numbers than autocast's, so that a cache of its own would be needed."""
-    dtype, plain = DTYPES[denoiser.network_dtype], denoiser.call
+    dtype = DTYPES[denoiser.network_dtype]
     denoiser.network.to(dtype)
 
     class Cast(type(denoiser.network)):  # type: ignore[misc]
@@ -103,7 +103,6 @@ def _pure(denoiser: Denoiser, call: Callable[[], object], blocks: tuple[str, ...
 
     denoiser.network.__class__ = Cast
     denoiser.network_dtype = "float32"  # no autocast
-    denoiser.call = plain
     return True
 
 

@@ -71,7 +71,7 @@ class OnlineLoop:
     def invert(
         self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, " image"], condition: Condition
     ) -> tuple[Float[Tensor, "image c h w"], Float[Tensor, "image c h w"]]:
-        """(what the network is trained on, what it aims at), float32; `timestep` is on the CPU."""
+        """(what the network is trained on, its target), float32; `timestep` is on the CPU."""
         loop = ReleasedLoop(self.trained.levels, self.steps)
         stop = torch.tensor([loop.level_of(int(t)) for t in timestep])
         x = x0.float()

@@ -1,8 +1,8 @@
-"""Pairs per second of precompute, by batch size, against one trajectory per kept timestep: `python -m
+"""Pairs per second of precompute, by batch size, against one path per kept timestep: `python -m
 benchmarks.precompute`.
 
 The alternative is what a script does that inverts up to a drawn timestep: every record is a run of its own, with the
-images encoded again. Ours takes K records from one trajectory. The same worker does both, so that only this differs.
+images encoded again. Ours takes K records from one path. The same worker does both, so that only this differs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         workers = {f"batch {size}": worker(options.kept, size) for size in BATCH_SIZES}
         single = worker(1, BATCH_SIZES[-1])
         contestants = {name: (lambda worker=each: make(worker, 1)) for name, each in workers.items()}
-        contestants["a trajectory per timestep, " + best] = lambda: make(single, options.kept)
+        contestants["a path per timestep, " + best] = lambda: make(single, options.kept)
         timings = interleaved(contestants, rounds=options.rounds)
         stages.clear()
         make(workers[best], options.rounds)
