@@ -81,7 +81,7 @@ check: $(DEV) ## ruff, mypy, import-linter
 bench: $(DEV) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
 
-bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (half an hour)
+bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (4 minutes each at most)
 	.venv/bin/python -m benchmarks.gpu
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)

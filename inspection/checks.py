@@ -220,7 +220,7 @@ def _check_rows(shard: Shard, small: Mapping[str, np.ndarray | None], result: Sh
         if len(set(result.pair_ids)) != len(ids):
             result.bad("rows", "a pair id stands twice in this shard")
     if label is not None and not ((label >= 0) & (label <= 1)).all():
-        result.bad("rows", f"label {label.min()}..{label.max()} is no probability")
+        result.bad("rows", f"label {label.min()}..{label.max()} is not a probability")
     _check_groups(shard, small, result)
     needed = ("pair/id", "pair/label", "pair/win", "pair/lose", "group/id", "image/group")
     if not any(small.get(path) is None for path in needed):

@@ -23,7 +23,7 @@ from inpo.inspection.summary import timestep_ranges
 
 KEEP_BELOW, REFRESH_ABOVE = 0.1, 0.2
 """Relative RMS change of the target. Yardstick: the target of ddim with 10 steps is itself about 0.2 away from the
-exact trajectory's (docs/inversion.md), so that half of it is lost in the inverter's own error and more than all of it
+exact path's (docs/inversion.md), so that half of it is lost in the inverter's own error and more than all of it
 is not."""
 
 

@@ -46,7 +46,7 @@ class Verification:
     impossible: dict[str, str]
     """Checks that this cache, or this call, does not allow, and why."""
     notes: list[str] = field(default_factory=list)
-    """What is no fault in itself, and what cannot be known from what lies here."""
+    """What is not a fault in itself, and what cannot be known from what lies here."""
     reinverted: dict[str, float] = field(default_factory=dict)
     """Largest relative change of x_t, target and reference_error, where --model was given."""
 
