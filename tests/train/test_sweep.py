@@ -1,11 +1,14 @@
 """Several runs from one cache, one table and one page at the end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 from typer.testing import CliRunner
 
 from inpo.cli import app
@@ -92,3 +95,40 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
     assert (tmp_path / "out/sweep.md").read_text() == table
+
+
+def test_runs_that_would_be_pushed_to_one_repository_are_refused(world: Any, cache: str, tmp_path: Path) -> None:
+    file = write(tmp_path, "[[run]]\nbeta = [500, 2000]\n")
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*words, "--tracker", "none", "--push-to-hub", "me/it", "--sweep", str(file)])
+    assert isinstance(done.exception, UsageError)
+    assert "me/it for 2 runs" in str(done.exception)
+    assert not list((tmp_path / "out").iterdir())
+
+
+class Brightness:
+    """Of an image, to the last digit."""
+
+    name = "brightness"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return np.array([np.asarray(image).mean() for image in images])
+
+
+def test_the_reference_is_sampled_as_the_runs_are(
+    make_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first update a run's samples are the reference's: every prompt is a tie, of a
+    prompt too that is cut at the cache's number of tokens."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr("inpo.train.sweep.load_scorer", lambda name: Brightness())
+    world = make_world("pixart-sigma")
+    words = ["train", "--cache", world.cache(tmp_path / "c", shards=(3,)), "--model", str(world.model.folder)]
+    words += ["--output", str(tmp_path / "out"), "--sweep", str(write(tmp_path, "[[run]]\nname = 'one'\n"))]
+    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sample-every", "9"]
+    words += ["--sample-steps", "1", "--sample-prompts", "one of many words " * 20]
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
+    score = found["scores"]["brightness"]
+    assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
