@@ -178,6 +178,18 @@ def test_lists_train_from_what_the_reference_gives(
         run(objective="lair", output=tmp_path / "without")
 
 
+def test_lists_of_other_images_of_the_same_groups_are_another_index(world: Any, tmp_path: Path) -> None:
+    """One pair of a group's two is left, first over second or second over third: lists of two either way."""
+    location = world.cache(tmp_path / "c", shards=(1,), images=3)
+    prints = []
+    for pair_id in next(iter(open_cache(location))).read("pair/id"):
+        (tmp_path / "only").write_text(f"{pair_id}\n")
+        index = index_of(location, lists=True, only=tmp_path / "only")
+        assert index.training[0].sides.shape == (1, 2)
+        prints.append(index.fingerprint)
+    assert prints[0] != prints[1]
+
+
 # --- spaces ---
 
 
