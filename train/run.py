@@ -136,7 +136,10 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
         settings = resolved.settings
     if chosen is not None:
-        chosen.check_identity(run_identity(settings, opened, index, network_dtype, accelerator.num_processes))
+        identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
+        if "steps" in identity and chosen.step == settings.steps:  # a schedule of which no step is left to make
+            identity["steps"] = chosen.document.identity.get("steps")
+        chosen.check_identity(identity)
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
