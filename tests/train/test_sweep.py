@@ -132,3 +132,17 @@ def test_the_reference_is_sampled_as_the_runs_are(
     (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
     score = found["scores"]["brightness"]
     assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
+
+
+def test_a_run_of_a_sweep_is_what_it_would_be_alone(world: Any, cache: str, tmp_path: Path) -> None:
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--steps", "2", "--batch-size", "1"]
+    words += ["--tracker", "none", "--log-every", "1", "--learning-rate", "1e-3"]
+    file = write(tmp_path, "[[run]]\naccumulate = [1, 3]\nobjective = 'poly'\nema = 0.9\n")
+    for more in (["--output", "out", "--sweep", str(file)], ["--output", "alone", "--accumulate", "3", "--ema", "0.9"]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        more[1] = str(tmp_path / more[1])
+        done = CliRunner().invoke(app, [*words, *more, *(() if "--sweep" in more else ("--objective", "poly"))])
+        assert done.exit_code == 0, done.output
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    (swept,) = (tmp_path / "out").glob(f"*accumulate-3*/{weights}")
+    assert swept.read_bytes() == (tmp_path / "alone" / weights).read_bytes()
