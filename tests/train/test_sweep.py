@@ -118,20 +118,28 @@ class Brightness:
 def test_the_reference_is_sampled_as_the_runs_are(
     make_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first update a run's samples are the reference's: every prompt is a tie, of a
-    prompt too that is cut at the cache's number of tokens."""
+    """Before the first update a run's samples are the reference's: a tie. Both are told as many tokens as the cache."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("inpo.train.sweep.load_scorer", lambda name: Brightness())
-    world = make_world("pixart-sigma")
+    world, told = make_world("pixart-sigma"), []
+    family = type(world.model.family)
+    own = family.drawing
+
+    def drawing(self: Any, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
+        told.append(max_tokens)
+        return own(self, prompts, guidance, max_tokens)
+
+    monkeypatch.setattr(family, "drawing", drawing)
     words = ["train", "--cache", world.cache(tmp_path / "c", shards=(3,)), "--model", str(world.model.folder)]
     words += ["--output", str(tmp_path / "out"), "--sweep", str(write(tmp_path, "[[run]]\nname = 'one'\n"))]
     words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sample-every", "9"]
-    words += ["--sample-steps", "1", "--sample-prompts", "one of many words " * 20]
+    words += ["--sample-steps", "1", "--sample-prompts", "a small red ball"]
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
     score = found["scores"]["brightness"]
     assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
+    assert told == [16, 16]
 
 
 def test_a_run_of_a_sweep_is_what_it_would_be_alone(world: Any, cache: str, tmp_path: Path) -> None:
