@@ -127,13 +127,10 @@ def _write(
         )
         for shard in cache
     }
-    num_replaced = 0
-    for name, labels in made.items():
-        existing = read_shard_labels(cache.store, set_name, name)
-        if existing is not None and existing.attempt != labels.attempt:
-            cache.store.remove(f"labels/{set_name}/{name}.json")
-            num_replaced += 1
-        elif existing is not None and existing.to_json() != labels.to_json():
+    there = {name: read_shard_labels(cache.store, set_name, name) for name in made}
+    gone = [name for name, existing in there.items() if existing and existing.attempt != made[name].attempt]
+    for name, existing in there.items():
+        if existing and name not in gone and existing.to_json() != made[name].to_json():
             raise UsageError(
                 f"Label set {set_name!r} is there already, and says something else.",
                 where=cache.location,
@@ -141,5 +138,8 @@ def _write(
                 got=scorer,
                 fix="pass another --set name",
             )
+    for name in gone:
+        cache.store.remove(f"labels/{set_name}/{name}.json")
+    for name, labels in made.items():
         write_labels(cache.store, set_name, name, labels)
-    return report(cache, set_name, num_replaced)
+    return report(cache, set_name, len(gone))

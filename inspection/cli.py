@@ -235,6 +235,14 @@ def filter_pairs(
 
     if where is None and agree is None:
         raise UsageError("No condition given.", where="--where", expected="--where, --agree or both", fix="pass one")
+    if labels and agree is None:
+        raise UsageError(
+            "Label sets are named for --agree, which is not there.",
+            where="--labels",
+            expected="--agree N/M",
+            got=", ".join(labels),
+            fix="pass --agree as well, or leave --labels out",
+        )
     if out is not None:
         refuse_output(out, what="list")
     bad: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""`inpo train` and `inpo export`."""
+"""`inpo train`, `inpo export` and `inpo push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,6 @@ def train(
 
     Run the same command again to resume from the last checkpoint.
     """
-    from inpo.common.errors import UsageError
     from inpo.train.run import run_train
 
     flags = dict(given[TrainSettings])

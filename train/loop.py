@@ -177,8 +177,9 @@ class Trainer:
                     self.step += 1
                     last, stopping = self.step == settings.steps, self._stop_requested()
                     note, before = None, time.perf_counter()
-                    if self.step % settings.log_every == 0 or last or stopping:
-                        note = self._log(records, started, evaluate=last)
+                    evaluate = last or self.step % settings.evaluate_every == 0
+                    if self.step % settings.log_every == 0 or evaluate or stopping:
+                        note = self._log(records, started, evaluate=evaluate)
                         started, records = before, 0
                         last = last or self.overfitted
                     if self.sample is not None and self.step % settings.sample_every == 0:
@@ -187,6 +188,7 @@ class Trainer:
                         self._guard()
                         self._guard_weights()
                         self.save()
+                    self._warn()
                     started += time.perf_counter() - before  # what logs, samples and checkpoints took is no training
                     progress.advance(note=note)
                     if stopping and not last:
@@ -248,7 +250,7 @@ class Trainer:
             values["skipped_updates"] = self.skipped_updates
         if self.accelerator.device.type == "cuda":
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if evaluate or self.step % self.settings.evaluate_every == 0:
+        if evaluate:
             values |= self._evaluate()
             self._judge(values)
         self._write(values)
@@ -304,18 +306,20 @@ class Trainer:
         return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
 
     def _judge(self, values: dict[str, Any]) -> None:
-        """Note an evaluation, and say once that the held-out accuracy has turned."""
-        if "held_out_implicit_accuracy" not in values:
-            return
-        count = sum(part["records"] for part in values["held_out_by_timestep"])
-        self.judge.evaluations.append(Evaluation(self.step, values["held_out_implicit_accuracy"], count))
+        """Note an evaluation."""
+        if "held_out_implicit_accuracy" in values:
+            count = sum(part["records"] for part in values["held_out_by_timestep"])
+            self.judge.evaluations.append(Evaluation(self.step, values["held_out_implicit_accuracy"], count))
+
+    def _warn(self) -> None:
+        """Say once that the held-out accuracy has turned; after a save, which may remove the best step's checkpoint."""
         if self.judge.turned and not self._warned and self.settings.overfitting != "ignore":
             self._warned = True
             best, now = self.judge.best, self.judge.evaluations[-1]
             saved = self.output / "checkpoints" / f"step-{best.step:08d}"
             self.accelerator.print(
                 f"note: the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
-                f"now, at step {self.step}"
+                f"now, at step {now.step}"
                 + (f"; `--resume {saved} --steps {best.step}` writes the model of then" if saved.is_dir() else "")
             )
 

@@ -26,6 +26,7 @@ from inpo.train.losses import (
     lair,
     linear,
     listwise,
+    logit,
     mapo,
     oriented,
     poly,
@@ -138,8 +139,7 @@ class Objective:
 
 def _of_pairs(error: Placed, reference_error: Placed, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Margin, implicit accuracy and both advantages, the sides in the order that the label prefers."""
-    u = -(beta / 2) * ((error[:, 0] - error[:, 1]) - (reference_error[:, 0] - reference_error[:, 1]))
-    advantage = reference_error - error
+    u, advantage = logit(error, reference_error, beta), reference_error - error
     return u, (torch.sign(u) + 1) / 2, advantage[:, 0], advantage[:, 1]
 
 

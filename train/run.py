@@ -46,7 +46,7 @@ from inpo.train.requirements import (
     refuse_hard_labels,
     temperature_notes,
 )
-from inpo.train.samples import Sampler, cached_prompts, sample_images
+from inpo.train.samples import Sampler, sample_images, sample_prompts
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
 
@@ -136,7 +136,10 @@ def train(resolved: Resolved, *, resume: str) -> bool:
         resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
         settings = resolved.settings
     if chosen is not None:
-        chosen.check_identity(run_identity(settings, opened, index, network_dtype, accelerator.num_processes))
+        identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
+        if "steps" in identity and chosen.step == settings.steps:  # a schedule of which no step is left to make
+            identity["steps"] = chosen.document.identity.get("steps")
+        chosen.check_identity(identity)
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
@@ -196,13 +199,9 @@ def train(resolved: Resolved, *, resume: str) -> bool:
                 sample_images,
                 accelerator.unwrap_model(wrapped),
                 model,
-                settings.sample_prompts or cached_prompts(opened[0]),
-                steps=settings.sample_steps,
-                guidance=settings.sample_guidance,
-                seed=settings.seed,
-                resolution=opened[0].manifest.resolution,
-                network_dtype=network_dtype,
-                max_tokens=opened[0].manifest.max_tokens,
+                sample_prompts(settings, opened[0]),
+                opened[0].manifest,
+                settings,
             )
             sample = Sampler(draw, metrics, resolved.output / "samples")
     trainer = Trainer(

@@ -11,36 +11,31 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import nn
 
-from inpo.common.cache import Cache
+from inpo.common.cache import Cache, Manifest
 from inpo.common.denoiser import compute_dtype
 from inpo.common.durable import write_file
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
+from inpo.train.settings import TrainSettings
 
 
-def cached_prompts(cache: Cache) -> tuple[str, ...]:
-    """The first four prompts of a cache that are not empty; the empty one if all are."""
+def sample_prompts(settings: TrainSettings, cache: Cache) -> tuple[str, ...]:
+    """The settings' own, or the first four prompts of the cache that are not empty; the empty one if all are."""
+    if settings.sample_prompts:
+        return settings.sample_prompts
     texts = dict.fromkeys(str(text) for text in next(iter(cache)).prompts() if text)
     return tuple(texts)[:4] or ("",)
 
 
 @torch.no_grad()
 def sample_images(
-    network: nn.Module,
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    steps: int,
-    guidance: float,
-    seed: int,
-    resolution: tuple[int, int],
-    network_dtype: str,
-    max_tokens: int | None = None,
+    network: nn.Module, model: Model, prompts: Sequence[str], manifest: Manifest, settings: TrainSettings
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One image per prompt, side by side, in the network's dtype; the noise of an image is drawn on the CPU from its
-    own seed. VAE and text encoders are loaded for this and freed again."""
+    """One image per prompt, side by side, of the cache's size, number of tokens and network dtype; the noise of an
+    image is drawn on the CPU from its own seed. VAE and text encoders are loaded for this and freed again."""
     device = next(network.parameters()).device
-    dtype = compute_dtype(network_dtype)
+    dtype = compute_dtype(manifest.network_dtype)
+    height, width = manifest.resolution
     images = []
     # Loading and sampling leave the training's random state alone, and compile nothing for their few images.
     with (
@@ -55,12 +50,12 @@ def sample_images(
         for number, prompt in enumerate(prompts):
             images += list(
                 pipeline(
-                    num_inference_steps=steps,
+                    num_inference_steps=settings.sample_steps,
                     output_type="np",
-                    height=resolution[0],
-                    width=resolution[1],
-                    **model.family.drawing([prompt], guidance, max_tokens),
-                    generator=torch.Generator().manual_seed(seed + number),
+                    height=height,
+                    width=width,
+                    **model.family.drawing([prompt], settings.sample_guidance, manifest.max_tokens),
+                    generator=torch.Generator().manual_seed(settings.seed + number),
                 ).images
             )
     del pipeline

@@ -247,5 +247,5 @@ class PairsOfShard:
 
     def digest(self, whole: IndexedShard) -> int:
         """Changes with whatever is used of the shard."""
-        parts = (whole.rows, whole.label, whole.by_record, whole.usable, whole.above, whole.advantage)
+        parts = (whole.rows, whole.sides, whole.label, whole.by_record, whole.usable, whole.above, whole.advantage)
         return stable_hash(self.shard.commit.attempt, *("" if each is None else each.tobytes().hex() for each in parts))

@@ -107,6 +107,20 @@ def _is_choice(name: str, value: list[Any]) -> bool:
     return "tuple" not in str(field.annotation) or any(isinstance(each, list) for each in value)
 
 
+def _refuse_one_repository(runs: Mapping[str, Resolved]) -> None:
+    """Raise UsageError for a repository of the hub that several runs would write to: the last one's would be left."""
+    asked = [run.settings.push_to_hub for run in runs.values() if run.settings.push_to_hub]
+    for repository in asked:
+        if asked.count(repository) > 1:
+            raise UsageError(
+                "Several runs of the sweep would be pushed to one repository.",
+                where="--push-to-hub",
+                expected="a repository for each run",
+                got=f"{repository} for {asked.count(repository)} runs",
+                fix="set push_to_hub in each [[run]], or `inpo push RUN OWNER/NAME` the one that is best",
+            )
+
+
 def run_sweep(
     file: Path,
     recipe: Path | None,
@@ -130,6 +144,7 @@ def run_sweep(
             base, settings=settings.model_copy(update={"caches": base.settings.caches}), output=output
         )
         runs[each.name].check()
+    _refuse_one_repository(runs)
     judges = [load_scorer(name) for name in scorers]
     if judges and not all(run.settings.sample_every for run in runs.values()):
         raise UsageError(

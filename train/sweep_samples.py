@@ -13,7 +13,7 @@ from inpo.common.denoiser import prepare_for_inference
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
 from inpo.train.run import Resolved
-from inpo.train.samples import cached_prompts, sample_images
+from inpo.train.samples import sample_images, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class SampleJudge:
         self._runs = runs
         self._reference: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
         for run in runs.values() if scorers else ():
-            prompts = _prompts(run)
+            prompts = sample_prompts(run.settings, run.caches[0])
             if _key(run, prompts) not in self._reference:
                 self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
 
@@ -48,7 +48,7 @@ class SampleJudge:
         """{run: {scorer: how its last samples stand}}; a run without a sample is left out."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
-            file, prompts = last_sample(run.output), _prompts(run)
+            file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches[0])
             if file is None:
                 continue
             with Image.open(file) as strip:
@@ -69,10 +69,6 @@ class SampleJudge:
         return {each.name: np.asarray(each.score(images, prompts), np.float64) for each in self._scorers}
 
 
-def _prompts(run: Resolved) -> tuple[str, ...]:
-    return run.settings.sample_prompts or cached_prompts(run.caches[0])
-
-
 def _key(run: Resolved, prompts: Sequence[str]) -> tuple[Any, ...]:
     """What decides the reference's samples."""
     settings = run.settings
@@ -80,20 +76,10 @@ def _key(run: Resolved, prompts: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _of_reference(run: Resolved, prompts: Sequence[str]) -> list[Image.Image]:
-    manifest, settings = run.caches[0].manifest, run.settings
+    manifest = run.caches[0].manifest
     network = run.model.load_network()
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=torch.device(processes().device))
-    strip = sample_images(
-        network,
-        run.model,
-        prompts,
-        steps=settings.sample_steps,
-        guidance=settings.sample_guidance,
-        seed=settings.seed,
-        resolution=manifest.resolution,
-        network_dtype=manifest.network_dtype,
-    )
-    return _apart(strip, len(prompts))
+    return _apart(sample_images(network, run.model, prompts, manifest, run.settings), len(prompts))
 
 
 def _apart(strip: np.ndarray, count: int) -> list[Image.Image]:

@@ -314,6 +314,12 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
     assert command(cache, "--pairs", source, *SCORERS, "--combine", "vote", "--set", "voted").exit_code == 0
     with pytest.raises(UsageError, match="there already"):
         combine_sets(opened, ("red", "dark"), how="vote", set_name="voted")
+    # Also one that is not complete: it is not filled with labels of another kind before it is refused.
+    first, *others = sorted((cache / "labels/voted").iterdir())
+    first.unlink()
+    with pytest.raises(UsageError, match="there already"):
+        combine_sets(opened, ("red", "dark"), how="vote", set_name="voted")
+    assert sorted((cache / "labels/voted").iterdir()) == others != []
     # Consensus: combined sets are not scorers, a tie prefers no side.
     out = tmp_path / "agreed"
     for agree, names in (("2/3", ["first", "second"]), ("1/3", ["first", "second", "fifth"]), ("3/3", [])):
@@ -329,6 +335,7 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
         ("--agree", "3/2"),
         ("--agree", "most"),
         ("--agree", "2/2", "--labels", "red"),
+        ("--where", "label > 0.5", "--labels", "red"),
         (),
     ):
         with pytest.raises(UsageError):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from inpo.common.cache import open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
 from inpo.common.levels import Levels
+from inpo.train.checkpoint import WEIGHTS
 from inpo.train.index import Index, build_index
 from inpo.train.judge import Evaluation, Judge
 from inpo.train.loss_space import error_weights
@@ -178,6 +182,18 @@ def test_lists_train_from_what_the_reference_gives(
         run(objective="lair", output=tmp_path / "without")
 
 
+def test_lists_of_other_images_of_the_same_groups_are_another_index(world: Any, tmp_path: Path) -> None:
+    """One pair of a group's two is left, first over second or second over third: lists of two either way."""
+    location = world.cache(tmp_path / "c", shards=(1,), images=3)
+    prints = []
+    for pair_id in next(iter(open_cache(location))).read("pair/id"):
+        (tmp_path / "only").write_text(f"{pair_id}\n")
+        index = index_of(location, lists=True, only=tmp_path / "only")
+        assert index.training[0].sides.shape == (1, 2)
+        prints.append(index.fingerprint)
+    assert prints[0] != prints[1]
+
+
 # --- spaces ---
 
 
@@ -283,3 +299,24 @@ def test_a_run_stops_where_the_held_out_accuracy_turned(
     assert "has turned" in capsys.readouterr().out
     run(**options)  # goes on from its checkpoint, which knows, and makes no step
     assert [line["step"] for line in lines(output)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("keep_last", [2, 3])
+def test_what_is_advised_when_it_turned_is_there_and_can_be_done(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep_last: int
+) -> None:
+    """The save of step 3 removes the first step's checkpoint, if two are kept. Every step is evaluated, few logged."""
+    monkeypatch.setattr(Judge, "turned", property(lambda self: len(self.evaluations) > 2))
+    monkeypatch.setattr(Judge, "best", property(lambda self: self.evaluations[0]))
+    options = {"held_out": 0.5, "evaluate_every": 1, "log_every": 7, "save_every": 1, "keep_last": keep_last}
+    output = run(steps=3, schedule="cosine", **options)
+    assert [line["step"] for line in lines(output)] == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert "has turned" in said
+    advised = re.search(r"`--resume (\S+) --steps 1` writes the model of then", said)
+    assert bool(advised) == (keep_last == 3)
+    if advised:
+        run(steps=1, schedule="cosine", resume=advised[1], **options)
+        trained = UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
+        saved = load_file(Path(advised[1]) / WEIGHTS)
+        assert all(torch.equal(saved[name], value) for name, value in trained.items())

@@ -1,11 +1,14 @@
 """Several runs from one cache, one table and one page at the end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 from typer.testing import CliRunner
 
 from inpo.cli import app
@@ -92,3 +95,62 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
     assert (tmp_path / "out/sweep.md").read_text() == table
+
+
+def test_runs_that_would_be_pushed_to_one_repository_are_refused(world: Any, cache: str, tmp_path: Path) -> None:
+    file = write(tmp_path, "[[run]]\nbeta = [500, 2000]\n")
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*words, "--tracker", "none", "--push-to-hub", "me/it", "--sweep", str(file)])
+    assert isinstance(done.exception, UsageError)
+    assert "me/it for 2 runs" in str(done.exception)
+    assert not list((tmp_path / "out").iterdir())
+
+
+class Brightness:
+    """Of an image, to the last digit."""
+
+    name = "brightness"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return np.array([np.asarray(image).mean() for image in images])
+
+
+def test_the_reference_is_sampled_as_the_runs_are(
+    make_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first update a run's samples are the reference's: a tie. Both are told as many tokens as the cache."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr("inpo.train.sweep.load_scorer", lambda name: Brightness())
+    world, told = make_world("pixart-sigma"), []
+    family = type(world.model.family)
+    own = family.drawing
+
+    def drawing(self: Any, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
+        told.append(max_tokens)
+        return own(self, prompts, guidance, max_tokens)
+
+    monkeypatch.setattr(family, "drawing", drawing)
+    words = ["train", "--cache", world.cache(tmp_path / "c", shards=(3,)), "--model", str(world.model.folder)]
+    words += ["--output", str(tmp_path / "out"), "--sweep", str(write(tmp_path, "[[run]]\nname = 'one'\n"))]
+    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sample-every", "9"]
+    words += ["--sample-steps", "1", "--sample-prompts", "a small red ball"]
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
+    score = found["scores"]["brightness"]
+    assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
+    assert told == [16, 16]
+
+
+def test_a_run_of_a_sweep_is_what_it_would_be_alone(world: Any, cache: str, tmp_path: Path) -> None:
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--steps", "2", "--batch-size", "1"]
+    words += ["--tracker", "none", "--log-every", "1", "--learning-rate", "1e-3"]
+    file = write(tmp_path, "[[run]]\naccumulate = [1, 3]\nobjective = 'poly'\nema = 0.9\n")
+    for more in (["--output", "out", "--sweep", str(file)], ["--output", "alone", "--accumulate", "3", "--ema", "0.9"]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        more[1] = str(tmp_path / more[1])
+        done = CliRunner().invoke(app, [*words, *more, *(() if "--sweep" in more else ("--objective", "poly"))])
+        assert done.exit_code == 0, done.output
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    (swept,) = (tmp_path / "out").glob(f"*accumulate-3*/{weights}")
+    assert swept.read_bytes() == (tmp_path / "alone" / weights).read_bytes()
