@@ -1,6 +1,6 @@
 """Pairs sorted by the shape of their images: a cache for each bucket, side by side in one folder.
 
-    tasks --sort_pairs--> {(height, width): BucketSource}
+    input shards --sort_pairs--> {(height, width): BucketSource}
 
 Only the images' headers are read. A pair goes to the bucket that both its images fit best; a pair whose images fit two
 of them is a row without a pair, `mixed_sizes`, and so it is counted.
@@ -9,7 +9,7 @@ of them is a row without a pair, `mixed_sizes`, and so it is counted.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from inpo.common.pairs import InputShard, Pair, PairSource, Skipped
 from inpo.common.pairs.columns import Reading
 from inpo.common.pairs.images import shown_size
 from inpo.common.seeding import stable_hash
-from inpo.precompute.tasks import ShardTask
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -161,33 +160,36 @@ class _Picked:
 
 
 def sort_pairs(
-    source: PairSource, tasks: Sequence[ShardTask], sizes: Sequence[Size]
+    source: PairSource, shards: Iterable[InputShard], sizes: Sequence[Size]
 ) -> tuple[dict[Size, BucketSource], list[DataError]]:
-    """Every bucket that has a pair, and what could not be read. Rows without a pair, and mixed ones, are in the bucket
-    with the most pairs, so that each is counted once; in the first of `sizes` if there is no pair at all.
+    """Every bucket that has rows of these shards, and an error for each shard that cannot be read to its end, which is
+    left out whole. Rows without a pair, and mixed ones, are in the bucket with the most pairs of their shard, so that
+    each is counted once.
+
+    Where a row goes hangs on its own input shard alone: whatever else is read now or later, a committed shard's rows
+    stay what they were. (A shard without any pair goes where most of the others are.)
     """
-    found: dict[str, tuple[InputShard, _Picked]] = {}
+    found: list[tuple[InputShard, _Picked]] = []
     failures: list[DataError] = []
-    for task in tasks:
-        _, picked = found.setdefault(task.input_shard.name, (task.input_shard, _Picked()))
+    for shard in shards:
+        picked = _Picked()
         try:
-            for item in task.input_shard.rows(task.start, task.stop):
+            for item in shard.rows(0, shard.num_rows):
                 picked.add(_place(item, sizes, picked), item)
         except DataError as error:
             failures.append(error)
-    counts = {size: sum(len(picked.rows.get(size, ())) for _, picked in found.values()) for size in sizes}
-    largest = max(sizes, key=lambda size: counts[size])
-    sources = {}
-    for size in sizes:
-        keys = (size, None) if size == largest else (size,)
-        if not counts[size] and size != largest:
-            continue
-        shards = []
-        for shard, picked in found.values():
+        else:
+            found.append((shard, picked))
+    counts = {size: sum(len(picked.rows.get(size, ())) for _, picked in found) for size in sizes}
+    sorted_shards: dict[Size, list[BucketShard]] = {size: [] for size in sizes}
+    for shard, picked in found:
+        largest = max(sizes, key=lambda size: (len(picked.rows.get(size, ())), counts[size]))
+        for size in sizes:
+            keys = (size, None) if size == largest else (size,)
             rows = sorted(row for key in keys for row in picked.rows.get(key, ()))
             prompts = frozenset[int]().union(*(picked.prompts.get(key, ()) for key in keys))
             if rows:
-                shards.append(
+                sorted_shards[size].append(
                     BucketShard(
                         base=shard,
                         picked=np.array(rows, dtype=np.int64),
@@ -195,10 +197,11 @@ def sort_pairs(
                         prompts_of=prompts,
                     )
                 )
-        sources[size] = BucketSource(
-            location=source.location, kind=source.kind, not_read=source.not_read, shards=tuple(shards)
-        )
-    return sources, failures
+    return {
+        size: BucketSource(location=source.location, kind=source.kind, not_read=source.not_read, shards=tuple(each))
+        for size, each in sorted_shards.items()
+        if each
+    }, failures
 
 
 def _place(item: Pair | Skipped, sizes: Sequence[Size], picked: _Picked) -> Size | None:
