@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from inpo.common.errors import DataError
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
-from inpo.precompute.buckets import bucket_sizes, claim_buckets, sort_pairs
+from inpo.common.pairs.buckets import sort_pairs
+from inpo.precompute.buckets import bucket_sizes, claim_buckets
 from inpo.precompute.configuration import Configuration
 from inpo.precompute.inputs import grouped, list_work
 from inpo.precompute.tasks import ShardTask, list_tasks

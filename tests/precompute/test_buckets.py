@@ -1,7 +1,7 @@
 """Sizes that are not square, lists, and buckets: what reaches the cache, and where."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 import inpo.precompute.tasks as tasks_module
-from inpo.common.cache import open_cache
+from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.buckets import open_caches
+from inpo.common.cache.labels import read_shard_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
+from inpo.common.pairs import open_source
+from inpo.evaluation.relabel import relabel_cache
 from inpo.precompute.buckets import bucket_sizes
 from tests.precompute.conftest import png
 
@@ -102,6 +105,31 @@ def test_what_comes_later_loses_no_row_of_a_bucket(
     whole = {(32, 32): ["a1", "a3", "a5"], (44, 24): ["a0", "a4", "b0", "b1", "b2"]}
     assert before != whole
     assert ids_of(cache) == whole
+
+
+def test_labels_of_a_bucket_come_from_the_source_of_all(
+    pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path
+) -> None:
+    """Rows of a bucket's shard are not the rows of the file with the same numbers."""
+
+    class Height:
+        name, preference_temperature = "height", 1.0
+
+        def score(self, images: Any, prompts: Sequence[str]) -> np.ndarray:
+            assert set(prompts) <= {f"p{number}" for number in range(6)}
+            return np.array([float(image.height) for image in images])
+
+    assert run(two_lists, pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
+    for cache in open_caches(str(tmp_path / "cache")):
+        relabel_cache(cache, open_source(two_lists), Height(), set_name="height", temperature=1.0)
+        found = read_label_set(cache)
+        assert sorted(found) == ids_of(tmp_path / "cache")[cache.manifest.resolution]
+        assert set(found.values()) == {(64.0, 64.0) if cache.manifest.resolution == (44, 24) else (40.0, 40.0)}
+
+
+def read_label_set(cache: Cache) -> dict[str, tuple[float, float]]:
+    sets = [read_shard_labels(cache.store, "height", shard.name) for shard in cache]
+    return {pair_id: each.scores for one in sets if one for pair_id, each in one.pairs.items() if each.scores}
 
 
 def test_buckets_of_a_source_that_fails(
