@@ -3,6 +3,7 @@
 Nothing is inverted again and no shard is touched: labels lie beside the shards, keyed by their attempts.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,9 +11,11 @@ from itertools import islice
 from scipy.special import expit
 
 from inpo.common.cache import Cache, Shard
+from inpo.common.cache.buckets import read_buckets
 from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labels, write_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, PairSource, decode_image
+from inpo.common.pairs.buckets import sort_pairs
 from inpo.common.printable import shown
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
@@ -67,7 +70,7 @@ def relabel_cache(
     """
     state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
-    inputs = {shard.name: shard for shard in source.input_shards()}
+    inputs = {shard.name: shard for shard in source_of(cache, source).input_shards()}
     num_replaced = 0
     state.wait_for_everyone()
     for shard in list(cache)[state.process_index :: state.num_processes]:
@@ -104,6 +107,22 @@ def relabel_cache(
         write_labels(cache.store, set_name, shard.name, made)
     state.wait_for_everyone()
     return report(cache, set_name, num_replaced)
+
+
+def source_of(cache: Cache, source: PairSource) -> PairSource:
+    """What a cache was made from: the source, or of it what belongs to the cache's bucket. The headers of all images
+    are read for that. Raises DataError if the source cannot be read, CacheSchemaError for a damaged list of buckets.
+    """
+    folder, _, name = cache.store.address.rstrip("/").rpartition("/")
+    buckets = read_buckets(folder or "/") if re.fullmatch(r"\d+x\d+", name) else None
+    if buckets is None or name not in buckets:
+        return source
+    sizes = [(int(height), int(width)) for height, width in (each.split("x") for each in buckets)]
+    wanted = {commit.source.input_shard for commit in cache.commits.values()}
+    found, failures = sort_pairs(source, [each for each in source.input_shards() if each.name in wanted], sizes)
+    if failures:
+        raise failures[0]
+    return found.get(cache.manifest.resolution, source)
 
 
 def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[str, PairLabel]:

@@ -29,7 +29,7 @@ class PrecomputeSettings(CacheSettings):
     sdxl, or a number of buckets from 1:2 to 2:1, all with about as many pixels as the resolution's square; unset: one
     cache."""
     limit: int | None = Field(None, ge=1)
-    """Stop after the shards that hold the first N rows; unset: all."""
+    """Stop after the shards that hold the first N rows, of each bucket if there are any; unset: all."""
 
     @field_validator("buckets", mode="before")
     @classmethod

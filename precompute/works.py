@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from inpo.common.errors import DataError
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
-from inpo.precompute.buckets import bucket_sizes, claim_buckets, sort_pairs
+from inpo.common.pairs.buckets import sort_pairs
+from inpo.precompute.buckets import bucket_sizes, claim_buckets
 from inpo.precompute.configuration import Configuration
 from inpo.precompute.inputs import grouped, list_work
 from inpo.precompute.tasks import ShardTask, list_tasks
@@ -26,9 +27,10 @@ class Work:
 def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple[list[Work], list[DataError]]:
     """The caches to be made, and an error for each input shard that cannot be read.
 
-    With buckets the headers of all images are read here. All buckets have the levels of the square that they are made
-    around, so that they can be trained on together. Raises DataError if there is nothing to do. `is_real`: the list of
-    buckets is written.
+    With buckets the headers of all images are read here, also beyond a limit within an input shard: what a bucket's
+    shard holds does not hang on the limit, which counts in each bucket. All buckets have the levels of the square that
+    they are made around, so that they can be trained on together. Raises DataError if there is nothing to do.
+    `is_real`: the list of buckets is written.
     """
     settings = resolved.settings
     source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
@@ -39,14 +41,16 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
     cache = resolved.data.need("cache").rstrip("/")
     if is_real:
         claim_buckets(cache, sizes)
-    found, failures = sort_pairs(source, tasks, sizes)
+    found, failures = sort_pairs(source, {task.input_shard.name: task.input_shard for task in tasks}.values(), sizes)
+    if not found:
+        raise failures[0]
     works = []
     for (height, width), bucket in found.items():
-        chosen = settings.model_copy(update={"resolution": f"{height}x{width}", "buckets": None, "limit": None})
+        chosen = settings.model_copy(update={"resolution": f"{height}x{width}", "buckets": None})
         if height == width:
             chosen = chosen.model_copy(update={"resolution": str(height)})
         data = resolved.data.model_copy(update={"cache": f"{cache}/{height}x{width}"})
-        of_bucket, _ = list_tasks(bucket)
+        of_bucket, _ = list_tasks(bucket, limit=settings.limit)
         rows = sum(task.num_rows for task in of_bucket)
         works.append(
             Work(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -20,6 +20,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.columns import brief
 from inpo.common.pairs.files import OBJECT_STORES, filesystem, is_local, one_line
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, check_text, too_large
 from inpo.common.printable import shown, shown_message
@@ -33,6 +34,8 @@ ROWS_PER_SILENT_HOST = 3
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL_SCHEMES = ("file", "local")
+_ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz)(\.[\w-]+)*$", re.IGNORECASE)
+"""Also in pieces: images.tar.gz.00, images.zip.001."""
 _PASSING = (408, 425, 429)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -68,8 +71,8 @@ class Reach:
         self.last_unreachable: RowProblem | None = None
 
     def image(self, value: object, side: str) -> bytes | None:
-        """The bytes of an image as a row has it: bytes, a `{bytes, path}` struct, or the name of a file, of a member
-        of an archive beside the list, or an address. Raises RowProblem.
+        """The bytes of an image as a row has it: bytes, a `{bytes, path}` struct, or the name of a file or an address.
+        Raises RowProblem.
         """
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
@@ -124,7 +127,7 @@ class Reach:
         try:
             return _read_regular(real, side, named)
         except FileNotFoundError:
-            raise RowProblem(reason="missing_image", detail=missing) from None
+            raise RowProblem(reason="missing_image", detail=missing + self._archive_hint) from None
         except OSError as error:  # no permission, a name too long: this image, not the source
             raise RowProblem(reason="missing_image", detail=f"{side}: {error.strerror or error}: {named}") from None
 
@@ -153,12 +156,26 @@ class Reach:
         except (_Refused, FileNotFoundError) as error:
             self._silent[host] = 0
             raise RowProblem(
-                reason="missing_image", detail=f"{side}: refused {shown_message(f'{address}: {error}')}"
+                reason="missing_image",
+                detail=f"{side}: refused {shown_message(f'{address}: {error}')}{self._archive_hint}",
             ) from None
         self._silent[host] = 0
         if len(data) > MAX_IMAGE_BYTES:
             raise too_large(f"{side}: {shown(address)}")
         return data
+
+    @cached_property
+    def _archive_hint(self) -> str:
+        """Words for images that are still packed beside the list, where that folder can be listed."""
+        if self._folder.startswith(("http://", "https://")):
+            return ""
+        try:
+            fs, inner = filesystem(self._folder)
+            names = sorted(str(file).rpartition("/")[2] for file in fs.ls(inner, detail=False))
+        except Exception:  # every file system has exceptions of its own; the image is missing either way
+            return ""
+        found = next((name for name in names if _ARCHIVE.search(name)), None)
+        return f"; unpack the archives beside the list first ({brief(found)}): none is looked into" if found else ""
 
     def _unreachable(self, detail: str) -> RowProblem:
         self.last_unreachable = RowProblem(reason="unreachable", detail=detail[:500])

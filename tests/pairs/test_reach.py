@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from inpo.common.errors import DataError
@@ -68,6 +69,21 @@ def test_only_regular_files_are_opened(folder: Path, monkeypatch: pytest.MonkeyP
     assert "named pipe" in details[0]
     assert "device" in details[6]
     assert "~ is not expanded in a list" in details[10]
+
+
+def test_images_that_are_still_packed_are_told_as_such(folder: Path) -> None:
+    (found,) = rows_of(folder, "images/0.png")
+    assert "unpack" not in found.detail  # type: ignore[union-attr]
+    for name in ("images.tar.gz.00", "images.tar.gz.01"):
+        (folder / name).write_bytes(b"\x1f\x8b")
+    (found,) = rows_of(folder, "images/0.png")
+    assert reasons([found]) == ["missing_image"]
+    assert "no file images/0.png; unpack the archives beside the list first (images.tar.gz.00)" in found.detail  # type: ignore[union-attr]
+    elsewhere = fsspec.filesystem("memory")
+    elsewhere.pipe({"/packed/pairs.jsonl": (folder / "pairs.jsonl").read_bytes(), "/packed/set.zip.001": b"PK"})
+    (shard,) = open_source("memory://packed").input_shards()
+    details = {item.detail for item in shard.rows(0, 1) if isinstance(item, Skipped)}
+    assert ["unpack the archives beside the list first (set.zip.001)" in each for each in details] == [True]
 
 
 def test_a_file_above_the_limit_is_not_read(folder: Path) -> None:

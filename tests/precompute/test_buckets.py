@@ -1,17 +1,23 @@
 """Sizes that are not square, lists, and buckets: what reaches the cache, and where."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from inpo.common.cache import open_cache
+import inpo.precompute.tasks as tasks_module
+from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.buckets import open_caches
-from inpo.common.errors import CacheMismatch, UsageError
+from inpo.common.cache.labels import read_shard_labels
+from inpo.common.errors import CacheMismatch, DataError, UsageError
+from inpo.common.pairs import open_source
+from inpo.evaluation.relabel import relabel_cache
 from inpo.precompute.buckets import bucket_sizes
 from tests.precompute.conftest import png
 
@@ -57,6 +63,90 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert prompts == {"", "p1"}
     with pytest.raises(CacheMismatch, match=r"(?s)sorted by other buckets.*24x44, 32x32, 44x24"):
         run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="1")
+
+
+def ids_of(folder: Path) -> dict[tuple[int, int], list[str]]:
+    """{resolution: the pairs' ids, sorted} of every bucket in a folder."""
+    return {
+        cache.manifest.resolution: sorted(str(each) for shard in cache for each in shard.read("pair/id"))
+        for cache in open_caches(str(folder))
+    }
+
+
+@pytest.fixture
+def two_lists(shapes: Path, tmp_path: Path) -> str:
+    """Two parquet files whose rows are high, square, or without images (-)."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, kinds in (("a", "hs-shs"), ("b", "hhh")):
+        rows = []
+        for number, kind in enumerate(kinds):
+            data = None if kind == "-" else (shapes / f"{'1' if kind == 'h' else '0'}-win.png").read_bytes()
+            rows.append({"win": data, "lose": data, "prompt": f"p{number}", "id": f"{name}{number}"})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("first", ["limit", "one file"])
+def test_what_comes_later_loses_no_row_of_a_bucket(
+    pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """A bucket's committed shard stays, so its rows must be the same with more rows beside it. With both files most
+    pairs are high, with the first one alone most are square."""
+    monkeypatch.setattr(tasks_module, "MAX_PAIRS_PER_SHARD", 2)
+    model, cache, other = pipelines("sdxl"), tmp_path / "cache", Path(two_lists) / "b.parquet"
+    if first == "one file":
+        other.rename(tmp_path / "b.parquet")
+    assert run(two_lists, model, cache, buckets="3", limit=1 if first == "limit" else None) == 0
+    if first == "one file":
+        (tmp_path / "b.parquet").rename(other)
+    before = ids_of(cache)
+    assert run(two_lists, model, cache, buckets="3") == 0
+    whole = {(32, 32): ["a1", "a3", "a5"], (44, 24): ["a0", "a4", "b0", "b1", "b2"]}
+    assert before != whole
+    assert ids_of(cache) == whole
+
+
+def test_labels_of_a_bucket_come_from_the_source_of_all(
+    pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path
+) -> None:
+    """Rows of a bucket's shard are not the rows of the file with the same numbers."""
+
+    class Height:
+        name, preference_temperature = "height", 1.0
+
+        def score(self, images: Any, prompts: Sequence[str]) -> np.ndarray:
+            assert set(prompts) <= {f"p{number}" for number in range(6)}
+            return np.array([float(image.height) for image in images])
+
+    assert run(two_lists, pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
+    for cache in open_caches(str(tmp_path / "cache")):
+        relabel_cache(cache, open_source(two_lists), Height(), set_name="height", temperature=1.0)
+        found = read_label_set(cache)
+        assert sorted(found) == ids_of(tmp_path / "cache")[cache.manifest.resolution]
+        assert set(found.values()) == {(64.0, 64.0) if cache.manifest.resolution == (44, 24) else (40.0, 40.0)}
+
+
+def read_label_set(cache: Cache) -> dict[str, tuple[float, float]]:
+    sets = [read_shard_labels(cache.store, "height", shard.name) for shard in cache]
+    return {pair_id: each.scores for one in sets if one for pair_id, each in one.pairs.items() if each.scores}
+
+
+def test_buckets_of_a_source_that_fails(
+    pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file whose rows cannot be read is left out whole and reported; if there is no other, that is the error."""
+    for name in ("b", "a"):
+        file = Path(two_lists) / f"{name}.parquet"
+        data = bytearray(file.read_bytes())
+        data[4:200] = bytes(196)  # the first pages; the footer stays
+        file.write_bytes(data)
+        if name == "b":
+            assert run(two_lists, pipelines("sdxl"), tmp_path / "cache", buckets="3") == 1
+            assert ids_of(tmp_path / "cache") == {(32, 32): ["a1", "a3", "a5"], (44, 24): ["a0", "a4"]}
+            assert "b.parquet" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        run(two_lists, pipelines("sdxl"), tmp_path / "other", buckets="3")
 
 
 def test_an_image_is_cut_to_a_size_that_is_no_square(
