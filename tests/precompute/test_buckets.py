@@ -11,7 +11,7 @@ from PIL import Image
 
 from inpo.common.cache import open_cache
 from inpo.common.cache.buckets import open_caches
-from inpo.common.errors import CacheMismatch, UsageError
+from inpo.common.errors import CacheMismatch, CacheMissing, UsageError
 from inpo.precompute.buckets import bucket_sizes
 from tests.precompute.conftest import png
 
@@ -57,6 +57,9 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert prompts == {"", "p1"}
     with pytest.raises(CacheMismatch, match=r"(?s)sorted by other buckets.*24x44, 32x32, 44x24"):
         run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="1")
+    (tmp_path / "cache" / "44x24" / "manifest.json").unlink()
+    with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*44x24"):  # and is not taken for one not yet made
+        open_caches(str(tmp_path / "cache"))
 
 
 def test_an_image_is_cut_to_a_size_that_is_no_square(
