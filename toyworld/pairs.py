@@ -104,7 +104,7 @@ def _fingerprint(model: str) -> str:
             where=MODELS[model],
             expected="a pipeline folder",
             got="no weights",
-            fix=f"`make toyworld-{model}` trains it, in a copy of the repository (docs/toyworld.md)",
+            fix=f"`make toyworld-{model}` trains it, in the repository",
         )
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
