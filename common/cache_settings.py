@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from pydantic import Field, field_validator
 
 from inpo.common.choices import (
+    EMBEDDED_GUIDANCE,
     MAX_TIMESTEPS,
     NOISING,
     DensityName,
@@ -137,7 +138,7 @@ class CacheSettings(Section):
         told["resolution"] = size_text(*manifest.resolution)
         told["levels"], shift = manifest.levels.density, manifest.levels.shift
         told["shift"] = None if shift is None else str(shift)
-        told["embedded_guidance"] = manifest.static.get("embedded_guidance")
+        told[EMBEDDED_GUIDANCE] = manifest.static.get(EMBEDDED_GUIDANCE)
         # What the inverter does not use, and what it takes anyway, stays unset.
         if inverter.refine_start == _usual_refinement(inverter.name):
             told["refine_start"] = None

@@ -18,10 +18,10 @@ NetworkDtypeName = Literal["float32", "bfloat16", "float16", "float32-int8", "bf
 Space = Literal["noise", "velocity"]
 DensityName = Literal["uniform", "logit-normal"]
 CompileName = Literal["auto", "blocks", "whole", "off"]
+EMBEDDED_GUIDANCE = "embedded_guidance"
+"""What a network with guidance built in is told: its name among what a cache's network is told at every call."""
 MAX_TIMESTEPS = 32767
 """Timesteps are stored as int16."""
-
-
 AUTO = 0
 """A batch size that is to be found."""
 

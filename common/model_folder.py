@@ -52,7 +52,7 @@ def folder_of(
         )
     except Exception as error:  # the hub client raises many kinds; each means the model could not be fetched
         raise ModelError(
-            "The model is no local folder, and could not be fetched from the hub.",
+            "The model is not a local folder, and could not be fetched from the hub.",
             where=location,
             got=str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
             fix="check the name, the network and HF_HUB_OFFLINE, or download it and pass the folder",

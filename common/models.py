@@ -6,8 +6,6 @@ A model is a pipeline folder, a hub id, or one .safetensors file (common/single_
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +91,7 @@ class Model:
                 got=name,
                 fix="update diffusers, or correct the name",
             )
-        with _loading("scheduler", self.folder / "scheduler"):
+        with weight_files.loading("scheduler", self.folder / "scheduler"):
             return cls.from_pretrained(self.folder, subfolder="scheduler")
 
     @property
@@ -224,7 +222,7 @@ class Model:
         for part in self.networks:
             if part not in components:
                 components[part] = self.load_component(part)
-        with _loading("pipeline", self.folder):  # of which tokenizers and scheduler are left
+        with weight_files.loading("pipeline", self.folder):  # of which tokenizers and scheduler are left
             return self.family.pipeline.from_pretrained(
                 self.folder, use_safetensors=True, **self.family.unneeded, **components
             )
@@ -248,13 +246,13 @@ class Model:
         the libraries would draw them at random, or leave them without numbers.
         """
         if self.file is not None and self.in_file(component):
-            with _loading(component, self.file):
+            with weight_files.loading(component, self.file):
                 return single_file.load_component(
                     self.file, component, self._class_of(component), folder=self.folder, family=self.family
                 )
         folder = self._component_folder(component)
         variant = self._variant_of(component)
-        with _loading(component, folder):
+        with weight_files.loading(component, folder):
             weight_files.check_parts(folder, variant)
             network, information = self._class_of(component).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, variant=variant, output_loading_info=True
@@ -273,24 +271,6 @@ class Model:
 
     def _component_folder(self, component: str) -> Path:
         return self.vae_folder if component == "vae" and self.vae_folder else self.folder / component
-
-
-@contextmanager
-def _loading(what: str, where: Path) -> Iterator[None]:
-    """Whatever the libraries raise for files that are damaged or do not fit becomes one ModelError."""
-    try:
-        yield
-    except (ModelError, MemoryError):
-        raise
-    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
-        lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"The model's {what} cannot be loaded.",
-            where=where,
-            expected="whole files, weights that fit their configuration",
-            got=(lines[0] if lines else type(error).__name__)[:200],
-            fix="download or convert the model again; it should load with diffusers' own DiffusionPipeline",
-        ) from error
 
 
 def open_model(
@@ -359,7 +339,7 @@ def _family_of(folder: Path) -> Family:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(
-            "This folder is no diffusers pipeline.",
+            "This folder is not a diffusers pipeline.",
             where=folder,
             expected="model_index.json",
             got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",

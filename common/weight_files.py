@@ -1,5 +1,7 @@
-"""Which files of a component's folder hold its weights: what diffusers and transformers load from there."""
+"""Which files of a component's folder the libraries load as its weights, and what they raise as an error of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from inpo.common.errors import ModelError
@@ -55,3 +57,21 @@ def check_parts(folder: Path, variant: str | None) -> None:
             )
             if lost:
                 raise ValueError(f"{len(lost)} files of {index.name} are missing: {', '.join(lost[:3])}")
+
+
+@contextmanager
+def loading(what: str, where: Path) -> Iterator[None]:
+    """Whatever the libraries raise for files that are damaged or do not fit becomes one ModelError."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError, ...
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            f"The model's {what} cannot be loaded.",
+            where=where,
+            expected="whole files, weights that fit their configuration",
+            got=(lines[0] if lines else type(error).__name__)[:200],
+            fix="download or convert the model again; it should load with diffusers' own DiffusionPipeline",
+        ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from inpo.common.cache.schema import LevelTables, Manifest
-from inpo.common.choices import DtypeName
+from inpo.common.choices import EMBEDDED_GUIDANCE, DtypeName
 from inpo.common.denoiser import check_quantiser, compute_name, default_dtype
 from inpo.common.errors import UsageError
 from inpo.common.inversion import check_distinct, check_settings
@@ -100,7 +100,7 @@ def build_manifest(
         latent_shape=latent_shape,
         levels=LevelTables.of(levels),
         conditions=dict(family.conditions),
-        static=static | ({} if settings.embedded_guidance is None else {_GUIDANCE: settings.embedded_guidance}),
+        static=static | ({} if settings.embedded_guidance is None else {EMBEDDED_GUIDANCE: settings.embedded_guidance}),
         profile=settings.profile,
         extra=settings.extra,
         seed=settings.seed,
@@ -118,9 +118,6 @@ def build_manifest(
         fingerprints=model.fingerprints,
         versions={name: version(name) for name in ("torch", "diffusers", "transformers", "zarr", "numpy", "pillow")},
     )
-
-
-_GUIDANCE = "embedded_guidance"
 
 
 def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
@@ -150,7 +147,12 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
     for value, option, is_used, why in (
         (settings.levels, "--levels", is_flow, "its scheduler has a table of levels"),
         (settings.shift, "--shift", is_flow, "its scheduler has a table of levels"),
-        (settings.embedded_guidance, "--embedded-guidance", _GUIDANCE in static, "its network is told no guidance"),
+        (
+            settings.embedded_guidance,
+            "--embedded-guidance",
+            EMBEDDED_GUIDANCE in static,
+            "its network is told no guidance",
+        ),
     ):
         if value is not None and not is_used:
             raise UsageError(

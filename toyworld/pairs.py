@@ -97,8 +97,17 @@ class PairReport:
 
 @cache
 def _fingerprint(model: str) -> str:
+    files = sorted(MODELS[model].rglob("*.safetensors"))
+    if not files:
+        raise UsageError(
+            "this base model has not been trained",
+            where=MODELS[model],
+            expected="a pipeline folder",
+            got="no weights",
+            fix=f"`make toyworld-{model}` trains it, in the repository",
+        )
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(MODELS[model].rglob("*.safetensors")):
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -187,7 +187,8 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
         heldout = train_heldout.HeldoutTraining()
         stage("heldout", heldout, train_heldout.draw_batch, train_heldout.SETTINGS)
         if rank == 0:
-            save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, HELDOUT_WEIGHTS)
+            weights = HELDOUT_WEIGHTS if chosen.out is None else folder / HELDOUT_WEIGHTS.name
+            save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, weights)
 
     pictures, captions = load_pictures(folder, chosen.pictures)
     if is_flow:
@@ -277,7 +278,11 @@ def save(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", choices=list(MODELS))
-    parser.add_argument("--out", type=Path, help="folder of the pipeline, in place of the repository's own")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the pipeline, in place of the repository's own; the held-out scorer is then left in --work",
+    )
     parser.add_argument("--work", type=Path, default=TRAINING_FOLDER, help="folder for what a stopped run goes on from")
     parser.add_argument("--steps", type=int, help="of every stage, to try the script")
     parser.add_argument("--pictures", type=int, default=NUM_PICTURES, help="that are trained on")

@@ -3,6 +3,7 @@
 import json
 import re
 
+from inpo.common.cache.commits import Commit
 from inpo.common.cache.reader import Cache, open_cache
 from inpo.common.cache.schema import BUCKETS, MANIFEST
 from inpo.common.cache.store import CacheStore
@@ -39,7 +40,8 @@ def open_caches(location: str) -> list[Cache]:
     found = []
     for name in names:
         try:
-            if CacheStore(f"{base}/{name}").get(MANIFEST) is None:
+            store = CacheStore(f"{base}/{name}")
+            if store.get(MANIFEST) is None and not store.listing(Commit.folder):
                 continue
         except CacheMissing:  # no pair had this shape
             continue

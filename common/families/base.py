@@ -27,6 +27,7 @@ from inpo.common.levels import Levels, TimeSettings
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 EMBEDDING = ConditionSpec(dtype="float16", axes=("token", "width"), per="prompt")
+POOLED = ConditionSpec(dtype="float16", axes=("width",), per="prompt")
 LENGTH = ConditionSpec(dtype="int32", axes=(), per="prompt")
 
 

@@ -9,13 +9,12 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inpo.common.cache.schema import ConditionSpec
+from inpo.common.choices import EMBEDDED_GUIDANCE
 from inpo.common.conditions import Condition, NetworkCall
-from inpo.common.families.base import EMBEDDING, Config
+from inpo.common.families.base import EMBEDDING, POOLED, Config
 from inpo.common.families.flow import FlowFamily, packed, unpacked
 from inpo.common.families.lora import originals
 
-_GUIDANCE = "embedded_guidance"
 _DOUBLE, _SINGLE = "transformer_blocks.#.", "single_transformer_blocks.#."
 _ORIGINALS = originals(
     {
@@ -49,7 +48,7 @@ class Flux(FlowFamily):
     network_class = FluxTransformer2DModel
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
-    conditions = {"embedding": EMBEDDING, "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt")}
+    conditions = {"embedding": EMBEDDING, "pooled": POOLED}
     max_tokens = most_tokens = 512
     patch = 4
     originals = _ORIGINALS
@@ -64,10 +63,10 @@ class Flux(FlowFamily):
 
     def static(self, config: Callable[[str], Config]) -> dict[str, float]:
         """At 1 a network with guidance distilled into it is nearest to the mean that the errors assume."""
-        return {_GUIDANCE: 1.0} if config("transformer").get("guidance_embeds", False) else {}
+        return {EMBEDDED_GUIDANCE: 1.0} if config("transformer").get("guidance_embeds", False) else {}
 
     def bound(self, static: Mapping[str, float]) -> NetworkCall:
-        return partial(self.call, guidance=static.get(_GUIDANCE))
+        return partial(self.call, guidance=static.get(EMBEDDED_GUIDANCE))
 
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         transformer = config("transformer")

@@ -17,9 +17,6 @@ from inpo.common.errors import ModelError
 from inpo.common.families.base import EMBEDDING, LENGTH, Config, Family, State, read_json
 from inpo.common.families.lora import WRAPPER, layers_of, save_adapter
 
-_TOKENS = 300
-"""Of a prompt, as the pipeline cuts it."""
-
 
 class PixArtSigma(Family):
     """PixArt-Sigma."""
@@ -34,7 +31,7 @@ class PixArtSigma(Family):
     network_class = PixArtTransformer2DModel
     tokenizer_files = ("tokenizer.json", "spiece.model")
     conditions = {"embedding": EMBEDDING, "length": LENGTH}
-    max_tokens = most_tokens = _TOKENS
+    max_tokens = most_tokens = 300
     predictions = ("epsilon",)
     lora_file = "adapter_model.safetensors"
     blocks = ("BasicTransformerBlock",)
@@ -66,7 +63,10 @@ class PixArtSigma(Family):
         return 4 * int(network.get("patch_size", 2))
 
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
-        return {"embedding": (max_tokens or _TOKENS, int(config("transformer")["caption_channels"])), "length": ()}
+        return {
+            "embedding": (max_tokens or self.max_tokens, int(config("transformer")["caption_channels"])),
+            "length": (),
+        }
 
     def encode(
         self, pipeline: Any, prompts: Sequence[str], device: torch.device, max_tokens: int | None = None
@@ -77,7 +77,7 @@ class PixArtSigma(Family):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             clean_caption=False,
-            max_sequence_length=max_tokens or _TOKENS,
+            max_sequence_length=max_tokens or self.max_tokens,
         )
         return {"embedding": embedding, "length": mask.sum(1)}
 

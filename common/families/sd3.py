@@ -8,9 +8,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inpo.common.cache.schema import ConditionSpec
 from inpo.common.conditions import Condition
-from inpo.common.families.base import EMBEDDING, Config
+from inpo.common.families.base import EMBEDDING, POOLED, Config
 from inpo.common.families.flow import FlowFamily
 from inpo.common.families.lora import originals
 
@@ -43,7 +42,7 @@ class StableDiffusion3(FlowFamily):
     network_class = SD3Transformer2DModel
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    conditions = {"embedding": EMBEDDING, "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt")}
+    conditions = {"embedding": EMBEDDING, "pooled": POOLED}
     max_tokens = 256
     most_tokens = 512
     originals = _ORIGINALS

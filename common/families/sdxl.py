@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from inpo.common.cache.schema import ConditionSpec
-from inpo.common.families.base import EMBEDDING, Config, State
+from inpo.common.families.base import EMBEDDING, POOLED, Config, State
 from inpo.common.families.lora import Original
 from inpo.common.families.original_layout import clip_keys, component_keys, open_clip_keys, unet_layer
 from inpo.common.families.sd import UNetFamily
@@ -27,7 +27,7 @@ class StableDiffusionXL(UNetFamily):
     tokenizers = ("tokenizer", "tokenizer_2")
     conditions = {
         "embedding": EMBEDDING,
-        "pooled": ConditionSpec(dtype="float16", axes=("width",), per="prompt"),
+        "pooled": POOLED,
         "time_ids": ConditionSpec(dtype="float32", axes=("time_id",), per="image"),
     }
     # "Explaining the SDXL latent space", huggingface.co/blog (output 0..255 there).

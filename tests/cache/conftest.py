@@ -224,6 +224,14 @@ def sound(tmp_path_factory, build) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, build) -> Path:
+    """Every array there is, two shards of one size."""
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    build.cache(folder, pairs=(3, 3), **build.everything)
+    return folder
+
+
 @pytest.fixture
 def folder(sound, tmp_path) -> Path:
     """A copy of a cache with every array there is, plain pairs in s0 and a group of three images in s1, a skipped row

@@ -44,6 +44,7 @@ def forge_commit(folder: Path, change: Callable[[dict[str, Any]], None], name: s
     file.write_text(json.dumps(rest | {"checksum": checksum}))
 
 
+DEEP = "../../../../etc/passwd"
 RANDOM = ("x0_t", "reference_error")
 """Checks of numbers that are random here, and fulfil no identity."""
 

@@ -15,7 +15,7 @@ import inpo.precompute.tasks as tasks_module
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.buckets import open_caches
 from inpo.common.cache.labels import read_shard_labels
-from inpo.common.errors import CacheMismatch, DataError, UsageError
+from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageError
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.precompute.buckets import bucket_sizes
@@ -63,6 +63,9 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert prompts == {"", "p1"}
     with pytest.raises(CacheMismatch, match=r"(?s)sorted by other buckets.*24x44, 32x32, 44x24"):
         run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="1")
+    (tmp_path / "cache" / "44x24" / "manifest.json").unlink()
+    with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*44x24"):  # and is not taken for one not yet made
+        open_caches(str(tmp_path / "cache"))
 
 
 def ids_of(folder: Path) -> dict[tuple[int, int], list[str]]:

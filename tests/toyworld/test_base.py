@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import inpo.toyworld
+from inpo.toyworld import train_base
 from inpo.toyworld.architecture import build_tokenizer
+from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
 from inpo.toyworld.heldout import HeldoutScorer
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.sampling import LATENT_SHAPE, MODELS, generate
@@ -105,3 +108,16 @@ def test_the_training_record_lies_beside_the_weights():
         assert steps[-1] == record["settings"][stage]["steps"]
         assert losses[-1] < losses[0] / 2
         assert record["minutes"][stage]["cpu"] > 0
+
+
+@pytest.mark.slow
+def test_a_trial_of_the_training_leaves_the_repositorys_own_models(tmp_path):
+    before = HELDOUT_WEIGHTS.read_bytes()
+    chosen = ["--steps", "1", "--pictures", "8", "--out", str(tmp_path / "base"), "--work", str(tmp_path / "work")]
+    try:
+        train_base.main(["base", *chosen])
+        assert HELDOUT_WEIGHTS.read_bytes() == before
+    finally:
+        HELDOUT_WEIGHTS.write_bytes(before)
+    assert load_file(tmp_path / "work" / HELDOUT_WEIGHTS.name).keys() == load_file(HELDOUT_WEIGHTS).keys()
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "base")) is StableDiffusionPipeline

@@ -19,6 +19,7 @@ from inpo.toyworld import pairs as pairs_module
 from inpo.toyworld.cli import app
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.pairs import TIE_MARGIN, PairSettings, make_pairs
+from inpo.toyworld.sampling import MODELS
 from inpo.toyworld.scenes import captions
 
 NUM_PAIRS = 12
@@ -215,3 +216,12 @@ def test_the_folders_own_record_is_not_taken_for_a_list_of_pairs(tmp_path: Path)
     make_pairs(PairSettings(num_pairs=2, formats=("webdataset",)), tmp_path / "pairs", quiet=True)
     with pytest.raises(DataError, match="folders in it: webdataset"):
         open_source(str(tmp_path / "pairs"))
+
+
+def test_a_model_that_was_not_trained_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    """Else the folder would be refused once the model is there."""
+    monkeypatch.setitem(MODELS, "flow", tmp_path / "flow")
+    pairs_module._fingerprint.cache_clear()
+    with pytest.raises(UsageError, match=r"(?s)has not been trained.*make toyworld-flow"):
+        run("pairs", "--out", tmp_path / "pairs", "--pairs", 2, "--model", "flow")
+    assert not (tmp_path / "pairs").exists()

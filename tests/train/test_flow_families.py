@@ -153,8 +153,10 @@ def test_what_is_trained_is_read_back_by_the_pipelines_own_loader(
     settings = EvaluateSettings(inference_steps=2, guidance=2.0, lora=str(output / "lora"), resolution=48)
     report = generate(open_model(str(folder)), PROMPTS[:1], settings, tmp_path / "images")
     assert report.num_images == 1
-    with Image.open(tmp_path / "images" / "images" / "00000-0.png") as image:
-        assert image.size == (48, 48)
+    generate(open_model(str(folder)), PROMPTS[:1], settings.model_copy(update={"lora": None}), tmp_path / "plain")
+    images = [Image.open(tmp_path / name / "images" / "00000-0.png") for name in ("images", "plain")]
+    assert [image.size for image in images] == [(48, 48)] * 2
+    assert images[0].tobytes() != images[1].tobytes()
 
 
 def test_the_cache_is_verified_inverted_again_and_shown(made: str, folder: Path) -> None:
