@@ -138,6 +138,32 @@ def test_listwise_is_plackett_and_luces_probability_of_the_ranking() -> None:
     assert total == pytest.approx(1, rel=1e-9)
 
 
+def test_the_gradients_of_lists_are_those_of_the_papers_formulas_by_hand() -> None:
+    """Of the best, the second and so on in turn: the softmax among those left, minus 1 for the one that is taken; and
+    twice the penalty's share minus the advantage."""
+    random, score = np.random.default_rng(1), np.array([0.3, 2.0, -1.0, 0.9])
+    reference = random.uniform(0.1, 0.9, 4)
+    error = reference + 1e-3 * random.standard_normal(4)
+    reward, left = -(BETA / 2) * (error - reference), list(np.argsort(-score))
+    ranked = np.zeros(4)
+    while left:
+        worth = np.exp(reward[left])
+        ranked[left] += worth / worth.sum()
+        ranked[left.pop(0)] -= 1
+    advantage = np.exp(score) / np.exp(score).sum() - 1 / 4
+    value = 0.7 * np.mean(reward**2) - (advantage * reward).sum()
+    expected = {"listwise": ranked, "lair": 2 * 0.7 * reward / 4 - advantage}
+    lists = as_lists((by_score(score), advantages(score)))
+    for name, by_reward in expected.items():
+        leaf = torch.from_numpy(error)[None].requires_grad_()
+        own = {"parameter": 0.7} if name == "lair" else {}
+        loss = OBJECTIVES[name].function(leaf, torch.from_numpy(reference)[None], lists, BETA, **own).loss
+        loss.sum().backward()
+        assert leaf.grad is not None
+        np.testing.assert_allclose(leaf.grad[0], -(BETA / 2) * by_reward, rtol=1e-9)
+        assert name == "listwise" or loss.item() == pytest.approx(value, rel=1e-9)
+
+
 def test_equal_ranks_do_not_compete() -> None:
     """A over B and C, which are equal: one choice among three. Nothing but equal ranks: nothing to learn."""
     worth = torch.tensor([[0.0, 1e-3, -1e-3]], dtype=torch.float64)
