@@ -75,7 +75,7 @@ class Command(TyperCommand):
             if answer is not None and name not in own:
                 ours = answer.split()[0].rstrip(",:")
                 if ours.startswith("--") and ours not in own and " of " not in answer:
-                    answer += f", of another command: see `inpo {_command_with(ours, ctx)} --help`"
+                    answer += f", of another command: see `{_command_with(ours, ctx)} --help`"
                 raise UsageError(
                     f"{name} is another trainer's option.",
                     where=ctx.command_path,
@@ -88,8 +88,7 @@ class Command(TyperCommand):
 
 
 def _command_with(option: str, ctx: Any) -> str:
-    """The first command of `inpo` that has an option; train if none has."""
+    """`inpo` and the first of its commands that has an option; train if none has."""
     commands = getattr(ctx.find_root().command, "commands", {})
-    return next(
-        (name for name, each in commands.items() if any(option in known.opts for known in each.params)), "train"
-    )
+    having = (name for name, each in commands.items() if any(option in known.opts for known in each.params))
+    return f"inpo {next(having, 'train')}"
