@@ -25,6 +25,7 @@ from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.plan import plan
 from inpo.precompute.cli import precompute
+from inpo.rounds.cli import sample
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, push, train
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(precompute)
+app.command(cls=Command)(sample)
 app.command(cls=Command)(train)
 app.command(cls=Command)(export)
 app.command(cls=Command)(push)

@@ -13,7 +13,7 @@ import numpy as np
 
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.errors import CacheCorrupt, InpoError, command
+from inpo.common.errors import CacheCorrupt, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags
 from inpo.common.recipe import DataSection, ModelSection
@@ -72,6 +72,15 @@ def measure_drift(
     bad: dict[str, Any] = {}
     cache = open_cache(location, damaged=bad)
     damaged: dict[str, InpoError] = dict(bad)
+    if cache.manifest.inverter.name == "recorded":
+        raise UsageError(
+            "Nothing was inverted here that another model could invert elsewhere.",
+            where=cache.location,
+            expected="a cache of inverted pairs",
+            got="recorded points",
+            fix="the model in training makes points of its own: `inpo sample` with it; or "
+            f"`{command('precompute', '--like', cache.location, '--errors-only')}` for its errors at these",
+        )
     table = read_pair_table(cache, damaged)
     if not len(table):
         raise nothing_readable(cache, damaged)

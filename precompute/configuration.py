@@ -26,6 +26,8 @@ class Configuration:
     model_section: ModelSection
     data: DataSection
     settings: PrecomputeSettings
+    section: str = "precompute"
+    """Of the recipe, which has the settings."""
 
     def with_batch_size(self, pairs: int) -> "Configuration":
         """The same, where the batch size was to be found."""
@@ -33,7 +35,7 @@ class Configuration:
 
     def to_toml(self, *, differing: bool = False) -> str:
         """As a recipe; `differing`: only what is not the default."""
-        sections = {"model": self.model_section, "data": self.data, "precompute": self.settings}
+        sections = {"model": self.model_section, "data": self.data, self.section: self.settings}
         return to_toml(sections, differing=differing)
 
 

@@ -14,10 +14,10 @@ from inpo.common.memory import Need, device_memory
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.components import call_blank, compile_components, load_components
-from inpo.precompute.configuration import build_manifest, configure, device_type
+from inpo.precompute.configuration import configure
 from inpo.precompute.inputs import committed_shards, print_inputs
 from inpo.precompute.memory import precompute_peak
-from inpo.precompute.plan import Plan, check_disk, make_plan, print_needs, print_plan
+from inpo.precompute.plan import Plan, check_disk, print_needs, print_plan
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.works import list_works
 
@@ -49,13 +49,11 @@ def run_plan(
     works, unreadable = list_works(resolved, model, is_real=False)
     documents = []
     for number, work in enumerate(works):
-        settings, cache = work.resolved.settings, work.resolved.data.need("cache")
-        manifest = build_manifest(
-            settings, model, device_type=device_type(settings, None), levels_size=work.levels_size
-        )
+        settings, cache = work.resolved.settings, work.cache
+        manifest = work.manifest(model, None)
         if number == 0:
             print_inputs(work.source, work.tasks, unreadable)
-        plan = make_plan(work.tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
+        plan = work.plan(committed_shards(cache, manifest), manifest, model)
         hours = _calibrated_hours(plan, model, manifest, settings) if calibrate else None
         memory = device_memory(gibibytes)
         own = Need(what="precompute", batch_size=settings.batch_size, peak=precompute_peak(model, manifest))

@@ -34,6 +34,8 @@ class Plan:
     num_committed: int
     num_pairs: int
     """Rows still to be made: pairs at most, since ties and unreadable images give none."""
+    num_images: int
+    """Images that go through the network for them."""
     network_calls_per_image: float
     """Network evaluations per image, mean over the groups' own paths; one is one latent through the network."""
     bytes_by_array: dict[str, int]
@@ -47,13 +49,14 @@ class Plan:
     @property
     def network_calls(self) -> int:
         measured = SPREAD_RECORDS * (self.num_shards - self.num_committed)
-        return round(2 * self.num_pairs * self.network_calls_per_image) + measured
+        return round(self.num_images * self.network_calls_per_image) + measured
 
     def to_json(self) -> dict[str, Any]:
         return {
             "num_shards": self.num_shards,
             "num_committed": self.num_committed,
             "num_pairs": self.num_pairs,
+            "num_images": self.num_images,
             "network_calls_per_image": self.network_calls_per_image,
             "network_calls": self.network_calls,
             "bytes_by_array": self.bytes_by_array,
@@ -62,8 +65,18 @@ class Plan:
         }
 
 
-def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifest, model: Model, *, cache: str) -> Plan:
-    """Estimate what the tasks that are not committed yet will cost."""
+def make_plan(
+    tasks: Sequence[ShardTask],
+    committed: set[str],
+    manifest: Manifest,
+    model: Model,
+    *,
+    cache: str,
+    images_per_row: float = 2.0,
+    calls: float | None = None,
+) -> Plan:
+    """Estimate what the tasks that are not committed yet will cost. `calls`: network calls per image, if they are not
+    those of inverting it."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
     lengths = model.family.lengths(model.config, manifest.max_tokens)
@@ -81,7 +94,8 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
         num_shards=len(tasks),
         num_committed=len(tasks) - len(remaining),
         num_pairs=num_pairs,
-        network_calls_per_image=calls_per_image(manifest, model),
+        num_images=round(images_per_row * num_pairs),
+        network_calls_per_image=calls_per_image(manifest, model) if calls is None else calls,
         bytes_by_array=bytes_by_array,
         free_bytes=None if is_remote(cache) else free_bytes(Path(cache)),
     )

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.choices import BatchSize, CompileName
+from inpo.common.choices import BatchSize, CompileName, InverterName
 from inpo.common.recipe import Section
 
 MAX_BUCKETS = 64
@@ -30,6 +30,13 @@ class PrecomputeSettings(CacheSettings):
     cache."""
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N rows, of each bucket if there are any; unset: all."""
+
+    @field_validator("inverter")
+    @classmethod
+    def _walked_to(cls, value: InverterName) -> InverterName:
+        if value == "recorded":
+            raise ValueError("nothing inverts so: `inpo sample` and --errors-only give points that are there already")
+        return value
 
     @field_validator("buckets", mode="before")
     @classmethod

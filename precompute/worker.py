@@ -5,6 +5,7 @@ compute (device)    pixels -> x0, committed texts -> conditions, inversion -> th
 write               attempt folder, fsync, commit
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.choices import AUTO
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.errors import DataError
-from inpo.common.inversion import invert
+from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
@@ -106,8 +107,12 @@ class ShardWorker:
     def compute(self, prepared: PreparedShard) -> ShardData:
         """Encode and invert; pairs with any number that is not finite are quarantined with the reason. Raises
         OutOfMemory."""
-        with memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE):
+        with self.memory_in_words():
             return self._compute(prepared)
+
+    def memory_in_words(self) -> contextlib.AbstractContextManager[None]:
+        """Around what is computed: memory that runs out is told with what helps."""
+        return memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE)
 
     def _compute(self, prepared: PreparedShard) -> ShardData:
         task, manifest = prepared.task, self.manifest
@@ -117,7 +122,7 @@ class ShardWorker:
         result = _Result()
         if prepared.pairs:
             everything = arrange(prepared.pairs, manifest.group)
-            x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+            x0 = self.latents(prepared, everything)
             kept = arrange(
                 _finite_pairs(everything, x0.isfinite().flatten(1).all(1), "a VAE latent", skipped), manifest.group
             )
@@ -125,7 +130,7 @@ class ShardWorker:
             seconds["encode"] = time.perf_counter() - clock
             clock = time.perf_counter()
             if kept.pairs:
-                result = self._invert(kept, x0, skipped)
+                result = self._invert(prepared, kept, x0, skipped)
                 seconds["invert"] = time.perf_counter() - clock
         return ShardData(
             arrays=result.arrays,
@@ -172,17 +177,22 @@ class ShardWorker:
                 )
         return True
 
-    def _invert(self, everything: Arrangement, x0: Float16[Tensor, "image c h w"], skipped: list[Any]) -> "_Result":
+    def latents(self, prepared: PreparedShard, everything: Arrangement) -> Float16[Tensor, "image c h w"]:
+        """x0 of every image as it is stored, on the CPU; not finite where the VAE overflows."""
+        x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+        return coarse(x0) if self.manifest.profile == "compact" else x0
+
+    def records(
+        self,
+        prepared: PreparedShard,
+        everything: Arrangement,
+        x0: Float16[Tensor, "image c h w"],
+        caption: Condition,
+        empty: Condition,
+    ) -> Inverted:
+        """What is stored of every image; x0 is as it is stored, `caption` what each is trained under."""
         manifest = self.manifest
-        own = [self.table.place(prompt) or EMPTY_PLACE for prompt in everything.prompts]
-        share = manifest.inverter.caption_dropout
-        dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
-        training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
-        images = self._image_conditions(everything.images)
-        caption = self._condition(training, everything, images)
-        compact = manifest.profile == "compact"
-        x0 = coarse(x0) if compact else x0
-        inverted = invert(
+        return invert(
             self.components.denoiser,
             x0,
             everything.groups,
@@ -190,13 +200,26 @@ class ShardWorker:
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
             caption=caption,
-            empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
+            empty=empty,
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
-            compact=compact,
+            compact=manifest.profile == "compact",
             own_noise=self._own_noise(everything) if manifest.inverter.name == "tracked" else None,
             images_per_batch=2 * self.pairs_per_batch,
         )
+
+    def _invert(
+        self, prepared: PreparedShard, everything: Arrangement, x0: Float16[Tensor, "image c h w"], skipped: list[Any]
+    ) -> "_Result":
+        manifest = self.manifest
+        own = [self.table.place(prompt) or EMPTY_PLACE for prompt in everything.prompts]
+        share = manifest.inverter.caption_dropout
+        dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
+        training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
+        images = self._image_conditions(everything.images)
+        caption = self.condition(training, everything.group_of, images)
+        empty = self.condition([EMPTY_PLACE] * len(training), everything.group_of, images)
+        inverted = self.records(prepared, everything, x0, caption, empty)
         kept = arrange(
             _finite_pairs(everything, inverted.finite, "a stored tensor of the inversion", skipped), manifest.group
         )
@@ -223,7 +246,7 @@ class ShardWorker:
             "pair/label": np.array([pair.label for pair in kept.pairs], dtype=np.float32),
         }
         arrays |= {f"image/{name}": tensor.numpy()[rows] for name, tensor in images.items()}
-        for name in ("x0", "target") if compact else ():
+        for name in ("x0", "target") if manifest.profile == "compact" else ():
             arrays[name], arrays[f"{name}_scale"] = split(arrays[name])
         counts = {
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
@@ -245,11 +268,17 @@ class ShardWorker:
             ),
         )
 
-    def _condition(self, places: Sequence[Place], arrangement: Arrangement, images: Mapping[str, Tensor]) -> Condition:
-        """From the committed texts: what a trainer will see, not what the encoder said."""
+    def condition(self, places: Sequence[Place], group_of: Sequence[int], images: Mapping[str, Tensor]) -> Condition:
+        """One row per image, from the committed texts: what a trainer will see, not what the encoder said.
+
+        Args:
+            places: of each group.
+            group_of: the group of each image.
+            images: what images own.
+        """
         distinct = {place: row for row, place in enumerate(sorted(set(places)))}
         prompts = read_prompts(self.table.texts, list(distinct))
-        rows = torch.tensor([distinct[places[group]] for group in arrangement.group_of])
+        rows = torch.tensor([distinct[places[group]] for group in group_of])
         return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
 
     def _own_noise(self, everything: Arrangement) -> Float32[Tensor, "image c h w"]:

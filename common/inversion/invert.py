@@ -76,7 +76,7 @@ def invert(
     own_noise: Float32[Tensor, "image c h w"] | None = None,
     images_per_batch: int = 32,
 ) -> Inverted:
-    """Invert every image with the frozen network behind `denoiser`.
+    """Invert every image with the frozen network behind `denoiser`. Not for `recorded`, whose points are given.
 
     Args:
         x0: clean latents, scaled by the VAE factor, already rounded to float16 (the stored-point rule starts there),

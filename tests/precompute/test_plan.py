@@ -73,11 +73,11 @@ def test_the_plan_is_what_the_run_costs(
     settings: dict[str, Any],
 ) -> None:
     """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
-    import inpo.precompute.run as run_module
+    import inpo.precompute.works as works_module
 
     plans: list[plan_module.Plan] = []
-    make = run_module.make_plan
-    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    make = works_module.make_plan
+    monkeypatch.setattr(works_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
     count = 6
     source = tars(count, count)
     cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
