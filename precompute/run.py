@@ -27,13 +27,14 @@ from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, configure
 from inpo.precompute.engines.local import run_local
 from inpo.precompute.inputs import committed_shards, named_texts, print_inputs
+from inpo.precompute.like import all_works
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable, list_texts
-from inpo.precompute.works import Work, list_works
+from inpo.precompute.works import Work
 
 
 def run_precompute(
@@ -59,7 +60,7 @@ def run_precompute(
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
     model = resolved.model_section.open()
-    works, unreadable = list_works(resolved, model, is_real=not dry_run)
+    works, unreadable = all_works(resolved, model, is_real=not dry_run)
     codes = []
     for number, work in enumerate(works):
         if work.title and processes().is_main_process:

@@ -5,7 +5,6 @@ compute (device)    pixels -> x0, committed texts -> conditions, inversion -> th
 write               attempt folder, fsync, commit
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float32
+from jaxtyping import Bool, Float16, Float32, Int
 from torch import Tensor
 
-from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
 from inpo.common.cache.derive import coarse, split
 from inpo.common.cache.schema import EMPTY_PROMPT
-from inpo.common.choices import AUTO
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.errors import DataError
 from inpo.common.inversion import Inverted, invert
@@ -33,7 +30,7 @@ from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
 from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
-from inpo.precompute.components import Components, call_blank, compile_components, load_components
+from inpo.precompute.components import Components, fit, in_words, load_components
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
@@ -50,10 +47,6 @@ class PreparedShard:
     skipped: list[dict[str, Any]]
     fingerprint: str
     seconds: float
-
-
-_SMALLER = "--resolution lowers it too"
-_OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,12 +100,8 @@ class ShardWorker:
     def compute(self, prepared: PreparedShard) -> ShardData:
         """Encode and invert; pairs with any number that is not finite are quarantined with the reason. Raises
         OutOfMemory."""
-        with self.memory_in_words():
+        with in_words(self.pairs_per_batch):
             return self._compute(prepared)
-
-    def memory_in_words(self) -> contextlib.AbstractContextManager[None]:
-        """Around what is computed: memory that runs out is told with what helps."""
-        return memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE)
 
     def _compute(self, prepared: PreparedShard) -> ShardData:
         task, manifest = prepared.task, self.manifest
@@ -252,8 +241,7 @@ class ShardWorker:
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
         }
         if inverted.residual is not None:
-            missed = np.any(numbers["residual"] > (manifest.inverter.tolerance or 0.0), axis=1)
-            counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
+            counts["fixed_point_not_converged"] = num_unsettled(manifest, numbers["residual"], np.array(kept.sides))
         return _Result(
             arrays={path: arrays[path] for path in manifest.specs},
             texts=texts,
@@ -309,6 +297,14 @@ class ShardWorker:
         self.decode.close()
 
 
+def num_unsettled(
+    manifest: Manifest, residual: Float32[np.ndarray, "image record"], sides: Int[np.ndarray, "pair side"]
+) -> int:
+    """Pairs with a grid point at which fixed_point's iteration was ended by its maximum."""
+    missed = np.any(residual > (manifest.inverter.tolerance or 0.0), axis=1)
+    return int(missed[sides].any(axis=1).sum())
+
+
 def build_worker(
     model: Model,
     writer: CacheWriter,
@@ -327,14 +323,9 @@ def build_worker(
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
             started = beside.submit(decode.start)
-            with memory_in_words(None, otherwise=_OTHERWISE):
+            with in_words(None):
                 components = load_components(model, writer.manifest, device)
-            pairs = settings.batch_size
-            if pairs == AUTO:
-                trial = partial(call_blank, components, model, writer.manifest)
-                pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
-            with memory_in_words(pairs, smaller=_SMALLER, otherwise=_OTHERWISE):
-                compile_components(components, model, writer.manifest, settings.compile, pairs)
+            pairs = fit(components.denoiser, model, writer.manifest, settings, least)
         started.result()
     except BaseException:
         decode.close()

@@ -78,7 +78,7 @@ class SampleSettings(PrecomputeSettings):
         return {"all": n * (n - 1) // 2, "adjacent": n - 1, "best-worst": 1}[self.pairs_from]
 
     @property
-    def calls_per_image(self) -> int:
+    def calls_per_image(self) -> float:
         """Network calls for each image that stands in a pair."""
         branches = 1 if self.guidance in (0.0, 1.0) else 2
-        return branches * (self.grid_points + 1) + self.timesteps_per_pair
+        return float(branches * (self.grid_points + 1) + self.timesteps_per_pair)

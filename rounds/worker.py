@@ -6,7 +6,7 @@ write    the pairs' images, then the shard, then the images' name
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
@@ -29,6 +29,7 @@ from inpo.common.pairs.decode import PreparedPair, prepare_pair
 from inpo.common.scorer import Scorer, load_scorer
 from inpo.evaluation.score import checked_scores
 from inpo.precompute.arrange import Arrangement
+from inpo.precompute.components import in_words
 from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
@@ -83,17 +84,13 @@ class SampleWorker(ShardWorker):
 
     def compute(self, prepared: PreparedShard) -> SampledData:
         clock = time.perf_counter()
-        with self.memory_in_words():
+        with in_words(self.pairs_per_batch):
             sampled = self._sampled(prepared)
         seconds = {"sample": time.perf_counter() - clock}
         data = super().compute(sampled)
         if sampled.tar is not None:
             source = data.source.model_copy(
-                update={
-                    "location": self.pictures.store.location,
-                    "rows": (0, len(sampled.pairs)),
-                    "fingerprint": sampled.tar.fingerprint,
-                }
+                update={"location": self.pictures.store.location, "fingerprint": sampled.tar.fingerprint}
             )
             data = replace(data, source=source)
         return SampledData(**vars(replace(data, seconds=seconds | dict(data.seconds))), tar=sampled.tar)
@@ -136,68 +133,64 @@ class SampleWorker(ShardWorker):
     def _sampled(self, prepared: PreparedShard) -> SampledShard:
         """Make every image of the shard, and pairs of those whose scores differ."""
         shard = cast(PromptShard, prepared.task.input_shard)
-        skipped: list[dict[str, Any]] = []
-        groups = []
-        for number, group in enumerate(shard.groups):
-            if self.table.is_finite(group.prompt) and self.table.is_finite(""):
-                groups.append((number, group))
-            else:
-                skipped.append(self._skipped(number, group, "not_finite", "the text embedding is NaN or infinite"))
-        made = self._made([group for _, group in groups])
+        told = [self.table.is_finite(group.prompt) and self.table.is_finite("") for group in shard.groups]
+        made = iter(self._made([group for group, fine in zip(shard.groups, told, strict=True) if fine]))
         sampled = SampledShard(**vars(prepared))
-        sampled.skipped = skipped
         pairs: list[Pair] = []
-        for place, (number, group) in enumerate(groups):
-            images = made[place]
-            if any(not image.file for image in images):
-                skipped.append(self._skipped(number, group, "not_finite", "an image is NaN or infinite"))
-                continue
-            found = list(self._pairs(number, group, images))
-            if not found:
-                scores = [image.score for image in images]
-                detail = f"scores {min(scores):.4g} to {max(scores):.4g}: no two differ by more than the gap"
-                skipped.append(self._skipped(number, group, "tie", detail))
-            for pair, compared in found:
+        for number, (group, fine) in enumerate(zip(shard.groups, told, strict=True)):
+            images = next(made) if fine else []
+            for row, found in enumerate(self._rows(group, images), number * self.settings.pairs_per_prompt):
+                if isinstance(found, str):
+                    reason, _, detail = found.partition(": ")
+                    pair_id = f"{group.list}-{row}"
+                    sampled.skipped.append({"pair_id": pair_id, "reason": reason, "detail": detail, "row": row})
+                    continue
+                pair = self._pair(group, images, *found, row=row)
                 ready = prepare_pair(pair, False, resolution=self.manifest.resolution)
                 assert isinstance(ready, PreparedPair), "an image that was just made"
                 pairs.append(pair)
                 sampled.pairs.append(ready)
-                for name, image in zip(ready.ids, compared, strict=True):
-                    sampled.made[group.id, name] = image
+                for name, each in zip(ready.ids, found, strict=True):
+                    sampled.made[group.id, name] = images[each]
         if pairs:
             sampled.tar = Tar(pairs)
         return sampled
 
-    def _skipped(self, number: int, group: PromptGroup, reason: str, detail: str) -> dict[str, Any]:
-        row = number * self.settings.pairs_per_prompt
-        return {"pair_id": group.list, "reason": reason, "detail": f"{group.prompt[:80]!r}: {detail}", "row": row}
-
-    def _pairs(
-        self, number: int, group: PromptGroup, images: Sequence[Made]
-    ) -> Iterator[tuple[Pair, tuple[Made, Made]]]:
-        """Of the images of a prompt, those that are to be compared and whose scores differ: win, lose."""
+    def _rows(self, group: PromptGroup, images: Sequence[Made]) -> list[tuple[int, int] | str]:
+        """Of the images of a prompt, those that are to be compared: numbers of win and lose, or why they are no
+        pair."""
+        count = self.settings.pairs_per_prompt
+        if not images:
+            return ["not_finite: the text embedding is NaN or infinite"] * count
+        if not all(image.file for image in images):
+            return ["not_finite: an image is NaN or infinite"] * count
         order = sorted(range(len(images)), key=lambda each: (-images[each].score, each))
         chosen = {
-            "all": lambda: combinations(order, 2),
-            "adjacent": lambda: pairwise(order),
-            "best-worst": lambda: [(order[0], order[-1])],
-        }[self.settings.pairs_from]()
-        for place, (win, lose) in enumerate(cast(Any, chosen)):
+            "all": list(combinations(order, 2)),
+            "adjacent": list(pairwise(order)),
+            "best-worst": [(order[0], order[-1])],
+        }[self.settings.pairs_from]
+        rows: list[tuple[int, int] | str] = []
+        for win, lose in chosen:
             best, worst = images[win], images[lose]
-            if best.score - worst.score <= self.settings.gap or best.file == worst.file:
-                continue
-            pair = Pair(
-                pair_id=f"{group.list}-{win}-{lose}",
-                prompt=group.prompt,
-                win=best.file,
-                lose=worst.file,
-                label=1.0,
-                row=number * self.settings.pairs_per_prompt + place,
-                list=group.list,
-                scores=(best.score, worst.score),
-                seeds=(best.seed, worst.seed),
-            )
-            yield pair, (best, worst)
+            differ = best.score - worst.score > self.settings.gap and best.file != worst.file
+            tie = f"tie: images {win} and {lose} of {group.prompt[:80]!r} score {best.score:.6g} and {worst.score:.6g}"
+            rows.append((win, lose) if differ else tie)
+        return rows
+
+    def _pair(self, group: PromptGroup, images: Sequence[Made], win: int, lose: int, *, row: int) -> Pair:
+        best, worst = images[win], images[lose]
+        return Pair(
+            pair_id=f"{group.list}-{win}-{lose}",
+            prompt=group.prompt,
+            win=best.file,
+            lose=worst.file,
+            label=1.0,
+            row=row,
+            list=group.list,
+            scores=(best.score, worst.score),
+            seeds=(best.seed, worst.seed),
+        )
 
     def _made(self, groups: Sequence[PromptGroup]) -> list[list[Made]]:
         """Every image of some prompts, with its score; without a file where it is not finite."""
@@ -247,7 +240,11 @@ class SampleWorker(ShardWorker):
         a, s = levels.mixture(np.stack([each.timestep for each in grids]))
         shape = (*a.shape, 1, 1, 1)
         target, _ = stored_point(
-            x0[:, None], kept, torch.from_numpy(a).reshape(shape), torch.from_numpy(s).reshape(shape), compact=compact
+            x0[:, None].expand(kept.shape),
+            kept,
+            torch.from_numpy(a).reshape(shape),
+            torch.from_numpy(s).reshape(shape),
+            compact=compact,
         )
         return [
             Made(x0=each, target=points, seed=seed, file=file)

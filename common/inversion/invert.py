@@ -92,7 +92,7 @@ def invert(
     device = denoiser.device
     caption = caption.to(device)
     empty = None if empty is None or identity.guidance == 1.0 else empty.to(device)
-    clean = x0.to(device)
+    clean = x0.to(device).contiguous()  # a VAE's latents may be ordered otherwise, and kernels would round otherwise
     parts: list[Part] = []
     timestep: list[list[int]] = []
     for group in groups:
