@@ -25,7 +25,7 @@ from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.plan import plan
 from inpo.precompute.cli import precompute
-from inpo.rounds.cli import sample
+from inpo.rounds.cli import round_command, sample
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, push, train
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 app.command(cls=Command)(precompute)
 app.command(cls=Command)(sample)
+app.command("round", cls=Command)(round_command)
 app.command(cls=Command)(train)
 app.command(cls=Command)(export)
 app.command(cls=Command)(push)

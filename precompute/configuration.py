@@ -84,8 +84,8 @@ def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, A
     if manifest.inverter.name == "recorded":
         settings = {name: value for name, value in settings.items() if name not in _OF_INVERSION}
     asked = {name: value for name, value in told.items() if name in CacheSettings.model_fields and name != "dtype"}
-    wanted = resolve(CacheSettings, "precompute", {}, {**settings, **asked})
-    changed = [name for name in asked if getattr(wanted, name) != settings.get(name, getattr(CacheSettings(), name))]
+    before, wanted = (resolve(CacheSettings, "precompute", {}, each) for each in (settings, {**settings, **asked}))
+    changed = [name for name in asked if getattr(wanted, name) != getattr(before, name)]
     if errors_only and changed:
         raise UsageError(
             "--errors-only keeps the other cache's points, and all that they hang on.",

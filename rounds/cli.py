@@ -9,7 +9,7 @@ from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, resolve
 from inpo.precompute.cli import stoppable
 from inpo.precompute.settings import RayOptions
-from inpo.rounds.settings import SampleSettings
+from inpo.rounds.settings import RoundSettings, SampleSettings
 
 
 @options(ModelSection, SampleSettings, RayOptions)
@@ -32,3 +32,14 @@ def sample(
     resolved = configure_sample(recipe, given[ModelSection], {"cache": cache}, given[SampleSettings])
     ray_options = resolve(RayOptions, "ray", {}, given[RayOptions])
     raise typer.Exit(stoppable(lambda: run_sample(resolved, recipe, ray_options=ray_options, dry_run=dry_run)))
+
+
+@options(RoundSettings)
+def round_command(given: Given, recipe: RecipeOption = None) -> None:
+    """Sample, train and evaluate on held-out prompts, again and again, each time from the model of the round before.
+
+    Run the same command again to resume, or with more --rounds to go on.
+    """
+    from inpo.rounds.round import resolve_rounds, run_rounds
+
+    raise typer.Exit(stoppable(lambda: run_rounds(resolve_rounds(recipe, given[RoundSettings]))))

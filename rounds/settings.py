@@ -1,11 +1,11 @@
-"""[sample]: how a model makes images, which of them are compared, and what is stored of it."""
+"""[sample]: how a model makes images, which of them are compared, what is stored. [round]: again and again."""
 
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from inpo.common.choices import MAX_TIMESTEPS, InverterName, PairsFrom
-from inpo.common.recipe import Location
+from inpo.common.recipe import LocalPath, Location, Section
 from inpo.precompute.settings import PrecomputeSettings
 
 MOST_PER_PROMPT = 16
@@ -82,3 +82,21 @@ class SampleSettings(PrecomputeSettings):
         """Network calls for each image that stands in a pair."""
         branches = 1 if self.guidance in (0.0, 1.0) else 2
         return float(branches * (self.grid_points + 1) + self.timesteps_per_pair)
+
+
+class RoundSettings(Section):
+    """[round]: how often, and from what to what."""
+
+    panels: ClassVar = {"output": "Rounds"}
+
+    output: LocalPath | None = None
+    """Folder of the rounds."""
+    rounds: int = Field(3, ge=1, le=1000)
+    """How many; more than there are goes on."""
+    reference: Literal["moving", "first"] = "moving"
+    """Whose errors the loss compares with: the model that a round begins with, or the very first one."""
+    points: Literal["sample", "refresh"] = "sample"
+    """Where a round's points come from: new samples of the model that it begins with, or the first round's samples,
+    inverted by that model."""
+    prompts_per_round: int | None = Field(None, ge=1)
+    """Each round samples so many of the prompts, going on where the one before stopped; unset: all of them."""
