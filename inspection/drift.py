@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.cache_settings import CacheSettings
 from inpo.common.errors import CacheCorrupt, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags
@@ -152,7 +151,7 @@ def _advice(cache: Cache, model: Model, verdict: str) -> str:
 
 
 def refresh_command(cache: Cache, model: Model) -> str:
-    """The precompute command that makes this cache anew with another model; one for each source of its pairs."""
+    """The precompute command that makes this cache anew with another model."""
     told = _last_configuration(cache)
     vae = model.vae_folder
     if vae is None and model.fingerprints.get("vae") != cache.manifest.fingerprints.get("vae"):
@@ -163,17 +162,8 @@ def refresh_command(cache: Cache, model: Model) -> str:
         model_config_dir=str(model.folder) if model.file is not None and model.guessed_from is None else None,
         vae=None if vae is None else str(vae),
     )
-    read_as = ("columns", "pairs_from", "allow_remote")
-    reading = {name: each for name, each in told.get("data", {}).items() if name in read_as}
-    sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
-    return " &&\n  ".join(
-        command(
-            "precompute",
-            *flags(DataSection(pairs=source, **reading, cache=f"{cache.location}-refreshed"), chosen),
-            *flags(CacheSettings.of(cache.manifest)),
-        )
-        for source in sources
-    )
+    to = DataSection(cache=f"{cache.location}-refreshed")
+    return command("precompute", "--like", cache.location, *flags(to, chosen))
 
 
 def _last_configuration(cache: Cache) -> dict[str, dict[str, Any]]:

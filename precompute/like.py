@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Literal
 
 from inpo.common.cache import Cache, CacheWriter, Manifest, Shard, open_cache
@@ -98,7 +97,7 @@ class RefreshWork(Work):
                 got=", ".join(f"{getattr(made, name)}" for name in wrong),
                 fix="leave the option out, or make the cache from its pairs: --pairs",
             )
-        made = made.model_copy(update={"vae_dtype": self.origin.vae_dtype})
+        made = _changed(made, vae_dtype=self.origin.vae_dtype)
         if not settings.errors_only:
             return made
         if not same_levels(made.levels, self.origin.levels):
@@ -110,18 +109,22 @@ class RefreshWork(Work):
                 fix="leave out --errors-only, so that points are made anew",
             )
         inverter = self.origin.inverter.model_copy(update={"name": "recorded", "iterations": None, "tolerance": None})
-        return self.origin.model_copy(
-            update={
-                "fingerprints": made.fingerprints,
-                "network_dtype": made.network_dtype,
-                "measure_inversion": 0.0,
-                "inverter": inverter,
-                "versions": {name: version(name) for name in made.versions},
-            }
+        return _changed(
+            self.origin,
+            fingerprints=made.fingerprints,
+            network_dtype=made.network_dtype,
+            measure_inversion=0.0,
+            inverter=inverter,
+            versions=made.versions,
         )
 
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         return []
+
+
+def _changed(manifest: Manifest, **values: Any) -> Manifest:
+    """Made anew: a copy would take over what follows from the fields that change."""
+    return Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields} | values)
 
 
 def all_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple[list[Work], list[Any]]:

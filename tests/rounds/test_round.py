@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 import inpo.common.scorer as scorers
 import inpo.rounds.round as round_module
@@ -16,6 +19,7 @@ from inpo.common.models import open_model
 from inpo.rounds.figures import sample_figures
 from inpo.rounds.page import RoundRow, warnings
 from inpo.rounds.round import read_lines, resolve_rounds, run_rounds
+from inpo.train.output import write_output
 from tests.rounds.conftest import Brightness, Samples
 
 SAMPLED = ("a red cat", "a blue dog", "photo of the sky", "green house")
@@ -95,6 +99,22 @@ def test_a_round_begins_where_the_one_before_ended(
         assert set(lines[number]["seconds"]) == {"points", "train", "evaluate"}
         for name in ("page.html", "page.md"):
             assert "diversity" in (output / f"round-{number}" / name).read_text()
+
+
+def test_what_a_run_did_not_train_is_what_it_was(pipelines: Callable, tmp_path: Path) -> None:
+    """Written in another dtype, and with another version's files; but what is changed later is another component."""
+    half = tmp_path / "half"
+    DiffusionPipeline.from_pretrained(pipelines()).to(torch.float16).save_pretrained(half)
+    base = open_model(str(half))
+    network = base.load_network()
+    network.conv_out.bias.data += 1
+    written = open_model(str(write_output(network, base, tmp_path / "run", card="", lora=False)))
+    changed = {name for name, digest in written.fingerprints.items() if digest != base.fingerprints[name]}
+    assert changed == {"network"}
+    (file,) = (written.folder / "vae").glob("*.safetensors")
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    again = open_model(str(written.folder)).fingerprints
+    assert {name for name in again if again[name] != base.fingerprints[name]} == {"network", "vae"}
 
 
 def test_it_resumes_anywhere_and_goes_on(
