@@ -20,8 +20,6 @@ from inpo.common.recipe import DataSection, ModelSection, Recipe, read_recipe, r
 from inpo.common.sizes import check_sides
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
-_OF_INVERSION = ("inverter", "guidance", "faithful", "noised_start", "refine_start", "iterations", "tolerance")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
@@ -56,8 +54,7 @@ def configure(
 
 
 def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """The recipe, where a cache is named to be made again that cache's settings below it. A sampler's points are not
-    inverted to, so that a cache of them is made again by ddim, at the caption alone.
+    """The recipe, where a cache is named to be made again that cache's settings below it.
 
     Raises UsageError for options that do not go together.
     """
@@ -79,10 +76,7 @@ def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, A
                 got=given,
                 fix="leave one of them out",
             )
-    manifest = open_cache(str(location)).manifest
-    settings = CacheSettings.of(manifest).model_dump(exclude_unset=True)
-    if manifest.inverter.name == "recorded":
-        settings = {name: value for name, value in settings.items() if name not in _OF_INVERSION}
+    settings = CacheSettings.of(open_cache(str(location)).manifest).model_dump(exclude_unset=True)
     asked = {name: value for name, value in told.items() if name in CacheSettings.model_fields and name != "dtype"}
     before, wanted = (resolve(CacheSettings, "precompute", {}, each) for each in (settings, {**settings, **asked}))
     changed = [name for name in asked if getattr(wanted, name) != getattr(before, name)]

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from inpo.common.cache_settings import CacheSettings
-from inpo.common.choices import BatchSize, CompileName, InverterName
+from inpo.common.choices import BatchSize, CompileName
 from inpo.common.recipe import Location, Section
 
 MAX_BUCKETS = 64
@@ -17,8 +17,8 @@ class PrecomputeSettings(CacheSettings):
     panels: ClassVar = {**CacheSettings.panels, "like": "From another cache", "batch_size": "Work"}
 
     like: Location | None = None
-    """In place of --pairs another cache, whose x0, texts, groups and pairs are taken, and every setting that is not
-    given; the model may be one trained from that cache's."""
+    """Another cache in place of pairs: its x0, texts, groups and pairs are taken, and its settings where none are
+    given. The model may be one that was trained from its; unset: none."""
     errors_only: bool = False
     """Keep the other cache's points too, and make only the reference errors and predictions at them anew: one network
     call per record."""
@@ -37,13 +37,6 @@ class PrecomputeSettings(CacheSettings):
     cache."""
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N rows, of each bucket if there are any; unset: all."""
-
-    @field_validator("inverter")
-    @classmethod
-    def _walked_to(cls, value: InverterName) -> InverterName:
-        if value == "recorded":
-            raise ValueError("nothing inverts so: `inpo sample` and --errors-only give points that are there already")
-        return value
 
     @field_validator("buckets", mode="before")
     @classmethod

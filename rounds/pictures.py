@@ -29,7 +29,7 @@ def pictures_location(cache: str) -> str:
     return f"{cache.rstrip('/')}-images"
 
 
-class Pictures:
+class SampleTars:
     """The tars beside a cache."""
 
     def __init__(self, cache: str) -> None:

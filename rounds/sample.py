@@ -15,7 +15,7 @@ from inpo.precompute.configuration import Configuration
 from inpo.precompute.run import run_work
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.works import Work
-from inpo.rounds.pictures import Pictures
+from inpo.rounds.pictures import SampleTars
 from inpo.rounds.prompts import PromptSource, prompt_source
 from inpo.rounds.settings import SampleSettings
 from inpo.rounds.worker import SAMPLES
@@ -32,8 +32,8 @@ class SampleWork(Work):
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """Shards whose images are lost; the prompts are compared with those of the first run in any case."""
         cache = open_cache(self.cache, allow_empty=True)
-        lost = Pictures(writer.store.address).recover(cache.commits)
-        where = Pictures(writer.store.address).store.location
+        lost = SampleTars(writer.store.address).recover(cache.commits)
+        where = SampleTars(writer.store.address).store.location
         return [f"the images of committed shard {name} are not in {where}; its records are whole" for name in lost]
 
 
@@ -68,7 +68,7 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     )
     if not dry_run:
         work.manifest(model, None)  # raises what settings and model do not allow, before a folder is made
-        Pictures(cache).claim(identity)
+        SampleTars(cache).claim(identity)
     return run_work(work, model, [], recipe, ray_options=ray_options, dry_run=dry_run)
 
 

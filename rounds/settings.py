@@ -2,9 +2,9 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from inpo.common.choices import MAX_TIMESTEPS, InverterName, PairsFrom
+from inpo.common.choices import MAX_TIMESTEPS, PairsFrom
 from inpo.common.recipe import LocalPath, Location, Section
 from inpo.precompute.settings import PrecomputeSettings
 
@@ -36,14 +36,18 @@ class SampleSettings(PrecomputeSettings):
     panels: ClassVar = {"grid_points": "Images", "profile": "What is stored", "batch_size": "Work"}
     recipe_only: ClassVar = frozenset(PrecomputeSettings.model_fields) - {*_TAKEN, *_OWN}
 
-    inverter: Literal["recorded"] = "recorded"
+    inverter: Literal["recorded"] = "recorded"  # type: ignore[assignment]
+    """Nothing is inverted."""
     grid_points: int = Field(50, ge=1, le=MAX_TIMESTEPS, alias="inference_steps")
     """n: points of a group's grid, on which the sampler steps; it makes one call more, at the noisy end."""
     guidance: float = Field(7.5, ge=0.0, le=1e6)
     """Of the sampler: 1 is the caption alone, 0 the empty prompt. Records are of the caption alone."""
     group: Literal["list"] = "list"
+    """A prompt's images share their grid."""
     decode_workers: Literal[0] = 0
+    """Nothing is read."""
     measure_inversion: float = Field(0.0, ge=0.0, le=0.0)
+    """There is no round trip."""
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N prompts; unset: all."""
 
@@ -58,11 +62,6 @@ class SampleSettings(PrecomputeSettings):
     """What of a prompt's images is compared: every two, neighbours in the order of their scores, or its two ends."""
     gap: float = Field(0.0, ge=0.0)
     """Two images whose scores differ by no more are no pair."""
-
-    @field_validator("inverter")
-    @classmethod
-    def _walked_to(cls, value: InverterName) -> InverterName:
-        return value
 
     @model_validator(mode="after")
     def _only_what_is_of_use(self) -> "SampleSettings":

@@ -34,7 +34,7 @@ from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.worker import PreparedShard, ShardWorker, build_worker
-from inpo.rounds.pictures import Pictures, Tar
+from inpo.rounds.pictures import SampleTars, Tar
 from inpo.rounds.prompts import PromptGroup, PromptShard
 from inpo.rounds.sampler import sample_path, sampler_grid
 from inpo.rounds.settings import SampleSettings
@@ -76,7 +76,7 @@ class SampleWorker(ShardWorker):
 
     settings: SampleSettings
     scorer: Scorer
-    pictures: Pictures
+    pictures: SampleTars
 
     def read(self, task: ShardTask) -> PreparedShard:
         """The prompts are all there is; those that the text encoder gave no numbers for are skipped."""
@@ -284,7 +284,7 @@ def build_sample_worker(
     base = build_worker(model, writer, settings, device, least)
     parts: Mapping[str, Any] = vars(base)
     return SampleWorker(
-        **parts, settings=chosen, scorer=load_scorer(chosen.scorer or ""), pictures=Pictures(writer.store.address)
+        **parts, settings=chosen, scorer=load_scorer(chosen.scorer or ""), pictures=SampleTars(writer.store.address)
     )
 
 

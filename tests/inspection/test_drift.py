@@ -76,7 +76,7 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     # 1e-3 of each target's RMS by its rounding, in thousands of elements that differ by far more.
     assert found["target"] == pytest.approx(expected, rel=1e-3)
     assert found["verdict"] == "refresh"
-    assert "inpo precompute --pairs /pairs" in found["advice"]
+    assert f"inpo precompute --like {states('healthy')}" in found["advice"]
     assert sum(each["num_records"] for each in found["bins"]) == 10
     assert "Refresh" in inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1)).out
 

@@ -111,7 +111,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"inverter": "ab2", "caption_dropout": 0.5, "measure_inversion": 0.5},
     {"inverter": "fixed_point", "profile": "lean", "extra": ("delta_prev", "eps_ref"), "guidance": 0.0},
     {"profile": "compact", "group": "prompt", "noised_start": 0.4},
-    {"inverter": "noise"},
 ]
 
 
