@@ -118,7 +118,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_the_same_model_makes_the_same_cache(
     settings: dict[str, Any], tars: Callable, pipelines: Callable, run: Runs, again: Again, tmp_path: Path
 ) -> None:
-    first = run.cache(tars(5, 3), pipelines(), tmp_path / "cache", **settings)
+    first = run.cache(tars(3, 3), pipelines(), tmp_path / "cache", **settings)
     second = again.cache(first, pipelines(), tmp_path / "again")
     assert second.manifest.identity() == first.manifest.identity()
     assert_equal(second, first)
@@ -142,7 +142,7 @@ def test_the_same_model_makes_the_same_cache(
 def test_another_model_makes_what_it_makes_of_the_images(
     tars: Callable, pipelines: Callable, trained: Callable, run: Runs, again: Again, tmp_path: Path
 ) -> None:
-    source = tars(4, 2)
+    source = tars(2, 2)
     first = run.cache(source, pipelines(), tmp_path / "cache")
     second = again.cache(first, trained(), tmp_path / "again", inverter="ab2")
     assert second.manifest.fingerprints["network"] != first.manifest.fingerprints["network"]
