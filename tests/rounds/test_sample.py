@@ -18,8 +18,6 @@ from inpo.common.spread import SPREAD_RECORDS
 from inpo.evaluation.relabel import relabel_cache
 from inpo.inspection.verify import verify
 from inpo.precompute.configuration import configure
-from inpo.precompute.run import run_precompute
-from inpo.precompute.settings import RayOptions
 from inpo.rounds.pictures import SampleTars
 from inpo.train.run import run_train
 from tests.rounds.conftest import PROMPTS, Brightness, Samples
@@ -34,18 +32,6 @@ def test_a_record_costs_one_call_beside_the_sampler(
     made, kept = 3 * len(PROMPTS), 2 * len(PROMPTS)
     assert cache.num_pairs == len(PROMPTS)
     assert sample.network_calls == made * branches * (3 + 1) + kept * 2 + SPREAD_RECORDS
-
-
-def test_the_lists_are_ranked_and_kept_beside_the_cache(sample: Samples, pipelines: Callable, tmp_path: Path) -> None:
-    cache = sample.cache(pipelines(), tmp_path / "cache", per_prompt=3)
-    assert (cache.num_pairs, cache.manifest.group) == (3 * len(PROMPTS), "list")
-    (shard,) = cache
-    score, sides = shard.read("image/score"), shard.sides()
-    assert (score[sides[:, 0]] > score[sides[:, 1]]).all()
-    told = pictures(tmp_path / "cache")
-    assert set(told) == set(map(str, shard.read("pair/id")))
-    assert sorted(each["prompt"] for each in told.values()) == sorted(3 * PROMPTS)
-    assert len({seed for each in told.values() for seed in each["seeds"]}) == 3 * len(PROMPTS)
 
 
 def test_samples_do_not_hang_on_batch_or_shards(
@@ -139,31 +125,28 @@ def test_it_is_a_cache_like_any_other(
 ) -> None:
     where = tmp_path / "cache"
     cache = sample.cache(pipelines(), where, profile=profile, per_prompt=3)
+    assert (cache.num_pairs, cache.manifest.group) == (3 * len(PROMPTS), "list")
+    (shard,) = cache
+    score, sides = shard.read("image/score"), shard.sides()
+    assert (score[sides[:, 0]] > score[sides[:, 1]]).all()
+    told = pictures(where)
+    assert set(told) == set(map(str, shard.read("pair/id")))
+    assert sorted(each["prompt"] for each in told.values()) == sorted(3 * PROMPTS)
+    assert len({seed for each in told.values() for seed in each["seeds"]}) == 3 * len(PROMPTS)
     found = verify(str(where), model=open_model(str(pipelines())), num_sampled=4)
     assert found.findings == []
     steps = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 2, "tracker": "none", "held_out": 0.0}
-    told = steps | {"objective": "listwise" if profile == "full" else "inpo"}
-    assert run_train(None, {"model": str(pipelines())}, [str(where)], told, resume="never") == 0
+    asked = steps | {"objective": "listwise" if profile == "full" else "inpo"}
+    assert run_train(None, {"model": str(pipelines())}, [str(where)], asked, resume="never") == 0
     assert "zero-step proof holds" in capsys.readouterr().out
     source = open_source(f"{where}-images")
-    (shard,) = source.input_shards()
-    rows = list(shard.rows(0, shard.num_rows))
+    (tar,) = source.input_shards()
+    rows = list(tar.rows(0, tar.num_rows))
     assert all(isinstance(row, Pair) for row in rows)
     relabel_cache(cache, source, load_scorer("brightness"), set_name="again", temperature=1.0)
     labels = read_shard_labels(cache.store, "again", *cache.commits)
     assert labels is not None
     assert all(pair.label > 0.5 for pair in labels.pairs.values())
-
-
-def test_its_images_can_be_inverted(sample: Samples, pipelines: Callable, tmp_path: Path) -> None:
-    """The noise of a flow's images is known from their seeds."""
-    sample.cache(pipelines("sd3"), tmp_path / "cache", guidance=1.0)
-    flags = {"resolution": 32, "inverter": "tracked", "grid_points": 3, "timesteps_per_pair": 2, "decode_workers": 0}
-    data = {"pairs": f"{tmp_path / 'cache'}-images", "cache": str(tmp_path / "tracked")}
-    model = {"model": str(pipelines("sd3"))}
-    assert run_precompute(None, model, data, flags, ray_options=RayOptions(), dry_run=False) == 0
-    ours, theirs = open_cache(str(tmp_path / "cache")), open_cache(str(tmp_path / "tracked"))
-    assert theirs.num_pairs == ours.num_pairs
 
 
 def test_what_does_not_go_on_is_refused(
