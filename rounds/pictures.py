@@ -57,7 +57,7 @@ class SampleTars:
                 where=self.store.path(SAMPLE),
                 expected="; ".join(f"{name} = {found.get(name)}" for name in wrong) + " (in the folder)",
                 got="; ".join(f"{name} = {identity.get(name)}" for name in wrong) + " (this run)",
-                fix="repeat the folder's settings, or choose another --cache",
+                fix="repeat the folder's settings, or another --cache; without a tar in it, remove the folder",
             )
 
     def _identity(self) -> dict[str, Any]:
