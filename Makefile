@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo demo-flow precompute train inspect rounds test check bench bench-gpu evidence toyworld-base toyworld-flow clean
+.PHONY: help install dev demo demo-flow precompute train inspect rounds test check bench bench-gpu evidence circle toyworld-base toyworld-flow clean
 
 PYTHON ?= python3
 RECIPE ?= recipes/demo.toml
@@ -16,10 +16,10 @@ INPO := .venv/bin/python -m inpo
 demo: TOY := base
 demo-flow: TOY := flow
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
-demo demo-flow rounds test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
+demo demo-flow rounds circle test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
 # Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
-demo demo-flow rounds evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-demo demo-flow rounds evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+demo demo-flow rounds circle evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo demo-flow rounds circle evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matter
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
+
+circle: $(DEV) ## compare rounds, and ways of making points of own samples, over five seeds (hours on 2 cores)
+	.venv/bin/python -m benchmarks.circle
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
 	.venv/bin/python -m inpo.toyworld.train_base base
