@@ -38,11 +38,12 @@ def generate_command(
     sections = read_recipe(recipe)
     settings = resolve(EvaluateSettings, "evaluate", sections, given[EvaluateSettings])
     chosen = resolve(ModelSection, "model", sections, given[ModelSection])
-    if settings.prompts is None:
+    if settings.prompts is None and settings.control_images is None and settings.inpaint is None:
         raise UsageError(
             "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
         )
-    report = generate(chosen.open(), read_prompts(settings.prompts), settings, out)
+    prompts = read_prompts(settings.prompts) if settings.prompts is not None else []
+    report = generate(chosen.open(), prompts, settings, out)
     cut = f"; prompts cut, being longer than the text encoder reads: {report.num_cut}" if report.num_cut else ""
     _say(f"{report.num_images} images in {out}{cut}")
 

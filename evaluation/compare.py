@@ -13,7 +13,7 @@ from inpo.common.errors import DataError, UsageError
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
 
-SETTINGS_SHOWN = ("inference_steps", "guidance", "scheduler", "dtype")
+SETTINGS_SHOWN = ("inference_steps", "guidance", "scheduler", "dtype", "transfer")
 """What of generate.json is told where it differs."""
 
 

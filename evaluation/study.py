@@ -57,16 +57,18 @@ def make_study(a: ImageFolder, b: ImageFolder, out: Path, *, seed: int = 0, most
     holds the key of another study: without it answers could not be counted any more.
     """
     keys = sorted(shared_keys(a, b), key=lambda key: stable_hash("study", seed, *key))
-    pairs, sizes, num_equal = [], set(), 0
+    pairs: list[tuple[tuple[str, int], list[str]]] = []
+    alike: set[bool] = set()
+    num_equal = 0
     digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
     for key in keys:
         if len(pairs) == most_pairs:
             break
         images = [folder.open(folder.by_key[key]) for folder in (a, b)]
-        if images[0].size == images[1].size and np.array_equal(*map(np.asarray, images)):
+        if np.array_equal(np.asarray(images[0]), np.asarray(images[1])):
             num_equal += 1
             continue
-        sizes.add(images[0].size == images[1].size)
+        alike.add(images[0].size == images[1].size)
         pictures = [_picture(image) for image in images]
         digest.update(json.dumps([*key, *pictures]).encode())
         pairs.append((key, pictures))
@@ -99,7 +101,7 @@ def make_study(a: ImageFolder, b: ImageFolder, out: Path, *, seed: int = 0, most
     notes = []
     if num_equal:
         notes.append(f"Pairs of equal images, left out: {num_equal}.")
-    if False in sizes:
+    if False in alike:
         notes.append("The images of the two folders differ in size: people may tell the models apart by that.")
     return Study(page=out / PAGE, num_pairs=len(pairs), num_bytes=len(page.encode()), notes=tuple(notes))
 
