@@ -49,6 +49,7 @@ from inpo.train.requirements import (
 from inpo.train.samples import Sampler, sample_images, sample_prompts
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
+from inpo.train.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +154,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     say(f"every other setting is its default; all: {resolved.output / 'recipe.toml'}")
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
+    tracker = _tracker(settings, resolved.output, step) if accelerator.is_main_process else None
 
     with memory_in_words(None, otherwise=NO_SMALLER):
         network = origin.load_network()
@@ -186,14 +188,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     metrics = sample = None
     if accelerator.is_main_process:
         write_file(resolved.output / "recipe.toml", resolved.toml)
-        metrics = MetricsWriter(
-            resolved.output,
-            tracker=settings.tracker,
-            resumed_step=step,
-            config=settings.model_dump(mode="json"),
-            project=settings.project,
-            name=settings.run_name,
-        )
+        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step)
         if settings.sample_every:
             draw = partial(
                 sample_images,
@@ -271,6 +266,19 @@ def resolve_run(
         model=model_section.open(),
         caches=opened,
         sections={"model": model_section, "data": data},
+    )
+
+
+def _tracker(settings: TrainSettings, output: Path, step: int) -> Tracker | None:
+    if settings.tracker == "none":
+        return None
+    return Tracker(
+        settings.tracker,
+        output,
+        resumed_step=step,
+        config=settings.model_dump(mode="json"),
+        project=settings.project,
+        run_name=settings.run_name,
     )
 
 
