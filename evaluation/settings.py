@@ -16,6 +16,9 @@ class EvaluateSettings(Section):
     """[evaluate]: how images are generated, and by what they are scored."""
 
     panels: ClassVar = {"prompts": "Images", "controlnet": "Images that follow given ones"}
+    most_used: ClassVar = frozenset(
+        {"prompts", "lora", "seed", "images_per_prompt", "inference_steps", "guidance", "resolution"}
+    )
 
     prompts: Location | None = None
     """Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or a hub

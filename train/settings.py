@@ -46,6 +46,10 @@ class TrainSettings(Section):
         "labels": "Pairs",
         "evaluate_every": "While it runs",
     }
+    most_used: ClassVar = frozenset(
+        {"output", "caches", "objective", "beta", "learning_rate", "steps", "batch_size", "accumulate"}
+        | {"gradient_checkpointing", "lora_rank", "sample_every", "tracker"}
+    )
 
     output: LocalPath | None = None
     """Folder of the run."""

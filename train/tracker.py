@@ -14,7 +14,8 @@ from numpy import ndarray
 
 from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import UsageError
-from inpo.common.processes import note, processes
+from inpo.common.log import note
+from inpo.common.processes import processes
 
 _STARTS: Mapping[str, Callable[[Path, str, str, int], dict[str, Any]]] = {
     "tensorboard": lambda output, project, name, step: {
@@ -100,7 +101,7 @@ class Tracker:
         if self.name in _IMAGES:
             value, options = _IMAGES[self.name](pixels)
             with self._told():
-                self._tracker.log_images({name: value}, step=step, **options)  # type: ignore[attr-defined]
+                self._tracker.log_images({name: value}, step=step, **options)
 
     def finish(self) -> None:
         with self._told():

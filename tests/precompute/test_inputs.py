@@ -60,7 +60,7 @@ def test_empty_long_and_foreign_prompts_are_kept_whole_and_cut_ones_counted(
     too_long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > tokenizer.model_max_length]
     assert prompts[2] in too_long
     assert shard.commit.counts["cut_prompt"] == len(too_long) < len(prompts)
-    assert f"counted: {len(too_long)} x cut_prompt" in capsys.readouterr().out
+    assert f"counted: {len(too_long)} x cut_prompt" in capsys.readouterr().err
 
 
 def test_a_cache_shard_has_at_most_256_rows(

@@ -148,7 +148,7 @@ def test_a_pair_that_is_not_finite_is_quarantined(
     row = json.loads(listed.read_text())
     assert (row["pair_id"], row["reason"], row["row"]) == ("pair-001", "not_finite", 1)
     assert words in row["detail"]
-    assert "1 x not_finite" in capsys.readouterr().out
+    assert "1 x not_finite" in capsys.readouterr().err
     for pair_id, value in by_id(well, "x_t").items():
         if pair_id in kept:
             np.testing.assert_allclose(kept[pair_id].astype(float), value.astype(float), rtol=2e-3, atol=2e-3)
@@ -190,7 +190,7 @@ def test_no_pair_left_is_a_failure_and_no_commit(
 
     run.prepare = broken
     assert run(source, pipelines(), tmp_path / "cache") == 1
-    assert "2 x not_finite" in capsys.readouterr().out
+    assert "2 x not_finite" in capsys.readouterr().err
     assert not open_cache(str(tmp_path / "cache"), allow_empty=True).commits
     run.prepare = None
     assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 2
