@@ -112,6 +112,9 @@ def test_a_prompt_is_text_whatever_it_says(save_images: SaveImages, tmp_path: Pa
     make_study(*map(ImageFolder, folders), tmp_path / "out")
     assert shown(tmp_path / "out" / "study.html")["pairs"][0]["prompt"] == evil
     assert "alert(1)</script>" not in (tmp_path / "out" / "study.html").read_text()
+    (folders[0] / "images.jsonl").write_text('{"prompt": "\\ud800", "seed": 0, "file": "images/0.png"}\n')
+    with pytest.raises(DataError, match="line 1"):  # half a character has no bytes
+        ImageFolder(folders[0])
 
 
 def test_equal_images_ask_nothing(save_images: SaveImages, tmp_path: Path) -> None:

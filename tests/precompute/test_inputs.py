@@ -83,11 +83,11 @@ def test_a_source_without_pairs_says_why_and_names_no_training(
     rows: list[dict[str, object]] = [{"text": "a wrong name"}, {"prompt": "p", "win": "late.png"}]
     source = write_list(rows)
     assert run(source, pipelines(), tmp_path / "cache") == 1
-    output, errors = capsys.readouterr()
+    said = capsys.readouterr().err
     for words in ("1 x missing_prompt", "1 x missing_image", "no pair was kept", f"inpo data check {source}"):
-        assert words in output
-    assert "not read, for no pair is made of it: field text (1)" in errors
-    assert "inpo train" not in output
+        assert words in said
+    assert "not read, for no pair is made of it: field text (1)" in said
+    assert "inpo train" not in said
     # No cache is claimed, and an image that comes later is found by the same command.
     with pytest.raises(CacheMissing):
         open_cache(str(tmp_path / "cache"))
