@@ -95,8 +95,9 @@ def _run(
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
-        say(resolved.to_toml(differing=True))
-        say("every other setting is its default; all are kept with the cache, in configurations/")
+        tell = print if dry_run else say  # a dry run is asked for nothing else
+        tell(resolved.to_toml(differing=True))
+        tell("every other setting is its default; all are kept with the cache, in configurations/")
         print_plan(plan, console())
         print_inputs(source, tasks, unreadable)
     check_disk(plan, cache)
