@@ -92,7 +92,7 @@ class ParquetShard:
                 total += parquet.metadata.row_group(group).num_rows
                 ends.append(total)
             lists = _lists(parquet.schema_arrow)
-            probe = self.reading.columns.row(dict.fromkeys(names))
+            probe = self.reading.columns.row({name: [] if name in lists else None for name in names})
             orders = [name for role in ORDERS for name in probe.columns(role)]
             is_ranking = any(name in lists for name in orders) and any(
                 name in lists for name in probe.columns("images")
@@ -120,13 +120,11 @@ class ParquetShard:
             for batch in parquet.iter_batches(columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     # The images stand for themselves.
-                    blank: dict[str, Any] = {name: [] for name in probe.columns("images")} | {
-                        name: b"" for name in probe.columns("image")
-                    }
+                    blank: dict[str, Any] = {name: [] if name in lists else b"" for name in probe.columns("images")}
                     yield number, RowFields(fields={**blank, **fields}, layout=probe.layout)
                     number += 1
 
-        probe = self.reading.columns.row(dict.fromkeys(parquet.schema_arrow.names))
+        probe, lists = self.reading.columns.row(dict.fromkeys(parquet.schema_arrow.names)), _lists(parquet.schema_arrow)
         try:
             return RunIndex.of(runs(records()), self.reading.pairs_from)
         except Exception as error:  # pyarrow passes on whatever the file object raises
