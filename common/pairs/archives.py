@@ -287,7 +287,7 @@ def _walk_tar(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
     with tarfile.open(fileobj=buffered, mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            end, name = tar.offset, _safe(info.name)  # type: ignore[attr-defined]
+            end, name = tar.offset, _safe(info.name)
             if info.isdir() or name is None:
                 continue
             how = _IN_TAR if info.isreg() and not info.issparse() else _LINK

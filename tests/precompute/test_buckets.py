@@ -19,6 +19,7 @@ from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageErro
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.precompute.buckets import bucket_sizes
+from inpo.train.run import resolve_run
 from tests.precompute.conftest import png
 
 
@@ -66,6 +67,25 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     (tmp_path / "cache" / "44x24" / "manifest.json").unlink()
     with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*44x24"):  # and is not taken for one not yet made
         open_caches(str(tmp_path / "cache"))
+
+
+def test_a_bucket_without_a_committed_pair_is_named_and_the_others_are_opened(
+    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its precompute was cut short, or each of its images was bad."""
+    cache = tmp_path / "cache"
+    assert run(str(shapes), pipelines("sdxl"), cache, buckets="3") == 0
+    for commit in (cache / "44x24" / "commits").iterdir():
+        commit.unlink()
+    named: list[str] = []
+    assert [each.manifest.resolution for each in open_caches(str(cache), on_empty=named.append)] == [(32, 32)]
+    assert named == [str(cache / "44x24")]
+    resolve_run(None, {"model": str(pipelines("sdxl"))}, [str(cache)], {"output": tmp_path / "run"})
+    assert f"note: {named[0]} has no committed pair and is left out" in capsys.readouterr().err
+    for commit in (cache / "32x32" / "commits").iterdir():
+        commit.unlink()
+    with pytest.raises(CacheMissing, match=r"(?s)No bucket here has a committed pair yet.*run the same"):
+        open_caches(str(cache))
 
 
 def ids_of(folder: Path) -> dict[tuple[int, int], list[str]]:
