@@ -1,6 +1,6 @@
 """Images in archives that lie beside a list, read where they are.
 
-    Archives --find--> Place --read_member--> bytes
+    Archives --find--> Member --read_member--> bytes
 
 An archive is a tar, a zip, or such a file cut into pieces (images.tar.aa, images.tar.ab, ..., images.zip.001), which
 are read as one. What it holds is where unpacking would put it: beside the archive, or in a folder of the archive's
@@ -59,7 +59,7 @@ _LOCAL_HEADER = 30
 _BLOCK = 512
 
 
-class Place(NamedTuple):
+class Member(NamedTuple):
     """Where the bytes of a member are."""
 
     archive: "Archive"
@@ -92,7 +92,7 @@ class Archive:
     def is_tar(self) -> bool:
         return self.name.lower().endswith(".tar")
 
-    def find(self, name: str) -> Place | None:
+    def find(self, name: str) -> Member | None:
         """The member of a name, as a list beside the archive says it. Raises DataError when the archive cannot be
         read.
         """
@@ -102,7 +102,7 @@ class Archive:
             first, last = np.searchsorted(members["key"], key, "left"), np.searchsorted(members["key"], key, "right")
             if name.startswith(folder) and first < last:
                 _, offset, packed, size, crc, how = members[first].tolist()
-                return Place(self, offset, packed, size, crc, how if last - first == 1 else _TWICE)
+                return Member(self, offset, packed, size, crc, how if last - first == 1 else _TWICE)
         return None
 
     def open(self) -> "_Joined":
@@ -121,12 +121,12 @@ class Archives:
     """Words for such archives as were met."""
     _known: dict[str, tuple[Archive, ...]] = field(default_factory=dict)
 
-    def find(self, inside: str) -> Place | None:
+    def find(self, inside: str) -> Member | None:
         """The member that stands for `root`/`inside`, of an archive in `root` or in a folder on the way; None if none
         has it. Raises RowProblem where two archives have it, DataError if none has it and one cannot be read.
         """
         *folders, _ = parts = inside.split("/")
-        found: list[Place] = []
+        found: list[Member] = []
         failure: DataError | None = None
         for depth in range(len(parts) if ".." not in parts else 0):
             folder = "/".join([self.root, *folders[:depth]])
@@ -134,13 +134,13 @@ class Archives:
                 self._known[folder] = self._archives_in(folder)
             for archive in self._known[folder]:
                 try:
-                    place = archive.find("/".join(parts[depth:]))
+                    member = archive.find("/".join(parts[depth:]))
                 except DataError as error:
                     failure = failure or error
                 else:
-                    found += [place] if place is not None else []
+                    found += [member] if member is not None else []
         if len(found) > 1:
-            names = " and ".join(brief(place.archive.name) for place in found[:2])
+            names = " and ".join(brief(member.archive.name) for member in found[:2])
             raise RowProblem(reason="missing_image", detail=f"{inside} is in {names}: keep one")
         if not found and failure is not None:
             raise failure
@@ -187,30 +187,30 @@ def _names_in(folder: str, changed: int | None) -> tuple[str, ...]:
     return tuple(name for name in names if may_be_archive(name) and not name.startswith("."))
 
 
-def read_member(place: Place, what: str) -> bytes:
+def read_member(member: Member, what: str) -> bytes:
     """The bytes of a member. Raises RowProblem when it has none, or more than an image may have, and whatever its file
     system raises.
     """
-    where = f"{what} in {brief(place.archive.name)}"
-    if place.how in _NO_BYTES:
-        raise RowProblem(reason="missing_image", detail=f"{where} {_NO_BYTES[place.how]}")
-    if max(place.size, place.packed) > MAX_IMAGE_BYTES:
-        raise too_large(where, max(place.size, place.packed))
-    with place.archive.open() as stream:
-        begin = place.offset
-        if place.how != _IN_TAR:
+    where = f"{what} in {brief(member.archive.name)}"
+    if member.how in _NO_BYTES:
+        raise RowProblem(reason="missing_image", detail=f"{where} {_NO_BYTES[member.how]}")
+    if max(member.size, member.packed) > MAX_IMAGE_BYTES:
+        raise too_large(where, max(member.size, member.packed))
+    with member.archive.open() as stream:
+        begin = member.offset
+        if member.how != _IN_TAR:
             stream.seek(begin)
             header = stream.read(_LOCAL_HEADER)
             begin += _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         stream.seek(begin)
-        data = stream.read(place.packed)
-    is_whole = len(data) == place.packed
-    if place.how == _DEFLATED:
+        data = stream.read(member.packed)
+    is_whole = len(data) == member.packed
+    if member.how == _DEFLATED:
         try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.size + 1)
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
         except zlib.error:
             is_whole = False
-    if not is_whole or len(data) != place.size or (place.how != _IN_TAR and zlib.crc32(data) != place.crc):
+    if not is_whole or len(data) != member.size or (member.how != _IN_TAR and zlib.crc32(data) != member.crc):
         raise RowProblem(reason="missing_image", detail=f"{where} is damaged: get the archive again")
     return data
 

@@ -146,8 +146,8 @@ class Reach:
         """
         if self._folder.startswith(("http://", "https://")):  # which cannot be listed
             return None
-        place = self._archives.find(inside)
-        return None if place is None else read_member(place, f"{side}: {inside}")
+        member = self._archives.find(inside)
+        return None if member is None else read_member(member, f"{side}: {inside}")
 
     def _is_allowed(self, file: str) -> bool:
         here = self._local_folder

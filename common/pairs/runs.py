@@ -128,7 +128,8 @@ class RunIndex:
         if pairs_from == "best-worst":
             return np.full_like(here, 2)
         whole = all_rows + 1 if pairs_from == "adjacent" else (1 + np.sqrt(1 + 8 * all_rows).astype(np.int64)) // 2
-        return np.minimum(whole, 2 * here)
+        sizes: np.ndarray = np.minimum(whole, 2 * here)
+        return sizes
 
     def records(self, start: int, stop: int) -> tuple[int, int]:
         """The records that rows start..stop-1 are made of: first, and one after the last."""
