@@ -22,9 +22,10 @@ COPY precompute precompute
 COPY recipes recipes
 COPY toyworld toyworld
 COPY train train
-RUN pip install --constraint constraints.txt '.[scorers,tables,wandb]'
+RUN pip install --constraint constraints.txt '.[tables]'
 
-# Caches and runs are the user's: mount a folder here, and run as yourself with --user.
+# Caches, runs and what the hub's client downloads are the user's: mount a folder here, and run as yourself with --user.
 WORKDIR /work
+ENV HF_HOME=/work/huggingface MPLCONFIGDIR=/tmp/matplotlib
 ENTRYPOINT ["inpo"]
 CMD ["--help"]

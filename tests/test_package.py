@@ -137,9 +137,14 @@ def test_the_image_is_built_from_files_that_are_there_and_from_pinned_versions(t
         for place in (tmp_path, ROOT)
     ]
     assert found[0] == found[1]
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (install,) = [each for name, each in instructions if name == "RUN" and "'.[" in each]
-    assert set(re.findall(r"\.\[([\w,]+)\]", install)[0].split(",")) <= set(extras)
+    wanted = list(project["dependencies"])
+    for extra in re.findall(r"\.\[([\w,]+)\]", install)[0].split(","):
+        wanted += project["optional-dependencies"][extra]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {_canonical(line.partition("==")[0]) for line in pins if "==" in line}
+    assert {_canonical(Requirement(each).name) for each in wanted} - pinned == set()
 
 
 @pytest.mark.parametrize("choice", ["cpu", "cu128", "rocm6.4"])
