@@ -97,12 +97,16 @@ class Archive:
         read.
         """
         members = _members(self)
+        keys = members["key"]
         for folder in self.folders:
-            key = np.uint64(_key(name.removeprefix(folder)))
-            first, last = np.searchsorted(members["key"], key, "left"), np.searchsorted(members["key"], key, "right")
-            if name.startswith(folder) and first < last:
-                _, offset, packed, size, crc, how = members[first].tolist()
-                return Member(self, offset, packed, size, crc, how if last - first == 1 else _TWICE)
+            if not name.startswith(folder):
+                continue
+            key = _key(name.removeprefix(folder))
+            at = int(np.searchsorted(keys, np.uint64(key)))
+            if at < len(keys) and keys[at] == key:
+                _, offset, packed, size, crc, how = members[at].tolist()
+                is_twice = at + 1 < len(keys) and keys[at + 1] == key
+                return Member(self, offset, packed, size, crc, _TWICE if is_twice else how)
         return None
 
     def open(self) -> "_Joined":
@@ -259,7 +263,7 @@ def _archive(name: str, pieces: list[_Piece]) -> Archive:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=10_000)  # all of a folder are asked for each name
 def _members(archive: Archive) -> np.ndarray:
     """[member] of an archive, sorted by key. Raises DataError."""
     where = archive.files[0]
