@@ -19,6 +19,7 @@ from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.models import Model, open_model
+from inpo.common.processes import note
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator
@@ -256,7 +257,8 @@ def resolve_run(
     settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
-    opened = [cache for location in settings.caches or (data.need("cache"),) for cache in open_caches(location)]
+    locations = settings.caches or (data.need("cache"),)
+    opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
     if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
             "A cache is given twice: its pairs would count twice.",
@@ -271,6 +273,13 @@ def resolve_run(
         model=model_section.open(),
         caches=opened,
         sections={"model": model_section, "data": data},
+    )
+
+
+def _note_empty(bucket: str) -> None:
+    note(
+        f"{bucket} has no committed pair and is left out; if its precompute was cut short, run the same command again "
+        f"(`inpo inspect summary {bucket}` shows what was skipped)"
     )
 
 
