@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from inpo.train.judge import Evaluation, Judge
+from inpo.common.judge import Evaluation, Judge
 from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.run import Resolved
 from inpo.train.sweep_samples import SampleScore, last_sample
@@ -36,15 +36,7 @@ class SweepRow:
         """From what the run left behind."""
         file, settings = run.output / "metrics.jsonl", run.settings
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        held_out = tuple(
-            Evaluation(
-                line["step"],
-                line["held_out_implicit_accuracy"],
-                sum(part["records"] for part in line["held_out_by_timestep"]),
-            )
-            for line in lines
-            if line.get("held_out_implicit_accuracy") is not None
-        )
+        held_out = tuple(found for line in lines if (found := Evaluation.of(line)) is not None)
         told = {"objective": settings.objective, "beta": beta_of(settings), "parameter": parameter_of(settings)}
         told |= {"learning_rate": settings.learning_rate, "steps": settings.steps}
         last = {name: value for name, value in (lines[-1] if lines else {}).items() if not isinstance(value, list)}

@@ -61,8 +61,8 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     html = out.read_text(encoding="utf-8")
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "xlink:href", "poster"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
-    assert not re.search(r"https?://|@import|url\((?!\$\{pair\.sprite\})", html)
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
+    assert not re.search(r"https?://|@import|url\((?!\$\{sheet\.sprite\})", html)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert "default-src 'none'" in policy
     ids = [pair["pair_id"] for pair in page.data["pairs"]]
@@ -70,12 +70,17 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     cache = open_cache(str(states("healthy")))
     first = page.data["pairs"][0]
     shard = cache.shards["s0"]
-    assert first["timesteps"] == shard.read("timestep")[0].tolist()
-    assert np.allclose(first["errors"], shard.read("reference_error")[:2].T, atol=1e-6)
-    assert first["columns"] == ["x0(t)", "x_t", "|delta|", "target - delta"]
-    image = Image.open(io.BytesIO(base64.b64decode(first["sprite"].removeprefix("data:image/webp;base64,"))))
+    sheet = first["sheet"]
+    assert first["timesteps"] == sheet["timesteps"] == shard.read("timestep")[0].tolist()
+    errors = shard.read("reference_error")[:2]
+    assert np.allclose(sheet["errors"], errors.T, atol=1e-6)
+    assert np.isclose(first["gap"], errors[0].mean() - errors[1].mean(), atol=1e-6)
+    assert sheet["columns"] == ["x0(t)", "x_t", "|delta|", "target - delta"]
+    image = Image.open(io.BytesIO(base64.b64decode(sheet["sprite"].removeprefix("data:image/webp;base64,"))))
     assert image.size == ((1 + 2 * 4) * 8, 2 * 8)
-    headings = " ".join(page.text["h3"])
+    headings = " ".join([*page.text["h3"], *page.text["h2"]])
+    assert html.index('id="cards"') < html.index("<svg")  # the gallery comes first
+    assert ["tie-0", "tie-1"] == [cell for cell in page.text["td"] if cell.startswith("tie-")]
     for name in ("Reference error by timestep", "Timesteps", "Inversion error", "Size of delta", "Labels", "Skipped"):
         assert name in headings
 
@@ -103,7 +108,7 @@ def test_prompts_cannot_break_out_of_the_page(states, inspect, tmp_path):
 )
 def test_every_state_gives_a_page(states, inspect, tmp_path, state, code, num_pairs, words):
     page = page_of(inspect, states(state), tmp_path / "r.html", code=code)
-    assert len(page.data["pairs"]) == num_pairs
+    assert sum("sheet" in pair for pair in page.data["pairs"]) == num_pairs
     assert words in " ".join(text for texts in page.text.values() for text in texts)
 
 
@@ -116,7 +121,7 @@ def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, ins
         labels = LabelSet(attempt=shard.commit.attempt, scorer="x", temperature=1.0, source="/pairs", pairs=labels)
         assert write_labels(cache.store, "better", shard.name, labels)
     page = page_of(inspect, folder, tmp_path / "r.html", "--model", tiny())
-    sprite = page.data["pairs"][0]["sprite"].split(",")[1]
+    sprite = page.data["pairs"][0]["sheet"]["sprite"].split(",")[1]
     assert Image.open(io.BytesIO(base64.b64decode(sprite))).size == ((1 + 2 * 4) * 32, 2 * 32)
     assert "Scores of label set better" in page.text["h3"]
     # Scores of win are above those of lose in the first row of each shard: 2 of 5 pairs.
@@ -154,7 +159,7 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
     )
     chosen = report_sample.choose(table, 40)
     by_group = {name: {row for row, groups in chosen.items() if name in groups} for name in report_sample.GROUPS}
-    assert {name: len(rows) for name, rows in by_group.items()} == {"inversion": 40, "error": 40, "random": 40}
+    assert {name: len(rows) for name, rows in by_group.items()} == dict.fromkeys(report_sample.GROUPS, 40)
     worst = np.nanmax(np.where(np.isnan(inversion), -1, inversion), 1)
     assert by_group["inversion"] == set(np.argsort(-worst, kind="stable")[:40].tolist())
     mean = table.reference_error.mean((1, 2), dtype=float)
