@@ -113,7 +113,8 @@ class _Axis:
 
     def __init__(self, low: float, high: float, *, log: bool = False) -> None:
         if not high > low:
-            low, high = (low / 2, low * 2) if log else (low - 0.5, low + 0.5)
+            room = 0.1 * abs(low) or 0.5
+            low, high = (low / 2, low * 2) if log else (low - room, low + room)
         self.low, self.high, self.log = low, high, log
 
     def share(self, value: float) -> float:

@@ -61,7 +61,7 @@ def make_report(
     pairs = page_pairs(cache, table, preview, per_group=per_group, damaged=damaged, on_pair=on_pair)
     figures = figures_of(cache, table, summary, damaged) if len(table) else []
     skipped = _skipped(cache, damaged)
-    prompts = [(text, count) for text, count in Counter(table.prompt.tolist()).most_common(_MOST_FREQUENT) if count > 1]
+    prompts = Counter(table.prompt.tolist()).most_common(_MOST_FREQUENT)
     num_drawn = sum(pair.sheet is not None for pair in pairs)
     _, height, width = cache.manifest.latent_shape
     html = render(
@@ -73,8 +73,7 @@ def make_report(
         tiles=_tiles(summary),
         settings=[(name, _short(value)) for name, value in summary.identity.items() if value is not None],
         figures=figures,
-        prompts=prompts,
-        most_frequent=max((count for _, count in prompts), default=1),
+        prompts=prompts if prompts and prompts[0][1] > 1 else [],
         skipped=skipped,
         skipped_counts=summary.skipped,
         note=_sampling(len(table), summary, pairs),

@@ -137,8 +137,8 @@ def page_pairs(
             break
         sheets[row] = replace(sheets[row], full=full)
     listed = sorted({*sheets, *choose_pairs(table, MOST_PAIRS).tolist()})
-    gap, error = table.gap, table.mean_reference_error
-    return [_page_pair(table, row, chosen.get(row, []), sheets.get(row), gap[row], error[row]) for row in listed]
+    gap, mean = table.gap, table.mean_reference_error
+    return [_page_pair(table, row, chosen.get(row, []), sheets.get(row), gap[row], mean[row]) for row in listed]
 
 
 def _page_pair(

@@ -66,8 +66,8 @@ class RunFolder:
         return self.metrics[-1]["step"] if self.metrics else 0
 
 
-def read_runs(paths: Sequence[Path], compared: Sequence[Path] = ()) -> list[RunFolder]:
-    """Read each run; a sweep's folder stands for its runs. `compared`: folders of comparisons to show with them all.
+def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Read each run; a sweep's folder stands for its runs.
 
     Raises DataError for a folder that is not a run's, UsageError for one that is given twice.
     """
@@ -75,12 +75,7 @@ def read_runs(paths: Sequence[Path], compared: Sequence[Path] = ()) -> list[RunF
     again = [folder for folder, count in Counter(each.resolve() for each in folders).items() if count > 1]
     if again:
         raise UsageError("A run is given twice.", where="RUN", got=again[0], fix="name each run once")
-    shown = [_comparison(each / "comparison.json") for each in compared]
-    names = _short_names(folders)
-    runs = [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    if shown:
-        runs[0].comparisons.extend(shown)
-    return runs
+    return [_read_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
 
 
 def _runs_of(path: Path) -> Iterator[Path]:
@@ -163,9 +158,11 @@ def _line(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or _number(row.get("step")) is None:
         return None
-    clean: dict[str, Any] = {name: _number(value) for name, value in row.items() if not isinstance(value, list | dict)}
+    clean: dict[str, Any] = {}
     for name, value in row.items():
-        if name.endswith("by_timestep") and isinstance(value, list):
+        if not name.endswith("by_timestep"):
+            clean[name] = _number(value)
+        elif isinstance(value, list):
             clean[name] = [part for each in value if (part := _bin(each)) is not None]
     return clean | {"step": int(clean["step"])}
 
@@ -261,16 +258,12 @@ def _comparisons(run: Path, notes: list[str]) -> list[FoundComparison]:
     for file in dict.fromkeys([*inside, *beside]):
         try:
             if file in inside and file.is_file():
-                found.append(_comparison(file))
+                found.append(read_comparison(file.parent))
             elif file in beside and _names(json.loads(file.read_bytes()), run):
-                found.append(_comparison(file))
+                found.append(read_comparison(file.parent))
         except (InpoError, OSError, ValueError, RecursionError) as error:
             if file in inside:
                 notes.append(f"{file} cannot be read: {error.what if isinstance(error, InpoError) else error}")
-    if not found:
-        notes.append(
-            "No comparison: `inpo evaluate compare BASE THIS --out DIR` makes one, and --compare DIR shows it."
-        )
     return found
 
 
@@ -287,8 +280,9 @@ def _names(value: Any, run: Path) -> bool:
     )
 
 
-def _comparison(file: Path) -> FoundComparison:
-    """Raises DataError for what is not one."""
+def read_comparison(folder: Path) -> FoundComparison:
+    """What `inpo evaluate compare --out` wrote. Raises DataError if it is not that."""
+    file = folder / "comparison.json"
     fix = "name the --out of `inpo evaluate compare`"
     text = read_text(file, what="There is no comparison here.", error=DataError, fix=fix)
     try:
@@ -301,4 +295,4 @@ def _comparison(file: Path) -> FoundComparison:
         picture = decode_image(file.with_suffix(".png").read_bytes())
     except (OSError, ImageError):
         picture = None
-    return FoundComparison(folder=file.parent, document=document, picture=picture)
+    return FoundComparison(folder=folder, document=document, picture=picture)

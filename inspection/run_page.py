@@ -11,7 +11,7 @@ from inpo.common.errors import command
 from inpo.common.judge import Evaluation
 from inpo.inspection.pages import data_uri, render
 from inpo.inspection.plots import Figure, Series, curves
-from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_runs
+from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_comparison, read_runs
 from inpo.inspection.run_signs import SIGNS, RunWarning, warnings_of
 
 _NUM_COLOURS = 8
@@ -73,8 +73,11 @@ class RunView:
 
 
 def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple[str, list[RunFolder]]:
-    """(the page, the runs on it). What a run lacks is said on the page. Raises what `read_runs` does."""
-    runs = read_runs(paths, compared)
+    """(the page, the runs on it). What a run lacks is said on the page. `compared`: folders of `evaluate compare` to
+    show besides. Raises what `read_runs` and `read_comparison` do.
+    """
+    shown = [_comparison(read_comparison(each)) for each in compared]
+    runs = read_runs(paths)
     views = [_view(run, f"s{place % _NUM_COLOURS}") for place, run in enumerate(runs)]
     names = dict.fromkeys(name for run in runs for name in run.chosen)
     page = render(
@@ -86,6 +89,7 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
         table=_table(runs, views),
         shared=_shared_figures(runs),
         last=_last_samples(runs),
+        compared=shown,
         settings=[(name, _values(name, runs)) for name in names],
         defaults=[
             (name, _values(name, runs))
@@ -223,12 +227,7 @@ def _table(runs: Sequence[RunFolder], views: Sequence[RunView]) -> list[tuple[st
 
 def _last_values(run: RunFolder) -> dict[str, float]:
     """The last number of each metric."""
-    return {
-        name: value
-        for line in run.metrics
-        for name, value in line.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    return {name: value for line in run.metrics for name, value in line.items() if isinstance(value, float)}
 
 
 def _short(value: float | None) -> str:

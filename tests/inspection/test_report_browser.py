@@ -67,14 +67,19 @@ def test_the_page_sorts_filters_and_opens_sheets_without_error_or_request(browse
     Select(find("#sort")).select_by_value("error")
     by_error = sorted(data, key=lambda pair: -pair["reference_error"])
     assert prompts() == [pair["prompt"] for pair in by_error]
+    Select(find("#sort")).select_by_value("gap")
+    by_gap = sorted(data, key=lambda pair: -pair["gap"])
+    assert prompts() == [pair["prompt"] for pair in by_gap]
     Select(find("#sort")).select_by_value("inversion")
-    by_trip = sorted(data, key=lambda pair: -(pair["inversion_error"] or -1))
+    by_trip = sorted(data, key=lambda pair: -max(each or -1 for each in pair["inversion_errors"]))
     assert prompts() == [pair["prompt"] for pair in by_trip]
+    assert [tag.text for tag in browser.find_elements(By.CSS_SELECTOR, ".card .tag")] == ["win", "lose"] * 5
 
     browser.execute_script("document.activeElement.blur()")
     press("/", "house")
     assert prompts() == ["a blue house on the sky"] * 2
     assert find("#count").text == "2 of 5 shown"
+    assert "query=house" in browser.current_url
     press(Keys.TAB, Keys.TAB, Keys.TAB, Keys.ENTER)  # past the two lists to the first card
     assert find("#sheet").is_displayed()
     assert find("#sheet-name").text == "a blue house on the sky"
@@ -86,13 +91,39 @@ def test_the_page_sorts_filters_and_opens_sheets_without_error_or_request(browse
     assert min(cell.size["width"] for cell in cells) > 50
     assert len({cell.value_of_css_property("background-position") for cell in cells}) == len(cells)
     assert browser.execute_script("return document.querySelector('#sheet').scrollWidth <= innerWidth")
+    press("m")
+    second = find("#sheet-facts").text.split(" · ")[0].removeprefix("pair ")
     press(Keys.ESCAPE)
     assert not find("#sheet").is_displayed()
     assert "card" in browser.switch_to.active_element.get_attribute("class")
+
+    # Marked pairs are a list as --except reads it; the address brings everything back.
+    assert find("#list").get_attribute("value") == f"{second}\n"
+    browser.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    find("#copy").click()
+    assert browser.execute_script("return window.copied") == f"{second}\n"
+    browser.refresh()
+    assert prompts() == ["a blue house on the sky"] * 2
+    assert find("#list").get_attribute("value") == f"{second}\n"
+
+    # A search without a hit says so; a bar of a plot chooses the pairs that it counts.
+    press("/", "xyz")
+    assert prompts() == []
+    assert "housexyz" in find("#nothing-words").text
+    find("#reset").click()
+    assert len(prompts()) == 5
+    for bar in browser.find_elements(By.CSS_SELECTOR, "svg[data-column=gap] .bar"):
+        count = int(bar.get_attribute("aria-label").split(": ")[1].split()[0])
+        if count:
+            browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", bar)
+            assert len(prompts()) == count
+    find("#unchoose").click()
+    assert len(prompts()) == 5
 
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     # The browser's own start page asks for things too; what counts is what our page asks for.
-    ours = [each["request"]["url"] for each in sent if each["documentURL"] == browser.current_url]
-    assert [url for url in ours if not url.startswith("data:")] == [browser.current_url]
+    page = browser.current_url.partition("#")[0]
+    ours = [each["request"]["url"] for each in sent if each["documentURL"].partition("#")[0] == page]
+    assert {url for url in ours if not url.startswith("data:")} == {page}
