@@ -78,6 +78,31 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
     return [_read_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
 
 
+def sweep_notes(path: Path) -> list[str]:
+    """What a sweep's own table says beside its runs: which failed, and what scorers say of the samples."""
+    try:
+        rows = json.loads((path / SWEEP).read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{SWEEP} cannot be read: {error}"]
+    notes = []
+    for row in rows if isinstance(rows, list) else []:
+        if not isinstance(row, dict):
+            continue
+        if row.get("failed"):
+            notes.append(f"{row.get('name')} failed: {row['failed']}")
+        scores = row.get("scores")
+        for scorer, told in scores.items() if isinstance(scores, dict) else ():
+            rate = _number(told.get("win_rate")) if isinstance(told, dict) else None
+            if rate is not None:
+                notes.append(
+                    f"{row.get('name')}: {scorer} prefers its last samples to the reference's at {rate:.2f} of "
+                    f"{told.get('num_prompts')} prompts"
+                )
+    return notes
+
+
 def _runs_of(path: Path) -> Iterator[Path]:
     """The run's folder, or those of a sweep. Raises DataError if it is neither."""
     if (path / SWEEP).is_file():

@@ -11,7 +11,7 @@ from inpo.common.errors import command
 from inpo.common.judge import Evaluation
 from inpo.inspection.pages import data_uri, render
 from inpo.inspection.plots import Figure, Series, curves
-from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_comparison, read_runs
+from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_comparison, read_runs, sweep_notes
 from inpo.inspection.run_signs import SIGNS, RunWarning, warnings_of
 
 _NUM_COLOURS = 8
@@ -90,6 +90,7 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
         shared=_shared_figures(runs),
         last=_last_samples(runs),
         compared=shown,
+        notes=[note for path in paths for note in sweep_notes(path)],
         settings=[(name, _values(name, runs)) for name in names],
         defaults=[
             (name, _values(name, runs))
@@ -253,40 +254,54 @@ def _values(name: str, runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _comparison(found: FoundComparison) -> dict[str, Any]:
-    """The table of a comparison: whatever of it is as `evaluate compare` writes it."""
-    document = found.document
-    scorers = document.get("scorers")
-    rows = []
-    for name, told in scorers.items() if isinstance(scorers, dict) else ():
-        if isinstance(told, dict):
-            interval = told.get("win_rate_wilson")
-            rows.append(
-                [
-                    str(name),
-                    _word(told.get("num_pairs")),
-                    _word(told.get("win_rate")),
-                    f"{_word(interval[0])} to {_word(interval[1])}"
-                    if isinstance(interval, list) and len(interval) == 2
-                    else "-",
-                    _word(told.get("mean_a")),
-                    _word(told.get("mean_b")),
-                    str(told.get("verdict") or "-"),
-                ]
-            )
-    sides = [document.get(side) for side in ("a", "b")]
-    names = [str(each.get("name", "?")) if isinstance(each, dict) else "?" for each in sides]
-    notes = document.get("notes")
+    """The table of a comparison: whatever of it is as `evaluate compare` writes it, of B and of the folders behind."""
+    others = found.document.get("others")
+    documents = [
+        found.document,
+        *(each for each in (others if isinstance(others, list) else []) if isinstance(each, dict)),
+    ]
+    letters = [chr(ord("B") + place) if place < 25 else f"model {place + 2}" for place in range(len(documents))]
+    names = [("A", _side_name(found.document, "a"))]
+    names += [(letter, _side_name(each, "b")) for letter, each in zip(letters, documents, strict=True)]
+    notes = [note for each in documents if isinstance(each.get("notes"), list) for note in map(str, each["notes"])]
     picture = None
     if found.picture is not None:
         picture = found.picture.copy()
         picture.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
     return {
         "folder": found.folder,
-        "names": names,
-        "rows": rows,
-        "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
+        "names": ", ".join(f"{letter}: {name}" for letter, name in names),
+        "rows": [row for letter, each in zip(letters, documents, strict=True) for row in _scorer_rows(letter, each)],
+        "notes": list(dict.fromkeys(notes)),
         "picture": "" if picture is None else data_uri(picture),
     }
+
+
+def _side_name(document: dict[str, Any], side: str) -> str:
+    told = document.get(side)
+    return str(told.get("name", "?")) if isinstance(told, dict) else "?"
+
+
+def _scorer_rows(letter: str, document: dict[str, Any]) -> list[list[str]]:
+    """Scorer, model, and what the scorer says of it against A."""
+    scorers, rows = document.get("scorers"), []
+    for name, told in scorers.items() if isinstance(scorers, dict) else ():
+        if isinstance(told, dict):
+            interval = told.get("win_rate_wilson")
+            ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
+            rows.append(
+                [
+                    str(name),
+                    letter,
+                    _word(told.get("num_pairs")),
+                    _word(told.get("win_rate")),
+                    f"{_word(ends[0])} to {_word(ends[1])}",
+                    _word(told.get("mean_a")),
+                    _word(told.get("mean_b")),
+                    str(told.get("verdict") or "-").replace("B", letter, 1),
+                ]
+            )
+    return rows
 
 
 def _word(value: Any) -> str:

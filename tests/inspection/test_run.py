@@ -64,7 +64,9 @@ def write_comparison(folder: Path, model: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.55, 0.88], "mean_a": 1.0, "mean_b": 2.0}
     sides = [{"name": name, "settings": {"names": {"model": each}}} for name, each in (("base", "m"), ("new", model))]
+    other = {"b": {"name": "third"}, "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}}}
     document = {
+        "others": [other],
         "a": sides[0],
         "b": sides[1],
         "notes": ["<i>told</i>"],
@@ -100,7 +102,9 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     # A grid of two prompts over two steps, the first on top; each picture names its prompt and step.
     pictures = [attributes["alt"] for tag, attributes in page.tags if tag == "img" and "step" in attributes["alt"]]
     assert pictures == [f"{prompt}, step {step}" for step in (0, 10) for prompt in PROMPTS]
-    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "<i>told</i>"} <= {*texts(page, "td", "th", "li")}
+    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "0.25", "C does not win", "<i>told</i>"} <= {
+        *texts(page, "td", "th", "li")
+    }
     assert sum("others" in text for text in texts(page)) == 0
     named = page_of(run, "--compare", tmp_path / "runs" / "others")
     assert sum("others" in text for text in texts(named)) == 1
@@ -174,7 +178,10 @@ SPOILT = {
         ),
         "not finite",
     ),
-    "half a surrogate pair": (replace("comparison.json", '{"scorers": {"\\ud800": {"win_rate": 1}}}'), "win rate of B"),
+    "half a surrogate pair": (
+        replace("comparison.json", '{"scorers": {"\\ud800": {"win_rate": 1}}}'),
+        "win rate over A",
+    ),
     "a sample that is cut": (replace("samples/step-00000010.png", b"\x89PNG\r\n\x1a\n"), "cannot be read"),
     "a sample of no step": (replace("samples/step-x.png", b""), "a red cat"),
     "a comparison that is none": (replace("comparison.json", "[]"), "cannot be read"),
