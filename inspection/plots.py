@@ -225,7 +225,9 @@ def curves(
 
 
 def number(value: float) -> str:
-    """For a tick or a title: whole thousands, else three digits."""
+    """For a tick or a title: whole thousands, else three digits, short where the value is small."""
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2e}".replace("e-0", "e-")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
