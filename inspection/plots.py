@@ -50,7 +50,7 @@ class Dot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Curve:
     """One series as drawn: pieces between missing values, as points of SVG."""
 
     name: str
@@ -82,7 +82,7 @@ class Plot:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     bars: list[Bar] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Curve] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     column: str | None = None
     """What a bar chooses pairs by, where it does."""
@@ -247,7 +247,7 @@ def _thinned(series: Series) -> Series:
     return Series(name=series.name, style=series.style, points=points)
 
 
-def _line(series: Series, x: _Axis, y: _Axis, *, log: bool) -> Line:
+def _line(series: Series, x: _Axis, y: _Axis, *, log: bool) -> Curve:
     pieces: list[list[str]] = [[]]
     dots = []
     for (at, value), half in zip(series.points, _halves(series), strict=True):
@@ -265,7 +265,7 @@ def _line(series: Series, x: _Axis, y: _Axis, *, log: bool) -> Line:
                 bottom=y.y(value - half) if half else None,
             )
         )
-    return Line(
+    return Curve(
         name=series.name,
         style=series.style,
         pieces=[" ".join(piece) for piece in pieces if len(piece) > 1],

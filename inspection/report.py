@@ -22,8 +22,7 @@ from inpo.inspection.preview import linear_preview, vae_preview
 from inpo.inspection.report_figures import figures_of
 from inpo.inspection.report_sample import GROUPS, MOST_TIMESTEPS, PagePair, page_pairs
 from inpo.inspection.summary import Summary, summary_of
-from inpo.inspection.summary_view import number
-from inpo.inspection.words import cache_facts
+from inpo.inspection.words import cache_facts, number
 
 _MOST_FREQUENT = 12
 _MOST_SKIPPED = 100

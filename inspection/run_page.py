@@ -13,6 +13,7 @@ from inpo.inspection.pages import data_uri, render
 from inpo.inspection.plots import Figure, Series, curves
 from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_comparison, read_runs, sweep_notes
 from inpo.inspection.run_signs import SIGNS, RunWarning, warnings_of
+from inpo.inspection.words import number
 
 _NUM_COLOURS = 8
 _CELL, _PICTURE = 384, 1600
@@ -215,7 +216,7 @@ def _table(runs: Sequence[RunFolder], views: Sequence[RunView]) -> list[tuple[st
     last = [_last_values(run) for run in runs]
     evaluations = [[each for line in run.metrics if (each := Evaluation.of(line)) is not None] for run in runs]
     rows = [("step", [f"{run.last_step:,}" for run in runs])]
-    rows += [(title, [_short(each.get(metric)) for each in last]) for title, metric in _TABLE]
+    rows += [(title, [number(each.get(metric)) for each in last]) for title, metric in _TABLE]
     rows.append(
         (
             "held-out accuracy",
@@ -229,10 +230,6 @@ def _table(runs: Sequence[RunFolder], views: Sequence[RunView]) -> list[tuple[st
 def _last_values(run: RunFolder) -> dict[str, float]:
     """The last number of each metric."""
     return {name: value for line in run.metrics for name, value in line.items() if isinstance(value, float)}
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _last_samples(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:

@@ -79,6 +79,28 @@ def test_every_state_gives_a_page(states, inspect, tmp_path, state, code, num_pa
     assert words in " ".join(text for texts in page.text.values() for text in texts)
 
 
+def test_numbers_that_are_not_finite_leave_the_page_whole(write_cache, inspect, monkeypatch, tmp_path):
+    def tamper(arrays):
+        arrays["reference_error"][:2] = np.nan
+        arrays["inversion_error"][:2] = np.inf
+        arrays["pair/label"][0] = np.nan
+
+    monkeypatch.setattr("inpo.common.cache.writer._check_arrays", lambda *_: None)  # another writer may not look
+    page = page_of(inspect, write_cache(tmp_path / "c", tamper=tamper), tmp_path / "r.html")
+    broken = page.data["pairs"][3]
+    assert (broken["pair_id"], broken["gap"], broken["reference_error"], broken["label"]) == ("pair-1-0", *[None] * 3)
+    assert broken["sheet"]["errors"][0] == [None, None]
+    assert page.data["pairs"][4]["gap"] is not None
+
+
+def test_all_pairs_are_listed_and_only_the_asked_ones_drawn(states, inspect, tmp_path):
+    page = page_of(inspect, states("healthy"), tmp_path / "r.html", "--pairs", "1")
+    drawn = [pair["pair_id"] for pair in page.data["pairs"] if "sheet" in pair]
+    assert 1 <= len(drawn) <= 4 < len(page.data["pairs"]) == 5
+    widest = max(page.data["pairs"], key=lambda pair: pair["gap"])
+    assert widest["groups"].count("gap") == 1
+
+
 def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, inspect, tiny, tmp_path):
     folder = fresh("healthy")
     cache = open_cache(str(folder))

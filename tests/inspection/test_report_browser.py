@@ -1,9 +1,11 @@
-"""The report in a real browser, from file://: no error, no request; it sorts, filters, and opens sheets by keyboard."""
+"""The pages in a real browser, from file://: no error, no request; the report sorts, filters, marks, and opens sheets
+by keyboard."""
 
 import json
 import shutil
 
 import pytest
+from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -22,13 +24,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 
 
 @pytest.fixture(params=SIZES)
-def browser(request, states, inspect, tmp_path):
+def chrome(request, tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver")
     driver = shutil.which("chromedriver")
     if driver is None:
         pytest.skip("no chromedriver here")
-    page = tmp_path / "r.html"
-    assert inspect("report", states("healthy"), "--out", page).code == 0
     width, height = SIZES[request.param]
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -38,12 +38,29 @@ def browser(request, states, inspect, tmp_path):
         metrics = {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 1.0}}
         options.add_experimental_option("mobileEmulation", metrics)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        chrome.get(page.as_uri())
-        yield chrome
+        yield opened
     finally:
-        chrome.quit()
+        opened.quit()
+
+
+@pytest.fixture
+def browser(chrome, states, inspect, tmp_path):
+    page = tmp_path / "r.html"
+    assert inspect("report", states("healthy"), "--out", page).code == 0
+    chrome.get(page.as_uri())
+    return chrome
+
+
+def requests(browser):
+    """Addresses that the page asked for, its own among them."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    # The browser's own start page asks for things too; what counts is what our page asks for.
+    page = browser.current_url.partition("#")[0]
+    ours = [each["request"]["url"] for each in sent if each["documentURL"].partition("#")[0] == page]
+    return {url for url in ours if not url.startswith("data:")}
 
 
 def test_the_page_sorts_filters_and_opens_sheets_without_error_or_request(browser):
@@ -121,9 +138,25 @@ def test_the_page_sorts_filters_and_opens_sheets_without_error_or_request(browse
     assert len(prompts()) == 5
 
     assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    # The browser's own start page asks for things too; what counts is what our page asks for.
-    page = browser.current_url.partition("#")[0]
-    ours = [each["request"]["url"] for each in sent if each["documentURL"].partition("#")[0] == page]
-    assert {url for url in ours if not url.startswith("data:")} == {page}
+    assert requests(browser) == {browser.current_url.partition("#")[0]}
+
+
+def test_a_runs_page_enlarges_samples_without_error_or_request(chrome, inspect, tmp_path):
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    lines = [{"step": step, "loss": 0.7, "margin": 0.0} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (32, 16), "red").save(run / "samples" / "step-00000000.png")
+    assert inspect("run", run, "--out", tmp_path / "page.html").code == 0
+    chrome.get((tmp_path / "page.html").as_uri())
+    assert chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert len(chrome.find_elements("css selector", "svg polyline")) == 2
+    button = chrome.find_element("css selector", "button.picture")
+    chrome.execute_script("arguments[0].click()", button)
+    assert chrome.find_element("css selector", "#large-picture").is_displayed()
+    chrome.find_element("css selector", "#close").click()
+    pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(chrome, 10).until(
+        lambda driver: driver.switch_to.active_element == button
+    )
+    assert chrome.get_log("browser") == []
+    assert requests(chrome) == {chrome.current_url}
