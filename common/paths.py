@@ -31,10 +31,11 @@ def expand_home(place: _Place) -> _Place:
 
 
 def home(value: Any) -> Any:
-    """typer's callback for every option and argument that is a path and no setting of a section: `expand_home`."""
+    """typer's callback for every option and argument that is a path, or a list of them, and no setting of a section:
+    `expand_home`."""
+    if isinstance(value, list):
+        return [home(each) for each in value]
     try:
-        if isinstance(value, list | tuple):
-            return [home(each) for each in value]
         return expand_home(value) if isinstance(value, str | Path) else value
     except ValueError as error:
         raise UsageError("A path cannot be used.", where=value, got=str(error), fix="write another path") from None

@@ -3,7 +3,7 @@ them as inline SVG: no script, no font, no picture to load; colours come from th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +15,8 @@ _MOST_POINTS = 200
 """Of a line; more are averaged in so many groups."""
 _MOST_DOTS = 60
 """A line of more points has no dots to hover over."""
+_LARGEST = 1e100
+"""Values beyond it are left out: differences of such numbers are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +201,12 @@ def curves(
 
     None if there is no value to draw.
     """
-    lines = [_thinned(each) for each in series]
+    lines = [_thinned(_drawable(each, log=log)) for each in series]
     spans = [
         (x, value - half, value + half)
         for each in lines
         for (x, value), half in zip(each.points, _halves(each), strict=True)
-        if value is not None and (not log or value > 0)
+        if value is not None
     ]
     if not spans:
         return None
@@ -219,7 +221,7 @@ def curves(
         y_label=y_label,
         x_ticks=[Tick(at=x.x(value), label=number(value)) for value in x.ticks()],
         y_ticks=[Tick(at=y.y(value), label=number(value)) for value in y.ticks()],
-        lines=[_line(each, x, y, log=log) for each in lines],
+        lines=[_line(each, x, y) for each in lines],
         marks=[Mark(x1=LEFT, x2=WIDTH - RIGHT, y1=y.y(value), y2=y.y(value)) for value in level],
     )
 
@@ -244,14 +246,21 @@ def _thinned(series: Series) -> Series:
     for part in np.array_split(np.arange(count), _MOST_POINTS):
         values = [value for index in part.tolist() if (value := series.points[index][1]) is not None]
         points.append((series.points[int(part[-1])][0], sum(values) / len(values) if values else None))
-    return Series(name=series.name, style=series.style, points=points)
+    return replace(series, points=points)
 
 
-def _line(series: Series, x: _Axis, y: _Axis, *, log: bool) -> Curve:
+def _drawable(series: Series, *, log: bool) -> Series:
+    """Without values that have no place in the drawing."""
+    low = 0.0 if log else -_LARGEST
+    points = [(x, value if value is not None and low < value < _LARGEST else None) for x, value in series.points]
+    return replace(series, points=points)
+
+
+def _line(series: Series, x: _Axis, y: _Axis) -> Curve:
     pieces: list[list[str]] = [[]]
     dots = []
     for (at, value), half in zip(series.points, _halves(series), strict=True):
-        if value is None or (log and value <= 0):
+        if value is None:
             pieces.append([])
             continue
         pieces[-1].append(f"{x.x(at)},{y.y(value)}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from inpo.common.durable import storage_errors
 from inpo.common.errors import DataError, InpoError, UsageError, command
 from inpo.common.pairs import ImageError, decode_image
 from inpo.common.recipe import split_toml
@@ -71,7 +72,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
     Raises DataError for a folder that is not a run's, UsageError for one that is given twice.
     """
-    folders = [folder for path in paths for folder in _runs_of(path)]
+    with storage_errors("read the run", ", ".join(map(str, paths))):
+        folders = [folder for path in paths for folder in _runs_of(path)]
     again = [folder for folder, count in Counter(each.resolve() for each in folders).items() if count > 1]
     if again:
         raise UsageError("A run is given twice.", where="RUN", got=again[0], fix="name each run once")
@@ -94,7 +96,7 @@ def sweep_notes(path: Path) -> list[str]:
             notes.append(f"{row.get('name')} failed: {row['failed']}")
         scores = row.get("scores")
         for scorer, told in scores.items() if isinstance(scores, dict) else ():
-            rate = _number(told.get("win_rate")) if isinstance(told, dict) else None
+            rate = as_number(told.get("win_rate")) if isinstance(told, dict) else None
             if rate is not None:
                 notes.append(
                     f"{row.get('name')}: {scorer} prefers its last samples to the reference's at {rate:.2f} of "
@@ -181,30 +183,34 @@ def _line(text: str) -> dict[str, Any] | None:
         row = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or _number(row.get("step")) is None:
+    step = as_number(row.get("step")) if isinstance(row, dict) else None
+    if step is None or not 0 <= step < 1e15:
         return None
     clean: dict[str, Any] = {}
     for name, value in row.items():
         if not name.endswith("by_timestep"):
-            clean[name] = _number(value)
+            found = as_number(value)
+            is_share = found is None or 0 <= found <= 1 or not name.endswith("accuracy")
+            clean[name] = found if is_share else None
         elif isinstance(value, list):
             clean[name] = [part for each in value if (part := _bin(each)) is not None]
-    return clean | {"step": int(clean["step"])}
+    return clean | {"step": int(step)}
 
 
 def _bin(value: Any) -> dict[str, Any] | None:
     """The metrics of a range of timesteps."""
     if not isinstance(value, dict) or not isinstance(value.get("timesteps"), list):
         return None
-    ends = [_number(end) for end in value["timesteps"]]
-    records = _number(value.get("records"))
+    ends = [as_number(end) for end in value["timesteps"]]
+    records = as_number(value.get("records"))
     if len(ends) != 2 or None in ends or records is None or records < 1:
         return None
-    numbers = {name: _number(each) for name, each in value.items() if name != "timesteps"}
+    numbers = {name: as_number(each) for name, each in value.items() if name != "timesteps"}
     return numbers | {"timesteps": (ends[0], ends[1]), "records": int(records)}
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """A number of a document; None for what is none, or not finite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
@@ -270,6 +276,9 @@ def _strip(file: Path, step: int, prompts: list[Any]) -> SampleStrip:
         return SampleStrip(step=step, prompts=(), images=(image,))
     width = image.width // len(named)
     shown = [str(prompt) for prompt in named][:MOST_PROMPTS]
+    # A prompt that is asked for twice has two columns.
+    again = [shown[:place].count(prompt) for place, prompt in enumerate(shown)]
+    shown = [f"{prompt} ({count + 1})" if count else prompt for prompt, count in zip(shown, again, strict=True)]
     cells = [image.crop((width * place, 0, width * (place + 1), image.height)) for place in range(len(shown))]
     return SampleStrip(step=step, prompts=tuple(shown), images=tuple(cells))
 

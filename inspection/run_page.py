@@ -11,7 +11,15 @@ from inpo.common.errors import command
 from inpo.common.judge import Evaluation
 from inpo.inspection.pages import data_uri, render
 from inpo.inspection.plots import Figure, Series, curves
-from inpo.inspection.run_folder import FoundComparison, RunFolder, SampleStrip, read_comparison, read_runs, sweep_notes
+from inpo.inspection.run_folder import (
+    FoundComparison,
+    RunFolder,
+    SampleStrip,
+    as_number,
+    read_comparison,
+    read_runs,
+    sweep_notes,
+)
 from inpo.inspection.run_signs import SIGNS, RunWarning, warnings_of
 from inpo.inspection.words import number
 
@@ -302,4 +310,4 @@ def _scorer_rows(letter: str, document: dict[str, Any]) -> list[list[str]]:
 
 
 def _word(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else "-"
+    return number(as_number(value))

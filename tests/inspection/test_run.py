@@ -178,6 +178,13 @@ SPOILT = {
         ),
         "not finite",
     ),
+    "numbers out of all proportion": (
+        spoil_metrics(
+            '{"step": 1, "loss": 1e308, "margin": 0}\n{"step": 2, "loss": -1e308, "margin": 1e99, '
+            '"held_out_implicit_accuracy": 7, "held_out_by_timestep": [{"timesteps": [0, 9], "records": 5}]}\n{"step": 1e300}\n{"step": -1}'
+        ),
+        "2 of 4 lines cannot be read",
+    ),
     "half a surrogate pair": (
         replace("comparison.json", '{"scorers": {"\\ud800": {"win_rate": 1}}}'),
         "win rate over A",
@@ -218,6 +225,13 @@ def test_a_strip_that_does_not_name_its_prompts_is_one_picture(page_of, tmp_path
     words = " ".join(texts(page_of(run)))
     assert "do not name their prompts" in words
     assert "no sample of step 0" in words
+
+
+def test_a_prompt_that_is_asked_for_twice_has_two_columns(page_of, tmp_path):
+    run = write_run(tmp_path / "run", samples=())
+    strip(run / "samples" / "step-00000000.png", ("a cat", "a cat"))
+    pictures = [a["alt"] for tag, a in page_of(run).tags if tag == "img" and a["alt"]]
+    assert pictures == ["a cat, step 0", "a cat (2), step 0"]
 
 
 def test_many_steps_are_spread_evenly_with_the_first_and_the_last(page_of, tmp_path):
