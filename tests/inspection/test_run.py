@@ -181,7 +181,8 @@ SPOILT = {
     "numbers out of all proportion": (
         spoil_metrics(
             '{"step": 1, "loss": 1e308, "margin": 0}\n{"step": 2, "loss": -1e308, "margin": 1e99, '
-            '"held_out_implicit_accuracy": 7, "held_out_by_timestep": [{"timesteps": [0, 9], "records": 5}]}\n{"step": 1e300}\n{"step": -1}'
+            '"held_out_implicit_accuracy": 7, "held_out_by_timestep": [{"timesteps": [0, 9], "records": 5}]}\n'
+            '{"step": 1e300}\n{"step": -1}'
         ),
         "2 of 4 lines cannot be read",
     ),
