@@ -4,10 +4,27 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure() -> None:
+    """Check shapes and types at run time in the modules that annotate shapes.
+
+    In all the others mypy has checked the types, and checking them at every call again took two fifths of the time.
+    """
+    package = Path(__file__).parents[1] / "inpo"
+    modules = [
+        ".".join(["inpo", *file.relative_to(folder.parent).with_suffix("").parts]).removesuffix(".__init__")
+        for folder in map(Path.resolve, package.iterdir())  # links to the folders at the top
+        for file in folder.rglob("*.py")
+        if "jaxtyping" in file.read_text(encoding="utf-8")
+    ]
+    install_import_hook(modules, "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
