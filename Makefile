@@ -68,8 +68,9 @@ demo demo-flow: $(INSTALLED)
 	@printf '\n== 5/5  does it align?\n'
 	$(INPO) inspect pair runs/$@/cache --first --model toyworld/$(TOY) --out runs/$@/pair.png
 	$(INPO) evaluate compare --recipe recipes/$@.toml runs/$@/images/base runs/$@/images/trained --out runs/$@/compare
+	$(INPO) inspect run runs/$@/train --out runs/$@/run.html
 	@printf '\nwhere:  runs/$@/compare (table and before/after picture), runs/$@/pair.png (one cached pair),\n'
-	@printf '        runs/$@/cache, runs/$@/train/pipeline (load it with diffusers)\n'
+	@printf '        runs/$@/run.html (what training did), runs/$@/cache, runs/$@/train/pipeline (load it with diffusers)\n'
 	@printf 'next:   make inspect; .venv/bin/tensorboard --logdir runs/$@/train; docs/data.md for your own pairs\n'
 
 precompute: $(INSTALLED) ## invert the recipe's pairs into its cache (RECIPE=...)

@@ -196,15 +196,9 @@ def train(resolved: Resolved, *, resume: str) -> bool:
             name=settings.run_name,
         )
         if settings.sample_every:
-            draw = partial(
-                sample_images,
-                accelerator.unwrap_model(wrapped),
-                model,
-                sample_prompts(settings, opened[0]),
-                opened[0].manifest,
-                settings,
-            )
-            sample = Sampler(draw, metrics, resolved.output / "samples")
+            prompts, bare = sample_prompts(settings, opened[0]), accelerator.unwrap_model(wrapped)
+            draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
+            sample = Sampler(draw, prompts, metrics, resolved.output / "samples")
     trainer = Trainer(
         settings=settings,
         output=resolved.output,
