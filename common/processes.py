@@ -58,10 +58,12 @@ def check_launcher() -> None:
 def on_cpu() -> bool:
     """Whether accelerate has to be told that the CPU is meant.
 
-    Processes launched on CPUs would else be a run of their own each, and all of them would do all the work.
+    Processes launched on CPUs would else be a run of their own each, and all of them would do all the work. MPS is not
+    used: levels and stored points are computed in float64, which it has not.
     """
     launched = "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
+    asked, has_mps = parse_flag_from_env("ACCELERATE_USE_CPU"), torch.backends.mps.is_available()
+    return asked or has_mps or (launched and not torch.accelerator.is_available())
 
 
 def processes() -> PartialState:

@@ -2,7 +2,6 @@
 
 import io
 import textwrap
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inpo.common.fonts import OWN_FONT, font_with, signs_lacking
+from inpo.common.fonts import font_names, unknown_signs_are_boxes
 from inpo.common.seeding import stable_hash
 from inpo.evaluation.compare import Comparison
 
@@ -105,17 +104,9 @@ def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
                 linespacing=1.15,
             )
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # drawn as boxes; docs/evaluation.md
+    with unknown_signs_are_boxes():
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def font_names(text: str) -> list[str]:
-    """DejaVu Sans, and behind it the installed font that has most of what it lacks."""
-    lacking = signs_lacking(text)
-    other = font_with(lacking) if lacking else None
-    return [OWN_FONT, other.name] if other else [OWN_FONT]
 
 
 def _show(axes: Any, image: Image.Image) -> None:

@@ -195,15 +195,9 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         write_file(resolved.output / "recipe.toml", resolved.toml)
         metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step)
         if settings.sample_every:
-            draw = partial(
-                sample_images,
-                accelerator.unwrap_model(wrapped),
-                model,
-                sample_prompts(settings, opened[0]),
-                opened[0].manifest,
-                settings,
-            )
-            sample = Sampler(draw, metrics, resolved.output / "samples")
+            prompts, bare = sample_prompts(settings, opened[0]), accelerator.unwrap_model(wrapped)
+            draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
+            sample = Sampler(draw, prompts, metrics, resolved.output / "samples")
     trainer = Trainer(
         settings=settings,
         output=resolved.output,
@@ -256,7 +250,8 @@ def resolve_run(
     settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
-    opened = [cache for location in settings.caches or (data.need("cache"),) for cache in open_caches(location)]
+    locations = settings.caches or (data.need("cache"),)
+    opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
     if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
             "A cache is given twice: its pairs would count twice.",
@@ -284,6 +279,13 @@ def _tracker(settings: TrainSettings, output: Path, step: int) -> Tracker | None
         config=settings.model_dump(mode="json"),
         project=settings.project,
         run_name=settings.run_name,
+    )
+
+
+def _note_empty(bucket: str) -> None:
+    note(
+        f"{bucket} has no committed pair and is left out; if its precompute was cut short, run the same command again "
+        f"(`inpo inspect summary {bucket}` shows what was skipped)"
     )
 
 

@@ -16,10 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from inpo.common.errors import DataError, UsageError
+from inpo.common.fonts import font_names
 from inpo.evaluation.cli import app
 from inpo.evaluation.compare import compare_folders, to_markdown
 from inpo.evaluation.image_folder import ImageFolder
-from inpo.evaluation.picture import choose_pairs, draw_picture, font_names
+from inpo.evaluation.picture import choose_pairs, draw_picture
 from inpo.evaluation.score import score_folder
 
 SaveImages = Callable[..., Path]

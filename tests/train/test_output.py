@@ -153,6 +153,7 @@ def test_samples_are_drawn_and_do_not_disturb_training(run: Callable[..., Path],
     assert (start != last).any()
     with Image.open(images[0]) as picture:
         assert picture.size == (32, 16)
+        assert json.loads(picture.info["prompts"]) == ["a cat", "a dog"]
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
         for output in (plain, sampled)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from inpo.common.cache import open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.judge import Evaluation, Judge
 from inpo.common.levels import Levels
 from inpo.train.checkpoint import WEIGHTS
 from inpo.train.index import Index, build_index
-from inpo.train.judge import Evaluation, Judge
 from inpo.train.loss_space import error_weights
 from inpo.train.order import GlobalOrder, OrderedShard
 from inpo.train.records import Batch, Needs
