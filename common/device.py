@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from inpo.common.processes import note, on_cpu, say
+from inpo.common.log import note, say
+from inpo.common.processes import on_cpu
 
 _DRIVERS = {
     "NVIDIA": ("/dev/nvidia0", "/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg"),

@@ -5,13 +5,13 @@ folder too) that would change numbers behind a run's own settings. Here they are
 """
 
 import os
-import sys
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from inpo.common.errors import UsageError
+from inpo.common.log import note
 
 _OTHER_TRAINERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -73,14 +73,3 @@ def processes() -> PartialState:
     """
     check_launcher()
     return PartialState(cpu=on_cpu())
-
-
-def say(text: str) -> None:
-    """A line on standard error, of the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def note(text: str) -> None:
-    """The same for what a user may not expect."""
-    say(f"note: {text}")

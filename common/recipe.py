@@ -60,6 +60,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     panels: ClassVar[Mapping[str, str]] = {}
     """{first field of a group: the group's heading in --help}."""
+    most_used: ClassVar[frozenset[str]] = frozenset()
+    """Fields that --help shows before all groups: about a dozen of a command's."""
     recipe_only: ClassVar[frozenset[str]] = frozenset()
     """Fields without an option."""
 
@@ -73,6 +75,7 @@ class ModelSection(Section):
     """[model]: which model is inverted, trained and compared against."""
 
     panels: ClassVar = {"model": "Model"}
+    most_used: ClassVar = frozenset({"model"})
 
     model: Location | None = None
     """A pipeline folder, a hub id, or one .safetensors file."""
@@ -103,6 +106,7 @@ class DataSection(Section):
     """[data]: where the pairs come from and where the cache lies."""
 
     panels: ClassVar = {"pairs": "Data"}
+    most_used: ClassVar = frozenset({"pairs", "columns", "cache"})
 
     pairs: Location | None = None
     """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inpo.common.log import warn
 from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
@@ -100,7 +101,7 @@ def pair(
     write_output(out, content.getvalue(), what="sheet")
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
     for name, error in sorted(damaged.items()):
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
 
 
 @app.command()
@@ -270,7 +271,7 @@ def filter_pairs(
     if out is not None:
         say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
     if table.damaged or len(chosen) < len(selected):
         raise typer.Exit(1)
 
@@ -295,7 +296,7 @@ def table(
     write_output(out, parquet(found), what="table")
     print(f"{out}: {len(found):,} pairs")
     for name, error in found.damaged.items():
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
     if found.damaged:
         raise typer.Exit(1)
 
@@ -348,7 +349,7 @@ def report(
     size = out.stat().st_size / 1e6
     print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
     for name, error in sorted(made.damaged.items()):
-        print(f"damaged: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged: {name}: {error.what}")
     if made.damaged:
         raise typer.Exit(1)
 

@@ -1,7 +1,6 @@
 """`inpo precompute`."""
 
 import signal
-import sys
 from types import FrameType
 from typing import Annotated
 
@@ -28,6 +27,7 @@ def precompute(
 
     Run the same command again to resume: committed shards are never made twice.
     """
+    from inpo.common.log import say
     from inpo.precompute.run import run_precompute
 
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -41,11 +41,7 @@ def precompute(
             dry_run=dry_run,
         )
     except Stopped:
-        print(
-            "stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
+        say("stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on")
         code = 1
     finally:
         for number, handler in previous.items():

@@ -1,7 +1,6 @@
 """A precompute run from resolved settings to its exit code."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
 from inpo.common.errors import CacheIncomplete, DataError, UsageError, command
+from inpo.common.log import fail, log_file, say, warn
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
@@ -63,11 +63,11 @@ def run_precompute(
     codes = []
     for number, work in enumerate(works):
         if work.title and processes().is_main_process:
-            print(work.title, flush=True)
+            say(work.title)
         failed = unreadable if number == 0 else []
         codes.append(_run(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
     if settings.buckets is not None and processes().is_main_process and not dry_run:
-        print(f"next: {_next_command(resolved, recipe)}", flush=True)  # on all buckets
+        say(f"next: {_next_command(resolved, recipe)}")  # on all buckets
     return max(codes)
 
 
@@ -95,18 +95,36 @@ def _run(
     committed = committed_shards(cache, manifest)
     plan = make_plan(tasks, committed, manifest, model, cache=cache)
     if is_main:
-        print(resolved.to_toml(differing=True))
-        print("every other setting is its default; all are kept with the cache, in configurations/", flush=True)
+        tell = print if dry_run else say  # a dry run is asked for nothing else
+        tell(resolved.to_toml(differing=True))
+        tell("every other setting is its default; all are kept with the cache, in configurations/")
         print_plan(plan, console())
         print_inputs(source, tasks, unreadable)
     check_disk(plan, cache)
     if dry_run:
         return 1 if unreadable else 0
     writer = CacheWriter.open(cache, manifest)
+    with log_file(Path(writer.store.location) if is_main and not writer.store.remote else None):
+        return _make(work, model, writer, unreadable, committed, recipe, ray_options=ray_options)
+
+
+def _make(
+    work: Work,
+    model: Model,
+    writer: CacheWriter,
+    unreadable: list[DataError],
+    committed: set[str],
+    recipe: Path | None,
+    *,
+    ray_options: RayOptions,
+) -> int:
+    """Make the shards of one cache that are not `committed`."""
+    resolved, tasks, state = work.resolved, work.tasks, processes()
+    settings, is_main = resolved.settings, state.is_main_process
     if is_main:
         writer.write_configuration(resolved.to_toml())
         for line in input_warnings(writer, tasks, committed):
-            print(f"warning: {line}", file=sys.stderr)
+            warn(line)
     failures: list[DataError] = list(unreadable)
     start = time.perf_counter()
 
@@ -119,7 +137,7 @@ def _run(
             def on_outcome(outcome: Outcome) -> None:
                 if outcome.error is not None:
                     failures.append(outcome.error)
-                    print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+                    fail(outcome.error)
                 progress.advance(outcome.task.num_rows)
 
             return make(name, tasks, committed=done, on_outcome=on_outcome)
@@ -130,14 +148,14 @@ def _run(
 
     with _engine(resolved, model, writer, ray_options, on_batch_size) as make:
         table, named = TextTable(writer), named_texts(writer)
-        texts = list_texts(tasks, named, table, by_length=manifest.is_padded)
+        texts = list_texts(tasks, named, table, by_length=writer.manifest.is_padded)
         phase("texts", texts, set(), "prompts")
         if is_main and texts:
             num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start
-            print(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s", flush=True)
+            say(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s")
         lost = _texts_lost(writer, {task.name: named.get(task.name, ()) for task in tasks})
         if is_main and lost is not None:
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+            fail(lost)
         report = phase("images", dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(
@@ -218,37 +236,34 @@ def _print_summary(
             counts[what] = counts.get(what, 0) + count
     size = sum(sum(commit.files.values()) for commit in commits.values())
     num_pairs = sum(commit.num_pairs for commit in commits.values())
-    print(
-        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s"
-    )
-    print(f"time: {report}")
+    say(f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s")
+    say(f"time: {report}")
     for reason, count in sorted(skipped.items()):
         meaning = SKIP_REASONS.get(reason, "a number that would be stored is NaN or infinite")  # type: ignore[call-overload]
-        print(f"skipped: {count} x {reason}: {meaning}")
+        say(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
-        print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+        say(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
     if "unreachable" in skipped:
-        print(
+        say(
             "unreachable images are not asked for again: to make a shard with them anew, move its "
             f"{writer.store.path('commits')}/SHARD.json away and run again"
         )
     for what, count in sorted(counts.items()):
-        print(f"counted: {count} x {what}")
+        say(f"counted: {count} x {what}")
     if failures:
-        print(f"unreadable input shards: {len(failures)}; the others are done")
+        say(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
         for line in _reasons(writer, commits).lines(
             {task.input_shard.name: task.input_shard for task in tasks}.values()
         ):
-            print(line)
-        print(
+            say(line)
+        say(
             "no pair was kept, so nothing of this source stays committed: "
-            f"`{command('data', 'check', tasks[0].location)}` counts the reasons",
-            flush=True,
+            f"`{command('data', 'check', tasks[0].location)}` counts the reasons"
         )
         return 0
-    print(f"next: {command('inspect', 'summary', writer.store.location)}")
-    print(f"next: {next_command}", flush=True)
+    say(f"next: {command('inspect', 'summary', writer.store.location)}")
+    say(f"next: {next_command}")
     return num_pairs
 
 

@@ -15,6 +15,9 @@ class PrecomputeSettings(CacheSettings):
     """What makes the cache what it is, and how the work is done, which leaves it unchanged."""
 
     panels: ClassVar = {**CacheSettings.panels, "batch_size": "Work"}
+    most_used: ClassVar = frozenset(
+        {"grid_points", "timesteps_per_pair", "inverter", "resolution", "dtype", "seed", "batch_size", "engine"}
+    )
 
     batch_size: BatchSize = 16
     """Pairs per network batch; auto: the largest power of two that the device takes."""

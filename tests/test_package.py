@@ -208,7 +208,7 @@ def test_it_runs_beside_files_and_packages_of_the_same_names(wheel: Path, tmp_pa
     assert Path(where.stdout.strip()).is_relative_to(site)
 
 
-OPTIONAL = {"ImageReward", "bitsandbytes", "datasets", "open_clip", "ray", "torchao", "wandb", "xarray"}
+OPTIONAL = {"ImageReward", "bitsandbytes", "datasets", "open_clip", "ray", "torchao", "xarray"}
 """What a user installs for one option, and is told to."""
 
 

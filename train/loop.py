@@ -22,6 +22,7 @@ from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
 from inpo.common.judge import Evaluation, Judge
+from inpo.common.log import note
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
 from inpo.train.loss_space import error_weights
@@ -317,8 +318,8 @@ class Trainer:
             self._warned = True
             best, now = self.judge.best, self.judge.evaluations[-1]
             saved = self.output / "checkpoints" / f"step-{best.step:08d}"
-            self.accelerator.print(
-                f"note: the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
+            note(
+                f"the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
                 f"now, at step {now.step}"
                 + (f"; `--resume {saved} --steps {best.step}` writes the model of then" if saved.is_dir() else "")
             )

@@ -14,6 +14,7 @@ import torch
 
 from inpo.common.durable import write_file
 from inpo.common.errors import InpoError, UsageError, command
+from inpo.common.log import fail, say
 from inpo.common.processes import processes
 from inpo.common.recipe import read_recipe, resolve
 from inpo.common.scorer import load_scorer
@@ -158,7 +159,7 @@ def run_sweep(
     judge = SampleJudge(judges if main else (), runs)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if main:
-            print(f"\n== run {number}/{len(runs)}: {name}")
+            say(f"\n== run {number}/{len(runs)}: {name}")
         failed = None
         try:
             if not train(run, resume=resume):
@@ -167,7 +168,7 @@ def run_sweep(
             if len(runs) == 1 or processes().num_processes > 1:
                 raise  # the other processes may be waiting for this one
             failed = error.what
-            print(f"failed: {error}")
+            fail(error)
         gc.collect()
         torch.compiler.reset()
         if torch.cuda.is_available():

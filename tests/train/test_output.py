@@ -134,7 +134,7 @@ def test_init_from_starts_elsewhere_and_says_so(
 ) -> None:
     other = make_world(seed=1)
     output = run(steps=1, init_from=str(other.model.folder))
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     assert "the zero-step proof does not apply" in text
     first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["margin"]) > 1e-3
