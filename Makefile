@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .PHONY: help install dev demo demo-flow precompute train inspect rounds test check bench bench-gpu evidence circle toyworld-base toyworld-flow clean
 
 PYTHON ?= python3
+# A build of torch by the name that https://pytorch.org/get-started has for it: cpu, cu128, ...; nothing: pip's own choice.
+TORCH ?= $(shell cat .venv/.torch 2>/dev/null)
 RECIPE ?= recipes/demo.toml
 DEMO_PAIRS   := 1024
 DEMO_PROMPTS := 200
@@ -12,6 +14,16 @@ INSTALLED := .venv/.installed
 DEV       := .venv/.dev
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPO := .venv/bin/python -m inpo
+ifneq ($(TORCH),)
+ifeq ($(shell echo '$(TORCH)' | grep -Ex 'cpu|cu[0-9]+|rocm[0-9.]+'),)
+$(error TORCH=$(TORCH) is no build of torch: expected cpu, or one such as cu128 or rocm6.4, see https://pytorch.org/get-started)
+endif
+ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
+# From that index torch alone: what it needs stands in constraints.txt and comes from where everything comes from.
+TORCH_FROM := $(if $(TORCH),--no-deps --force-reinstall --index-url https://download.pytorch.org/whl/$(TORCH))
 
 demo: TOY := base
 demo-flow: TOY := flow
@@ -27,15 +39,16 @@ help: ## this list
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2]'
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) $(TORCH_FROM) torch
 	$(PIP_INSTALL) --editable .
+	echo '$(TORCH)' > .venv/.torch
 	touch $@
 
 $(DEV): $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[dev]'
 	touch $@
 
-install: $(INSTALLED) ## create .venv with what `inpo` needs
+install: $(INSTALLED) ## create .venv with what `inpo` needs (TORCH=cpu, TORCH=cu128, ...)
 
 dev: $(DEV) ## and with what the checks, tests and benchmarks need besides
 
@@ -55,8 +68,9 @@ demo demo-flow: $(INSTALLED)
 	@printf '\n== 5/5  does it align?\n'
 	$(INPO) inspect pair runs/$@/cache --first --model toyworld/$(TOY) --out runs/$@/pair.png
 	$(INPO) evaluate compare --recipe recipes/$@.toml runs/$@/images/base runs/$@/images/trained --out runs/$@/compare
+	$(INPO) inspect run runs/$@/train --out runs/$@/run.html
 	@printf '\nwhere:  runs/$@/compare (table and before/after picture), runs/$@/pair.png (one cached pair),\n'
-	@printf '        runs/$@/cache, runs/$@/train/pipeline (load it with diffusers)\n'
+	@printf '        runs/$@/run.html (what training did), runs/$@/cache, runs/$@/train/pipeline (load it with diffusers)\n'
 	@printf 'next:   make inspect; .venv/bin/tensorboard --logdir runs/$@/train; docs/data.md for your own pairs\n'
 
 precompute: $(INSTALLED) ## invert the recipe's pairs into its cache (RECIPE=...)

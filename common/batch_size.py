@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from inpo.common.errors import OutOfMemory
-from inpo.common.processes import say
+from inpo.common.log import say
 
 MOST = 64
 """Pairs: where the network is the limit, larger batches are no faster."""

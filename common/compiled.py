@@ -17,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from inpo.common.choices import CompileName
 from inpo.common.errors import InpoError
-from inpo.common.processes import note, say
+from inpo.common.log import note, say
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 SMALL = 8

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from inpo.common.processes import note, on_cpu, say
+from inpo.common.log import note, say
+from inpo.common.processes import on_cpu
 
 _DRIVERS = {
     "NVIDIA": ("/dev/nvidia0", "/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg"),
@@ -35,6 +36,8 @@ def why_no_gpu(root: Path = Path("/")) -> str | None:
 
     `root`: where the drivers' files are looked for.
     """
+    if torch.backends.mps.is_available():
+        return "Apple's GPU is not used: MPS has no float64, which the levels and the cache's stored points need"
     maker = next(
         (maker for maker, files in _DRIVERS.items() if any((root / file[1:]).exists() for file in files)), None
     )

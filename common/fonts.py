@@ -1,5 +1,8 @@
 """Fonts for prompts in any script."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from matplotlib import font_manager
@@ -10,12 +13,27 @@ OWN_FONT = "DejaVu Sans"
 """What matplotlib ships: the same on every machine."""
 
 
-def signs_lacking(text: str) -> set[int]:
+def font_names(text: str) -> list[str]:
+    """DejaVu Sans, and behind it the installed font that has most of what it lacks."""
+    lacking = _signs_lacking(text)
+    other = _font_with(lacking) if lacking else None
+    return [OWN_FONT, other.name] if other else [OWN_FONT]
+
+
+@contextmanager
+def unknown_signs_are_boxes() -> Iterator[None]:
+    """A sign that no font has is drawn as a box, without matplotlib's warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
+        yield
+
+
+def _signs_lacking(text: str) -> set[int]:
     """Code points of `text` that DejaVu Sans has no glyph for."""
     return {ord(sign) for sign in text if not sign.isspace()} - _glyphs(font_manager.findfont(OWN_FONT))
 
 
-def font_with(signs: set[int]) -> FontEntry | None:
+def _font_with(signs: set[int]) -> FontEntry | None:
     """The installed font that has most of these signs; None if none has any."""
     fonts = [
         font

@@ -175,12 +175,14 @@ class Need:
 
     what: str
     batch_size: int
-    """Pairs; 0: as many as fit."""
+    """Pairs, or lists; 0: as many as fit."""
     peak: Peak
+    sides: int = 2
+    """Images of each of them."""
 
     def to_json(self, memory: int | None) -> dict[str, Any]:
-        """Bytes, and batches in pairs. `memory`: bytes of a device; None: not known."""
-        largest = None if memory is None else self.peak.most_images(memory) // 2
+        """Bytes, and batches in pairs or lists. `memory`: bytes of a device; None: not known."""
+        largest = None if memory is None else self.peak.most_images(memory) // self.sides
         batch_size = self.batch_size or largest or 1
         return {
             "what": self.what,
@@ -188,8 +190,8 @@ class Need:
             "weights": self.peak.weights,
             "optimizer": self.peak.optimizer,
             "gradients": self.peak.gradients,
-            "activations": self.peak.activations(2 * batch_size),
-            "peak": self.peak.at(2 * batch_size),
+            "activations": self.peak.activations(self.sides * batch_size),
+            "peak": self.peak.at(self.sides * batch_size),
             "device_memory": memory,
             "largest_batch_size": largest,
         }

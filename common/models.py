@@ -5,7 +5,6 @@ A model is a pipeline folder, a hub id, or one .safetensors file (common/single_
 """
 
 import logging
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from inpo.common.errors import ModelError
 from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
 from inpo.common.families.base import read_json
 from inpo.common.levels import Levels, TimeSettings
+from inpo.common.log import note
 from inpo.common.markers import check_markers
 from inpo.common.model_folder import find_vae, folder_of, refuse_local
 from inpo.common.prediction import FLOW_PROBES, check_flow, check_prediction, flow_likeness, noise_likeness
@@ -336,7 +336,7 @@ def open_model(
     model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
-        print(f"note: {location} has no {variant} weights; its plain ones are used", file=sys.stderr)
+        note(f"{location} has no {variant} weights; its plain ones are used")
     return model
 
 

@@ -28,6 +28,8 @@ RecipeOption = Annotated[
     Path | None, typer.Option(help="TOML recipe; flags win over it.", show_default="none", callback=home)
 ]
 
+_MOST_USED = "Most used"
+
 
 def options(
     *sections: type[Section], only: Collection[str] = (), without: Collection[str] = ()
@@ -156,7 +158,9 @@ def _text(field: FieldInfo) -> tuple[str, str]:
 
 
 def _panel(section: type[Section], name: str) -> str | None:
-    """The heading of the last group that begins at this field or before it."""
+    """The heading of the last group that begins at this field or before it, or that of the options used most."""
+    if name in section.most_used:
+        return _MOST_USED
     panel = None
     for each in section.model_fields:
         panel = section.panels.get(each, panel)

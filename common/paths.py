@@ -31,7 +31,10 @@ def expand_home(place: _Place) -> _Place:
 
 
 def home(value: Any) -> Any:
-    """typer's callback for every option and argument that is a path and no setting of a section: `expand_home`."""
+    """typer's callback for every option and argument that is a path, or a list of them, and no setting of a section:
+    `expand_home`."""
+    if isinstance(value, list):
+        return [home(each) for each in value]
     try:
         return expand_home(value) if isinstance(value, str | Path) else value
     except ValueError as error:

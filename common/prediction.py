@@ -7,8 +7,6 @@ middle, which tells a wrong sign and a time that is reversed or on another scale
 """
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 from functools import cache
 
@@ -19,6 +17,7 @@ from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
 from inpo.common.levels import Levels
+from inpo.common.log import note
 
 _ALIKE = 0.9
 """With eps = (x - a x0) / s and a = 0.07, as in Stable Diffusion, even latents twice as strong as the noise leave a
@@ -115,7 +114,7 @@ def check_flow(likeness: Sequence[float], *, where: str) -> None:
             "family that its pipeline names",
         )
     if min(likeness) < _LIKE:
-        _note(f"note: {where} does not give noise - x0 (cosines {told}): it is untrained, or another model's weights")
+        _note(f"{where} does not give noise - x0 (cosines {told}): it is untrained, or another model's weights")
 
 
 @torch.no_grad()
@@ -144,9 +143,8 @@ def flow_likeness(denoiser: Denoiser, blank: Condition, shape: tuple[int, int, i
 
 @cache
 def _note(text: str) -> None:
-    """Once in a run, however often and in however many processes the network is loaded."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    """Once in a run, however often the network is loaded."""
+    note(text)
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ folder too) that would change numbers behind a run's own settings. Here they are
 """
 
 import os
-import sys
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from inpo.common.errors import UsageError
+from inpo.common.log import note
 
 _OTHER_TRAINERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -58,10 +58,12 @@ def check_launcher() -> None:
 def on_cpu() -> bool:
     """Whether accelerate has to be told that the CPU is meant.
 
-    Processes launched on CPUs would else be a run of their own each, and all of them would do all the work.
+    Processes launched on CPUs would else be a run of their own each, and all of them would do all the work. MPS is not
+    used: levels and stored points are computed in float64, which it has not.
     """
     launched = "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
+    asked, has_mps = parse_flag_from_env("ACCELERATE_USE_CPU"), torch.backends.mps.is_available()
+    return asked or has_mps or (launched and not torch.accelerator.is_available())
 
 
 def processes() -> PartialState:
@@ -71,14 +73,3 @@ def processes() -> PartialState:
     """
     check_launcher()
     return PartialState(cpu=on_cpu())
-
-
-def say(text: str) -> None:
-    """A line on standard error, of the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def note(text: str) -> None:
-    """The same for what a user may not expect."""
-    say(f"note: {text}")

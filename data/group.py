@@ -75,7 +75,7 @@ def _read_back(key: bytes, store: IO[bytes]) -> Pair:
     _, offset, text, win, lose = _KEY.unpack(key)
     store.seek(offset)
     told = json.loads(store.read(text))
-    told["scores"] = told["scores"] and tuple(told["scores"])
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     return Pair(**told, win=store.read(win), lose=store.read(lose))
 
 

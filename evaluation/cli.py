@@ -1,5 +1,6 @@
-"""`inpo evaluate`: generate images, score them, compare two models; `inpo relabel`: label a cache's pairs anew."""
+"""`inpo evaluate`: make images, score and compare them, ask people; `inpo relabel`: label a cache's pairs anew."""
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,11 +38,12 @@ def generate_command(
     sections = read_recipe(recipe)
     settings = resolve(EvaluateSettings, "evaluate", sections, given[EvaluateSettings])
     chosen = resolve(ModelSection, "model", sections, given[ModelSection])
-    if settings.prompts is None:
+    if settings.prompts is None and settings.control_images is None and settings.inpaint is None:
         raise UsageError(
             "No prompts given.", where="--prompts", fix="pass --prompts, or set prompts in [evaluate] of the recipe"
         )
-    report = generate(chosen.open(), read_prompts(settings.prompts), settings, out)
+    prompts = read_prompts(settings.prompts) if settings.prompts is not None else []
+    report = generate(chosen.open(), prompts, settings, out)
     cut = f"; prompts cut, being longer than the text encoder reads: {report.num_cut}" if report.num_cut else ""
     _say(f"{report.num_images} images in {out}{cut}")
 
@@ -76,8 +78,14 @@ def score_command(
 @options(EvaluateSettings, only=("scorers", "batch_size"))
 def compare_command(
     given: Given,
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of the model to compare with.", callback=home)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the model in question.", callback=home)],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B [C ...]",
+            help="Folder of the model to compare with; folders of those in question.",
+            callback=home,
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -86,38 +94,107 @@ def compare_command(
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
-    """Compare two folders' scores, paired by prompt and seed. Scores that are not there yet are computed first."""
+    """Compare the scores of every folder with the first one's, paired by prompt and seed. Scores that are not there yet
+    are computed first."""
     from inpo.common.durable import storage_errors, write_file
+    from inpo.common.errors import UsageError
     from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
-    from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys
+    from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys, to_markdown
     from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.score import score_folder, try_scorers
 
     settings = _settings(recipe, given)
-    folders = ImageFolder(a), ImageFolder(b)
+    if len(folders) < 2:
+        raise UsageError(
+            "There is nothing to compare with.",
+            where="the arguments",
+            expected="two folders or more",
+            got=len(folders),
+            fix="give the base's folder first, then those of the trained models",
+        )
+    opened = [ImageFolder(folder) for folder in folders]
     # Before hours of scoring: whether there is anything to compare, all scorers, and a place for the outcome.
-    shared_keys(*folders)
-    missing = [name for name in settings.scorers if not all(images.has_scores(name) for images in folders)]
-    try_scorers(missing, folders[0])
+    shared_keys(*opened)
+    missing = [name for name in settings.scorers if not all(images.has_scores(name) for images in opened)]
+    try_scorers(missing, opened[0])
     if out is not None:
         with storage_errors("write the comparison", out):
             out.mkdir(parents=True, exist_ok=True)
     for name in settings.scorers:
-        for images in folders:
+        for images in opened:
             if not images.has_scores(name):
                 score_folder(images, load_scorer(name), batch_size=settings.batch_size)
     if not processes().is_main_process:
         return
-    comparison = compare_folders(*folders, settings.scorers)
-    print(comparison.to_markdown(), end="")
+    comparisons = compare_folders(opened, settings.scorers)
+    table = to_markdown(comparisons)
+    print(table, end="")
     if out is not None:
         from inpo.evaluation.picture import draw_picture
 
-        write_file(out / "comparison.md", comparison.to_markdown().encode())
-        write_file(out / "comparison.json", comparison_json(comparison))
-        write_file(out / "comparison.png", draw_picture(comparison, comparison.scored[0]))
+        write_file(out / "comparison.md", table)
+        write_file(out / "comparison.json", comparison_json(comparisons))
+        write_file(out / "comparison.png", draw_picture(comparisons))
         print(f"\ntable and picture in {out}")
+
+
+@app.command("study")
+def study_command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B | ANSWERS...",
+            help="Folders of two models' images; with --tally files that people saved from the page.",
+            callback=home,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the study: its page and its key.", callback=home)],
+    tally: Annotated[
+        bool, typer.Option("--tally", help="Count answers to the study in --out.", show_default="off")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of which pairs are shown, their order and their sides.", show_default="0")
+    ] = None,
+    most_pairs: Annotated[int | None, typer.Option(min=1, help="Pairs in the page at most.", show_default="50")] = None,
+) -> None:
+    """Make a blind study of two models for people to answer in a browser, and count what they answered.
+
+    The page asks the paper's three questions and does not tell which image is whose: key.json does.
+    """
+    from inpo.common.durable import write_file
+    from inpo.common.errors import UsageError, command
+    from inpo.evaluation.image_folder import ImageFolder
+    from inpo.evaluation.study import KEY, MOST_PAIRS, make_study, read_key
+    from inpo.evaluation.tally import count_answers
+
+    if tally:
+        for value, option in ((seed, "--seed"), (most_pairs, "--most-pairs")):
+            if value is not None:
+                raise UsageError(
+                    f"{option} is of a new study.", where=option, got="--tally as well", fix="leave it out"
+                )
+        counted = count_answers(read_key(out), paths)
+        table = counted.to_markdown()
+        print(table, end="")
+        write_file(out / "tally.md", table)
+        write_file(out / "tally.json", json.dumps(counted.to_json(), indent=1, ensure_ascii=False) + "\n")
+        return
+    if len(paths) != 2:
+        raise UsageError(
+            "A study is of two models.",
+            where="the arguments",
+            expected="two folders of images, or --tally and files of answers",
+            got=len(paths),
+            fix="make a study for each two of them",
+        )
+    a, b = (ImageFolder(path) for path in paths)
+    made = make_study(a, b, out, seed=seed or 0, most_pairs=most_pairs or MOST_PAIRS)
+    print(f"{made.num_pairs} pairs in {made.page} ({made.num_bytes / 1e6:.1f} MB): that file is all that people need")
+    print(f"which side is whose is in {out / KEY}: keep it to yourself")
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"next: {command('evaluate', 'study', '--tally', 'ANSWERS.json', '--out', out)}")
 
 
 @options(DataSection, only=("columns", "pairs_from", "allow_remote"))

@@ -1,6 +1,7 @@
-"""Two folders of images against each other, paired by prompt and seed, under one or several scorers."""
+"""Folders of images against a first one, paired by prompt and seed, under one or several scorers."""
 
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from jaxtyping import Float
 from inpo.common.errors import DataError, UsageError
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
+
+SETTINGS_SHOWN = ("inference_steps", "guidance", "scheduler", "dtype", "transfer")
+"""What of generate.json is told where it differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +29,14 @@ class ScoredPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Folder B against folder A."""
+    """One folder, B or a later letter, against folder A."""
 
     folder_a: ImageFolder
     folder_b: ImageFolder
     name_a: str
     name_b: str
+    letter: str
+    """Of the second folder in tables."""
     pairs: tuple[tuple[ImageEntry, ImageEntry], ...]
     scored: tuple[ScoredPairs, ...]
     notes: tuple[str, ...]
@@ -48,126 +54,139 @@ class Comparison:
             },
         }
 
-    def to_markdown(self) -> str:
-        """A table with one row per scorer, a verdict for each, and the notes."""
-        head = ["scorer", "pairs", "win rate of B", "mean A", "mean B", "mean of B - A"]
-        head += ["median A", "median B", "median of B - A", "verdict"]
-        lines = [
-            f"A: {self.name_a}, B: {self.name_b}. Brackets: 95% intervals.",
-            "",
-            _row(head),
-            _row(["---"] * len(head)),
-        ]
-        for one in self.scored:
-            s = one.statistics
-            win_rate = _number(s.win_rate, _widest(s.win_rate_wilson, s.win_rate_bootstrap), digits=3)
-            lines.append(
-                _row(
-                    [
-                        one.scorer,
-                        str(s.num_pairs),
-                        win_rate,
-                        f"{s.mean_a:.4g}",
-                        f"{s.mean_b:.4g}",
-                        _number(s.mean_difference, s.mean_difference_interval, signed=True),
-                        f"{s.median_a:.4g}",
-                        f"{s.median_b:.4g}",
-                        _number(s.median_difference, s.median_difference_interval, signed=True),
-                        s.verdict,
-                    ]
-                )
-            )
-        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join(lines) + "\n"
+
+def to_markdown(comparisons: Sequence[Comparison]) -> str:
+    """A table with one row per scorer and folder against A, a verdict for each, and the notes."""
+    several = len(comparisons) > 1
+    other = "model" if several else "B"
+    head = ["scorer", *(["model"] if several else []), "pairs", f"win rate of {other}"]
+    head += ["mean A", f"mean {other}", f"mean of {other} - A"]
+    head += ["median A", f"median {other}", f"median of {other} - A", "verdict"]
+    names = ", ".join([f"A: {comparisons[0].name_a}", *(f"{one.letter}: {one.name_b}" for one in comparisons)])
+    against = " Every model against A." if several else ""
+    lines = [f"{names}.{against} Brackets: 95% intervals.", "", row(head), row(["---"] * len(head))]
+    for number, scored in enumerate(comparisons[0].scored):
+        for comparison in comparisons:
+            s = comparison.scored[number].statistics
+            cells = [
+                scored.scorer,
+                *([comparison.letter] if several else []),
+                str(s.num_pairs),
+                interval_text(s.win_rate, widest(s.win_rate_wilson, s.win_rate_bootstrap), digits=3),
+                f"{s.mean_a:.4g}",
+                f"{s.mean_b:.4g}",
+                interval_text(s.mean_difference, s.mean_difference_interval, signed=True),
+                f"{s.median_a:.4g}",
+                f"{s.median_b:.4g}",
+                interval_text(s.median_difference, s.median_difference_interval, signed=True),
+                s.verdict.replace("B", comparison.letter, 1),
+            ]
+            lines.append(row(cells))
+    notes = dict.fromkeys(note for comparison in comparisons for note in comparison.notes)
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return "\n".join(lines) + "\n"
 
 
-def compare_folders(a: ImageFolder, b: ImageFolder, scorers: Sequence[str] = ()) -> Comparison:
-    """Compare `b` with `a` under `scorers`, or under every scorer that both folders have scores of.
+def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ()) -> tuple[Comparison, ...]:
+    """Compare each folder behind the first with the first, on the images that all have, under `scorers`, or under every
+    scorer that all folders have scores of.
 
-    Raises DataError if no image of one has the prompt and seed of an image of the other, or scores are missing.
+    Raises DataError if no prompt and seed is that of an image in every folder, or scores are missing.
     """
-    shared = shared_keys(a, b)
+    shared = shared_keys(*folders)
     if not scorers:
-        scorers = [name for name in a.scorer_names() if name in b.scorer_names()]
+        scorers = [name for name in folders[0].scorer_names() if all(name in each.scorer_names() for each in folders)]
         if not scorers:
             raise UsageError(
                 "The folders have no scores in common.",
-                where=f"{a.path} and {b.path}",
-                got=f"{', '.join(a.scorer_names()) or 'none'}; {', '.join(b.scorer_names()) or 'none'}",
-                fix="run `inpo evaluate score` on both, or give --scorer here to have it done",
+                where=" and ".join(str(each.path) for each in folders),
+                got="; ".join(", ".join(each.scorer_names()) or "none" for each in folders),
+                fix="run `inpo evaluate score` on all, or give --scorer here to have it done",
             )
-    scored = []
-    for name in scorers:
-        scores_a, scores_b = a.scores(name), b.scores(name)
-        values_a, values_b = (np.array([scores[key] for key in shared]) for scores in (scores_a, scores_b))
-        statistics = compare_scores(values_a, values_b, [prompt for prompt, _ in shared])
-        scored.append(ScoredPairs(scorer=name, a=values_a, b=values_b, statistics=statistics))
-    name_a, name_b = _names(a, b)
-    return Comparison(
-        folder_a=a,
-        folder_b=b,
-        name_a=name_a,
-        name_b=name_b,
-        pairs=tuple((a.by_key[key], b.by_key[key]) for key in shared),
-        scored=tuple(scored),
-        notes=tuple(_notes(a, b, len(shared))),
+    scores = {
+        name: [np.array([found[key] for key in shared]) for found in (each.scores(name) for each in folders)]
+        for name in scorers
+    }
+    a, prompts, names = folders[0], [prompt for prompt, _ in shared], folder_names(folders)
+    return tuple(
+        Comparison(
+            folder_a=a,
+            folder_b=b,
+            name_a=names[0],
+            name_b=names[place],
+            letter=letters(len(folders))[place],
+            pairs=tuple((a.by_key[key], b.by_key[key]) for key in shared),
+            scored=tuple(
+                ScoredPairs(
+                    scorer=name, a=each[0], b=each[place], statistics=compare_scores(each[0], each[place], prompts)
+                )
+                for name, each in scores.items()
+            ),
+            notes=tuple(_notes(a, b, letters(len(folders))[place], len(shared), len(folders))),
+        )
+        for place, b in enumerate(folders[1:], start=1)
     )
 
 
-def shared_keys(a: ImageFolder, b: ImageFolder) -> list[tuple[str, int]]:
-    """(prompt, seed) of the images that both have, in A's order. Raises DataError if there is none."""
-    shared = [key for key in a.by_key if key in b.by_key]
+def shared_keys(*folders: ImageFolder) -> list[tuple[str, int]]:
+    """(prompt, seed) of the images that all have, in the first one's order. Raises DataError if there is none."""
+    shared = [key for key in folders[0].by_key if all(key in each.by_key for each in folders)]
     if not shared:
         raise DataError(
-            "No image of one folder has the prompt and seed of an image of the other.",
-            where=f"{a.path} and {b.path}",
+            "No prompt and seed is that of an image in every folder.",
+            where=" and ".join(str(each.path) for each in folders),
             expected="images made for the same prompts with the same --seed",
-            got=_example(a, b),
-            fix="make both with the same --prompts and --seed",
+            got="; ".join(f"{each.entries[0].prompt[:60]!r} with seed {each.entries[0].seed}" for each in folders),
+            fix="make all with the same --prompts and --seed",
         )
     return shared
 
 
-def _names(a: ImageFolder, b: ImageFolder) -> tuple[str, str]:
+def letters(count: int) -> list[str]:
+    """A, B, C, ... Z, AA, AB, ..."""
+    alphabet = string.ascii_uppercase
+    return [(alphabet[place // 26 - 1] if place >= 26 else "") + alphabet[place % 26] for place in range(count)]
+
+
+def folder_names(folders: Sequence[ImageFolder]) -> list[str]:
     """The folders' own names, with as many parents as it takes to tell them apart."""
-    first, second = a.path.resolve().parts, b.path.resolve().parts
-    for length in range(1, max(len(first), len(second)) + 1):
-        if first[-length:] != second[-length:]:
-            return "/".join(first[-length:]), "/".join(second[-length:])
-    return a.path.name, b.path.name
+    parts = [each.path.resolve().parts for each in folders]
+    different = len(set(parts))
+    length = next(n for n in range(1, max(map(len, parts)) + 1) if len({each[-n:] for each in parts}) == different)
+    return ["/".join(each[-length:]) for each in parts]
 
 
-def _notes(a: ImageFolder, b: ImageFolder, num_shared: int) -> list[str]:
+def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_folders: int) -> list[str]:
     notes = []
-    for label, folder in (("A", a), ("B", b)):
+    for label, folder in (("A", a), (letter, b)):
         if extra := len(folder.entries) - num_shared:
-            notes.append(f"Images only in {label}, not compared: {extra}.")
-    for name in ("inference_steps", "guidance", "scheduler", "dtype"):
+            which = f"only in {label}" if num_folders == 2 else f"of {label} that not every folder has"
+            notes.append(f"Images {which}, not compared: {extra}.")
+    for name in SETTINGS_SHOWN:
         first, second = a.settings.get(name), b.settings.get(name)
         if first != second and a.settings and b.settings:
-            notes.append(f"The settings differ: {name} is {first} in A and {second} in B.")
+            notes.append(f"The settings differ: {name} is {first} in A and {second} in {letter}.")
     if a.path.resolve() == b.path.resolve():
-        notes.append("A and B are the same folder.")
+        notes.append(f"A and {letter} are the same folder.")
     return notes
 
 
-def _example(a: ImageFolder, b: ImageFolder) -> str:
-    firsts = (folder.entries[0] for folder in (a, b))
-    return "; ".join(f"{entry.prompt[:60]!r} with seed {entry.seed}" for entry in firsts)
-
-
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _widest(*intervals: tuple[float, float] | None) -> tuple[float, float]:
+def widest(*intervals: tuple[float, float] | None) -> tuple[float, float]:
+    """From the lowest end to the highest one of those that are there."""
     present = [one for one in intervals if one is not None]
     return min(one[0] for one in present), max(one[1] for one in present)
 
 
-def _number(
+def interval_text(
     value: float, interval: tuple[float, float] | None, *, digits: int | None = None, signed: bool = False
 ) -> str:
+    """0.61 [0.52, 0.7]"""
+
     def text(number: float) -> str:
         shown = f"{number:.{digits}f}" if digits is not None else f"{number:.3g}"
         return f"+{shown}" if signed and number > 0 else shown
@@ -175,5 +194,8 @@ def _number(
     return text(value) if interval is None else f"{text(value)} [{text(interval[0])}, {text(interval[1])}]"
 
 
-def comparison_json(comparison: Comparison) -> bytes:
-    return (json.dumps(comparison.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+def comparison_json(comparisons: Sequence[Comparison]) -> bytes:
+    """The comparison of B with A, and as `others` those of C, D, ... with A."""
+    first, *others = (one.to_json() for one in comparisons)
+    document = first | ({"others": others} if others else {})
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()

@@ -35,6 +35,7 @@ from inpo.common.sizes import check_sides
 from inpo.evaluation.image_folder import SETTINGS, ImageEntry, read_settings, write_listing
 from inpo.evaluation.lora import load_lora, lora_file
 from inpo.evaluation.settings import EvaluateSettings
+from inpo.evaluation.transfer import Transfer, open_transfer
 
 _BATCH_PIXELS = 8 * 512 * 512
 _MAX_BATCH = 32
@@ -71,7 +72,8 @@ def plan_images(prompts: Sequence[str], settings: EvaluateSettings) -> list[Imag
 
 
 def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, out: Path) -> GenerateReport:
-    """Make the images of `prompts` that `out` does not hold yet; this process's share, if there are several.
+    """Make the images of `prompts` that `out` does not hold yet; this process's share, if there are several. Without
+    prompts those of the given images.
 
     Raises UsageError, showing every difference, if `out` was begun with other settings, and ModelError for LoRA
     weights that do not fit the model.
@@ -81,14 +83,17 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     if settings.resolution is not None:  # pipelines round, or fail at the end
         check_sides(settings.resolution, model.family.pixel_step(model.config))
     model.family.check_tokens(settings.max_tokens)
-    identity = _identity(model, prompts, settings, dtype)
+    transfer = open_transfer(settings, model.family)
+    if not prompts and transfer is not None:
+        prompts = transfer.prompts
+    identity = _identity(model, prompts, settings, dtype, transfer)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
     entries = plan_images(prompts, settings)
     mine = entries[state.process_index :: state.num_processes]
     left = [entry for entry in mine if not _is_done(out / entry.file)]
     num_cut = 0
-    pipeline = load_pipeline(model, settings).to(state.device) if left else None
+    pipeline = load_pipeline(model, settings, transfer).to(state.device) if left else None
     # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
     with state.main_process_first():
         _claim(out, identity)
@@ -107,7 +112,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
         is_compiled = compile_network(
             model.family.network_of(pipeline),
             settings.compile,
-            lambda: drawn.append(_draw(pipeline, batches[0], settings, model.family)),
+            lambda: drawn.append(_draw(pipeline, batches[0], settings, family, transfer)),
             blocks=model.family.blocks,
             device=state.device,
         )
@@ -116,7 +121,9 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
                 # A compiled network gets batches of one size: the last one's last image is made again, for nobody.
                 missing = len(batches[0]) - len(batch) if is_compiled else 0
                 made = (
-                    drawn.pop() if drawn else _draw(pipeline, [*batch, *batch[-1:] * missing], settings, model.family)
+                    drawn.pop()
+                    if drawn
+                    else _draw(pipeline, [*batch, *batch[-1:] * missing], settings, family, transfer)
                 )
                 for entry, image in zip(batch, made[: len(batch)], strict=True):
                     buffer = io.BytesIO()
@@ -130,11 +137,11 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     return GenerateReport(num_images=len(entries), num_new=len(left), num_cut=num_cut)
 
 
-def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline:
-    """The whole pipeline on the CPU in float32, with the chosen scheduler and LoRA weights.
+def load_pipeline(model: Model, settings: EvaluateSettings, transfer: Transfer | None = None) -> DiffusionPipeline:
+    """The whole pipeline on the CPU in float32, with the chosen scheduler, LoRA weights, and what `transfer` takes.
 
-    Raises UsageError for a number of steps that the scheduler does not take, ModelError for LoRA weights that do not
-    fit.
+    Raises UsageError for a number of steps that the scheduler does not take, ModelError for LoRA weights, or a
+    ControlNet, that do not fit.
     """
     pipeline = model.load_pipeline()
     if settings.scheduler == "ddim":
@@ -142,15 +149,27 @@ def load_pipeline(model: Model, settings: EvaluateSettings) -> DiffusionPipeline
     model.family.check_steps(pipeline.scheduler, settings.inference_steps, where="--inference-steps")
     if settings.lora is not None:
         load_lora(pipeline, lora_file(settings.lora), model)
+    if transfer is not None:
+        pipeline = transfer.pipeline(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _draw(
-    pipeline: DiffusionPipeline, batch: Sequence[ImageEntry], settings: EvaluateSettings, family: Family
+    pipeline: DiffusionPipeline,
+    batch: Sequence[ImageEntry],
+    settings: EvaluateSettings,
+    family: Family,
+    transfer: Transfer | None,
 ) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
-    height, width = settings.size or (None, None)
+    prompts = [entry.prompt for entry in batch]
+    given: dict[str, Any] = {}
+    size = settings.size
+    if transfer is not None:
+        size = size or (family.drawn_side(pipeline),) * 2
+        given = transfer.arguments(prompts, size)
+    height, width = size or (None, None)
     try:
         with torch.inference_mode():
             pixels = pipeline(
@@ -159,7 +178,8 @@ def _draw(
                 output_type="np",
                 height=height,
                 width=width,
-                **family.drawing([entry.prompt for entry in batch], settings.guidance, settings.max_tokens),
+                **family.drawing(prompts, settings.guidance, settings.max_tokens),
+                **given,
             ).images
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -181,7 +201,9 @@ def _draw(
     return pipeline.image_processor.numpy_to_pil(pixels)
 
 
-def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype) -> dict[str, Any]:
+def _identity(
+    model: Model, prompts: Sequence[str], settings: EvaluateSettings, dtype: torch.dtype, transfer: Transfer | None
+) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
     lora = None if settings.lora is None else fingerprint.of_weights([lora_file(settings.lora)])
@@ -198,10 +220,13 @@ def _identity(model: Model, prompts: Sequence[str], settings: EvaluateSettings, 
         "max_tokens": settings.max_tokens,
         "scheduler": settings.scheduler,
         "dtype": str(dtype).removeprefix("torch."),
+        "transfer": transfer and transfer.identity(prompts),
         "names": {
             "model": model.name,
             "lora": settings.lora and shown(settings.lora),
             "prompts": settings.prompts and shown(settings.prompts),
+            "controlnet": settings.controlnet and shown(settings.controlnet),
+            "given_images": (given := settings.control_images or settings.inpaint) and shown(given),
             "diffusers": diffusers.__version__,
             "torch": torch.__version__,
         },

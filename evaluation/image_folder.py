@@ -66,7 +66,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file. Raises DataError naming the first bad line."""
+    """Objects of a JSON-lines file, of whole characters. Raises DataError naming the first bad line."""
     rows: list[dict[str, Any]] = []
     lines = text_lines(read_text(path, what="The list cannot be read.", error=DataError, fix=_REMAKE))
     if lines[-1] == "":
@@ -74,10 +74,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+            json.dumps(row, ensure_ascii=False).encode()  # a text may hold half a character, which has no bytes
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise DataError("A line is no JSON object.", where=f"{path}, line {number}", got=line[:120], fix=_REMAKE)
+            raise DataError(
+                "A line is no JSON object.",
+                where=f"{path}, line {number}",
+                expected="an object of whole characters",
+                got=line[:120],
+                fix=_REMAKE,
+            )
         rows.append(row)
     return rows
 

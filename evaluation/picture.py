@@ -1,19 +1,19 @@
-"""A picture of two models side by side: the pairs that changed most for the better or worse, and some at random."""
+"""A picture of models side by side: the images that changed most for the better or worse, and some at random."""
 
 import io
 import textwrap
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inpo.common.fonts import OWN_FONT, font_with, signs_lacking
+from inpo.common.fonts import font_names, unknown_signs_are_boxes
 from inpo.common.seeding import stable_hash
-from inpo.evaluation.compare import Comparison, ScoredPairs
+from inpo.evaluation.compare import Comparison
 
 COLUMNS = 4
 _CELL_INCHES = 3.6
@@ -21,13 +21,14 @@ _GROUPS = (("Most improved", "#1a7f37"), ("Most worsened", "#b42318"), ("Random"
 _SMALL_PIXELS = 128
 
 
-def choose_pairs(scored: ScoredPairs, keys: Sequence[tuple[str, int]], columns: int = COLUMNS) -> list[list[int]]:
-    """Indices of the most improved, the most worsened, and random pairs by B - A; none appears twice.
+def choose_pairs(
+    differences: Float[np.ndarray, " pair"], keys: Sequence[tuple[str, int]], columns: int = COLUMNS
+) -> list[list[int]]:
+    """Indices of the most improved, the most worsened, and random pairs by their differences; none appears twice.
 
     Only real improvements are shown as improved, and real losses as worsened; so a group may have fewer, or none. The
     random ones are the first by a hash of prompt and seed, the same in every run.
     """
-    differences = scored.b - scored.a
     order = [int(index) for index in np.argsort(-differences, kind="stable")]
     improved = [index for index in order if differences[index] > 0][:columns]
     worsened = [index for index in reversed(order) if differences[index] < 0][:columns]
@@ -37,15 +38,22 @@ def choose_pairs(scored: ScoredPairs, keys: Sequence[tuple[str, int]], columns: 
     return [improved, worsened, random]
 
 
-def draw_picture(comparison: Comparison, scored: ScoredPairs) -> bytes:
-    """The picture as PNG: three rows of pairs, A at the left and B at the right of each, with prompt and scores."""
-    groups = choose_pairs(scored, [entry.key for entry, _ in comparison.pairs])
+def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
+    """The picture as PNG, by the first scorer: rows of prompts, each with A's image at the left and the others' beside
+    it, with prompt and scores. With several others their mean decides what has improved.
+    """
+    first = comparisons[0]
+    scored = [comparison.scored[0] for comparison in comparisons]
+    keys = [entry.key for entry, _ in first.pairs]
+    groups = choose_pairs(np.mean([each.b - each.a for each in scored], axis=0), keys)
     shown = [(title, colour, chosen) for (title, colour), chosen in zip(_GROUPS, groups, strict=True) if chosen]
     columns = max(len(chosen) for _, _, chosen in shown)
-    figure = Figure(figsize=(columns * _CELL_INCHES + 0.3, len(shown) * 2.75 + 0.75), dpi=120, facecolor="white")
+    images = 1 + len(comparisons)
+    width = _CELL_INCHES * images / 2
+    figure = Figure(figsize=(columns * width + 0.3, len(shown) * 2.75 + 0.75), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        _plain(f"left: {comparison.name_a}      right: {comparison.name_b}      scores: {scored.scorer}"),
+        _plain(_title(comparisons)),
         x=0.02,
         y=0.985,
         ha="left",
@@ -64,46 +72,41 @@ def draw_picture(comparison: Comparison, scored: ScoredPairs) -> bytes:
             0, 0.4, title, fontsize=12, fontweight="bold", color=colour, va="center", transform=heading.transAxes
         )
         for column, index in enumerate(chosen):
-            cell = cells[1, column].subgridspec(2, 2, height_ratios=(1.75, 0.62), hspace=0.0, wspace=0.03)
-            entry_a, entry_b = comparison.pairs[index]
-            _show(figure.add_subplot(cell[0, 0]), comparison.folder_a.open(entry_a))
-            _show(figure.add_subplot(cell[0, 1]), comparison.folder_b.open(entry_b))
+            cell = cells[1, column].subgridspec(2, images, height_ratios=(1.75, 0.62), hspace=0.0, wspace=0.03)
+            entry = first.pairs[index][0]
+            _show(figure.add_subplot(cell[0, 0]), first.folder_a.open(entry))
+            for place, comparison in enumerate(comparisons, start=1):
+                _show(figure.add_subplot(cell[0, place]), comparison.folder_b.open(comparison.pairs[index][1]))
             caption = figure.add_subplot(cell[1, :])
             caption.axis("off")
-            a, b = float(scored.a[index]), float(scored.b[index])
+            a, others = float(scored[0].a[index]), [float(each.b[index]) for each in scored]
+            change = float(np.mean(others)) - a
+            told = f"({change:+.3g})" if len(others) == 1 else f"(mean {change:+.3g})"
             caption.text(
                 0,
                 0.96,
-                f"{a:.3g} → {b:.3g}  ({b - a:+.3g})",
+                f"{a:.3g} → {', '.join(f'{each:.3g}' for each in others)}  {told}",
                 fontsize=9.5,
                 fontweight="bold",
                 va="top",
-                color=_GROUPS[0][1] if b > a else _GROUPS[1][1] if b < a else _GROUPS[2][1],
+                color=_GROUPS[0][1] if change > 0 else _GROUPS[1][1] if change < 0 else _GROUPS[2][1],
                 transform=caption.transAxes,
             )
             caption.text(
                 0,
                 0.64,
-                _plain(_wrapped(entry_a.prompt)),
+                _plain(_wrapped(entry.prompt, 24 * images)),
                 fontsize=8.5,
-                fontfamily=font_names(entry_a.prompt),
+                fontfamily=font_names(entry.prompt),
                 va="top",
                 color="#344054",
                 transform=caption.transAxes,
                 linespacing=1.15,
             )
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # drawn as boxes; docs/evaluation.md
+    with unknown_signs_are_boxes():
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def font_names(text: str) -> list[str]:
-    """DejaVu Sans, and behind it the installed font that has most of what it lacks."""
-    lacking = signs_lacking(text)
-    other = font_with(lacking) if lacking else None
-    return [OWN_FONT, other.name] if other else [OWN_FONT]
 
 
 def _show(axes: Any, image: Image.Image) -> None:
@@ -121,10 +124,20 @@ def _show(axes: Any, image: Image.Image) -> None:
         spine.set_linewidth(0.6)
 
 
-def _wrapped(prompt: str) -> str:
-    lines = textwrap.wrap(" ".join(prompt.split()), width=48) or ["(empty prompt)"]
+def _title(comparisons: Sequence[Comparison]) -> str:
+    first = comparisons[0]
+    if len(comparisons) == 1:
+        sides = f"left: {first.name_a}      right: {first.name_b}"
+    else:
+        names = [first.name_a, *(each.name_b for each in comparisons)]
+        sides = f"from left to right: {', '.join(names)}"
+    return f"{sides}      scores: {first.scored[0].scorer}"
+
+
+def _wrapped(prompt: str, width: int) -> str:
+    lines = textwrap.wrap(" ".join(prompt.split()), width=width) or ["(empty prompt)"]
     if len(lines) > 2:
-        lines = [lines[0], textwrap.shorten(" ".join(lines[1:]), 48, placeholder=" ...")]
+        lines = [lines[0], textwrap.shorten(" ".join(lines[1:]), width, placeholder=" ...")]
     return "\n".join(lines)
 
 

@@ -38,6 +38,17 @@ def read_prompts(location: str) -> list[str]:
         raise DataError("There are no prompts here.", where=location, expected=EXPECTED, got=got, fix="check --prompts")
     else:
         found = _read_hub(location)
+    for prompt in found:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "A prompt holds half a character, which has no bytes.",
+                where=location,
+                expected="text that UTF-8 has",
+                got=ascii(prompt)[:200],
+                fix="correct or remove it",
+            ) from error
     prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
         raise DataError(

@@ -15,7 +15,10 @@ CombineName = Literal["vote", "mean"]
 class EvaluateSettings(Section):
     """[evaluate]: how images are generated, and by what they are scored."""
 
-    panels: ClassVar = {"prompts": "Images"}
+    panels: ClassVar = {"prompts": "Images", "controlnet": "Images that follow given ones"}
+    most_used: ClassVar = frozenset(
+        {"prompts", "lora", "seed", "images_per_prompt", "inference_steps", "guidance", "resolution"}
+    )
 
     prompts: Location | None = None
     """Text file with one prompt a line, .tsv with a Prompt column (Parti-Prompts), .json list (HPDv2), or a hub
@@ -48,6 +51,19 @@ class EvaluateSettings(Section):
     scorers: tuple[str, ...] = ()
     """Scorer by name; repeatable. Ours: pickscore, hpsv2, hpsv21, clip, aesthetic, imagereward, toyworld-oracle,
     toyworld-heldout; others come from installed packages."""
+
+    controlnet: Location | None = None
+    """ControlNet through which control images steer the model: a folder or hub id."""
+    control_images: Location | None = None
+    """Folder with images.jsonl, a line {"prompt", "file"} for each control image, a depth map for instance; its
+    prompts are taken if no others are given."""
+    control_scale: float | None = Field(None, ge=0)
+    """How much the ControlNet counts; unset: 1. The paper has 0.5."""
+    inpaint: Location | None = None
+    """Folder with images.jsonl, a line {"prompt", "file", "mask"} for each image of which the mask's white is painted
+    anew; its prompts are taken if no others are given."""
+    inpaint_strength: float | None = Field(None, gt=0, le=1)
+    """How much noise the image gets; unset: 1. The paper has 0.85."""
 
     @property
     def size(self) -> tuple[int, int] | None:

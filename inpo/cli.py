@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from contextlib import suppress
@@ -17,6 +18,8 @@ import typer
 
 from inpo.common.errors import InpoError
 from inpo.common.foreign import Command
+from inpo.common.log import LOGGER, fail
+from inpo.common.loudness import Root
 from inpo.common.terminal import escape_streams
 from inpo.data.cli import app as data_app
 from inpo.doctor import doctor
@@ -31,9 +34,9 @@ from inpo.train.cli import export, push, train
 
 app = typer.Typer(
     name="inpo",
+    cls=Root,
     help="Preference alignment of text-to-image diffusion models: invert once, train many times.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(precompute)
@@ -68,6 +71,7 @@ def _options(
 def main() -> None:
     """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
     escape_streams()
+    LOGGER.debug("inpo %s: %s", version("inpo-cache"), shlex.join(sys.argv[1:]))
     try:
         app()
     except InpoError as error:
@@ -83,7 +87,7 @@ def main() -> None:
 
 
 def _end(error: InpoError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    fail(error)
     _tell_launcher(str(error))
     sys.exit(error.exit_code)
 

@@ -48,10 +48,11 @@ def doctor(
         print(f"GPU {number}: {properties.name}, {human_bytes(properties.total_memory)}, {bfloat16} bfloat16")
     if not torch.cuda.is_available():
         print(f"no GPU in use; {torch.get_num_threads()} threads on {os.cpu_count()} CPUs")
-        if why := why_no_gpu():
+        why = why_no_gpu()
+        if why and torch.backends.mps.is_available():
+            print(why)
+        elif why:
             wrong.append(why)
-    if torch.backends.mps.is_available():
-        wrong.append("MPS has no float64, which the cache needs: set ACCELERATE_USE_CPU=1")
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     try:
         print(f"disk: {human_bytes(free_bytes(folder))} free at {existing}")

@@ -26,7 +26,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default="off")] = False,
 ) -> None:
     """What a precompute run will cost: shards, network calls, bytes, device hours; and what it and a training run, as
-    the recipe's [train] has it, will hold on a device. Refuses if the disk is short.
+    the recipe's train section has it, will hold on a device. Refuses if the disk is short.
     """
     from functools import partial
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inpo.common.log import warn
 from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from inpo.common.models import Model
 
 app = typer.Typer(
-    help="Look at a cache: figures, pictures, proof that it is whole, and whether it has aged.", no_args_is_help=True
+    help="Look at a cache: figures, pictures, proof that it is whole, and whether it has aged; and at training runs.",
+    no_args_is_help=True,
 )
 _CACHE_HELP = help_text(DataSection, "cache")
 Cache = Annotated[str, typer.Argument(metavar="CACHE", help=_CACHE_HELP, callback=home)]
@@ -99,7 +101,7 @@ def pair(
     write_output(out, content.getvalue(), what="sheet")
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
     for name, error in sorted(damaged.items()):
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
 
 
 @app.command()
@@ -227,10 +229,9 @@ def filter_pairs(
     """
     from inpo.common.cache import open_cache
     from inpo.common.errors import UsageError, command
-    from inpo.common.printable import is_printable
     from inpo.inspection.agree import agreeing
     from inpo.inspection.output import refuse_output, write_output
-    from inpo.inspection.pair_table import read_pair_table
+    from inpo.inspection.pair_table import is_listable, read_pair_table
     from inpo.inspection.where import select
 
     if where is None and agree is None:
@@ -251,7 +252,7 @@ def filter_pairs(
     selection = select(table, "label >= 0" if where is None else where)
     agreed = selection.truth.yes if agree is None else agreeing(opened, table, agree, labels)
     selected = table.pair_id[selection.truth.yes & agreed].tolist()
-    chosen = [pair_id for pair_id in selected if is_printable(pair_id) and pair_id == pair_id.strip()]
+    chosen = [pair_id for pair_id in selected if is_listable(pair_id)]
     text = "".join(f"{pair_id}\n" for pair_id in chosen)
     if out is None:
         sys.stdout.write(text)
@@ -270,7 +271,7 @@ def filter_pairs(
     if out is not None:
         say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
     if table.damaged or len(chosen) < len(selected):
         raise typer.Exit(1)
 
@@ -295,7 +296,7 @@ def table(
     write_output(out, parquet(found), what="table")
     print(f"{out}: {len(found):,} pairs")
     for name, error in found.damaged.items():
-        print(f"damaged, left out: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged, left out: {name}: {error.what}")
     if found.damaged:
         raise typer.Exit(1)
 
@@ -348,7 +349,7 @@ def report(
     size = out.stat().st_size / 1e6
     print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
     for name, error in sorted(made.damaged.items()):
-        print(f"damaged: {name}: {error.what}", file=sys.stderr)
+        warn(f"damaged: {name}: {error.what}")
     if made.damaged:
         raise typer.Exit(1)
 
@@ -357,3 +358,32 @@ def _model(given: Given) -> "Model | None":
     """The model of the command line. None without any of its options."""
     chosen = resolve(ModelSection, "model", {}, given[ModelSection])
     return None if chosen == ModelSection() else chosen.open()
+
+
+@app.command()
+def run(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Output folders of `inpo train`, or of a sweep.", callback=home),
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("run.html"),
+    compare: Annotated[
+        list[Path],
+        typer.Option(
+            help="Folder of `inpo evaluate compare --out`; repeatable.",
+            show_default="those in the run's folder, and those beside it that are of its images",
+            callback=home,
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Training runs as one HTML page, side by side: warnings, curves, samples over time, comparisons, configuration.
+
+    What a run lacks is said on the page. Needs no network to be read.
+    """
+    from inpo.inspection.output import refuse_output, write_output
+    from inpo.inspection.run_page import make_run_page
+
+    refuse_output(out, what="page")
+    page, found = make_run_page(runs, compare)
+    write_output(out, page, what="page")
+    print(f"{out}: {', '.join(f'{each.name} at step {each.last_step:,}' for each in found)}")

@@ -6,7 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from inpo.inspection.drift import Drift
-from inpo.inspection.summary_view import bar, number
+from inpo.inspection.summary_view import bar
+from inpo.inspection.words import number
 
 
 def show(drift: Drift, console: Console) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from inpo.common.cache import Cache, Shard
 from inpo.common.errors import CacheMissing, InpoError, command
+from inpo.common.printable import is_printable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +57,12 @@ class PairTable:
         return self.reference_error.astype(np.float64).mean((1, 2))
 
     @property
+    def gap(self) -> Float[np.ndarray, " pair"]:
+        """Mean over timesteps of the win's reference error minus the lose's."""
+        win, lose = self.reference_error.astype(np.float64).mean(2).T
+        return win - lose
+
+    @property
     def worst_inversion_error(self) -> Float[np.ndarray, " pair"]:
         """The larger of the two sides; NaN: not measured."""
         return self.inversion_error.astype(np.float64).max(1)
@@ -97,6 +104,11 @@ def read_pair_table(
         ]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return PairTable(shard_names=tuple(names), damaged=damaged, **joined)
+
+
+def is_listable(pair_id: str) -> bool:
+    """Whether a file with one id a line can hold this one."""
+    return is_printable(pair_id) and pair_id == pair_id.strip()
 
 
 def nothing_readable(cache: Cache, damaged: dict[str, InpoError]) -> CacheMissing:

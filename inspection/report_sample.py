@@ -1,26 +1,32 @@
-"""Which pairs a report shows, and their pictures: one small WebP per pair with every cell of its sheet."""
+"""The pairs of a report's gallery, and the pictures of some: one small WebP with every cell of a pair's sheet."""
 
-import base64
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 
 from inpo.common.cache import Cache
 from inpo.common.errors import InpoError
 from inpo.common.seeding import stable_hash
-from inpo.inspection.pair_table import PairTable
+from inpo.inspection.pages import data_uri
+from inpo.inspection.pair_table import PairTable, is_listable
 from inpo.inspection.pair_view import PairView, view_pair
 from inpo.inspection.preview import Preview
 from inpo.inspection.reinvert import choose_pairs
 from inpo.inspection.sheet import DELTA_COLOURS, ERROR_COLOURS, coloured
 
-GROUPS = {"inversion": "worst inversion", "error": "largest reference error", "random": "random"}
+GROUPS = {
+    "inversion": "worst inversion",
+    "error": "largest reference error",
+    "gap": "widest win/lose gap",
+    "random": "random",
+}
 """Why a pair was taken, and in which words."""
 MOST_TIMESTEPS = 10
+MOST_PAIRS = 20_000
+"""That the gallery lists, beside those with pictures."""
 MOST_PICTURE_BYTES = 14_000_000
 """Of all pictures together, as they stand in the page: keeps it well below 20 MB."""
 _CELL = 64
@@ -28,49 +34,71 @@ _DELTA_TOP = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledPair:
-    """One card of the gallery, as the page's script reads it."""
+class PageSheet:
+    """The pictures of a pair."""
+
+    timesteps: list[int]
+    """Those that are shown."""
+    errors: list[tuple[float | None, float | None]]
+    """(win, lose) for each of them."""
+    columns: list[str]
+    """Names of the pictures of one timestep."""
+    error_top: float | None
+    """Upper end of the colour scale of target - delta."""
+    sprite: str
+    """data: URI. Two rows, win and lose; first column x0, then `columns` for each timestep."""
+    full: tuple[str, ...]
+    """data: URIs of x0 in full size, win and lose, where the sprite's are smaller and the page has room for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagePair:
+    """One card of the gallery, as the page's script reads it. Numbers that are not measured or not finite are None."""
 
     pair_id: str
     prompt: str
     shard: str
     groups: list[str]
+    """Why it has pictures."""
     caption_dropped: bool
-    label: float
-    reference_error: float
+    label: float | None
+    reference_error: float | None
     """Mean over all timesteps and sides."""
-    inversion_error: float | None
-    """The larger of both sides."""
+    gap: float | None
+    """The win's reference error minus the lose's, means over all timesteps."""
+    inversion_errors: tuple[float | None, float | None]
+    """Win, lose."""
     timesteps: list[int]
-    errors: list[tuple[float, float]]
-    """(win, lose) for each shown timestep."""
-    columns: list[str]
-    """Names of the pictures of one timestep."""
-    error_top: float | None
-    """Upper end of the colour scale of target - delta."""
     shuffled: int
     """Position in a random order."""
-    sprite: str
-    """data: URI. Two rows, win and lose; first column x0, then `columns` for each timestep."""
+    listable: bool
+    """Whether a list of ids can hold the id: `inpo train --except`."""
+    sheet: PageSheet | None
 
 
 def choose(table: PairTable, per_group: int) -> dict[int, list[str]]:
-    """{row of the table: groups}: the worst by either error, and as many by the hash of their ids."""
-    chosen: dict[int, list[str]] = {}
+    """{row of the table: groups}: the worst by either error or by the gap, and as many by the hash of their ids."""
     inversion = table.worst_inversion_error
     measured = np.flatnonzero(np.isfinite(inversion))
     ranked = {
         "inversion": measured[np.argsort(-inversion[measured], kind="stable")],
         "error": np.argsort(-table.mean_reference_error, kind="stable"),
+        "gap": np.argsort(-against_label(table), kind="stable"),
         "random": choose_pairs(table, per_group),
     }
+    chosen: dict[int, list[str]] = {}
     for group, rows in ranked.items():
         for row in rows[:per_group].tolist():
             chosen.setdefault(row, []).append(group)
     return chosen
 
 
-def sample_pairs(
+def against_label(table: PairTable) -> Float[np.ndarray, " pair"]:
+    """The gap from the preferred side's view: of a label below 0.5 the lose is preferred."""
+    return np.where(table.label < 0.5, -table.gap, table.gap)
+
+
+def page_pairs(
     cache: Cache,
     table: PairTable,
     preview: Preview,
@@ -78,16 +106,17 @@ def sample_pairs(
     per_group: int,
     damaged: dict[str, InpoError],
     on_pair: Callable[[], None] = lambda: None,
-) -> list[SampledPair]:
-    """Draw the chosen pairs, random ones first, until all are there or their pictures fill the page's share.
+) -> list[PagePair]:
+    """The gallery's pairs, in the table's order: all, or the chosen ones and random others up to MOST_PAIRS.
 
-    A shard with damaged latents lands in `damaged`; its pairs are left out.
+    The chosen ones have pictures, drawn random ones first until these fill the page's share; then x0 in full size. A
+    shard with damaged latents lands in `damaged`, and its pairs have none.
     """
     chosen = choose(table, per_group)
-    order = sorted(chosen, key=lambda row: ("random" not in chosen[row], row))
-    sampled: list[SampledPair] = []
+    sheets: dict[int, PageSheet] = {}
+    large: dict[int, tuple[str, ...]] = {}
     num_bytes = 0
-    for row in order:
+    for row in sorted(chosen, key=lambda row: ("random" not in chosen[row], row)):
         shard = cache.shards[table.shard_names[table.shard[row]]]
         on_pair()
         if shard.name in damaged:
@@ -97,34 +126,62 @@ def sample_pairs(
         except InpoError as error:
             damaged[shard.name] = error
             continue
-        drawn = _draw(view, preview, shard.name, chosen[row], table, row)
-        num_bytes += len(drawn.sprite)
+        sheet, full = _draw(view, preview)
+        num_bytes += len(sheet.sprite)
         if num_bytes > MOST_PICTURE_BYTES:
             break
-        sampled.append(drawn)
-    return sampled
+        sheets[row], large[row] = sheet, full
+    for row, full in large.items():
+        num_bytes += sum(map(len, full))
+        if num_bytes > MOST_PICTURE_BYTES:
+            break
+        sheets[row] = replace(sheets[row], full=full)
+    listed = sorted({*sheets, *choose_pairs(table, MOST_PAIRS).tolist()})
+    gap, mean = table.gap, table.mean_reference_error
+    return [_page_pair(table, row, chosen.get(row, []), sheets.get(row), gap[row], mean[row]) for row in listed]
 
 
-def _draw(view: PairView, preview: Preview, shard: str, groups: list[str], table: PairTable, row: int) -> SampledPair:
-    records = _shown_records(len(view.timestep))
-    inversion = float(table.worst_inversion_error[row])
-    columns, cells = _cells(view, preview, records)
-    return SampledPair(
-        pair_id=view.pair_id,
-        prompt=view.prompt,
-        shard=shard,
-        groups=groups,
-        caption_dropped=view.caption_dropped,
-        label=round(view.label, 4),
-        reference_error=round(float(table.mean_reference_error[row]), 6),
-        inversion_error=round(inversion, 6) if np.isfinite(inversion) else None,
-        timesteps=view.timestep[records].tolist(),
-        errors=[(round(float(win), 6), round(float(lose), 6)) for win, lose in view.reference_error[:, records].T],
-        columns=columns,
-        error_top=None if view.error_map is None else float(f"{_error_top(view):.3g}"),
-        shuffled=stable_hash("report", view.pair_id) % 2**32,
-        sprite=_sprite(cells),
+def _page_pair(
+    table: PairTable, row: int, groups: list[str], sheet: PageSheet | None, gap: float, error: float
+) -> PagePair:
+    pair_id = str(table.pair_id[row])
+    win, lose = table.inversion_error[row].tolist()
+    return PagePair(
+        pair_id=pair_id,
+        prompt=str(table.prompt[row]),
+        shard=table.shard_names[table.shard[row]],
+        groups=groups if sheet is not None else [],
+        caption_dropped=bool(table.caption_dropped[row]),
+        label=_finite(table.label[row]),
+        reference_error=_finite(error),
+        gap=_finite(gap),
+        inversion_errors=(_finite(win), _finite(lose)),
+        timesteps=table.timestep[row].tolist(),
+        shuffled=stable_hash("report", pair_id) % 2**32,
+        listable=is_listable(pair_id),
+        sheet=sheet,
     )
+
+
+def _finite(value: float | np.floating) -> float | None:
+    """With as many digits as a float32 has; JSON has no NaN."""
+    return float(f"{value:.9g}") if np.isfinite(value) else None
+
+
+def _draw(view: PairView, preview: Preview) -> tuple[PageSheet, tuple[str, ...]]:
+    """(the sheet, x0 in full size if the sheet's is smaller)."""
+    records = _shown_records(len(view.timestep))
+    columns, cells = _cells(view, preview, records)
+    sheet = PageSheet(
+        timesteps=view.timestep[records].tolist(),
+        errors=[(_finite(win), _finite(lose)) for win, lose in view.reference_error[:, records].T],
+        columns=columns,
+        error_top=None if view.error_map is None else _finite(_error_top(view)),
+        sprite=_sprite(cells),
+        full=(),
+    )
+    clean = [Image.fromarray(picture) for picture in cells[0]]
+    return sheet, tuple(data_uri(picture) for picture in clean if picture.width > _CELL)
 
 
 def _shown_records(count: int) -> Int[np.ndarray, " shown"]:
@@ -179,6 +236,4 @@ def _sprite(cells: list[tuple[np.ndarray, np.ndarray]]) -> str:
                 smooth = Image.Resampling.LANCZOS if image.width > width else Image.Resampling.NEAREST
                 image = image.resize((width, height), smooth)
             sprite.paste(image, (column * width, side * height))
-    data = io.BytesIO()
-    sprite.save(data, "WEBP", lossless=width <= 32, quality=78, method=4)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+    return data_uri(sprite, lossless=width <= 32)

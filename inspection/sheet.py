@@ -1,15 +1,18 @@
-"""The contact sheet: one cached pair on one page. Drawn with Pillow, on white, in logical pixels."""
+"""The contact sheet: one cached pair on one page. Drawn with matplotlib, on white, in pixels from the upper left."""
 
 from dataclasses import dataclass
-from functools import cache as memoize
-from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from PIL import Image
 
-from inpo.common.fonts import font_with, signs_lacking
+from inpo.common.fonts import font_names, unknown_signs_are_boxes
 from inpo.inspection.pair_view import PairView
 from inpo.inspection.preview import Preview
 
@@ -19,6 +22,7 @@ DELTA_COLOURS, ERROR_COLOURS = "viridis", "magma"
 _MARGIN, _GAP, _BLOCK_GAP, _ROW_LABEL = 40, 8, 36, 44
 _CAPTION, _BLOCK_HEAD, _LINE_GAP = 24, 58, 26
 _TILE, _MAX_WIDTH = 160, 2000
+_DPI = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +51,47 @@ class Scales:
         )
 
 
+class _Page:
+    """A white page to draw on."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        # A power of two, so that pixels over dots per inch times dots per inch are the same number of pixels.
+        self._figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=PAPER)
+        self._canvas = FigureCanvasAgg(self._figure)
+
+    def text(
+        self, corner: tuple[int | float, int | float], text: str, size: int, colour: str = INK, **how: Any
+    ) -> None:
+        """`corner`: the text's upper left, unless `how` has matplotlib's ha, va or rotation."""
+        x, y = corner
+        font = _font(text, size, bold=how.pop("bold", False))
+        place = (x / self.width, 1 - y / self.height)
+        self._figure.text(*place, text, color=colour, font=font, parse_math=False, **{"va": "top"} | how)
+
+    def image(self, corner: tuple[int, int], pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Pixel by pixel, `corner` its upper left."""
+        x, y = corner
+        self._figure.figimage(pixels, xo=x, yo=self.height - y - pixels.shape[0], origin="upper")
+
+    def line(
+        self,
+        start: tuple[int | float, int | float],
+        end: tuple[int | float, int | float],
+        width: int,
+        colour: str = RULE,
+    ) -> None:
+        xs, ys = ([start[axis], end[axis]] for axis in (0, 1))
+        shares = [x / self.width for x in xs], [1 - y / self.height for y in ys]
+        points = width * 72 / _DPI
+        self._figure.add_artist(Line2D(*shares, color=colour, linewidth=points, solid_capstyle="butt"))
+
+    def drawn(self) -> Image.Image:
+        with unknown_signs_are_boxes():
+            self._canvas.draw()
+        return Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
+
+
 def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     """The sheet of one pair. `facts` is a line about the cache under the prompt."""
     scales = Scales.of(view)
@@ -56,25 +101,22 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     left = _MARGIN + _ROW_LABEL
     per_line = max(1, min(len(blocks), (_MAX_WIDTH - left - tile - _MARGIN) // (block_width + _BLOCK_GAP)))
     width = max(left + tile + per_line * (_BLOCK_GAP + block_width) + _MARGIN, 900)
-    title_font = _font_for(_title(view), 26)
-    title = _wrap(_title(view), title_font, width - 2 * _MARGIN, most=3)
+    title = _wrap(_title(view), 26, width - 2 * _MARGIN, most=3, bold=True)
     head = _MARGIN + len(title) * 36 + 58
     line_height = _BLOCK_HEAD + 2 * (tile_height + _CAPTION) + 6
     num_lines = -(-len(blocks) // per_line)
     legend = _legend_lines(view, preview)
     height = head + num_lines * line_height + (num_lines - 1) * _LINE_GAP + 110 + 22 * len(legend) + _MARGIN
-    page = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(page)
+    page = _Page(width, height)
     for index, text in enumerate(title):
-        draw.text((_MARGIN, _MARGIN - 6 + 36 * index), text, INK, title_font)
-    subtitle = _cut(facts, _font(15), width - 2 * _MARGIN)
-    draw.text((_MARGIN, _MARGIN + 36 * len(title) + 4), subtitle, GREY, _font(15))
+        page.text((_MARGIN, _MARGIN - 6 + 36 * index), text, 26, bold=True)
+    page.text((_MARGIN, _MARGIN + 36 * len(title) + 4), _cut(facts, 15, width - 2 * _MARGIN), 15, GREY)
     y = head
     for line in range(num_lines):
         _draw_line(page, clean, blocks[line * per_line : (line + 1) * per_line], view, line * per_line, (left, y))
         y += line_height + _LINE_GAP
     _draw_legend(page, (_MARGIN, y), scales, legend)
-    return page
+    return page.drawn()
 
 
 def _title(view: PairView) -> str:
@@ -150,37 +192,33 @@ def fit(picture: Image.Image, tile: tuple[int, int]) -> Image.Image:
 
 
 def _draw_line(
-    page: Image.Image, clean: Column, blocks: list[list[Column]], view: PairView, first: int, corner: tuple[int, int]
+    page: _Page, clean: Column, blocks: list[list[Column]], view: PairView, first: int, corner: tuple[int, int]
 ) -> None:
     """One line of blocks: x0 at the left for comparison, then timesteps in ascending order."""
-    draw = ImageDraw.Draw(page)
     left, top = corner
     tile, tile_height = clean.tiles[0].size
     rows = [top + _BLOCK_HEAD, top + _BLOCK_HEAD + tile_height + _CAPTION + 6]
     for name, colour, y in (("win", WIN, rows[0]), ("lose", LOSE, rows[1])):
-        draw.rectangle((left - 12, y, left - 9, y + tile_height - 1), fill=colour)
-        label = Image.new("RGB", (tile_height, 22), PAPER)
-        ImageDraw.Draw(label).text((tile_height / 2, 11), name, colour, _font(16, bold=True), anchor="mm")
-        page.paste(label.rotate(90, expand=True), (left - 38, y))
+        page.line((left - 10, y), (left - 10, y + tile_height), 4, colour)
+        middle = (left - 27, y + tile_height / 2)
+        page.text(middle, name, 16, colour, bold=True, rotation=90, ha="center", va="center")
     _draw_column(page, clean, left, rows, head_y=top + 34)
     for index, block in enumerate(blocks):
         record = first + index
         x = left + tile + _BLOCK_GAP + index * (len(block) * (tile + _GAP) - _GAP + _BLOCK_GAP)
         end = x + len(block) * (tile + _GAP) - _GAP
-        draw.text((x, top), f"t = {view.timestep[record]}", INK, _font(18, bold=True))
-        level = f"{view.a[record]:.3f} x₀ + {view.s[record]:.3f} τ"
-        draw.text((end, top + 3), level, GREY, _font(14), anchor="ra")
-        draw.line((x, top + 27, end, top + 27), fill=RULE, width=1)
+        page.text((x, top), f"t = {view.timestep[record]}", 18, bold=True)
+        page.text((end, top + 3), f"{view.a[record]:.3f} x₀ + {view.s[record]:.3f} τ", 14, GREY, ha="right")
+        page.line((x, top + 27), (end, top + 27), 1)
         for position, column in enumerate(block):
             _draw_column(page, column, x + position * (tile + _GAP), rows, head_y=top + 34)
 
 
-def _draw_column(page: Image.Image, column: Column, x: int, rows: list[int], *, head_y: int) -> None:
-    draw = ImageDraw.Draw(page)
-    draw.text((x, head_y), column.head, INK, _font(15))
+def _draw_column(page: _Page, column: Column, x: int, rows: list[int], *, head_y: int) -> None:
+    page.text((x, head_y), column.head, 15)
     for tile, caption, y in zip(column.tiles, column.captions, rows, strict=True):
-        page.paste(tile, (x, y))
-        draw.text((x, y + tile.height + 4), caption, GREY, _font(14))
+        page.image((x, y), np.asarray(tile))
+        page.text((x, y + tile.height + 4), caption, 14, GREY)
 
 
 def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
@@ -205,31 +243,31 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
     return lines
 
 
-def _draw_legend(page: Image.Image, corner: tuple[int, int], scales: Scales, lines: list[tuple[str, str]]) -> None:
-    draw = ImageDraw.Draw(page)
+def _draw_legend(page: _Page, corner: tuple[int, int], scales: Scales, lines: list[tuple[str, str]]) -> None:
     x, y = corner
-    draw.line((x, y, page.width - _MARGIN, y), fill=RULE, width=1)
+    page.line((x, y), (page.width - _MARGIN, y), 1)
     y += 20
     at = x
     bars = [("|δ|" if scales.error is not None else "|τ|", scales.delta, DELTA_COLOURS)]
     if scales.error is not None:
         bars.append(("|τ − δ|", scales.error, ERROR_COLOURS))
+    aligned: tuple[tuple[float, Literal["left", "center", "right"]], ...]
+    aligned = ((0.0, "left"), (0.5, "center"), (1.0, "right"))
     for name, top, colours in bars:
         along = np.linspace(0, 1, 220)
         ramp = coloured(np.tile(top * (along**2 if colours == ERROR_COLOURS else along), (14, 1)), top, colours)
-        label_width = int(draw.textlength(name, _font(15))) + 14
-        draw.text((at, y + 7), name, INK, _font(15), anchor="lm")
-        page.paste(Image.fromarray(ramp), (at + label_width, y))
-        for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
-            tick = at + label_width + share * 219
+        label_width = round(_width(name, 15)) + 14
+        page.text((at, y + 7), name, 15, va="center")
+        page.image((at + label_width, y), ramp)
+        for share, align in aligned:
             value = top * (share**2 if colours == ERROR_COLOURS else share)
-            draw.text((tick, y + 19), f"{value:g}", GREY, _font(13), anchor=anchor)
+            page.text((at + label_width + share * 219, y + 19), f"{value:g}", 13, GREY, ha=align)
         at += label_width + 220 + 48
     y += 54
-    indent = max(int(draw.textlength(name, _font(14, bold=True))) for name, _ in lines) + 18
+    indent = round(max(_width(name, 14, bold=True) for name, _ in lines)) + 18
     for name, text in lines:
-        draw.text((x, y), name, INK, _font(14, bold=True))
-        draw.text((x + indent, y), _cut(text, _font(14), page.width - 2 * _MARGIN - indent), GREY, _font(14))
+        page.text((x, y), name, 14, bold=True)
+        page.text((x + indent, y), _cut(text, 14, page.width - 2 * _MARGIN - indent), 14, GREY)
         y += 22
 
 
@@ -240,36 +278,40 @@ def _nice(value: float, *, least: float) -> float:
     return float(next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9)))
 
 
-@memoize
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: the same on every machine, with the signs that the sheet needs."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
+def _font(text: str, size: int, *, bold: bool = False) -> FontProperties:
+    """A font of `size` pixels that has the signs of `text`, where the machine has one."""
+    return FontProperties(family=font_names(text), weight="bold" if bold else "normal", size=size * 72 / _DPI)
 
 
-def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans Bold, or for a prompt in a script that it lacks, the installed font that has most of its signs."""
-    other = font_with({ord(sign) for sign in text if not sign.isspace()}) if signs_lacking(text) else None
-    return ImageFont.truetype(other.fname, size) if other else _font(size, bold=True)
+def _width(text: str, size: int, *, bold: bool = False) -> float:
+    """In pixels."""
+    renderer = FigureCanvasAgg(Figure(dpi=_DPI)).get_renderer()
+    with unknown_signs_are_boxes():
+        width, _, _ = renderer.get_text_width_height_descent(text, _font(text, size, bold=bold), False)
+    return float(width)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, *, most: int) -> list[str]:
+def _wrap(text: str, size: int, width: int, *, most: int, bold: bool = False) -> list[str]:
     """Lines of at most `width` pixels; what does not fit into `most` lines is cut with an ellipsis."""
     lines: list[str] = []
     words = text.split()
     while words and len(lines) < most:
         line = words.pop(0)
-        while words and font.getlength(f"{line} {words[0]}") <= width:
+        while words and _width(f"{line} {words[0]}", size, bold=bold) <= width:
             line = f"{line} {words.pop(0)}"
-        lines.append(_cut(line, font, width))
+        lines.append(_cut(line, size, width, bold=bold))
     if words:
-        lines[-1] = _cut(f"{lines[-1]} {' '.join(words)}", font, width)
+        lines[-1] = _cut(f"{lines[-1]} {' '.join(words)}", size, width, bold=bold)
     return lines
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
+def _cut(text: str, size: int, width: int, *, bold: bool = False) -> str:
+    if _width(text, size, bold=bold) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    # Halving: a prompt may have thousands of signs.
+    fits, beyond = 0, len(text)
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        short = _width(text[:middle].rstrip() + "…", size, bold=bold) <= width
+        fits, beyond = (middle, beyond) if short else (fits, middle)
+    return text[:fits].rstrip() + "…"

@@ -8,6 +8,7 @@ from rich.table import Table
 from inpo.common.errors import command
 from inpo.common.space import human_bytes
 from inpo.inspection.summary import Summary
+from inpo.inspection.words import number
 
 _SETTINGS = (
     "profile",
@@ -209,7 +210,3 @@ def bar(share: float, width: int, *, ascii_only: bool) -> str:
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
     return "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

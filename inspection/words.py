@@ -1,4 +1,4 @@
-"""A pair and a cache, each in one line, for sheets and reports."""
+"""A pair, a cache and a number in words, for sheets, reports and the terminal."""
 
 from inpo.common.cache import Manifest
 from inpo.inspection.pair_view import PairView
@@ -27,3 +27,8 @@ def cache_facts(manifest: Manifest) -> str:
             manifest.profile,
         ]
     )
+
+
+def number(value: float | None) -> str:
+    """Four digits; a dash for what is not known."""
+    return "-" if value is None else f"{value:.4g}"

@@ -1,7 +1,6 @@
 """`inpo precompute`."""
 
 import signal
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
@@ -47,15 +46,13 @@ def precompute(
 
 def stoppable(work: Callable[[], int]) -> int:
     """The exit code of work on a cache, which SIGTERM and SIGINT end in good order: 1 then."""
+    from inpo.common.log import say
+
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return work()
     except Stopped:
-        print(
-            "stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
+        say("stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on")
         return 1
     finally:
         for number, handler in previous.items():

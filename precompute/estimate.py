@@ -32,13 +32,13 @@ def run_plan(
     gibibytes: float | None,
     calibrate: bool,
     as_json: bool,
-    beside: Callable[[Model, Manifest], Sequence[Need]],
+    beside: Callable[[Model, Manifest, int], Sequence[Need]],
 ) -> int:
     """Print what a run would cost. Returns the exit code: 1 if an input shard is left out that cannot be read.
 
     Args:
         gibibytes: memory of the device that the largest batches are for; None: this machine's GPU.
-        beside: what other stages will hold that work on such a cache.
+        beside: what other stages will hold that work on such a cache, whose largest group has so many images.
 
     Raises StorageError if the disk is too small.
     """
@@ -57,7 +57,9 @@ def run_plan(
         hours = _calibrated_hours(plan, model, manifest, settings) if calibrate else None
         memory = device_memory(gibibytes)
         own = Need(what="precompute", batch_size=settings.batch_size, peak=precompute_peak(model, manifest))
-        needs = [need.to_json(memory) for need in (own, *beside(model, manifest))]
+        sizes = [task.input_shard.group_sizes(task.start, task.stop) for task in work.tasks if manifest.group == "list"]
+        widest = max((int(each.max()) for each in sizes), default=2)
+        needs = [need.to_json(memory) for need in (own, *beside(model, manifest, widest))]
         bucket = {"bucket": work.title} if work.title else {}
         documents.append(plan.to_json() | {"device_hours": hours, "gpus": gpus, "memory": needs} | bucket)
         if not as_json:

@@ -1,6 +1,5 @@
 """What a run finds before it begins: the pairs it is to read, the shards that its cache holds already."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
+from inpo.common.log import fail, note, say
 from inpo.common.pairs import PairSource
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
@@ -39,10 +39,10 @@ def grouped(settings: PrecomputeSettings, tasks: Sequence[ShardTask]) -> Precomp
 def print_inputs(source: PairSource, tasks: list[ShardTask], unreadable: list[DataError]) -> None:
     """Say on standard error which input shards cannot be read, and what no pair is made of."""
     for error in unreadable:
-        print(f"error: {error}", file=sys.stderr)
+        fail(error)
     not_read = count_not_read(source, {task.input_shard.name: task.input_shard for task in tasks}.values())
     if not_read:
-        print(f"note: not read, for no pair is made of it: {not_read_words(not_read)}", file=sys.stderr)
+        note(f"not read, for no pair is made of it: {not_read_words(not_read)}")
 
 
 def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
@@ -56,7 +56,7 @@ def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
             fix="`inpo data check` shows what a source holds; docs/data.md shows the three kinds",
         )
     if len(unreadable) > 1:
-        print(f"none of {len(unreadable)} input shards can be read; the first:", file=sys.stderr, flush=True)
+        say(f"none of {len(unreadable)} input shards can be read; the first:")
     return unreadable[0]
 
 

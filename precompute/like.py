@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from inpo.common.cache import Cache, CacheWriter, Manifest, Shard, open_cache
 from inpo.common.cache.buckets import read_buckets
 from inpo.common.cache.identity import same_levels
@@ -30,6 +32,8 @@ class CachedShard:
     name: str
     num_rows: int
     content: str
+    sizes: tuple[int, ...]
+    """Images of each group."""
     reading: Reading = USUAL
     not_read: Mapping[str, int] = field(default_factory=dict)
     has_lists: bool = False
@@ -37,10 +41,14 @@ class CachedShard:
     @classmethod
     def of(cls, shard: Shard) -> "CachedShard":
         source = shard.commit.source
-        return cls(name=source.input_shard, num_rows=shard.num_pairs, content=source.fingerprint)
+        sizes = tuple(np.bincount(shard.read("image/group")).tolist())
+        return cls(name=source.input_shard, num_rows=shard.num_pairs, content=source.fingerprint, sizes=sizes)
 
     def fingerprint(self) -> str:
         return self.content
+
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        return np.array(self.sizes)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """None: the images are not needed."""
@@ -139,20 +147,20 @@ def like_work(resolved: Configuration) -> RefreshWork:
     settings = resolved.settings
     origin = open_like(settings.like or "")
     tasks: list[ShardTask] = []
-    shards: list[Shard] = []
+    shards: list[CachedShard] = []
     for shard in origin:
         if settings.limit is not None and sum(each.num_rows for each in tasks) >= settings.limit:
             break
         cached = CachedShard.of(shard)
-        shards.append(shard)
+        shards.append(cached)
         tasks.append(
             ShardTask(name=shard.name, location=origin.location, input_shard=cached, start=0, stop=shard.num_pairs)
         )
-    names = sorted({EMPTY_PROMPT, *(text for shard in shards for text in shard.commit.texts)})
+    names = sorted({EMPTY_PROMPT, *(text for task in tasks for text in origin.commits[task.name].texts)})
     kept = origin.manifest.timesteps_per_pair
     return RefreshWork(
         resolved=resolved,
-        source=CachedSource(location=origin.location, shards=tuple(CachedShard.of(shard) for shard in shards)),
+        source=CachedSource(location=origin.location, shards=tuple(shards)),
         tasks=tasks,
         texts=COPIED_TEXTS,
         images=REFRESHED,
@@ -160,7 +168,6 @@ def like_work(resolved: Configuration) -> RefreshWork:
             number: CopyTask(name=name, num_rows=origin.texts.need(name).num_prompts)
             for number, name in enumerate(names)
         },
-        images_per_row=sum(shard.num_images for shard in shards) / max(1, sum(task.num_rows for task in tasks)),
         calls_per_image=float(kept) if settings.errors_only else None,
         origin=origin.manifest,
     )

@@ -28,7 +28,8 @@ _BYTES_PER_CHUNK = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A cost estimate: the most, two images, a group and a prompt of its own for every pair."""
+    """A cost estimate: the most. A pair has two images, a group and a prompt of its own, unless the cache's groups are
+    rankings."""
 
     num_shards: int
     num_committed: int
@@ -36,6 +37,7 @@ class Plan:
     """Rows still to be made: pairs at most, since ties and unreadable images give none."""
     num_images: int
     """Images that go through the network for them."""
+    num_groups: int
     network_calls_per_image: float
     """Network evaluations per image, mean over the groups' own paths; one is one latent through the network."""
     bytes_by_array: dict[str, int]
@@ -57,6 +59,7 @@ class Plan:
             "num_committed": self.num_committed,
             "num_pairs": self.num_pairs,
             "num_images": self.num_images,
+            "num_groups": self.num_groups,
             "network_calls_per_image": self.network_calls_per_image,
             "network_calls": self.network_calls,
             "bytes_by_array": self.bytes_by_array,
@@ -72,45 +75,44 @@ def make_plan(
     model: Model,
     *,
     cache: str,
-    images_per_row: float = 2.0,
     calls: float | None = None,
 ) -> Plan:
     """Estimate what the tasks that are not committed yet will cost. `calls`: network calls per image, if they are not
     those of inverting it."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
+    sizes = [task.input_shard.group_sizes(task.start, task.stop) for task in remaining if manifest.group == "list"]
+    num_images = sum(int(each.sum()) for each in sizes) if manifest.group == "list" else 2 * num_pairs
+    num_groups = sum(map(len, sizes)) if manifest.group == "list" else num_pairs
+    counts = manifest.lengths(num_images, num_groups, num_pairs) | {"prompt": num_groups}
     lengths = model.family.lengths(model.config, manifest.max_tokens)
     own = {
         spec.array(name).path: dict(zip(spec.axes, lengths[name], strict=True))
         for name, spec in manifest.conditions.items()
     }
     arrays = [*manifest.arrays, *manifest.text_specs.values()]
-    bytes_by_array = {spec.path: num_pairs * bytes_per_pair(spec, manifest, own.get(spec.path, {})) for spec in arrays}
-    chunks_per_pair = sum(_chunks_per_pair(spec, manifest) for spec in arrays)
-    bytes_by_array["metadata"] = (
-        _JSON_BYTES_PER_ARRAY * len(arrays) * len(remaining) + _BYTES_PER_CHUNK * chunks_per_pair * num_pairs
-    )
+    bytes_by_array = {spec.path: _bytes_of(spec, counts | own.get(spec.path, {})) for spec in arrays}
+    chunks = {"whole": 0, "prompt": num_groups, "image": num_images}
+    chunks["image_record"] = num_images * manifest.timesteps_per_pair
+    bytes_by_array["metadata"] = _JSON_BYTES_PER_ARRAY * len(arrays) * len(remaining)
+    bytes_by_array["metadata"] += _BYTES_PER_CHUNK * sum(chunks[spec.chunking] for spec in arrays)
     return Plan(
         num_shards=len(tasks),
         num_committed=len(tasks) - len(remaining),
         num_pairs=num_pairs,
-        num_images=round(images_per_row * num_pairs),
+        num_images=num_images,
+        num_groups=num_groups,
         network_calls_per_image=calls_per_image(manifest, model) if calls is None else calls,
         bytes_by_array=bytes_by_array,
         free_bytes=None if is_remote(cache) else free_bytes(Path(cache)),
     )
 
 
-def bytes_per_pair(spec: ArraySpec, manifest: Manifest, lengths: Mapping[str, int]) -> int:
-    """Bytes of one array per pair; text arrays by a typical length. `lengths` of a condition's own axes."""
+def _bytes_of(spec: ArraySpec, lengths: Mapping[str, int]) -> int:
+    """Bytes of one array; text arrays by a typical length."""
     if spec.is_text:
-        return {"image/id": 72, "text": 80}.get(spec.path, 16)
-    sizes = manifest.lengths(2, 1, 1) | {"prompt": 1, **lengths}
-    return math.prod(sizes[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
-
-
-def _chunks_per_pair(spec: ArraySpec, manifest: Manifest) -> int:
-    return {"whole": 0, "prompt": 1, "image": 2, "image_record": 2 * manifest.timesteps_per_pair}[spec.chunking]
+        return lengths[spec.axes[0]] * {"image/id": 36, "text": 80}.get(spec.path, 16)
+    return math.prod(lengths[axis] for axis in spec.axes) * np.dtype(spec.dtype).itemsize
 
 
 def calls_per_image(manifest: Manifest, model: Model) -> float:
@@ -150,7 +152,7 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     """The plan as a table."""
     table = Table(title="Plan", show_header=False)
     table.add_row("shards", f"{plan.num_shards} ({plan.num_committed} committed already)")
-    table.add_row("pairs to make", f"{plan.num_pairs:,} at most")
+    table.add_row("pairs to make", f"{plan.num_pairs:,} at most, of {plan.num_images:,} images")
     per_image = f"{plan.network_calls_per_image:.2f} per image and {SPREAD_RECORDS} per shard"
     table.add_row("network calls", f"{plan.network_calls:,} latents, {per_image}")
     for name, size in sorted(plan.bytes_by_array.items(), key=lambda item: -item[1]):

@@ -1,7 +1,6 @@
 """A precompute run from resolved settings to its exit code."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
 from inpo.common.errors import CacheIncomplete, DataError, UsageError, command
+from inpo.common.log import fail, log_file, say, warn
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
@@ -64,11 +64,11 @@ def run_precompute(
     codes = []
     for number, work in enumerate(works):
         if work.title and processes().is_main_process:
-            print(work.title, flush=True)
+            say(work.title)
         failed = unreadable if number == 0 else []
         codes.append(run_work(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
     if settings.buckets is not None and processes().is_main_process and not dry_run:
-        print(f"next: {_next_command(resolved, recipe)}", flush=True)  # on all buckets
+        say(f"next: {_next_command(resolved, recipe)}")  # on all buckets
     return max(codes)
 
 
@@ -94,18 +94,36 @@ def run_work(
     committed = committed_shards(cache, manifest)
     plan = work.plan(committed, manifest, model)
     if is_main:
-        print(resolved.to_toml(differing=True))
-        print("every other setting is its default; all are kept with the cache, in configurations/", flush=True)
+        tell = print if dry_run else say  # a dry run is asked for nothing else
+        tell(resolved.to_toml(differing=True))
+        tell("every other setting is its default; all are kept with the cache, in configurations/")
         print_plan(plan, console())
         print_inputs(source, tasks, unreadable)
     check_disk(plan, cache)
     if dry_run:
         return 1 if unreadable else 0
     writer = CacheWriter.open(cache, manifest)
+    with log_file(Path(writer.store.location) if is_main and not writer.store.remote else None):
+        return _make(work, model, writer, unreadable, committed, recipe, ray_options=ray_options)
+
+
+def _make(
+    work: Work,
+    model: Model,
+    writer: CacheWriter,
+    unreadable: list[DataError],
+    committed: set[str],
+    recipe: Path | None,
+    *,
+    ray_options: RayOptions,
+) -> int:
+    """Make the shards of one cache that are not `committed`."""
+    resolved, tasks, state = work.resolved, work.tasks, processes()
+    settings, is_main = resolved.settings, state.is_main_process
     if is_main:
         writer.write_configuration(resolved.to_toml())
         for line in work.warnings(writer, committed):
-            print(f"warning: {line}", file=sys.stderr)
+            warn(line)
     failures: list[DataError] = list(unreadable)
     start = time.perf_counter()
 
@@ -120,7 +138,7 @@ def run_work(
             def on_outcome(outcome: Outcome) -> None:
                 if outcome.error is not None:
                     failures.append(outcome.error)
-                    print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+                    fail(outcome.error)
                 progress.advance(outcome.task.num_rows)
 
             return make(phase, tasks, committed=done, on_outcome=on_outcome)
@@ -133,16 +151,16 @@ def run_work(
         table, named = TextTable(writer), named_texts(writer)
         texts: Mapping[int, Task]
         if work.text_tasks is None:
-            texts = list_texts(tasks, named, table, by_length=manifest.is_padded)
+            texts = list_texts(tasks, named, table, by_length=writer.manifest.is_padded)
         else:
             texts = {number: task for number, task in work.text_tasks.items() if task.name not in table.names}
         carry_out(work.texts, texts, set(), "prompts")
         if is_main and texts:
             num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start
-            print(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s", flush=True)
+            say(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s")
         lost = _texts_lost(writer, {task.name: named.get(task.name, ()) for task in tasks})
         if is_main and lost is not None:
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+            fail(lost)
         report = carry_out(work.images, dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(
@@ -218,33 +236,31 @@ def _print_summary(
             counts[what] = counts.get(what, 0) + count
     size = sum(sum(commit.files.values()) for commit in commits.values())
     num_pairs = sum(commit.num_pairs for commit in commits.values())
-    print(
-        f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s"
-    )
-    print(f"time: {report}")
+    say(f"committed: {len(commits)} of {len(tasks)} shards, {num_pairs} pairs, {human_bytes(size)}, in {seconds:.1f} s")
+    say(f"time: {report}")
     for reason, count in sorted(skipped.items()):
         meaning = SKIP_REASONS.get(reason, "a number that would be stored is NaN or infinite")  # type: ignore[call-overload]
-        print(f"skipped: {count} x {reason}: {meaning}")
+        say(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
-        print(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
+        say(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
     if "unreachable" in skipped:
-        print(
+        say(
             "unreachable images are not asked for again: to make a shard with them anew, move its "
             f"{writer.store.path('commits')}/SHARD.json away and run again"
         )
     for what, count in sorted(counts.items()):
-        print(f"counted: {count} x {what}")
+        say(f"counted: {count} x {what}")
     if failures:
-        print(f"unreadable input shards: {len(failures)}; the others are done")
+        say(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
         for line in _reasons(writer, commits).lines(
             {task.input_shard.name: task.input_shard for task in tasks}.values()
         ):
-            print(line)
-        print(f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}", flush=True)
+            say(line)
+        say(f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}")
         return 0
-    print(f"next: {command('inspect', 'summary', writer.store.location)}")
-    print(f"next: {next_command}", flush=True)
+    say(f"next: {command('inspect', 'summary', writer.store.location)}")
+    say(f"next: {next_command}")
     return num_pairs
 
 

@@ -15,6 +15,9 @@ class PrecomputeSettings(CacheSettings):
     """What makes the cache what it is, and how the work is done, which leaves it unchanged."""
 
     panels: ClassVar = {**CacheSettings.panels, "like": "From another cache", "batch_size": "Work"}
+    most_used: ClassVar = frozenset(
+        {"grid_points", "timesteps_per_pair", "inverter", "resolution", "dtype", "seed", "batch_size", "engine"}
+    )
 
     like: Location | None = None
     """Another cache in place of pairs: its x0, texts, groups and pairs are taken, and its settings where none are

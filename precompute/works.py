@@ -32,8 +32,6 @@ class Work:
     images: Phase = IMAGES
     text_tasks: Mapping[int, Task] | None = None
     """What the phase of texts makes; None: the prompts of the tasks."""
-    images_per_row: float = 2.0
-    """How many images go through the network for each row, at most."""
     calls_per_image: float | None = None
     """Network calls of each; None: those of inverting it."""
 
@@ -50,15 +48,7 @@ class Work:
 
     def plan(self, committed: set[str], manifest: Manifest, model: Model) -> Plan:
         """What is left of it will cost."""
-        return make_plan(
-            self.tasks,
-            committed,
-            manifest,
-            model,
-            cache=self.cache,
-            images_per_row=self.images_per_row,
-            calls=self.calls_per_image,
-        )
+        return make_plan(self.tasks, committed, manifest, model, cache=self.cache, calls=self.calls_per_image)
 
     @property
     def why_no_pair(self) -> str:

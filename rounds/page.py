@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from inpo.evaluation.compare import Comparison
+from inpo.evaluation.compare import Comparison, to_markdown
 from inpo.rounds.figures import SampleFigures
 
 Interval = tuple[float, float]
@@ -60,7 +60,7 @@ def table(rows: Sequence[RoundRow], compared: Sequence[Comparison], scorers: Seq
     text = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)]
     text += ["", *(f"- {line}" for line in [*_notes(scorers), *warnings(rows, scorers)])]
     for title, each in zip(("Against the first model", "Against the round before"), compared, strict=True):
-        text += ["", f"{title}.", "", each.to_markdown().rstrip()]
+        text += ["", f"{title}.", "", to_markdown([each]).rstrip()]
     return "\n".join(text) + "\n"
 
 
@@ -71,7 +71,7 @@ def page(rows: Sequence[RoundRow], compared: Sequence[Comparison], scorers: Sequ
     alarms = "".join(f"<p class=alarm>{escape(line)}</p>" for line in warnings(rows, scorers))
     notes = "".join(f"<p>{escape(line)}</p>" for line in _notes(scorers))
     more = "".join(
-        f"<h2>{title}</h2><pre>{escape(each.to_markdown())}</pre>"
+        f"<h2>{title}</h2><pre>{escape(to_markdown([each]))}</pre>"
         for title, each in zip(("Against the first model", "Against the round before"), compared, strict=True)
     )
     return (

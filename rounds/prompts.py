@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.store import digest
 from inpo.common.pairs import InputShard, Pair, Skipped
@@ -43,6 +45,8 @@ class PromptShard:
 
     name: str
     groups: tuple[PromptGroup, ...]
+    per_prompt: int
+    """Images of each."""
     pairs_per_prompt: int
     reading: Reading = USUAL
     not_read: Mapping[str, int] = field(default_factory=dict)
@@ -54,6 +58,9 @@ class PromptShard:
 
     def fingerprint(self) -> str:
         return digest("\0".join(group.prompt for group in self.groups).encode())
+
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        return np.full(len(self.groups), self.per_prompt)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """None: the images are yet to be made."""
@@ -96,6 +103,7 @@ def prompt_source(
         PromptShard(
             name=f"samples-{start:08d}",
             groups=tuple(PromptGroup(prompt=prompt) for prompt in prompts[start : start + together]),
+            per_prompt=per_prompt,
             pairs_per_prompt=pairs_per_prompt,
         )
         for start in range(0, stop, together)

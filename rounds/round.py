@@ -19,6 +19,7 @@ import torch
 from inpo.common.cache import open_cache
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
+from inpo.common.log import say
 from inpo.common.processes import processes
 from inpo.common.recipe import ModelSection, read_recipe, resolve, to_toml
 from inpo.common.scorer import load_scorer
@@ -165,7 +166,7 @@ def run_rounds(rounds: Rounds) -> int:
         folder, clock = rounds.folder(number), time.perf_counter()
         if number in lines:
             continue
-        _say(f"\n== round {number} of {rounds.settings.rounds}: {rounds.begins_with(number).model}")
+        say(f"\n== round {number} of {rounds.settings.rounds}: {rounds.begins_with(number).model}")
         seconds: dict[str, float] = {}
 
         def timed(stage: str, seconds: dict[str, float] = seconds) -> None:
@@ -189,7 +190,7 @@ def run_rounds(rounds: Rounds) -> int:
         before = _images(rounds, number - 1) if number > 1 else first
         timed("evaluate")
         if state.is_main_process:
-            compared = [compare_folders(each, drawn, rounds.scorers) for each in (first, before)]
+            compared = [compare_folders([each, drawn], rounds.scorers)[0] for each in (first, before)]
             row = _row(rounds, number, sample_figures(open_cache(str(samples))), compared, seconds)
             lines[number] = row.to_json()
             rows = [RoundRow.from_json(line) for _, line in sorted(lines.items())]
@@ -199,7 +200,7 @@ def run_rounds(rounds: Rounds) -> int:
             write_file(rounds.output / ROUNDS, text.encode())  # last: a round with a line is done
             print(table(rows, compared, rounds.scorers), flush=True)
         state.wait_for_everyone()
-    _say(f"{rounds.settings.rounds} rounds in {rounds.output}; their lines: {rounds.output / ROUNDS}")
+    say(f"{rounds.settings.rounds} rounds in {rounds.output}; their lines: {rounds.output / ROUNDS}")
     return 0
 
 
@@ -333,8 +334,3 @@ def _row(
         win_rate={name: each.win_rate for name, each in against_first.items()},
         seconds=dict(seconds),
     )
-
-
-def _say(text: str) -> None:
-    if processes().is_main_process:
-        print(text, flush=True)

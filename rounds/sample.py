@@ -59,12 +59,7 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     source, identity = sample_source(settings)
     model = resolved.model_section.open()
     work = SampleWork(
-        resolved=resolved,
-        source=source,
-        tasks=source.tasks(),
-        images=SAMPLES,
-        images_per_row=settings.per_prompt / settings.pairs_per_prompt,
-        calls_per_image=settings.calls_per_image,
+        resolved=resolved, source=source, tasks=source.tasks(), images=SAMPLES, calls_per_image=settings.calls_per_image
     )
     if not dry_run:
         work.manifest(model, None)  # raises what settings and model do not allow, before a folder is made

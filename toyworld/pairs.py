@@ -34,6 +34,8 @@ PAIRS_PER_PART = 256
 PAIRS_PER_BATCH = 32
 TIE_MARGIN = 0.05
 """Pictures whose oracle scores (0 to 6) differ by less are a tie."""
+_FIRST_RIGHT = 8
+"""So many pairs keep their label: the first of a cache is the one that people look at."""
 
 Format = Literal["parquet", "webdataset"]
 RECORD = "toyworld.json"
@@ -136,7 +138,8 @@ def _label(
     settings: PairSettings, index: int, caption: str, images: tuple[Image.Image, ...], scores: tuple[float, float]
 ) -> LabelledPair:
     tie = abs(scores[0] - scores[1]) < TIE_MARGIN
-    flipped = not tie and uniform(settings.seed, index, "flip") < settings.flip_labels
+    turned = index >= _FIRST_RIGHT and uniform(settings.seed, index, "flip") < settings.flip_labels
+    flipped = turned and not tie
     first_wins = (scores[0] > scores[1]) != flipped
     return LabelledPair(
         index=index,

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
 
 from inpo.common.denoiser import compute_dtype
-from inpo.common.processes import check_launcher, note, on_cpu
+from inpo.common.log import note
+from inpo.common.processes import check_launcher, on_cpu
 from inpo.train.settings import TrainSettings
 
 _PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -266,7 +266,7 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
         document = _verified(each)
         if isinstance(document, RunDocument):
             for line in damaged:
-                say(f"note: {line}; going on from {each.name}, the last whole one")
+                say(f"{line}; going on from {each.name}, the last whole one")
             return Checkpoint(path=each, document=document)
         damaged.append(f"{each.name} is damaged ({document})")
     if damaged:

@@ -21,9 +21,10 @@ from inpo.common.cache.derive import mean_square
 from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
+from inpo.common.judge import Evaluation, Judge
+from inpo.common.log import note
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
-from inpo.train.judge import Evaluation, Judge
 from inpo.train.loss_space import error_weights
 from inpo.train.losses import preserve_win
 from inpo.train.metrics import Accumulator, MetricsWriter
@@ -307,9 +308,9 @@ class Trainer:
 
     def _judge(self, values: dict[str, Any]) -> None:
         """Note an evaluation."""
-        if "held_out_implicit_accuracy" in values:
-            count = sum(part["records"] for part in values["held_out_by_timestep"])
-            self.judge.evaluations.append(Evaluation(self.step, values["held_out_implicit_accuracy"], count))
+        found = Evaluation.of({"step": self.step} | values)
+        if found is not None:
+            self.judge.evaluations.append(found)
 
     def _warn(self) -> None:
         """Say once that the held-out accuracy has turned; after a save, which may remove the best step's checkpoint."""
@@ -317,8 +318,8 @@ class Trainer:
             self._warned = True
             best, now = self.judge.best, self.judge.evaluations[-1]
             saved = self.output / "checkpoints" / f"step-{best.step:08d}"
-            self.accelerator.print(
-                f"note: the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
+            note(
+                f"the held-out accuracy has turned: {best.accuracy:.3f} at step {best.step}, {now.accuracy:.3f} "
                 f"now, at step {now.step}"
                 + (f"; `--resume {saved} --steps {best.step}` writes the model of then" if saved.is_dir() else "")
             )

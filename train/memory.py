@@ -15,6 +15,7 @@ from inpo.common.memory import META, Need, Peak, bytes_of, checkpoint_counted, c
 from inpo.common.models import Model
 from inpo.common.recipe import read_recipe, resolve
 from inpo.train.checkpoint import Checkpoint
+from inpo.train.objectives import OBJECTIVES
 from inpo.train.optim import build_optimizer, prepare_network
 from inpo.train.settings import TrainSettings
 
@@ -76,14 +77,18 @@ def fitting_batch(
     return find_batch_size(trial, least=least, otherwise=NO_SMALLER)
 
 
-def train_needs(recipe: Path | None, model: Model, manifest: Manifest) -> list[Need]:
-    """Of a run as the recipe's [train] has it, with gradient checkpointing and without."""
+def train_needs(recipe: Path | None, model: Model, manifest: Manifest, widest: int) -> list[Need]:
+    """Of a run as the recipe's [train] has it, with gradient checkpointing and without, on a cache whose largest group
+    has `widest` images."""
     settings = resolve(TrainSettings, "train", read_recipe(recipe), {})
     own = f"train, LoRA of rank {settings.lora_rank}" if settings.lora_rank else "train"
+    sides = widest if OBJECTIVES[settings.objective].lists else 2
+    own += f", lists of {sides}" if sides > 2 else ""
     return [
         Need(
             what=f"{own}, --gradient-checkpointing" if checkpointing else own,
             batch_size=settings.batch_size,
+            sides=sides,
             peak=train_peak(model, manifest, settings.model_copy(update={"gradient_checkpointing": checkpointing})),
         )
         for checkpointing in (False, True)

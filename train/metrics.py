@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from inpo.common.durable import storage_errors, write_file
 from inpo.train.objectives import ObjectiveResult
+from inpo.train.tracker import Tracker
 
 NUM_BINS = 5
 _COLUMNS = ("records", "loss", "implicit_accuracy", "margin", "win_advantage", "lose_advantage")
@@ -67,41 +67,14 @@ class Accumulator:
 class MetricsWriter:
     """metrics.jsonl and the tracker. Lines after the step that a run resumes from are dropped first."""
 
-    def __init__(
-        self,
-        output: Path,
-        *,
-        tracker: str,
-        resumed_step: int,
-        config: dict[str, Any],
-        project: str | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, output: Path, *, tracker: Tracker | None, resumed_step: int) -> None:
         self.path = output / "metrics.jsonl"
-        self._tensorboard = output / "tensorboard"
+        self._tracker = tracker
         if self.path.exists():
             with storage_errors("read the metrics", self.path):
                 lines = self.path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
             write_file(self.path, "".join(line + "\n" for line in kept if resumed_step), action="write the metrics")
-        self._board: Any = None
-        self._wandb: Any = None
-        if tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            with storage_errors("write for TensorBoard", self._tensorboard):
-                self._board = SummaryWriter(str(self._tensorboard), purge_step=resumed_step + 1)
-        elif tracker == "wandb":
-            import wandb
-
-            self._wandb = wandb.init(
-                dir=str(output),
-                config=config,
-                project=project or os.environ.get("WANDB_PROJECT") or "inpo",
-                name=name or output.resolve().name,
-                id=_wandb_id(output / "wandb-id", resumed=resumed_step > 0),
-                resume="allow",
-            )
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
@@ -112,39 +85,17 @@ class MetricsWriter:
             for part in values.get(group, []):
                 low, high = part["timesteps"]
                 scalars |= {f"{group}/{name}_{low}-{high}": part[name] for name in _COLUMNS if name != "records"}
-        if self._board is not None:
-            with storage_errors("write for TensorBoard", self._tensorboard):
-                for name, value in scalars.items():
-                    self._board.add_scalar(name, value, values["step"])
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=values["step"])
+        if self._tracker is not None:
+            self._tracker.log(scalars, values["step"])
 
-    def image(self, name: str, pixels: Any, step: int) -> None:
-        """An [height, width, 3] uint8 array for the tracker."""
-        if self._board is not None:
-            with storage_errors("write for TensorBoard", self._tensorboard):
-                self._board.add_image(name, pixels, step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(pixels)}, step=step)
+    def image(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int) -> None:
+        """A picture for the tracker."""
+        if self._tracker is not None:
+            self._tracker.image(name, pixels, step)
 
     def close(self) -> None:
-        if self._board is not None:
-            with storage_errors("write for TensorBoard", self._tensorboard):
-                self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _wandb_id(file: Path, *, resumed: bool) -> str:
-    """The id of this folder's run: another one where training begins anew."""
-    with storage_errors("read the tracker's id", file):
-        known = file.read_text().strip() if resumed and file.exists() else ""
-    if not known:
-        known = uuid.uuid4().hex[:12]
-        write_file(file, known + "\n", action="write the tracker's id")
-    return known
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def _step(line: str) -> int | None:

@@ -23,8 +23,7 @@ def check_installed(settings: TrainSettings) -> None:
     """Raise UsageError for an option whose package is not installed, with the command that installs it."""
     for asked, option, package in (
         (settings.optimizer == "adamw8bit", "--optimizer adamw8bit", "bitsandbytes"),
-        (settings.tracker == "wandb", "--tracker wandb", "wandb"),
-        (settings.tracker == "tensorboard", "--tracker tensorboard", "tensorboard"),
+        (settings.tracker != "none", f"--tracker {settings.tracker}", settings.tracker),
     ):
         if asked and find_spec(package) is None:
             raise UsageError(

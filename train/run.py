@@ -1,6 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError
+from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
@@ -49,6 +50,7 @@ from inpo.train.requirements import (
 from inpo.train.samples import Sampler, sample_images, sample_prompts
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
+from inpo.train.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,14 @@ def run_train(
 
 def train(resolved: Resolved, *, resume: str) -> bool:
     """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
-    settings, model, opened = resolved.settings, resolved.model, resolved.caches
     needs = resolved.check()
     claim_output(resolved.output)
+    with log_file(resolved.output):
+        return _train(resolved, needs, resume=resume)
+
+
+def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
+    settings, model, opened = resolved.settings, resolved.model, resolved.caches
     objective = OBJECTIVES[settings.objective]
     for cache in opened:
         check_fingerprints(cache, model)
@@ -125,13 +132,12 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     accelerator = build_accelerator(settings, network_dtype)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     check_distribution(accelerator.state.fsdp_plugin.fsdp_version if sharded else 0, settings)
-    say = accelerator.print
     if accelerator.is_main_process:
         check_parts(model, settings)
         if settings.push_to_hub:
             claim_repository(settings.push_to_hub)
     set_seed(settings.seed, device_specific=True)
-    chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=say)
+    chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=note)
     if settings.batch_size == AUTO:
         resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
         settings = resolved.settings
@@ -153,6 +159,7 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     say(f"every other setting is its default; all: {resolved.output / 'recipe.toml'}")
     if accelerator.is_main_process:
         say_device(accelerator.device, network_dtype, num_processes=accelerator.num_processes)
+    tracker = _tracker(settings, resolved.output, step) if accelerator.is_main_process else None
 
     with memory_in_words(None, otherwise=NO_SMALLER):
         network = origin.load_network()
@@ -186,24 +193,11 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     metrics = sample = None
     if accelerator.is_main_process:
         write_file(resolved.output / "recipe.toml", resolved.toml)
-        metrics = MetricsWriter(
-            resolved.output,
-            tracker=settings.tracker,
-            resumed_step=step,
-            config=settings.model_dump(mode="json"),
-            project=settings.project,
-            name=settings.run_name,
-        )
+        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step)
         if settings.sample_every:
-            draw = partial(
-                sample_images,
-                accelerator.unwrap_model(wrapped),
-                model,
-                sample_prompts(settings, opened[0]),
-                opened[0].manifest,
-                settings,
-            )
-            sample = Sampler(draw, metrics, resolved.output / "samples")
+            prompts, bare = sample_prompts(settings, opened[0]), accelerator.unwrap_model(wrapped)
+            draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
+            sample = Sampler(draw, prompts, metrics, resolved.output / "samples")
     trainer = Trainer(
         settings=settings,
         output=resolved.output,
@@ -226,15 +220,15 @@ def train(resolved: Resolved, *, resume: str) -> bool:
     notes = temperature_notes(opened, settings, objective)
     if dropout := model.config(model.family.network).get("dropout"):
         notes.append(f"the network's dropout {dropout:g} is off: the reference errors were measured without it")
-    _say_effective(say, settings, objective, index, accelerator.num_processes, network_dtype, notes)
+    _say_effective(settings, objective, index, accelerator.num_processes, network_dtype, notes)
     try:
         with memory_in_words(settings.batch_size, smaller=SMALLER, otherwise=NO_SMALLER):
-            _start(trainer, resolved, index, chosen, say)
+            _start(trainer, resolved, index, chosen)
             finished = trainer.run()
         if trainer.overfitted:
             say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
-            _finish(trainer, resolved, say)
+            _finish(trainer, resolved)
         else:
             say(f"stopped at step {trainer.step}; run the same command again to go on")
     finally:
@@ -256,7 +250,8 @@ def resolve_run(
     settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
-    opened = [cache for location in settings.caches or (data.need("cache"),) for cache in open_caches(location)]
+    locations = settings.caches or (data.need("cache"),)
+    opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
     if len({cache.location for cache in opened}) < len(opened):
         raise UsageError(
             "A cache is given twice: its pairs would count twice.",
@@ -274,6 +269,26 @@ def resolve_run(
     )
 
 
+def _tracker(settings: TrainSettings, output: Path, step: int) -> Tracker | None:
+    if settings.tracker == "none":
+        return None
+    return Tracker(
+        settings.tracker,
+        output,
+        resumed_step=step,
+        config=settings.model_dump(mode="json"),
+        project=settings.project,
+        run_name=settings.run_name,
+    )
+
+
+def _note_empty(bucket: str) -> None:
+    note(
+        f"{bucket} has no committed pair and is left out; if its precompute was cut short, run the same command again "
+        f"(`inpo inspect summary {bucket}` shows what was skipped)"
+    )
+
+
 def _moving_average(
     accelerator: Accelerator, trained: list[torch.nn.Parameter], settings: TrainSettings
 ) -> EMAModel | None:
@@ -284,9 +299,7 @@ def _moving_average(
     return ema
 
 
-def _start(
-    trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None, say: Callable[[str], None]
-) -> None:
+def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoint.Checkpoint | None) -> None:
     """Resume, or prove that the caches belong to the weights, compiled as they will be trained; then the line before
     the first update.
     """
@@ -320,12 +333,12 @@ def _start(
     say(f"before the first update: loss {start['loss']:.6f} ({start['at_reference']:.6f} at the reference)")
 
 
-def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) -> None:
+def _finish(trainer: Trainer, resolved: Resolved) -> None:
     """Write the pipeline or the LoRA weights."""
     accelerator = trainer.accelerator
     if trainer.skipped_updates:
-        say(
-            f"note: gradients overflowed float16 in {trainer.skipped_updates} of {trainer.step} steps; those made no "
+        note(
+            f"gradients overflowed float16 in {trainer.skipped_updates} of {trainer.step} steps; those made no "
             "update, and the learning rate's schedule did not advance"
         )
     if trainer.skipped_updates == trainer.step:
@@ -361,13 +374,7 @@ def _finish(trainer: Trainer, resolved: Resolved, say: Callable[[str], None]) ->
 
 
 def _say_effective(
-    say: Any,
-    settings: TrainSettings,
-    objective: Objective,
-    index: Index,
-    processes: int,
-    network_dtype: str,
-    notes: list[str],
+    settings: TrainSettings, objective: Objective, index: Index, processes: int, network_dtype: str, notes: list[str]
 ) -> None:
     batch = settings.batch_size * settings.accumulate * processes
     say(
@@ -382,4 +389,4 @@ def _say_effective(
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
     for line in [*index.unknown, *notes]:
-        say(f"note: {line}")
+        note(line)

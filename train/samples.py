@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from inpo.common.cache import Cache, Manifest
@@ -66,18 +68,24 @@ def sample_images(
 
 
 class Sampler:
-    """Draws sample images at a step, as a PNG and in the tracker."""
+    """Draws sample images at a step, as a PNG that names its prompts, and in the tracker."""
 
     def __init__(
-        self, draw: Callable[[], UInt8[np.ndarray, "height width 3"]], metrics: MetricsWriter, folder: Path
+        self,
+        draw: Callable[[], UInt8[np.ndarray, "height width 3"]],
+        prompts: Sequence[str],
+        metrics: MetricsWriter,
+        folder: Path,
     ) -> None:
         self._draw = draw
+        self._prompts = prompts
         self._metrics = metrics
         self._folder = folder
 
     def __call__(self, step: int) -> None:
         pixels = self._draw()
-        image = io.BytesIO()
-        Image.fromarray(pixels).save(image, format="PNG")
+        image, told = io.BytesIO(), PngInfo()
+        told.add_text("prompts", json.dumps(self._prompts))
+        Image.fromarray(pixels).save(image, format="PNG", pnginfo=told)
         write_file(self._folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
         self._metrics.image("samples", pixels, step)

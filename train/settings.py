@@ -27,6 +27,9 @@ ObjectiveName = Literal[
     "lair",
 ]
 LossSpace = Literal["own", "noise", "v"]
+TrackerName = Literal[
+    "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "none"
+]
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -43,6 +46,10 @@ class TrainSettings(Section):
         "labels": "Pairs",
         "evaluate_every": "While it runs",
     }
+    most_used: ClassVar = frozenset(
+        {"output", "caches", "objective", "beta", "learning_rate", "steps", "batch_size", "accumulate"}
+        | {"gradient_checkpointing", "lora_rank", "sample_every", "tracker"}
+    )
 
     output: LocalPath | None = None
     """Folder of the run."""
@@ -142,12 +149,12 @@ class TrainSettings(Section):
     """Checkpoints to keep."""
     check_finite: bool = True
     """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where curves go beside metrics.jsonl."""
+    tracker: TrackerName = "tensorboard"
+    """Where curves go beside metrics.jsonl: one of accelerate's trackers, each of which needs its package."""
     project: str | None = None
-    """W&B project; unset: WANDB_PROJECT, or inpo."""
+    """Project, or experiment, of the tracker; unset: inpo, of W&B WANDB_PROJECT before that."""
     run_name: str | None = None
-    """Name of the W&B run; unset: the output folder's."""
+    """Name of the run at the tracker; unset: the output folder's."""
     push_to_hub: str | None = None
     """Repository OWNER/NAME that the result goes to in the end, as by `inpo push`; asked for at the start."""
     sample_every: int = Field(0, ge=0)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from inpo.common.durable import write_file
-from inpo.common.errors import InpoError, UsageError
+from inpo.common.errors import InpoError, UsageError, command
+from inpo.common.log import fail, say
 from inpo.common.processes import processes
 from inpo.common.recipe import read_recipe, resolve
 from inpo.common.scorer import load_scorer
@@ -21,8 +22,8 @@ from inpo.common.text import read_text
 from inpo.train.output import claim_output
 from inpo.train.run import Resolved, resolve_run, train
 from inpo.train.settings import TrainSettings
-from inpo.train.sweep_page import SweepRow, markdown, page
 from inpo.train.sweep_samples import SampleJudge
+from inpo.train.sweep_table import SweepRow, markdown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NOT_VARIED = ("output", "caches")
@@ -158,7 +159,7 @@ def run_sweep(
     judge = SampleJudge(judges if main else (), runs)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if main:
-            print(f"\n== run {number}/{len(runs)}: {name}")
+            say(f"\n== run {number}/{len(runs)}: {name}")
         failed = None
         try:
             if not train(run, resume=resume):
@@ -167,7 +168,7 @@ def run_sweep(
             if len(runs) == 1 or processes().num_processes > 1:
                 raise  # the other processes may be waiting for this one
             failed = error.what
-            print(f"failed: {error}")
+            fail(error)
         gc.collect()
         torch.compiler.reset()
         if torch.cuda.is_available():
@@ -181,6 +182,6 @@ def run_sweep(
     table = markdown(rows)
     write_file(base.output / "sweep.md", table.encode())
     write_file(base.output / "sweep.json", (json.dumps([each.to_json() for each in rows], indent=1) + "\n").encode())
-    write_file(base.output / "sweep.html", page(rows).encode())
-    print(f"\n{table}\ntable and page in {base.output}")
+    print(f"\n{table}\ntable in {base.output}")
+    print(f"next: {command('inspect', 'run', base.output)}")
     return int(any(each.failed for each in rows))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 
 from inpo.common.cache.commits import Commit
 from inpo.common.cache.reader import Cache, open_cache
@@ -31,8 +32,10 @@ def read_buckets(location: str) -> list[str] | None:
     return [str(name) for name in names]
 
 
-def open_caches(location: str) -> list[Cache]:
-    """The cache at a location, or those of its buckets that have been made. Raises as `open_cache` does."""
+def open_caches(location: str, *, on_empty: Callable[[str], object] = lambda location: None) -> list[Cache]:
+    """The cache at a location, or those of its buckets that have pairs; `on_empty` is called with the location of each
+    bucket that was begun and has none. Raises as `open_cache` does.
+    """
     names = read_buckets(location)
     if names is None:
         return [open_cache(location)]
@@ -45,10 +48,14 @@ def open_caches(location: str) -> list[Cache]:
                 continue
         except CacheMissing:  # no pair had this shape
             continue
-        found.append(open_cache(f"{base}/{name}"))
+        cache = open_cache(f"{base}/{name}", allow_empty=True)
+        if cache.num_pairs:
+            found.append(cache)
+        else:
+            on_empty(cache.location)
     if not found:
         raise CacheMissing(
-            "No bucket here has a cache yet.",
+            "No bucket here has a committed pair yet.",
             where=location,
             expected=f"one of {', '.join(names)}",
             fix="run the same `inpo precompute` again",

@@ -96,6 +96,15 @@ class Family(ABC):
     latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
     """(weight [4, 3], bias [3]) of a linear map from latents to RGB in 0..1, where one is known."""
 
+    controlled: type[Any] | None = None
+    """diffusers' pipeline of such a model and a ControlNet; None: not supported."""
+    controlnet_class: type[Any]
+    """Of the ControlNet, where there is such a pipeline."""
+    inpainted: type[Any] | None = None
+    """diffusers' pipeline that paints what a mask says anew; None: not supported."""
+    no_transfer: str = "diffusers' pipelines with given images take other arguments for it, and were not tried"
+    """Why a family has neither."""
+
     # Configuration
 
     def check(self, *, name: str, folder: Path, index: Config, network: Config, vae: Config) -> None:

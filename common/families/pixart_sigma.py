@@ -24,6 +24,7 @@ class PixArtSigma(Family):
     name = "pixart_sigma"
     title = "PixArt-Sigma"
     tag = "pixart-sigma"
+    no_transfer = "diffusers has no pipeline with given images for it"
     pipelines = ("PixArtSigmaPipeline",)
     pipeline = PixArtSigmaPipeline
     unneeded = {}

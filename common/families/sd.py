@@ -4,7 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +26,7 @@ class UNetFamily(Family):
 
     network = "unet"
     network_class = UNet2DConditionModel
+    controlnet_class = ControlNetModel
     prefixes = PREFIXES
     # diffusers names the transformers alone; the norms between convolutions are what a compiler has most to fuse of.
     blocks = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -86,6 +93,8 @@ class StableDiffusion(UNetFamily):
     tag = "stable-diffusion"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     pipeline = StableDiffusionPipeline
+    controlled = StableDiffusionControlNetPipeline
+    inpainted = StableDiffusionInpaintPipeline
     unneeded = {
         "image_encoder": None,
         "feature_extractor": None,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from inpo.common.cache.schema import ConditionSpec
@@ -22,6 +22,8 @@ class StableDiffusionXL(UNetFamily):
     tag = "stable-diffusion-xl"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     pipeline = StableDiffusionXLPipeline
+    controlled = StableDiffusionXLControlNetPipeline
+    inpainted = StableDiffusionXLInpaintPipeline
     unneeded = {"image_encoder": None, "feature_extractor": None}
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")

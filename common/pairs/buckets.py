@@ -56,6 +56,13 @@ class BucketShard:
     def has_lists(self) -> bool:
         return self.base.has_lists
 
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        """Of the file's rows among which these are, or as if each were a pair of its own: what is less."""
+        wanted = self.picked[start:stop]
+        pairs = np.full(len(wanted), 2)
+        sizes = self.base.group_sizes(int(wanted[0]), int(wanted[-1]) + 1) if len(wanted) else pairs
+        return min(pairs, sizes, key=np.sum)
+
     def head(self, count: int) -> list[dict[str, Any]]:
         return self.base.head(count)
 

@@ -21,8 +21,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "lose": ("lose", "rejected", "path2", "img_worse"),
     "image1": ("jpg_0", "image1"),
     "image2": ("jpg_1", "image2"),
-    "images": ("images", "image_path", "image_paths"),
-    "image": ("image",),
+    "images": ("images", "image", "image_path", "image_paths", "file_path"),
     "prompt": ("prompt", "caption"),
     "id": ("id", "pair_id", "ranking_id"),
     "uid1": ("image_0_uid",),
@@ -41,17 +40,19 @@ ROLES: dict[str, tuple[str, ...]] = {
     "score2": ("score_lose",),
     "seeds": ("seeds",),
 }
-"""{role: the names it is known by}. A role with a 1 or 2 is of the first or second image, win before lose."""
+"""{role: the names it is known by}. A role with a 1 or 2 is of the first or second image, win before lose. A
+list of `images` is a ranking, a single one belongs to a ranking of several rows."""
 
 SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Pick-a-Pic", ("jpg_0", "jpg_1", "caption")),
     ("HPDv3", ("path1", "path2", "prompt", "choice_dist")),
     ("HPDv3++", ("path1", "path2", "prompt")),
     ("Rapidata votes", ("image1", "image2", "prompt", "votes_image1", "votes_image2")),
+    ("ImageRewardDB", ("image", "prompt_id", "prompt", "rank")),
+    ("ImageRewardDB", ("image_path", "prompt_id", "prompt", "rank")),
     ("HPDv2", ("image_path", "prompt", "rank")),
     ("HPDv2", ("image_path", "prompt", "human_preference")),
-    ("ImageRewardDB, an image a row", ("image", "prompt_id", "prompt", "rank")),
-    ("ImageRewardDB, groups", ("images", "prompt_id", "prompt", "rank")),
+    ("HPDv2", ("file_path", "prompt", "human_preference")),
     ("ImageRewardDB, pairs", ("img_better", "img_worse", "prompt")),
     ("chosen and rejected", ("chosen", "rejected")),
     ("win and lose", ("win", "lose")),
@@ -62,10 +63,10 @@ SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
 SIDES = (("win", "lose"), ("image1", "image2"))
 """Roles of the two images, by layout."""
 ORDERS = ("rank", "score")
-IMAGE_ROLES = ("win", "lose", "image1", "image2", "images", "image")
+IMAGE_ROLES = ("win", "lose", "image1", "image2", "images")
 LABEL_ROLES = ("label", "label1", "label2", "votes", "votes1", "votes2")
 _RIVALS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (*SIDES, ("images",), ("image",)),
+    (*SIDES, ("images",)),
     (("label",), ("label1", "label2"), ("votes",), ("votes1", "votes2")),
     (("rank",), ("score",)),
 )

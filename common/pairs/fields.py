@@ -44,7 +44,7 @@ def without_part(row: RowFields, *, ranking: bool) -> list[str]:
     """Those of a row's fields that no pair is made of: the unknown ones, and those that say nothing beside the others,
     as ranks do where there is no list of images.
     """
-    void = {*LABEL_ROLES, "score1", "score2", "image"} if ranking else {"images", *ORDERS, "image"}
+    void = {*LABEL_ROLES, "score1", "score2"} if ranking else {"images", *ORDERS}
     if holds_singles(row):
         void = {*LABEL_ROLES, "score1", "score2", "id", "uid1", "uid2"}
     elif row.is_open and "label" not in row.chosen:
@@ -108,8 +108,11 @@ def _pairings(row: RowFields, pairs_from: PairsFrom) -> Iterable[tuple[int, int]
 
 def holds_singles(row: RowFields) -> bool:
     """Whether the row is one image of a list that goes over several rows."""
-    others = [role for role in IMAGE_ROLES if role != "image" and row.columns(role)]
-    return bool(row.columns("image") and not others and any(row.columns(role) for role in ORDERS))
+    others = [role for role in IMAGE_ROLES if role != "images" and row.columns(role)]
+    orders = [name for role in ORDERS for name in row.columns(role)]
+    images = row.columns("images")
+    has_list = any(isinstance(row.fields[name], list) for name in (*images, *orders))
+    return bool(images and orders and not others and not has_list)
 
 
 def list_key(row: RowFields) -> object:
@@ -124,10 +127,10 @@ def merge(rows: Sequence[RowFields]) -> tuple[RowFields, RowProblem | None]:
     first = rows[0]
     layout = {role: first.layout[role] for role in ("prompt", "list", "has_label") if role in first.layout}
     fields = {name: first.fields.get(name) for names in layout.values() for name in names}
-    for role, new in (("image", "images"), *((role, role) for role in (*ORDERS, "seeds"))):
+    for role in ("images", *ORDERS, "seeds"):
         if role in first.layout:
-            layout[new] = first.layout[role]
-            fields |= {name: [row.fields.get(name) for row in rows] for name in layout[new] if name in first.fields}
+            layout[role] = first.layout[role]
+            fields |= {name: [row.fields.get(name) for row in rows] for name in layout[role] if name in first.fields}
     problem = None
     if len({repr(row.get("prompt")) for row in rows}) > 1:
         problem = RowProblem(reason="bad_metadata", detail=f"rows of one {first.name('list')} have several prompts")
@@ -228,10 +231,9 @@ def is_ranking(row: RowFields) -> bool:
 
 def _sides(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str, Any]]:
     """(name, value) of the two image fields, the first one first."""
-    roles = [role for role in IMAGE_ROLES if role != "image"]
-    found = [role for role in roles if row.given(role)]
+    found = [role for role in IMAGE_ROLES if row.given(role)]
     if pairing is None and not found:
-        found = [role for role in roles if row.columns(role)]
+        found = [role for role in IMAGE_ROLES if row.columns(role)]
     layouts = [layout for layout in SIDES if any(role in found for role in layout)]
     if len(layouts) + (pairing is not None) > 1:
         words = "images of two layouts" if pairing is None else "a ranking and a pair in one row"
@@ -247,9 +249,8 @@ def _sides(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str, A
     if not layouts:
         if found:
             name, value = next(iter(row.given(found[0])), (row.name(found[0]), None))
-            detail = f"{name} is {type(value).__name__}, not a list of images with their ranks or scores"
-        elif row.columns("image"):
-            detail = f"{row.name('image')} is one image, without {' or '.join(ORDERS)} to compare it by"
+            what = "one image" if isinstance(value, str | bytes | dict) else type(value).__name__
+            detail = f"{name} is {what}, not a list of images with their ranks or scores"
         else:
             detail = missing_field(row.names(*SIDES[0]), row.fields)
         raise RowProblem(reason="bad_metadata", detail=detail)

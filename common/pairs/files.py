@@ -169,11 +169,11 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n", 1)[0]
 
 
-def unreadable_file(location: str, error: Exception) -> DataError:
-    """The DataError for an input shard that cannot be read, with what the file looks like where that explains it."""
+def unreadable_file(location: str, error: Exception, *, what: str = "input shard") -> DataError:
+    """The DataError for a file that cannot be read, with what it looks like where that explains it."""
     likely = _looks_like(location, error)
     return DataError(
-        "this input shard cannot be read",
+        f"this {what} cannot be read",
         where=location,
         got=one_line(error) if likely is None else f"{likely.what} ({one_line(error)})",
         fix=likely.fix if likely else "copy the file again, or leave it out; the other shards are not affected",

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from inpo.common.errors import DataError
 from inpo.common.pairs.columns import USUAL, Reading
 from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries, record_of
@@ -67,6 +69,10 @@ class ListShard:
     def has_lists(self) -> bool:
         """Whether rows are compared images of rankings."""
         return self._index.runs.has_lists
+
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        """By the index alone."""
+        return self._index.runs.group_sizes(start, stop, self.reading.pairs_from)
 
     def fingerprint(self) -> str:
         """blake2b of the list's bytes. The images are not part of it: give a replaced image a new name or the pair a

@@ -134,6 +134,12 @@ class InputShard(Protocol):
         """Whether pairs of the file come from rankings or lists of images. Raises DataError as `num_rows` does."""
         ...
 
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        """int64 [group]: of rows start..stop-1 how many images, at most, each ranking has, or each pair of its own: 2.
+        Raises DataError.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """Cheap identity of the content (32 hex digits); never of path or time alone. Raises DataError."""
         ...

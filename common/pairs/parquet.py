@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +27,8 @@ from inpo.common.pairs.runs import Record, RunIndex, runs
 
 ROWS_PER_READ = 16
 """Rows decoded at a time: 32 encoded images, or those of 16 rankings."""
+ROWS_PER_INDEX_READ = 1024
+"""Rows whose ranks and prompts are looked at together."""
 LOCAL_BUFFER_BYTES = 1 << 20
 REMOTE_BUFFER_BYTES = 8 << 20
 """Read-ahead of one column. Without it pyarrow loads a whole column chunk, which may hold gigabytes of images."""
@@ -92,7 +95,7 @@ class ParquetShard:
                 total += parquet.metadata.row_group(group).num_rows
                 ends.append(total)
             lists = _lists(parquet.schema_arrow)
-            probe = self.reading.columns.row(dict.fromkeys(names))
+            probe = self.reading.columns.row({name: [] if name in lists else None for name in names})
             orders = [name for role in ORDERS for name in probe.columns(role)]
             is_ranking = any(name in lists for name in orders) and any(
                 name in lists for name in probe.columns("images")
@@ -117,16 +120,14 @@ class ParquetShard:
 
         def records() -> Iterator[Record]:
             number = 0
-            for batch in parquet.iter_batches(columns=columns, use_threads=False):
+            for batch in parquet.iter_batches(ROWS_PER_INDEX_READ, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     # The images stand for themselves.
-                    blank: dict[str, Any] = {name: [] for name in probe.columns("images")} | {
-                        name: b"" for name in probe.columns("image")
-                    }
+                    blank: dict[str, Any] = {name: [] if name in lists else b"" for name in probe.columns("images")}
                     yield number, RowFields(fields={**blank, **fields}, layout=probe.layout)
                     number += 1
 
-        probe = self.reading.columns.row(dict.fromkeys(parquet.schema_arrow.names))
+        probe, lists = self.reading.columns.row(dict.fromkeys(parquet.schema_arrow.names)), _lists(parquet.schema_arrow)
         try:
             return RunIndex.of(runs(records()), self.reading.pairs_from)
         except Exception as error:  # pyarrow passes on whatever the file object raises
@@ -146,6 +147,10 @@ class ParquetShard:
     def has_lists(self) -> bool:
         """Whether rows are compared images of rankings."""
         return self._footer.runs.has_lists
+
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        """By the index alone."""
+        return self._footer.runs.group_sizes(start, stop, self.reading.pairs_from)
 
     def fingerprint(self) -> str:
         """blake2b of the file's size and footer, which holds sizes, offsets and statistics of every column chunk."""

@@ -2,7 +2,7 @@
 
 A list may be anybody's. A row names files below the list's own folder; another folder, another host or any other
 address only with --allow-remote. Only regular files are opened, no image is read beyond its limit, whatever size it
-announces, and a host has so many seconds to answer.
+announces, and a host has so many seconds to answer. A file that is not there may be in an archive on the way to it.
 """
 
 import os
@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -20,7 +21,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.columns import brief
+from inpo.common.pairs.archives import Archives, read_member
 from inpo.common.pairs.files import OBJECT_STORES, filesystem, is_local, one_line
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, check_text, too_large
 from inpo.common.printable import shown, shown_message
@@ -34,8 +35,6 @@ ROWS_PER_SILENT_HOST = 3
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL_SCHEMES = ("file", "local")
-_ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz)(\.[\w-]+)*$", re.IGNORECASE)
-"""Also in pieces: images.tar.gz.00, images.zip.001."""
 _PASSING = (408, 425, 429)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -66,6 +65,8 @@ class Reach:
         self._folder = list_file.rpartition("/")[0] or ("/" if list_file.startswith("/") else ".")
         fs, inner = filesystem(list_file)
         self._local_folder = os.path.dirname(inner) if is_local(fs) else None
+        self._own_folder = PurePosixPath(inner).stem
+        self._archives = Archives(root=self._local_folder or self._folder, allowed=self._is_allowed)
         self._silent: dict[str, int] = {}
         self.num_read = 0
         self.last_unreachable: RowProblem | None = None
@@ -119,17 +120,38 @@ class Reach:
         missing = f"{side}: no file {named}{_name_hint(path)}"
         if "\0" in path:
             raise RowProblem(reason="missing_image", detail=missing)
-        real = os.path.realpath(os.path.join(self._local_folder, path))
-        if not self._allow_remote and not _is_below(real, self._local_folder):
-            raise RowProblem(
-                reason="not_allowed", detail=f"{side}: {named} lies outside the list's folder; --allow-remote reads it"
-            )
-        try:
-            return _read_regular(real, side, named)
-        except FileNotFoundError:
-            raise RowProblem(reason="missing_image", detail=missing + self._archive_hint) from None
-        except OSError as error:  # no permission, a name too long: this image, not the source
-            raise RowProblem(reason="missing_image", detail=f"{side}: {error.strerror or error}: {named}") from None
+        # HPDv2 has images of test.json in test/, and names them as if the list were there.
+        for place in (path, os.path.join(self._own_folder, path)):
+            real = os.path.realpath(os.path.join(self._local_folder, place))
+            if not self._allow_remote and not _is_below(real, self._local_folder):
+                raise RowProblem(
+                    reason="not_allowed",
+                    detail=f"{side}: {named} lies outside the list's folder; --allow-remote reads it",
+                )
+            try:
+                return _read_regular(real, side, named)
+            except (FileNotFoundError, NotADirectoryError):
+                inside = os.path.relpath(os.path.join(self._local_folder, place), self._local_folder)
+                data = self._read_packed(inside, side)
+                if data is not None:
+                    return data
+            except OSError as error:  # no permission, a name too long: this image, not the source
+                detail = f"{side}: {error.strerror or error}: {named}"
+                raise RowProblem(reason="missing_image", detail=detail) from None
+        raise RowProblem(reason="missing_image", detail=missing + self._archives.not_looked_into)
+
+    def _read_packed(self, inside: str, side: str) -> bytes | None:
+        """An image out of an archive beside the list or in a folder on the way to the image; None if none has it.
+        Raises RowProblem, also where two have it, and DataError if the archive that may have it cannot be read.
+        """
+        if self._folder.startswith(("http://", "https://")):  # which cannot be listed
+            return None
+        member = self._archives.find(inside)
+        return None if member is None else read_member(member, f"{side}: {inside}")
+
+    def _is_allowed(self, file: str) -> bool:
+        here = self._local_folder
+        return self._allow_remote or here is None or _is_below(os.path.realpath(file), here)
 
     def _read_remote(self, address: str, side: str) -> bytes:
         if "::" in address and address.partition("://")[0] not in OBJECT_STORES:  # fsspec would follow both
@@ -154,28 +176,36 @@ class Reach:
             self._silent[host] = self._silent.get(host, 0) + 1
             raise self._unreachable(f"{side}: {shown_message(f'{address}: {error}')}") from None
         except (_Refused, FileNotFoundError) as error:
-            self._silent[host] = 0
-            raise RowProblem(
-                reason="missing_image",
-                detail=f"{side}: refused {shown_message(f'{address}: {error}')}{self._archive_hint}",
-            ) from None
+            packed = self._fetch_packed(address, side)
+            if packed is None:
+                self._silent[host] = 0
+                raise RowProblem(
+                    reason="missing_image",
+                    detail=f"{side}: refused {shown_message(f'{address}: {error}')}{self._archives.not_looked_into}",
+                ) from None
+            data = packed
         self._silent[host] = 0
         if len(data) > MAX_IMAGE_BYTES:
             raise too_large(f"{side}: {shown(address)}")
         return data
 
-    @cached_property
-    def _archive_hint(self) -> str:
-        """Words for images that are still packed beside the list, where that folder can be listed."""
-        if self._folder.startswith(("http://", "https://")):
-            return ""
+    def _fetch_packed(self, address: str, side: str) -> bytes | None:
+        """As `_read_packed`, of an image that is named by its address."""
+        if not address.startswith(f"{self._folder}/"):
+            return None
+        found: list[bytes | None] = []
+
+        def unpack() -> bytes:
+            found.append(self._read_packed(address.removeprefix(f"{self._folder}/"), side))
+            return b""
+
         try:
-            fs, inner = filesystem(self._folder)
-            names = sorted(str(file).rpartition("/")[2] for file in fs.ls(inner, detail=False))
-        except Exception:  # every file system has exceptions of its own; the image is missing either way
-            return ""
-        found = next((name for name in names if _ARCHIVE.search(name)), None)
-        return f"; unpack the archives beside the list first ({brief(found)}): none is looked into" if found else ""
+            _within(SECONDS_PER_IMAGE, unpack)
+        except (RowProblem, DataError):
+            raise
+        except Exception as error:  # every file system has exceptions of its own
+            raise self._unreachable(f"{side}: {shown_message(f'{address}: {one_line(error)}')}") from None
+        return found[0]
 
     def _unreachable(self, detail: str) -> RowProblem:
         self.last_unreachable = RowProblem(reason="unreachable", detail=detail[:500])

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from inpo.common.choices import PairsFrom
 from inpo.common.errors import DataError
+from inpo.common.pairs.archives import may_be_archive
 from inpo.common.pairs.columns import Reading, brief, column_map
 from inpo.common.pairs.entries import LIST_SUFFIXES
 from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder
@@ -21,6 +22,8 @@ EXPECTED = (
 LIST_NAMES = tuple(f"pairs{suffix}" for suffix in LIST_SUFFIXES)
 DATA_FOLDER = "data"
 """Where the repositories of dataset hubs keep their files."""
+_PIECE = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+_SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|dev|test)", re.IGNORECASE)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
 
@@ -99,7 +102,7 @@ def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
     with_list = _kind(taken[0]) == "list"
     for file in set(listing.files) - set(taken):
         suffix = PurePosixPath(file).suffix.lower()
-        if not (with_list and suffix in IMAGE_SUFFIXES):
+        if not (with_list and (suffix in IMAGE_SUFFIXES or may_be_archive(file))):
             not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
     not_read["hidden file or folder"] += listing.hidden
     not_read["pipe, socket or device"] += len(listing.others)
@@ -133,19 +136,22 @@ def _from_files(
 
 
 def _refuse_mixed_splits(location: str, files: list[str]) -> None:
-    """Published datasets keep train, validation and test in one folder, as <split>-00000-of-00645: never mix them."""
-    splits: dict[str, int] = {}
+    """Published datasets keep train, validation and test in one folder, as <split>-00000-of-00645 or by these words:
+    never mix them.
+    """
+    pieces, words = Counter[str](), Counter[str]()
     for file in files:
-        match = re.match(r"(.+?)-\d{5}-of-\d{5}", PurePosixPath(file).name)
-        name = match[1] if match else ""
-        splits[name] = splits.get(name, 0) + 1
+        piece, word = _PIECE.match(PurePosixPath(file).name), _SPLIT.fullmatch(PurePosixPath(file).stem)
+        pieces[piece[1] if piece else ""] += 1
+        words[word[1].lower() if word else ""] += 1
+    splits = pieces if any(pieces) else Counter({word: count for word, count in words.items() if word})
     if len(splits) > 1:
         raise DataError(
             "these files belong to more than one split",
             where=location,
             expected="one split",
             got=", ".join(f"{name or 'no split'} ({count} files)" for name, count in sorted(splits.items())),
-            fix="name one of them with a pattern, for example FOLDER/train-*.parquet",
+            fix="name one of them, or a pattern such as FOLDER/train-*.parquet",
         )
 
 

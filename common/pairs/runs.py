@@ -120,6 +120,17 @@ class RunIndex:
         first = int(np.searchsorted(self.first_rows, start, side="right")) - 1
         return range(first, int(np.searchsorted(self.first_rows, stop, side="left")))
 
+    def group_sizes(self, start: int, stop: int, pairs_from: PairsFrom) -> np.ndarray:
+        """int64 [run]: of rows start..stop-1 how many images each run has at most."""
+        span = self.span(start, stop)
+        ends = self.first_rows[span.start : span.stop + 1]
+        here, all_rows = np.diff(np.clip(ends, start, stop)), np.diff(ends)
+        if pairs_from == "best-worst":
+            return np.full_like(here, 2)
+        whole = all_rows + 1 if pairs_from == "adjacent" else (1 + np.sqrt(1 + 8 * all_rows).astype(np.int64)) // 2
+        sizes: np.ndarray = np.minimum(whole, 2 * here)
+        return sizes
+
     def records(self, start: int, stop: int) -> tuple[int, int]:
         """The records that rows start..stop-1 are made of: first, and one after the last."""
         span = self.span(start, stop)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from inpo.common.pairs.columns import IMAGE_ROLES, SIDES, USUAL, ColumnMap, Reading
 from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import items, prompts_of
@@ -71,6 +73,10 @@ class TarShard:
         """Whether the first sample says of which list its pair is, as `inpo data pack` writes it."""
         columns = self.reading.columns
         return any(columns.row(fields).get("list") is not None for fields in self.head(1))
+
+    def group_sizes(self, start: int, stop: int) -> np.ndarray:
+        """A sample is a pair."""
+        return np.full(max(0, min(stop, self.num_rows) - start), 2)
 
     def fingerprint(self) -> str:
         """blake2b of every member's name, size and time and of the content of all members that are not images."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError, UsageError
+from inpo.common.log import say
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.assignment import Assignment
 from inpo.precompute.engines.ray_cluster import connect, deferred_stop, disconnect, has_gpus, places
@@ -299,4 +300,4 @@ class _Run:
 
 
 def _say(line: str) -> None:
-    print(f"ray: {line}", file=sys.stderr, flush=True)
+    say(f"ray: {line}")

@@ -5,11 +5,11 @@ another), and a wrong guess would throw work away. A warning names what hangs an
 the shard again meanwhile, and a process killed by hand loses only its shards in flight.
 """
 
-import sys
 import threading
 import time
 from types import TracebackType
 
+from inpo.common.log import warn
 from inpo.precompute.pipeline import Timing
 
 _PATIENCE_SECONDS = 600.0
@@ -49,10 +49,8 @@ class Watchdog:
             limit = max(limit, self.patience_seconds, _TIMES_LONGEST * self.timing.longest_computing)
             seconds = time.perf_counter() - since
             if seconds > limit:
-                print(
-                    f"warning: {self.name} has been {self.timing.activity} for {seconds / 60:.0f} min. If it hangs, "
-                    "stop it and run the same command again: committed shards stay",
-                    file=sys.stderr,
-                    flush=True,
+                warn(
+                    f"{self.name} has been {self.timing.activity} for {seconds / 60:.0f} min. If it hangs, "
+                    "stop it and run the same command again: committed shards stay"
                 )
                 limit = 2 * seconds

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inpo.common.device import say_device, why_no_gpu
+from inpo.common.processes import on_cpu
 
 CPU_BUILD = {"cuda": None, "hip": None}
 CUDA_BUILD = {"cuda": "12.8", "hip": None}
@@ -38,6 +39,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return tmp_path
 
     return make
+
+
+def test_mps_is_not_used_and_that_is_said(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = machine(CPU_BUILD)
+    assert not on_cpu()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert on_cpu()
+    assert "Apple's GPU is not used: MPS has no float64" in str(why_no_gpu(root))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Options are told once: each field has one, its help is the field's text, and settings write their own flags."""
 
+import re
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -215,3 +217,37 @@ def test_a_flag_wins_over_the_recipe_even_with_the_default_and_no_flag_leaves_it
     assert parsed(Words, [], recipe) == Words(**recipe)
     given = parsed(Words, ["--count", "10", "--on", "--name", ""], recipe)
     assert (given.count, given.on, given.name, given.several) == (10, True, "", ("r",))
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "others"),
+    [
+        ("train", ["--model", "--cache", "--output", "--objective", "--steps"], ["--adam-eps", "--variant"]),
+        ("precompute", ["--model", "--pairs", "--cache", "--inverter"], ["--tolerance", "--allow-remote"]),
+        ("evaluate generate", ["--model", "--prompts", "--guidance"], ["--compile", "--inpaint"]),
+    ],
+)
+def test_about_a_dozen_options_come_first(command: str, first: list[str], others: list[str]) -> None:
+    text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command.split(), "--help"]).output
+    panels = re.split(r"╭─ (?=[A-Z])", text)
+    used = next(panel for panel in panels if panel.startswith("Most used"))
+    options = re.findall(r"^│ +(--[a-z-]+)", used, flags=re.MULTILINE)
+    assert {*first} <= {*options}
+    assert not {*others} & {*options}
+    assert 7 <= len(options) <= 14
+    own = [panel for panel in panels if re.match("Options|Arguments", panel)]
+    assert panels.index(used) == len(own) + 1
+
+
+def test_help_eats_no_word_of_a_command() -> None:
+    """Brackets in a docstring would be taken for markup."""
+
+    def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for name, each in group.commands.items():
+            yield from commands(each, (*words, name)) if hasattr(each, "commands") else [((*words, name), each)]
+
+    for words, each in commands(typer.main.get_command(app)):
+        text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"]).output
+        said = " ".join((each.callback.__doc__ or "").partition("\n\n")[0].split())
+        assert said, words
+        assert said in " ".join(text.split()), words

@@ -20,8 +20,8 @@ def test_two_processes(world: World, uninterrupted: Tensors, child_environment: 
     cache = tmp_path / "cache"
     done = launched(world.arguments(cache), child_environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("committed:") == 1
-    assert done.stdout.count("over 2 processes") == 1
+    assert done.stderr.count("committed:") == 1
+    assert done.stderr.count("over 2 processes") == 1
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS
 

@@ -16,12 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from inpo.common.errors import DataError, UsageError
+from inpo.common.fonts import font_names
 from inpo.evaluation.cli import app
-from inpo.evaluation.compare import ScoredPairs, compare_folders
+from inpo.evaluation.compare import compare_folders, to_markdown
 from inpo.evaluation.image_folder import ImageFolder
-from inpo.evaluation.picture import choose_pairs, draw_picture, font_names
+from inpo.evaluation.picture import choose_pairs, draw_picture
 from inpo.evaluation.score import score_folder
-from inpo.evaluation.statistics import compare_scores
 
 SaveImages = Callable[..., Path]
 
@@ -38,11 +38,11 @@ def folders(save_images: SaveImages, counting, tmp_path: Path) -> tuple[ImageFol
 
 
 def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> None:
-    comparison = compare_folders(*folders)
+    (comparison,) = comparisons = compare_folders(folders)
     (one,) = comparison.scored
     assert (one.scorer, one.statistics.wins, one.statistics.ties, one.statistics.losses) == ("counting", 18, 1, 1)
     assert one.statistics.win_rate == 0.925
-    text = comparison.to_markdown()
+    text = to_markdown(comparisons)
     assert "A: base, B: tuned" in text
     assert "| counting | 20 | 0.925 [" in text
     # Means and medians by hand: A is 40, 50, ... 230; B is 50, ... 220, then 220 again, and 200.
@@ -55,7 +55,7 @@ def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> No
     assert float(row["mean of B - A"].split()[0]) == np.mean(b) - np.mean(a)
     assert float(row["median of B - A"].split()[0]) == 10
     assert "| B wins |" in text
-    back = compare_folders(folders[1], folders[0]).to_markdown()
+    back = to_markdown(compare_folders(folders[::-1]))
     assert "B does not win: it loses" in back
 
 
@@ -104,7 +104,7 @@ def test_images_on_one_side_only_and_other_settings_are_noted(
     (b / "generate.json").write_text('{"guidance": 3.0}')
     for folder in (a, b):
         score_folder(ImageFolder(folder), counting)
-    text = compare_folders(ImageFolder(a), ImageFolder(b)).to_markdown()
+    text = to_markdown(compare_folders([ImageFolder(a), ImageFolder(b)]))
     assert "only in A, not compared: 1" in text
     assert "guidance is 7.5 in A and 3.0 in B" in text
 
@@ -112,13 +112,13 @@ def test_images_on_one_side_only_and_other_settings_are_noted(
 def test_nothing_to_compare_is_refused(save_images: SaveImages, counting, tmp_path: Path) -> None:
     a, b = save_images(tmp_path / "a", [1]), save_images(tmp_path / "b", [1], seed=9)
     with pytest.raises(DataError, match="--seed"):
-        compare_folders(ImageFolder(a), ImageFolder(b))
+        compare_folders([ImageFolder(a), ImageFolder(b)])
     c = save_images(tmp_path / "c", [1])
     score_folder(ImageFolder(a), counting)
     with pytest.raises(UsageError, match="no scores in common"):
-        compare_folders(ImageFolder(a), ImageFolder(c))
+        compare_folders([ImageFolder(a), ImageFolder(c)])
     with pytest.raises(DataError, match=f"inpo evaluate score {c}"):
-        compare_folders(ImageFolder(a), ImageFolder(c), ["counting"])
+        compare_folders([ImageFolder(a), ImageFolder(c)], ["counting"])
 
 
 def test_prompts_of_any_script_are_drawn_without_complaint(
@@ -145,10 +145,10 @@ def test_prompts_of_any_script_are_drawn_without_complaint(
         listing = folder.path / "images.jsonl"
         listing.write_text(listing.read_text().replace("number 0", "猫" * 20).replace("number 1", "قطة 🐱 тёмный"))
         score_folder(ImageFolder(folder.path), counting)
-    comparison = compare_folders(*(ImageFolder(folder.path) for folder in folders))
+    comparisons = compare_folders([ImageFolder(folder.path) for folder in folders])
 
     def darkness() -> int:
-        drawn = Image.open(io.BytesIO(draw_picture(comparison, comparison.scored[0]))).convert("L")
+        drawn = Image.open(io.BytesIO(draw_picture(comparisons))).convert("L")
         return int((np.asarray(drawn) < 90).sum())
 
     boxes = darkness()
@@ -158,25 +158,19 @@ def test_prompts_of_any_script_are_drawn_without_complaint(
     assert darkness() > boxes + 20 * 50  # twenty full blocks
 
 
-def scored(differences: list[float]) -> ScoredPairs:
-    b = np.array(differences)
-    statistics = compare_scores(np.zeros(len(b)), b, [str(index) for index in range(len(b))])
-    return ScoredPairs(scorer="s", a=np.zeros(len(b)), b=b, statistics=statistics)
-
-
 def test_the_picture_shows_the_best_the_worst_and_others() -> None:
-    differences = [0.1 * index for index in range(-10, 10)]
+    differences = np.array([0.1 * index for index in range(-10, 10)])
     keys = [(f"p{index}", 0) for index in range(20)]
-    improved, worsened, random = choose_pairs(scored(differences), keys)
+    improved, worsened, random = choose_pairs(differences, keys)
     assert improved == [19, 18, 17, 16]
     assert worsened == [0, 1, 2, 3]
     assert len(random) == 4
     assert not {*random} & {*improved, *worsened}
-    assert choose_pairs(scored(differences), keys)[2] == random
+    assert choose_pairs(differences, keys)[2] == random
 
 
 def test_nothing_is_called_improved_that_is_not() -> None:
-    improved, worsened, random = choose_pairs(scored([-1.0, 0.0]), [("a", 0), ("b", 0)])
+    improved, worsened, random = choose_pairs(np.array([-1.0, 0.0]), [("a", 0), ("b", 0)])
     assert (improved, worsened, random) == ([], [0], [1])
 
 
@@ -188,8 +182,8 @@ def test_the_picture_holds_the_images_in_their_places(
     b = ImageFolder(save_images(tmp_path / "b", [255, 255], size=size))
     for folder in (a, b):
         score_folder(folder, counting)
-    comparison = compare_folders(a, b)
-    drawn = np.asarray(Image.open(io.BytesIO(draw_picture(comparison, comparison.scored[0]))).convert("RGB"))
+    comparisons = compare_folders([a, b])
+    drawn = np.asarray(Image.open(io.BytesIO(draw_picture(comparisons))).convert("RGB"))
     dark = np.argwhere((drawn == (0, 40, 90)).all(axis=-1))
     bright = np.argwhere((drawn == (255, 40, 90)).all(axis=-1))
     # Both are there, as large as each other, A to the left of B in the same rows.
@@ -211,3 +205,31 @@ def test_a_comparison_by_recipe_does_not_wait_for_diffusers(
     assert done.returncode == 0, done.stderr
     assert "| counting | 20 |" in done.stdout
     assert done.stdout.split()[-1] == "False"
+
+
+def test_several_folders_are_compared_with_the_first(folders: tuple[ImageFolder, ...], save_images, counting) -> None:
+    a, b = folders
+    c = ImageFolder(save_images(a.path.parent / "third", [red - 1 for red in range(40, 200, 10)]))
+    score_folder(c, counting)
+    out = a.path.parent / "out"
+    words = ["compare", *(str(folder.path) for folder in (a, b, c)), "--out", str(out)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    # Only the 16 prompts that all have: B is redder in all of them, C in none.
+    assert "| counting | B | 16 | 1.000 [" in result.output
+    assert "| counting | C | 16 | 0.000 [" in result.output
+    assert "| B wins |" in result.output
+    assert "| C does not win: it loses |" in result.output
+    assert "A: base, B: tuned, C: third. Every model against A." in result.output
+    assert "Images of A that not every folder has, not compared: 4." in result.output
+    document = json.loads((out / "comparison.json").read_text())
+    assert document["b"]["name"] == "tuned"
+    assert [each["b"]["name"] for each in document["others"]] == ["third"]
+    assert document["others"][0]["scorers"]["counting"]["wins"] == 0
+    # Three images of the first prompt beside each other, in this order.
+    drawn = np.asarray(Image.open(out / "comparison.png").convert("RGB"))
+    begins = [np.argwhere((drawn == (red, 40, 90)).all(axis=-1))[0] for red in (40, 50, 39)]
+    assert len({int(row) for row, _ in begins}) == 1
+    assert begins[0][1] < begins[1][1] < begins[2][1]
+    lonely = CliRunner().invoke(app, ["compare", str(a.path)])
+    assert isinstance(lonely.exception, UsageError)

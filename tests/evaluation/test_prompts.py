@@ -46,6 +46,7 @@ def test_hpd_json_is_a_list_of_texts_or_objects(tmp_path: Path, entries: list[ob
         ("p.json", '{"prompt": "a"}', "no list"),
         ("p.json", '["a", 3]', "entry 1"),
         ("p.json", '["a"', "not valid JSON"),
+        ("p.json", '["a", "\\ud800 b"]', "half a character"),
         ("p.tsv", "Note\tPrompt\nx\ta cat\ny\n", "too few columns(.|\n)*line 3"),
         ("p.csv", "prompt,note\na cat,x\n", "not read from this kind of file"),
         ("p.jsonl", '{"prompt": "a cat"}\n', "not read from this kind of file"),

@@ -47,5 +47,5 @@ def test_every_command_has_its_section_and_every_option_named_exists():
 
 def test_the_pictures_are_there_and_small():
     pictures = re.findall(r"\]\((images/[\w.-]+)\)", TEXT)
-    assert len(pictures) == 7
+    assert len(pictures) == 6
     assert all((DOCS / picture).stat().st_size < 100_000 for picture in pictures)

@@ -2,9 +2,7 @@
 
 import base64
 import io
-import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,38 +13,7 @@ from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.inspection import report_sample
 from inpo.inspection.pair_table import PairTable
 from inpo.inspection.report import make_report
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, the texts by tag, and whether tags close in order."""
-
-    VOID = ("meta", "link", "input", "line", "rect", "circle", "polyline", "br")
-
-    def __init__(self, html):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.text, self.open = [], {}, []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.text.setdefault(self.open[-1], []).append(data)
-
-    @property
-    def data(self):
-        return json.loads(next(text for text in self.text["script"] if text.startswith("{")))
+from tests.html_page import Page
 
 
 def page_of(inspect, cache, out, *words, code=0):
@@ -61,8 +28,8 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     html = out.read_text(encoding="utf-8")
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "xlink:href", "poster"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
-    assert not re.search(r"https?://|@import|url\((?!\$\{pair\.sprite\})", html)
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
+    assert not re.search(r"https?://|@import|url\((?!\$\{sheet\.sprite\})", html)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert "default-src 'none'" in policy
     ids = [pair["pair_id"] for pair in page.data["pairs"]]
@@ -70,12 +37,17 @@ def test_the_page_asks_for_nothing_and_holds_every_pair(states, inspect, tmp_pat
     cache = open_cache(str(states("healthy")))
     first = page.data["pairs"][0]
     shard = cache.shards["s0"]
-    assert first["timesteps"] == shard.read("timestep")[0].tolist()
-    assert np.allclose(first["errors"], shard.read("reference_error")[:2].T, atol=1e-6)
-    assert first["columns"] == ["x0(t)", "x_t", "|delta|", "target - delta"]
-    image = Image.open(io.BytesIO(base64.b64decode(first["sprite"].removeprefix("data:image/webp;base64,"))))
+    sheet = first["sheet"]
+    assert first["timesteps"] == sheet["timesteps"] == shard.read("timestep")[0].tolist()
+    errors = shard.read("reference_error")[:2]
+    assert np.allclose(sheet["errors"], errors.T, atol=1e-6)
+    assert np.isclose(first["gap"], errors[0].mean() - errors[1].mean(), atol=1e-6)
+    assert sheet["columns"] == ["x0(t)", "x_t", "|delta|", "target - delta"]
+    image = Image.open(io.BytesIO(base64.b64decode(sheet["sprite"].removeprefix("data:image/webp;base64,"))))
     assert image.size == ((1 + 2 * 4) * 8, 2 * 8)
-    headings = " ".join(page.text["h3"])
+    headings = " ".join([*page.text["h3"], *page.text["h2"]])
+    assert html.index('id="cards"') < html.index("<svg")  # the gallery comes first
+    assert ["tie-0", "tie-1"] == [cell for cell in page.text["td"] if cell.startswith("tie-")]
     for name in ("Reference error by timestep", "Timesteps", "Inversion error", "Size of delta", "Labels", "Skipped"):
         assert name in headings
 
@@ -103,8 +75,30 @@ def test_prompts_cannot_break_out_of_the_page(states, inspect, tmp_path):
 )
 def test_every_state_gives_a_page(states, inspect, tmp_path, state, code, num_pairs, words):
     page = page_of(inspect, states(state), tmp_path / "r.html", code=code)
-    assert len(page.data["pairs"]) == num_pairs
+    assert sum("sheet" in pair for pair in page.data["pairs"]) == num_pairs
     assert words in " ".join(text for texts in page.text.values() for text in texts)
+
+
+def test_numbers_that_are_not_finite_leave_the_page_whole(write_cache, inspect, monkeypatch, tmp_path):
+    def tamper(arrays):
+        arrays["reference_error"][:2] = np.nan
+        arrays["inversion_error"][:2] = np.inf
+        arrays["pair/label"][0] = np.nan
+
+    monkeypatch.setattr("inpo.common.cache.writer._check_arrays", lambda *_: None)  # another writer may not look
+    page = page_of(inspect, write_cache(tmp_path / "c", tamper=tamper), tmp_path / "r.html")
+    broken = page.data["pairs"][3]
+    assert (broken["pair_id"], broken["gap"], broken["reference_error"], broken["label"]) == ("pair-1-0", *[None] * 3)
+    assert broken["sheet"]["errors"][0] == [None, None]
+    assert page.data["pairs"][4]["gap"] is not None
+
+
+def test_all_pairs_are_listed_and_only_the_asked_ones_drawn(states, inspect, tmp_path):
+    page = page_of(inspect, states("healthy"), tmp_path / "r.html", "--pairs", "1")
+    drawn = [pair["pair_id"] for pair in page.data["pairs"] if "sheet" in pair]
+    assert 1 <= len(drawn) <= 4 < len(page.data["pairs"]) == 5
+    widest = max(page.data["pairs"], key=lambda pair: pair["gap"])
+    assert widest["groups"].count("gap") == 1
 
 
 def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, inspect, tiny, tmp_path):
@@ -116,7 +110,7 @@ def test_through_the_vae_pictures_are_larger_and_label_sets_are_drawn(fresh, ins
         labels = LabelSet(attempt=shard.commit.attempt, scorer="x", temperature=1.0, source="/pairs", pairs=labels)
         assert write_labels(cache.store, "better", shard.name, labels)
     page = page_of(inspect, folder, tmp_path / "r.html", "--model", tiny())
-    sprite = page.data["pairs"][0]["sprite"].split(",")[1]
+    sprite = page.data["pairs"][0]["sheet"]["sprite"].split(",")[1]
     assert Image.open(io.BytesIO(base64.b64decode(sprite))).size == ((1 + 2 * 4) * 32, 2 * 32)
     assert "Scores of label set better" in page.text["h3"]
     # Scores of win are above those of lose in the first row of each shard: 2 of 5 pairs.
@@ -154,7 +148,7 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
     )
     chosen = report_sample.choose(table, 40)
     by_group = {name: {row for row, groups in chosen.items() if name in groups} for name in report_sample.GROUPS}
-    assert {name: len(rows) for name, rows in by_group.items()} == {"inversion": 40, "error": 40, "random": 40}
+    assert {name: len(rows) for name, rows in by_group.items()} == dict.fromkeys(report_sample.GROUPS, 40)
     worst = np.nanmax(np.where(np.isnan(inversion), -1, inversion), 1)
     assert by_group["inversion"] == set(np.argsort(-worst, kind="stable")[:40].tolist())
     mean = table.reference_error.mean((1, 2), dtype=float)
@@ -167,4 +161,4 @@ def test_pictures_stop_at_their_share_and_the_page_says_how_many_there_are(state
     made = make_report(str(states("healthy")))
     assert 0 < made.num_shown < 5
     assert f"Pictures of {made.num_shown} of 5 pairs" in made.html
-    assert len(made.html) < 9_000 + 60_000
+    assert len(made.html) < 9_000 + 90_000

@@ -326,3 +326,11 @@ def test_verify_changes_nothing(fresh, inspect):
     before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     inspect("verify", folder)
     assert before == {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_log_of_its_runs_belongs_to_a_cache_and_other_files_do_not(fresh, inspect):
+    folder = fresh("healthy")
+    (folder / "log.txt").write_text("2026-11-27 10:00:00,000 INFO committed\n")
+    assert "belong to no document" not in inspect("verify", folder).out
+    (folder / "notes.txt").write_text("mine")
+    assert "1 files belong to no document of the cache (notes.txt)" in inspect("verify", folder).out

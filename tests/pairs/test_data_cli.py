@@ -167,7 +167,9 @@ def test_an_unreadable_shard_is_one_line_and_the_others_go_on(tmp_path: Path, pa
     for command in (["check", tmp_path / "in"], ["pack", tmp_path / "in", tmp_path / "out"]):
         code, _, stderr = run(*command)
         assert code == 1
-        assert [line for line in stderr.splitlines() if line.startswith("unreadable input shard pairs-000001:")]
+        assert [
+            line for line in stderr.splitlines() if line.startswith("warning: unreadable input shard pairs-000001:")
+        ]
     kept = [pair[0] for pair in pairs(tmp_path / "out")]
     packed = [pair[0] for i, pair in enumerate(everything) if i != 6]
     assert kept == packed[:2] + packed[4:]

@@ -39,6 +39,7 @@ def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("inpo data check sets/hpdv2.json", "3"),
         ("inpo data check sets/imagereward.parquet", "1"),
         ("inpo data check sets/chosen.parquet", "1"),
+        ("inpo data check packed/train_aes.json", "1"),
         ("inpo data check cubes", "2"),
         ("inpo data pack cubes cubes-tars", "2"),
         ("inpo data check cubes-tars", "2"),
@@ -47,7 +48,7 @@ def test_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("inpo data check pick.parquet", "2"),
         ("inpo data pack pick.parquet pick-tars", "2"),
     ]
-    assert re.search(r"skipped: tie\W+1", outputs[6][1])
+    assert re.search(r"skipped: tie\W+1", outputs[7][1])
 
 
 def test_the_table_of_reasons_is_the_codes() -> None:

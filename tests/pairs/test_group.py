@@ -187,6 +187,15 @@ def test_memory_grows_neither_with_the_bytes_nor_with_the_rows(tmp_path: Path, m
     assert many < few + 4_500 * 18  # bytes, half of what the further keys alone have
 
 
+def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:
+    told = {"pair_id": "a", "prompt": "p", "win": b"w", "lose": b"l", "label": 0.75, "row": 3}
+    pairs = [Pair(**told), Pair(**told | {"list": "l", "scores": (2.5, -1.0), "seeds": (7, 2**62)})]
+    ((_, found),) = [
+        (size, list(group)) for size, group in group_module.group_by_prompt(pairs, folder=tmp_path, most=9)
+    ]
+    assert found == pairs  # a list is no tuple
+
+
 @pytest.mark.parametrize("phase", ["reading", "writing"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError(28, "No space left on device")])
 def test_what_ends_early_leaves_nothing(tmp_path: Path, phase: str, error: BaseException) -> None:

@@ -96,6 +96,67 @@ def test_a_tar_streams_in_little_memory(parquet: Path, tmp_path: Path) -> None:
     assert found["peak"] - found["before"] < 200
 
 
+LISTS = """
+import json, sys
+from pathlib import Path
+import pyarrow as pa
+import pyarrow.parquet as pq
+from inpo.common.pairs import Pair, columns, open_source, reach
+
+class Held:
+    now = most = 0
+
+    @classmethod
+    def add(cls, count):
+        cls.now += count
+        cls.most = max(cls.most, cls.now)
+
+class Rows(Held): pass
+
+class Images(Held): pass
+
+class Image(bytes):
+    def __del__(self):
+        Images.add(-1)
+
+def image(self, value, side):
+    Images.add(1)
+    return Image(read(self, value, side))
+
+def row(self, **fields):
+    Rows.add(1)
+    made(self, **fields)
+
+read, made = reach.Reach.image, columns.RowFields.__init__
+reach.Reach.image, columns.RowFields.__init__ = image, row
+columns.RowFields.__del__ = lambda self: Rows.add(-1)
+
+folder, num_rows = Path(sys.argv[1]), 10_000
+for name in "abc":
+    (folder / f"{name}.png").write_bytes(name.encode())
+images = [f"{name}.png" for name in "abc"]
+rankings = [{"id": f"r{i}", "prompt": "p", "images": images, "ranks": [1, 2, 3]} for i in range(num_rows)]
+singles = [{"prompt_id": i // 3, "prompt": "p", "image": images[i % 3], "rank": i % 3 + 1} for i in range(num_rows)]
+pq.write_table(pa.Table.from_pylist(rankings), folder / "rankings.parquet")
+(folder / "singles.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in singles))
+found = {}
+for name in ("rankings.parquet", "singles.jsonl"):
+    (shard,) = open_source(str(folder / name), pairs_from="best-worst").input_shards()
+    pairs = sum(isinstance(item, Pair) for item in shard.rows(0, shard.num_rows))
+    found[name] = {"pairs": pairs, "rows": Rows.most, "images": Images.most}
+print(json.dumps(found))
+"""
+
+
+def test_of_ten_thousand_rows_of_lists_those_of_two_lists_are_held(tmp_path: Path) -> None:
+    """Counted: the rows and images that are alive together, while the index is made and while pairs are read."""
+    found = json.loads(python(LISTS, tmp_path))
+    assert {name: each["pairs"] for name, each in found.items()} == {"rankings.parquet": 10_000, "singles.jsonl": 3_333}
+    for each in found.values():
+        assert 1 <= each["images"] <= 4
+        assert 1 <= each["rows"] <= 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows_per_group", [10_000, 1_000])
 @pytest.mark.timeout(1800)

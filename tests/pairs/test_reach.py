@@ -78,12 +78,12 @@ def test_images_that_are_still_packed_are_told_as_such(folder: Path) -> None:
         (folder / name).write_bytes(b"\x1f\x8b")
     (found,) = rows_of(folder, "images/0.png")
     assert reasons([found]) == ["missing_image"]
-    assert "no file images/0.png; unpack the archives beside the list first (images.tar.gz.00)" in found.detail  # type: ignore[union-attr]
+    assert "no file images/0.png; compressed archives are not looked into (images.tar.gz.00): unpack" in found.detail  # type: ignore[union-attr]
     elsewhere = fsspec.filesystem("memory")
-    elsewhere.pipe({"/packed/pairs.jsonl": (folder / "pairs.jsonl").read_bytes(), "/packed/set.zip.001": b"PK"})
-    (shard,) = open_source("memory://packed").input_shards()
+    elsewhere.pipe({"/packed/pairs.jsonl": (folder / "pairs.jsonl").read_bytes(), "/packed/set.tar": b"no matter"})
+    (shard,) = open_source("memory://packed/pairs.jsonl").input_shards()
     details = {item.detail for item in shard.rows(0, 1) if isinstance(item, Skipped)}
-    assert ["unpack the archives beside the list first (set.zip.001)" in each for each in details] == [True]
+    assert ["a tar at an address is not looked into (set.tar): download it" in each for each in details] == [True]
 
 
 def test_a_file_above_the_limit_is_not_read(folder: Path) -> None:

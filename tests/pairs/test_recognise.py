@@ -217,7 +217,7 @@ def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_passed_over() -> 
 def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path) -> None:
     (tars / "set").mkdir()
     (tars / "set" / "images").mkdir()
-    for name in ("pairs.jsonl", "more.jsonl", "a.png", "b.JPG", "notes.txt"):
+    for name in ("pairs.jsonl", "more.jsonl", "a.png", "b.JPG", "notes.txt", "c.zip", "c.tar.gz.00", "d.tar.aa"):
         (tars / "set" / name).touch()
     assert dict(open_source(str(tars / "set")).not_read) == {"file *.jsonl": 1, "file *.txt": 1}
 
@@ -237,6 +237,12 @@ def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path
         (["a.tar", "a.jpg"], "/a.*", "no source of pairs", "a.jpg, a.tar"),
         (
             ["train-00000-of-00001-ab.parquet", "test-00000-of-00001-cd.parquet"],
+            "",
+            "more than one split",
+            "test (1 files), train (1 files)",
+        ),
+        (
+            ["metadata-train.parquet", "metadata-test.parquet", "other.parquet"],
             "",
             "more than one split",
             "test (1 files), train (1 files)",

@@ -126,15 +126,15 @@ SETS: dict[str, tuple[str, Callable[..., Path], list[dict[str, Any]], list[tuple
         [("", "BA", 1.0)],
     ),
     "ImageRewardDB": (
-        "ImageRewardDB, an image a row",
+        "ImageRewardDB",
         parquet,
         TWO_LISTS,
         [("x-1.0-1", "BA", 1.0), "tie", ("x-1.1-2", "BC", 1.0), ("y-2.0-1", "DE", 1.0)],
     ),
     "ImageRewardDB, groups": (
-        "ImageRewardDB, groups",
+        "ImageRewardDB",
         parquet,
-        [{"prompt_id": "x-1", "prompt": "p", "rank": [2, 1], "images": [struct("a.png"), struct("b.png")]}],
+        [{"prompt_id": "x-1", "prompt": "p", "image": [struct("a.png"), struct("b.png")], "rank": [2, 1]}],
         [("x-1.0-1", "BA", 1.0)],
     ),
     "ImageRewardDB, pairs": (

@@ -19,6 +19,7 @@ from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageErro
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.precompute.buckets import bucket_sizes
+from inpo.train.run import resolve_run
 from tests.precompute.conftest import png
 
 
@@ -46,7 +47,7 @@ def shapes(tmp_path: Path) -> Path:
 
 
 def test_pairs_go_to_the_bucket_of_both_their_images(
-    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path
+    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
     assert json.loads((tmp_path / "cache" / "buckets.json").read_text()) == {"buckets": ["24x44", "32x32", "44x24"]}
@@ -63,9 +64,24 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert prompts == {"", "p1"}
     with pytest.raises(CacheMismatch, match=r"(?s)sorted by other buckets.*24x44, 32x32, 44x24"):
         run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="1")
-    (tmp_path / "cache" / "44x24" / "manifest.json").unlink()
+    caches, high = str(tmp_path / "cache"), tmp_path / "cache" / "44x24"
+    manifest = (high / "manifest.json").read_bytes()
+    (high / "manifest.json").unlink()
     with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*44x24"):  # and is not taken for one not yet made
-        open_caches(str(tmp_path / "cache"))
+        open_caches(caches)
+    # One whose precompute was cut short, or of which each image was bad, is named, and the others are opened.
+    (high / "manifest.json").write_bytes(manifest)
+    for commit in (high / "commits").iterdir():
+        commit.unlink()
+    named: list[str] = []
+    assert [each.manifest.resolution for each in open_caches(caches, on_empty=named.append)] == [(32, 32)]
+    assert named == [str(high)]
+    resolve_run(None, {"model": str(pipelines("sdxl"))}, [caches], {"output": tmp_path / "run"})
+    assert f"note: {high} has no committed pair and is left out" in capsys.readouterr().err
+    for commit in (tmp_path / "cache" / "32x32" / "commits").iterdir():
+        commit.unlink()
+    with pytest.raises(CacheMissing, match=r"(?s)No bucket here has a committed pair yet.*run the same"):
+        open_caches(caches)
 
 
 def ids_of(folder: Path) -> dict[tuple[int, int], list[str]]:

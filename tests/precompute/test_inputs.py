@@ -60,7 +60,7 @@ def test_empty_long_and_foreign_prompts_are_kept_whole_and_cut_ones_counted(
     too_long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > tokenizer.model_max_length]
     assert prompts[2] in too_long
     assert shard.commit.counts["cut_prompt"] == len(too_long) < len(prompts)
-    assert f"counted: {len(too_long)} x cut_prompt" in capsys.readouterr().out
+    assert f"counted: {len(too_long)} x cut_prompt" in capsys.readouterr().err
 
 
 def test_a_cache_shard_has_at_most_256_rows(
@@ -83,11 +83,11 @@ def test_a_source_without_pairs_says_why_and_names_no_training(
     rows: list[dict[str, object]] = [{"text": "a wrong name"}, {"prompt": "p", "win": "late.png"}]
     source = write_list(rows)
     assert run(source, pipelines(), tmp_path / "cache") == 1
-    output, errors = capsys.readouterr()
+    said = capsys.readouterr().err
     for words in ("1 x missing_prompt", "1 x missing_image", "no pair was kept", f"inpo data check {source}"):
-        assert words in output
-    assert "not read, for no pair is made of it: field text (1)" in errors
-    assert "inpo train" not in output
+        assert words in said
+    assert "not read, for no pair is made of it: field text (1)" in said
+    assert "inpo train" not in said
     # No cache is claimed, and an image that comes later is found by the same command.
     with pytest.raises(CacheMissing):
         open_cache(str(tmp_path / "cache"))

@@ -1,15 +1,19 @@
 """Plans: what they cost, what they show, and a disk that is too small for them."""
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import inpo.precompute.plan as plan_module
 from inpo.common.errors import StorageError
+from inpo.common.pairs import open_source
 
 
 def _disk(free: int) -> Callable[[Any], Any]:
@@ -101,3 +105,50 @@ def test_the_plan_is_what_the_run_costs(
     on_disk += sum(size for file, size in texts[0].commit.files.items() if file.endswith("zarr.json"))
     predicted = plan.cache_bytes - plan.bytes_by_array["embedding"] - plan.bytes_by_array["text"]
     assert predicted == pytest.approx(on_disk, rel=0.03)
+
+
+def test_a_plan_for_rankings_counts_their_images_once(
+    pipelines: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the run: a ranking of n images is n (n - 1) / 2 pairs of n images and one prompt, whatever the layout."""
+    import inpo.precompute.run as run_module
+
+    plans: list[plan_module.Plan] = []
+    make = run_module.make_plan
+    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    for number in range(6):
+        image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{number}.png")
+    rows: list[dict[str, Any]] = [
+        {"id": "four", "prompt": "p", "images": [f"{i}.png" for i in range(4)], "ranks": [1, 2, 3, 4]},
+        {"id": "two", "prompt": "q", "images": ["4.png", "5.png"], "ranks": [2, 1]},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = run.cache(str(tmp_path / "pairs.jsonl"), pipelines(), tmp_path / "cache")
+    (plan,), (shard,) = plans, cache
+    assert (plan.num_pairs, plan.num_images, plan.num_groups) == (7, 6, 2)
+    assert (shard.num_pairs, shard.num_images, shard.commit.num_groups) == (7, 6, 2)
+    assert plan.network_calls == run.network_calls
+    for spec in cache.manifest.arrays:
+        if not spec.is_text:
+            assert plan.bytes_by_array[spec.path] == shard.read(spec.path).nbytes, spec.path
+
+
+@pytest.mark.parametrize(("how", "sizes"), [("all", [4, 3, 2]), ("adjacent", [4, 3, 2]), ("best-worst", [2, 2, 2])])
+@pytest.mark.parametrize("singles", [False, True])
+def test_how_many_images_the_rankings_of_some_rows_have(
+    tmp_path: Path, how: str, sizes: list[int], singles: bool
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for number, count in enumerate((4, 3, 2)):
+        told = {"prompt": "p", "prompt_id": str(number)}
+        if singles:
+            rows += [told | {"image": f"{i}.png", "rank": i} for i in range(count)]
+        else:
+            rows.append(told | {"images": [f"{i}.png" for i in range(count)], "ranks": list(range(count))})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (shard,) = open_source(str(tmp_path), pairs_from=how).input_shards()  # type: ignore[arg-type]
+    assert shard.group_sizes(0, shard.num_rows).tolist() == sizes
+    assert shard.group_sizes(0, 1).tolist() == [2]
+    last = shard.num_rows - 1
+    assert shard.group_sizes(last - 1, last + 1).tolist() == [2, 2]

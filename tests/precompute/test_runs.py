@@ -148,7 +148,8 @@ def test_a_pair_that_is_not_finite_is_quarantined(
     row = json.loads(listed.read_text())
     assert (row["pair_id"], row["reason"], row["row"]) == ("pair-001", "not_finite", 1)
     assert words in row["detail"]
-    assert "1 x not_finite" in capsys.readouterr().out
+    assert "1 x not_finite" in capsys.readouterr().err
+    assert "INFO skipped: 1 x not_finite" in (tmp_path / "cache" / "log.txt").read_text()
     for pair_id, value in by_id(well, "x_t").items():
         if pair_id in kept:
             np.testing.assert_allclose(kept[pair_id].astype(float), value.astype(float), rtol=2e-3, atol=2e-3)
@@ -190,7 +191,7 @@ def test_no_pair_left_is_a_failure_and_no_commit(
 
     run.prepare = broken
     assert run(source, pipelines(), tmp_path / "cache") == 1
-    assert "2 x not_finite" in capsys.readouterr().out
+    assert "2 x not_finite" in capsys.readouterr().err
     assert not open_cache(str(tmp_path / "cache"), allow_empty=True).commits
     run.prepare = None
     assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 2
@@ -213,7 +214,7 @@ def test_bad_images_and_shards_stop_nothing_else(
     assert output.err.count("error:") == 1
     assert "00009.tar" in output.err
     assert "Traceback" not in output.err
-    assert "1 x unreadable" in output.out
+    assert "1 x unreadable" in output.err
     cache = open_cache(str(tmp_path / "cache"))
     assert cache.num_pairs == 3
 

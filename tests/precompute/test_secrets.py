@@ -84,7 +84,8 @@ def test_no_file_of_the_cache_and_no_output_has_the_password(
     assert commit.source.location == f"{address}/{name}".replace("alice:SECRET@", "")
     assert (commit.num_pairs, commit.skipped) == ((2, {}) if kind == "tar" else (1, {"missing_image": 1}))
     out, err = capfd.readouterr()
-    assert "127.0.0.1" in out
+    assert "127.0.0.1" in err
+    assert "127.0.0.1" in (tmp_path / "cache" / "log.txt").read_text()
     texts = [out, err, *(file.read_bytes().decode("latin-1") for file in cache_files(tmp_path / "cache"))]
     assert not [text for text in texts if "SECRET" in text or "alice" in text]
 

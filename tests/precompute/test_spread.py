@@ -37,7 +37,7 @@ def test_a_cache_of_any_dtype_is_trained_from_in_other_batches(
     assert all(expected[0] < spread < expected[1] for spread in spreads)
     flags = {"output": tmp_path / "run", "steps": 1, "batch_size": 3, "tracker": "none", "held_out": 0.0}
     assert run_train(None, {"model": str(pipelines(kind))}, [cache.location], flags, resume="never") == 0
-    assert "zero-step proof holds" in capsys.readouterr().out
+    assert "zero-step proof holds" in capsys.readouterr().err
 
 
 def test_the_records_are_evaluated_again_and_no_more(

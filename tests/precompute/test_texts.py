@@ -274,7 +274,7 @@ def test_without_numbers_for_the_empty_prompt_there_is_no_pair(
 ) -> None:
     run.prepare_texts = _without_numbers("")
     assert run(tars(2, 2), pipelines(), tmp_path / "cache", **QUICK) == 1
-    assert "2 x not_finite" in capsys.readouterr().out
+    assert "2 x not_finite" in capsys.readouterr().err
     (listed,) = (tmp_path / "cache" / "skipped").rglob("*.jsonl")
     assert "the empty prompt's embedding is NaN" in listed.read_text()
 

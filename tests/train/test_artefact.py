@@ -255,6 +255,6 @@ def test_dropout_is_off_in_training_and_said(
                 model=str(model.folder), caches=[location], steps=3, learning_rate=1e-3, output=tmp_path / f"{name}-run"
             )
         )
-        assert ("the network's dropout 0.5 is off" in capsys.readouterr().out) == (name == "dropout")
+        assert ("the network's dropout 0.5 is off" in capsys.readouterr().err) == (name == "dropout")
     left, right = (load_file(next((each / "pipeline/unet").glob("*.safetensors"))) for each in outputs)
     assert all(torch.equal(left[name], right[name]) for name in left)

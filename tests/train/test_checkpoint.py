@@ -190,7 +190,7 @@ def test_a_run_goes_on_from_the_one_before_and_leaves_the_damaged_one_behind(
     zero(copied / "checkpoints" / LAST / "optimizer-00000.safetensors")
     capsys.readouterr()
     run(output=copied, **OPTIONS | {"steps": 8, "save_every": 5, "keep_last": 2})
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert f"note: {LAST} is damaged (optimizer-00000.safetensors is not as written)" in out
     assert "step-00000004 at step 4" in out
     left, right = (load_file(each / "pipeline/unet/diffusion_pytorch_model.safetensors") for each in (whole, copied))

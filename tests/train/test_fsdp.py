@@ -42,7 +42,7 @@ def test_split_weights_equal_whole_ones(sharded: Callable[..., Any], run: Callab
     two, resumed = tmp_path / "two", tmp_path / "resumed"
     done = sharded(two)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x 1 accumulated x 2 processes" in done.stdout
+    assert "2 x 1 accumulated x 2 processes" in done.stderr
     checkpoint = "checkpoints/step-00000002"
     for name in (WEIGHTS, f"{checkpoint}/model.safetensors"):
         left, right = load_file(one / name), load_file(two / name)

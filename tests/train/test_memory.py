@@ -16,7 +16,7 @@ from inpo.common.testing import TinyKind
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.memory import precompute_peak
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.train.memory import train_peak
+from inpo.train.memory import train_needs, train_peak
 from inpo.train.settings import TrainSettings
 from tests.steps import step_peak
 
@@ -114,6 +114,18 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     assert peak.at(36) <= 900 < peak.at(37)
     assert peak.most_images(600) == 0
     assert Peak(weights=1, per_image=1.0, elsewhere=500).most_images(500) == 0
+
+
+@pytest.mark.parametrize(("objective", "sides"), [("inpo", 2), ("listwise", 5)])
+def test_a_batch_of_lists_has_the_images_of_the_longest(objective: str, sides: int, world: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "lists.toml"
+    recipe.write_text(f'[train]\nobjective = "{objective}"\nbatch_size = 3\n')
+    plain, _ = train_needs(recipe, world.model, _manifest(world.model, "float32"), 5)
+    assert ("lists of 5" in plain.what) == (sides == 5)
+    memory = 10 * plain.peak.at(sides)
+    told = plain.to_json(memory)
+    assert told["activations"] == plain.peak.activations(3 * sides)
+    assert told["largest_batch_size"] == plain.peak.most_images(memory) // sides > 0
 
 
 def test_quantised_weights_are_a_byte_each(world: Any) -> None:

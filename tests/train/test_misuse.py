@@ -44,7 +44,7 @@ def test_a_list_with_ids_that_no_cache_has(
     listed = tmp_path / "list"
     listed.write_text("\n".join([*known[:4], "# a comment", "nobody"]))
     run(steps=1, **{option: listed})
-    assert f"1 of 5 ids in --{option} {listed} are in no cache, 'nobody' first" in capsys.readouterr().out
+    assert f"1 of 5 ids in --{option} {listed} are in no cache, 'nobody' first" in capsys.readouterr().err
     listed.write_text("nobody\n")
     with pytest.raises(UsageError, match="No pair of the list is in the caches") as caught:
         run(output=tmp_path / "other", **{option: listed})

@@ -1,4 +1,4 @@
-"""Options that change how a run is made: several caches, a compiled network, the paper's two steps, W&B."""
+"""Options that change how a run is made: several caches, a compiled network, the paper's two steps, trackers."""
 
 import json
 import math
@@ -7,21 +7,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import inpo.train.loop
 from inpo.common.compiled import compile_network
-from inpo.common.errors import CacheMismatch
+from inpo.common.errors import CacheMismatch, UsageError
 from inpo.common.models import open_model
 from inpo.common.recipe import read_recipe, resolve
 from inpo.train.metrics import MetricsWriter
 from inpo.train.settings import TrainSettings
+from inpo.train.tracker import Tracker
 
 
 def losses(output: Path) -> list[float]:
@@ -110,20 +112,63 @@ def test_training_goes_on_where_compiling_fails(
 
 def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
+    settings: list[dict[str, Any]] = []
     monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **options: asked.append(options) or SimpleNamespace())
+        sys.modules,
+        "wandb",
+        SimpleNamespace(
+            init=lambda **options: asked.append(options),
+            config=SimpleNamespace(update=lambda values, **options: settings.append(values)),
+        ),
     )
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     output = tmp_path / "my-run"
-    for step, named in ((0, {}), (5, {}), (9, {"project": "p", "name": "n"}), (0, {})):
-        MetricsWriter(output, tracker="wandb", resumed_step=step, config={}, **named)
+    config = {"steps": 3, "adam_betas": [0.9, 0.999], "labels": None}
+    for step, named in ((0, {}), (5, {}), (9, {"project": "p", "run_name": "n"}), (0, {})):
+        Tracker("wandb", output, resumed_step=step, config=config, **named)
     first, second, third, anew = asked
     assert (first["project"], first["name"]) == ("inpo", "my-run")
     assert (third["project"], third["name"]) == ("p", "n")
     assert first["id"] == second["id"] == third["id"] != anew["id"]
+    assert settings[0] == {"steps": 3, "adam_betas": "[0.9, 0.999]"}
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    MetricsWriter(output, tracker="wandb", resumed_step=9, config={})
+    Tracker("wandb", output, resumed_step=9, config={})
     assert asked[-1]["project"] == "theirs"
+
+
+def test_trackers_are_those_of_accelerate() -> None:
+    named = get_args(TrainSettings.model_fields["tracker"].annotation)
+    assert {*named} - {"none"} == {*LOGGER_TYPE_TO_CLASS}
+
+
+def test_a_tracker_that_does_not_start_ends_the_run_before_it_begins(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError("no key: log in first")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__="there"))
+    with pytest.raises(UsageError, match="wandb does not start") as caught:
+        run(tracker="wandb")
+    assert "log in first" in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tracker_that_fails_on_the_way_is_said_once_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def log(values: dict[str, Any], **options: Any) -> None:
+        raise ConnectionError("the service is gone")
+
+    own = SimpleNamespace(init=lambda **options: SimpleNamespace(log=log, finish=lambda: None))
+    own.config = SimpleNamespace(update=lambda values, **options: None)
+    monkeypatch.setitem(sys.modules, "wandb", own)
+    metrics = MetricsWriter(tmp_path, tracker=Tracker("wandb", tmp_path, resumed_step=0, config={}), resumed_step=0)
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 0.5})
+    metrics.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err.count("the service is gone") == 1
 
 
 def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +176,23 @@ def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: py
     ended = []
 
     class Run:
-        def log(self, values: dict[str, Any], step: int) -> None:
+        def log(self, values: dict[str, Any], step: int, **options: Any) -> None:
             sent.append((step, values))
 
         def finish(self) -> None:
             ended.append(True)
 
     monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **options: Run(), Image=lambda pixels: pixels.shape)
+        sys.modules,
+        "wandb",
+        SimpleNamespace(
+            init=lambda **options: Run(),
+            Image=lambda pixels, **options: pixels.shape,
+            config=SimpleNamespace(update=lambda values, **options: None),
+        ),
     )
-    metrics = MetricsWriter(tmp_path, tracker="wandb", resumed_step=0, config={})
+    tracker = Tracker("wandb", tmp_path, resumed_step=0, config={})
+    metrics = MetricsWriter(tmp_path, tracker=tracker, resumed_step=0)
     part = {
         "records": 3,
         "loss": 0.5,
@@ -158,5 +210,5 @@ def test_wandb_gets_the_numbers_and_the_pictures(tmp_path: Path, monkeypatch: py
     assert values["loss"] == 0.7
     assert values["by_timestep/lose_advantage_0-200"] == -0.1
     assert values["held_out_by_timestep/margin_0-200"] == 1.0
-    assert picture == {"samples": (4, 6, 3)}
+    assert picture == {"samples": [(4, 6, 3)]}
     assert ended == [True]

@@ -134,7 +134,7 @@ def test_init_from_starts_elsewhere_and_says_so(
 ) -> None:
     other = make_world(seed=1)
     output = run(steps=1, init_from=str(other.model.folder))
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     assert "the zero-step proof does not apply" in text
     first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["margin"]) > 1e-3
@@ -153,6 +153,7 @@ def test_samples_are_drawn_and_do_not_disturb_training(run: Callable[..., Path],
     assert (start != last).any()
     with Image.open(images[0]) as picture:
         assert picture.size == (32, 16)
+        assert json.loads(picture.info["prompts"]) == ["a cat", "a dog"]
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()
         for output in (plain, sampled)

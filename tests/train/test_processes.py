@@ -50,7 +50,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     )
     done = launched(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x 1 accumulated x 2 processes" in done.stdout
+    assert "2 x 1 accumulated x 2 processes" in done.stderr
     one = run(output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2)
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()

@@ -200,7 +200,7 @@ def test_the_line_states_logits_at_the_runs_beta(
 ) -> None:
     location = world.cache(tmp_path / "c", network_dtype="bfloat16")
     run(caches=[location], beta=beta, steps=1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "zero-step proof holds" in line)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "zero-step proof holds" in line)
     proof = proof_of(world.model, location, batch_size=2)
     found = re.search(
         r"logit at beta (\d+) off by (\S+) .*at most (\S+): rounding moves it by (\S+) in .* by (\S+)$", line

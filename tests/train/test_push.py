@@ -99,7 +99,7 @@ def test_a_lora_run_arrives_with_a_card_that_names_no_machine(
     output = run(
         steps=1, lora_rank=2, sample_every=1, sample_steps=1, sample_prompts=["a cat"], push_to_hub="owner/by-train"
     )
-    assert "pushed https://huggingface.co/owner/name/commit/1" in capsys.readouterr().out
+    assert "pushed https://huggingface.co/owner/name/commit/1" in capsys.readouterr().err
     assert {"README.md", "lora-kohya.safetensors", "pytorch_lora_weights.safetensors"} <= set(hub.files)
     hub.files.clear()
     url = push(output, "owner/name", private=True, license="openrail", compare=comparison)

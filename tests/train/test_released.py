@@ -60,7 +60,7 @@ def test_the_schedule_waits_for_updates_that_the_scaler_skips(
     assert 1 <= skipped[-1] < 6
     for line in rest:
         assert line["learning_rate"] == pytest.approx(1e-5 * (line["step"] - line["skipped_updates"]))
-    assert f"overflowed float16 in {skipped[-1]} of 6 steps" in capsys.readouterr().out
+    assert f"overflowed float16 in {skipped[-1]} of 6 steps" in capsys.readouterr().err
     other = run(
         steps=6, save_every=3, output=tmp_path / "o", resume=str(output / "checkpoints/step-00000003"), **options
     )
@@ -136,7 +136,7 @@ def test_smpo_says_what_its_labels_temperature_does(
     def says(labels: str, objective: str = "smpo") -> str:
         capsys.readouterr()
         run(output=tmp_path / f"{labels}-{objective}", caches=[cache], steps=1, labels=labels, objective=objective)
-        return capsys.readouterr().out
+        return capsys.readouterr().err
 
     assert "note:" not in says("released")
     assert "note:" not in says("default", "inpo")

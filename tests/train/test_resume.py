@@ -237,10 +237,14 @@ def test_ctrl_c_saves_and_ends_with_zero(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_optimise", interrupted)
         run(output=output, steps=100)
-    assert "stopped at step 3; run the same command again to go on" in capsys.readouterr().out
+    assert "stopped at step 3; run the same command again to go on" in capsys.readouterr().err
     assert [each.name for each in checkpoint.list_checkpoints(output / "checkpoints")] == ["step-00000003"]
     assert not (output / "pipeline").exists()
     assert equal(weights(run(output=output, steps=4)), weights(run(output=tmp_path / "whole", steps=4)))
+    said = (output / "log.txt").read_text()  # of both runs, in their order
+    told = ("zero-step proof holds", "stopped at step 3", "resumed from", f"wrote {output / 'pipeline'}")
+    places = [said.index(each) for each in told]
+    assert places == sorted(places)
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from inpo.common.cache import open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
+from inpo.common.judge import Evaluation, Judge
 from inpo.common.levels import Levels
 from inpo.train.checkpoint import WEIGHTS
 from inpo.train.index import Index, build_index
-from inpo.train.judge import Evaluation, Judge
 from inpo.train.loss_space import error_weights
 from inpo.train.order import GlobalOrder, OrderedShard
 from inpo.train.records import Batch, Needs
@@ -171,7 +171,7 @@ def test_lists_train_from_what_the_reference_gives(
 ) -> None:
     output = run(objective="listwise", caches=[chains], steps=2, output=tmp_path / "listwise")
     assert lines(output)[0]["loss"] == pytest.approx(math.log(6), abs=1e-4)  # a choice of three, then of two
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "5 lists, 10 records to train on" in said
     assert "(1.791759 at the reference)" in said
     # Descending lair's loss raises the reward of the image with the highest score.
@@ -296,7 +296,7 @@ def test_a_run_stops_where_the_held_out_accuracy_turned(
     assert (output / "pipeline/model_index.json").is_file()
     document = json.loads((output / "checkpoints/step-00000002/run.json").read_text())
     assert [each[0] for each in document["held_out"]] == [1, 2]
-    assert "has turned" in capsys.readouterr().out
+    assert "has turned" in capsys.readouterr().err
     run(**options)  # goes on from its checkpoint, which knows, and makes no step
     assert [line["step"] for line in lines(output)] == [0, 1, 2]
 
@@ -311,7 +311,7 @@ def test_what_is_advised_when_it_turned_is_there_and_can_be_done(
     options = {"held_out": 0.5, "evaluate_every": 1, "log_every": 7, "save_every": 1, "keep_last": keep_last}
     output = run(steps=3, schedule="cosine", **options)
     assert [line["step"] for line in lines(output)] == [0, 1, 2, 3]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "has turned" in said
     advised = re.search(r"`--resume (\S+) --steps 1` writes the model of then", said)
     assert bool(advised) == (keep_last == 3)

@@ -1,4 +1,4 @@
-"""Several runs from one cache, one table and one page at the end."""
+"""Several runs from one cache, one table at the end, and one page."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from inpo.cli import app
 from inpo.common.errors import UsageError
+from inpo.inspection.run_page import make_run_page
 from inpo.train.sweep import read_sweep
+
+PROMPT = "a small red ball on the left at night"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -62,16 +65,7 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
     words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
     words += ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--evaluate-every", "1", "--held-out", "0.5"]
     words += ["--held-out-records", "8"]
-    words += [
-        "--tracker",
-        "none",
-        "--sample-every",
-        "2",
-        "--sample-steps",
-        "1",
-        "--sample-prompts",
-        "a small red ball on the left at night",
-    ]
+    words += ["--tracker", "none", "--sample-every", "2", "--sample-steps", "1", "--sample-prompts", PROMPT]
     words += ["--sweep", str(file), "--sweep-scorer", "toyworld-oracle"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1, done.output  # capo: the labels of this cache are hard
@@ -88,9 +82,17 @@ def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_pat
         assert 0 <= found[name]["scores"]["toyworld-oracle"]["win_rate"] <= 1
     table = (tmp_path / "out/sweep.md").read_text()
     assert table.count("\n| ") == 4
-    page = (tmp_path / "out/sweep.html").read_text()
-    assert page.count("data:image/png") == 3  # the curves, and two runs' samples
-    assert "http" not in page
+    # Its page shows the runs side by side, and each one's samples under their prompt, from step 0 on.
+    page, shown = make_run_page([tmp_path / "out"])
+    assert [each.name for each in shown] == ["inpo", "v"]
+    for each in shown:
+        assert [(strip.step, strip.prompts) for strip in each.samples] == [(step, (PROMPT,)) for step in (0, 2)]
+        assert each.chosen["train.held_out"] == 0.5
+        assert each.defaults["train.seed"] == 0
+    assert "capo failed: " in page
+    assert "v: toyworld-oracle prefers its last samples to the reference" in page
+    assert page.count(f"{PROMPT}, step 0") == 4  # of each run a picture, and its button
+    assert f"inpo inspect run {tmp_path / 'out'}" in done.output
     # The same command again makes nothing anew, and says the same.
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1

@@ -1,18 +1,15 @@
-"""What came of a sweep's runs: one row for each, as Markdown, JSON and a page that asks no network for anything."""
+"""What came of a sweep's runs: one row for each, as Markdown and JSON."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from inpo.train.judge import Evaluation, Judge
+from inpo.common.judge import Evaluation, Judge
 from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.run import Resolved
-from inpo.train.sweep_samples import SampleScore, last_sample
+from inpo.train.sweep_samples import SampleScore
 
 _ALIKE = "Margins, losses and advantages compare only between runs of one beta and one space."
 
@@ -36,15 +33,7 @@ class SweepRow:
         """From what the run left behind."""
         file, settings = run.output / "metrics.jsonl", run.settings
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        held_out = tuple(
-            Evaluation(
-                line["step"],
-                line["held_out_implicit_accuracy"],
-                sum(part["records"] for part in line["held_out_by_timestep"]),
-            )
-            for line in lines
-            if line.get("held_out_implicit_accuracy") is not None
-        )
+        held_out = tuple(found for line in lines if (found := Evaluation.of(line)) is not None)
         told = {"objective": settings.objective, "beta": beta_of(settings), "parameter": parameter_of(settings)}
         told |= {"learning_rate": settings.learning_rate, "steps": settings.steps}
         last = {name: value for name, value in (lines[-1] if lines else {}).items() if not isinstance(value, list)}
@@ -97,52 +86,3 @@ def markdown(rows: Sequence[SweepRow]) -> str:
     cells = [heads, ["---"] * len(heads), *(each.cells(scorers) for each in rows)]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
     return "\n".join([*lines, "", _ALIKE, ""])
-
-
-def page(rows: Sequence[SweepRow]) -> str:
-    """The table, the held-out curves and each run's last samples."""
-    scorers = _scorers(rows)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in each.cells(scorers))}</tr>" for each in rows)
-    heads = "".join(f"<th>{escape(head)}</th>" for head in _heads(scorers))
-    parts = [f"<table><tr>{heads}</tr>{body}</table>", f"<p>{escape(_ALIKE)}</p>"]
-    if any(each.held_out for each in rows):
-        parts.append(f'<img alt="held-out accuracy by step" src="{_picture(_curves(rows))}">')
-    for each in rows:
-        file = last_sample(each.output)
-        if file is not None:
-            parts.append(f"<h2>{escape(each.name)}, {file.stem}</h2>")
-            parts.append(f'<img alt="samples of {escape(each.name)}" src="{_picture(file.read_bytes())}">')
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Sweep</title><style>'
-        "body{font:15px system-ui;margin:2em;max-width:100em}table{border-collapse:collapse;font-size:13px}"
-        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}img{max-width:100%}"
-        f"</style><h1>Sweep</h1>{''.join(parts)}</html>\n"
-    )
-
-
-def _picture(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _curves(rows: Sequence[SweepRow]) -> bytes:
-    """Held-out accuracy by step, with one standard error."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for each in rows:
-        if each.held_out:
-            axes.errorbar(
-                [point.step for point in each.held_out],
-                [point.accuracy for point in each.held_out],
-                [point.standard_error for point in each.held_out],
-                marker="o",
-                capsize=2,
-                label=each.name,
-            )
-    axes.set(xlabel="step", ylabel="held-out accuracy")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()

@@ -1,8 +1,9 @@
 """Has the held-out accuracy turned? What says that a run has begun to learn its pairs by heart."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _IN_A_ROW = 3
 """Evaluations that must lie below the best."""
@@ -14,6 +15,14 @@ class Evaluation(NamedTuple):
     step: int
     accuracy: float
     num_records: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Evaluation | None":
+        """What a line of metrics says of held-out records; None if it says nothing."""
+        accuracy, parts = values.get("held_out_implicit_accuracy"), values.get("held_out_by_timestep")
+        if accuracy is None or not parts:
+            return None
+        return cls(values["step"], accuracy, sum(part["records"] for part in parts))
 
     @property
     def standard_error(self) -> float:
