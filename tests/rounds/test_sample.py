@@ -138,7 +138,7 @@ def test_it_is_a_cache_like_any_other(
     steps = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 2, "tracker": "none", "held_out": 0.0}
     asked = steps | {"objective": "listwise" if profile == "full" else "inpo"}
     assert run_train(None, {"model": str(pipelines())}, [str(where)], asked, resume="never") == 0
-    assert "zero-step proof holds" in capsys.readouterr().out
+    assert "zero-step proof holds" in capsys.readouterr().err
     source = open_source(f"{where}-images")
     (tar,) = source.input_shards()
     rows = list(tar.rows(0, tar.num_rows))
