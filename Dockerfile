@@ -20,6 +20,7 @@ COPY evaluation evaluation
 COPY inspection inspection
 COPY precompute precompute
 COPY recipes recipes
+COPY rounds rounds
 COPY toyworld toyworld
 COPY train train
 RUN pip install --constraint constraints.txt '.[tables]'

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo demo-flow precompute train inspect test check bench bench-gpu evidence toyworld-base toyworld-flow clean
+.PHONY: help install dev demo demo-flow precompute train inspect rounds test check bench bench-gpu evidence circle toyworld-base toyworld-flow clean
 
 PYTHON ?= python3
 # A build of torch by the name that https://pytorch.org/get-started has for it: cpu, cu128, ...; nothing: pip's own choice.
@@ -28,10 +28,10 @@ TORCH_FROM := $(if $(TORCH),--no-deps --force-reinstall --index-url https://down
 demo: TOY := base
 demo-flow: TOY := flow
 # Nothing may wait for a network during the demo and the tests: models and data are in the repository.
-demo demo-flow test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
+demo demo-flow rounds circle test bench bench-gpu evidence: export HF_HUB_OFFLINE = 1
 # Memory that a step frees stays with the process instead of being given back and fetched anew (docs/log.md).
-demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-demo demo-flow evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+demo demo-flow rounds circle evidence toyworld-base toyworld-flow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo demo-flow rounds circle evidence toyworld-base toyworld-flow: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,11 @@ train: $(INSTALLED) ## train from the recipe's cache (RECIPE=...)
 inspect: $(INSTALLED) ## look at the recipe's cache (RECIPE=...)
 	$(INPO) inspect summary --recipe $(RECIPE)
 
+rounds: $(INSTALLED) ## sample, rank, cache, train, and again, three times, on the toy world
+	$(INPO) toyworld prompts --split train --limit 1536 --out runs/rounds-prompts/train.txt
+	$(INPO) toyworld prompts --split test --limit $(DEMO_PROMPTS) --out runs/rounds-prompts/test.txt
+	$(INPO) round --recipe recipes/rounds.toml
+
 test: $(DEV) ## the tests: CPU only, no network
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -100,6 +105,9 @@ bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matter
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
+
+circle: $(DEV) ## compare rounds, and ways of making points of own samples, over five seeds (hours on 2 cores)
+	.venv/bin/python -m benchmarks.circle
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)
 	.venv/bin/python -m inpo.toyworld.train_base base

@@ -19,7 +19,7 @@ from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
 from inpo.common.pairs.decode import DecodePool
-from inpo.precompute.components import compile_components, load_components
+from inpo.precompute.components import compile_denoiser, load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
@@ -88,7 +88,7 @@ class Setting:
             for task in (TextTask(prompts=("",)), TextTask(prompts=tuple(PROMPTS))):
                 texts.write(task, texts.compute(task))
         components = load_components(self.model, manifest, self.device)
-        compile_components(components, self.model, manifest, self.compile, settings.batch_size)
+        compile_denoiser(components.denoiser, self.model, manifest, self.compile, settings.batch_size)
         return ShardWorker(
             components=components,
             writer=writer,

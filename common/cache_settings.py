@@ -11,6 +11,7 @@ from inpo.common.choices import (
     EMBEDDED_GUIDANCE,
     MAX_TIMESTEPS,
     NOISING,
+    ChosenInverter,
     DensityName,
     ExtraName,
     GroupName,
@@ -35,7 +36,7 @@ class CacheSettings(Section):
     """n: points of the inversion grid."""
     timesteps_per_pair: int = Field(4, ge=1, le=MAX_TIMESTEPS)
     """K: how many of the n grid points are kept as records."""
-    inverter: InverterName = "ddim"
+    inverter: ChosenInverter = "ddim"
     """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it; tracked: plus the
     noise that the image was made from, by the source's seeds (flow models only, as PNAPO has it)."""
     refine_start: int | None = Field(None, ge=0, le=16)
@@ -132,7 +133,8 @@ class CacheSettings(Section):
 
     @classmethod
     def of(cls, manifest: "Manifest") -> "CacheSettings":
-        """The settings that give this identity again, with whatever model and device."""
+        """The settings that give this identity again, with whatever model and device; of recorded points, which were
+        not inverted to, those that invert to others by ddim at the caption alone."""
         inverter = manifest.inverter
         told = {**dict(manifest), **dict(inverter), "inverter": inverter.name, "dtype": manifest.network_dtype}
         told["resolution"] = size_text(*manifest.resolution)
@@ -146,7 +148,12 @@ class CacheSettings(Section):
             told["timestep_range"] = None
         if inverter.name in NOISING:
             told["noised_start"] = None
-        return cls(**{name: told[name] for name in CacheSettings.model_fields if told[name] is not None})
+        left_out = _OF_INVERSION if inverter.name == "recorded" else ()
+        wanted = [name for name in CacheSettings.model_fields if name not in left_out]
+        return cls(**{name: told[name] for name in wanted if told[name] is not None})
+
+
+_OF_INVERSION = ("inverter", "guidance", "faithful", "noised_start", "refine_start", "iterations", "tolerance")
 
 
 def _usual_refinement(inverter: InverterName) -> int:

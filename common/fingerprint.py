@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +69,39 @@ def of_texts(files: Iterable[Path]) -> str:
         value = of_config(document) if isinstance(document, dict) else hashlib.blake2b(data, digest_size=16).hexdigest()
         total.update(f"{file.name}|{value}".encode())
     return total.hexdigest()
+
+
+TAKEN_OVER = "taken-over.json"
+"""In a pipeline that a run wrote: {component that it did not train: {"here": digest, "there": digest}}."""
+
+
+def write_taken_over(folder: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Say of a pipeline's components what they were where they were taken from: the libraries write the same numbers
+    in another dtype, configurations with more in them, tokenizers in other files."""
+    told = {name: {"here": here[name], "there": there[name]} for name in here}
+    (folder / TAKEN_OVER).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def as_taken_over(folder: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprints of a pipeline's components: of those that lie there as a run wrote them, what they were where it
+    took them from. Raises ModelError if that cannot be read."""
+    file = folder / TAKEN_OVER
+    if not file.is_file():
+        return dict(found)
+    try:
+        told = json.loads(file.read_bytes())
+        return {
+            name: str(told[name]["there"]) if name in told and told[name]["here"] == digest else digest
+            for name, digest in found.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(
+            "What a run has written of its pipeline's components cannot be read.",
+            where=file,
+            expected='{"vae": {"here": digest, "there": digest}, ...}',
+            got=f"{type(error).__name__}: {error}",
+            fix="remove the file: the components then count as others than those of the base",
+        ) from None
 
 
 @contextmanager

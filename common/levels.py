@@ -8,7 +8,8 @@ a_t and s_t are signal and noise, sigma_t = s_t / a_t. The clean end of a trajec
 s = 0. A table of another family is another constructor here; nothing else asks where the tables come from.
 
 A flow's table may begin far from the clean end. What a path visits below it has negative numbers: -1 is the level just
-below timestep 0, the last one is the clean end. Such points are never records.
+below timestep 0, the last one is the clean end. Noise alone, which a sampler begins with, lies above a flow's table and
+has the number T. Such points are never records.
 """
 
 import math
@@ -188,17 +189,17 @@ class Levels:
 
     @cached_property
     def walked(self) -> Float[Tensor, "3 level"]:
-        """(signal, noise, label) of every point that a path may visit: the tables, and behind them what lies below, so
-        that negative numbers find it.
+        """(signal, noise, label) of every point that a path may visit: the tables, above a flow's the noisy end at time
+        1, and behind them what lies below, so that negative numbers find it.
 
         Below a flow's table: the clean end at time 0, then levels evenly in log sigma from 0.8 floor to the table. A
-        table in noise space has none; its clean end is told timestep 0's label.
+        table in noise space has neither; its clean end is told timestep 0's label.
         """
         table = torch.stack([self.signal, self.noise, self.label])
         if self.space == "noise":
             return table
         lowest, first = NEAREST_CLEAN * self.floor, float(self.sigma[0])
-        times = torch.zeros(1, dtype=torch.float64)
+        times = torch.tensor([1.0, 0.0], dtype=torch.float64)
         if first > lowest:
             sigma = torch.linspace(math.log(lowest), math.log(first), _BELOW + 2, dtype=torch.float64).exp()[1:-1]
             times = torch.cat([times, sigma / (1 + sigma)])
@@ -208,9 +209,14 @@ class Levels:
         return torch.cat([table, torch.stack([1 - times, times, start + slope * times])], dim=1)
 
     @property
+    def noisy(self) -> int:
+        """Number of the noisy end: where a sampler begins, with noise alone."""
+        return self.num_train_timesteps - (self.space == "noise")
+
+    @property
     def clean(self) -> int:
         """Number of the clean end."""
-        return self.num_train_timesteps - self.walked.shape[1]
+        return self.noisy + 1 - self.walked.shape[1]
 
     def point(self, number: int) -> tuple[float, float]:
         """(a, s) of a point that a path may visit."""

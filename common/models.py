@@ -120,17 +120,23 @@ class Model:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """{component: digest of its weights and configuration}, for the cache's identity."""
-        prints = {"scheduler": fingerprint.of_config(self.config("scheduler"))}
-        for component in self.networks:
-            prints["network" if component == self.family.network else component] = self._fingerprint(component)
-        for component in self.family.tokenizers:
-            files = self._tokenizer_files(component)
-            if files:
-                prints[component] = fingerprint.of_texts(files)
-        return prints
+        return fingerprint.as_taken_over(
+            self.folder,
+            {"network" if each == self.family.network else each: self.digest_of(each) for each in self.fingerprinted},
+        )
 
-    def _fingerprint(self, component: str) -> str:
-        config = self.config(component)
+    @property
+    def fingerprinted(self) -> tuple[str, ...]:
+        """The components that a fingerprint is taken of."""
+        return ("scheduler", *self.networks, *(each for each in self.family.tokenizers if self._tokenizer_files(each)))
+
+    def digest_of(self, component: str) -> str:
+        """Of a component's files as they lie here."""
+        config = self.config(component) if component not in self.family.tokenizers else {}
+        if component == "scheduler":
+            return fingerprint.of_config(config)
+        if component in self.family.tokenizers:
+            return fingerprint.of_texts(self._tokenizer_files(component))
         if component in self.family.text_encoders:
             config |= {"class": self.index[component][1]}
             config |= {name: self.index[name] for name in _CHANGES_NUMBERS if name in self.index}

@@ -1,4 +1,5 @@
-"""Recipes: TOML files with sections [model] [data] [precompute] [train] [evaluate], parsed into frozen models.
+"""Recipes: TOML files with sections [model] [data] [precompute] [sample] [train] [evaluate] [round], parsed into frozen
+models.
 
 Each stage owns the model of its own section; [model] and [data] are shared and live here. A flag on the command line
 wins over the recipe, the recipe over the default. The resolved configuration is saved beside the output; what differs
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import inpo.common.models
     import inpo.common.pairs
 
-SECTIONS = ("model", "data", "precompute", "train", "evaluate")
+SECTIONS = ("model", "data", "precompute", "sample", "train", "evaluate", "round")
 _NAMED = ", ".join(f"[{name}]" for name in SECTIONS)
 _OPTIONS = {
     "model_config_dir": "--model-config",

@@ -28,6 +28,7 @@ from inpo.evaluation.cli import relabel
 from inpo.inspection.cli import app as inspect_app
 from inpo.plan import plan
 from inpo.precompute.cli import precompute
+from inpo.rounds.cli import round_command, sample
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, push, train
 
@@ -39,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(precompute)
+app.command(cls=Command)(sample)
+app.command("round", cls=Command)(round_command)
 app.command(cls=Command)(train)
 app.command(cls=Command)(export)
 app.command(cls=Command)(push)

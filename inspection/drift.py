@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from inpo.common.cache import Cache, open_cache
-from inpo.common.cache_settings import CacheSettings
-from inpo.common.errors import CacheCorrupt, InpoError, command
+from inpo.common.errors import CacheCorrupt, InpoError, UsageError, command
 from inpo.common.models import Model
 from inpo.common.options import flags
 from inpo.common.recipe import DataSection, ModelSection
@@ -72,6 +71,15 @@ def measure_drift(
     bad: dict[str, Any] = {}
     cache = open_cache(location, damaged=bad)
     damaged: dict[str, InpoError] = dict(bad)
+    if cache.manifest.inverter.name == "recorded":
+        raise UsageError(
+            "Nothing was inverted here that another model could invert elsewhere.",
+            where=cache.location,
+            expected="a cache of inverted pairs",
+            got="recorded points",
+            fix="the model in training makes points of its own: `inpo sample` with it; or "
+            f"`{command('precompute', '--like', cache.location, '--errors-only')}` for its errors at these",
+        )
     table = read_pair_table(cache, damaged)
     if not len(table):
         raise nothing_readable(cache, damaged)
@@ -143,7 +151,7 @@ def _advice(cache: Cache, model: Model, verdict: str) -> str:
 
 
 def refresh_command(cache: Cache, model: Model) -> str:
-    """The precompute command that makes this cache anew with another model; one for each source of its pairs."""
+    """The precompute command that makes this cache anew with another model."""
     told = _last_configuration(cache)
     vae = model.vae_folder
     if vae is None and model.fingerprints.get("vae") != cache.manifest.fingerprints.get("vae"):
@@ -154,17 +162,8 @@ def refresh_command(cache: Cache, model: Model) -> str:
         model_config_dir=str(model.folder) if model.file is not None and model.guessed_from is None else None,
         vae=None if vae is None else str(vae),
     )
-    read_as = ("columns", "pairs_from", "allow_remote")
-    reading = {name: each for name, each in told.get("data", {}).items() if name in read_as}
-    sources = sorted({commit.source.location for commit in cache.commits.values()}) or ["SRC"]
-    return " &&\n  ".join(
-        command(
-            "precompute",
-            *flags(DataSection(pairs=source, **reading, cache=f"{cache.location}-refreshed"), chosen),
-            *flags(CacheSettings.of(cache.manifest)),
-        )
-        for source in sources
-    )
+    to = DataSection(cache=f"{cache.location}-refreshed")
+    return command("precompute", "--like", cache.location, *flags(to, chosen))
 
 
 def _last_configuration(cache: Cache) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from inpo.common.cache.schema import LevelTables
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.errors import CacheError, CacheMismatch, InpoError
-from inpo.common.inversion import Group, Inverted, invert, together
+from inpo.common.inversion import Group, Inverted, evaluate_points, invert, own_noise, together
 from inpo.common.models import Model
 from inpo.common.seeding import stable_hash
 from inpo.inspection.pair_table import PairTable
@@ -151,9 +151,16 @@ def _invert_images(
     shard: Shard, sides: Int[np.ndarray, "pair side"], denoiser: Denoiser
 ) -> tuple[Int[np.ndarray, " image"], Inverted]:
     """(rows, inversion) of some images and of those that walk with them, as precompute inverted them; of a large group
-    no more than these."""
+    no more than these. Recorded points are where they were."""
     manifest = shard.cache.manifest
     group = shard.read("image/group")
+    if manifest.inverter.name == "recorded":
+        images = np.unique(sides)
+        groups, group_of = np.unique(group[images], return_inverse=True)
+        x0, target = (torch.from_numpy(shard.read(path, images)) for path in ("x0", "target"))
+        timestep = torch.from_numpy(shard.read("timestep", groups))
+        caption = Condition.of(shard, images)
+        return images, evaluate_points(denoiser, x0, target, timestep, group_of=group_of.tolist(), caption=caption)
     first, size = np.searchsorted(group, np.arange(shard.commit.num_groups)), np.bincount(group)
     wanted = {
         int(first[number]) + mate
@@ -174,15 +181,9 @@ def _invert_images(
         caption=Condition.of(shard, images),
         empty=Condition.empty(shard, images),
         compact=manifest.profile == "compact",
-        own_noise=_own_noise(shard, images) if manifest.inverter.name == "tracked" else None,
+        own_noise=own_noise(shard, images) if manifest.inverter.name == "tracked" else None,
     )
     return images, inverted
-
-
-def _own_noise(shard: Shard, images: Int[np.ndarray, " image"]) -> torch.Tensor:
-    """What images were noised with: target + x0, at any record."""
-    target, x0 = (torch.from_numpy(shard.read(path, images)).float() for path in ("target", "x0"))
-    return target[:, 0] + x0
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """`inpo precompute`."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -27,26 +28,35 @@ def precompute(
 
     Run the same command again to resume: committed shards are never made twice.
     """
-    from inpo.common.log import say
     from inpo.precompute.run import run_precompute
+
+    raise typer.Exit(
+        stoppable(
+            lambda: run_precompute(
+                recipe,
+                given[ModelSection],
+                given[DataSection],
+                given[PrecomputeSettings],
+                ray_options=resolve(RayOptions, "ray", {}, given[RayOptions]),
+                dry_run=dry_run,
+            )
+        )
+    )
+
+
+def stoppable(work: Callable[[], int]) -> int:
+    """The exit code of work on a cache, which SIGTERM and SIGINT end in good order: 1 then."""
+    from inpo.common.log import say
 
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = run_precompute(
-            recipe,
-            given[ModelSection],
-            given[DataSection],
-            given[PrecomputeSettings],
-            ray_options=resolve(RayOptions, "ray", {}, given[RayOptions]),
-            dry_run=dry_run,
-        )
+        return work()
     except Stopped:
         say("stopped: committed shards stay, the ones in flight are dropped; run the same command again to go on")
-        code = 1
+        return 1
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    raise typer.Exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

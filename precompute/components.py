@@ -1,18 +1,22 @@
 """The models of the phase of images, loaded onto a device and compiled."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import Manifest
-from inpo.common.choices import CompileName
+from inpo.common.choices import AUTO, CompileName
 from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.families import Family
 from inpo.common.models import Model
 from inpo.precompute.encode import ImageEncoder
+from inpo.precompute.settings import PrecomputeSettings
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,13 +28,26 @@ class Components:
     images: ImageEncoder
 
 
-def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
-    """Load the network and the VAE onto `device`."""
+_OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
+
+
+def in_words(pairs: int | None) -> contextlib.AbstractContextManager[None]:
+    """Around work on `pairs` together: memory that runs out is told with what helps. None: no batch."""
+    return memory_in_words(pairs, smaller="--resolution lowers it too", otherwise=_OTHERWISE)
+
+
+def load_denoiser(model: Model, manifest: Manifest, device: torch.device) -> Denoiser:
+    """Load the network onto `device`."""
     network = model.load_network()
     prepare_for_inference(network, network_dtype=manifest.network_dtype, device=device)
+    return model.denoiser(network, manifest, network_dtype=manifest.network_dtype)
+
+
+def load_components(model: Model, manifest: Manifest, device: torch.device) -> Components:
+    """Load the network and the VAE onto `device`."""
     return Components(
         family=model.family,
-        denoiser=model.denoiser(network, manifest, network_dtype=manifest.network_dtype),
+        denoiser=load_denoiser(model, manifest, device),
         images=ImageEncoder(
             model.load_vae(),
             model.family,
@@ -42,9 +59,9 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     )
 
 
-def call_blank(components: Components, model: Model, manifest: Manifest, pairs: int) -> Tensor:
+def call_blank(denoiser: Denoiser, model: Model, manifest: Manifest, pairs: int) -> Tensor:
     """One network call of so many pairs, of nobody's latents."""
-    denoiser, family, images = components.denoiser, model.family, 2 * pairs
+    family, images = model.family, 2 * pairs
     blank = family.blank(model.config, images, manifest.resolution, manifest.max_tokens)
     with torch.inference_mode():
         x = torch.zeros(images, *manifest.latent_shape, device=denoiser.device)
@@ -52,13 +69,24 @@ def call_blank(components: Components, model: Model, manifest: Manifest, pairs: 
         return denoiser.predict(x, timestep, blank.to(denoiser.device))
 
 
-def compile_components(
-    components: Components, model: Model, manifest: Manifest, how: CompileName, batch_size: int
-) -> None:
+def compile_denoiser(denoiser: Denoiser, model: Model, manifest: Manifest, how: CompileName, batch_size: int) -> None:
     """Compile the network for batches of `batch_size` pairs, if `how` asks for it."""
-    denoiser = components.denoiser
-    first = partial(call_blank, components, model, manifest, batch_size)
+    first = partial(call_blank, denoiser, model, manifest, batch_size)
     denoiser.rows, device = 2 * batch_size, denoiser.device
     graphs = uses_graphs(how, device, denoiser.rows)
     if not compile_network(denoiser.network, how, first, blocks=model.family.blocks, device=device, graphs=graphs):
         denoiser.rows = None
+
+
+def fit(
+    denoiser: Denoiser, model: Model, manifest: Manifest, settings: PrecomputeSettings, least: Callable[[int], int]
+) -> int:
+    """The batch size in pairs, found where it is to be, with the network compiled for it. `least`: as build_worker has
+    it. Raises OutOfMemory."""
+    pairs = settings.batch_size
+    if pairs == AUTO:
+        trial = partial(call_blank, denoiser, model, manifest)
+        pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
+    with in_words(pairs):
+        compile_denoiser(denoiser, model, manifest, settings.compile, pairs)
+    return pairs

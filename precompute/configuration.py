@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from inpo.common.cache import open_cache
 from inpo.common.cache.schema import LevelTables, Manifest
+from inpo.common.cache_settings import CacheSettings
 from inpo.common.choices import EMBEDDED_GUIDANCE, DtypeName
 from inpo.common.denoiser import check_quantiser, compute_name, default_dtype
 from inpo.common.errors import UsageError
@@ -14,7 +16,7 @@ from inpo.common.inversion import check_distinct, check_settings
 from inpo.common.levels import TimeSettings
 from inpo.common.models import Model
 from inpo.common.processes import processes
-from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Recipe, read_recipe, resolve, to_toml
 from inpo.common.sizes import check_sides
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
@@ -26,6 +28,8 @@ class Configuration:
     model_section: ModelSection
     data: DataSection
     settings: PrecomputeSettings
+    section: str = "precompute"
+    """Of the recipe, which has the settings."""
 
     def with_batch_size(self, pairs: int) -> "Configuration":
         """The same, where the batch size was to be found."""
@@ -33,7 +37,7 @@ class Configuration:
 
     def to_toml(self, *, differing: bool = False) -> str:
         """As a recipe; `differing`: only what is not the default."""
-        sections = {"model": self.model_section, "data": self.data, "precompute": self.settings}
+        sections = {"model": self.model_section, "data": self.data, self.section: self.settings}
         return to_toml(sections, differing=differing)
 
 
@@ -41,12 +45,52 @@ def configure(
     recipe: Path | None, model_flags: Mapping[str, Any], data_flags: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> Configuration:
     """Flags win over the recipe, the recipe over defaults. Raises UsageError for a bad value of any."""
-    sections = read_recipe(recipe)
+    sections = _like(read_recipe(recipe), data_flags, flags)
     return Configuration(
         model_section=resolve(ModelSection, "model", sections, model_flags),
         data=resolve(DataSection, "data", sections, data_flags),
         settings=resolve(PrecomputeSettings, "precompute", sections, flags),
     )
+
+
+def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The recipe, where a cache is named to be made again that cache's settings below it.
+
+    Raises UsageError for options that do not go together.
+    """
+    own = sections.get("precompute", {})
+    told = {**own, **{name: value for name, value in flags.items() if value is not None}}
+    location, errors_only = told.get("like"), bool(told.get("errors_only"))
+    if location is None:
+        if errors_only:
+            raise UsageError(
+                "There are no points to keep.", where="--errors-only", expected="--like CACHE", fix="add --like CACHE"
+            )
+        return sections
+    for name, given in (("pairs", data_flags.get("pairs")), ("buckets", told.get("buckets"))):
+        if given is not None:
+            raise UsageError(
+                "The pairs are the other cache's.",
+                where=f"--{name}",
+                expected=f"no --{name} with --like",
+                got=given,
+                fix="leave one of them out",
+            )
+    settings = CacheSettings.of(open_cache(str(location)).manifest).model_dump(exclude_unset=True)
+    asked = {name: value for name, value in told.items() if name in CacheSettings.model_fields and name != "dtype"}
+    before, wanted = (resolve(CacheSettings, "precompute", {}, each) for each in (settings, {**settings, **asked}))
+    changed = [name for name in asked if getattr(wanted, name) != getattr(before, name)]
+    if errors_only and changed:
+        raise UsageError(
+            "--errors-only keeps the other cache's points, and all that they hang on.",
+            where=", ".join(f"--{name.replace('_', '-')}" for name in changed),
+            expected="the other cache's own settings, but for --dtype",
+            got=", ".join(str(told[name]) for name in changed),
+            fix="leave them out, or leave out --errors-only",
+        )
+    found = Recipe({**sections, "precompute": {**settings, **own}})
+    found.path = sections.path
+    return found
 
 
 def build_manifest(

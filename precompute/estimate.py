@@ -13,13 +13,13 @@ from inpo.common.console import console
 from inpo.common.memory import Need, device_memory
 from inpo.common.models import Model
 from inpo.common.processes import processes
-from inpo.precompute.components import call_blank, compile_components, load_components
-from inpo.precompute.configuration import build_manifest, configure, device_type
+from inpo.precompute.components import call_blank, compile_denoiser, load_denoiser
+from inpo.precompute.configuration import configure
 from inpo.precompute.inputs import committed_shards, print_inputs
+from inpo.precompute.like import all_works
 from inpo.precompute.memory import precompute_peak
-from inpo.precompute.plan import Plan, check_disk, make_plan, print_needs, print_plan
+from inpo.precompute.plan import Plan, check_disk, print_needs, print_plan
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.works import list_works
 
 
 def run_plan(
@@ -46,16 +46,14 @@ def run_plan(
     resolved.data.need("cache")
     model = resolved.model_section.open()
     check_complete(model)
-    works, unreadable = list_works(resolved, model, is_real=False)
+    works, unreadable = all_works(resolved, model, is_real=False)
     documents = []
     for number, work in enumerate(works):
-        settings, cache = work.resolved.settings, work.resolved.data.need("cache")
-        manifest = build_manifest(
-            settings, model, device_type=device_type(settings, None), levels_size=work.levels_size
-        )
+        settings, cache = work.resolved.settings, work.cache
+        manifest = work.manifest(model, None)
         if number == 0:
             print_inputs(work.source, work.tasks, unreadable)
-        plan = make_plan(work.tasks, committed_shards(cache, manifest), manifest, model, cache=cache)
+        plan = work.plan(committed_shards(cache, manifest), manifest, model)
         hours = _calibrated_hours(plan, model, manifest, settings) if calibrate else None
         memory = device_memory(gibibytes)
         own = Need(what="precompute", batch_size=settings.batch_size, peak=precompute_peak(model, manifest))
@@ -78,12 +76,12 @@ def run_plan(
 def _calibrated_hours(plan: Plan, model: Model, manifest: Manifest, settings: PrecomputeSettings) -> float:
     """Device hours, from the median time of a few full network batches here; VAE and text are not counted."""
     device = processes().device
-    components = load_components(model, manifest, device)
+    denoiser = load_denoiser(model, manifest, device)
     pairs = settings.batch_size or int(PrecomputeSettings.model_fields["batch_size"].default)
-    compile_components(components, model, manifest, settings.compile, pairs)
+    compile_denoiser(denoiser, model, manifest, settings.compile, pairs)
     times = []
     for _ in range(5):
         clock = time.perf_counter()
-        call_blank(components, model, manifest, pairs).sum().item()
+        call_blank(denoiser, model, manifest, pairs).sum().item()
         times.append(time.perf_counter() - clock)
     return plan.network_calls / (2 * pairs) * statistics.median(times[1:]) / 3600

@@ -2,11 +2,11 @@
 
 import gc
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
-from inpo.common.cache import CacheWriter
+from inpo.common.cache import CacheWriter, Commit, TextCommit
 from inpo.common.models import Model
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.pipeline import Worker
@@ -14,26 +14,45 @@ from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.texts import TextWorker, texts_in_words
 from inpo.precompute.worker import build_worker
 
-Phase = Literal["texts", "images"]
+Load = Callable[[Model, CacheWriter, PrecomputeSettings, torch.device, Callable[[int], int]], Worker]
 
 
-def load_worker(
-    phase: Phase,
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What is made by tasks of one kind, and the worker that makes it. Ray sends it by the names in it."""
+
+    name: str
+    kind: type[Commit] | type[TextCommit]
+    load: Load
+    """Loads what the phase needs onto a device, and no more: text encoders and network are never there together. The
+    last argument gives, of a batch size that fits here, the least of all processes' ones (build_worker)."""
+
+    def worker(
+        self,
+        model: Model,
+        writer: CacheWriter,
+        settings: PrecomputeSettings,
+        device: torch.device,
+        least: Callable[[int], int] = int,
+    ) -> Worker:
+        """A worker for `device`."""
+        gc.collect()  # references in a circle would keep the models of the phase before on the device
+        return self.load(model, writer, settings, device, least)
+
+
+def _encoder(
     model: Model,
     writer: CacheWriter,
     settings: PrecomputeSettings,
     device: torch.device,
     least: Callable[[int], int] = int,
-) -> Worker:
-    """Load what a phase needs onto `device`, and no more: text encoders and network are never there together.
+) -> TextWorker:
+    with texts_in_words():
+        encoder = TextEncoder(
+            model.load_text_pipeline(), model.family, device=device, max_tokens=writer.manifest.max_tokens
+        )
+    return TextWorker(encoder=encoder, writer=writer)
 
-    `least`: see build_worker.
-    """
-    gc.collect()  # references in a circle would keep the models of the phase before on the device
-    if phase == "texts":
-        with texts_in_words():
-            encoder = TextEncoder(
-                model.load_text_pipeline(), model.family, device=device, max_tokens=writer.manifest.max_tokens
-            )
-        return TextWorker(encoder=encoder, writer=writer)
-    return build_worker(model, writer, settings, device, least)
+
+TEXTS = Phase(name="texts", kind=TextCommit, load=_encoder)
+IMAGES = Phase(name="images", kind=Commit, load=build_worker)

@@ -36,6 +36,7 @@ class Plan:
     num_pairs: int
     """Rows still to be made: pairs at most, since ties and unreadable images give none."""
     num_images: int
+    """Images that go through the network for them."""
     num_groups: int
     network_calls_per_image: float
     """Network evaluations per image, mean over the groups' own paths; one is one latent through the network."""
@@ -67,8 +68,17 @@ class Plan:
         }
 
 
-def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifest, model: Model, *, cache: str) -> Plan:
-    """Estimate what the tasks that are not committed yet will cost."""
+def make_plan(
+    tasks: Sequence[ShardTask],
+    committed: set[str],
+    manifest: Manifest,
+    model: Model,
+    *,
+    cache: str,
+    calls: float | None = None,
+) -> Plan:
+    """Estimate what the tasks that are not committed yet will cost. `calls`: network calls per image, if they are not
+    those of inverting it."""
     remaining = [task for task in tasks if task.name not in committed]
     num_pairs = sum(task.stop - task.start for task in remaining)
     sizes = [task.input_shard.group_sizes(task.start, task.stop) for task in remaining if manifest.group == "list"]
@@ -92,7 +102,7 @@ def make_plan(tasks: Sequence[ShardTask], committed: set[str], manifest: Manifes
         num_pairs=num_pairs,
         num_images=num_images,
         num_groups=num_groups,
-        network_calls_per_image=calls_per_image(manifest, model),
+        network_calls_per_image=calls_per_image(manifest, model) if calls is None else calls,
         bytes_by_array=bytes_by_array,
         free_bytes=None if is_remote(cache) else free_bytes(Path(cache)),
     )

@@ -24,16 +24,17 @@ from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
-from inpo.precompute.configuration import Configuration, build_manifest, configure, device_type
+from inpo.precompute.configuration import Configuration, configure
 from inpo.precompute.engines.local import run_local
-from inpo.precompute.inputs import committed_shards, input_warnings, named_texts, print_inputs
+from inpo.precompute.inputs import committed_shards, named_texts, print_inputs
+from inpo.precompute.like import all_works
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
-from inpo.precompute.plan import check_disk, make_plan, print_plan
+from inpo.precompute.plan import check_disk, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable, list_texts
-from inpo.precompute.works import Work, list_works
+from inpo.precompute.works import Work
 
 
 def run_precompute(
@@ -59,19 +60,19 @@ def run_precompute(
             fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
         )
     model = resolved.model_section.open()
-    works, unreadable = list_works(resolved, model, is_real=not dry_run)
+    works, unreadable = all_works(resolved, model, is_real=not dry_run)
     codes = []
     for number, work in enumerate(works):
         if work.title and processes().is_main_process:
             say(work.title)
         failed = unreadable if number == 0 else []
-        codes.append(_run(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
+        codes.append(run_work(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
     if settings.buckets is not None and processes().is_main_process and not dry_run:
         say(f"next: {_next_command(resolved, recipe)}")  # on all buckets
     return max(codes)
 
 
-def _run(
+def run_work(
     work: Work,
     model: Model,
     unreadable: list[DataError],
@@ -80,20 +81,18 @@ def _run(
     ray_options: RayOptions,
     dry_run: bool,
 ) -> int:
-    """Make one cache."""
+    """Make one cache. Returns its exit code, as `run_precompute` does."""
     resolved, source, tasks = work.resolved, work.source, work.tasks
-    settings, cache = resolved.settings, resolved.data.need("cache")
+    settings, cache = resolved.settings, work.cache
     state = processes()
     is_main = state.is_main_process
-    manifest = build_manifest(
-        settings, model, device_type=device_type(settings, ray_options), levels_size=work.levels_size
-    )
+    manifest = work.manifest(model, ray_options)
     if is_main:
         check_complete(model)
         if settings.engine != "ray":  # whose workers have devices of their own
             say_device(state.device, manifest.network_dtype, num_processes=state.num_processes)
     committed = committed_shards(cache, manifest)
-    plan = make_plan(tasks, committed, manifest, model, cache=cache)
+    plan = work.plan(committed, manifest, model)
     if is_main:
         tell = print if dry_run else say  # a dry run is asked for nothing else
         tell(resolved.to_toml(differing=True))
@@ -123,16 +122,18 @@ def _make(
     settings, is_main = resolved.settings, state.is_main_process
     if is_main:
         writer.write_configuration(resolved.to_toml())
-        for line in input_warnings(writer, tasks, committed):
+        for line in work.warnings(writer, committed):
             warn(line)
     failures: list[DataError] = list(unreadable)
     start = time.perf_counter()
 
-    def phase(name: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
+    def carry_out(phase: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
         """Make what is not done yet; returns the time report."""
         total = sum(task.num_rows for task in tasks.values() if task.name not in done)
         whole = total if state.num_processes == 1 or settings.engine == "ray" else total // state.num_processes
-        with ProgressReport(f"precompute {name}", total=whole, unit=unit, quiet=not is_main or not total) as progress:
+        with ProgressReport(
+            f"precompute {phase.name}", total=whole, unit=unit, quiet=not is_main or not total
+        ) as progress:
 
             def on_outcome(outcome: Outcome) -> None:
                 if outcome.error is not None:
@@ -140,7 +141,7 @@ def _make(
                     fail(outcome.error)
                 progress.advance(outcome.task.num_rows)
 
-            return make(name, tasks, committed=done, on_outcome=on_outcome)
+            return make(phase, tasks, committed=done, on_outcome=on_outcome)
 
     def on_batch_size(pairs: int) -> None:
         if is_main and pairs:
@@ -148,18 +149,22 @@ def _make(
 
     with _engine(resolved, model, writer, ray_options, on_batch_size) as make:
         table, named = TextTable(writer), named_texts(writer)
-        texts = list_texts(tasks, named, table, by_length=writer.manifest.is_padded)
-        phase("texts", texts, set(), "prompts")
+        texts: Mapping[int, Task]
+        if work.text_tasks is None:
+            texts = list_texts(tasks, named, table, by_length=writer.manifest.is_padded)
+        else:
+            texts = {number: task for number, task in work.text_tasks.items() if task.name not in table.names}
+        carry_out(work.texts, texts, set(), "prompts")
         if is_main and texts:
             num_prompts, seconds = sum(task.num_rows for task in texts.values()), time.perf_counter() - start
             say(f"texts: {num_prompts} prompts in {len(texts)} text shards, in {seconds:.1f} s")
         lost = _texts_lost(writer, {task.name: named.get(task.name, ()) for task in tasks})
         if is_main and lost is not None:
             fail(lost)
-        report = phase("images", dict(enumerate(tasks)), committed, "pairs")
+        report = carry_out(work.images, dict(enumerate(tasks)), committed, "pairs")
     if is_main:
         num_pairs = _print_summary(
-            writer, tasks, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
+            writer, work, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
         )
         if num_pairs == 0:
             _take_back(writer, tasks)
@@ -216,15 +221,10 @@ def _next_command(resolved: Configuration, recipe: Path | None) -> str:
 
 
 def _print_summary(
-    writer: CacheWriter,
-    tasks: list[ShardTask],
-    failures: list[DataError],
-    seconds: float,
-    report: str,
-    next_command: str,
+    writer: CacheWriter, work: Work, failures: list[DataError], seconds: float, report: str, next_command: str
 ) -> int:
     """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
-    cache = open_cache(writer.store.address, allow_empty=True)
+    tasks, cache = work.tasks, open_cache(writer.store.address, allow_empty=True)
     names = {task.name for task in tasks}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
@@ -257,10 +257,7 @@ def _print_summary(
             {task.input_shard.name: task.input_shard for task in tasks}.values()
         ):
             say(line)
-        say(
-            "no pair was kept, so nothing of this source stays committed: "
-            f"`{command('data', 'check', tasks[0].location)}` counts the reasons"
-        )
+        say(f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}")
         return 0
     say(f"next: {command('inspect', 'summary', writer.store.location)}")
     say(f"next: {next_command}")

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from inpo.common.cache_settings import CacheSettings
 from inpo.common.choices import BatchSize, CompileName
-from inpo.common.recipe import Section
+from inpo.common.recipe import Location, Section
 
 MAX_BUCKETS = 64
 
@@ -14,10 +14,17 @@ MAX_BUCKETS = 64
 class PrecomputeSettings(CacheSettings):
     """What makes the cache what it is, and how the work is done, which leaves it unchanged."""
 
-    panels: ClassVar = {**CacheSettings.panels, "batch_size": "Work"}
+    panels: ClassVar = {**CacheSettings.panels, "like": "From another cache", "batch_size": "Work"}
     most_used: ClassVar = frozenset(
         {"grid_points", "timesteps_per_pair", "inverter", "resolution", "dtype", "seed", "batch_size", "engine"}
     )
+
+    like: Location | None = None
+    """Another cache in place of pairs: its x0, texts, groups and pairs are taken, and its settings where none are
+    given. The model may be one that was trained from its; unset: none."""
+    errors_only: bool = False
+    """Keep the other cache's points too, and make only the reference errors and predictions at them anew: one network
+    call per record."""
 
     batch_size: BatchSize = 16
     """Pairs per network batch; auto: the largest power of two that the device takes."""

@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float32
+from jaxtyping import Bool, Float16, Float32, Int
 from torch import Tensor
 
-from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import CacheWriter, Commit, Manifest, ShardData, ShardSource
 from inpo.common.cache.derive import coarse, split
 from inpo.common.cache.schema import EMPTY_PROMPT
-from inpo.common.choices import AUTO
 from inpo.common.conditions import EMPTY_PLACE, Condition, Place, read_prompts
 from inpo.common.errors import DataError
-from inpo.common.inversion import invert
+from inpo.common.inversion import Inverted, invert
 from inpo.common.models import Model
 from inpo.common.pairs import Pair, Skipped, mark_duplicates
 from inpo.common.pairs.decode import DecodePool, PreparedPair, prepare_pair
@@ -32,7 +30,7 @@ from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
 from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
-from inpo.precompute.components import Components, call_blank, compile_components, load_components
+from inpo.precompute.components import Components, fit, in_words, load_components
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
@@ -49,10 +47,6 @@ class PreparedShard:
     skipped: list[dict[str, Any]]
     fingerprint: str
     seconds: float
-
-
-_SMALLER = "--resolution lowers it too"
-_OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +100,7 @@ class ShardWorker:
     def compute(self, prepared: PreparedShard) -> ShardData:
         """Encode and invert; pairs with any number that is not finite are quarantined with the reason. Raises
         OutOfMemory."""
-        with memory_in_words(self.pairs_per_batch, smaller=_SMALLER, otherwise=_OTHERWISE):
+        with in_words(self.pairs_per_batch):
             return self._compute(prepared)
 
     def _compute(self, prepared: PreparedShard) -> ShardData:
@@ -117,7 +111,7 @@ class ShardWorker:
         result = _Result()
         if prepared.pairs:
             everything = arrange(prepared.pairs, manifest.group)
-            x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+            x0 = self.latents(prepared, everything)
             kept = arrange(
                 _finite_pairs(everything, x0.isfinite().flatten(1).all(1), "a VAE latent", skipped), manifest.group
             )
@@ -125,7 +119,7 @@ class ShardWorker:
             seconds["encode"] = time.perf_counter() - clock
             clock = time.perf_counter()
             if kept.pairs:
-                result = self._invert(kept, x0, skipped)
+                result = self._invert(prepared, kept, x0, skipped)
                 seconds["invert"] = time.perf_counter() - clock
         return ShardData(
             arrays=result.arrays,
@@ -172,17 +166,22 @@ class ShardWorker:
                 )
         return True
 
-    def _invert(self, everything: Arrangement, x0: Float16[Tensor, "image c h w"], skipped: list[Any]) -> "_Result":
+    def latents(self, prepared: PreparedShard, everything: Arrangement) -> Float16[Tensor, "image c h w"]:
+        """x0 of every image as it is stored, on the CPU; not finite where the VAE overflows."""
+        x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+        return coarse(x0) if self.manifest.profile == "compact" else x0
+
+    def records(
+        self,
+        prepared: PreparedShard,
+        everything: Arrangement,
+        x0: Float16[Tensor, "image c h w"],
+        caption: Condition,
+        empty: Condition,
+    ) -> Inverted:
+        """What is stored of every image; x0 is as it is stored, `caption` what each is trained under."""
         manifest = self.manifest
-        own = [self.table.place(prompt) or EMPTY_PLACE for prompt in everything.prompts]
-        share = manifest.inverter.caption_dropout
-        dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
-        training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
-        images = self._image_conditions(everything.images)
-        caption = self._condition(training, everything, images)
-        compact = manifest.profile == "compact"
-        x0 = coarse(x0) if compact else x0
-        inverted = invert(
+        return invert(
             self.components.denoiser,
             x0,
             everything.groups,
@@ -190,13 +189,26 @@ class ShardWorker:
             seed=manifest.seed,
             timesteps_per_pair=manifest.timesteps_per_pair,
             caption=caption,
-            empty=self._condition([EMPTY_PLACE] * len(training), everything, images),
+            empty=empty,
             measure_inversion=manifest.measure_inversion,
             extra=manifest.extra,
-            compact=compact,
+            compact=manifest.profile == "compact",
             own_noise=self._own_noise(everything) if manifest.inverter.name == "tracked" else None,
             images_per_batch=2 * self.pairs_per_batch,
         )
+
+    def _invert(
+        self, prepared: PreparedShard, everything: Arrangement, x0: Float16[Tensor, "image c h w"], skipped: list[Any]
+    ) -> "_Result":
+        manifest = self.manifest
+        own = [self.table.place(prompt) or EMPTY_PLACE for prompt in everything.prompts]
+        share = manifest.inverter.caption_dropout
+        dropped = np.array([uniform(manifest.seed, each.id, "dropout") < share for each in everything.groups])
+        training = [EMPTY_PLACE if gone else place for place, gone in zip(own, dropped, strict=True)]
+        images = self._image_conditions(everything.images)
+        caption = self.condition(training, everything.group_of, images)
+        empty = self.condition([EMPTY_PLACE] * len(training), everything.group_of, images)
+        inverted = self.records(prepared, everything, x0, caption, empty)
         kept = arrange(
             _finite_pairs(everything, inverted.finite, "a stored tensor of the inversion", skipped), manifest.group
         )
@@ -223,14 +235,13 @@ class ShardWorker:
             "pair/label": np.array([pair.label for pair in kept.pairs], dtype=np.float32),
         }
         arrays |= {f"image/{name}": tensor.numpy()[rows] for name, tensor in images.items()}
-        for name in ("x0", "target") if compact else ():
+        for name in ("x0", "target") if manifest.profile == "compact" else ():
             arrays[name], arrays[f"{name}_scale"] = split(arrays[name])
         counts = {
             "cut_prompt": sum(self.table.is_cut(self.table.place(each.prompt) or EMPTY_PLACE) for each in kept.pairs)
         }
         if inverted.residual is not None:
-            missed = np.any(numbers["residual"] > (manifest.inverter.tolerance or 0.0), axis=1)
-            counts["fixed_point_not_converged"] = sum(bool(missed[list(sides)].any()) for sides in kept.sides)
+            counts["fixed_point_not_converged"] = num_unsettled(manifest, numbers["residual"], np.array(kept.sides))
         return _Result(
             arrays={path: arrays[path] for path in manifest.specs},
             texts=texts,
@@ -245,11 +256,17 @@ class ShardWorker:
             ),
         )
 
-    def _condition(self, places: Sequence[Place], arrangement: Arrangement, images: Mapping[str, Tensor]) -> Condition:
-        """From the committed texts: what a trainer will see, not what the encoder said."""
+    def condition(self, places: Sequence[Place], group_of: Sequence[int], images: Mapping[str, Tensor]) -> Condition:
+        """One row per image, from the committed texts: what a trainer will see, not what the encoder said.
+
+        Args:
+            places: of each group.
+            group_of: the group of each image.
+            images: what images own.
+        """
         distinct = {place: row for row, place in enumerate(sorted(set(places)))}
         prompts = read_prompts(self.table.texts, list(distinct))
-        rows = torch.tensor([distinct[places[group]] for group in arrangement.group_of])
+        rows = torch.tensor([distinct[places[group]] for group in group_of])
         return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
 
     def _own_noise(self, everything: Arrangement) -> Float32[Tensor, "image c h w"]:
@@ -280,6 +297,14 @@ class ShardWorker:
         self.decode.close()
 
 
+def num_unsettled(
+    manifest: Manifest, residual: Float32[np.ndarray, "image record"], sides: Int[np.ndarray, "pair side"]
+) -> int:
+    """Pairs with a grid point at which fixed_point's iteration was ended by its maximum."""
+    missed = np.any(residual > (manifest.inverter.tolerance or 0.0), axis=1)
+    return int(missed[sides].any(axis=1).sum())
+
+
 def build_worker(
     model: Model,
     writer: CacheWriter,
@@ -298,14 +323,9 @@ def build_worker(
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="start-decode") as beside:
             started = beside.submit(decode.start)
-            with memory_in_words(None, otherwise=_OTHERWISE):
+            with in_words(None):
                 components = load_components(model, writer.manifest, device)
-            pairs = settings.batch_size
-            if pairs == AUTO:
-                trial = partial(call_blank, components, model, writer.manifest)
-                pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
-            with memory_in_words(pairs, smaller=_SMALLER, otherwise=_OTHERWISE):
-                compile_components(components, model, writer.manifest, settings.compile, pairs)
+            pairs = fit(components.denoiser, model, writer.manifest, settings, least)
         started.result()
     except BaseException:
         decode.close()

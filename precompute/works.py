@@ -1,14 +1,20 @@
 """The caches that one command makes: one, or one for each bucket of image shapes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from inpo.common.errors import DataError
+from inpo.common.cache import CacheWriter, Manifest
+from inpo.common.errors import DataError, command
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
 from inpo.common.pairs.buckets import sort_pairs
 from inpo.precompute.buckets import bucket_sizes, claim_buckets
-from inpo.precompute.configuration import Configuration
-from inpo.precompute.inputs import grouped, list_work
+from inpo.precompute.configuration import Configuration, build_manifest, device_type
+from inpo.precompute.inputs import grouped, input_warnings, list_work
+from inpo.precompute.phases import IMAGES, TEXTS, Phase
+from inpo.precompute.pipeline import Task
+from inpo.precompute.plan import Plan, make_plan
+from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask, list_tasks
 
 
@@ -22,6 +28,36 @@ class Work:
     levels_size: tuple[int, int] | None = None
     """The size of image that a flow's levels are made for, where it is another than the cache's."""
     title: str = ""
+    texts: Phase = TEXTS
+    images: Phase = IMAGES
+    text_tasks: Mapping[int, Task] | None = None
+    """What the phase of texts makes; None: the prompts of the tasks."""
+    calls_per_image: float | None = None
+    """Network calls of each; None: those of inverting it."""
+
+    @property
+    def cache(self) -> str:
+        return self.resolved.data.need("cache")
+
+    def manifest(self, model: Model, ray_options: RayOptions | None) -> Manifest:
+        """The cache's identity. Raises UsageError for what cannot be made."""
+        settings = self.resolved.settings
+        return build_manifest(
+            settings, model, device_type=device_type(settings, ray_options), levels_size=self.levels_size
+        )
+
+    def plan(self, committed: set[str], manifest: Manifest, model: Model) -> Plan:
+        """What is left of it will cost."""
+        return make_plan(self.tasks, committed, manifest, model, cache=self.cache, calls=self.calls_per_image)
+
+    @property
+    def why_no_pair(self) -> str:
+        """Where to look if no row gave a pair."""
+        return f"`{command('data', 'check', self.tasks[0].location)}` counts the reasons"
+
+    def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
+        """What a user should know about the inputs."""
+        return input_warnings(writer, self.tasks, committed)
 
 
 def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple[list[Work], list[DataError]]:

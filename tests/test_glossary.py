@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("common", "data", "evaluation", "inspection", "precompute", "toyworld", "train")
+STAGES = ("common", "data", "evaluation", "inspection", "precompute", "rounds", "toyworld", "train")
 ONE_FAMILYS = ("common/families/", "common/testing.py", "toyworld/")
 """Where a component goes by the name that its family gives it."""
 GLOSSARY = (ROOT / "docs/glossary.md").read_text()

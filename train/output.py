@@ -8,7 +8,8 @@ from torch import nn
 
 from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
-from inpo.common.models import Model
+from inpo.common.fingerprint import write_taken_over
+from inpo.common.models import Model, open_model
 from inpo.train.lora import make_readable, save_kohya, scaled_lora
 
 
@@ -42,6 +43,10 @@ def write_output(network: nn.Module, model: Model, output: Path, *, card: str, l
             model.family.save_lora(layers, staged)
         else:
             pipeline.save_pretrained(str(staged), safe_serialization=True)
+            written = open_model(str(staged))
+            same = [each for each in written.fingerprinted if each != model.family.network]
+            here = {name: written.digest_of(name) for name in same}
+            write_taken_over(staged, here, {name: model.fingerprints.get(name, here[name]) for name in same})
         (staged / "README.md").write_text(card, encoding="utf-8")
         make_readable(*(file for file in staged.rglob("*") if file.is_file()))
     if lora:

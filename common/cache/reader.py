@@ -305,8 +305,10 @@ class Cache:
 
     @property
     def delta_is_reference(self) -> bool:
-        """True if the inverting prediction is the reference prediction under the training caption (guidance 1)."""
-        return self.manifest.inverter.guidance == 1.0
+        """True if delta is the reference prediction under the training caption: at guidance 1, and at points that were
+        given."""
+        inverter = self.manifest.inverter
+        return inverter.guidance == 1.0 or inverter.name == "recorded"
 
     def __iter__(self) -> Iterator[Shard]:
         return iter(self.shards.values())

@@ -118,6 +118,12 @@ class CacheWriter:
     def is_committed(self, name: str, kind: type[AnyCommit] = Commit) -> bool:
         return self.store.get(f"{kind.folder}/{name}.json") is not None
 
+    def commit(self, name: str) -> Commit | None:
+        """The commit of a shard of images; None if it is not committed."""
+        path = f"{Commit.folder}/{name}.json"
+        data = self.store.get(path)
+        return None if data is None else Commit.from_json(data, self.store.path(path))
+
     def write_configuration(self, toml: str) -> None:
         """Keep what a run was told, for people; the last line seals the others."""
         data = toml.encode()

@@ -1,5 +1,6 @@
 """The inversion: from clean latents to records, exact to the equation, by any inverter."""
 
+from inpo.common.inversion.given import evaluate_points, own_noise
 from inpo.common.inversion.invert import Group, Inverted, build_path, invert, together
 from inpo.common.inversion.inverters import INVERTERS
 from inpo.common.inversion.path import check_distinct, check_settings
@@ -13,6 +14,8 @@ __all__ = [
     "build_path",
     "check_distinct",
     "check_settings",
+    "evaluate_points",
     "invert",
+    "own_noise",
     "together",
 ]

@@ -76,7 +76,7 @@ def invert(
     own_noise: Float32[Tensor, "image c h w"] | None = None,
     images_per_batch: int = 32,
 ) -> Inverted:
-    """Invert every image with the frozen network behind `denoiser`.
+    """Invert every image with the frozen network behind `denoiser`. Not for `recorded`, whose points are given.
 
     Args:
         x0: clean latents, scaled by the VAE factor, already rounded to float16 (the stored-point rule starts there),
@@ -92,7 +92,7 @@ def invert(
     device = denoiser.device
     caption = caption.to(device)
     empty = None if empty is None or identity.guidance == 1.0 else empty.to(device)
-    clean = x0.to(device)
+    clean = x0.to(device).contiguous()  # a VAE's latents may be ordered otherwise, and kernels would round otherwise
     parts: list[Part] = []
     timestep: list[list[int]] = []
     for group in groups:

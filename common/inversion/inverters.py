@@ -113,5 +113,6 @@ INVERTERS: dict[InverterName, Callable[[Call, Sequence[Call], float], Call]] = {
     "fixed_point": ddim,  # where the iteration starts
     "noise": ddim,  # every grid point is noised (path.py), so that no step is ever taken
     "tracked": ddim,
+    "recorded": ddim,  # its points are given (given.py); nothing walks
 }
 """(the point to arrive at, the last one or two behind, Levels.floor) -> the Call that steps there."""

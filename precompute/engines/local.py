@@ -11,13 +11,13 @@ import torch.distributed
 from accelerate import PartialState
 
 from inpo.common.batch_size import MOST
-from inpo.common.cache import CacheWriter
+from inpo.common.cache import CacheWriter, Commit
 from inpo.common.choices import AUTO
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.engines.watchdog import Watchdog
-from inpo.precompute.phases import Phase, load_worker
+from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import split
@@ -53,10 +53,10 @@ def run_local(
             on_batch_size(found)
         return found
 
-    if not mine and phase == "images" and settings.batch_size == AUTO:
+    if not mine and phase.kind is Commit and settings.batch_size == AUTO:
         least(MOST)
     if mine:
-        worker = load_worker(phase, model, writer, settings, state.device, least)
+        worker = phase.worker(model, writer, settings, state.device, least)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)

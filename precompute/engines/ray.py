@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inpo.common.cache import CacheWriter, Commit, TextCommit
+from inpo.common.cache import CacheWriter
 from inpo.common.errors import InpoError, UsageError
 from inpo.common.log import say
 from inpo.common.recipe import ModelSection
@@ -110,7 +110,7 @@ class _Run:
 
         self._tasks = {task.name: task for task in tasks}
         self._writer = writer
-        self._kind = TextCommit if phase == "texts" else Commit
+        self._kind = phase.kind
         self._options = options
         self._on_outcome = on_outcome
         self._arguments = {

@@ -20,7 +20,7 @@ from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.watchdog import Watchdog
-from inpo.precompute.phases import Phase, load_worker
+from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task, Timing, Worker, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
@@ -51,7 +51,7 @@ class RayWorker:
         # Relative paths of pairs and model mean the driver's folder, where this node has it.
         with contextlib.suppress(OSError):
             os.chdir(folder)
-        self._phase: Phase = phase
+        self._phase = phase
         self._model = model
         self._location = location
         self._manifest = manifest
@@ -80,7 +80,7 @@ class RayWorker:
         # Ray shows a worker only the devices that it was given.
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         try:
-            worker = load_worker(self._phase, model, writer, self._settings, device)
+            worker = self._phase.worker(model, writer, self._settings, device)
         except InpoError as error:
             return error
         threading.Thread(target=self._run, args=(worker,), name="pipeline", daemon=True).start()

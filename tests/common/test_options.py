@@ -22,6 +22,7 @@ from inpo.common.options import Given, flags, options
 from inpo.common.recipe import DataSection, ModelSection, Section, option_name, resolve
 from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
+from inpo.rounds.settings import RoundSettings, SampleSettings
 from inpo.train.objectives import OBJECTIVES
 from inpo.train.settings import ObjectiveName, TrainSettings
 
@@ -32,6 +33,8 @@ COMMANDS = {
     "precompute": (ModelSection, DataSection, PrecomputeSettings, RayOptions),
     "plan": (ModelSection, DataSection, PrecomputeSettings, RayOptions),
     "train": (ModelSection, TrainSettings),
+    "sample": (ModelSection, SampleSettings, RayOptions),
+    "round": (RoundSettings,),
     "evaluate generate": (ModelSection, EvaluateSettings),
     "inspect drift": (ModelSection,),
 }
@@ -97,8 +100,8 @@ def test_every_field_has_an_option_whose_help_is_its_text_with_default_and_choic
     command: str, sections: tuple[type[Section], ...]
 ) -> None:
     text = shown(command)
-    left_out = RECIPE_ONLY | ({"scorers"} if command == "evaluate generate" else set())
     for section in sections:
+        left_out = section.recipe_only | ({"scorers"} if command == "evaluate generate" else set())
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name} says nothing"
             option = option_name(name, field)

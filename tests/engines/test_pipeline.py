@@ -21,7 +21,7 @@ from inpo.precompute.components import Components, load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.engines.local import in_order
 from inpo.precompute.engines.watchdog import Watchdog
-from inpo.precompute.phases import load_worker
+from inpo.precompute.phases import TEXTS
 from inpo.precompute.pipeline import Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
@@ -68,7 +68,7 @@ def worker(world: World, components: Components, tmp_path: Path) -> Iterator[Wat
     model = open_model(str(world.model))
     writer = CacheWriter.open(str(tmp_path / "cache"), build_manifest(_SETTINGS, model, device_type="cpu"))
     texts = list_texts(list_tasks(open_source(str(world.pairs)))[0], {}, TextTable(writer), by_length=False)
-    text_worker = load_worker("texts", model, writer, _SETTINGS, PartialState(cpu=True).device)
+    text_worker = TEXTS.worker(model, writer, _SETTINGS, PartialState(cpu=True).device)
     for task in texts.values():
         text_worker.write(task, text_worker.compute(task))
     made = WatchedWorker(

@@ -76,7 +76,7 @@ def test_another_models_drift_is_what_its_own_inversion_gives(states, inspect, t
     # 1e-3 of each target's RMS by its rounding, in thousands of elements that differ by far more.
     assert found["target"] == pytest.approx(expected, rel=1e-3)
     assert found["verdict"] == "refresh"
-    assert "inpo precompute --pairs /pairs" in found["advice"]
+    assert f"inpo precompute --like {states('healthy')}" in found["advice"]
     assert sum(each["num_records"] for each in found["bins"]) == 10
     assert "Refresh" in inspect("drift", states("healthy"), "--model", tiny("sd15", seed=1)).out
 
@@ -165,11 +165,16 @@ def test_a_model_whose_inversion_holds_no_number_is_told_in_a_document_too(state
 def test_the_refreshing_command_makes_the_same_kind_of_cache_from_any_path(write_cache, tiny, tmp_path):
     folder = write_cache(tmp_path / "my caches", pairs=(1,), flip=True, inverter={"guidance": 0.0})
     words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(tiny()))))
+    assert words[words.index("--like") + 1] == str(folder)
     assert words[words.index("--cache") + 1] == f"{folder}-refreshed"
     assert words[words.index("--model") + 1] == str(tiny())
-    assert words[words.index("--measure-inversion") + 1] == "0.6"
-    assert words[words.index("--guidance") + 1] == "0"
-    assert "--flip" in words
+
+
+def test_recorded_points_do_not_drift(write_cache, inspect, tiny, tmp_path):
+    folder = write_cache(tmp_path / "cache", pairs=(1,), inverter={"name": "recorded", "guidance": 7.5})
+    found = inspect("drift", folder, "--model", tiny())
+    assert found.code == 2
+    assert "--errors-only" in found.out
 
 
 def test_the_refreshing_command_tells_what_the_last_run_was_told(write_cache, tiny, tmp_path):
@@ -177,15 +182,14 @@ def test_the_refreshing_command_tells_what_the_last_run_was_told(write_cache, ti
     kept = folder / "configurations"
     kept.mkdir()
     (kept / "1.toml").write_text('[model]\nvae = "first"\n')
-    (kept / "2.toml").write_text('[model]\nvae = "/vaes/other one"\n[data]\nallow_remote = true\n')
+    (kept / "2.toml").write_text('[model]\nvae = "/vaes/other one"\n')
     trained = shutil.copytree(tiny(), tmp_path / "trained")  # a pipeline with its own VAE, not the cache's
     weights = trained / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     words = shlex.split(refresh_command(open_cache(str(folder)), open_model(str(trained))))
     assert words[words.index("--vae") + 1] == "/vaes/other one"
-    assert "--allow-remote" in words
     (kept / "3.toml.0123.staged").write_text("[mod")  # a writer's, on its way
-    assert "--allow-remote" in refresh_command(open_cache(str(folder)), open_model(str(trained)))
+    assert "/vaes/other one" in refresh_command(open_cache(str(folder)), open_model(str(trained)))
     (kept / "2.toml").write_text("[model\n")
     with pytest.raises(CacheCorrupt, match=r"(?s)told cannot be read.*2\.toml"):
         refresh_command(open_cache(str(folder)), open_model(str(tiny())))

@@ -77,11 +77,11 @@ def test_the_plan_is_what_the_run_costs(
     settings: dict[str, Any],
 ) -> None:
     """Network calls and bytes, counted. Where the paths differ between pairs the plan is their mean."""
-    import inpo.precompute.run as run_module
+    import inpo.precompute.works as works_module
 
     plans: list[plan_module.Plan] = []
-    make = run_module.make_plan
-    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    make = works_module.make_plan
+    monkeypatch.setattr(works_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
     count = 6
     source = tars(count, count)
     cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
@@ -111,11 +111,11 @@ def test_a_plan_for_rankings_counts_their_images_once(
     pipelines: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the run: a ranking of n images is n (n - 1) / 2 pairs of n images and one prompt, whatever the layout."""
-    import inpo.precompute.run as run_module
+    import inpo.precompute.works as works_module
 
     plans: list[plan_module.Plan] = []
-    make = run_module.make_plan
-    monkeypatch.setattr(run_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
+    make = works_module.make_plan
+    monkeypatch.setattr(works_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
     for number in range(6):
         image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
         image.save(tmp_path / f"{number}.png")

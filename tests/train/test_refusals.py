@@ -19,6 +19,7 @@ from inpo.common.recipe import read_recipe, resolve, to_toml
 from inpo.common.testing import save_tiny_pipeline
 from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.settings import PrecomputeSettings
+from inpo.rounds.settings import RoundSettings, SampleSettings
 from inpo.train import requirements
 from inpo.train.index import build_index
 from inpo.train.loop import Trainer
@@ -329,6 +330,9 @@ def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda recipe: recipe.stem)
 def test_every_section_of_a_recipe_is_valid(recipe: Path) -> None:
     sections = read_recipe(recipe)
-    for name, kind in (("precompute", PrecomputeSettings), ("evaluate", EvaluateSettings)):
+    kinds = {"precompute": PrecomputeSettings, "sample": SampleSettings, "evaluate": EvaluateSettings}
+    for name, kind in kinds.items():
         resolve(kind, name, sections, {})
-    assert resolve(TrainSettings, "train", sections, {}).output is not None
+    trained, rounds = resolve(TrainSettings, "train", sections, {}), resolve(RoundSettings, "round", sections, {})
+    assert (trained.output is None) == ("round" in sections)
+    assert (rounds.output is None) == ("round" not in sections)

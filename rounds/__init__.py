@@ -1,0 +1,1 @@
+"""Stands above the stages: models make their own preference data, train on it, and again."""

@@ -1,0 +1,336 @@
+"""`inpo round`: sample, train, evaluate, again. Each round is a folder, and each stage resumes by itself.
+
+OUTPUT/round.json       what the rounds were begun with
+OUTPUT/rounds.jsonl     a line for each finished round
+OUTPUT/first/           held-out images of the first model, and their scores
+OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, page.html, page.md
+"""
+
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inpo.common.cache import open_cache
+from inpo.common.durable import write_file
+from inpo.common.errors import UsageError
+from inpo.common.log import say
+from inpo.common.processes import processes
+from inpo.common.recipe import ModelSection, read_recipe, resolve, to_toml
+from inpo.common.scorer import load_scorer
+from inpo.evaluation.compare import Comparison, compare_folders
+from inpo.evaluation.generate import generate
+from inpo.evaluation.image_folder import ImageFolder
+from inpo.evaluation.prompts import read_prompts
+from inpo.evaluation.score import score_folder
+from inpo.evaluation.settings import EvaluateSettings
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
+from inpo.rounds.figures import SampleFigures, sample_figures
+from inpo.rounds.page import RoundRow, page, table
+from inpo.rounds.sample import configure_sample, run_sample
+from inpo.rounds.settings import RoundSettings, SampleSettings
+from inpo.train.run import resolve_run, train
+from inpo.train.settings import TrainSettings
+
+ROUNDS = "rounds.jsonl"
+_IDENTITY = "round.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """What all rounds share."""
+
+    recipe: Path
+    model: ModelSection
+    sample: SampleSettings
+    evaluate: EvaluateSettings
+    settings: RoundSettings
+    output: Path
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The one that ranks, and those that never do."""
+        ranker = str(self.sample.scorer)
+        return (ranker, *(name for name in self.evaluate.scorers if name != ranker))
+
+    def folder(self, number: int) -> Path:
+        return self.output / f"round-{number}"
+
+    def begins_with(self, number: int) -> ModelSection:
+        """The model that a round begins with."""
+        if number == 1:
+            return self.model
+        return ModelSection(model=str(self.folder(number - 1) / "run" / "pipeline"))
+
+    def reference(self, number: int) -> ModelSection:
+        return self.model if self.settings.reference == "first" else self.begins_with(number)
+
+    def prompts_of(self, number: int) -> list[str]:
+        """What a round samples."""
+        count = self.settings.prompts_per_round
+        if count is None:
+            return list(self.prompts)
+        start = (number - 1) * count
+        return [self.prompts[each % len(self.prompts)] for each in range(start, start + min(count, len(self.prompts)))]
+
+
+def resolve_rounds(recipe: Path | None, flags: Mapping[str, Any]) -> Rounds:
+    """Everything that can be wrong with the settings is told here, before anything is made. Raises UsageError,
+    DataError for prompts that cannot be read."""
+    if recipe is None:
+        raise UsageError(
+            "No recipe given.",
+            where="--recipe",
+            expected="a recipe with [model], [sample], [train], [evaluate] and [round]",
+            fix="pass --recipe; recipes/rounds.toml is one",
+        )
+    sections = read_recipe(recipe)
+    settings = resolve(RoundSettings, "round", sections, flags)
+    sample = resolve(SampleSettings, "sample", sections, {})
+    trained = resolve(TrainSettings, "train", sections, {})
+    evaluate = resolve(EvaluateSettings, "evaluate", sections, {})
+    _check(settings, sample, trained, evaluate)
+    prompts, held_out = read_prompts(str(sample.prompts)), read_prompts(str(evaluate.prompts))[: evaluate.limit]
+    if sample.limit is not None:
+        prompts = prompts[: sample.limit]
+    both = sorted({*prompts} & {*held_out})
+    if both:
+        raise UsageError(
+            "Prompts that are sampled and trained on cannot tell what was learnt.",
+            where="prompts in [sample] and [evaluate]",
+            expected="no prompt in both",
+            got=f"{len(both)} in both, {both[0][:80]!r} for one",
+            fix="hold some prompts out: take them from one of the files",
+        )
+    assert settings.output is not None
+    return Rounds(
+        recipe=recipe,
+        model=resolve(ModelSection, "model", sections, {}),
+        sample=sample,
+        evaluate=evaluate,
+        settings=settings,
+        output=settings.output,
+        prompts=tuple(prompts),
+        held_out=tuple(held_out),
+    )
+
+
+def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettings, evaluate: EvaluateSettings) -> None:
+    """Raise UsageError for what is missing, or does not go together."""
+    watchers = [name for name in evaluate.scorers if name != sample.scorer]
+    taken = [name for name in ("output", "caches", "init_from") if getattr(trained, name)]
+    for wrong, where, expected, fix in (
+        (settings.output is None, "--output", "a folder", "pass --output, or set output in [round]"),
+        (sample.prompts is None, "[sample]", "prompts", "set prompts in [sample] of the recipe"),
+        (sample.scorer is None, "[sample]", "scorer", "set scorer in [sample] of the recipe"),
+        (evaluate.prompts is None, "[evaluate]", "prompts that are held out", "set prompts in [evaluate]"),
+        (
+            not watchers,
+            "scorers in [evaluate]",
+            "a second scorer, which never ranks: whoever is trained by a score learns what only the score sees",
+            f"name another scorer than {sample.scorer}",
+        ),
+        (
+            trained.lora_rank > 0,
+            "lora_rank in [train]",
+            "0: the next round begins with a whole model",
+            "train all weights, or go round by round yourself",
+        ),
+        (bool(taken), f"{', '.join(taken)} in [train]", "none: they are each round's own", "leave them out"),
+    ):
+        if wrong:
+            raise UsageError(
+                "A setting of the rounds is missing, or does not fit.", where=where, expected=expected, fix=fix
+            )
+    for name in (sample.scorer or "", *evaluate.scorers):
+        load_scorer(name)
+
+
+def run_rounds(rounds: Rounds) -> int:
+    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing."""
+    state = processes()
+    if state.is_main_process:
+        _claim(rounds)
+    state.wait_for_everyone()
+    lines = read_lines(rounds.output)
+    first = _drawn(rounds, rounds.model, rounds.output / "first")
+    for number in range(1, rounds.settings.rounds + 1):
+        folder, clock = rounds.folder(number), time.perf_counter()
+        if number in lines:
+            continue
+        say(f"\n== round {number} of {rounds.settings.rounds}: {rounds.begins_with(number).model}")
+        seconds: dict[str, float] = {}
+
+        def timed(stage: str, seconds: dict[str, float] = seconds) -> None:
+            nonlocal clock
+            seconds[stage] = round(time.perf_counter() - clock, 1)
+            clock = time.perf_counter()
+            gc.collect()
+            torch.compiler.reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            state.wait_for_everyone()
+
+        code, samples = _points(rounds, number)
+        if code:
+            return code
+        timed("points")
+        if not _trained(rounds, number):
+            return 0
+        timed("train")
+        drawn = _drawn(rounds, ModelSection(model=str(folder / "run" / "pipeline")), folder / "images")
+        before = _images(rounds, number - 1) if number > 1 else first
+        timed("evaluate")
+        if state.is_main_process:
+            compared = [compare_folders([each, drawn], rounds.scorers)[0] for each in (first, before)]
+            row = _row(rounds, number, sample_figures(open_cache(str(samples))), compared, seconds)
+            lines[number] = row.to_json()
+            rows = [RoundRow.from_json(line) for _, line in sorted(lines.items())]
+            write_file(folder / "page.md", table(rows, compared, rounds.scorers).encode())
+            write_file(folder / "page.html", page(rows, compared, rounds.scorers).encode())
+            text = "".join(json.dumps(line) + "\n" for _, line in sorted(lines.items()))
+            write_file(rounds.output / ROUNDS, text.encode())  # last: a round with a line is done
+            print(table(rows, compared, rounds.scorers), flush=True)
+        state.wait_for_everyone()
+    say(f"{rounds.settings.rounds} rounds in {rounds.output}; their lines: {rounds.output / ROUNDS}")
+    return 0
+
+
+def read_lines(output: Path) -> dict[int, dict[str, Any]]:
+    """{round: its line} of those that are finished. Raises UsageError for a file that is not ours."""
+    file = output / ROUNDS
+    if not file.is_file():
+        return {}
+    try:
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {RoundRow.from_json(line).number: line for line in found}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            "The list of rounds cannot be read.",
+            where=file,
+            expected="a line for each finished round, as it was written",
+            got=str(error),
+            fix="remove the lines that are damaged: those rounds are looked at again, and made only where they lack",
+        ) from None
+
+
+def _claim(rounds: Rounds) -> None:
+    """Make the folder these rounds', or go on with it. Raises UsageError if it was begun with other settings."""
+    sections = {"model": rounds.model, "sample": rounds.sample, "evaluate": rounds.evaluate}
+    trained = read_recipe(rounds.recipe).get("train", {})
+    told = {
+        "recipe": to_toml(sections) + json.dumps(trained, sort_keys=True, default=str),
+        "reference": rounds.settings.reference,
+        "points": rounds.settings.points,
+        "prompts_per_round": rounds.settings.prompts_per_round,
+        "prompts": list(rounds.prompts),
+        "held_out": list(rounds.held_out),
+    }
+    file = rounds.output / _IDENTITY
+    if not file.is_file():
+        if rounds.output.is_dir() and any(rounds.output.iterdir()):
+            raise UsageError(
+                "The folder of the rounds holds something else.",
+                where=rounds.output,
+                expected="a new or empty folder, or one of these rounds",
+                got=", ".join(sorted(each.name for each in rounds.output.iterdir())[:5]),
+                fix="choose another --output",
+            )
+        write_file(file, (json.dumps(told, indent=1) + "\n").encode())
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        wrong = sorted(name for name in told if found.get(name) != told[name])
+    except (ValueError, AttributeError):
+        wrong = ["all of it"]
+    if wrong:
+        raise UsageError(
+            "These rounds were begun with other settings.",
+            where=file,
+            expected="the settings of the first round; only --rounds may be raised",
+            got=f"others: {', '.join(wrong)}",
+            fix="repeat them, or choose another --output",
+        )
+
+
+def _points(rounds: Rounds, number: int) -> tuple[int, Path]:
+    """(exit code, the cache whose images and scores are the round's). The round's cache is there then."""
+    folder = rounds.folder(number)
+    cache = folder / "cache"
+    is_moved = rounds.settings.reference == "first" and number > 1
+    points = folder / "points" if is_moved else cache
+    samples = points
+    model = rounds.begins_with(number)
+    if rounds.settings.points == "sample" or number == 1:
+        prompts = folder / "prompts.json"
+        if processes().is_main_process and not prompts.is_file():
+            write_file(prompts, (json.dumps(rounds.prompts_of(number), ensure_ascii=False, indent=1) + "\n").encode())
+        processes().wait_for_everyone()
+        flags = {"prompts": str(prompts), "seed": rounds.sample.seed + number - 1}
+        told = configure_sample(rounds.recipe, model.model_dump(exclude_none=True), {"cache": str(points)}, flags)
+        code = run_sample(told, None, ray_options=RayOptions(), dry_run=False)
+    else:
+        samples = rounds.folder(1) / "cache"
+        code = _again(rounds, model, samples, points)
+    if code == 0 and is_moved:
+        code = _again(rounds, rounds.model, points, cache, errors_only=True)
+    return code, samples
+
+
+def _again(rounds: Rounds, model: ModelSection, like: Path, cache: Path, **flags: Any) -> int:
+    work = {name: getattr(rounds.sample, name) for name in ("batch_size", "compile", "engine")}
+    told = {"like": str(like), **work, **flags}
+    named = model.model_dump(exclude_none=True)
+    return run_precompute(None, named, {"cache": str(cache)}, told, ray_options=RayOptions(), dry_run=False)
+
+
+def _trained(rounds: Rounds, number: int) -> bool:
+    """Train on the round's cache, if that is not done. False if it was stopped, with a checkpoint."""
+    folder = rounds.folder(number)
+    if (folder / "run" / "pipeline").is_dir():
+        return True
+    origin, reference = rounds.begins_with(number), rounds.reference(number)
+    flags = {"output": str(folder / "run")}
+    if origin != reference:
+        flags["init_from"] = str(origin.model)
+    named = reference.model_dump(exclude_none=True)
+    return train(resolve_run(rounds.recipe, named, [str(folder / "cache")], flags), resume="auto")
+
+
+def _images(rounds: Rounds, number: int) -> ImageFolder:
+    return ImageFolder(rounds.folder(number) / "images")
+
+
+def _drawn(rounds: Rounds, model: ModelSection, out: Path) -> ImageFolder:
+    """A model's images of the prompts that were held out, scored by all scorers."""
+    generate(model.open(), list(rounds.held_out), rounds.evaluate, out)
+    images = ImageFolder(out)
+    for name in rounds.scorers:
+        if not images.has_scores(name):
+            score_folder(images, load_scorer(name), batch_size=rounds.evaluate.batch_size)
+    return images
+
+
+def _row(
+    rounds: Rounds, number: int, figures: SampleFigures, compared: Sequence[Comparison], seconds: Mapping[str, float]
+) -> RoundRow:
+    against_first = {one.scorer: one.statistics for one in compared[0].scored}
+    return RoundRow(
+        number=number,
+        begins_with=str(rounds.begins_with(number).model),
+        reference=str(rounds.reference(number).model),
+        figures=figures,
+        mean={name: each.mean_b for name, each in against_first.items()},
+        difference={name: each.mean_difference for name, each in against_first.items()},
+        interval={name: each.mean_difference_interval for name, each in against_first.items()},
+        win_rate={name: each.win_rate for name, each in against_first.items()},
+        seconds=dict(seconds),
+    )

@@ -1,0 +1,203 @@
+"""`inpo round`: whole rounds on a tiny pipeline, stopped and gone on with, and what is watched meanwhile."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import inpo.common.scorer as scorers
+import inpo.rounds.round as round_module
+from inpo.common.cache import open_cache
+from inpo.common.errors import UsageError
+from inpo.common.models import open_model
+from inpo.rounds.figures import sample_figures
+from inpo.rounds.page import RoundRow, warnings
+from inpo.rounds.round import read_lines, resolve_rounds, run_rounds
+from inpo.train.output import write_output
+from tests.rounds.conftest import Brightness, Samples
+
+SAMPLED = ("a red cat", "a blue dog", "photo of the sky", "green house")
+HELD_OUT = ("a blue house", "the red sky")
+
+
+@pytest.fixture
+def recipe(
+    pipelines: Callable, scorer: Brightness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Path]:
+    """recipe(section={setting: value}): one with these settings changed; None takes one out."""
+    watcher = Brightness(name="watcher")
+
+    class Entry:
+        def __init__(self, made: Brightness) -> None:
+            self.name, self.made = made.name, made
+
+        def load(self) -> Callable[[], Brightness]:
+            return lambda: self.made
+
+    monkeypatch.setattr(scorers, "entry_points", lambda group: [Entry(scorer), Entry(watcher)])
+    for name, prompts in (("sampled", SAMPLED), ("held-out", HELD_OUT)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model": str(pipelines())},
+        "sample": {"prompts": str(tmp_path / "sampled.txt"), "scorer": "brightness", "resolution": "32"}
+        | {"inference_steps": 2, "guidance": 1.0, "timesteps_per_pair": 1, "batch_size": 4},
+        "train": {"steps": 1, "batch_size": 2, "tracker": "none", "held_out": 0.0, "learning_rate": 1e-3},
+        "evaluate": {"prompts": str(tmp_path / "held-out.txt"), "inference_steps": 1, "guidance": 1.0}
+        | {"resolution": "32", "scorers": ["brightness", "watcher"]},
+        "round": {"output": str(tmp_path / "rounds"), "rounds": 2},
+    }
+
+    def write(**changes: dict[str, Any]) -> Path:
+        file = tmp_path / "recipe.toml"
+        lines = []
+        for name, section in sections.items():
+            lines.append(f"[{name}]")
+            values = {**section, **changes.get(name, {})}
+            lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        file.write_text("\n".join(lines) + "\n")
+        return file
+
+    return write
+
+
+def network_of(folder: Path) -> str:
+    return open_model(str(folder)).fingerprints["network"]
+
+
+@pytest.mark.parametrize(("reference", "points"), [("moving", "refresh"), ("first", "sample")])
+def test_a_round_begins_where_the_one_before_ended(
+    recipe: Callable, pipelines: Callable, tmp_path: Path, reference: str, points: str
+) -> None:
+    file = recipe(round={"reference": reference, "points": points})
+    assert run_rounds(resolve_rounds(file, {})) == 0
+    output = tmp_path / "rounds"
+    first, second = (network_of(output / f"round-{number}" / "run" / "pipeline") for number in (1, 2))
+    base = network_of(pipelines())
+    assert len({base, first, second}) == 3
+    caches = [open_cache(str(output / f"round-{number}" / "cache")) for number in (1, 2)]
+    told = [cache.manifest.fingerprints["network"] for cache in caches]
+    assert told == ([base, first] if reference == "moving" else [base, base])
+    if reference == "first":
+        begun = open_cache(str(output / "round-2" / "points"))
+        assert begun.manifest.fingerprints["network"] == first
+        for shard in caches[1]:
+            np.testing.assert_array_equal(shard.read("x_t"), begun.shards[shard.name].read("x_t"))
+    assert caches[1].manifest.inverter.name == ("recorded" if points == "sample" else "ddim")
+    ids = [{str(name) for shard in cache for name in shard.read("group/id")} for cache in caches]
+    assert ids[0] == ids[1]
+    lines = read_lines(output)
+    assert sorted(lines) == [1, 2]
+    for number in (1, 2):
+        assert set(lines[number]["win_rate"]) == {"brightness", "watcher"}
+        assert set(lines[number]["seconds"]) == {"points", "train", "evaluate"}
+        for name in ("page.html", "page.md"):
+            assert "diversity" in (output / f"round-{number}" / name).read_text()
+
+
+def test_what_a_run_did_not_train_is_what_it_was(pipelines: Callable, tmp_path: Path) -> None:
+    """Written in another dtype, and with another version's files; but what is changed later is another component."""
+    half = tmp_path / "half"
+    DiffusionPipeline.from_pretrained(pipelines()).to(torch.float16).save_pretrained(half)
+    base = open_model(str(half))
+    network = base.load_network()
+    network.conv_out.bias.data += 1
+    written = open_model(str(write_output(network, base, tmp_path / "run", card="", lora=False)))
+    changed = {name for name, digest in written.fingerprints.items() if digest != base.fingerprints[name]}
+    assert changed == {"network"}
+    (file,) = (written.folder / "vae").glob("*.safetensors")
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    again = open_model(str(written.folder)).fingerprints
+    assert {name for name in again if again[name] != base.fingerprints[name]} == {"network", "vae"}
+
+
+def test_it_resumes_anywhere_and_goes_on(
+    recipe: Callable, sample: Samples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = recipe(round={"prompts_per_round": 2})
+    output = tmp_path / "rounds"
+    made: list[str] = []
+    work = round_module.train
+
+    def counted(*arguments: Any, **options: Any) -> bool:
+        made.append("train")
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(round_module, "train", counted)
+    for stage in ("train", "compare_folders"):
+        with monkeypatch.context() as patched:
+            patched.setattr(round_module, stage, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                run_rounds(resolve_rounds(file, {"rounds": 1}))
+        assert read_lines(output) == {}
+    calls = sample.network_calls
+    assert run_rounds(resolve_rounds(file, {"rounds": 1})) == 0
+    assert (made, sample.network_calls) == (["train"], calls)
+    before = (output / "rounds.jsonl").read_text()
+    assert run_rounds(resolve_rounds(file, {"rounds": 2})) == 0
+    assert (made, sample.network_calls) == (["train"] * 2, 2 * calls)
+    assert (output / "rounds.jsonl").read_text().startswith(before)
+    assert sorted(read_lines(output)) == [1, 2]
+    assert json.loads((output / "round-2" / "prompts.json").read_text()) == list(SAMPLED[2:])
+    with pytest.raises(UsageError, match="prompts_per_round"):
+        run_rounds(resolve_rounds(recipe(round={"prompts_per_round": 3}), {}))
+
+
+def test_what_cannot_tell_what_was_learnt_is_refused(recipe: Callable, tmp_path: Path) -> None:
+    for changes, match in (
+        ({"evaluate": {"scorers": ["brightness"]}}, "never ranks"),
+        ({"evaluate": {"prompts": str(tmp_path / "sampled.txt")}}, "no prompt in both"),
+        ({"train": {"lora_rank": 4}}, "lora_rank"),
+        ({"train": {"output": "elsewhere"}}, "output"),
+        ({"sample": {"scorer": None}}, "scorer"),
+        ({"evaluate": {"prompts": None}}, "held out"),
+        ({"round": {"output": None}}, "--output"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            resolve_rounds(recipe(**changes), {})
+    with pytest.raises(UsageError, match="--recipe"):
+        resolve_rounds(None, {})
+    assert not (tmp_path / "rounds").exists()
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"mine\.txt"):
+        run_rounds(resolve_rounds(recipe(), {}))
+
+
+def test_a_ranker_that_rises_alone_is_told() -> None:
+    def row(number: int, ranker: float, watcher: float, diversity: float) -> RoundRow:
+        figures = {"num_pairs": 1, "num_groups": 1, "num_ties": 0, "score": 0.0, "advantage_norm": 1.0}
+        values = {"ranker": ranker, "watcher": watcher}
+        return RoundRow.from_json(
+            {"number": number, "begins_with": "a", "reference": "a", "figures": {**figures, "diversity": diversity}}
+            | {"mean": values, "difference": values, "interval": dict.fromkeys(values), "win_rate": values}
+            | {"seconds": {}}
+        )
+
+    scorers = ("ranker", "watcher")
+    assert warnings([row(1, 0.1, 0.1, 1.0), row(2, 0.2, 0.1, 0.9)], scorers) == []
+    (alarm,) = warnings([row(1, 0.1, 0.1, 1.0), row(2, 0.3, -0.1, 0.9)], scorers)
+    assert "watcher, which never does, falls" in alarm
+    (alarm,) = warnings([row(1, 0.1, 0.1, 1.0), row(2, 0.3, 0.1, 0.5)], scorers)
+    assert "differ by 0.5" in alarm
+
+
+def test_the_figures_of_samples(sample: Samples, scorer: Brightness, pipelines: Callable, tmp_path: Path) -> None:
+    scorer.told = lambda prompts: [float(3 * (i % 3)) for i, _ in enumerate(prompts)]
+    cache = sample.cache(pipelines(), tmp_path / "cache", per_prompt=3, batch_size=12)
+    found = sample_figures(cache)
+    (shard,) = cache
+    x0, group = shard.read("x0").astype(float), shard.read("image/group")
+    apart = [
+        np.mean([np.mean((x0[i] - x0[j]) ** 2) for i in inside for j in inside if i < j]) ** 0.5
+        for number in range(4)
+        for inside in [np.flatnonzero(group == number)]
+    ]
+    assert (found.num_pairs, found.num_groups, found.num_ties, found.score) == (12, 4, 0, 3.0)
+    assert found.advantage_norm == pytest.approx(np.sqrt(6.0))
+    assert found.diversity == pytest.approx(np.mean(apart) / x0.std())

@@ -1,0 +1,170 @@
+"""`inpo sample` as a run: what is counted, resumed, refused, and what other commands do with its outcome."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import inpo.rounds.prompts as prompts_module
+from inpo.common.cache import CacheWriter, open_cache
+from inpo.common.cache.labels import read_shard_labels
+from inpo.common.errors import CacheMismatch, DataError, UsageError
+from inpo.common.models import open_model
+from inpo.common.pairs import Pair, open_source
+from inpo.common.scorer import load_scorer
+from inpo.common.spread import SPREAD_RECORDS
+from inpo.evaluation.relabel import relabel_cache
+from inpo.inspection.verify import verify
+from inpo.precompute.configuration import configure
+from inpo.rounds.pictures import SampleTars
+from inpo.train.run import run_train
+from tests.rounds.conftest import PROMPTS, Brightness, Samples
+from tests.rounds.test_recorded import pictures
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [(2.0, 2), (1.0, 1)])
+def test_a_record_costs_one_call_beside_the_sampler(
+    sample: Samples, pipelines: Callable, tmp_path: Path, guidance: float, branches: int
+) -> None:
+    cache = sample.cache(pipelines(), tmp_path / "cache", per_prompt=3, pairs_from="best-worst", guidance=guidance)
+    made, kept = 3 * len(PROMPTS), 2 * len(PROMPTS)
+    assert cache.num_pairs == len(PROMPTS)
+    assert sample.network_calls == made * branches * (3 + 1) + kept * 2 + SPREAD_RECORDS
+
+
+def test_samples_do_not_hang_on_batch_or_shards(
+    sample: Samples, pipelines: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sample.cache(pipelines(), tmp_path / "first")
+    monkeypatch.setattr(prompts_module, "MAX_IMAGES_PER_SHARD", 2)
+    second = sample.cache(pipelines(), tmp_path / "second", batch_size=1)
+    assert len(second.commits) == len(PROMPTS)
+
+    def by_pair(cache: Any) -> dict[str, dict[str, np.ndarray]]:
+        found = {}
+        for shard in cache:
+            for pair, (sides, group) in enumerate(zip(shard.sides(), shard.groups(), strict=True)):
+                arrays = {name: shard.read(name)[sides] for name in ("x0", "x_t", "target", "reference_error")}
+                found[str(shard.read("pair/id")[pair])] = arrays | {"timestep": shard.read("timestep")[group]}
+        return found
+
+    left, right = by_pair(first), by_pair(second)
+    assert left.keys() == right.keys()
+    for name, arrays in left.items():
+        np.testing.assert_array_equal(arrays.pop("timestep"), right[name].pop("timestep"))
+        for path, values in arrays.items():
+            apart = values.astype(float) - right[name][path]
+            assert np.sqrt(np.mean(apart**2) / np.mean(values.astype(float) ** 2)) < 4e-3, path
+
+
+class Killed(BaseException):
+    """The end of a process, as far as one process can have it."""
+
+
+@pytest.mark.parametrize("moment", ["before the commit", "after the commit"])
+def test_what_is_committed_is_not_made_again_and_has_its_images(
+    sample: Samples, pipelines: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr(prompts_module, "MAX_IMAGES_PER_SHARD", 2)
+    cache = tmp_path / "cache"
+    killed = Killed()
+
+    def die(*_: Any) -> None:
+        raise killed
+
+    with monkeypatch.context() as patched:
+        if moment == "before the commit":
+            patched.setattr(CacheWriter, "write", die)
+        else:
+            patched.setattr(SampleTars, "settle", die)
+        with pytest.raises(Killed):
+            sample(pipelines(), cache)
+    there = dict(open_cache(str(cache), allow_empty=True).commits)
+    assert len(there) == (moment == "after the commit")
+    sample.components.clear()
+    opened = sample.cache(pipelines(), cache)
+    left = len(PROMPTS) - len(there)
+    assert sample.network_calls == left * (2 * 2 * (3 + 1) + 2 * 2 + SPREAD_RECORDS)
+    assert {name: commit.attempt for name, commit in there.items()}.items() <= {
+        name: commit.attempt for name, commit in opened.commits.items()
+    }.items()
+    files = {file.name for file in Path(f"{cache}-images").iterdir()}
+    assert files == {"sample.json", *(f"{name}.tar" for name in opened.commits)}
+    assert len(pictures(cache)) == opened.num_pairs
+    sample.components.clear()
+    assert sample(pipelines(), cache) == 0
+    assert sample.network_calls == 0
+
+
+def test_a_prompt_whose_images_score_alike_gives_no_pair(
+    sample: Samples, scorer: Brightness, pipelines: Callable, tmp_path: Path
+) -> None:
+    scorer.told = lambda prompts: [float(i) * (prompt != PROMPTS[1]) for i, prompt in enumerate(prompts)]
+    cache = sample.cache(pipelines(), tmp_path / "cache", gap=0.5)
+    (commit,) = cache.commits.values()
+    assert (cache.num_pairs, commit.skipped) == (len(PROMPTS) - 1, {"tie": 1})
+    assert PROMPTS[1] not in {each["prompt"] for each in pictures(tmp_path / "cache").values()}
+    scorer.told = lambda prompts: [0.0] * len(prompts)
+    assert sample(pipelines(), tmp_path / "none") == 1
+    assert not open_cache(str(tmp_path / "none"), allow_empty=True).commits
+
+
+def test_a_score_that_is_no_number_names_its_image(
+    sample: Samples, scorer: Brightness, pipelines: Callable, tmp_path: Path
+) -> None:
+    scorer.told = lambda prompts: [float("nan")] * len(prompts)
+    with pytest.raises(DataError, match="seed"):
+        sample(pipelines(), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("profile", ["full", "compact"])
+def test_it_is_a_cache_like_any_other(
+    sample: Samples, pipelines: Callable, tmp_path: Path, profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = tmp_path / "cache"
+    cache = sample.cache(pipelines(), where, profile=profile, per_prompt=3)
+    assert (cache.num_pairs, cache.manifest.group) == (3 * len(PROMPTS), "list")
+    (shard,) = cache
+    score, sides = shard.read("image/score"), shard.sides()
+    assert (score[sides[:, 0]] > score[sides[:, 1]]).all()
+    told = pictures(where)
+    assert set(told) == set(map(str, shard.read("pair/id")))
+    assert sorted(each["prompt"] for each in told.values()) == sorted(3 * PROMPTS)
+    assert len({seed for each in told.values() for seed in each["seeds"]}) == 3 * len(PROMPTS)
+    found = verify(str(where), model=open_model(str(pipelines())), num_sampled=4)
+    assert found.findings == []
+    steps = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 2, "tracker": "none", "held_out": 0.0}
+    asked = steps | {"objective": "listwise" if profile == "full" else "inpo"}
+    assert run_train(None, {"model": str(pipelines())}, [str(where)], asked, resume="never") == 0
+    assert "zero-step proof holds" in capsys.readouterr().err
+    source = open_source(f"{where}-images")
+    (tar,) = source.input_shards()
+    rows = list(tar.rows(0, tar.num_rows))
+    assert all(isinstance(row, Pair) for row in rows)
+    relabel_cache(cache, source, load_scorer("brightness"), set_name="again", temperature=1.0)
+    labels = read_shard_labels(cache.store, "again", *cache.commits)
+    assert labels is not None
+    assert all(pair.label > 0.5 for pair in labels.pairs.values())
+
+
+def test_what_does_not_go_on_is_refused(
+    sample: Samples, pipelines: Callable, tmp_path: Path, scorer: Brightness
+) -> None:
+    sample.cache(pipelines(), tmp_path / "cache")
+    with pytest.raises(CacheMismatch, match="per_prompt"):
+        sample(pipelines(), tmp_path / "cache", per_prompt=3)
+    with pytest.raises(CacheMismatch, match="guidance"):
+        sample(pipelines(), tmp_path / "cache", guidance=3.0)
+    sample.prompts.write_text("other prompts\n")
+    with pytest.raises(CacheMismatch, match="prompts"):
+        sample(pipelines(), tmp_path / "cache")
+    for without in ("prompts", "scorer"):
+        with pytest.raises(UsageError, match=f"--{without}"):
+            sample(pipelines(), tmp_path / "other", **{without: None})
+    with pytest.raises(UsageError, match="inverter"):
+        configure(None, {}, {}, {"inverter": "recorded"})
+    with pytest.raises(UsageError, match="faithful"):
+        sample(pipelines(), tmp_path / "other", faithful=True)
+    assert not (tmp_path / "other").exists()
