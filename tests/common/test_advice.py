@@ -1,6 +1,7 @@
 """Every command line that a message advises is one that the command line takes, whatever paths it is filled with."""
 
 import ast
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def refusal(line: str) -> str | None:
             return f"no command {words[0]}"
         found = found.commands[words.pop(0)]
     options = {name: each for each in found.params for name in (*each.opts, *each.secondary_opts)}
-    places = sum(each.param_type_name == "argument" for each in found.params)
+    arguments = [each.nargs for each in found.params if each.param_type_name == "argument"]
+    places = math.inf if -1 in arguments else sum(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
