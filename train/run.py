@@ -17,7 +17,7 @@ from inpo.common.cache.buckets import open_caches
 from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
-from inpo.common.errors import TrainingError, UsageError
+from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
@@ -90,7 +90,9 @@ def run_train(
     resume: str,
 ) -> int:
     """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
-    train(resolve_run(recipe, model_flags, caches, flags), resume=resume)
+    resolved = resolve_run(recipe, model_flags, caches, flags)
+    if train(resolved, resume=resume):
+        say(f"next: {command('inspect', 'run', resolved.output)}")
     return 0
 
 
