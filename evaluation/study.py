@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from inpo.common.durable import write_file
 from inpo.common.errors import DataError, UsageError
+from inpo.common.pages import render
 from inpo.common.seeding import stable_hash
 from inpo.common.text import read_text
 from inpo.evaluation.compare import folder_names, shared_keys
@@ -163,7 +163,5 @@ def _picture(image: Image.Image) -> str:
 
 
 def _page(study: str, pairs: list[dict[str, Any]]) -> str:
-    loader = FileSystemLoader(Path(__file__).parent / "assets")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     data = {"study": study, "pairs": pairs, "questions": list(QUESTIONS), "small": _PIXEL_ART}
-    return environment.get_template(PAGE).render(data=data, questions=QUESTIONS, choices=CHOICES)
+    return render(Path(__file__).parent / "assets", PAGE, data=data, questions=QUESTIONS, choices=CHOICES)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from inpo.common.cache import Cache
 from inpo.common.errors import InpoError
+from inpo.common.pages import data_uri
 from inpo.common.seeding import stable_hash
-from inpo.inspection.pages import data_uri
 from inpo.inspection.pair_table import PairTable, is_listable
 from inpo.inspection.pair_view import PairView, view_pair
 from inpo.inspection.preview import Preview

@@ -9,7 +9,8 @@ from PIL import Image
 
 from inpo.common.errors import command
 from inpo.common.judge import Evaluation
-from inpo.inspection.pages import data_uri, render
+from inpo.common.pages import data_uri
+from inpo.inspection.pages import render
 from inpo.inspection.plots import Figure, Series, curves
 from inpo.inspection.run_folder import (
     FoundComparison,

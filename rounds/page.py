@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
+from pathlib import Path
 from typing import Any
 
+from inpo.common.pages import render
 from inpo.evaluation.compare import Comparison, to_markdown
 from inpo.rounds.figures import SampleFigures
 
 Interval = tuple[float, float]
+_AGAINST = ("Against the first model", "Against the round before")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def table(rows: Sequence[RoundRow], compared: Sequence[Comparison], scorers: Seq
     head, lines = _cells(rows, scorers)
     text = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)]
     text += ["", *(f"- {line}" for line in [*_notes(scorers), *warnings(rows, scorers)])]
-    for title, each in zip(("Against the first model", "Against the round before"), compared, strict=True):
+    for title, each in zip(_AGAINST, compared, strict=True):
         text += ["", f"{title}.", "", to_markdown([each]).rstrip()]
     return "\n".join(text) + "\n"
 
@@ -67,19 +69,17 @@ def table(rows: Sequence[RoundRow], compared: Sequence[Comparison], scorers: Seq
 def page(rows: Sequence[RoundRow], compared: Sequence[Comparison], scorers: Sequence[str]) -> str:
     """The same as one file."""
     head, lines = _cells(rows, scorers)
-    parts = [_row(head, "th"), *(_row(cells, "td") for cells in lines)]
-    alarms = "".join(f"<p class=alarm>{escape(line)}</p>" for line in warnings(rows, scorers))
-    notes = "".join(f"<p>{escape(line)}</p>" for line in _notes(scorers))
-    more = "".join(
-        f"<h2>{title}</h2><pre>{escape(to_markdown([each]))}</pre>"
-        for title, each in zip(("Against the first model", "Against the round before"), compared, strict=True)
-    )
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        "<title>Rounds</title><style>body{font:15px/1.5 system-ui;margin:2rem;max-width:70rem}"
-        "table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2rem .7rem;text-align:right;"
-        "border-bottom:1px solid #ccc}.alarm{color:#a00;font-weight:600}pre{overflow-x:auto}</style>"
-        f"<h1>Rounds</h1>{alarms}<table>{''.join(parts)}</table>{notes}{more}</html>\n"
+    last = rows[-1]
+    return render(
+        Path(__file__).parent / "assets",
+        "rounds.html",
+        title=f"{last.number} round{'s' if last.number > 1 else ''}",
+        last=last,
+        head=head,
+        lines=lines,
+        alarms=warnings(rows, scorers),
+        notes=_notes(scorers),
+        compared=[(title, to_markdown([each])) for title, each in zip(_AGAINST, compared, strict=True)],
     )
 
 
@@ -111,7 +111,3 @@ def _notes(scorers: Sequence[str]) -> list[str]:
         "Advantage norm: root mean square of score minus its group's mean. Diversity: root mean square difference of "
         "x0 between images of a prompt, in units of the spread of all; both of images that stand in a pair.",
     ]
-
-
-def _row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
