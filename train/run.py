@@ -390,5 +390,7 @@ def _say_effective(
         f"{sum(len(shard.rows) for shard in index.held_out)} {things} held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
+    if settings.held_out and not any(len(shard.rows) for shard in index.held_out):
+        note(f"of so few {things} none is held out, and there will be no held-out figures: a larger --held-out")
     for line in [*index.unknown, *notes]:
         note(line)
