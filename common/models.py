@@ -370,6 +370,9 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     for family in FAMILIES.values():
         logging.getLogger(family.pipeline.__module__).setLevel(logging.ERROR)
+    # Weights of float32 that are cast to float32, no layers for the text encoders: what matters is checked here.
+    for name in ("diffusers.models.modeling_utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 

@@ -76,7 +76,7 @@ def check_prediction(
                 "probably v_prediction; if that is noise all the same, the configuration of the model named above",
             )
         _note(
-            f"note: {where} is configured to predict noise, but does not give noise back at the last timestep (cosine "
+            f"{where} is configured to predict noise, but does not give noise back at the last timestep (cosine "
             f"{likeness:.2f}): it is untrained, or prediction_type in {scheduler_file} is wrong"
         )
 

@@ -278,7 +278,8 @@ def relabel(
     say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     judges = [load_scorer(name) for name in names]
     source = resolve(DataSection, "data", {}, {"pairs": pairs, **given[DataSection]}).open()
-    share = -(-opened.num_pairs // processes().num_processes) * len(judges)
+    mine = list(opened)[processes().process_index :: processes().num_processes]
+    share = sum(shard.num_pairs for shard in mine) * len(judges)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
         for name, judge in zip(names, judges, strict=True):
             own = SMPO_TEMPERATURE if smpo else default_temperature(judge)

@@ -65,7 +65,10 @@ def run_plan(
         if not as_json:
             if work.title:
                 print(work.title)
-            print_plan(plan, console(), gpu_hours=hours, gpus=gpus)
+            told = "not measured: --calibrate times the network on the device here"
+            if hours is not None:
+                told = f"{hours:.3g} (calibrated on this device); {hours / gpus:.3g} h on {gpus}"
+            print_plan(plan, console(), hours=told)
             print_needs(needs, manifest.network_dtype, console())
         check_disk(plan, cache)
     if as_json:

@@ -148,8 +148,8 @@ def check_disk(plan: Plan, cache: str) -> None:
         )
 
 
-def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, gpus: int = 1) -> None:
-    """The plan as a table."""
+def print_plan(plan: Plan, console: Console, *, hours: str | None = None) -> None:
+    """The plan as a table. `hours`: of a device, in words."""
     table = Table(title="Plan", show_header=False)
     table.add_row("shards", f"{plan.num_shards} ({plan.num_committed} committed already)")
     table.add_row("pairs to make", f"{plan.num_pairs:,} at most, of {plan.num_images:,} images")
@@ -161,8 +161,7 @@ def print_plan(plan: Plan, console: Console, *, gpu_hours: float | None = None, 
     table.add_row("bytes in all", human_bytes(plan.cache_bytes))
     free = "object store" if plan.free_bytes is None else human_bytes(plan.free_bytes)
     table.add_row("free", free)
-    if gpu_hours is not None:
-        hours = f"{gpu_hours:.3g} (calibrated on this device); {gpu_hours / gpus:.3g} h on {gpus}"
+    if hours is not None:
         table.add_row("device hours", hours)
     console.print(table)
 

@@ -32,7 +32,7 @@ from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task
 from inpo.precompute.plan import check_disk, print_plan
 from inpo.precompute.settings import RayOptions
-from inpo.precompute.tasks import ShardTask
+from inpo.precompute.tasks import ShardTask, split
 from inpo.precompute.texts import TextTable, list_texts
 from inpo.precompute.works import Work
 
@@ -129,10 +129,11 @@ def _make(
 
     def carry_out(phase: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
         """Make what is not done yet; returns the time report."""
-        total = sum(task.num_rows for task in tasks.values() if task.name not in done)
-        whole = total if state.num_processes == 1 or settings.engine == "ray" else total // state.num_processes
+        by_rank = (0, 1) if settings.engine == "ray" else (state.process_index, state.num_processes)
+        share = split(max(tasks, default=-1) + 1, *by_rank)  # what this process will count, as run_local has it
+        total = sum(task.num_rows for number, task in tasks.items() if number in share and task.name not in done)
         with ProgressReport(
-            f"precompute {phase.name}", total=whole, unit=unit, quiet=not is_main or not total
+            f"precompute {phase.name}", total=total, unit=unit, quiet=not is_main or not total
         ) as progress:
 
             def on_outcome(outcome: Outcome) -> None:

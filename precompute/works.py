@@ -1,13 +1,16 @@
 """The caches that one command makes: one, or one for each bucket of image shapes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from inpo.common.cache import CacheWriter, Manifest
 from inpo.common.errors import DataError, command
+from inpo.common.log import note
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
 from inpo.common.pairs.buckets import sort_pairs
+from inpo.common.sizes import size_text
 from inpo.precompute.buckets import bucket_sizes, claim_buckets
 from inpo.precompute.configuration import Configuration, build_manifest, device_type
 from inpo.precompute.inputs import grouped, input_warnings, list_work
@@ -71,6 +74,7 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
     settings = resolved.settings
     source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
     settings = grouped(settings, tasks)
+    _note_foreign_size(settings.size, model)
     if settings.buckets is None:
         return [Work(resolved=replace(resolved, settings=settings), source=source, tasks=tasks)], unreadable
     sizes = bucket_sizes(settings.buckets, settings.size, model.family.pixel_step(model.config))
@@ -98,3 +102,17 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
             )
         )
     return works, [*unreadable, *failures]
+
+
+def _note_foreign_size(size: tuple[int, int], model: Model) -> None:
+    """Say so where images have four times the pixels, or a quarter, that the network was made for: the default is a
+    size of SD 1.5's."""
+    side = model.config(model.family.network).get("sample_size")
+    if not isinstance(side, int):  # FLUX.1 and others have none
+        return
+    own, pixels = side * model.family.vae_factor(model.config), math.prod(size)
+    if not own**2 / 4 < pixels < own**2 * 4:
+        note(
+            f"images are inverted at {size_text(*size)} pixels, and the model was made for {own}: unless that is "
+            f"meant, add --resolution {own}"
+        )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from inpo.common.durable import write_file
-from inpo.common.errors import UsageError
+from inpo.common.errors import UsageError, command
 from inpo.common.paths import home
 from inpo.toyworld.split import Split
 
@@ -29,6 +29,7 @@ def pairs_command(
 ) -> None:
     """Make preference pairs with a base model, labelled by the oracle."""
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
+    from inpo.toyworld.backdrops import SIZE
     from inpo.toyworld.pairs import PairSettings, make_pairs
 
     formats: Any = tuple(name.strip() for name in format.split(","))
@@ -41,6 +42,9 @@ def pairs_command(
     print(f"{report.num_pairs} pairs in {out}: {report.num_ties} ties, {report.num_flipped} labels flipped on purpose")
     for name in formats:
         print(f"  {out / name}")
+    options = {"--pairs": out / formats[0], "--model": f"toyworld/{model}", "--resolution": SIZE}
+    words = [str(word) for option in options.items() for word in option]
+    print(f"next: {command('precompute', *words, '--cache', 'CACHE')}")
 
 
 @app.command("prompts")

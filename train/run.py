@@ -17,7 +17,7 @@ from inpo.common.cache.buckets import open_caches
 from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
-from inpo.common.errors import TrainingError, UsageError
+from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
@@ -90,7 +90,9 @@ def run_train(
     resume: str,
 ) -> int:
     """Train; returns the exit code (0 also after SIGTERM or Ctrl-C, which leave a checkpoint)."""
-    train(resolve_run(recipe, model_flags, caches, flags), resume=resume)
+    resolved = resolve_run(recipe, model_flags, caches, flags)
+    if train(resolved, resume=resume):
+        say(f"next: {command('inspect', 'run', resolved.output)}")
     return 0
 
 
@@ -388,5 +390,7 @@ def _say_effective(
         f"{sum(len(shard.rows) for shard in index.held_out)} {things} held out; "
         f"{settings.steps * batch / index.num_records:.2f} epochs in {settings.steps} steps"
     )
+    if settings.held_out and not any(len(shard.rows) for shard in index.held_out):
+        note(f"of so few {things} none is held out, and there will be no held-out figures: a larger --held-out")
     for line in [*index.unknown, *notes]:
         note(line)

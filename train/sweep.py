@@ -29,6 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NOT_VARIED = ("output", "caches")
 
 
+_A_SWEEP = 'name a TOML file of tables [[run]], for instance objective = ["inpo", "poly"] (docs/objectives.md)'
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """One run of a sweep."""
@@ -43,7 +46,7 @@ def read_sweep(file: Path) -> list[Planned]:
 
     Raises UsageError for what is no such file, a setting that there is not, and names that are none or meet twice.
     """
-    text = read_text(file, what="The sweep cannot be read.", error=UsageError, where=f"--sweep {file}")
+    text = read_text(file, what="The sweep cannot be read.", error=UsageError, where=f"--sweep {file}", fix=_A_SWEEP)
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

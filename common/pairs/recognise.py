@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from inpo.common.choices import PairsFrom
@@ -93,7 +93,8 @@ def _from_folder(location: str, reading: Reading, *, around: Counter[str] | None
         got += f"; folders in it: {', '.join(map(brief, list(folders)[:8]))}"
     if listing.others:
         got += f"; pipes, sockets or devices: {', '.join(map(brief, listing.others[:8]))}"
-    raise _not_recognised(location, f"a folder with {got}")
+    within = [name for name, folder in list(folders.items())[:8] if any(map(_kind, list_folder(folder).files))]
+    raise _not_recognised(location, f"a folder with {got}", within=within)
 
 
 def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
@@ -171,7 +172,10 @@ def _nothing_there(location: str, files: list[str]) -> DataError:
     return DataError("no pairs found", where=location, expected=EXPECTED, got=got, fix="check the path or URL")
 
 
-def _not_recognised(location: str, got: str) -> DataError:
+def _not_recognised(location: str, got: str, *, within: Sequence[str] = ()) -> DataError:
+    """`within`: folders in it that hold files of such a kind."""
     compressed = re.search(r"\.(tgz|(tar|jsonl?|[ct]sv)\.\w+)\b", got)
     fix = "uncompress it first: rows are read by seeking" if compressed else "see docs/data.md for the three kinds"
+    if within:
+        fix = "name a folder in it: " + " or ".join(f"{location.rstrip('/')}/{brief(name)}" for name in within)
     return DataError("this is no source of pairs", where=location, expected=EXPECTED, got=got, fix=fix)

@@ -1,5 +1,6 @@
 """`accelerate launch -m inpo precompute` itself, with two processes on CPUs."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def test_two_processes(world: World, uninterrupted: Tensors, child_environment: 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("committed:") == 1
     assert done.stderr.count("over 2 processes") == 1
+    told = re.findall(r"precompute (\w+): (\d+) of (\d+) ", done.stderr)
+    assert {phase for phase, _, _ in told} == {"texts", "images"}
+    assert {phase: made == whole for phase, made, whole in told} == {"texts": True, "images": True}  # the last of each
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS
 

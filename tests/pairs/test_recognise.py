@@ -185,8 +185,9 @@ def test_a_repository_with_its_files_in_data(tars: Path) -> None:
     assert ids(tars / "repository") == ["0", "1", "2", "3"]
     assert dict(open_source(str(tars / "repository")).not_read) == {"file *.md": 1, "folder images": 1}
     (tars / "repository" / "data").rename(tars / "repository" / "train")
-    with pytest.raises(DataError, match="folders in it: images, train"):
-        open_source(str(tars / "repository"))
+    with pytest.raises(DataError, match="folders in it: images, train") as raised:
+        open_source(f"{tars / 'repository'}/")
+    assert raised.value.fix == f"name a folder in it: {tars / 'repository' / 'train'}"
 
 
 def test_links_that_lead_back_give_nothing_twice(tars: Path) -> None:

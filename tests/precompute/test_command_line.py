@@ -99,6 +99,21 @@ def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
     assert document["cache_bytes"] == sum(document["bytes_by_array"].values())
 
 
+def test_a_plan_says_why_it_has_no_hours(app: typer.Typer, recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--gpus", "8"])
+    assert result.exit_code == 0, result.output
+    assert "device hours" in result.output
+    assert "--calibrate" in result.output
+
+
+@pytest.mark.parametrize(("size", "is_foreign"), [("512", True), ("16", True), ("24x40", False), ("32", False)])
+def test_a_size_far_from_the_models_own_is_said(app: typer.Typer, recipe: Path, size: str, is_foreign: bool) -> None:
+    result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run", "--resolution", size])
+    assert result.exit_code == 0, result.output
+    assert ("the model was made for 32" in result.stderr) is is_foreign
+    assert ("--resolution 32" in result.stderr) is is_foreign
+
+
 def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs" / "00009.tar").write_bytes(b"this is no tar file at all" * 100)
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--json"])

@@ -35,7 +35,11 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "made"
-    assert run("pairs", "--out", out, "--pairs", NUM_PAIRS, "--flip-labels", 0.3).exit_code == 0
+    result = run("pairs", "--out", out, "--pairs", NUM_PAIRS, "--flip-labels", 0.3)
+    assert result.exit_code == 0
+    # A source that exists, and the size of the pictures: the default is one for other models.
+    told = f"--pairs {out / 'parquet'} --model toyworld/base --resolution 32 --cache CACHE"
+    assert result.output.splitlines()[-1] == f"next: inpo precompute {told}"
     return out
 
 

@@ -1,5 +1,6 @@
 """The single file in the original layout, judged by diffusers' own loader."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from inpo.common.errors import StorageError, UsageError
+from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.train.export import export_single_file
 
@@ -30,6 +32,22 @@ def test_single_file_loads_back_equal(make_world: Callable[..., Any], tmp_path: 
         assert expected.keys() == got.keys()
         for key, value in expected.items():
             assert torch.equal(value, got[key]), f"{name}.{key}"
+
+
+def test_the_libraries_say_nothing_over_a_whole_file(make_world: Callable[..., Any], tmp_path: Path) -> None:
+    """They warn of weights "that should be kept in float32: []" where float32 is cast to float32."""
+    folder = make_world("sdxl").model.folder
+    file = export_single_file(folder, tmp_path / "one.safetensors", dtype="float32")
+    model = open_model(str(file), model_config=str(folder))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        model.load_pipeline()
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert said == []
 
 
 def test_open_clip_text_encoder_gets_its_own_names(tmp_path: Path) -> None:

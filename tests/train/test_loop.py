@@ -20,3 +20,11 @@ def test_first_line_comes_before_any_update(run: Callable[..., Path]) -> None:
     assert [line["step"] for line in rest] == [2, 4]
     for line in lines(output):
         assert {"step", "loss", "implicit_accuracy", "margin", "learning_rate", "pairs_per_second"} <= line.keys()
+
+
+@pytest.mark.parametrize(("held_out", "is_said"), [(1e-6, True), (0.0, False)])
+def test_a_share_of_so_few_pairs_that_none_is_held_out_is_said(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], held_out: float, is_said: bool
+) -> None:
+    run(steps=1, held_out=held_out)
+    assert ("a larger --held-out" in capsys.readouterr().err) is is_said

@@ -336,3 +336,8 @@ def test_every_section_of_a_recipe_is_valid(recipe: Path) -> None:
     trained, rounds = resolve(TrainSettings, "train", sections, {}), resolve(RoundSettings, "round", sections, {})
     assert (trained.output is None) == ("round" in sections)
     assert (rounds.output is None) == ("round" not in sections)
+
+
+def test_the_file_for_one_machine_is_one_that_accelerate_reads() -> None:
+    config = load_config_from_file(str(RECIPES / "8gpu.yaml"))
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == ("MULTI_GPU", 8, "no")

@@ -245,6 +245,7 @@ def test_ctrl_c_saves_and_ends_with_zero(
     told = ("zero-step proof holds", "stopped at step 3", "resumed from", f"wrote {output / 'pipeline'}")
     places = [said.index(each) for each in told]
     assert places == sorted(places)
+    assert f"next: inpo inspect run {output}\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

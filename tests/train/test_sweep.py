@@ -59,6 +59,12 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str, says: str) -> No
         read_sweep(write(tmp_path, text))
 
 
+def test_values_in_place_of_a_file_are_told_what_a_sweep_is() -> None:
+    with pytest.raises(UsageError) as raised:
+        read_sweep(Path("objective=inpo,ipo"))
+    assert "TOML file of tables [[run]]" in str(raised.value.fix)
+
+
 def test_runs_follow_each_other_and_are_compared(world: Any, cache: str, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     file = write(tmp_path, '[[run]]\nobjective = ["inpo", "capo"]\n[[run]]\nname = "v"\nloss_space = "v"\n')
