@@ -108,7 +108,7 @@ def _note_foreign_size(size: tuple[int, int], model: Model) -> None:
     """Say so where images have four times the pixels, or a quarter, that the network was made for: the default is a
     size of SD 1.5's."""
     side = model.config(model.family.network).get("sample_size")
-    if not isinstance(side, int):  # FLUX.1 and others have none
+    if not isinstance(side, int):  # some networks name none
         return
     own, pixels = side * model.family.vae_factor(model.config), math.prod(size)
     if not own**2 / 4 < pixels < own**2 * 4:
