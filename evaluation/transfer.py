@@ -48,7 +48,8 @@ class Transfer:
         return list(self.files)
 
     def identity(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What images of these prompts depend on. Raises DataError for a prompt without an image."""
+        """What images of these prompts depend on. Raises DataError for a prompt without an image, and for an image that
+        cannot be read: one that is replaced after the first image was made is another setting."""
         lacking = [prompt for prompt in prompts if prompt not in self.files]
         if lacking:
             raise DataError(
@@ -61,7 +62,7 @@ class Transfer:
         digest = hashlib.blake2b(digest_size=16)
         for prompt in prompts:
             for file in self.files[prompt]:
-                digest.update(hashlib.blake2b(file.read_bytes()).digest())
+                digest.update(hashlib.blake2b(_read(file)[0]).digest())
         controlnet = None
         if self.controlnet is not None:
             weights = weight_files.loaded_files(self.controlnet, "diffusers", None)
@@ -182,14 +183,19 @@ def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def _opened(file: Path, size: tuple[int, int]) -> Image.Image:
+def _read(file: Path) -> tuple[bytes, Image.Image]:
+    """A given image: its file, and what that shows."""
     try:
-        image = decode_image(file.read_bytes())
+        data = file.read_bytes()
+        return data, decode_image(data)
     except (OSError, ImageError) as error:
         raise DataError(
             "A given image cannot be read.", where=file, expected="a whole image file", got=str(error), fix="replace it"
         ) from None
-    levels = prepare_image(image, resolution=size, crop="center", flip=False).levels
+
+
+def _opened(file: Path, size: tuple[int, int]) -> Image.Image:
+    levels = prepare_image(_read(file)[1], resolution=size, crop="center", flip=False).levels
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
 
 

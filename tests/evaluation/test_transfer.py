@@ -1,6 +1,7 @@
 """Images that follow given ones: diffusers' own pipelines, called by hand, are the oracle."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -215,11 +216,14 @@ def test_what_is_lacking_or_damaged_leaves_no_folder(
     (cut / "config.json").write_bytes((controlnet / "config.json").read_bytes())
     weights = (controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
     (cut / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    damaged = shutil.copytree(given, tmp_path / "damaged")
+    (damaged / "1.png").write_bytes((given / "1.png").read_bytes()[:99])
     for prompts, changed in (
         (["a prompt that is not listed"], settings),
         ([], settings.model_copy(update={"controlnet": str(cut)})),
         ([], settings.model_copy(update={"controlnet": str(tmp_path / "nothing")})),
         ([], settings.model_copy(update={"controlnet": str(given)})),
+        ([], settings.model_copy(update={"control_images": str(damaged), "batch_size": 1})),
     ):
         with pytest.raises(InpoError):
             generate(model, prompts, changed, tmp_path / "out")
