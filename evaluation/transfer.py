@@ -23,6 +23,7 @@ from inpo.common.model_folder import folder_of
 from inpo.common.models import Model
 from inpo.common.pairs import ImageError, decode_image
 from inpo.common.pairs.images import prepare_image
+from inpo.common.recipe import option_name
 from inpo.evaluation.image_folder import LISTING, read_lines
 from inpo.evaluation.settings import EvaluateSettings
 
@@ -100,9 +101,9 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
     if lacking or not wanted.issuperset(given):
         raise UsageError(
             "These options do not go together, or one is missing.",
-            where=", ".join(_option(name) for name in given),
+            where=", ".join(option_name(name) for name in given),
             expected="--controlnet and --control-images, or --inpaint",
-            got=f"without {_option(lacking[0])}" if lacking else "both",
+            got=f"without {option_name(lacking[0])}" if lacking else "both",
             fix="pass those of one of the two",
         )
     kind = family.inpainted if inpaint else family.controlled
@@ -110,7 +111,7 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
         with_it = [each.title for each in FAMILIES.values() if (each.inpainted if inpaint else each.controlled)]
         raise UsageError(
             f"Models of this family make no such images here: {family.title}.",
-            where=_option(needed[0]),
+            where=option_name(needed[0]),
             expected="; ".join(with_it),
             got=family.no_transfer,
             fix="leave the option out, or take a model of such a family",
@@ -133,10 +134,6 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
 
 
 _OPTIONS = ("controlnet", "control_images", "control_scale", "inpaint", "inpaint_strength")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
