@@ -3,7 +3,7 @@
 import json
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,7 @@ class Comparison:
             "b": {"name": self.name_b, "folder": str(self.folder_b.path), "settings": self.folder_b.settings},
             "num_pairs": len(self.pairs),
             "notes": list(self.notes),
-            "scorers": {
-                one.scorer: {**asdict(one.statistics), "verdict": one.statistics.verdict} for one in self.scored
-            },
+            "scorers": {one.scorer: one.statistics.to_json() for one in self.scored},
         }
 
 
@@ -72,7 +70,7 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
                 scored.scorer,
                 *([comparison.letter] if several else []),
                 str(s.num_pairs),
-                interval_text(s.win_rate, widest(s.win_rate_wilson, s.win_rate_bootstrap), digits=3),
+                interval_text(s.win_rate, s.win_rate_interval, digits=3),
                 f"{s.mean_a:.4g}",
                 f"{s.mean_b:.4g}",
                 interval_text(s.mean_difference, s.mean_difference_interval, signed=True),
@@ -174,12 +172,6 @@ def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_fol
 def row(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
-
-
-def widest(*intervals: tuple[float, float] | None) -> tuple[float, float]:
-    """From the lowest end to the highest one of those that are there."""
-    present = [one for one in intervals if one is not None]
-    return min(one[0] for one in present), max(one[1] for one in present)
 
 
 def interval_text(

@@ -293,7 +293,7 @@ def _scorer_rows(letter: str, document: dict[str, Any]) -> list[list[str]]:
     scorers, rows = document.get("scorers"), []
     for name, told in scorers.items() if isinstance(scorers, dict) else ():
         if isinstance(told, dict):
-            interval = told.get("win_rate_wilson")
+            interval = told.get("win_rate_interval")
             ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
             rows.append(
                 [

@@ -68,8 +68,14 @@ def test_it_reproduces_from_what_is_saved(folders: tuple[ImageFolder, ImageFolde
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     document = json.loads((tmp_path / "one" / "comparison.json").read_text())
     assert document["num_pairs"] == 20
-    assert document["scorers"]["counting"]["win_rate"] == 0.925
-    assert document["scorers"]["counting"]["verdict"] == "B wins"
+    found = document["scorers"]["counting"]
+    assert (found["win_rate"], found["verdict"]) == (0.925, "B wins")
+    # One interval is told everywhere: here its lower end is Wilson's and its upper end the bootstrap's.
+    low, high = found["win_rate_wilson"][0], found["win_rate_bootstrap"][1]
+    assert found["win_rate_interval"] == [low, high]
+    assert low < found["win_rate_bootstrap"][0]
+    assert high > found["win_rate_wilson"][1]
+    assert f"0.925 [{low:.3f}, {high:.3f}]" in result.output
 
 
 def test_the_same_folder_twice_is_a_tie_and_no_error(folders: tuple[ImageFolder, ImageFolder]) -> None:

@@ -62,7 +62,8 @@ def write_run(folder: Path, *, settings: dict[str, Any] | None = None, samples: 
 
 def write_comparison(folder: Path, model: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.55, 0.88], "mean_a": 1.0, "mean_b": 2.0}
+    told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.6, 0.8], "mean_a": 1.0, "mean_b": 2.0}
+    told["win_rate_interval"] = [0.55, 0.88]
     sides = [{"name": name, "settings": {"names": {"model": each}}} for name, each in (("base", "m"), ("new", model))]
     other = {"b": {"name": "third"}, "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}}}
     document = {
