@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from inpo.common.errors import DataError, UsageError
+from inpo.common.paths import short_names
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
 
@@ -105,7 +106,8 @@ def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ())
         name: [np.array([found[key] for key in shared]) for found in (each.scores(name) for each in folders)]
         for name in scorers
     }
-    a, prompts, names = folders[0], [prompt for prompt, _ in shared], folder_names(folders)
+    a, prompts = folders[0], [prompt for prompt, _ in shared]
+    names = short_names([each.path for each in folders])
     return tuple(
         Comparison(
             folder_a=a,
@@ -144,14 +146,6 @@ def letters(count: int) -> list[str]:
     """A, B, C, ... Z, AA, AB, ..."""
     alphabet = string.ascii_uppercase
     return [(alphabet[place // 26 - 1] if place >= 26 else "") + alphabet[place % 26] for place in range(count)]
-
-
-def folder_names(folders: Sequence[ImageFolder]) -> list[str]:
-    """The folders' own names, with as many parents as it takes to tell them apart."""
-    parts = [each.path.resolve().parts for each in folders]
-    different = len(set(parts))
-    length = next(n for n in range(1, max(map(len, parts)) + 1) if len({each[-n:] for each in parts}) == different)
-    return ["/".join(each[-length:]) for each in parts]
 
 
 def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_folders: int) -> list[str]:
