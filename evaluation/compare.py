@@ -48,6 +48,7 @@ class Comparison:
         return {
             "a": {"name": self.name_a, "folder": str(self.folder_a.path), "settings": self.folder_a.settings},
             "b": {"name": self.name_b, "folder": str(self.folder_b.path), "settings": self.folder_b.settings},
+            "letter": self.letter,
             "num_pairs": len(self.pairs),
             "notes": list(self.notes),
             "scorers": {one.scorer: one.statistics.to_json() for one in self.scored},

@@ -115,7 +115,7 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
 def _view(run: RunFolder, style: str) -> RunView:
     steps = run.chosen.get("train.steps", run.defaults.get("train.steps"))
     facts = [f"step {run.last_step:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")]
-    facts += [str(run.chosen.get(f"train.{name}", run.defaults.get(f"train.{name}", ""))) for name in ("objective",)]
+    facts.append(str(run.chosen.get("train.objective", run.defaults.get("train.objective", ""))))
     if any((run.path / name).is_dir() for name in ("pipeline", "lora")):
         facts.append("finished")
     else:
@@ -266,7 +266,7 @@ def _comparison(found: FoundComparison) -> dict[str, Any]:
         found.document,
         *(each for each in (others if isinstance(others, list) else []) if isinstance(each, dict)),
     ]
-    letters = [chr(ord("B") + place) if place < 25 else f"model {place + 2}" for place in range(len(documents))]
+    letters = [str(each.get("letter") or "?") for each in documents]
     names = [("A", _side_name(found.document, "a"))]
     names += [(letter, _side_name(each, "b")) for letter, each in zip(letters, documents, strict=True)]
     notes = [note for each in documents if isinstance(each.get("notes"), list) for note in map(str, each["notes"])]

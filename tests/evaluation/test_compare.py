@@ -229,8 +229,10 @@ def test_several_folders_are_compared_with_the_first(folders: tuple[ImageFolder,
     assert "A: base, B: tuned, C: third. Every model against A." in result.output
     assert "Images of A that not every folder has, not compared: 4." in result.output
     document = json.loads((out / "comparison.json").read_text())
-    assert document["b"]["name"] == "tuned"
-    assert [each["b"]["name"] for each in document["others"]] == ["third"]
+    assert [(each["letter"], each["b"]["name"]) for each in (document, *document["others"])] == [
+        ("B", "tuned"),
+        ("C", "third"),
+    ]
     assert document["others"][0]["scorers"]["counting"]["wins"] == 0
     # Three images of the first prompt beside each other, in this order.
     drawn = np.asarray(Image.open(out / "comparison.png").convert("RGB"))

@@ -65,9 +65,14 @@ def write_comparison(folder: Path, model: str) -> Path:
     told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.6, 0.8], "mean_a": 1.0, "mean_b": 2.0}
     told["win_rate_interval"] = [0.55, 0.88]
     sides = [{"name": name, "settings": {"names": {"model": each}}} for name, each in (("base", "m"), ("new", model))]
-    other = {"b": {"name": "third"}, "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}}}
+    other = {
+        "letter": "AC",
+        "b": {"name": "third"},
+        "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}},
+    }
     document = {
         "others": [other],
+        "letter": "B",
         "a": sides[0],
         "b": sides[1],
         "notes": ["<i>told</i>"],
@@ -103,7 +108,7 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     # A grid of two prompts over two steps, the first on top; each picture names its prompt and step.
     pictures = [attributes["alt"] for tag, attributes in page.tags if tag == "img" and "step" in attributes["alt"]]
     assert pictures == [f"{prompt}, step {step}" for step in (0, 10) for prompt in PROMPTS]
-    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "0.25", "C does not win", "<i>told</i>"} <= {
+    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "0.25", "AC does not win", "<i>told</i>"} <= {
         *texts(page, "td", "th", "li")
     }
     assert sum("others" in text for text in texts(page)) == 0
@@ -217,7 +222,12 @@ def test_a_run_that_has_just_begun_says_what_is_not_there(page_of, tmp_path):
     (run / "metrics.jsonl").unlink()
     (run / "pipeline").rmdir()
     words = " ".join(texts(page_of(run)))
-    for part in ("not finished", "There is no number to draw", "There are no samples to show", "no comparison of it"):
+    for part in (
+        "not finished",
+        "There is no number to draw",
+        "There are no samples to show",
+        "no comparison of this run",
+    ):
         assert part in words
 
 
