@@ -14,7 +14,7 @@ from inpo.common.paths import short_names
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
 
-SETTINGS_SHOWN = ("inference_steps", "guidance", "scheduler", "dtype", "transfer")
+SETTINGS_SHOWN = ("inference_steps", "guidance", "resolution", "max_tokens", "scheduler", "dtype", "transfer")
 """What of generate.json is told where it differs."""
 
 
@@ -155,9 +155,10 @@ def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_fol
         if extra := len(folder.entries) - num_shared:
             which = f"only in {label}" if num_folders == 2 else f"of {label} that not every folder has"
             notes.append(f"Images {which}, not compared: {extra}.")
-    for name in SETTINGS_SHOWN:
-        first, second = a.settings.get(name), b.settings.get(name)
-        if first != second and a.settings and b.settings:
+    of_a, of_b = a.settings, b.settings
+    for name in SETTINGS_SHOWN if of_a and of_b else ():
+        first, second = of_a.get(name), of_b.get(name)
+        if first != second:
             notes.append(f"The settings differ: {name} is {first} in A and {second} in {letter}.")
     if a.path.resolve() == b.path.resolve():
         notes.append(f"A and {letter} are the same folder.")
