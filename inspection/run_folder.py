@@ -85,14 +85,14 @@ def sweep_notes(path: Path) -> list[str]:
     """What a sweep's own table says beside its runs: which failed, and what scorers say of the samples."""
     try:
         rows = json.loads((path / SWEEP).read_bytes())
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of runs")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
         return [f"{SWEEP} cannot be read: {error}"]
     notes = []
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict):
-            continue
+    for row in rows:
         if row.get("failed"):
             notes.append(f"{row.get('name')} failed: {row['failed']}")
         scores = row.get("scores")

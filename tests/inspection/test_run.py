@@ -13,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 from inpo.common.recipe import DataSection, ModelSection, to_toml
 from inpo.inspection.run_signs import SIGNS, warnings_of
 from inpo.train.settings import TrainSettings
+from inpo.train.sweep_samples import SampleScore
+from inpo.train.sweep_table import SweepRow
 from tests.html_page import Page
 
 PROMPTS = ("a red cat", "</script><b>a dog</b>")
@@ -140,8 +142,19 @@ def test_runs_stand_side_by_side(page_of, tmp_path):
 def test_a_sweeps_folder_stands_for_its_runs(page_of, tmp_path):
     for name in ("inpo", "poly"):
         write_run(tmp_path / "sweep" / name)
-    (tmp_path / "sweep" / "sweep.json").write_text("[]")
-    assert texts(page_of(tmp_path / "sweep"), "h1") == ["inpo, poly"]
+    score = SampleScore(win_rate=0.75, mean=1.0, reference_mean=0.5, num_prompts=8)
+    scored = SweepRow(name="inpo", output=tmp_path, settings={}, scores={"oracle": score})
+    failed = SweepRow(name="hinge", output=tmp_path, settings={}, failed="A <b>loss</b>.")
+    told = json.dumps([each.to_json() for each in (scored, failed)])
+    preferred = "inpo: oracle prefers its last samples to the reference's at 0.75 of 8 prompts"
+    for written, notes in (
+        (told, [preferred, "hinge failed: A <b>loss</b>."]),
+        ("{}", ["sweep.json cannot be read: not a list of runs"]),
+    ):
+        (tmp_path / "sweep" / "sweep.json").write_text(written)
+        page = page_of(tmp_path / "sweep")
+        assert texts(page, "h1") == ["inpo, poly"]
+        assert texts(page, "li")[: len(notes)] == notes
 
 
 def spoil_metrics(text: str):
