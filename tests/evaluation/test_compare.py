@@ -107,12 +107,12 @@ def test_images_on_one_side_only_and_other_settings_are_noted(
 ) -> None:
     a, b = save_images(tmp_path / "a", [1, 2, 3]), save_images(tmp_path / "b", [1, 2])
     (a / "generate.json").write_text('{"guidance": 7.5, "resolution": "1024", "max_tokens": 77}')
-    (b / "generate.json").write_text('{"guidance": 3.0, "resolution": "832x1216", "max_tokens": 9}')
+    (b / "generate.json").write_text('{"guidance": 3.0, "resolution": "832x512", "max_tokens": 9}')
     for folder in (a, b):
         score_folder(ImageFolder(folder), counting)
     text = to_markdown(compare_folders([ImageFolder(a), ImageFolder(b)]))
     assert "only in A, not compared: 1" in text
-    for words in ("guidance is 7.5 in A and 3.0", "resolution is 1024 in A and 832x1216", "max_tokens is 77 in A and 9"):
+    for words in ("guidance is 7.5 in A and 3.0", "resolution is 1024 in A and 832x512", "max_tokens is 77 in A and 9"):
         assert f"The settings differ: {words} in B." in text
 
 
