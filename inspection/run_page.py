@@ -116,10 +116,9 @@ def _view(run: RunFolder, style: str) -> RunView:
     steps = run.chosen.get("train.steps", run.defaults.get("train.steps"))
     facts = [f"step {run.last_step:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")]
     facts.append(str(run.chosen.get("train.objective", run.defaults.get("train.objective", ""))))
-    if any((run.path / name).is_dir() for name in ("pipeline", "lora")):
-        facts.append("finished")
-    else:
-        facts.append("not finished: neither pipeline/ nor lora/ is there")
+    # A run that goes on beyond its first end has the result of that end.
+    written = " and ".join(f"{name}/" for name in ("pipeline", "lora") if (run.path / name).is_dir())
+    facts.append(f"its result: {written}" if written else "not finished: neither pipeline/ nor lora/ is there")
     prompts, grid = _grid(run.samples)
     return RunView(
         name=run.name,

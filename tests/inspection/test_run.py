@@ -119,6 +119,7 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     # What differs from the defaults comes first; the rest is there too.
     rows = texts(page, "th")
     assert rows.index("train.beta") < rows.index("train.seed")
+    assert any(text.startswith("step 20 of 20 · inpo · its result: pipeline/ · ") for text in texts(page, "p"))
     assert "123.5" in texts(page, "td")
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"https?://|@import|<b>a dog", html)
