@@ -1,6 +1,6 @@
 """`inpo inspect run`: one self-contained HTML page of one or several training runs, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
     show besides. Raises what `read_runs` and `read_comparison` do.
     """
     shown = [_comparison(read_comparison(each)) for each in compared]
-    runs = read_runs(paths)
-    views = [_view(run, f"s{place % _NUM_COLOURS}") for place, run in enumerate(runs)]
+    runs, named = read_runs(paths), {each.resolve() for each in compared}
+    views = [_view(run, f"s{place % _NUM_COLOURS}", named) for place, run in enumerate(runs)]
     names = dict.fromkeys(name for run in runs for name in run.chosen)
     page = render(
         "run.html",
@@ -112,7 +112,8 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
     return page, runs
 
 
-def _view(run: RunFolder, style: str) -> RunView:
+def _view(run: RunFolder, style: str, named: Collection[Path]) -> RunView:
+    """`named`: comparisons that the page shows already."""
     steps = run.chosen.get("train.steps", run.defaults.get("train.steps"))
     facts = [f"step {run.last_step:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")]
     facts.append(str(run.chosen.get("train.objective", run.defaults.get("train.objective", ""))))
@@ -130,7 +131,7 @@ def _view(run: RunFolder, style: str) -> RunView:
         grid=grid,
         prompts=prompts,
         grid_note=_grid_note(run, prompts),
-        comparisons=[_comparison(each) for each in run.comparisons],
+        comparisons=[_comparison(each) for each in run.comparisons if each.folder.resolve() not in named],
         notes=run.notes,
     )
 

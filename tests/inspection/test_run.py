@@ -116,6 +116,8 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     assert sum("others" in text for text in texts(page)) == 0
     named = page_of(run, "--compare", tmp_path / "runs" / "others")
     assert sum("others" in text for text in texts(named)) == 1
+    again = page_of(run, "--compare", tmp_path / "runs" / "compare")  # it was found already
+    assert sum(tag == "img" and "scores" in a["alt"] for tag, a in again.tags) == 1
     # What differs from the defaults comes first; the rest is there too.
     rows = texts(page, "th")
     assert rows.index("train.beta") < rows.index("train.seed")
