@@ -157,14 +157,14 @@ def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
             )
         prompt, *places = (str(text) for text in texts)
         files = tuple(folder / place for place in places)
-        outside = [file for file in files if not file.resolve().is_relative_to(folder.resolve())]
         missing = [file for file in files if not file.is_file()]
-        if outside or missing:
+        outside = [file for file in files if not missing and not file.resolve().is_relative_to(folder.resolve())]
+        if missing or outside:
             raise DataError(
-                "An image lies outside its folder." if outside else "An image is missing.",
+                "An image is missing." if missing else "An image lies outside its folder.",
                 where=f"{listing}, line {number}",
                 expected="a file below the folder",
-                got=(outside or missing)[0],
+                got=(missing or outside)[0],
                 fix=fix,
             )
         if found.setdefault(prompt.strip(), files) is not files:

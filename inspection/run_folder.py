@@ -287,7 +287,7 @@ def _comparisons(run: Path, notes: list[str]) -> list[FoundComparison]:
                 found.append(read_comparison(file.parent))
             elif file in beside and _names(json.loads(file.read_bytes()), run):
                 found.append(read_comparison(file.parent))
-        except (InpoError, OSError, ValueError, RecursionError) as error:
+        except (InpoError, OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError
             if file in inside:
                 notes.append(f"{file} cannot be read: {error.what if isinstance(error, InpoError) else error}")
     return found

@@ -189,6 +189,7 @@ def test_options_that_do_not_go_together_are_refused(options: dict) -> None:
         ('{"prompt": "a", "file": "0.png", "mask": 3}', "names no image"),
         ('{"prompt": "a", "file": "0.png", "mask": "lost.png"}', "missing"),
         ('{"prompt": "a", "file": "0.png", "mask": "../outside.png"}', "outside its folder"),
+        ('{"prompt": "a", "file": "0.png", "mask": "loop.png"}', "missing"),
         ('{"prompt": "a", "file": "0.png", "mask": "0.png"}\n{"prompt": "a", "file": "1.png", "mask": "1.png"}', "two"),
         ("[]", "no JSON object"),
         ("", "names no image"),
@@ -199,6 +200,7 @@ def test_a_bad_list_of_given_images_is_refused(tmp_path: Path, line: str, said: 
     folder.mkdir()
     for file in (folder / "0.png", folder / "1.png", tmp_path / "outside.png"):
         Image.new("RGB", (8, 8)).save(file)
+    (folder / "loop.png").symlink_to("loop.png")
     with pytest.raises(DataError, match="no list of images"):
         open_transfer(EvaluateSettings(inpaint=str(folder)), FAMILIES["sd"])
     (folder / "images.jsonl").write_text(line + "\n" if line else "")

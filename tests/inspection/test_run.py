@@ -103,6 +103,8 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     run = write_run(tmp_path / "runs" / "one")
     write_comparison(tmp_path / "runs" / "compare", str(run / "pipeline"))
     write_comparison(tmp_path / "runs" / "others", str(tmp_path / "elsewhere"))
+    (tmp_path / "loop").symlink_to("loop")
+    write_comparison(tmp_path / "runs" / "broken", str(tmp_path / "loop"))
     page = page_of(run)
     titles = texts(page, "h3")
     for title in ("Loss", "Held-out accuracy", "Accuracy by timestep", "Win advantage by timestep", "Gradient norm"):
