@@ -1,6 +1,6 @@
 """HTML pages from templates: whole in one file, asking no network for anything, and what people wrote is escaped.
 
-A folder's templates may extend assets/page.html, the frame of every page here.
+A folder's templates may extend assets/page.html, which has head, style and frame.
 """
 
 import base64

@@ -1,7 +1,8 @@
-"""Paths as users write them, settled once, where settings and options are parsed: ~, and names that are not UTF-8."""
+"""Paths as users write them, settled once, where settings and options are parsed; and the short names of folders."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,3 +40,12 @@ def home(value: Any) -> Any:
         return expand_home(value) if isinstance(value, str | Path) else value
     except ValueError as error:
         raise UsageError("A path cannot be used.", where=value, got=str(error), fix="write another path") from None
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many parents as it takes to tell them apart; one folder twice has one name."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = next(
+        n for n in range(1, max(map(len, parts)) + 1) if len({each[-n:] for each in parts}) == len(set(parts))
+    )
+    return [str(Path(*each[-length:])) for each in parts]

@@ -3,17 +3,18 @@
 import json
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from inpo.common.errors import DataError, UsageError
+from inpo.common.paths import short_names
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
 
-SETTINGS_SHOWN = ("inference_steps", "guidance", "scheduler", "dtype", "transfer")
+SETTINGS_SHOWN = ("inference_steps", "guidance", "resolution", "max_tokens", "scheduler", "dtype", "transfer")
 """What of generate.json is told where it differs."""
 
 
@@ -47,11 +48,10 @@ class Comparison:
         return {
             "a": {"name": self.name_a, "folder": str(self.folder_a.path), "settings": self.folder_a.settings},
             "b": {"name": self.name_b, "folder": str(self.folder_b.path), "settings": self.folder_b.settings},
+            "letter": self.letter,
             "num_pairs": len(self.pairs),
             "notes": list(self.notes),
-            "scorers": {
-                one.scorer: {**asdict(one.statistics), "verdict": one.statistics.verdict} for one in self.scored
-            },
+            "scorers": {one.scorer: one.statistics.to_json() for one in self.scored},
         }
 
 
@@ -72,7 +72,7 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
                 scored.scorer,
                 *([comparison.letter] if several else []),
                 str(s.num_pairs),
-                interval_text(s.win_rate, widest(s.win_rate_wilson, s.win_rate_bootstrap), digits=3),
+                interval_text(s.win_rate, s.win_rate_interval, digits=3),
                 f"{s.mean_a:.4g}",
                 f"{s.mean_b:.4g}",
                 interval_text(s.mean_difference, s.mean_difference_interval, signed=True),
@@ -107,7 +107,8 @@ def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ())
         name: [np.array([found[key] for key in shared]) for found in (each.scores(name) for each in folders)]
         for name in scorers
     }
-    a, prompts, names = folders[0], [prompt for prompt, _ in shared], folder_names(folders)
+    a, prompts = folders[0], [prompt for prompt, _ in shared]
+    names = short_names([each.path for each in folders])
     return tuple(
         Comparison(
             folder_a=a,
@@ -148,23 +149,16 @@ def letters(count: int) -> list[str]:
     return [(alphabet[place // 26 - 1] if place >= 26 else "") + alphabet[place % 26] for place in range(count)]
 
 
-def folder_names(folders: Sequence[ImageFolder]) -> list[str]:
-    """The folders' own names, with as many parents as it takes to tell them apart."""
-    parts = [each.path.resolve().parts for each in folders]
-    different = len(set(parts))
-    length = next(n for n in range(1, max(map(len, parts)) + 1) if len({each[-n:] for each in parts}) == different)
-    return ["/".join(each[-length:]) for each in parts]
-
-
 def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_folders: int) -> list[str]:
     notes = []
     for label, folder in (("A", a), (letter, b)):
         if extra := len(folder.entries) - num_shared:
             which = f"only in {label}" if num_folders == 2 else f"of {label} that not every folder has"
             notes.append(f"Images {which}, not compared: {extra}.")
-    for name in SETTINGS_SHOWN:
-        first, second = a.settings.get(name), b.settings.get(name)
-        if first != second and a.settings and b.settings:
+    of_a, of_b = a.settings, b.settings
+    for name in SETTINGS_SHOWN if of_a and of_b else ():
+        first, second = of_a.get(name), of_b.get(name)
+        if first != second:
             notes.append(f"The settings differ: {name} is {first} in A and {second} in {letter}.")
     if a.path.resolve() == b.path.resolve():
         notes.append(f"A and {letter} are the same folder.")
@@ -174,12 +168,6 @@ def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_fol
 def row(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
-
-
-def widest(*intervals: tuple[float, float] | None) -> tuple[float, float]:
-    """From the lowest end to the highest one of those that are there."""
-    present = [one for one in intervals if one is not None]
-    return min(one[0] for one in present), max(one[1] for one in present)
 
 
 def interval_text(

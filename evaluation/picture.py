@@ -53,7 +53,8 @@ def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
     figure = Figure(figsize=(columns * width + 0.3, len(shown) * 2.75 + 0.75), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        _plain(_title(comparisons)),
+        _title(comparisons),
+        parse_math=False,
         x=0.02,
         y=0.985,
         ha="left",
@@ -95,7 +96,8 @@ def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
             caption.text(
                 0,
                 0.64,
-                _plain(_wrapped(entry.prompt, 24 * images)),
+                _wrapped(entry.prompt, 24 * images),
+                parse_math=False,
                 fontsize=8.5,
                 fontfamily=font_names(entry.prompt),
                 va="top",
@@ -139,8 +141,3 @@ def _wrapped(prompt: str, width: int) -> str:
     if len(lines) > 2:
         lines = [lines[0], textwrap.shorten(" ".join(lines[1:]), width, placeholder=" ...")]
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """A dollar sign starts a formula in matplotlib; here it is a dollar sign."""
-    return text.replace("$", r"\$")

@@ -5,7 +5,8 @@ the bootstrap draws whole prompts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -42,15 +43,24 @@ class PairedStatistics:
     median_difference_interval: Interval | None
 
     @property
+    def win_rate_interval(self) -> Interval:
+        """From the lower to the upper end of both intervals."""
+        wilson, bootstrap = self.win_rate_wilson, self.win_rate_bootstrap or self.win_rate_wilson
+        return min(wilson[0], bootstrap[0]), max(wilson[1], bootstrap[1])
+
+    @property
     def verdict(self) -> str:
-        """In words, by the wider of the two intervals of the win rate; says plainly when B does not win."""
-        intervals = [self.win_rate_wilson, *([self.win_rate_bootstrap] if self.win_rate_bootstrap else [])]
-        low, high = min(one[0] for one in intervals), max(one[1] for one in intervals)
+        """In words, by the interval of the win rate; says plainly when B does not win."""
+        low, high = self.win_rate_interval
         if low > 0.5:
             return "B wins"
         if high < 0.5:
             return "B does not win: it loses"
         return "B does not win: no difference shown"
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number, with full precision, and the verdict."""
+        return asdict(self) | {"win_rate_interval": self.win_rate_interval, "verdict": self.verdict}
 
 
 def wilson_interval(successes: float | int, trials: int, *, confidence: float = CONFIDENCE) -> Interval:

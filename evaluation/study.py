@@ -20,9 +20,10 @@ from PIL import Image
 from inpo.common.durable import write_file
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pages import render
+from inpo.common.paths import short_names
 from inpo.common.seeding import stable_hash
 from inpo.common.text import read_text
-from inpo.evaluation.compare import folder_names, shared_keys
+from inpo.evaluation.compare import shared_keys
 from inpo.evaluation.image_folder import ImageFolder
 
 PAGE, KEY = "study.html", "key.json"
@@ -88,10 +89,9 @@ def make_study(a: ImageFolder, b: ImageFolder, out: Path, *, seed: int = 0, most
         left = stable_hash("study side", seed, prompt, image_seed) & 1
         sides[name] = {"prompt": prompt, "seed": image_seed, "left": "ab"[left]}
         shown.append({"pair": name, "prompt": prompt, "left": pictures[left], "right": pictures[1 - left]})
-    names = folder_names([a, b])
+    names, paths = short_names([a.path, b.path]), (a.path, b.path)
     models = {
-        letter: {"name": each, "folder": str(folder.path)}
-        for letter, each, folder in zip("ab", names, (a, b), strict=True)
+        letter: {"name": each, "folder": str(path)} for letter, each, path in zip("ab", names, paths, strict=True)
     }
     key_file = out / KEY
     _check_free(key_file, study)

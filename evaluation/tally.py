@@ -3,7 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from inpo.common.errors import DataError
 from inpo.common.text import read_text
-from inpo.evaluation.compare import interval_text, row, widest
+from inpo.evaluation.compare import interval_text, row
 from inpo.evaluation.statistics import PairedStatistics, compare_scores
 from inpo.evaluation.study import CHOICES, QUESTIONS
 
@@ -61,10 +61,9 @@ class Tally:
                     "prompts": one.statistics.num_prompts,
                     **{
                         name: value
-                        for name, value in asdict(one.statistics).items()
-                        if name in ("wins", "ties", "losses") or name.startswith("win_rate")
+                        for name, value in one.statistics.to_json().items()
+                        if name in ("wins", "ties", "losses", "verdict") or name.startswith("win_rate")
                     },
-                    "verdict": one.statistics.verdict,
                     "agreement": one.agreement,
                     "kappa": one.kappa,
                 }
@@ -95,7 +94,7 @@ class Tally:
         for one in self.questions:
             s = one.statistics
             counts = (one.num_people, s.num_pairs, s.wins, s.ties, s.losses)
-            share = interval_text(s.win_rate, widest(s.win_rate_wilson, s.win_rate_bootstrap), digits=3)
+            share = interval_text(s.win_rate, s.win_rate_interval, digits=3)
             agreed = ["-" if each is None else f"{each:.2f}" for each in (one.agreement, one.kappa)]
             lines.append(row([QUESTIONS[one.question][0], *map(str, counts), share, *agreed, s.verdict]))
         lines += (

@@ -23,6 +23,7 @@ from inpo.common.model_folder import folder_of
 from inpo.common.models import Model
 from inpo.common.pairs import ImageError, decode_image
 from inpo.common.pairs.images import prepare_image
+from inpo.common.recipe import option_name
 from inpo.evaluation.image_folder import LISTING, read_lines
 from inpo.evaluation.settings import EvaluateSettings
 
@@ -48,7 +49,8 @@ class Transfer:
         return list(self.files)
 
     def identity(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What images of these prompts depend on. Raises DataError for a prompt without an image."""
+        """What images of these prompts depend on. Raises DataError for a prompt without an image, and for an image that
+        cannot be read: one that is replaced after the first image was made is another setting."""
         lacking = [prompt for prompt in prompts if prompt not in self.files]
         if lacking:
             raise DataError(
@@ -61,7 +63,7 @@ class Transfer:
         digest = hashlib.blake2b(digest_size=16)
         for prompt in prompts:
             for file in self.files[prompt]:
-                digest.update(hashlib.blake2b(file.read_bytes()).digest())
+                digest.update(hashlib.blake2b(_read(file)[0]).digest())
         controlnet = None
         if self.controlnet is not None:
             weights = weight_files.loaded_files(self.controlnet, "diffusers", None)
@@ -99,9 +101,9 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
     if lacking or not wanted.issuperset(given):
         raise UsageError(
             "These options do not go together, or one is missing.",
-            where=", ".join(_option(name) for name in given),
+            where=", ".join(option_name(name) for name in given),
             expected="--controlnet and --control-images, or --inpaint",
-            got=f"without {_option(lacking[0])}" if lacking else "both",
+            got=f"without {option_name(lacking[0])}" if lacking else "both",
             fix="pass those of one of the two",
         )
     kind = family.inpainted if inpaint else family.controlled
@@ -109,7 +111,7 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
         with_it = [each.title for each in FAMILIES.values() if (each.inpainted if inpaint else each.controlled)]
         raise UsageError(
             f"Models of this family make no such images here: {family.title}.",
-            where=_option(needed[0]),
+            where=option_name(needed[0]),
             expected="; ".join(with_it),
             got=family.no_transfer,
             fix="leave the option out, or take a model of such a family",
@@ -134,10 +136,6 @@ def open_transfer(settings: EvaluateSettings, family: Family) -> Transfer | None
 _OPTIONS = ("controlnet", "control_images", "control_scale", "inpaint", "inpaint_strength")
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
     listing, names = folder / LISTING, ("file", "mask") if masks else ("file",)
     expected = '{"prompt": "...", "file": "..."' + (', "mask": "..."}' if masks else "}") + " a line"
@@ -159,14 +157,14 @@ def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
             )
         prompt, *places = (str(text) for text in texts)
         files = tuple(folder / place for place in places)
-        outside = [file for file in files if not file.resolve().is_relative_to(folder.resolve())]
         missing = [file for file in files if not file.is_file()]
-        if outside or missing:
+        outside = [file for file in files if not missing and not file.resolve().is_relative_to(folder.resolve())]
+        if missing or outside:
             raise DataError(
-                "An image lies outside its folder." if outside else "An image is missing.",
+                "An image is missing." if missing else "An image lies outside its folder.",
                 where=f"{listing}, line {number}",
                 expected="a file below the folder",
-                got=(outside or missing)[0],
+                got=(missing or outside)[0],
                 fix=fix,
             )
         if found.setdefault(prompt.strip(), files) is not files:
@@ -182,14 +180,19 @@ def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def _opened(file: Path, size: tuple[int, int]) -> Image.Image:
+def _read(file: Path) -> tuple[bytes, Image.Image]:
+    """A given image: its file, and what that shows."""
     try:
-        image = decode_image(file.read_bytes())
+        data = file.read_bytes()
+        return data, decode_image(data)
     except (OSError, ImageError) as error:
         raise DataError(
             "A given image cannot be read.", where=file, expected="a whole image file", got=str(error), fix="replace it"
         ) from None
-    levels = prepare_image(image, resolution=size, crop="center", flip=False).levels
+
+
+def _opened(file: Path, size: tuple[int, int]) -> Image.Image:
+    levels = prepare_image(_read(file)[1], resolution=size, crop="center", flip=False).levels
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
 
 

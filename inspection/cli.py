@@ -332,7 +332,7 @@ def report(
     given: Given,
     cache: Cache,
     out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("report.html"),
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs in the gallery, for each of three reasons.")] = 40,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs with pictures, for each of four reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read.
 

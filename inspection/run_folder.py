@@ -16,6 +16,7 @@ from PIL import Image
 from inpo.common.durable import storage_errors
 from inpo.common.errors import DataError, InpoError, UsageError, command
 from inpo.common.pairs import ImageError, decode_image
+from inpo.common.paths import short_names
 from inpo.common.recipe import split_toml
 from inpo.common.text import read_text
 
@@ -77,21 +78,21 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
     again = [folder for folder, count in Counter(each.resolve() for each in folders).items() if count > 1]
     if again:
         raise UsageError("A run is given twice.", where="RUN", got=again[0], fix="name each run once")
-    return [_read_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
+    return [_read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
 
 def sweep_notes(path: Path) -> list[str]:
     """What a sweep's own table says beside its runs: which failed, and what scorers say of the samples."""
     try:
         rows = json.loads((path / SWEEP).read_bytes())
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of runs")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
         return [f"{SWEEP} cannot be read: {error}"]
     notes = []
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict):
-            continue
+    for row in rows:
         if row.get("failed"):
             notes.append(f"{row.get('name')} failed: {row['failed']}")
         scores = row.get("scores")
@@ -133,15 +134,6 @@ def _runs_of(path: Path) -> Iterator[Path]:
 def _is_run(path: Path) -> bool:
     # A cache and a folder of images have neither.
     return (path / METRICS).is_file() or ((path / RECIPE).is_file() and not (path / "manifest.json").is_file())
-
-
-def _short_names(folders: Sequence[Path]) -> list[str]:
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts))):
-        names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
 
 
 def _read_run(path: Path, name: str) -> RunFolder:
@@ -295,7 +287,7 @@ def _comparisons(run: Path, notes: list[str]) -> list[FoundComparison]:
                 found.append(read_comparison(file.parent))
             elif file in beside and _names(json.loads(file.read_bytes()), run):
                 found.append(read_comparison(file.parent))
-        except (InpoError, OSError, ValueError, RecursionError) as error:
+        except (InpoError, OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError
             if file in inside:
                 notes.append(f"{file} cannot be read: {error.what if isinstance(error, InpoError) else error}")
     return found

@@ -1,6 +1,6 @@
 """`inpo inspect run`: one self-contained HTML page of one or several training runs, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
     show besides. Raises what `read_runs` and `read_comparison` do.
     """
     shown = [_comparison(read_comparison(each)) for each in compared]
-    runs = read_runs(paths)
-    views = [_view(run, f"s{place % _NUM_COLOURS}") for place, run in enumerate(runs)]
+    runs, named = read_runs(paths), {each.resolve() for each in compared}
+    views = [_view(run, f"s{place % _NUM_COLOURS}", named) for place, run in enumerate(runs)]
     names = dict.fromkeys(name for run in runs for name in run.chosen)
     page = render(
         "run.html",
@@ -112,14 +112,14 @@ def make_run_page(paths: Sequence[Path], compared: Sequence[Path] = ()) -> tuple
     return page, runs
 
 
-def _view(run: RunFolder, style: str) -> RunView:
+def _view(run: RunFolder, style: str, named: Collection[Path]) -> RunView:
+    """`named`: comparisons that the page shows already."""
     steps = run.chosen.get("train.steps", run.defaults.get("train.steps"))
     facts = [f"step {run.last_step:,}" + (f" of {steps:,}" if isinstance(steps, int) else "")]
-    facts += [str(run.chosen.get(f"train.{name}", run.defaults.get(f"train.{name}", ""))) for name in ("objective",)]
-    if any((run.path / name).is_dir() for name in ("pipeline", "lora")):
-        facts.append("finished")
-    else:
-        facts.append("not finished: neither pipeline/ nor lora/ is there")
+    facts.append(str(run.chosen.get("train.objective", run.defaults.get("train.objective", ""))))
+    # A run that goes on beyond its first end has the result of that end.
+    written = " and ".join(f"{name}/" for name in ("pipeline", "lora") if (run.path / name).is_dir())
+    facts.append(f"its result: {written}" if written else "not finished: neither pipeline/ nor lora/ is there")
     prompts, grid = _grid(run.samples)
     return RunView(
         name=run.name,
@@ -131,7 +131,7 @@ def _view(run: RunFolder, style: str) -> RunView:
         grid=grid,
         prompts=prompts,
         grid_note=_grid_note(run, prompts),
-        comparisons=[_comparison(each) for each in run.comparisons],
+        comparisons=[_comparison(each) for each in run.comparisons if each.folder.resolve() not in named],
         notes=run.notes,
     )
 
@@ -266,7 +266,7 @@ def _comparison(found: FoundComparison) -> dict[str, Any]:
         found.document,
         *(each for each in (others if isinstance(others, list) else []) if isinstance(each, dict)),
     ]
-    letters = [chr(ord("B") + place) if place < 25 else f"model {place + 2}" for place in range(len(documents))]
+    letters = [str(each.get("letter") or "?") for each in documents]
     names = [("A", _side_name(found.document, "a"))]
     names += [(letter, _side_name(each, "b")) for letter, each in zip(letters, documents, strict=True)]
     notes = [note for each in documents if isinstance(each.get("notes"), list) for note in map(str, each["notes"])]
@@ -293,7 +293,7 @@ def _scorer_rows(letter: str, document: dict[str, Any]) -> list[list[str]]:
     scorers, rows = document.get("scorers"), []
     for name, told in scorers.items() if isinstance(scorers, dict) else ():
         if isinstance(told, dict):
-            interval = told.get("win_rate_wilson")
+            interval = told.get("win_rate_interval")
             ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
             rows.append(
                 [

@@ -16,7 +16,7 @@ from inpo.common.inversion import check_distinct, check_settings
 from inpo.common.levels import TimeSettings
 from inpo.common.models import Model
 from inpo.common.processes import processes
-from inpo.common.recipe import DataSection, ModelSection, Recipe, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Recipe, option_name, read_recipe, resolve, to_toml
 from inpo.common.sizes import check_sides
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
@@ -83,7 +83,7 @@ def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, A
     if errors_only and changed:
         raise UsageError(
             "--errors-only keeps the other cache's points, and all that they hang on.",
-            where=", ".join(f"--{name.replace('_', '-')}" for name in changed),
+            where=", ".join(option_name(name) for name in changed),
             expected="the other cache's own settings, but for --dtype",
             got=", ".join(str(told[name]) for name in changed),
             fix="leave them out, or leave out --errors-only",

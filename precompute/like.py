@@ -14,6 +14,7 @@ from inpo.common.errors import CacheMismatch, UsageError
 from inpo.common.models import Model
 from inpo.common.pairs import InputShard, Pair, Skipped
 from inpo.common.pairs.columns import USUAL, Reading
+from inpo.common.recipe import option_name
 from inpo.precompute.configuration import Configuration
 from inpo.precompute.refresh import COPIED_TEXTS, REFRESHED, CopyTask
 from inpo.precompute.settings import RayOptions
@@ -100,7 +101,7 @@ class RefreshWork(Work):
         if wrong:
             raise UsageError(
                 "x0, texts and groups are those of the other cache, and no option changes them.",
-                where=", ".join(f"--{name.replace('_', '-')}" for name in wrong),
+                where=", ".join(option_name(name) for name in wrong),
                 expected=", ".join(f"{getattr(self.origin, name)}" for name in wrong),
                 got=", ".join(f"{getattr(made, name)}" for name in wrong),
                 fix="leave the option out, or make the cache from its pairs: --pairs",

@@ -68,8 +68,14 @@ def test_it_reproduces_from_what_is_saved(folders: tuple[ImageFolder, ImageFolde
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     document = json.loads((tmp_path / "one" / "comparison.json").read_text())
     assert document["num_pairs"] == 20
-    assert document["scorers"]["counting"]["win_rate"] == 0.925
-    assert document["scorers"]["counting"]["verdict"] == "B wins"
+    found = document["scorers"]["counting"]
+    assert (found["win_rate"], found["verdict"]) == (0.925, "B wins")
+    # One interval is told everywhere: here its lower end is Wilson's and its upper end the bootstrap's.
+    low, high = found["win_rate_wilson"][0], found["win_rate_bootstrap"][1]
+    assert found["win_rate_interval"] == [low, high]
+    assert low < found["win_rate_bootstrap"][0]
+    assert high > found["win_rate_wilson"][1]
+    assert f"0.925 [{low:.3f}, {high:.3f}]" in result.output
 
 
 def test_the_same_folder_twice_is_a_tie_and_no_error(folders: tuple[ImageFolder, ImageFolder]) -> None:
@@ -100,13 +106,14 @@ def test_images_on_one_side_only_and_other_settings_are_noted(
     save_images: SaveImages, counting, tmp_path: Path
 ) -> None:
     a, b = save_images(tmp_path / "a", [1, 2, 3]), save_images(tmp_path / "b", [1, 2])
-    (a / "generate.json").write_text('{"guidance": 7.5}')
-    (b / "generate.json").write_text('{"guidance": 3.0}')
+    (a / "generate.json").write_text('{"guidance": 7.5, "resolution": "1024", "max_tokens": 77}')
+    (b / "generate.json").write_text('{"guidance": 3.0, "resolution": "832x512", "max_tokens": 9}')
     for folder in (a, b):
         score_folder(ImageFolder(folder), counting)
     text = to_markdown(compare_folders([ImageFolder(a), ImageFolder(b)]))
     assert "only in A, not compared: 1" in text
-    assert "guidance is 7.5 in A and 3.0 in B" in text
+    for words in ("guidance is 7.5 in A and 3.0", "resolution is 1024 in A and 832x512", "max_tokens is 77 in A and 9"):
+        assert f"The settings differ: {words} in B." in text
 
 
 def test_nothing_to_compare_is_refused(save_images: SaveImages, counting, tmp_path: Path) -> None:
@@ -223,8 +230,10 @@ def test_several_folders_are_compared_with_the_first(folders: tuple[ImageFolder,
     assert "A: base, B: tuned, C: third. Every model against A." in result.output
     assert "Images of A that not every folder has, not compared: 4." in result.output
     document = json.loads((out / "comparison.json").read_text())
-    assert document["b"]["name"] == "tuned"
-    assert [each["b"]["name"] for each in document["others"]] == ["third"]
+    assert [(each["letter"], each["b"]["name"]) for each in (document, *document["others"])] == [
+        ("B", "tuned"),
+        ("C", "third"),
+    ]
     assert document["others"][0]["scorers"]["counting"]["wins"] == 0
     # Three images of the first prompt beside each other, in this order.
     drawn = np.asarray(Image.open(out / "comparison.png").convert("RGB"))

@@ -1,6 +1,7 @@
 """Images that follow given ones: diffusers' own pipelines, called by hand, are the oracle."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,7 @@ def test_options_that_do_not_go_together_are_refused(options: dict) -> None:
         ('{"prompt": "a", "file": "0.png", "mask": 3}', "names no image"),
         ('{"prompt": "a", "file": "0.png", "mask": "lost.png"}', "missing"),
         ('{"prompt": "a", "file": "0.png", "mask": "../outside.png"}', "outside its folder"),
+        ('{"prompt": "a", "file": "0.png", "mask": "loop.png"}', "missing"),
         ('{"prompt": "a", "file": "0.png", "mask": "0.png"}\n{"prompt": "a", "file": "1.png", "mask": "1.png"}', "two"),
         ("[]", "no JSON object"),
         ("", "names no image"),
@@ -198,6 +200,7 @@ def test_a_bad_list_of_given_images_is_refused(tmp_path: Path, line: str, said: 
     folder.mkdir()
     for file in (folder / "0.png", folder / "1.png", tmp_path / "outside.png"):
         Image.new("RGB", (8, 8)).save(file)
+    (folder / "loop.png").symlink_to("loop.png")
     with pytest.raises(DataError, match="no list of images"):
         open_transfer(EvaluateSettings(inpaint=str(folder)), FAMILIES["sd"])
     (folder / "images.jsonl").write_text(line + "\n" if line else "")
@@ -215,11 +218,14 @@ def test_what_is_lacking_or_damaged_leaves_no_folder(
     (cut / "config.json").write_bytes((controlnet / "config.json").read_bytes())
     weights = (controlnet / "diffusion_pytorch_model.safetensors").read_bytes()
     (cut / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    damaged = shutil.copytree(given, tmp_path / "damaged")
+    (damaged / "1.png").write_bytes((given / "1.png").read_bytes()[:99])
     for prompts, changed in (
         (["a prompt that is not listed"], settings),
         ([], settings.model_copy(update={"controlnet": str(cut)})),
         ([], settings.model_copy(update={"controlnet": str(tmp_path / "nothing")})),
         ([], settings.model_copy(update={"controlnet": str(given)})),
+        ([], settings.model_copy(update={"control_images": str(damaged), "batch_size": 1})),
     ):
         with pytest.raises(InpoError):
             generate(model, prompts, changed, tmp_path / "out")

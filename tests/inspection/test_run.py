@@ -13,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 from inpo.common.recipe import DataSection, ModelSection, to_toml
 from inpo.inspection.run_signs import SIGNS, warnings_of
 from inpo.train.settings import TrainSettings
+from inpo.train.sweep_samples import SampleScore
+from inpo.train.sweep_table import SweepRow
 from tests.html_page import Page
 
 PROMPTS = ("a red cat", "</script><b>a dog</b>")
@@ -62,11 +64,17 @@ def write_run(folder: Path, *, settings: dict[str, Any] | None = None, samples: 
 
 def write_comparison(folder: Path, model: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.55, 0.88], "mean_a": 1.0, "mean_b": 2.0}
+    told = {"num_pairs": 24, "win_rate": 0.75, "win_rate_wilson": [0.6, 0.8], "mean_a": 1.0, "mean_b": 2.0}
+    told["win_rate_interval"] = [0.55, 0.88]
     sides = [{"name": name, "settings": {"names": {"model": each}}} for name, each in (("base", "m"), ("new", model))]
-    other = {"b": {"name": "third"}, "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}}}
+    other = {
+        "letter": "AC",
+        "b": {"name": "third"},
+        "scorers": {"oracle": {"win_rate": 0.25, "verdict": "B does not win"}},
+    }
     document = {
         "others": [other],
+        "letter": "B",
         "a": sides[0],
         "b": sides[1],
         "notes": ["<i>told</i>"],
@@ -95,6 +103,8 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     run = write_run(tmp_path / "runs" / "one")
     write_comparison(tmp_path / "runs" / "compare", str(run / "pipeline"))
     write_comparison(tmp_path / "runs" / "others", str(tmp_path / "elsewhere"))
+    (tmp_path / "loop").symlink_to("loop")
+    write_comparison(tmp_path / "runs" / "broken", str(tmp_path / "loop"))
     page = page_of(run)
     titles = texts(page, "h3")
     for title in ("Loss", "Held-out accuracy", "Accuracy by timestep", "Win advantage by timestep", "Gradient norm"):
@@ -102,15 +112,18 @@ def test_a_run_is_curves_samples_comparison_and_configuration(page_of, tmp_path)
     # A grid of two prompts over two steps, the first on top; each picture names its prompt and step.
     pictures = [attributes["alt"] for tag, attributes in page.tags if tag == "img" and "step" in attributes["alt"]]
     assert pictures == [f"{prompt}, step {step}" for step in (0, 10) for prompt in PROMPTS]
-    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "0.25", "C does not win", "<i>told</i>"} <= {
+    assert {"oracle", "0.75", "0.55 to 0.88", "B wins", "0.25", "AC does not win", "<i>told</i>"} <= {
         *texts(page, "td", "th", "li")
     }
     assert sum("others" in text for text in texts(page)) == 0
     named = page_of(run, "--compare", tmp_path / "runs" / "others")
     assert sum("others" in text for text in texts(named)) == 1
+    again = page_of(run, "--compare", tmp_path / "runs" / "compare")  # it was found already
+    assert sum(tag == "img" and "scores" in a["alt"] for tag, a in again.tags) == 1
     # What differs from the defaults comes first; the rest is there too.
     rows = texts(page, "th")
     assert rows.index("train.beta") < rows.index("train.seed")
+    assert any(text.startswith("step 20 of 20 · inpo · its result: pipeline/ · ") for text in texts(page, "p"))
     assert "123.5" in texts(page, "td")
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"https?://|@import|<b>a dog", html)
@@ -134,8 +147,19 @@ def test_runs_stand_side_by_side(page_of, tmp_path):
 def test_a_sweeps_folder_stands_for_its_runs(page_of, tmp_path):
     for name in ("inpo", "poly"):
         write_run(tmp_path / "sweep" / name)
-    (tmp_path / "sweep" / "sweep.json").write_text("[]")
-    assert texts(page_of(tmp_path / "sweep"), "h1") == ["inpo, poly"]
+    score = SampleScore(win_rate=0.75, mean=1.0, reference_mean=0.5, num_prompts=8)
+    scored = SweepRow(name="inpo", output=tmp_path, settings={}, scores={"oracle": score})
+    failed = SweepRow(name="hinge", output=tmp_path, settings={}, failed="A <b>loss</b>.")
+    told = json.dumps([each.to_json() for each in (scored, failed)])
+    preferred = "inpo: oracle prefers its last samples to the reference's at 0.75 of 8 prompts"
+    for written, notes in (
+        (told, [preferred, "hinge failed: A <b>loss</b>."]),
+        ("{}", ["sweep.json cannot be read: not a list of runs"]),
+    ):
+        (tmp_path / "sweep" / "sweep.json").write_text(written)
+        page = page_of(tmp_path / "sweep")
+        assert texts(page, "h1") == ["inpo, poly"]
+        assert texts(page, "li")[: len(notes)] == notes
 
 
 def spoil_metrics(text: str):
@@ -216,7 +240,12 @@ def test_a_run_that_has_just_begun_says_what_is_not_there(page_of, tmp_path):
     (run / "metrics.jsonl").unlink()
     (run / "pipeline").rmdir()
     words = " ".join(texts(page_of(run)))
-    for part in ("not finished", "There is no number to draw", "There are no samples to show", "no comparison of it"):
+    for part in (
+        "not finished",
+        "There is no number to draw",
+        "There are no samples to show",
+        "no comparison of this run",
+    ):
         assert part in words
 
 
