@@ -44,9 +44,8 @@ _PACKED = re.compile(
 )
 """What is not looked into, also in pieces."""
 _ANY = re.compile(r"\.(?:tar|zip|tgz|tbz|txz|tzst|7z|rar)", re.IGNORECASE)
-_MEMBER = np.dtype(
-    [("key", "<u8"), ("offset", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("how", "u1")]
-)
+_PLACE = np.dtype([("offset", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("how", "u1")])
+_MEMBER = np.dtype([("key", "<u8"), ("place", _PLACE)])
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _IN_TAR, _LINK, _LOCKED, _OTHER, _TWICE = 200, 201, 202, 203, 204
 _NO_BYTES = {
@@ -96,15 +95,14 @@ class Archive:
         """The member of a name, as a list beside the archive says it. Raises DataError when the archive cannot be
         read.
         """
-        members = _members(self)
-        keys = members["key"]
+        keys, places = _members(self)
         for folder in self.folders:
             if not name.startswith(folder):
                 continue
             key = _key(name.removeprefix(folder))
             at = int(np.searchsorted(keys, np.uint64(key)))
             if at < len(keys) and keys[at] == key:
-                _, offset, packed, size, crc, how = members[at].tolist()
+                offset, packed, size, crc, how = places[at].tolist()
                 is_twice = at + 1 < len(keys) and keys[at + 1] == key
                 return Member(self, offset, packed, size, crc, _TWICE if is_twice else how)
         return None
@@ -264,8 +262,8 @@ def _archive(name: str, pieces: list[_Piece]) -> Archive:
 
 
 @lru_cache(maxsize=10_000)  # all of a folder are asked for each name
-def _members(archive: Archive) -> np.ndarray:
-    """[member] of an archive, sorted by key. Raises DataError."""
+def _members(archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+    """[member] of an archive, sorted by key: the keys, and the places. Raises DataError."""
     where = archive.files[0]
     try:
         if archive.gap is not None:
@@ -275,7 +273,9 @@ def _members(archive: Archive) -> np.ndarray:
             members = np.fromiter(_limited(walk(stream)), dtype=_MEMBER)
     except Exception as error:  # tarfile's and zipfile's errors, and whatever a remote file raises
         raise unreadable_file(where, error, what="archive of images") from error
-    return members[np.argsort(members["key"], kind="stable")]
+    order = np.argsort(members["key"], kind="stable")
+    # Each lies together: of a field of records numpy makes a copy, all of it, for every search.
+    return members["key"][order], members["place"][order]
 
 
 def _limited(members: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -295,7 +295,7 @@ def _walk_tar(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
             if info.isdir() or name is None:
                 continue
             how = _IN_TAR if info.isreg() and not info.issparse() else _LINK
-            yield _key(name), info.offset_data, info.size, info.size, 0, how
+            yield _key(name), (info.offset_data, info.size, info.size, 0, how)
         # tarfile stops without a word at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
         buffered.seek(end)
         block = buffered.read(_BLOCK)
@@ -312,7 +312,7 @@ def _walk_zip(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
             how = info.compress_type if info.compress_type in (_STORED, _DEFLATED) else _OTHER
             how = _LOCKED if info.flag_bits & 1 else how
             how = _LINK if stat.S_ISLNK(info.external_attr >> 16) else how
-            yield _key(name), info.header_offset, info.compress_size, info.file_size, info.CRC, how
+            yield _key(name), (info.header_offset, info.compress_size, info.file_size, info.CRC, how)
 
 
 def _safe(name: str) -> str | None:

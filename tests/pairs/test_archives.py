@@ -6,6 +6,7 @@ import json
 import random
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,19 @@ def test_an_archive_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.Mon
     (changed,) = ask(tmp_path, "7.png")
     assert isinstance(changed, Pair)
     assert changed.win == b"new and of another size"
+
+
+def test_a_member_is_found_without_going_through_the_others(tmp_path: Path) -> None:
+    (tmp_path / "set.zip").write_bytes(zip_of([(f"{i}.png", b"x") for i in range(5000)], zipfile.ZIP_STORED))
+    assert isinstance(ask(tmp_path, "7.png")[0], Pair)  # its members are known from here on
+    beside = archives.Archives(root=str(tmp_path), allowed=lambda file: True)
+    assert beside.find("8.png") is not None
+    tracemalloc.start()
+    try:
+        assert beside.find("9.png") is not None
+        assert tracemalloc.get_traced_memory()[1] < 5000 * 8 // 2  # of the 5000 keys no copy was made
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_zip_at_an_address_is_read_by_ranges(tmp_path: Path) -> None:
