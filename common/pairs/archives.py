@@ -122,6 +122,8 @@ class Archives:
     not_looked_into: str = ""
     """Words for such archives as were met."""
     _known: dict[str, tuple[Archive, ...]] = field(default_factory=dict)
+    _failures: dict[Archive, DataError] = field(default_factory=dict)
+    """Of archives that cannot be read: they are not gone through again for each name."""
 
     def find(self, inside: str) -> Member | None:
         """The member that stands for `root`/`inside`, of an archive in `root` or in a folder on the way; None if none
@@ -135,12 +137,13 @@ class Archives:
             if folder not in self._known:
                 self._known[folder] = self._archives_in(folder)
             for archive in self._known[folder]:
-                try:
-                    member = archive.find("/".join(parts[depth:]))
-                except DataError as error:
-                    failure = failure or error
-                else:
-                    found += [member] if member is not None else []
+                if archive not in self._failures:
+                    try:
+                        member = archive.find("/".join(parts[depth:]))
+                        found += [member] if member is not None else []
+                    except DataError as error:
+                        self._failures[archive] = error
+                failure = failure or self._failures.get(archive)
         if len(found) > 1:
             names = " and ".join(brief(member.archive.name) for member in found[:2])
             raise RowProblem(reason="missing_image", detail=f"{inside} is in {names}: keep one")

@@ -260,13 +260,17 @@ def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypa
 
 def test_an_archive_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [(f"{i}.png", noise(i, 50)) for i in range(300)]
-    (tmp_path / "set.tar").write_bytes(tar_of(members))
+    whole = tar_of(members)
+    (tmp_path / "set.tar").write_bytes(whole)
     opened: list[object] = []
     original = tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(k) or original(*a, **k))
     assert all(isinstance(item, Pair) for item in ask(tmp_path, *(name for name, _ in members)))
     assert isinstance(ask(tmp_path, "7.png")[0], Pair)
     assert len(opened) == 1
+    (tmp_path / "damaged.tar").write_bytes(whole[:4000])  # cannot be read, and has nothing that is needed
+    assert all(isinstance(item, Pair) for item in ask(tmp_path, *(name for name, _ in members)))
+    assert len(opened) == 2
     (tmp_path / "set.tar").write_bytes(tar_of([("7.png", b"new and of another size")]))
     (changed,) = ask(tmp_path, "7.png")
     assert isinstance(changed, Pair)
