@@ -28,7 +28,15 @@ import numpy as np
 
 from inpo.common.errors import DataError
 from inpo.common.pairs.columns import brief
-from inpo.common.pairs.files import ByteStream, filesystem, is_local, list_folder, open_binary, unreadable_file
+from inpo.common.pairs.files import (
+    ByteStream,
+    filesystem,
+    is_local,
+    is_refusal,
+    list_folder,
+    open_binary,
+    unreadable_file,
+)
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
 
 MAX_MEMBERS = 20_000_000
@@ -152,7 +160,9 @@ class Archives:
         return found[0] if found else None
 
     def _archives_in(self, folder: str) -> tuple[Archive, ...]:
-        """The archives directly in a folder; none of one that is not there or cannot be listed."""
+        """The archives directly in a folder; none of one that is not there or may not be listed. Raises whatever a
+        remote file system in trouble raises: nobody knows then what is there.
+        """
         fs, path = filesystem(folder)
         try:
             is_there, changed = (
@@ -167,8 +177,10 @@ class Archives:
                     piece = _Piece(found["digits"] or "", found["letters"] or "", f"{folder.rstrip('/')}/{name}")
                     pieces.setdefault(found["name"], []).append(piece)
             archives = [_archive(name, those) for name, those in pieces.items()]
-        except Exception:  # every file system has exceptions of its own; the image is missing either way
-            return ()
+        except Exception as error:  # every file system has exceptions of its own
+            if is_local(fs) or is_refusal(error):
+                return ()
+            raise
         if packed:
             self.not_looked_into = (
                 f"; compressed archives are not looked into ({brief(packed[0])}): unpack them beside "

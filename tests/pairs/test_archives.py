@@ -301,3 +301,30 @@ def test_a_zip_at_an_address_is_read_by_ranges(tmp_path: Path) -> None:
         assert (item.win, item.lose) == (noise(0), noise(1))
     finally:
         elsewhere.rm("/zipped", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "reasons"),
+    [
+        (PermissionError("no listing"), ["pair", "missing_image"]),
+        (ConnectionResetError("in trouble"), ["pair", "unreachable"]),
+    ],
+)
+def test_an_image_that_may_be_in_an_archive_is_not_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, reasons: list[str]
+) -> None:
+    rows = [{"win": name, "lose": name, "prompt": "p"} for name in ("here.png", "images/0.png")]
+    elsewhere = fsspec.filesystem("memory")
+    listed = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    elsewhere.pipe({"/asked/pairs.jsonl": listed, "/asked/here.png": b"x"})
+    (shard,) = open_source("memory://asked/pairs.jsonl").input_shards()
+
+    def fail(self: object, path: str) -> bool:
+        raise error
+
+    try:
+        monkeypatch.setattr(type(elsewhere), "isdir", fail)
+        assert [getattr(item, "reason", "pair") for item in shard.rows(0, 2)] == reasons
+    finally:
+        monkeypatch.undo()
+        elsewhere.rm("/asked", recursive=True)
