@@ -14,7 +14,6 @@ import io
 import os
 import re
 import stat
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ from inpo.common.pairs.files import (
     unreadable_file,
 )
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
+from inpo.common.pairs.tar_index import has_bytes, tar_headers
 
 MAX_MEMBERS = 20_000_000
 """Limit on an archive's members, whose index is kept in memory."""
@@ -63,7 +63,7 @@ _NO_BYTES = {
     _TWICE: "is there twice: keep one",
 }
 _LOCAL_HEADER = 30
-_BLOCK = 512
+_TAR_BLOCK = 512
 
 
 class Member(NamedTuple):
@@ -301,21 +301,11 @@ def _limited(members: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
 
 
 def _walk_tar(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
-    end = 0
-    buffered = io.BufferedReader(stream, _BLOCK)
-    with tarfile.open(fileobj=buffered, mode="r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            end, name = tar.offset, _safe(info.name)
-            if info.isdir() or name is None:
-                continue
-            how = _IN_TAR if info.isreg() and not info.issparse() else _LINK
+    for info in tar_headers(io.BufferedReader(stream, _TAR_BLOCK)):
+        name = _safe(info.name)
+        if not info.isdir() and name is not None:
+            how = _IN_TAR if has_bytes(info) else _LINK
             yield _key(name), (info.offset_data, info.size, info.size, 0, how)
-        # tarfile stops without a word at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
-        buffered.seek(end)
-        block = buffered.read(_BLOCK)
-        if len(block) < _BLOCK or any(block):
-            raise ValueError(f"the tar {'ends early' if len(block) < _BLOCK else 'has a damaged header'} at byte {end}")
 
 
 def _walk_zip(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
