@@ -21,7 +21,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.archives import Archives, read_member
+from inpo.common.pairs.archive import read_member
+from inpo.common.pairs.archives import Archives
 from inpo.common.pairs.files import OBJECT_STORES, PASSING, filesystem, is_local, is_refusal, one_line
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, check_text, too_large
 from inpo.common.printable import shown, shown_message

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inpo.common.errors import DataError
-from inpo.common.pairs import Pair, Skipped, archives, open_source
+from inpo.common.pairs import Pair, Skipped, archive, archives, open_source
 
 Members = list[tuple[str, bytes]]
 
@@ -242,7 +242,7 @@ def test_a_damaged_archive_fails_the_shard_and_a_damaged_member_its_row(tmp_path
 
 def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1 << 16
-    monkeypatch.setattr(archives, "MAX_IMAGE_BYTES", limit)
+    monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", limit)
     large, small = bytes(limit + 1), bytes(limit)
     (tmp_path / "a.tar").write_bytes(tar_of([("t.png", large)]))
     bomb = bytearray(zip_of([("z.png", large), ("lies.png", large), ("at.png", small)]))
@@ -252,7 +252,7 @@ def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypa
     (tmp_path / "b.zip").write_bytes(bomb)
     found = ask(tmp_path, "t.png", "z.png", "lies.png", "at.png")
     assert [getattr(item, "reason", "pair") for item in found] == ["too_large", "too_large", "missing_image", "pair"]
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
     (tmp_path / "c.zip").write_bytes(zip_of([(f"{i}.png", b"x") for i in range(3)]))
     with pytest.raises(DataError, match="more than 2 members"):
         ask(tmp_path, "0.png")
