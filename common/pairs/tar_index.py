@@ -223,7 +223,7 @@ def tar_headers(stream: ByteStream) -> Iterator[tarfile.TarInfo]:
     of a tar that ends early or is damaged.
     """
     end, count = 0, 0
-    with tarfile.open(fileobj=cast(Any, stream), mode="r:") as tar:
+    with tarfile.open(fileobj=cast(Any, _HeaderStream(stream)), mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
             end, count = tar.offset, count + 1
@@ -234,6 +234,18 @@ def tar_headers(stream: ByteStream) -> Iterator[tarfile.TarInfo]:
     if len(block) < _BLOCK or any(block):
         what = "ends early" if len(block) < _BLOCK else "has a damaged header"
         raise ValueError(f"the tar {what} at byte {end}, after {count} members")
+
+
+class _HeaderStream:
+    """What tarfile reads headers from: those of long names and pax are read whole, and may announce any size."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        if size > _PART:
+            raise ValueError(f"a header of {size} bytes")
+        return self._stream.read(size)
 
 
 def has_bytes(info: tarfile.TarInfo) -> bool:

@@ -252,6 +252,12 @@ def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypa
     (tmp_path / "b.zip").write_bytes(bomb)
     found = ask(tmp_path, "t.png", "z.png", "lies.png", "at.png")
     assert [getattr(item, "reason", "pair") for item in found] == ["too_large", "too_large", "missing_image", "pair"]
+    endless = tarfile.TarInfo("long")
+    endless.type, endless.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(endless.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=f"a header of {1 << 40} bytes"):
+        ask(tmp_path, "0.png")
+    (tmp_path / "a.tar").unlink()
     monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
     (tmp_path / "c.zip").write_bytes(zip_of([(f"{i}.png", b"x") for i in range(3)]))
     with pytest.raises(DataError, match="more than 2 members"):
