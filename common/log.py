@@ -47,12 +47,13 @@ class _File(logging.FileHandler):
     """A file that ends nothing: when its disk refuses, that is said once, and the rest goes without it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        LOGGER.removeHandler(self)
-        note(f"{self.baseFilename} cannot be written any more: {sys.exc_info()[1]}")
+        if self in LOGGER.handlers:
+            LOGGER.removeHandler(self)
+            note(f"{self.baseFilename} cannot be written any more: {sys.exc_info()[1]}")
 
 
 class _Lines(logging.Formatter):
-    """Lines for a file: dated, without secrets and without what a terminal would obey."""
+    """Lines without secrets, also those of a library's errors, and without what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(shown_message(super().format(record)))
@@ -60,6 +61,7 @@ class _Lines(logging.Formatter):
 
 LOGGER = logging.getLogger("inpo")
 _terminal, _kept = _Terminal(logging.INFO), _Kept()
+_terminal.setFormatter(_Lines())
 LOGGER.setLevel(logging.DEBUG)
 LOGGER.propagate = False  # a library that sets up the root logger would repeat every line
 LOGGER.addHandler(_terminal)

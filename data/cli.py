@@ -213,8 +213,7 @@ def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
 
 
 def _warn(name: str, error: DataError) -> None:
-    line = f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}"
-    warn(shown_message(line))
+    warn(f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}")
 
 
 def _check_table(report: "CheckReport") -> "Table":

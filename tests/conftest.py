@@ -12,10 +12,11 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_configure() -> None:
+def check_annotated_modules() -> None:
     """Check shapes and types at run time in the modules that annotate shapes.
 
     In all the others mypy has checked the types, and checking them at every call again took two fifths of the time.
+    Now, not in pytest_configure: where one folder is run, its conftest.py has imported some of them by then.
     """
     package = Path(__file__).parents[1] / "inpo"
     modules = [
@@ -25,6 +26,9 @@ def pytest_configure() -> None:
         if "jaxtyping" in file.read_text(encoding="utf-8")
     ]
     install_import_hook(modules, "beartype.beartype")
+
+
+check_annotated_modules()
 
 
 @pytest.fixture(autouse=True)

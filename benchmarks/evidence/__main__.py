@@ -302,11 +302,11 @@ def _head_to_head(at_once: int) -> None:
 
 
 def _drift() -> dict[str, Any] | None:
-    """What `inpo inspect drift --json` printed, if it ran."""
+    """What `inpo inspect drift --json` printed, if it ran, with paths as seen from here."""
     log = c.length.root / "drift.log"
     if not log.exists():
         return None
-    text = log.read_text()
+    text = log.read_text().replace(f"{Path.cwd()}/", "")
     return json.loads(text[text.index("{") :])
 
 

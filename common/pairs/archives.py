@@ -1,38 +1,24 @@
-"""Images in archives that lie beside a list, read where they are.
+"""Archives of images that lie beside a list, and in the folders on the way to an image.
 
-    Archives --find--> Member --read_member--> bytes
-
-An archive is a tar, a zip, or such a file cut into pieces (images.tar.aa, images.tar.ab, ..., images.zip.001), which
-are read as one. What it holds is where unpacking would put it: beside the archive, or in a folder of the archive's
-name. Its members are found once, as 37 bytes each; then one is read by seeking. A compressed tar is not looked into:
-each image would cost all bytes before it. Nothing is written, and names that lead elsewhere, links and devices are no
-members.
+An archive is a tar, a zip, or such a file cut into pieces (images.tar.aa, images.tar.ab, ..., images.zip.001). What it
+holds is where unpacking would put it: beside the archive, or in a folder of the archive's name. A compressed tar is not
+looked into: each image would cost all bytes before it.
 """
 
-import hashlib
-import io
 import os
 import re
-import stat
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, cast
-
-import numpy as np
+from typing import NamedTuple
 
 from inpo.common.errors import DataError
+from inpo.common.pairs.archive import Archive, Member
 from inpo.common.pairs.columns import brief
-from inpo.common.pairs.files import ByteStream, filesystem, is_local, list_folder, open_binary, unreadable_file
-from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
-
-MAX_MEMBERS = 20_000_000
-"""Limit on an archive's members, whose index is kept in memory."""
+from inpo.common.pairs.files import filesystem, is_local, is_refusal, list_folder
+from inpo.common.pairs.pair import RowProblem
 
 _ARCHIVE = re.compile(
     r"(?P<name>.+\.(?:tar|zip))(?:(?:[._-](?:part[._-]?)?|part[._-]?)(?:(?P<digits>\d{1,6})|(?P<letters>[a-z]{2}|a(?!sc)[a-z]{2})))?",
@@ -44,73 +30,6 @@ _PACKED = re.compile(
 )
 """What is not looked into, also in pieces."""
 _ANY = re.compile(r"\.(?:tar|zip|tgz|tbz|txz|tzst|7z|rar)", re.IGNORECASE)
-_MEMBER = np.dtype(
-    [("key", "<u8"), ("offset", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("how", "u1")]
-)
-_STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-_IN_TAR, _LINK, _LOCKED, _OTHER, _TWICE = 200, 201, 202, 203, 204
-_NO_BYTES = {
-    _LINK: "is a link or the like, without bytes there: write the archive anew with what it points to",
-    _LOCKED: "is encrypted: unpack it",
-    _OTHER: "is compressed in a way that is not read: unpack it",
-    _TWICE: "is there twice: keep one",
-}
-_LOCAL_HEADER = 30
-_BLOCK = 512
-
-
-class Member(NamedTuple):
-    """Where the bytes of a member are."""
-
-    archive: "Archive"
-    offset: int
-    packed: int
-    size: int
-    crc: int
-    how: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """One archive, of one file or of pieces."""
-
-    name: str
-    """Without the ending of its pieces: images.tar."""
-    files: tuple[str, ...]
-    sizes: tuple[int, ...]
-    changed: tuple[object, ...]
-    """Of each file, what changes with its content."""
-    gap: str | None
-    """Which piece is missing."""
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """What a member's name may be led by: nothing, or a folder that is called after the archive."""
-        return "", f"{PurePosixPath(self.name).stem}/", f"{self.name}/"
-
-    @property
-    def is_tar(self) -> bool:
-        return self.name.lower().endswith(".tar")
-
-    def find(self, name: str) -> Member | None:
-        """The member of a name, as a list beside the archive says it. Raises DataError when the archive cannot be
-        read.
-        """
-        members = _members(self)
-        keys = members["key"]
-        for folder in self.folders:
-            if not name.startswith(folder):
-                continue
-            key = _key(name.removeprefix(folder))
-            at = int(np.searchsorted(keys, np.uint64(key)))
-            if at < len(keys) and keys[at] == key:
-                _, offset, packed, size, crc, how = members[at].tolist()
-                is_twice = at + 1 < len(keys) and keys[at + 1] == key
-                return Member(self, offset, packed, size, crc, _TWICE if is_twice else how)
-        return None
-
-    def open(self) -> "_Joined":
-        return _Joined(self.files, self.sizes)
 
 
 @dataclass(kw_only=True)
@@ -124,6 +43,8 @@ class Archives:
     not_looked_into: str = ""
     """Words for such archives as were met."""
     _known: dict[str, tuple[Archive, ...]] = field(default_factory=dict)
+    _failures: dict[Archive, DataError] = field(default_factory=dict)
+    """Of archives that cannot be read: they are not gone through again for each name."""
 
     def find(self, inside: str) -> Member | None:
         """The member that stands for `root`/`inside`, of an archive in `root` or in a folder on the way; None if none
@@ -137,12 +58,13 @@ class Archives:
             if folder not in self._known:
                 self._known[folder] = self._archives_in(folder)
             for archive in self._known[folder]:
-                try:
-                    member = archive.find("/".join(parts[depth:]))
-                except DataError as error:
-                    failure = failure or error
-                else:
-                    found += [member] if member is not None else []
+                if archive not in self._failures:
+                    try:
+                        member = archive.find("/".join(parts[depth:]))
+                        found += [member] if member is not None else []
+                    except DataError as error:
+                        self._failures[archive] = error
+                failure = failure or self._failures.get(archive)
         if len(found) > 1:
             names = " and ".join(brief(member.archive.name) for member in found[:2])
             raise RowProblem(reason="missing_image", detail=f"{inside} is in {names}: keep one")
@@ -151,7 +73,9 @@ class Archives:
         return found[0] if found else None
 
     def _archives_in(self, folder: str) -> tuple[Archive, ...]:
-        """The archives directly in a folder; none of one that is not there or cannot be listed."""
+        """The archives directly in a folder; none of one that is not there or may not be listed. Raises whatever a
+        remote file system in trouble raises: nobody knows then what is there.
+        """
         fs, path = filesystem(folder)
         try:
             is_there, changed = (
@@ -166,8 +90,10 @@ class Archives:
                     piece = _Piece(found["digits"] or "", found["letters"] or "", f"{folder.rstrip('/')}/{name}")
                     pieces.setdefault(found["name"], []).append(piece)
             archives = [_archive(name, those) for name, those in pieces.items()]
-        except Exception:  # every file system has exceptions of its own; the image is missing either way
-            return ()
+        except Exception as error:  # every file system has exceptions of its own
+            if is_local(fs) or is_refusal(error):
+                return ()
+            raise
         if packed:
             self.not_looked_into = (
                 f"; compressed archives are not looked into ({brief(packed[0])}): unpack them beside "
@@ -189,34 +115,6 @@ def _names_in(folder: str, changed: int | None) -> tuple[str, ...]:
     else:
         names = [PurePosixPath(file).name for file in list_folder(folder).files]
     return tuple(name for name in names if may_be_archive(name) and not name.startswith("."))
-
-
-def read_member(member: Member, what: str) -> bytes:
-    """The bytes of a member. Raises RowProblem when it has none, or more than an image may have, and whatever its file
-    system raises.
-    """
-    where = f"{what} in {brief(member.archive.name)}"
-    if member.how in _NO_BYTES:
-        raise RowProblem(reason="missing_image", detail=f"{where} {_NO_BYTES[member.how]}")
-    if max(member.size, member.packed) > MAX_IMAGE_BYTES:
-        raise too_large(where, max(member.size, member.packed))
-    with member.archive.open() as stream:
-        begin = member.offset
-        if member.how != _IN_TAR:
-            stream.seek(begin)
-            header = stream.read(_LOCAL_HEADER)
-            begin += _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        stream.seek(begin)
-        data = stream.read(member.packed)
-    is_whole = len(data) == member.packed
-    if member.how == _DEFLATED:
-        try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
-        except zlib.error:
-            is_whole = False
-    if not is_whole or len(data) != member.size or (member.how != _IN_TAR and zlib.crc32(data) != member.crc):
-        raise RowProblem(reason="missing_image", detail=f"{where} is damaged: get the archive again")
-    return data
 
 
 def may_be_archive(file: str) -> bool:
@@ -261,120 +159,3 @@ def _archive(name: str, pieces: list[_Piece]) -> Archive:
         changed=tuple(str(each.get("mtime") or each.get("ETag") or each.get("LastModified")) for each in told),
         gap=gap,
     )
-
-
-@lru_cache(maxsize=10_000)  # all of a folder are asked for each name
-def _members(archive: Archive) -> np.ndarray:
-    """[member] of an archive, sorted by key. Raises DataError."""
-    where = archive.files[0]
-    try:
-        if archive.gap is not None:
-            raise ValueError(archive.gap)
-        with archive.open() as stream:
-            walk = _walk_tar if archive.is_tar else _walk_zip
-            members = np.fromiter(_limited(walk(stream)), dtype=_MEMBER)
-    except Exception as error:  # tarfile's and zipfile's errors, and whatever a remote file raises
-        raise unreadable_file(where, error, what="archive of images") from error
-    return members[np.argsort(members["key"], kind="stable")]
-
-
-def _limited(members: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    for number, member in enumerate(members):
-        if number == MAX_MEMBERS:
-            raise ValueError(f"more than {MAX_MEMBERS:,} members")
-        yield member
-
-
-def _walk_tar(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
-    end = 0
-    buffered = io.BufferedReader(stream, _BLOCK)
-    with tarfile.open(fileobj=buffered, mode="r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            end, name = tar.offset, _safe(info.name)
-            if info.isdir() or name is None:
-                continue
-            how = _IN_TAR if info.isreg() and not info.issparse() else _LINK
-            yield _key(name), info.offset_data, info.size, info.size, 0, how
-        # tarfile stops without a word at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
-        buffered.seek(end)
-        block = buffered.read(_BLOCK)
-        if len(block) < _BLOCK or any(block):
-            raise ValueError(f"the tar {'ends early' if len(block) < _BLOCK else 'has a damaged header'} at byte {end}")
-
-
-def _walk_zip(stream: "_Joined") -> Iterator[tuple[Any, ...]]:
-    with zipfile.ZipFile(cast(Any, stream)) as archive:
-        for info in archive.infolist():
-            name = _safe(info.filename)
-            if info.is_dir() or name is None:
-                continue
-            how = info.compress_type if info.compress_type in (_STORED, _DEFLATED) else _OTHER
-            how = _LOCKED if info.flag_bits & 1 else how
-            how = _LINK if stat.S_ISLNK(info.external_attr >> 16) else how
-            yield _key(name), info.header_offset, info.compress_size, info.file_size, info.CRC, how
-
-
-def _safe(name: str) -> str | None:
-    """A member's name as a path below the archive's folder; None if it leads elsewhere."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    return None if name.startswith("/") or ".." in parts or not parts else "/".join(parts)
-
-
-def _key(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-class _Joined(io.RawIOBase):
-    """Files one after another as one; each is opened when it is read from."""
-
-    def __init__(self, files: Sequence[str], sizes: Sequence[int]) -> None:
-        self._files = files
-        self._begins = np.concatenate([[0], np.cumsum(sizes)])
-        self._at = 0
-        self._open: tuple[int, ByteStream] | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = max(0, offset + (0, self._at, int(self._begins[-1]))[whence])
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        end = int(self._begins[-1])
-        stop = end if size is None or size < 0 else min(end, self._at + size)
-        parts = []
-        while self._at < stop:
-            number = int(np.searchsorted(self._begins, self._at, "right")) - 1
-            if self._open is None or self._open[0] != number:
-                self._close()
-                self._open = (number, open_binary(self._files[number], sequential=False))
-            stream = self._open[1]
-            stream.seek(self._at - int(self._begins[number]))
-            part = stream.read(min(stop, int(self._begins[number + 1])) - self._at)
-            if not part:
-                break
-            parts.append(part)
-            self._at += len(part)
-        return b"".join(parts)
-
-    def readinto(self, buffer: Any, /) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-    def close(self) -> None:
-        self._close()
-        super().close()

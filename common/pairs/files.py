@@ -31,6 +31,8 @@ from inpo.common.printable import shown
 
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """URL schemes read through obstore, the library that also holds the cache, so that one set of credentials serves."""
+PASSING = (408, 425, 429)
+"""Answers of a host that is asked too early or too often."""
 
 
 @runtime_checkable
@@ -162,6 +164,15 @@ def open_binary(location: str, *, sequential: bool = True) -> ByteStream:
         return cast(ByteStream, fs.open(path, "rb", **options))
     except Exception as error:  # every file system has exceptions of its own
         raise unreadable_file(location, error) from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a file system says that something is not to be had; else it is in trouble, and may have it later."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    denied = (FileNotFoundError, PermissionError, IsADirectoryError, PermissionDeniedError, UnauthenticatedError)
+    status = getattr(error, "status", None)
+    return isinstance(error, denied) or (isinstance(status, int) and 400 <= status < 500 and status not in PASSING)
 
 
 def one_line(error: Exception) -> str:

@@ -21,8 +21,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.archives import Archives, read_member
-from inpo.common.pairs.files import OBJECT_STORES, filesystem, is_local, one_line
+from inpo.common.pairs.archive import read_member
+from inpo.common.pairs.archives import Archives
+from inpo.common.pairs.files import OBJECT_STORES, PASSING, filesystem, is_local, is_refusal, one_line
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, check_text, too_large
 from inpo.common.printable import shown, shown_message
 
@@ -35,7 +36,6 @@ ROWS_PER_SILENT_HOST = 3
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LOCAL_SCHEMES = ("file", "local")
-_PASSING = (408, 425, 429)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -303,7 +303,7 @@ def _fetch_web(address: str, *, redirects: bool) -> bytes:
             status = answer.status_code
             if answer.is_redirect:
                 raise _Elsewhere(urlsplit(answer.headers["location"]).hostname or "another address")
-            if status >= 500 or status in _PASSING:
+            if status >= 500 or status in PASSING:
                 raise _Unreachable(f"status {status}")
             if status >= 400:
                 raise _Refused(f"status {status}")
@@ -325,16 +325,14 @@ def _bucket(root: str) -> Any:
 
 def _fetch_object(address: str) -> bytes:
     import obstore
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
     try:
         return _bounded(bytes(part) for part in obstore.get(_bucket(f"{scheme}://{bucket}"), key).stream())
-    except (FileNotFoundError, ValueError, PermissionDeniedError, UnauthenticatedError) as error:
-        raise _Refused(one_line(error)) from None
     except Exception as error:
-        raise _Unreachable(one_line(error)) from None
+        refused = isinstance(error, ValueError) or is_refusal(error)
+        raise (_Refused if refused else _Unreachable)(one_line(error)) from None
 
 
 def _fetch_other(fs: AbstractFileSystem, inner: str) -> bytes:
@@ -343,13 +341,8 @@ def _fetch_other(fs: AbstractFileSystem, inner: str) -> bytes:
     try:
         with fs.open(inner, "rb") as stream:
             return bytes(stream.read(MAX_IMAGE_BYTES + 1))
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise _Refused(one_line(error)) from None
     except Exception as error:  # every file system has exceptions of its own
-        status = getattr(error, "status", None)
-        if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
-            raise _Refused(f"status {status}") from None
-        raise _Unreachable(one_line(error)) from None
+        raise (_Refused if is_refusal(error) else _Unreachable)(one_line(error)) from None
 
 
 def _bounded(parts: Iterable[bytes]) -> bytes:

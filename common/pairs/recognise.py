@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 from inpo.common.choices import PairsFrom
@@ -93,8 +94,14 @@ def _from_folder(location: str, reading: Reading, *, around: Counter[str] | None
         got += f"; folders in it: {', '.join(map(brief, list(folders)[:8]))}"
     if listing.others:
         got += f"; pipes, sockets or devices: {', '.join(map(brief, listing.others[:8]))}"
-    within = [name for name, folder in list(folders.items())[:8] if any(map(_kind, list_folder(folder).files))]
+    within = [name for name, folder in list(folders.items())[:8] if _holds_pairs(folder)]
     raise _not_recognised(location, f"a folder with {got}", within=within)
+
+
+def _holds_pairs(folder: str) -> bool:
+    with suppress(DataError):  # of another owner, as lost+found: what was asked for is the one above
+        return any(map(_kind, list_folder(folder).files))
+    return False
 
 
 def _beside(listing: Listing, taken: list[str]) -> Counter[str]:

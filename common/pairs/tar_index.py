@@ -170,44 +170,35 @@ def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tup
     """All members with a name that counts, and the fingerprint. What has no bytes or no name is counted."""
     digest = hashlib.blake2b(digest_size=16)
     members: list[_Member] = []
-    end = 0
-    with tarfile.open(fileobj=cast(Any, stream), mode="r:") as tar:
-        for info in _members(tar):
-            end = tar.offset
-            if info.isdir():
+    for info in tar_headers(stream):
+        if info.isdir():
+            continue
+        if _is_hidden(info.name):
+            not_read["hidden member"] += 1
+            continue
+        digest.update(f"{info.name}\0{info.size}\0{info.mtime}\0".encode("utf-8", "surrogateescape"))
+        key, suffix = base_plus_ext(info.name)
+        if key is None:
+            not_read["member without a suffix"] += 1
+            continue
+        suffix = suffix if columns.chosen else suffix.lower()
+        role = role_of(suffix, columns)
+        place, fields = (info.offset_data, info.size), frozenset[str]()
+        if not has_bytes(info):
+            not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
+            if role is None:
                 continue
-            if _is_hidden(info.name):
-                not_read["hidden member"] += 1
-                continue
-            digest.update(f"{info.name}\0{info.size}\0{info.mtime}\0".encode("utf-8", "surrogateescape"))
-            key, suffix = base_plus_ext(info.name)
-            if key is None:
-                not_read["member without a suffix"] += 1
-                continue
-            suffix = suffix if columns.chosen else suffix.lower()
-            role = role_of(suffix, columns)
-            place, fields = (info.offset_data, info.size), frozenset[str]()
-            if not info.isreg() or info.issparse():
-                not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
-                if role is None:
-                    continue
-                place = (_LINK, _LINK)
-            elif role is not None and role not in SIDE_ROLES:
-                # A changed label or prompt may keep its size and time.
-                stream.seek(info.offset_data)
-                left, head = info.size, b""
-                while left and (part := stream.read(min(left, _PART))):  # a header may announce any size
-                    digest.update(part)
-                    head, left = head or part, left - len(part)
-                if role == "json" and info.size <= _PART:
-                    fields = _names(head)
-            members.append(_Member(key, suffix, info.name, place, fields))
-    # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
-    stream.seek(end)
-    block = stream.read(_BLOCK)
-    if len(block) < _BLOCK or any(block):
-        what = "ends early" if len(block) < _BLOCK else "has a damaged header"
-        raise ValueError(f"the tar {what} at byte {end}, after {len(members)} members")
+            place = (_LINK, _LINK)
+        elif role is not None and role not in SIDE_ROLES:
+            # A changed label or prompt may keep its size and time.
+            stream.seek(info.offset_data)
+            left, head = info.size, b""
+            while left and (part := stream.read(min(left, _PART))):  # a header may announce any size
+                digest.update(part)
+                head, left = head or part, left - len(part)
+            if role == "json" and info.size <= _PART:
+                fields = _names(head)
+        members.append(_Member(key, suffix, info.name, place, fields))
     return members, digest.hexdigest()
 
 
@@ -227,10 +218,39 @@ def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str
         not_read["member .label"] += 1
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (info := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-        yield info
+def tar_headers(stream: ByteStream) -> Iterator[tarfile.TarInfo]:
+    """The header of every member of a tar, which is not compressed. Raises tarfile's errors, and ValueError at the end
+    of a tar that ends early or is damaged.
+    """
+    end, count = 0, 0
+    with tarfile.open(fileobj=cast(Any, _HeaderStream(stream)), mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            end, count = tar.offset, count + 1
+            yield info
+    # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
+    stream.seek(end)
+    block = stream.read(_BLOCK)
+    if len(block) < _BLOCK or any(block):
+        what = "ends early" if len(block) < _BLOCK else "has a damaged header"
+        raise ValueError(f"the tar {what} at byte {end}, after {count} members")
+
+
+class _HeaderStream:
+    """What tarfile reads headers from: those of long names and pax are read whole, and may announce any size."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        if size > _PART:
+            raise ValueError(f"a header of {size} bytes")
+        return self._stream.read(size)
+
+
+def has_bytes(info: tarfile.TarInfo) -> bool:
+    """Whether a member's bytes lie behind its header, as a link's and a sparse file's do not."""
+    return info.isreg() and not info.issparse()
 
 
 def _is_hidden(name: str) -> bool:

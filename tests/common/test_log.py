@@ -45,6 +45,11 @@ def test_standard_error_has_as_much_as_is_wanted(capsys: pytest.CaptureFixture[s
     assert told[logging.INFO] == "done with it\n" + plain
     assert "traceback" in told[logging.DEBUG]
     assert told[logging.DEBUG].endswith(plain.partition("error")[2])
+    error = DataError("It broke.")
+    error.__cause__ = ConnectionError("https://user:password@host/x?sig=abc did not answer")
+    fail(error)
+    told_why = capsys.readouterr().err
+    assert "https://host/x?sig=*** did not answer" in told_why
 
 
 def test_a_file_has_all_of_it_dated_and_without_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,13 +84,19 @@ def test_a_file_has_all_of_it_dated_and_without_secrets(tmp_path: Path, capsys: 
 def test_a_file_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StorageError, match="open the log"), log_file(tmp_path / "nothing"):
         pass
-    with log_file(tmp_path):
-        (handler,) = (each for each in LOGGER.handlers if getattr(each, "baseFilename", "").endswith(LOG_FILE))
-        assert isinstance(handler, logging.FileHandler)
-        handler.close()
-        handler.stream = open("/dev/full", "w")
-        say("one")
-        say("two")
+
+    def run() -> None:
+        with log_file(tmp_path):
+            (handler,) = (each for each in LOGGER.handlers if getattr(each, "baseFilename", "").endswith(LOG_FILE))
+            assert isinstance(handler, logging.FileHandler)
+            handler.close()
+            handler.stream = open("/dev/full", "w")
+            say("one")
+            say("two")
+            raise StorageError("The disk is full.")
+
+    with pytest.raises(StorageError, match="full"):
+        run()
     said = capsys.readouterr().err
     assert said.count("cannot be written any more") == 1
     assert "two" in said

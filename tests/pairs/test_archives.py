@@ -6,6 +6,7 @@ import json
 import random
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inpo.common.errors import DataError
-from inpo.common.pairs import Pair, Skipped, archives, open_source
+from inpo.common.pairs import Pair, Skipped, archive, archives, open_source
 
 Members = list[tuple[str, bytes]]
 
@@ -241,7 +242,7 @@ def test_a_damaged_archive_fails_the_shard_and_a_damaged_member_its_row(tmp_path
 
 def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1 << 16
-    monkeypatch.setattr(archives, "MAX_IMAGE_BYTES", limit)
+    monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", limit)
     large, small = bytes(limit + 1), bytes(limit)
     (tmp_path / "a.tar").write_bytes(tar_of([("t.png", large)]))
     bomb = bytearray(zip_of([("z.png", large), ("lies.png", large), ("at.png", small)]))
@@ -251,7 +252,13 @@ def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypa
     (tmp_path / "b.zip").write_bytes(bomb)
     found = ask(tmp_path, "t.png", "z.png", "lies.png", "at.png")
     assert [getattr(item, "reason", "pair") for item in found] == ["too_large", "too_large", "missing_image", "pair"]
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 2)
+    endless = tarfile.TarInfo("long")
+    endless.type, endless.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(endless.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=f"a header of {1 << 40} bytes"):
+        ask(tmp_path, "0.png")
+    (tmp_path / "a.tar").unlink()
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
     (tmp_path / "c.zip").write_bytes(zip_of([(f"{i}.png", b"x") for i in range(3)]))
     with pytest.raises(DataError, match="more than 2 members"):
         ask(tmp_path, "0.png")
@@ -259,17 +266,34 @@ def test_no_member_is_read_beyond_the_limit_of_an_image(tmp_path: Path, monkeypa
 
 def test_an_archive_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [(f"{i}.png", noise(i, 50)) for i in range(300)]
-    (tmp_path / "set.tar").write_bytes(tar_of(members))
+    whole = tar_of(members)
+    (tmp_path / "set.tar").write_bytes(whole)
     opened: list[object] = []
     original = tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(k) or original(*a, **k))
     assert all(isinstance(item, Pair) for item in ask(tmp_path, *(name for name, _ in members)))
     assert isinstance(ask(tmp_path, "7.png")[0], Pair)
     assert len(opened) == 1
+    (tmp_path / "damaged.tar").write_bytes(whole[:4000])  # cannot be read, and has nothing that is needed
+    assert all(isinstance(item, Pair) for item in ask(tmp_path, *(name for name, _ in members)))
+    assert len(opened) == 2
     (tmp_path / "set.tar").write_bytes(tar_of([("7.png", b"new and of another size")]))
     (changed,) = ask(tmp_path, "7.png")
     assert isinstance(changed, Pair)
     assert changed.win == b"new and of another size"
+
+
+def test_a_member_is_found_without_going_through_the_others(tmp_path: Path) -> None:
+    (tmp_path / "set.zip").write_bytes(zip_of([(f"{i}.png", b"x") for i in range(5000)], zipfile.ZIP_STORED))
+    assert isinstance(ask(tmp_path, "7.png")[0], Pair)  # its members are known from here on
+    beside = archives.Archives(root=str(tmp_path), allowed=lambda file: True)
+    assert beside.find("8.png") is not None
+    tracemalloc.start()
+    try:
+        assert beside.find("9.png") is not None
+        assert tracemalloc.get_traced_memory()[1] < 5000 * 8 // 2  # of the 5000 keys no copy was made
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_zip_at_an_address_is_read_by_ranges(tmp_path: Path) -> None:
@@ -283,3 +307,30 @@ def test_a_zip_at_an_address_is_read_by_ranges(tmp_path: Path) -> None:
         assert (item.win, item.lose) == (noise(0), noise(1))
     finally:
         elsewhere.rm("/zipped", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "reasons"),
+    [
+        (PermissionError("no listing"), ["pair", "missing_image"]),
+        (ConnectionResetError("in trouble"), ["pair", "unreachable"]),
+    ],
+)
+def test_an_image_that_may_be_in_an_archive_is_not_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, reasons: list[str]
+) -> None:
+    rows = [{"win": name, "lose": name, "prompt": "p"} for name in ("here.png", "images/0.png")]
+    elsewhere = fsspec.filesystem("memory")
+    listed = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    elsewhere.pipe({"/asked/pairs.jsonl": listed, "/asked/here.png": b"x"})
+    (shard,) = open_source("memory://asked/pairs.jsonl").input_shards()
+
+    def fail(self: object, path: str) -> bool:
+        raise error
+
+    try:
+        monkeypatch.setattr(type(elsewhere), "isdir", fail)
+        assert [getattr(item, "reason", "pair") for item in shard.rows(0, 2)] == reasons
+    finally:
+        monkeypatch.undo()
+        elsewhere.rm("/asked", recursive=True)

@@ -10,7 +10,8 @@ import fsspec
 import pytest
 
 from inpo.common.errors import DataError
-from inpo.common.pairs import InputShard, Pair, PairSource, mark_duplicates, open_source
+from inpo.common.pairs import InputShard, Pair, PairSource, mark_duplicates, open_source, recognise
+from inpo.common.pairs.files import Listing
 
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], Path]
 
@@ -176,7 +177,7 @@ def test_a_pipe_in_a_folder_is_counted_and_not_opened(tars: Path) -> None:
     assert dict(source.not_read) == {"hidden file or folder": 1, "pipe, socket or device": 1}
 
 
-def test_a_repository_with_its_files_in_data(tars: Path) -> None:
+def test_a_repository_with_its_files_in_data(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tars / "repository" / "data").mkdir(parents=True)
     (tars / "repository" / "README.md").touch()
     for path in tars.glob("*.tar"):
@@ -187,6 +188,17 @@ def test_a_repository_with_its_files_in_data(tars: Path) -> None:
     (tars / "repository" / "data").rename(tars / "repository" / "train")
     with pytest.raises(DataError, match="folders in it: images, train") as raised:
         open_source(f"{tars / 'repository'}/")
+    assert raised.value.fix == f"name a folder in it: {tars / 'repository' / 'train'}"
+    original = recognise.list_folder
+
+    def refuse(folder: str) -> Listing:
+        if folder.endswith("/images"):
+            raise DataError("this folder cannot be listed", where=folder)
+        return original(folder)
+
+    monkeypatch.setattr(recognise, "list_folder", refuse)
+    with pytest.raises(DataError, match="folders in it: images, train") as raised:
+        open_source(str(tars / "repository"))
     assert raised.value.fix == f"name a folder in it: {tars / 'repository' / 'train'}"
 
 
