@@ -19,7 +19,9 @@ from inpo.common.spread import SPREAD_RECORDS
 from inpo.evaluation.relabel import relabel_cache
 from inpo.inspection.verify import verify
 from inpo.precompute.configuration import configure
+from inpo.precompute.settings import RayOptions
 from inpo.rounds.pictures import SampleTars
+from inpo.rounds.sample import configure_sample, run_sample
 from inpo.train.run import run_train
 from tests.rounds.conftest import PROMPTS, Brightness, Samples
 from tests.rounds.test_recorded import pictures
@@ -197,4 +199,7 @@ def test_what_does_not_go_on_is_refused(
         configure(None, {}, {}, {"inverter": "recorded"})
     with pytest.raises(UsageError, match="faithful"):
         sample(pipelines(), tmp_path / "other", faithful=True)
+    asked = configure_sample(None, {"model": str(pipelines())}, {"cache": str(tmp_path / "other")}, {})
+    with pytest.raises(UsageError, match="--engine"):
+        run_sample(asked, None, ray_options=RayOptions(workers=1), dry_run=False)
     assert not (tmp_path / "other").exists()
