@@ -126,7 +126,7 @@ def resolve_rounds(recipe: Path | None, flags: Mapping[str, Any]) -> Rounds:
 def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettings, evaluate: EvaluateSettings) -> None:
     """Raise UsageError for what is missing, or does not go together."""
     watchers = [name for name in evaluate.scorers if name != sample.scorer]
-    taken = [name for name in ("output", "caches", "init_from") if getattr(trained, name)]
+    taken = [name for name in ("output", "caches", "init_from", "push_to_hub") if getattr(trained, name)]
     for wrong, where, expected, fix in (
         (settings.output is None, "--output", "a folder", "pass --output, or set output in [round]"),
         (sample.prompts is None, "[sample]", "prompts", "set prompts in [sample] of the recipe"),
@@ -144,7 +144,7 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
             "0: the next round begins with a whole model",
             "train all weights, or go round by round yourself",
         ),
-        (bool(taken), f"{', '.join(taken)} in [train]", "none: they are each round's own", "leave them out"),
+        (bool(taken), f"{', '.join(taken)} in [train]", "none: each round has its own", "leave out; `inpo push` a run"),
     ):
         if wrong:
             raise UsageError(
@@ -155,7 +155,7 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
 
 
 def run_rounds(rounds: Rounds) -> int:
-    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing."""
+    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing, or was stopped."""
     state = processes()
     if state.is_main_process:
         _claim(rounds)
@@ -184,7 +184,8 @@ def run_rounds(rounds: Rounds) -> int:
             return code
         timed("points")
         if not _trained(rounds, number):
-            return 0
+            say("stopped: run the same command again to go on")
+            return 1
         timed("train")
         drawn = _drawn(rounds, ModelSection(model=str(folder / "run" / "pipeline")), folder / "images")
         before = _images(rounds, number - 1) if number > 1 else first
