@@ -6,7 +6,6 @@ OUTPUT/first/           held-out images of the first model, and their scores
 OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, page.html, page.md
 """
 
-import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inpo.common.cache import open_cache
+from inpo.common.compiled import release
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.log import say
@@ -173,10 +171,7 @@ def run_rounds(rounds: Rounds) -> int:
             nonlocal clock
             seconds[stage] = round(time.perf_counter() - clock, 1)
             clock = time.perf_counter()
-            gc.collect()
-            torch.compiler.reset()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release()
             state.wait_for_everyone()
 
         code, samples = _points(rounds, number)
