@@ -14,7 +14,7 @@ from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
 from inpo.common.errors import CacheIncomplete, DataError, command
-from inpo.common.log import fail, log_file, say, warn
+from inpo.common.log import fail, log_file, note, say, warn
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
@@ -234,24 +234,22 @@ def _print_summary(
     say(f"time: {report}")
     for reason, count in sorted(skipped.items()):
         meaning = SKIP_REASONS.get(reason, "a number that would be stored is NaN or infinite")  # type: ignore[call-overload]
-        say(f"skipped: {count} x {reason}: {meaning}")
+        note(f"skipped: {count} x {reason}: {meaning}")
     if skipped:
         say(f"skipped rows are listed by pair id in {writer.store.path('skipped')}")
     if "unreachable" in skipped:
-        say(
+        note(
             "unreachable images are not asked for again: to make a shard with them anew, move its "
             f"{writer.store.path('commits')}/SHARD.json away and run again"
         )
     for what, count in sorted(counts.items()):
-        say(f"counted: {count} x {what}")
+        note(f"counted: {count} x {what}")
     if failures:
-        say(f"unreadable input shards: {len(failures)}; the others are done")
+        warn(f"unreadable input shards: {len(failures)}; the others are done")
     if num_pairs == 0:
-        for line in _reasons(writer, commits).lines(
-            {task.input_shard.name: task.input_shard for task in tasks}.values()
-        ):
-            say(line)
-        say(f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}")
+        reasons = _reasons(writer, commits).lines({task.input_shard.name: task.input_shard for task in tasks}.values())
+        told = f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}"
+        fail("\n  ".join([told, *reasons]))
         return 0
     say(f"next: {command('inspect', 'summary', writer.store.location)}")
     say(f"next: {next_command}")

@@ -168,9 +168,12 @@ class Trainer:
         settings, quiet = self.settings, not self.accelerator.is_main_process
         batches = iter(self.stream)
         started, records = time.perf_counter(), 0
-        # Reading makes thousands of short-lived objects a second; the collector need not walk all modules each time.
-        gc.collect()
-        gc.freeze()
+        # Reading makes thousands of short-lived objects a second; the collector need not walk all modules each time. A
+        # caller who has frozen them keeps that.
+        freezes = gc.get_freeze_count() == 0
+        if freezes:
+            gc.collect()
+            gc.freeze()
         try:
             with ProgressReport("train", total=settings.steps, unit="steps", done=self.step, quiet=quiet) as progress:
                 while self.step < settings.steps and not self.overfitted:
@@ -196,7 +199,8 @@ class Trainer:
                         return False
             return True
         finally:
-            gc.unfreeze()
+            if freezes:
+                gc.unfreeze()
             self.stream.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.schema import LevelTables
 from inpo.common.errors import CacheMismatch, CacheMissing, DataError, ModelError
 from inpo.common.levels import Levels
+from inpo.common.log import set_level
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.configuration import build_manifest
@@ -82,7 +84,11 @@ def test_a_source_without_pairs_says_why_and_names_no_training(
 ) -> None:
     rows: list[dict[str, object]] = [{"text": "a wrong name"}, {"prompt": "p", "win": "late.png"}]
     source = write_list(rows)
-    assert run(source, pipelines(), tmp_path / "cache") == 1
+    loudness = set_level(logging.WARNING)  # -q hides what is done, and not why nothing was
+    try:
+        assert run(source, pipelines(), tmp_path / "cache") == 1
+    finally:
+        set_level(loudness)
     said = capsys.readouterr().err
     for words in ("1 x missing_prompt", "1 x missing_image", "no pair was kept", f"inpo data check {source}"):
         assert words in said

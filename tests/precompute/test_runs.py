@@ -149,7 +149,7 @@ def test_a_pair_that_is_not_finite_is_quarantined(
     assert (row["pair_id"], row["reason"], row["row"]) == ("pair-001", "not_finite", 1)
     assert words in row["detail"]
     assert "1 x not_finite" in capsys.readouterr().err
-    assert "INFO skipped: 1 x not_finite" in (tmp_path / "cache" / "log.txt").read_text()
+    assert "WARNING note: skipped: 1 x not_finite" in (tmp_path / "cache" / "log.txt").read_text()
     for pair_id, value in by_id(well, "x_t").items():
         if pair_id in kept:
             np.testing.assert_allclose(kept[pair_id].astype(float), value.astype(float), rtol=2e-3, atol=2e-3)

@@ -1,5 +1,6 @@
 """A run from cache to pipeline: what it writes and that it learns."""
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -28,3 +29,14 @@ def test_a_share_of_so_few_pairs_that_none_is_held_out_is_said(
 ) -> None:
     run(steps=1, held_out=held_out)
     assert ("a larger --held-out" in capsys.readouterr().err) is is_said
+
+
+def test_what_the_caller_has_frozen_stays_frozen_and_nothing_else(run: Callable[..., Path]) -> None:
+    gc.unfreeze()
+    run(steps=1, held_out=0.0)
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    run(steps=1, held_out=0.0)
+    assert 0 < gc.get_freeze_count() <= frozen
