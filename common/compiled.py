@@ -5,6 +5,7 @@ not change. Kernels are made when the network is called, for the shapes that it 
 minutes. So there is a first call at the very shape of all later ones, and it happens before anything hangs on it.
 """
 
+import gc
 import os
 import time
 import warnings
@@ -109,6 +110,14 @@ def kernel_folder() -> str:
             return "torch's temporary folder"
         os.environ[_FOLDER] = str(folder)
     return os.environ[_FOLDER]
+
+
+def release() -> None:
+    """Give back what work that has ended held: models in circles of references, compiled code, a device's memory."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _parts(network: nn.Module, how: CompileName, blocks: Sequence[str], device: torch.device) -> list[nn.Module]:

@@ -209,6 +209,18 @@ def _refuse_unused(settings: PrecomputeSettings, model: Model, static: Mapping[s
     model.family.check_tokens(settings.max_tokens)
 
 
+def check_ray(settings: PrecomputeSettings, ray_options: RayOptions) -> None:
+    """Raise UsageError for options of Ray where another engine does the work."""
+    if settings.engine != "ray" and ray_options != RayOptions():
+        raise UsageError(
+            "Ray options without the ray engine.",
+            where="--engine",
+            expected="ray",
+            got=settings.engine,
+            fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
+        )
+
+
 def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) -> str:
     """The device that will do the work. Ray's workers may have GPUs that this process has not, so the cluster is asked;
     without `ray_options` nothing is started and this machine stands for it."""

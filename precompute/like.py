@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from inpo.common.cache import Cache, CacheWriter, Manifest, Shard, open_cache
-from inpo.common.cache.buckets import read_buckets
+from inpo.common.cache import CacheWriter, Manifest, Shard, open_cache
 from inpo.common.cache.identity import same_levels
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.errors import CacheMismatch, UsageError
@@ -106,6 +105,14 @@ class RefreshWork(Work):
                 got=", ".join(f"{getattr(made, name)}" for name in wrong),
                 fix="leave the option out, or make the cache from its pairs: --pairs",
             )
+        if made.inverter.name == "tracked" != self.origin.inverter.name:
+            raise UsageError(
+                "The noise that the images were made from is not in the other cache.",
+                where="--inverter",
+                expected=f"{self.origin.inverter.name}, or any but tracked",
+                got="tracked",
+                fix="invert the pairs with their seeds: --pairs, of samples CACHE-images",
+            )
         made = _changed(made, vae_dtype=self.origin.vae_dtype)
         if not settings.errors_only:
             return made
@@ -127,7 +134,12 @@ class RefreshWork(Work):
             versions=made.versions,
         )
 
+    @property
+    def why_no_pair(self) -> str:
+        return "the model gives NaN or infinity for every pair: look at its weights, or take another --dtype"
+
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
+        """None: the other cache's inputs were looked at when it was made."""
         return []
 
 
@@ -146,7 +158,7 @@ def all_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple[
 def like_work(resolved: Configuration) -> RefreshWork:
     """All shards of the other cache, or the first that hold `limit` pairs. Raises as `open_cache` does."""
     settings = resolved.settings
-    origin = open_like(settings.like or "")
+    origin = open_cache(settings.like or "")
     tasks: list[ShardTask] = []
     shards: list[CachedShard] = []
     for shard in origin:
@@ -172,17 +184,3 @@ def like_work(resolved: Configuration) -> RefreshWork:
         calls_per_image=float(kept) if settings.errors_only else None,
         origin=origin.manifest,
     )
-
-
-def open_like(location: str) -> Cache:
-    """The cache to be made again. Raises UsageError for a folder of buckets."""
-    names = read_buckets(location)
-    if names is not None:
-        raise UsageError(
-            "This is a folder of caches, one for each bucket.",
-            where="--like",
-            expected="one cache",
-            got=location,
-            fix=f"name them one by one: {location.rstrip('/')}/{names[0]}, for instance",
-        )
-    return open_cache(location)

@@ -24,9 +24,7 @@ from inpo.common.spread import measure_spread
 from inpo.precompute.components import fit, in_words, load_denoiser
 from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.worker import num_unsettled
-
-_MADE = ("x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
+from inpo.precompute.worker import OF_IMAGES, num_unsettled, skipped_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +79,8 @@ class RefreshWorker:
     def read(self, task: Any) -> tuple[Shard, dict[str, np.ndarray]]:
         """What stays as it is."""
         shard, specs = self.source.shards[task.name], self.writer.manifest.specs
-        stays = [path for path in specs if path not in (*_MADE, "x0", "x0_scale", "target_scale", "timestep")]
-        again = ("delta_prev", "residual", "eps_ref")
-        return shard, {path: shard.read(path) for path in stays if path not in again}
+        made = {*OF_IMAGES, "delta_prev", "residual", "eps_ref", "x0", "x0_scale", "target_scale", "timestep"}
+        return shard, {path: shard.read(path) for path in specs if path not in made}
 
     def compute(self, item: tuple[Shard, dict[str, np.ndarray]]) -> ShardData:
         clock = time.perf_counter()
@@ -96,7 +93,7 @@ class RefreshWorker:
                 x0 = coarse(x0)
             caption = Condition.of(shard, images)
             inverted = self._records(shard, arrays, x0, caption)
-            made = {name: getattr(inverted, name).numpy() for name in _MADE}
+            made = {name: getattr(inverted, name).numpy() for name in OF_IMAGES}
             for name in (*manifest.extra, *(["residual"] if inverted.residual is not None else [])):
                 is_kept = name == "delta_prev" and self.errors_only
                 made[name] = shard.read(name) if is_kept else getattr(inverted, name).numpy()
@@ -177,12 +174,7 @@ class RefreshWorker:
         gone = {row["row"] for row in before}
         rows = [row for row in range(*shard.commit.source.rows) if row not in gone]
         lost = [
-            {
-                "pair_id": str(name),
-                "reason": "not_finite",
-                "detail": "a stored tensor of the inversion is NaN or infinite",
-                "row": row,
-            }
+            skipped_row(str(name), "not_finite", "a stored tensor of the inversion is NaN or infinite", row)
             for name, row, fine in zip(arrays["pair/id"], rows, kept, strict=False)
             if not fine
         ]

@@ -13,7 +13,7 @@ from inpo.common.cache.store import is_remote
 from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
-from inpo.common.errors import CacheIncomplete, DataError, UsageError, command
+from inpo.common.errors import CacheIncomplete, DataError, command
 from inpo.common.log import fail, log_file, note, say, warn
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
@@ -24,7 +24,7 @@ from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
-from inpo.precompute.configuration import Configuration, configure
+from inpo.precompute.configuration import Configuration, check_ray, configure
 from inpo.precompute.engines.local import run_local
 from inpo.precompute.inputs import committed_shards, named_texts, print_inputs
 from inpo.precompute.like import all_works
@@ -51,14 +51,7 @@ def run_precompute(
     resolved = configure(recipe, model_flags, data_flags, flags)
     settings = resolved.settings
     resolved.data.need("cache")
-    if settings.engine != "ray" and ray_options != RayOptions():
-        raise UsageError(
-            "Ray options without the ray engine.",
-            where="--engine",
-            expected="ray",
-            got=settings.engine,
-            fix="add --engine ray, or leave out --ray-address, --gpus-per-worker and --ray-workers",
-        )
+    check_ray(settings, ray_options)
     model = resolved.model_section.open()
     works, unreadable = all_works(resolved, model, is_real=not dry_run)
     codes = []

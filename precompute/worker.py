@@ -35,7 +35,8 @@ from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
 
-_OF_IMAGES = ("x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
+OF_IMAGES = ("x_t", "delta", "x0_t", "target", "reference_error", "inversion_error")
+"""What an inversion makes of every image, beside extra arrays and the residual."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -87,7 +88,7 @@ class ShardWorker:
                 if self._has_noise(item, skipped) and self._has_texts(item, task, skipped):
                     pairs.append(item)
             else:
-                skipped.append(_skipped(item.pair_id, item.reason, item.detail, item.row))
+                skipped.append(skipped_row(item.pair_id, item.reason, item.detail, item.row))
         return PreparedShard(
             task=task, pairs=pairs, skipped=skipped, fingerprint=fingerprint, seconds=time.perf_counter() - start
         )
@@ -147,7 +148,7 @@ class ShardWorker:
             detail = f"an image of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} is resized"
         else:
             return True
-        skipped.append(_skipped(pair.pair_id, "missing_noise", detail, pair.row))
+        skipped.append(skipped_row(pair.pair_id, "missing_noise", detail, pair.row))
         return False
 
     def _has_texts(self, pair: PreparedPair, task: ShardTask, skipped: list[dict[str, Any]]) -> bool:
@@ -218,7 +219,7 @@ class ShardWorker:
         texts = [EMPTY_PROMPT, *sorted({own[group][0] for group in groups} - {EMPTY_PROMPT})]
         numbers: dict[str, np.ndarray] = {
             name: getattr(inverted, name).numpy()[rows]
-            for name in (*_OF_IMAGES, *manifest.extra, *(["residual"] if inverted.residual is not None else []))
+            for name in (*OF_IMAGES, *manifest.extra, *(["residual"] if inverted.residual is not None else []))
         }
         arrays = numbers | {
             "x0": x0.numpy()[rows],
@@ -362,12 +363,13 @@ def _crashed(task: ShardTask, pair: Pair) -> Skipped:
     )
 
 
-def _skipped(pair_id: str, reason: str, detail: str, row: int) -> dict[str, Any]:
+def skipped_row(pair_id: str, reason: str, detail: str, row: int) -> dict[str, Any]:
+    """A row that gives no pair, as the list beside the shard has it."""
     return {"pair_id": pair_id, "reason": reason, "detail": detail, "row": row}
 
 
 def _not_finite(each: PreparedPair, what: str) -> dict[str, Any]:
-    return _skipped(each.pair_id, "not_finite", f"{what} is NaN or infinite", each.row)
+    return skipped_row(each.pair_id, "not_finite", f"{what} is NaN or infinite", each.row)
 
 
 def _finite_pairs(

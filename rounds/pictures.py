@@ -39,12 +39,14 @@ class SampleTars:
         """Make this the place of images with these properties. Raises CacheMismatch if it has others, or holds
         something else."""
         told = json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        if self.store.get(SAMPLE) is None and (other := self.store.listing("")):
+        # Another process may be writing its claim.
+        other = [file for file in self.store.listing("") if not file.startswith(SAMPLE)]
+        if other and self.store.get(SAMPLE) is None:
             raise CacheMismatch(
                 "The folder for the images is not empty.",
                 where=self.store.location,
                 expected=f"{SAMPLE}, or a new or empty folder",
-                got=", ".join(sorted(other)[:5]),
+                got=", ".join(other[:5]),
                 fix="choose another --cache, so that nothing of yours is mixed with the images",
             )
         if self.store.put_new(SAMPLE, told.encode()):
@@ -82,13 +84,12 @@ class SampleTars:
 
     def settle(self, name: str, fingerprint: str) -> None:
         """The commit of a shard says that its pairs are those of this digest: they get their name."""
-        there = self.store.listing("")
         staged = f"{name}.tar.{fingerprint}"
-        if f"{name}.tar" not in there and staged in there:
+        if staged in self.store.listing(""):
             try:
-                self.store.move(staged, f"{name}.tar")
+                self.store.move(staged, f"{name}.tar")  # over that of a commit that was moved away
             except StorageError:
-                if f"{name}.tar" not in self.store.listing(""):  # another writer was quicker
+                if staged in self.store.listing(""):  # else another writer was quicker
                     raise
         for file in self.store.listing(""):  # by writers that died, or lost the race
             if file.startswith(f"{name}.tar."):
@@ -100,11 +101,9 @@ class SampleTars:
         there = self.store.listing("")
         lost = []
         for name, commit in commits.items():
-            if not commit.num_pairs or f"{name}.tar" in there:
-                continue
-            if f"{name}.tar.{commit.source.fingerprint}" in there:
+            if commit.num_pairs and f"{name}.tar.{commit.source.fingerprint}" in there:
                 self.settle(name, commit.source.fingerprint)
-            else:
+            elif commit.num_pairs and f"{name}.tar" not in there:
                 lost.append(name)
         return lost
 

@@ -6,7 +6,6 @@ OUTPUT/first/           held-out images of the first model, and their scores
 OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, page.html, page.md
 """
 
-import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inpo.common.cache import open_cache
+from inpo.common.compiled import release
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.log import say
@@ -126,7 +124,7 @@ def resolve_rounds(recipe: Path | None, flags: Mapping[str, Any]) -> Rounds:
 def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettings, evaluate: EvaluateSettings) -> None:
     """Raise UsageError for what is missing, or does not go together."""
     watchers = [name for name in evaluate.scorers if name != sample.scorer]
-    taken = [name for name in ("output", "caches", "init_from") if getattr(trained, name)]
+    taken = [name for name in ("output", "caches", "init_from", "push_to_hub") if getattr(trained, name)]
     for wrong, where, expected, fix in (
         (settings.output is None, "--output", "a folder", "pass --output, or set output in [round]"),
         (sample.prompts is None, "[sample]", "prompts", "set prompts in [sample] of the recipe"),
@@ -144,7 +142,7 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
             "0: the next round begins with a whole model",
             "train all weights, or go round by round yourself",
         ),
-        (bool(taken), f"{', '.join(taken)} in [train]", "none: they are each round's own", "leave them out"),
+        (bool(taken), f"{', '.join(taken)} in [train]", "none: each round has its own", "leave out; `inpo push` a run"),
     ):
         if wrong:
             raise UsageError(
@@ -155,7 +153,7 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
 
 
 def run_rounds(rounds: Rounds) -> int:
-    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing."""
+    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing, or was stopped."""
     state = processes()
     if state.is_main_process:
         _claim(rounds)
@@ -173,10 +171,7 @@ def run_rounds(rounds: Rounds) -> int:
             nonlocal clock
             seconds[stage] = round(time.perf_counter() - clock, 1)
             clock = time.perf_counter()
-            gc.collect()
-            torch.compiler.reset()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release()
             state.wait_for_everyone()
 
         code, samples = _points(rounds, number)
@@ -184,7 +179,8 @@ def run_rounds(rounds: Rounds) -> int:
             return code
         timed("points")
         if not _trained(rounds, number):
-            return 0
+            say("stopped: run the same command again to go on")
+            return 1
         timed("train")
         drawn = _drawn(rounds, ModelSection(model=str(folder / "run" / "pipeline")), folder / "images")
         before = _images(rounds, number - 1) if number > 1 else first

@@ -11,7 +11,7 @@ from inpo.common.errors import UsageError
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.common.scorer import load_scorer, scorer_names
 from inpo.evaluation.prompts import read_prompts
-from inpo.precompute.configuration import Configuration
+from inpo.precompute.configuration import Configuration, check_ray
 from inpo.precompute.run import run_work
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.works import Work
@@ -56,6 +56,7 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     settings = resolved.settings
     assert isinstance(settings, SampleSettings)
     cache = resolved.data.need("cache")
+    check_ray(settings, ray_options)
     source, identity = sample_source(settings)
     model = resolved.model_section.open()
     work = SampleWork(

@@ -67,7 +67,7 @@ class SampleSettings(PrecomputeSettings):
     def _only_what_is_of_use(self) -> "SampleSettings":
         for name in self.recipe_only:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is no setting of sample")
+                raise ValueError(f"{name} is not a setting of sample")
         return self
 
     @property

@@ -33,7 +33,7 @@ from inpo.precompute.components import in_words
 from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
-from inpo.precompute.worker import PreparedShard, ShardWorker, build_worker
+from inpo.precompute.worker import PreparedShard, ShardWorker, build_worker, skipped_row
 from inpo.rounds.pictures import SampleTars, Tar
 from inpo.rounds.prompts import PromptGroup, PromptShard
 from inpo.rounds.sampler import sample_path, sampler_grid
@@ -142,8 +142,7 @@ class SampleWorker(ShardWorker):
             for row, found in enumerate(self._rows(group, images), number * self.settings.pairs_per_prompt):
                 if isinstance(found, str):
                     reason, _, detail = found.partition(": ")
-                    pair_id = f"{group.list}-{row}"
-                    sampled.skipped.append({"pair_id": pair_id, "reason": reason, "detail": detail, "row": row})
+                    sampled.skipped.append(skipped_row(f"{group.list}-{row}", reason, detail, row))
                     continue
                 pair = self._pair(group, images, *found, row=row)
                 ready = prepare_pair(pair, False, resolution=self.manifest.resolution)

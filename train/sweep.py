@@ -1,6 +1,5 @@
 """`inpo train --sweep`: several runs one after another from one cache, and one table of what came of them."""
 
-import gc
 import itertools
 import json
 import re
@@ -10,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from inpo.common.compiled import release
 from inpo.common.durable import write_file
 from inpo.common.errors import InpoError, UsageError, command
 from inpo.common.log import fail, say
@@ -172,10 +170,7 @@ def run_sweep(
                 raise  # the other processes may be waiting for this one
             failed = error.what
             fail(error)
-        gc.collect()
-        torch.compiler.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         if main:
             rows.append(SweepRow.read(name, run, failed=failed))
     if not main:

@@ -227,6 +227,27 @@ def test_a_pair_that_the_model_has_no_numbers_for_is_skipped(
     assert verify(second.location).findings == []
 
 
+def test_a_model_without_numbers_is_told_as_such(
+    tars: Callable, pipelines: Callable, run: Runs, again: Again, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run.cache(tars(1, 1), pipelines(), tmp_path / "cache")
+    capsys.readouterr()
+    again.prepare = lambda denoiser: [each.data.fill_(float("nan")) for each in denoiser.network.parameters()] and None
+    assert again(first, pipelines(), tmp_path / "again") == 1
+    told = capsys.readouterr().err
+    assert "look at its weights" in told
+    assert "data check" not in told  # of pairs, which a cache is not
+
+
+def test_noise_that_a_cache_has_not_is_refused(
+    tars: Callable, pipelines: Callable, run: Runs, again: Again, tmp_path: Path
+) -> None:
+    first = run.cache(tars(1, 1), pipelines("sd3"), tmp_path / "cache")
+    with pytest.raises(UsageError, match="--inverter"):
+        again(first, pipelines("sd3"), tmp_path / "again", inverter="tracked")
+    assert not (tmp_path / "again").exists()
+
+
 def test_what_does_not_go_together_is_refused(
     tars: Callable, pipelines: Callable, trained: Callable, run: Runs, again: Again, tmp_path: Path
 ) -> None:

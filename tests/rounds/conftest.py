@@ -11,25 +11,12 @@ import pytest
 import inpo.common.scorer as scorers
 import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import Cache, open_cache
-from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.components import Components
 from inpo.precompute.settings import RayOptions
 from inpo.rounds.sample import configure_sample, run_sample
+from tests.precompute.conftest import pipelines  # noqa: F401  (a fixture)
 
 PROMPTS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
-
-
-@pytest.fixture(scope="session")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """pipelines(kind): a tiny pipeline folder, made once."""
-    made: dict[str, Path] = {}
-
-    def build(kind: str = "sd15") -> Path:
-        if kind not in made:
-            made[kind] = save_tiny_pipeline(tmp_path_factory.mktemp(kind), kind)  # type: ignore[arg-type]
-        return made[kind]
-
-    return build
 
 
 @dataclass

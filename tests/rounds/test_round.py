@@ -1,6 +1,7 @@
 """`inpo round`: whole rounds on a tiny pipeline, stopped and gone on with, and what is watched meanwhile."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def test_it_resumes_anywhere_and_goes_on(
                 run_rounds(resolve_rounds(file, {"rounds": 1}))
         assert read_lines(output) == {}
     calls = sample.network_calls
+    with monkeypatch.context() as patched:
+        patched.setattr(round_module, "train", lambda *_, **__: False)  # SIGTERM, with a checkpoint
+        shutil.move(output / "round-1" / "run" / "pipeline", tmp_path / "pipeline")
+        assert run_rounds(resolve_rounds(file, {"rounds": 1})) == 1
+        shutil.move(tmp_path / "pipeline", output / "round-1" / "run" / "pipeline")
     assert run_rounds(resolve_rounds(file, {"rounds": 1})) == 0
     assert (made, sample.network_calls) == (["train"], calls)
     before = (output / "rounds.jsonl").read_text()
@@ -154,6 +160,7 @@ def test_what_cannot_tell_what_was_learnt_is_refused(recipe: Callable, tmp_path:
         ({"evaluate": {"prompts": str(tmp_path / "sampled.txt")}}, "no prompt in both"),
         ({"train": {"lora_rank": 4}}, "lora_rank"),
         ({"train": {"output": "elsewhere"}}, "output"),
+        ({"train": {"push_to_hub": "me/mine"}}, "push_to_hub"),
         ({"sample": {"scorer": None}}, "scorer"),
         ({"evaluate": {"prompts": None}}, "held out"),
         ({"round": {"output": None}}, "--output"),

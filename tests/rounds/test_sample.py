@@ -13,12 +13,15 @@ from inpo.common.cache.labels import read_shard_labels
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, open_source
+from inpo.common.pairs.tars import TarShard
 from inpo.common.scorer import load_scorer
 from inpo.common.spread import SPREAD_RECORDS
 from inpo.evaluation.relabel import relabel_cache
 from inpo.inspection.verify import verify
 from inpo.precompute.configuration import configure
+from inpo.precompute.settings import RayOptions
 from inpo.rounds.pictures import SampleTars
+from inpo.rounds.sample import configure_sample, run_sample
 from inpo.train.run import run_train
 from tests.rounds.conftest import PROMPTS, Brightness, Samples
 from tests.rounds.test_recorded import pictures
@@ -98,6 +101,35 @@ def test_what_is_committed_is_not_made_again_and_has_its_images(
     assert sample.network_calls == 0
 
 
+def test_a_shard_that_is_made_again_has_its_own_images(
+    sample: Samples, scorer: Brightness, pipelines: Callable, tmp_path: Path
+) -> None:
+    """Its commit moved away, and made with other scores, as a GPU may make it with other pixels."""
+    where = tmp_path / "cache"
+    (name,) = sample.cache(pipelines(), where).commits
+    (where / "commits" / f"{name}.json").rename(tmp_path / "moved.json")
+    scorer.told = lambda prompts: [float(number) for number, _ in enumerate(prompts)]
+    (shard,) = sample.cache(pipelines(), where)
+    told = pictures(where)
+    (tar,) = Path(f"{where}-images").glob("*.tar*")
+    assert TarShard(name=name, file=str(tar)).fingerprint() == shard.commit.source.fingerprint
+    scores = [[told[pair][f"score_{side}"] for side in ("win", "lose")] for pair in shard.read("pair/id")]
+    assert shard.read("image/score")[shard.sides()].tolist() == scores
+
+
+def test_processes_that_begin_together_claim_the_folder_together(tmp_path: Path) -> None:
+    one, other = (SampleTars(str(tmp_path / "cache")) for _ in range(2))
+    listing = one.store.listing
+
+    def meanwhile(prefix: str) -> dict[str, int]:
+        other.claim({"scorer": "brightness"})
+        (tmp_path / "cache-images" / "sample.json.0.staged").touch()
+        return listing(prefix)
+
+    one.store.listing = meanwhile  # type: ignore[method-assign]
+    one.claim({"scorer": "brightness"})
+
+
 def test_a_prompt_whose_images_score_alike_gives_no_pair(
     sample: Samples, scorer: Brightness, pipelines: Callable, tmp_path: Path
 ) -> None:
@@ -167,4 +199,7 @@ def test_what_does_not_go_on_is_refused(
         configure(None, {}, {}, {"inverter": "recorded"})
     with pytest.raises(UsageError, match="faithful"):
         sample(pipelines(), tmp_path / "other", faithful=True)
+    asked = configure_sample(None, {"model": str(pipelines())}, {"cache": str(tmp_path / "other")}, {})
+    with pytest.raises(UsageError, match="--engine"):
+        run_sample(asked, None, ray_options=RayOptions(workers=1), dry_run=False)
     assert not (tmp_path / "other").exists()
