@@ -1,7 +1,7 @@
 """The base models' networks, tokenizers and schedulers: Stable Diffusion 1.5's and 3's classes at a toy's size.
 
-Picture [3, 32, 32] -1..1 -> AutoencoderKL -> latent [6, 8, 8] -> times scaling_factor -> UNet2DConditionModel, told the
-caption by a CLIPTextModel over at most 16 tokens. The flow has the same VAE and captions, an SD3Transformer2DModel on
+Picture [3, 64, 64] -1..1 -> AutoencoderKL -> latent [12, 8, 8] -> times scaling_factor -> UNet2DConditionModel, told
+the caption by a CLIPTextModel over at most 20 tokens. The flow has the same VAE and captions, an SD3Transformer2DModel on
 every element of the latent, two CLIP encoders and T5.
 """
 
@@ -29,7 +29,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from inpo.toyworld.sampling import MAX_TOKENS
+from inpo.toyworld.backdrops import SIZE
+from inpo.toyworld.sampling import LATENT_SHAPE, MAX_TOKENS
 from inpo.toyworld.scenes import scenes_by_caption
 
 TEXT_WIDTH = 64
@@ -41,11 +42,11 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        sample_size=32,
-        latent_channels=6,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=SIZE,
+        latent_channels=LATENT_SHAPE[0],
+        block_out_channels=(16, 32, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         norm_num_groups=8,
         mid_block_add_attention=False,
@@ -55,8 +56,8 @@ def build_vae() -> AutoencoderKL:
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=6,
-        out_channels=6,
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
         block_out_channels=(48, 80),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -181,8 +182,8 @@ def build_flow_pipeline(*, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Stab
         transformer=SD3Transformer2DModel(
             sample_size=8,
             patch_size=1,
-            in_channels=6,
-            out_channels=6,
+            in_channels=LATENT_SHAPE[0],
+            out_channels=LATENT_SHAPE[0],
             num_layers=FLOW_LAYERS,
             attention_head_dim=FLOW_WIDTH // FLOW_HEADS,
             num_attention_heads=FLOW_HEADS,

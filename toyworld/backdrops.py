@@ -1,4 +1,4 @@
-"""The six backdrops of the toyworld: a sky with a gradient over some ground, drawn once at 32 x 32 pixels."""
+"""The six backdrops of the toyworld: a sky with a gradient over some ground, drawn once at 64 x 64 pixels."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,8 +8,10 @@ from jaxtyping import Float
 
 from inpo.common.errors import UsageError
 
-SIZE = 32
+SIZE = 64
 """Width and height of every picture in pixels."""
+UNITS = 32
+"""Width and height of every picture in the units that the backdrops are drawn in."""
 SUPERSAMPLE = 4
 """Sub-pixels per pixel and axis; their mean is the anti-aliased pixel."""
 
@@ -18,14 +20,15 @@ Line = Float[np.ndarray, "side 1"]
 Row = Float[np.ndarray, "1 side"]
 
 
-def box_downsample(fine: Float[np.ndarray, "128 128 *channels"]) -> Float[np.ndarray, "32 32 *channels"]:
+def box_downsample(fine: Float[np.ndarray, "rows columns *channels"]) -> Float[np.ndarray, "y x *channels"]:
     """Mean of every pixel's sub-pixels."""
-    blocks = fine.reshape(SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE, *fine.shape[2:])
+    rows, columns, *channels = fine.shape
+    blocks = fine.reshape(rows // SUPERSAMPLE, SUPERSAMPLE, columns // SUPERSAMPLE, SUPERSAMPLE, *channels)
     return blocks.mean(axis=(1, 3), dtype=np.float32)
 
 
 def _gradient(y: Line, *stops: tuple[float | int, tuple[int, int, int]]) -> Float[np.ndarray, "side 1 3"]:
-    """Colours interpolated between stops (height in pixels, RGB 0..255), for every row."""
+    """Colours interpolated between stops (height in units, RGB 0..255), for every row."""
     heights = [height for height, _ in stops]
     channels = [np.interp(y, heights, [rgb[channel] for _, rgb in stops]) for channel in range(3)]
     return (np.stack(channels, axis=-1) / 255).astype(np.float32)
@@ -84,11 +87,11 @@ BACKDROPS: dict[str, Callable[[Row, Line], Canvas]] = {
 
 
 @cache
-def backdrop(name: str) -> Float[np.ndarray, "32 32 3"]:
-    """The picture behind the object, RGB from 0 to 1; read-only, as it is shared."""
+def backdrop(name: str) -> Float[np.ndarray, "64 64 3"]:
+    """The picture behind the objects, RGB from 0 to 1; read-only, as it is shared."""
     if name not in BACKDROPS:
         raise UsageError("unknown backdrop", expected=", ".join(BACKDROPS), got=repr(name))
-    centres = (np.arange(SIZE * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE
+    centres = (np.arange(SIZE * SUPERSAMPLE, dtype=np.float32) + 0.5) * UNITS / (SIZE * SUPERSAMPLE)
     picture = box_downsample(BACKDROPS[name](centres[None, :], centres[:, None]))
     picture.flags.writeable = False
     return picture

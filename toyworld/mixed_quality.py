@@ -4,51 +4,63 @@ The base model learns from these, so it makes good and bad images for one prompt
 prefer. Every flaw comes with its own probability, independently of the others; about two pictures in five have none.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
 
-from inpo.toyworld.scenes import COLOURS, Scene, render, scenes_by_caption
+from inpo.toyworld.scenes import COLOURS, Look, Scene, draw_captions, render, scenes_by_caption
 
 MISPLACED = 0.15
-WRONG_COLOUR = 0.15
-LOW_CONTRAST = 0.15
-BLURRED = 0.18
-NOISY = 0.15
+WRONG_COLOUR = 0.12
+SWAPPED = 0.15
+"""Probability that two objects have each other's colours."""
+MISSING = 0.1
+"""Probability that one of two objects is not there."""
+LOW_CONTRAST = 0.12
+BLURRED = 0.15
+NOISY = 0.12
 
 
-def mixed_render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "32 32 3"]:
+def mixed_render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "64 64 3"]:
     """One picture of the scene with whatever flaws the generator draws."""
-    shift, colour = rng.uniform(-1, 1, 2), np.array(COLOURS[scene.colour], dtype=np.float64)
-    if rng.random() < MISPLACED:
-        angle = rng.uniform(0, 2 * np.pi)
-        shift = shift + rng.uniform(4, 9) * np.array([np.cos(angle), np.sin(angle)])
-    if rng.random() < WRONG_COLOUR:
-        other = COLOURS[rng.choice([name for name in COLOURS if name != scene.colour])]
-        colour = colour + rng.uniform(0.4, 1.0) * (np.array(other) - colour)
-    red, green, blue = (int(channel) for channel in np.round(colour))
-    picture: Float[np.ndarray, "32 32 3"] = render(
-        scene, shift=(float(shift[0]), float(shift[1])), scale=float(rng.uniform(0.93, 1.07)), colour=(red, green, blue)
-    ).astype(np.float32)
+    objects = list(scene.objects)
+    if len(objects) == 2 and rng.random() < SWAPPED:
+        objects = [replace(one, colour=other.colour) for one, other in zip(objects, reversed(objects), strict=True)]
+    if len(objects) == 2 and rng.random() < MISSING:
+        del objects[rng.integers(2)]
+    looks = []
+    for drawn in objects:
+        shift, colour = rng.uniform(-2, 2, 2), np.array(COLOURS[drawn.colour], dtype=np.float64)
+        # Either flaw is the picture's, not each object's: two objects share its probability.
+        if rng.random() < MISPLACED / len(objects):
+            angle = rng.uniform(0, 2 * np.pi)
+            shift = shift + rng.uniform(7, 15) * np.array([np.cos(angle), np.sin(angle)])
+        if rng.random() < WRONG_COLOUR / len(objects):
+            other = COLOURS[rng.choice([name for name in COLOURS if name != drawn.colour])]
+            colour = colour + rng.uniform(0.4, 1.0) * (np.array(other) - colour)
+        (x, y), (red, green, blue) = shift.tolist(), colour.tolist()
+        looks.append(Look(shift=(x, y), scale=float(rng.uniform(0.93, 1.07)), colour=(red, green, blue)))
+    picture = render(replace(scene, objects=tuple(objects)), looks).astype(np.float32)
     if rng.random() < LOW_CONTRAST:
         grey = picture.mean()
         picture = grey + rng.uniform(0.3, 0.65) * (picture - grey)
     if rng.random() < BLURRED:
-        picture = blur(picture, radius=rng.uniform(0.8, 1.7))
+        picture = blur(picture, radius=rng.uniform(1.3, 3))
     if rng.random() < NOISY:
         picture = picture + rng.normal(0, rng.uniform(12, 30), picture.shape)
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
 
 
-def blur(picture: Float[np.ndarray, "32 32 3"], *, radius: float) -> Float[np.ndarray, "32 32 3"]:
+def blur(picture: Float[np.ndarray, "64 64 3"], *, radius: float) -> Float[np.ndarray, "64 64 3"]:
     """Gaussian blur of an RGB picture with values 0 to 255; `radius` (standard deviation) in pixels."""
     image = Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32)
 
 
-def mixed_renders(count: int, *, seed: int) -> tuple[UInt8[np.ndarray, "picture 32 32 3"], Int[np.ndarray, " picture"]]:
-    """`count` pictures over all captions in turn, with the index of each one's caption in `scenes_by_caption`."""
-    scenes = list(scenes_by_caption().values())
-    caption_index = np.arange(count) % len(scenes)
-    rng = np.random.default_rng(seed)
+def mixed_renders(count: int, *, seed: int) -> tuple[UInt8[np.ndarray, "picture 64 64 3"], Int[np.ndarray, " picture"]]:
+    """`count` pictures of drawn captions, with the index of each one's caption in `scenes_by_caption`."""
+    scenes, rng = list(scenes_by_caption().values()), np.random.default_rng(seed)
+    caption_index = draw_captions(count, rng)
     return np.stack([mixed_render(scenes[index], rng) for index in caption_index]), caption_index

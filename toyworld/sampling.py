@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from inpo.common import families
 
 MODELS = {name: Path(__file__).parent / name for name in ("base", "flow")}
-LATENT_SHAPE = (6, 8, 8)
-MAX_TOKENS = 16
-"""Of a prompt."""
+LATENT_SHAPE = (12, 8, 8)
+MAX_TOKENS = 20
+"""Of a prompt: the 18 words of the longest caption, between a start and an end."""
 STEPS = 20
 GUIDANCE = 2.5
 
@@ -36,13 +36,13 @@ def _load(name: str) -> "tuple[families.Family, diffusers.DiffusionPipeline]":
 
 def generate(
     captions: Sequence[str],
-    noise: Float[Tensor, "caption 6 8 8"],
+    noise: Float[Tensor, "caption 12 8 8"],
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     model: str = "base",
 ) -> list[Image.Image]:
-    """One RGB picture of 32 x 32 pixels per caption, from its starting noise (standard normal), without other noise."""
+    """One RGB picture of 64 x 64 pixels per caption, from its starting noise (standard normal), without other noise."""
     family, pipeline = _load(model)
     tokens = MAX_TOKENS if family.max_tokens else None
     told = family.drawing(captions, guidance, tokens)

@@ -1,17 +1,19 @@
 """Captions, the scenes they describe, and clean pictures of those scenes.
 
-A scene is one shape in front of one backdrop: "a small red heart on the left at sunset". Captions and scenes stand in
-one-to-one correspondence; `render` draws a scene at 32 x 32 pixels, anti-aliased. Shape coordinates (u, v) run from -1
-to 1 across the object's radius, u to the right and v down.
+A scene is one or two objects in front of one backdrop: "a small red heart on the left and a big blue star on the right
+at sunset". Captions and scenes stand in one-to-one correspondence; `render` draws a scene at 64 x 64 pixels,
+anti-aliased. Shape coordinates (u, v) run from -1 to 1 across the object's radius, u to the right and v down.
 """
 
 import hashlib
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from inpo.common.errors import UsageError
 from inpo.toyworld.backdrops import BACKDROPS, SIZE, SUPERSAMPLE, backdrop, box_downsample
@@ -20,9 +22,9 @@ from inpo.toyworld.split import SPLITS, Split
 Shift = tuple[float | int, float | int]
 """Pixels to the right and down."""
 
-RADII = {"small": 5.5, "big": 9.0}
-"""Radius of the object in pixels."""
-REACH = {"small": 8.5, "big": 6.0}
+RADII = {"small": 8.0, "big": 12.5}
+"""Radius of an object in pixels."""
+REACH = 16
 """Distance in pixels between the picture's middle and the object's, for every place but the middle."""
 PLACES = {
     "on the left": (-1, 0),
@@ -31,6 +33,8 @@ PLACES = {
     "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
+LAYOUTS = (*((place,) for place in PLACES), ("on the left", "on the right"), ("at the top", "at the bottom"))
+"""Where the objects of a scene are, in the order of the caption."""
 COLOURS = {
     "red": (214, 48, 52),
     "orange": (245, 140, 40),
@@ -53,37 +57,75 @@ CLASHES = {
 """Colours hardly seen before a backdrop: no caption combines them."""
 
 
+ONE_OBJECT = 1 / 3
+"""Share of the scenes with one object in whatever is drawn, though nearly all captions have two."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What a caption says: five attributes, each one of the words above."""
+class SceneObject:
+    """What a caption says of one object: four attributes, each one of the words above."""
 
     size: str
     colour: str
     shape: str
     place: str
+
+    @property
+    def centre(self) -> tuple[int, int]:
+        """Its ideal centre (x, y) in pixels from the upper left corner."""
+        right, down = PLACES[self.place]
+        return SIZE // 2 + right * REACH, SIZE // 2 + down * REACH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a caption says."""
+
+    objects: tuple[SceneObject, ...]
+    """One or two, of different colours."""
     backdrop: str
 
     @property
     def caption(self) -> str:
         """The sentence that describes the scene."""
-        return f"a {self.size} {self.colour} {self.shape} {self.place} {self.backdrop}"
+        return " and ".join(f"a {o.size} {o.colour} {o.shape} {o.place}" for o in self.objects) + f" {self.backdrop}"
 
 
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
+OBJECT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(RADII),
     "colour": tuple(COLOURS),
     "shape": SHAPES,
     "place": tuple(PLACES),
-    "backdrop": tuple(BACKDROPS),
 }
-"""Every attribute of a scene with its words, in the order of the caption."""
+"""Every attribute of an object with its words, in the order of the caption."""
 
 
 @cache
 def scenes_by_caption() -> dict[str, Scene]:
-    """All scenes of the world, keyed by their captions, in a fixed order."""
-    scenes = (Scene(**dict(zip(ATTRIBUTES, words, strict=True))) for words in itertools.product(*ATTRIBUTES.values()))
-    return {scene.caption: scene for scene in scenes if scene.colour not in CLASHES[scene.backdrop]}
+    """All scenes of the world, keyed by their captions, in a fixed order: those with one object come first."""
+    objects: dict[tuple[str, str], list[SceneObject]] = {(place, name): [] for place in PLACES for name in COLOURS}
+    for words in itertools.product(*OBJECT_ATTRIBUTES.values()):
+        made = SceneObject(**dict(zip(OBJECT_ATTRIBUTES, words, strict=True)))
+        objects[made.place, made.colour].append(made)
+    scenes = (
+        Scene(objects=chosen, backdrop=name)
+        for layout in LAYOUTS
+        for name in BACKDROPS
+        for colours in itertools.permutations([c for c in COLOURS if c not in CLASHES[name]], len(layout))
+        for chosen in itertools.product(*(objects[key] for key in zip(layout, colours, strict=True)))
+    )
+    return {scene.caption: scene for scene in scenes}
+
+
+@cache
+def _num_with_one_object() -> int:
+    return sum(len(scene.objects) == 1 for scene in scenes_by_caption().values())
+
+
+def draw_captions(count: int, rng: np.random.Generator) -> Int[np.ndarray, " caption"]:
+    """Indices of captions in `scenes_by_caption`, drawn anew each: a third of them with one object."""
+    ones, total = _num_with_one_object(), len(scenes_by_caption())
+    return np.where(rng.random(count) < ONE_OBJECT, rng.integers(ones, size=count), rng.integers(ones, total, count))
 
 
 def parse_caption(caption: str) -> Scene:
@@ -103,24 +145,33 @@ def parse_caption(caption: str) -> Scene:
 
 def split_of(caption: str) -> Split:
     """The split a caption belongs to, from a stable hash: 65% train, 15% validation, 20% test."""
-    bucket = int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") % 20
+    bucket = _hash(caption) % 20
     return "train" if bucket < 13 else "validation" if bucket < 16 else "test"
 
 
 @cache
 def captions(split: Split) -> tuple[str, ...]:
-    """The captions of one split, in an order shuffled by the hash so that any prefix is a fair sample."""
+    """The captions of one split, in an order shuffled by the hash so that any prefix is a fair sample.
+
+    One in three has one object, until there are no more of these.
+    """
     if split not in SPLITS:
         raise UsageError("unknown split", expected=", ".join(SPLITS), got=repr(split))
-    ours = [caption for caption in scenes_by_caption() if split_of(caption) == split]
-    return tuple(sorted(ours, key=lambda caption: hashlib.blake2b(caption.encode(), salt=b"order").digest()))
+    ones = _num_with_one_object()
+    twos = len(scenes_by_caption()) - ones
+    # A caption comes at its hash; those of one object as much sooner as there are fewer of them.
+    odds = ONE_OBJECT / (1 - ONE_OBJECT) * twos / ones
+
+    def order(numbered: tuple[int, str]) -> float:
+        place = _hash(numbered[1], b"order")
+        return place / odds if numbered[0] < ones else place
+
+    ours = [(index, caption) for index, caption in enumerate(scenes_by_caption()) if split_of(caption) == split]
+    return tuple(caption for _, caption in sorted(ours, key=order))
 
 
-@cache
-def _pixel_grid() -> tuple[Float[np.ndarray, "1 side"], Float[np.ndarray, "side 1"]]:
-    """Horizontal and vertical pixel coordinates of the sub-pixel centres."""
-    centres = (np.arange(SIZE * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE
-    return centres[None, :], centres[:, None]
+def _hash(caption: str, salt: bytes = b"") -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8, salt=salt).digest(), "big")
 
 
 def _inside(
@@ -148,38 +199,52 @@ def _inside(
     raise UsageError("unknown shape", expected=", ".join(SHAPES), got=repr(shape))
 
 
-def object_centre(scene: Scene) -> tuple[float, float]:
-    """The object's ideal centre (x, y) in pixels from the upper left corner."""
-    right, down = PLACES[scene.place]
-    return SIZE / 2 + right * REACH[scene.size], SIZE / 2 + down * REACH[scene.size]
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How an object is drawn, other than its caption says."""
+
+    shift: Shift = (0, 0)
+    scale: float = 1.0
+    """Of its radius."""
+    colour: tuple[float, float, float] | None = None
+    """RGB from 0 to 255, in place of its own."""
 
 
-def object_mask(scene: Scene, *, shift: Shift = (0, 0), scale: float = 1.0) -> Float[np.ndarray, "32 32"]:
-    """Coverage of every pixel by the object, 0 to 1; `shift` in pixels to the right and down, `scale` of its radius."""
-    u, v = _object_coordinates(scene, shift, scale)
-    return box_downsample(_inside(scene.shape, u, v).astype(np.float32))
+AS_SAID = Look()
 
 
-def _object_coordinates(
-    scene: Scene, shift: Shift, scale: float
-) -> tuple[Float[np.ndarray, "1 side"], Float[np.ndarray, "side 1"]]:
-    x, y = object_centre(scene)
-    radius = RADII[scene.size] * scale
-    columns, rows = _pixel_grid()
-    return (columns - x - shift[0]) / radius, (rows - y - shift[1]) / radius
+def _coverage(
+    drawn: SceneObject, look: Look
+) -> tuple[tuple[slice, slice], Float[np.ndarray, "y x"], Float[np.ndarray, "y x"]]:
+    """The part of the picture an object lies in, its pixels' coverage from 0 to 1, and their shade from -1 to 1."""
+    radius, span = RADII[drawn.size] * look.scale, []
+    coordinates = []
+    for middle, moved in zip(drawn.centre, look.shift, strict=True):
+        first, last = (np.clip(middle + moved + side * 1.1 * radius, 0, SIZE) for side in (-1, 1))
+        span.append(slice(int(first), math.ceil(last)))
+        fine = np.arange(span[-1].start * SUPERSAMPLE, span[-1].stop * SUPERSAMPLE, dtype=np.float32)
+        coordinates.append(((fine + 0.5) / SUPERSAMPLE - middle - moved) / radius)
+    u, v = coordinates[0][None, :], coordinates[1][:, None]
+    mask = box_downsample(_inside(drawn.shape, u, v).astype(np.float32))
+    return (span[1], span[0]), mask, box_downsample(np.clip((u + v) / 2, -1, 1))
 
 
-def render(
-    scene: Scene, *, shift: Shift = (0, 0), scale: float = 1.0, colour: tuple[int, int, int] | None = None
-) -> UInt8[np.ndarray, "32 32 3"]:
-    """A clean picture of the scene, lit from the upper left.
+def object_mask(drawn: SceneObject, look: Look = AS_SAID) -> Float[np.ndarray, "64 64"]:
+    """Coverage of every pixel by the object, 0 to 1."""
+    mask = np.zeros((SIZE, SIZE), dtype=np.float32)
+    window, covered, _ = _coverage(drawn, look)
+    mask[window] = covered
+    return mask
 
-    `shift` moves the object (pixels, right and down), `scale` multiplies its radius, `colour` replaces its RGB colour.
-    """
-    u, v = _object_coordinates(scene, shift, scale)
-    mask = box_downsample(_inside(scene.shape, u, v).astype(np.float32))[..., None]
-    shade = box_downsample(np.clip((u + v) / 2, -1, 1))[..., None]
-    paint = np.asarray(colour or COLOURS[scene.colour], dtype=np.float32) / 255
-    lit = np.where(shade > 0, paint * (1 - 0.3 * shade), paint + (1 - paint) * 0.4 * -shade)
-    picture = backdrop(scene.backdrop) * (1 - mask) + lit * mask
+
+def render(scene: Scene, looks: Sequence[Look] | None = None) -> UInt8[np.ndarray, "64 64 3"]:
+    """A clean picture of the scene, lit from the upper left; `looks` has one for every object."""
+    picture = backdrop(scene.backdrop).copy()
+    for drawn, look in zip(scene.objects, looks or [AS_SAID] * len(scene.objects), strict=True):
+        window, mask, shade = (
+            each[..., None] if isinstance(each, np.ndarray) else each for each in _coverage(drawn, look)
+        )
+        paint = np.asarray(look.colour or COLOURS[drawn.colour], dtype=np.float32) / 255
+        lit = np.where(shade > 0, paint * (1 - 0.3 * shade), paint + (1 - paint) * 0.4 * -shade)
+        picture[window] += (lit - picture[window]) * mask
     return np.round(picture * 255).astype(np.uint8)

@@ -1,6 +1,7 @@
-"""One stage of training in two data-parallel processes: seeded, resumable, with its loss kept.
+"""One stage of training: seeded, resumable, with its loss kept.
 
-On two CPU cores two processes with half a batch each beat one process with two threads.
+One process on a GPU where there is one, else two data-parallel ones on the CPU: on two cores they beat one process with
+two threads.
 """
 
 import json
@@ -18,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from inpo.common.durable import new_file
 from inpo.common.seeding import stable_hash
 
-WORLD_SIZE = 2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORLD_SIZE = 1 if DEVICE.type == "cuda" else 2
 CHECKPOINT_EVERY = 100
 LOG_EVERY = 25
 
@@ -29,7 +31,7 @@ class StageSettings:
 
     steps: int
     batch_size: int
-    """Pictures per step, over both processes."""
+    """Pictures per step, over all processes."""
     learning_rate: float
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -42,9 +44,9 @@ class StageReport:
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Processor time of both processes."""
+    """Processor time of all processes."""
     loss: list[tuple[int, float]] = field(default_factory=list)
-    """(step, mean loss of both processes since the last entry)."""
+    """(step, mean loss of all processes since the last entry)."""
 
 
 def learning_rate_factor(step: int, settings: StageSettings) -> float:
@@ -68,6 +70,7 @@ def train_stage(
     rank) alone, so a stage stopped and resumed from its checkpoint sees the same batches.
     """
     rank = dist.get_rank()
+    module.to(DEVICE)
     replica = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(
         module.parameters(),
@@ -79,7 +82,7 @@ def train_stage(
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     checkpoint, report, first_step = folder / f"{name}.pt", StageReport(), 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         rates.load_state_dict(state["rates"])
@@ -91,13 +94,13 @@ def train_stage(
         time.process_time() - report.cpu_seconds / WORLD_SIZE,
     )
     module.train()
-    loss_sum = torch.zeros(())
+    loss_sum = torch.zeros((), device=DEVICE)
     for step in range(first_step, settings.steps):
         generator = torch.Generator().manual_seed(stable_hash(seed, name, step, rank) >> 1)
         batch = draw_batch(generator, settings.batch_size // WORLD_SIZE)
         # Noise inside the networks (the VAE's sample) follows the same rule.
         torch.manual_seed(stable_hash(seed, name, step, rank, "inside") >> 1)
-        loss = replica(*batch)
+        loss = replica(*(tensor.to(DEVICE) for tensor in batch))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.max_gradient_norm)
