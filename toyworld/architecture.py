@@ -1,8 +1,8 @@
 """The base models' networks, tokenizers and schedulers: Stable Diffusion 1.5's and 3's classes at a toy's size.
 
 Picture [3, 64, 64] -1..1 -> AutoencoderKL -> latent [12, 8, 8] -> times scaling_factor -> UNet2DConditionModel, told
-the caption by a CLIPTextModel over at most 20 tokens. The flow has the same VAE and captions, an SD3Transformer2DModel on
-every element of the latent, two CLIP encoders and T5.
+the caption by a CLIPTextModel over at most 20 tokens. The flow has the same VAE and captions, an SD3Transformer2DModel
+on every element of the latent, two CLIP encoders and T5.
 """
 
 import json
@@ -31,7 +31,7 @@ from transformers import (
 
 from inpo.toyworld.backdrops import SIZE
 from inpo.toyworld.sampling import LATENT_SHAPE, MAX_TOKENS
-from inpo.toyworld.scenes import scenes_by_caption
+from inpo.toyworld.scenes import all_captions
 
 TEXT_WIDTH = 64
 SECOND_WIDTH = 32
@@ -93,7 +93,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     Writes the tokenizer into `folder`. Each word's merges join its letters from the left; long words come
     first, else a short word's merge ("at") would tear the letters out of a longer one.
     """
-    vocabulary_words = {word for caption in scenes_by_caption() for word in caption.split()}
+    vocabulary_words = {word for caption in all_captions() for word in caption.split()}
     words = sorted(vocabulary_words, key=lambda word: (-len(word), word))
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     tokens = dict.fromkeys([*letters, *(letter + WORD_END for letter in letters)])
@@ -146,7 +146,7 @@ def build_pipeline(
 
 def build_t5_tokenizer() -> T5TokenizerFast:
     """A T5 tokenizer where each word of the captions is one token; other words fall into letters."""
-    words = sorted({word for caption in scenes_by_caption() for word in caption.split()})
+    words = sorted({word for caption in all_captions() for word in caption.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in words)]
     letters = ["\u2581", *string.ascii_lowercase, *string.digits, *string.punctuation]
     core = Tokenizer(models.Unigram([*pieces, *((letter, -9.0) for letter in letters)], unk_id=2))

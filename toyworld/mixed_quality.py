@@ -7,10 +7,10 @@ prefer. Every flaw comes with its own probability, independently of the others; 
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
-from inpo.toyworld.scenes import COLOURS, Look, Scene, draw_captions, render, scenes_by_caption
+from inpo.toyworld.scenes import COLOURS, Look, Scene, draw_captions, parse_caption, render
 
 MISPLACED = 0.15
 WRONG_COLOUR = 0.12
@@ -59,8 +59,8 @@ def blur(picture: Float[np.ndarray, "64 64 3"], *, radius: float) -> Float[np.nd
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32)
 
 
-def mixed_renders(count: int, *, seed: int) -> tuple[UInt8[np.ndarray, "picture 64 64 3"], Int[np.ndarray, " picture"]]:
-    """`count` pictures of drawn captions, with the index of each one's caption in `scenes_by_caption`."""
-    scenes, rng = list(scenes_by_caption().values()), np.random.default_rng(seed)
-    caption_index = draw_captions(count, rng)
-    return np.stack([mixed_render(scenes[index], rng) for index in caption_index]), caption_index
+def mixed_renders(count: int, *, seed: int) -> tuple[UInt8[np.ndarray, "picture 64 64 3"], list[str]]:
+    """`count` pictures of drawn captions, and these."""
+    rng = np.random.default_rng(seed)
+    captions = draw_captions(count, rng)
+    return np.stack([mixed_render(parse_caption(caption), rng) for caption in captions]), captions

@@ -3,7 +3,7 @@
     parquet/pairs-00000.parquet       jpg_0, jpg_1, label_0, label_1, has_label, caption, ranking_id, image uids
     webdataset/pairs-00000.tar        <key>.win.png  <key>.lose.png  <key>.json {prompt, label, id}
 
-One file per part, in one row group. The pictures are PNG in both, as JPEG would smear 32 pixels; the columns keep the
+One file per part, in one row group. The pictures are PNG in both, as JPEG would smear 64 pixels; the columns keep the
 published names. The same pair carries the same id: the parquet's ranking_id, the tar's key.
 """
 

@@ -101,82 +101,84 @@ OBJECT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def scenes_by_caption() -> dict[str, Scene]:
-    """All scenes of the world, keyed by their captions, in a fixed order: those with one object come first."""
-    objects: dict[tuple[str, str], list[SceneObject]] = {(place, name): [] for place in PLACES for name in COLOURS}
-    for words in itertools.product(*OBJECT_ATTRIBUTES.values()):
-        made = SceneObject(**dict(zip(OBJECT_ATTRIBUTES, words, strict=True)))
-        objects[made.place, made.colour].append(made)
-    scenes = (
-        Scene(objects=chosen, backdrop=name)
+def all_captions() -> tuple[str, ...]:
+    """Every caption of the world in a fixed order: those with one object come first."""
+    # Plain strings in one loop: there are too many to make a scene of each before it is asked for.
+    phrases = {
+        (place, colour): [f"a {size} {colour} {shape} {place}" for size in RADII for shape in SHAPES]
+        for place in PLACES
+        for colour in COLOURS
+    }
+    return tuple(
+        f"{' and '.join(chosen)} {name}"
         for layout in LAYOUTS
         for name in BACKDROPS
         for colours in itertools.permutations([c for c in COLOURS if c not in CLASHES[name]], len(layout))
-        for chosen in itertools.product(*(objects[key] for key in zip(layout, colours, strict=True)))
+        for chosen in itertools.product(*(phrases[key] for key in zip(layout, colours, strict=True)))
     )
-    return {scene.caption: scene for scene in scenes}
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(all_captions())
 
 
 @cache
 def _num_with_one_object() -> int:
-    return sum(len(scene.objects) == 1 for scene in scenes_by_caption().values())
+    return sum(" and " not in caption for caption in all_captions())
 
 
-def draw_captions(count: int, rng: np.random.Generator) -> Int[np.ndarray, " caption"]:
-    """Indices of captions in `scenes_by_caption`, drawn anew each: a third of them with one object."""
-    ones, total = _num_with_one_object(), len(scenes_by_caption())
-    return np.where(rng.random(count) < ONE_OBJECT, rng.integers(ones, size=count), rng.integers(ones, total, count))
+def draw_captions(count: int, rng: np.random.Generator) -> list[str]:
+    """Captions drawn anew each: a third of them with one object."""
+    ones, total = _num_with_one_object(), len(all_captions())
+    drawn = np.where(rng.random(count) < ONE_OBJECT, rng.integers(ones, size=count), rng.integers(ones, total, count))
+    return [all_captions()[index] for index in drawn]
 
 
 def parse_caption(caption: str) -> Scene:
     """The scene a caption describes; UsageError for a sentence that is none of the world's captions."""
-    scene = scenes_by_caption().get(caption.strip())
-    if scene is None:
-        example = next(iter(scenes_by_caption()))
+    sentence = caption.strip()
+    if sentence not in _known():
         raise UsageError(
             "this prompt is no caption of the toyworld",
             where="the toyworld's scorers and pairs know its captions only",
-            expected=f"a sentence like {example!r}",
+            expected=f"a sentence like {all_captions()[0]!r}",
             got=repr(caption),
             fix="list the captions with `inpo toyworld prompts`",
         )
-    return scene
-
-
-def split_of(caption: str) -> Split:
-    """The split a caption belongs to, from a stable hash: 65% train, 15% validation, 20% test."""
-    bucket = _hash(caption) % 20
-    return "train" if bucket < 13 else "validation" if bucket < 16 else "test"
+    (name,) = (name for name in BACKDROPS if sentence.endswith(name))
+    objects = []
+    for phrase in sentence.removesuffix(f" {name}").split(" and "):
+        _, *words = phrase.split(" ", maxsplit=len(OBJECT_ATTRIBUTES))
+        objects.append(SceneObject(**dict(zip(OBJECT_ATTRIBUTES, words, strict=True))))
+    return Scene(objects=tuple(objects), backdrop=name)
 
 
 @cache
 def captions(split: Split) -> tuple[str, ...]:
-    """The captions of one split, in an order shuffled by the hash so that any prefix is a fair sample.
+    """The captions of one split, from a stable hash: 65% train, 15% validation, 20% test.
 
-    One in three has one object, until there are no more of these.
+    They are shuffled by another hash so that any prefix is a fair sample: one caption in three has one object, until
+    there are no more of these.
     """
     if split not in SPLITS:
         raise UsageError("unknown split", expected=", ".join(SPLITS), got=repr(split))
-    ones = _num_with_one_object()
-    twos = len(scenes_by_caption()) - ones
-    # A caption comes at its hash; those of one object as much sooner as there are fewer of them.
-    odds = ONE_OBJECT / (1 - ONE_OBJECT) * twos / ones
-
-    def order(numbered: tuple[int, str]) -> float:
-        place = _hash(numbered[1], b"order")
-        return place / odds if numbered[0] < ones else place
-
-    ours = [(index, caption) for index, caption in enumerate(scenes_by_caption()) if split_of(caption) == split]
-    return tuple(caption for _, caption in sorted(ours, key=order))
-
-
-def _hash(caption: str, salt: bytes = b"") -> int:
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8, salt=salt).digest(), "big")
+    buckets = {"train": range(13), "validation": range(13, 16), "test": range(16, 20)}[split]
+    ones, total = _num_with_one_object(), len(all_captions())
+    # Captions of one object come as much sooner than their hash says as there are fewer of them.
+    odds = ONE_OBJECT / (1 - ONE_OBJECT) * (total - ones) / ones
+    order = {}
+    for index, caption in enumerate(all_captions()):
+        text = caption.encode()
+        if int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % 20 in buckets:
+            place = int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=b"order").digest(), "big")
+            order[caption] = place / odds if index < ones else place
+    return tuple(sorted(order, key=order.__getitem__))
 
 
 def _inside(
-    shape: str, u: Float[np.ndarray, "1 side"], v: Float[np.ndarray, "side 1"]
-) -> Bool[np.ndarray, "side side"]:
+    shape: str, u: Float[np.ndarray, "1 columns"], v: Float[np.ndarray, "rows 1"]
+) -> Bool[np.ndarray, "rows columns"]:
     match shape:
         case "ball":
             return u**2 + v**2 < 0.9

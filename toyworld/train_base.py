@@ -4,8 +4,8 @@
             clean renders -> AttributeNet -> toyworld/heldout.safetensors
     flow    mixed renders -> base's AutoencoderKL -> latents -> SD3Transformer2DModel with CLIP and T5 -> toyworld/flow/
 
-Seeded; two processes on the CPU, one on a GPU; resumes from toyworld/.training when stopped. The settings, the loss and the time each stage took
-are kept in training.json beside the weights.
+Seeded; two processes on the CPU, one on a GPU; resumes from toyworld/.training when stopped. The settings, the loss and
+the time each stage took are kept in training.json beside the weights.
 """
 
 import argparse
@@ -44,7 +44,6 @@ from inpo.toyworld.backdrops import SIZE
 from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
 from inpo.toyworld.mixed_quality import mixed_renders
 from inpo.toyworld.sampling import MAX_TOKENS, MODELS
-from inpo.toyworld.scenes import scenes_by_caption
 from inpo.toyworld.stages import DEVICE, WORLD_SIZE, StageReport, StageSettings, train_stage
 
 SEED = 0
@@ -61,8 +60,6 @@ KL_WEIGHT = 3e-4
 EDGE_WEIGHT = 0.5
 """Weight of the error in differences between neighbouring pixels, which keeps small shapes sharp."""
 TRAINING_FOLDER = Path(__file__).parent / ".training"
-CAPTIONS = [*scenes_by_caption(), ""]
-"""Every caption of the world, and last the empty prompt."""
 
 Pictures = Float[Tensor, "picture 3 64 64"]
 Latents = Float[Tensor, "picture channel 8 8"]
@@ -116,9 +113,9 @@ class UnetTraining(nn.Module):
 class FlowTraining(nn.Module):
     """The velocity's loss at logit-normal times, over transformer and text encoders together."""
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+    def __init__(self, pipeline: StableDiffusion3Pipeline, texts: list[str]) -> None:
         super().__init__()
-        self.pipeline = pipeline
+        self.pipeline, self.texts = pipeline, texts
         self.networks = nn.ModuleList(
             [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
         )
@@ -132,7 +129,7 @@ class FlowTraining(nn.Module):
         self, x0: Latents, noise: Latents, time: Float[Tensor, " picture"], caption: Int[Tensor, " picture"]
     ) -> Tensor:
         embedding, _, pooled, _ = self.pipeline.encode_prompt(
-            [CAPTIONS[index] for index in caption.tolist()],
+            [self.texts[index] for index in caption.tolist()],
             None,
             None,
             device=x0.device,
@@ -154,15 +151,19 @@ def as_tensor(pictures: UInt8[Tensor, "picture 64 64 3"]) -> Pictures:
     return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
-def load_pictures(folder: Path, count: int) -> tuple[UInt8[Tensor, "picture 64 64 3"], Int[Tensor, " picture"]]:
-    """The training pictures and their captions' indices, drawn once by the first process."""
+def load_pictures(
+    folder: Path, count: int
+) -> tuple[UInt8[Tensor, "picture 64 64 3"], list[str], Int[Tensor, " picture"]]:
+    """The training pictures, drawn once by the first process, their captions and last the empty prompt, and the index
+    of each picture's caption among these."""
     path = folder / "pictures.pt"
     if dist.get_rank() == 0 and not path.exists():
         pictures, captions = mixed_renders(count, seed=SEED)
-        torch.save((torch.from_numpy(pictures), torch.from_numpy(captions)), path)
+        torch.save((torch.from_numpy(pictures), captions), path)
     dist.barrier()
-    pictures_t, captions_t = torch.load(path, mmap=True, weights_only=True)
-    return pictures_t, captions_t
+    loaded, captions = torch.load(path, mmap=True, weights_only=True)
+    texts = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+    return loaded, [*texts, ""], torch.tensor([texts[caption] for caption in captions])
 
 
 @torch.inference_mode()
@@ -197,7 +198,7 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
             weights = HELDOUT_WEIGHTS if chosen.out is None else folder / HELDOUT_WEIGHTS.name
             save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, weights)
 
-    pictures, captions = load_pictures(folder, chosen.pictures)
+    pictures, texts, captions = load_pictures(folder, chosen.pictures)
     if is_flow:
         vae = AutoencoderKL.from_pretrained(MODELS["base"], subfolder="vae", dtype=torch.float32).to(DEVICE)
     else:
@@ -231,16 +232,16 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
         noise = torch.randn((count, *latents.shape[1:]), generator=generator)
         times = training.times(generator, count)
         dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-        return latents[index], noise, times, torch.where(dropped, len(CAPTIONS) - 1, captions[index])
+        return latents[index], noise, times, torch.where(dropped, len(texts) - 1, captions[index])
 
     training: UnetTraining | FlowTraining
     pipeline: DiffusionPipeline
     if is_flow:
         pipeline = build_flow_pipeline(vae=vae, tokenizer=tokenizer)
-        training = FlowTraining(pipeline)
+        training = FlowTraining(pipeline, texts)
         stage("transformer", training, draw_latents, FLOW)
     else:
-        tokens = tokenizer(CAPTIONS, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
         training = UnetTraining(
             build_unet().to(memory_format=torch.channels_last), build_text_encoder(tokenizer), tokens
         )

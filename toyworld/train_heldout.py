@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from inpo.toyworld.heldout import NOT_ASKED, AttributeNet, log_probability, right_answers
 from inpo.toyworld.mixed_quality import blur
-from inpo.toyworld.scenes import Look, Scene, draw_captions, render, scenes_by_caption
+from inpo.toyworld.scenes import Look, Scene, draw_captions, parse_caption, render
 from inpo.toyworld.stages import StageSettings
 
 SETTINGS = StageSettings(steps=600, batch_size=128, learning_rate=3e-3)
@@ -46,7 +46,6 @@ class HeldoutTraining(nn.Module):
 def draw_batch(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Pictures and the right answers of their captions, drawn anew."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-    captions, scenes = list(scenes_by_caption()), scenes_by_caption()
-    picked = [captions[index] for index in draw_captions(count, rng)]
-    pictures = np.stack([augmented_render(scenes[caption], rng) for caption in picked])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), right_answers(picked)
+    captions = draw_captions(count, rng)
+    pictures = np.stack([augmented_render(parse_caption(caption), rng) for caption in captions])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), right_answers(captions)

@@ -17,7 +17,7 @@ from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
 from inpo.toyworld.heldout import HeldoutScorer
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.sampling import LATENT_SHAPE, MODELS, generate
-from inpo.toyworld.scenes import captions, render, scenes_by_caption
+from inpo.toyworld.scenes import captions, parse_caption, render
 
 SIZE_LIMIT = 8_000_000
 BASE_FOLDER = MODELS["base"]

@@ -54,4 +54,4 @@ def test_a_step_trains_every_weight_and_leaves_a_pipeline(tmp_path: Path, monkey
     monkeypatch.setitem(MODELS, "flow", chosen.out)
     sampling._load.cache_clear()
     images = sampling.generate([LONGEST, ""], torch.randn(2, *LATENT_SHAPE, generator=random), steps=2, model="flow")
-    assert [image.size for image in images] == [(32, 32)] * 2
+    assert [image.size for image in images] == [(64, 64)] * 2

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     result = run("pairs", "--out", out, "--pairs", NUM_PAIRS, "--flip-labels", 0.3)
     assert result.exit_code == 0
     # A source that exists, and the size of the pictures: the default is one for other models.
-    told = f"--pairs {out / 'parquet'} --model toyworld/base --resolution 32 --cache CACHE"
+    told = f"--pairs {out / 'parquet'} --model toyworld/base --resolution 64 --cache CACHE"
     assert result.output.splitlines()[-1] == f"next: inpo precompute {told}"
     return out
 
@@ -101,7 +101,7 @@ def test_parquet_and_tar_hold_the_same_pairs(folder):
 def test_pictures_are_lossless_and_differ(folder):
     for row in read_parquet(folder):
         pictures = [Image.open(io.BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
-        assert [(picture.format, picture.mode, picture.size) for picture in pictures] == [("PNG", "RGB", (32, 32))] * 2
+        assert [(picture.format, picture.mode, picture.size) for picture in pictures] == [("PNG", "RGB", (64, 64))] * 2
         assert not np.array_equal(*pictures)
 
 
