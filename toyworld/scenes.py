@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from inpo.common.errors import UsageError
 from inpo.toyworld.backdrops import BACKDROPS, SIZE, SUPERSAMPLE, backdrop, box_downsample

@@ -17,7 +17,7 @@ from inpo.toyworld.heldout import WEIGHTS as HELDOUT_WEIGHTS
 from inpo.toyworld.heldout import HeldoutScorer
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.sampling import LATENT_SHAPE, MODELS, generate
-from inpo.toyworld.scenes import captions, parse_caption, render
+from inpo.toyworld.scenes import all_captions, captions, parse_caption, render
 
 SIZE_LIMIT = 8_000_000
 BASE_FOLDER = MODELS["base"]
@@ -46,13 +46,14 @@ def test_diffusers_loads_it_as_stable_diffusion():
     assert (scheduler.prediction_type, scheduler.num_train_timesteps) == ("epsilon", 1000)
     assert (scheduler.clip_sample, scheduler.set_alpha_to_one, scheduler.steps_offset) == (False, False, 1)
     # The pipeline's own default size is the toyworld's.
-    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 32
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64
 
 
 def test_every_caption_fits_the_tokenizer_with_one_token_per_word():
     tokenizer = CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer", local_files_only=True)
-    assert tokenizer.model_max_length == 16
-    for caption, tokens in zip(scenes_by_caption(), tokenizer(list(scenes_by_caption())).input_ids, strict=True):
+    assert tokenizer.model_max_length == max(len(caption.split()) for caption in all_captions()) + 2 == 20
+    some = [*all_captions()[:2400:9], *all_captions()[2400::99]]
+    for caption, tokens in zip(some, tokenizer(some).input_ids, strict=True):
         assert len(tokens) == len(caption.split()) + 2 <= tokenizer.model_max_length
         assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == caption
     assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -62,7 +63,7 @@ def test_a_rebuilt_tokenizer_is_the_committed_one(tmp_path):
     build_tokenizer(tmp_path)
     rebuilt = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
     committed = CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer", local_files_only=True)
-    assert rebuilt.model_max_length == committed.model_max_length == 16
+    assert rebuilt.model_max_length == committed.model_max_length == 20
     assert rebuilt.get_vocab() == committed.get_vocab()
     some = [*captions("test")[:20], "", "a zebra"]
     assert rebuilt(some, padding="max_length").input_ids == committed(some, padding="max_length").input_ids
@@ -71,7 +72,7 @@ def test_a_rebuilt_tokenizer_is_the_committed_one(tmp_path):
 def test_the_vae_redraws_recognisable_pictures_and_its_latents_have_unit_scale():
     pipeline = DiffusionPipeline.from_pretrained(BASE_FOLDER, dtype=torch.float32, local_files_only=True)
     prompts = captions("validation")[:32]
-    pictures = np.stack([render(scenes_by_caption()[caption]) for caption in prompts])
+    pictures = np.stack([render(parse_caption(caption)) for caption in prompts])
     with torch.inference_mode():
         latents = pipeline.vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
         rebuilt = pipeline.vae.decode(latents).sample
