@@ -1,6 +1,6 @@
 """Models to measure with. Throughput needs no trained weights: all but toyworld's are random.
 
-toyworld: the committed base, 32 px. sd15-narrow: SD1.5's UNet, VAE and text encoder at a quarter of the width, 128 px,
+toyworld: the committed base, 64 px. sd15-narrow: SD1.5's UNet, VAE and text encoder at a quarter of the width, 128 px,
 for a CPU. sd15 and sdxl: the full architectures, for a GPU.
 """
 
@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from inpo.common.models import Model, open_model
 
 Architecture = Literal["toyworld", "sd15-narrow", "sd15", "sdxl"]
-RESOLUTION: dict[str, int] = {"toyworld": 32, "sd15-narrow": 128, "sd15": 512, "sdxl": 1024}
+RESOLUTION: dict[str, int] = {"toyworld": 64, "sd15-narrow": 128, "sd15": 512, "sdxl": 1024}
 _TOYWORLD = Path("toyworld/base")
 
 

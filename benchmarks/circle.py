@@ -38,7 +38,7 @@ PAIRS_OF_CONDITIONS = (
     ("one", "noise"),
     ("lists", "one"),
 )
-_SAMPLE = ["--model", BASE, "--scorer", SCORERS[0], "--gap", "0.05", "--resolution", "32", "--batch-size", "32"]
+_SAMPLE = ["--model", BASE, "--scorer", SCORERS[0], "--gap", "0.05", "--resolution", "64", "--batch-size", "32"]
 _SAMPLE += ["--inference-steps", str(N), "--guidance", "2.5", "--timesteps-per-pair", str(K)]
 _DRAW = ["--inference-steps", "20", "--guidance", "2.5", "--seed", "1000"]
 _TRAIN = ["--learning-rate", "2e-5", "--beta", "1000", "--batch-size", "32", "--held-out", "0", "--tracker", "none"]

@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare inverters with the exact ODE.")
     parser.add_argument("--model", default="toyworld/base")
     parser.add_argument("--pairs", default="runs/demo/pairs/webdataset")
-    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--count", type=int, default=12, help="Pairs.")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 10, 30])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/inversion"))

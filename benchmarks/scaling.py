@@ -19,7 +19,7 @@ from benchmarks.architectures import Architecture
 from benchmarks.measure import interleaved, machine, record
 from benchmarks.setting import Setting, setting
 
-FIRST = {"pairs": 32, "kept": 4, "steps": 10, "resolution": 32}
+FIRST = {"pairs": 32, "kept": 4, "steps": 10, "resolution": 64}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -95,7 +95,7 @@ class CacheChoice:
             "--timesteps-per-pair",
             "4",
             "--resolution",
-            "32",
+            "64",
             "--batch-size",
             "32",
             "--decode-workers",

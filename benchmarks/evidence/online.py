@@ -54,4 +54,4 @@ def _training_pairs(source: str) -> list[Pair]:
 
 
 def _levels(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(prepare_image(decode_image(data), resolution=(32, 32), crop="center", flip=False).levels)
+    return torch.from_numpy(prepare_image(decode_image(data), resolution=(64, 64), crop="center", flip=False).levels)

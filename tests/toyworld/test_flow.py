@@ -14,8 +14,8 @@ from inpo.common.models import open_model
 from inpo.toyworld import sampling
 from inpo.toyworld.architecture import build_flow_pipeline, build_tokenizer
 from inpo.toyworld.sampling import LATENT_SHAPE, MODELS
-from inpo.toyworld.stages import StageReport
 from inpo.toyworld.scenes import all_captions
+from inpo.toyworld.stages import StageReport
 from inpo.toyworld.train_base import FLOW, FlowTraining, save
 
 LONGEST = max(all_captions(), key=lambda caption: len(caption.split()))
