@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.durable import new_file
@@ -33,6 +35,9 @@ class StageSettings:
     batch_size: int
     """Pictures per step, over all processes."""
     learning_rate: float
+    """Of AdamW."""
+    matrix_rate: float | None = None
+    """Learning rate of Muon, which trains weights of two dimensions and more where it is given."""
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
@@ -55,6 +60,61 @@ def learning_rate_factor(step: int, settings: StageSettings) -> float:
     return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
 
 
+class Optimizers:
+    """AdamW, and beside it Muon where the settings have a rate for it, with the learning rate's course.
+
+    Muon takes matrices only: a convolution's weight is given to it as one row per channel that comes out, in a view.
+    """
+
+    def __init__(self, module: nn.Module, settings: StageSettings) -> None:
+        embeddings = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
+        by_muon = [
+            weight
+            for weight in module.parameters()
+            if settings.matrix_rate is not None and weight.ndim > 1 and id(weight) not in embeddings
+        ]
+        self._matrices = [(weight, nn.Parameter(_rows(weight.detach(), weight))) for weight in by_muon]
+        taken = {id(weight) for weight in by_muon}
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [weight for weight in module.parameters() if id(weight) not in taken],
+                lr=settings.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        ]
+        if settings.matrix_rate is not None:
+            rows = [matrix for _, matrix in self._matrices]
+            optimizers.append(torch.optim.Muon(rows, lr=settings.matrix_rate, weight_decay=settings.weight_decay))
+        factor = partial(learning_rate_factor, settings=settings)
+        self._all = [(each, torch.optim.lr_scheduler.LambdaLR(each, factor)) for each in optimizers]
+
+    def step(self) -> None:
+        """One step from the gradients of the module's weights."""
+        for weight, matrix in self._matrices:
+            assert weight.grad is not None
+            matrix.grad = _rows(weight.grad, weight)
+        for optimizer, rates in self._all:
+            optimizer.step()
+            rates.step()
+
+    def state_dict(self) -> list[Any]:
+        """What `load_state_dict` goes on from."""
+        return [(optimizer.state_dict(), rates.state_dict()) for optimizer, rates in self._all]
+
+    def load_state_dict(self, states: list[Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        for (optimizer, rates), (optimizer_state, rates_state) in zip(self._all, states, strict=True):
+            optimizer.load_state_dict(optimizer_state)
+            rates.load_state_dict(rates_state)
+
+
+def _rows(values: Tensor, weight: Tensor) -> Tensor:
+    """One row per channel that comes out of `weight`, in the order in which its numbers lie in memory."""
+    return (values if weight.is_contiguous() else values.permute(0, 2, 3, 1)).flatten(1)
+
+
 def train_stage(
     name: str,
     module: nn.Module,
@@ -72,20 +132,12 @@ def train_stage(
     rank = dist.get_rank()
     module.to(DEVICE)
     replica = DistributedDataParallel(module)
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    optimizers = Optimizers(module, settings)
     checkpoint, report, first_step = folder / f"{name}.pt", StageReport(), 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        rates.load_state_dict(state["rates"])
+        optimizers.load_state_dict(state["optimizers"])
         first_step, report = state["step"], StageReport(**json.loads(state["report"]))
     dist.barrier()
 
@@ -101,11 +153,10 @@ def train_stage(
         # Noise inside the networks (the VAE's sample) follows the same rule.
         torch.manual_seed(stable_hash(seed, name, step, rank, "inside") >> 1)
         loss = replica(*(tensor.to(DEVICE) for tensor in batch))
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.max_gradient_norm)
-        optimizer.step()
-        rates.step()
+        optimizers.step()
         loss_sum += loss.detach()
         done = step + 1
         if done % LOG_EVERY == 0 or done == settings.steps:
@@ -122,8 +173,7 @@ def train_stage(
         if rank == 0 and (done % CHECKPOINT_EVERY == 0 or done == settings.steps):
             state = {
                 "module": module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rates": rates.state_dict(),
+                "optimizers": optimizers.state_dict(),
                 "step": done,
                 "report": json.dumps(vars(report)),
             }

@@ -51,8 +51,8 @@ NUM_PICTURES = 32_000
 CAPTION_DROPOUT = 0.1
 CROP = 32
 """Width and height in pixels of what the VAE learns from first, at a quarter of a picture's cost."""
-VAE_CROPS = StageSettings(steps=3000, batch_size=64, learning_rate=2e-3)
-VAE = StageSettings(steps=1000, batch_size=32, learning_rate=1e-3)
+VAE_CROPS = StageSettings(steps=2000, batch_size=64, learning_rate=2e-3, matrix_rate=0.02)
+VAE = StageSettings(steps=1000, batch_size=32, learning_rate=1e-3, matrix_rate=0.005)
 UNET = StageSettings(steps=4000, batch_size=128, learning_rate=1.5e-3)
 FLOW = StageSettings(steps=3000, batch_size=128, learning_rate=1e-3)
 KL_WEIGHT = 3e-4
@@ -191,13 +191,6 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
 
     torch.manual_seed(SEED)
     is_flow = chosen.model == "flow"
-    if not is_flow:
-        heldout = train_heldout.HeldoutTraining()
-        stage("heldout", heldout, train_heldout.draw_batch, train_heldout.SETTINGS)
-        if rank == 0:
-            weights = HELDOUT_WEIGHTS if chosen.out is None else folder / HELDOUT_WEIGHTS.name
-            save_file({name: tensor.half() for name, tensor in heldout.net.state_dict().items()}, weights)
-
     pictures, texts, captions = load_pictures(folder, chosen.pictures)
     if is_flow:
         vae = AutoencoderKL.from_pretrained(MODELS["base"], subfolder="vae", dtype=torch.float32).to(DEVICE)
@@ -247,6 +240,12 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
         )
         stage("unet", training, draw_latents, UNET)
         pipeline = build_pipeline(vae=vae, unet=training.unet, text_encoder=training.text_encoder, tokenizer=tokenizer)
+        heldout = train_heldout.HeldoutTraining()
+        stage("heldout", heldout, train_heldout.draw_batch, train_heldout.SETTINGS)
+        if rank == 0:
+            weights = HELDOUT_WEIGHTS if chosen.out is None else folder / HELDOUT_WEIGHTS.name
+            half = {name: tensor.half().cpu() for name, tensor in heldout.net.state_dict().items()}
+            save_file(half, weights)
     if rank == 0:
         save(pipeline, chosen, settings, reports)
     dist.barrier()
