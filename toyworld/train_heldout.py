@@ -10,7 +10,7 @@ from inpo.toyworld.mixed_quality import blur
 from inpo.toyworld.scenes import Look, Scene, draw_captions, parse_caption, render
 from inpo.toyworld.stages import StageSettings
 
-SETTINGS = StageSettings(steps=600, batch_size=128, learning_rate=3e-3)
+SETTINGS = StageSettings(steps=400, batch_size=128, learning_rate=3e-3, matrix_rate=0.02)
 CONFIDENCE = 0.9
 """The true answer's share of the training target, so that a log-probability stays bounded and calibrated."""
 
