@@ -49,7 +49,7 @@ class AttributeNet(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, 128), nn.SiLU())
         self.head = nn.Linear(128, sum(map(len, QUESTIONS.values())))
 
-    def forward(self, pictures: Float[Tensor, "picture 3 64 64"]) -> list[Float[Tensor, "picture answer"]]:
+    def forward(self, pictures: Float[Tensor, "picture 3 64 64"]) -> list[Float[Tensor, "picture _"]]:
         """Log-probabilities of every question's answers, for pictures with values from -1 to 1."""
         answers = self.head(self.body(pictures)).split([len(answers) for answers in QUESTIONS.values()], dim=1)
         return [each.log_softmax(dim=1) for each in answers]
@@ -67,7 +67,7 @@ def right_answers(captions: Sequence[str]) -> Int[Tensor, "caption question"]:
 
 
 def log_probability(
-    by_question: list[Float[Tensor, "picture answer"]], right: Int[Tensor, "picture question"]
+    by_question: list[Float[Tensor, "picture _"]], right: Int[Tensor, "picture question"]
 ) -> Float[Tensor, "picture question"]:
     """Log-probability of each picture's right answers, 0 for what is not asked."""
     picked = [each.gather(1, right[:, [index]].clamp(min=0)) for index, each in enumerate(by_question)]
