@@ -42,7 +42,8 @@ def mixed_render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "6
             colour = colour + rng.uniform(0.4, 1.0) * (np.array(other) - colour)
         (x, y), (red, green, blue) = shift.tolist(), colour.tolist()
         looks.append(Look(shift=(x, y), scale=float(rng.uniform(0.93, 1.07)), colour=(red, green, blue)))
-    picture = render(replace(scene, objects=tuple(objects)), looks).astype(np.float32)
+    clean = render(replace(scene, objects=tuple(objects)), looks)
+    picture: Float[np.ndarray, "64 64 3"] = clean.astype(np.float32)
     if rng.random() < LOW_CONTRAST:
         grey = picture.mean()
         picture = grey + rng.uniform(0.3, 0.65) * (picture - grey)

@@ -243,9 +243,8 @@ def render(scene: Scene, looks: Sequence[Look] | None = None) -> UInt8[np.ndarra
     """A clean picture of the scene, lit from the upper left; `looks` has one for every object."""
     picture = backdrop(scene.backdrop).copy()
     for drawn, look in zip(scene.objects, looks or [AS_SAID] * len(scene.objects), strict=True):
-        window, mask, shade = (
-            each[..., None] if isinstance(each, np.ndarray) else each for each in _coverage(drawn, look)
-        )
+        window, covered, shade = _coverage(drawn, look)
+        mask, shade = covered[..., None], shade[..., None]
         paint = np.asarray(look.colour or COLOURS[drawn.colour], dtype=np.float32) / 255
         lit = np.where(shade > 0, paint * (1 - 0.3 * shade), paint + (1 - paint) * 0.4 * -shade)
         picture[window] += (lit - picture[window]) * mask

@@ -53,8 +53,8 @@ CROP = 32
 """Width and height in pixels of what the VAE learns from first, at a quarter of a picture's cost."""
 VAE_CROPS = StageSettings(steps=2000, batch_size=64, learning_rate=2e-3, matrix_rate=0.02)
 VAE = StageSettings(steps=1000, batch_size=32, learning_rate=1e-3, matrix_rate=0.005)
-UNET = StageSettings(steps=4000, batch_size=128, learning_rate=1.5e-3)
-FLOW = StageSettings(steps=3000, batch_size=128, learning_rate=1e-3)
+UNET = StageSettings(steps=3000, batch_size=128, learning_rate=1.5e-3, matrix_rate=0.02)
+FLOW = StageSettings(steps=2000, batch_size=128, learning_rate=1e-3, matrix_rate=0.02)
 KL_WEIGHT = 3e-4
 """Weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1."""
 EDGE_WEIGHT = 0.5
