@@ -1,7 +1,7 @@
 """Pictures of mixed quality under right captions, as in data gathered from the web.
 
 The base model learns from these, so it makes good and bad images for one prompt, and a preference has something to
-prefer. Every flaw comes with its own probability, independently of the others; about two pictures in five have none.
+prefer. Every flaw comes with its own probability, independently of the others; about one picture in three has none.
 """
 
 from dataclasses import replace
@@ -12,14 +12,14 @@ from PIL import Image, ImageFilter
 
 from inpo.toyworld.scenes import COLOURS, Look, Scene, draw_captions, parse_caption, render
 
-MISPLACED = 0.15
-WRONG_COLOUR = 0.12
-SWAPPED = 0.15
+MISPLACED = 0.2
+WRONG_COLOUR = 0.18
+SWAPPED = 0.25
 """Probability that two objects have each other's colours."""
-MISSING = 0.1
+MISSING = 0.12
 """Probability that one of two objects is not there."""
-LOW_CONTRAST = 0.12
-BLURRED = 0.15
+LOW_CONTRAST = 0.15
+BLURRED = 0.2
 NOISY = 0.12
 
 
