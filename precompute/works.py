@@ -72,7 +72,7 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
     `is_real`: the list of buckets is written.
     """
     settings = resolved.settings
-    source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
+    source, tasks, unreadable = list_work(resolved.data, settings)
     settings = grouped(settings, tasks)
     _note_foreign_size(settings.size, model)
     if settings.buckets is None:
