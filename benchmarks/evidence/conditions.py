@@ -1,7 +1,7 @@
 """What is compared: caches, methods, the grid, the variations, in an hour or at length. Pure data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inpo.common.cache import open_cache
@@ -31,8 +31,6 @@ class Length:
     """Options of `inpo precompute` for all caches, where a cache does not say otherwise."""
     tokens: tuple[str, ...] = ()
     """The option that bounds a prompt, where images are made."""
-    betas: Mapping[str, float] = field(default_factory=lambda: DEFAULT_BETA)
-    """The default beta of each objective."""
 
     @property
     def base(self) -> str:
@@ -72,9 +70,10 @@ FLOW = replace(
     only=("SFT", "Diffusion-DPO", "InPO", "InPO, noised start 0.3"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "16"),
     tokens=("--max-tokens", "16"),
-    betas={"inpo": 400.0, "dpo": 400.0},
 )
-"""The hour's, of the flow: its errors are of velocities, some ten times those of noise."""
+"""The hour's, of the flow. Its errors are of velocities and as large as those of noise, within a factor of three: the
+grid of beta is the same.
+"""
 length = HOUR
 """The one in use."""
 NUM_PAIRS = 1024
@@ -165,7 +164,7 @@ class Method:
 
     @property
     def betas(self) -> tuple[float | None, ...]:
-        default = length.betas.get(self.objective)
+        default = DEFAULT_BETA.get(self.objective)
         return (None,) if default is None else tuple(share * default for share in length.beta_shares)
 
 
