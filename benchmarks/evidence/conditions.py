@@ -68,8 +68,8 @@ FLOW = replace(
     root=Path("runs/evidence-flow"),
     model="flow",
     only=("SFT", "Diffusion-DPO", "InPO", "InPO, noised start 0.3"),
-    caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "16"),
-    tokens=("--max-tokens", "16"),
+    caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
+    tokens=("--max-tokens", "20"),
 )
 """The hour's, of the flow. Its errors are of velocities and as large as those of noise, within a factor of three: the
 grid of beta is the same.
