@@ -19,7 +19,8 @@ from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.sampling import LATENT_SHAPE, MODELS, generate
 from inpo.toyworld.scenes import all_captions, captions, parse_caption, render
 
-SIZE_LIMIT = 8_000_000
+SIZE_LIMIT = 12_000_000
+"""Of both base models together, in bytes."""
 BASE_FOLDER = MODELS["base"]
 
 
@@ -30,8 +31,8 @@ def samples():
     return prompts, generate(prompts, noise, steps=10)
 
 
-def test_the_folder_is_small_and_holds_no_pickle():
-    files = [path for path in BASE_FOLDER.rglob("*") if path.is_file()]
+def test_the_folders_are_small_and_hold_no_pickle():
+    files = [path for folder in MODELS.values() for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < SIZE_LIMIT
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert Path(inpo.toyworld.__file__).parent in BASE_FOLDER.parents
@@ -81,8 +82,8 @@ def test_the_vae_redraws_recognisable_pictures_and_its_latents_have_unit_scale()
     assert float(latents.std(dim=(0, 2, 3)).min()) * pipeline.vae.config.scaling_factor > 0.2
     images = pipeline.image_processor.postprocess(rebuilt)
     assert HeldoutScorer().score(images, prompts).mean() > -2
-    # It blurs small shapes (clean renders score 5.75), yet what it draws is far better than what the base samples.
-    assert OracleScorer().score(images, prompts).mean() > 3.8
+    # What it loses (clean renders score 5.8) no preference training of the UNet can win back.
+    assert OracleScorer().score(images, prompts).mean() > 5.4
 
 
 def test_samples_follow_their_captions(samples):
