@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import tarfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from inpo.common.cache import open_cache
@@ -31,6 +33,7 @@ class World:
 
     def arguments(self, cache: object, *more: str) -> list[str]:
         return [
+            "precompute",
             "--pairs",
             str(self.pairs),
             "--model",
@@ -51,6 +54,26 @@ class World:
             "0.2",
             *more,
         ]
+
+
+@dataclass(frozen=True)
+class Samples(World):
+    """What is sampled instead of inverted: `pairs` is a list of prompts, so many that there are as many shards."""
+
+    def arguments(self, cache: object, *more: str) -> list[str]:
+        flags = {
+            "prompts": self.pairs,
+            "model": self.model,
+            "cache": cache,
+            "scorer": "toyworld-oracle",
+            "resolution": 32,
+            "inference-steps": 4,
+            "timesteps-per-pair": 2,
+            "batch-size": 4,
+        }
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        # Decoding is none of sampling's work.
+        return ["sample", *given, *(each for each in more if each not in ("--decode-workers", "1"))]
 
 
 def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
@@ -75,7 +98,7 @@ def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
 
 @dataclass
 class Process:
-    """A running precompute."""
+    """A running command."""
 
     pid: int
     log: Path
@@ -96,7 +119,7 @@ class Process:
 
 @dataclass
 class Zygote:
-    """Forks precompute processes; see zygote.py."""
+    """Forks processes of `inpo`; see zygote.py."""
 
     process: "subprocess.Popen[str]"
     folder: Path
@@ -176,3 +199,34 @@ def until(condition: Any, *, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """The environment that a launcher gives each of its processes on CPUs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        for rank in range(count)
+    ]
+
+
+def workers_of(run: Process) -> list[psutil.Process]:
+    """The cluster's actor processes; the cluster is a child of the run."""
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        try:
+            if "ray::RayWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

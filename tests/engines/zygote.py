@@ -1,9 +1,10 @@
-"""Starts precompute processes fast: imports everything once, then forks one child per request.
+"""Starts processes of `inpo` fast: imports everything once, then forks one child per request.
 
     -> {"arguments": [...], "environment": {...}, "log": path}   <- pid
     -> {"wait": pid}                                             <- exit code, -9 if killed
 
-Each child runs the real command in a process of its own, from its signal handlers to its exit code.
+Each child runs the real command in a process of its own, from its signal handlers to its exit code. With arguments of
+its own it is that command. Shards of samples are small here, so that there are several of few images.
 """
 
 import json
@@ -11,16 +12,16 @@ import os
 import sys
 import traceback
 
-import typer
-
-import inpo.precompute.run  # noqa: F401  (seconds of imports that the children share)
+import inpo.precompute.run
+import inpo.rounds.prompts
+import inpo.rounds.sample
+from inpo.cli import app
 from inpo.common.errors import InpoError
-from inpo.precompute.cli import precompute as command
+
+inpo.rounds.prompts.MAX_IMAGES_PER_SHARD = 4
 
 
 def run(arguments: list[str]) -> int:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
     try:
         app(arguments)
     except InpoError as error:
@@ -48,6 +49,8 @@ def child(request: dict) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(run(sys.argv[1:]))
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
