@@ -15,18 +15,15 @@ import traceback
 import inpo.precompute.run
 import inpo.rounds.prompts
 import inpo.rounds.sample
-from inpo.cli import app
-from inpo.common.errors import InpoError
+from inpo.cli import main
 
 inpo.rounds.prompts.MAX_IMAGES_PER_SHARD = 4
 
 
 def run(arguments: list[str]) -> int:
+    sys.argv[1:] = arguments
     try:
-        app(arguments)
-    except InpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
