@@ -4,7 +4,13 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
 
 from inpo.common.denoiser import compute_dtype
 from inpo.common.log import note
@@ -35,6 +41,9 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
         # As a number it would give way to the environment's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        # No network changes its buffers. Sending them would make every call of the network one that all processes must
+        # make, and one that is out of memory makes none.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         cpu=on_cpu(),
     )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:

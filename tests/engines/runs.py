@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import tarfile
 import time
@@ -31,6 +32,7 @@ class World:
 
     def arguments(self, cache: object, *more: str) -> list[str]:
         return [
+            "precompute",
             "--pairs",
             str(self.pairs),
             "--model",
@@ -75,7 +77,7 @@ def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
 
 @dataclass
 class Process:
-    """A running precompute."""
+    """A running `inpo`."""
 
     pid: int
     log: Path
@@ -96,7 +98,7 @@ class Process:
 
 @dataclass
 class Zygote:
-    """Forks precompute processes; see zygote.py."""
+    """Forks processes of `inpo`; see zygote.py."""
 
     process: "subprocess.Popen[str]"
     folder: Path
@@ -168,6 +170,25 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
             for path in RECORD:
                 apart = rms(one[path].astype(float) - other[path]) / rms(one[path])
                 assert apart <= bounds[path], (name, pair, t, path, apart, bounds[path])
+
+
+def launched(count: int) -> list[dict[str, str]]:
+    """The environment that a launcher gives each of its processes on CPUs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        for rank in range(count)
+    ]
 
 
 def until(condition: Any, *, seconds: float = 120.0) -> None:

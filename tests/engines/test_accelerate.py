@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def launched(arguments: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    command = launch("precompute", *arguments)
+    command = launch(*arguments)
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 

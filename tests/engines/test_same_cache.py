@@ -2,12 +2,11 @@
 
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, tensors, until
+from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, launched, tensors, until
 
 
 def test_two_independent_runs_at_once(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
@@ -34,29 +33,10 @@ def test_object_store(
     assert_same(tensors(cache), uninterrupted)
 
 
-def _ranks(count: int) -> list[dict[str, str]]:
-    """The environment that a launcher gives each of its processes on CPUs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        for rank in range(count)
-    ]
-
-
 def test_two_processes_of_one_run(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
     """A static split, a shard in one hand only, and one summary of both, by rank 0, when both are done."""
     cache = tmp_path / "cache"
-    ranks = [zygote.start(world.arguments(cache, "--decode-workers", "1"), environment) for environment in _ranks(2)]
+    ranks = [zygote.start(world.arguments(cache, "--decode-workers", "1"), environment) for environment in launched(2)]
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS, "no shard was made twice"
@@ -69,7 +49,7 @@ def test_when_one_of_two_processes_dies_the_other_says_so_and_keeps_its_shards(
     zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    ranks = [zygote.start(world.arguments(cache), environment) for environment in _ranks(2)]
+    ranks = [zygote.start(world.arguments(cache), environment) for environment in launched(2)]
     until(lambda: (cache / "commits").is_dir() and attempts(cache))
     ranks[1].kill()
     assert ranks[1].wait() == -signal.SIGKILL

@@ -1,26 +1,47 @@
-"""Starts precompute processes fast: imports everything once, then forks one child per request.
+"""Starts processes of `inpo` fast: imports everything once, then forks one child per request.
 
     -> {"arguments": [...], "environment": {...}, "log": path}   <- pid
     -> {"wait": pid}                                             <- exit code, -9 if killed
 
-Each child runs the real command in a process of its own, from its signal handlers to its exit code.
+Each child runs the real command in a process of its own, from its signal handlers to its exit code. One whose
+environment says SHORT_OF_MEMORY has room for so many images in the network, and no more.
 """
 
 import json
 import os
 import sys
 import traceback
+from typing import Any
 
-import typer
+import torch
 
-import inpo.precompute.run  # noqa: F401  (seconds of imports that the children share)
+import inpo.precompute.run
+import inpo.train.run  # noqa: F401  (seconds of imports that the children share)
+from inpo.cli import app
+from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
-from inpo.precompute.cli import precompute as command
+from inpo.common.models import Model
+
+_load, _predict = Model.load_network, Denoiser.predict
+
+
+def _loaded(self: Model) -> Any:
+    """From now on calls of the network take memory; loading it has called it itself."""
+    network = _load(self)
+    Denoiser.predict = _limited  # type: ignore[method-assign]
+    return network
+
+
+def _limited(self: Denoiser, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The allocator's own error, of a request that no machine can serve."""
+    if len(x) > int(os.environ["SHORT_OF_MEMORY"]):
+        torch.empty(1 << 46, dtype=torch.uint8)
+    return _predict(self, x, *rest)
 
 
 def run(arguments: list[str]) -> int:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
+    if "SHORT_OF_MEMORY" in os.environ:
+        Model.load_network = _loaded  # type: ignore[method-assign]
     try:
         app(arguments)
     except InpoError as error:
