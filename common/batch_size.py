@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -66,7 +67,7 @@ def find_batch_size(trial: Callable[[int], object], *, least: Callable[[int], in
     Raises OutOfMemory if one does not fit, in any process.
     """
     fitting, pairs = 0, 1
-    while pairs <= MOST and _fits(trial, pairs):
+    while pairs <= MOST and fits(partial(trial, pairs)):
         fitting, pairs = pairs, 2 * pairs
     found = least(fitting)
     if not found:
@@ -75,9 +76,10 @@ def find_batch_size(trial: Callable[[int], object], *, least: Callable[[int], in
     return found
 
 
-def _fits(trial: Callable[[int], object], pairs: int) -> bool:
+def fits(trial: Callable[[], object]) -> bool:
+    """Whether `trial` does not run out of memory. What it held is given back."""
     try:
-        trial(pairs)
+        trial()
         return True
     except Exception as error:
         if not is_out_of_memory(error):

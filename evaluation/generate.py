@@ -110,12 +110,18 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
         drawn: list[list[Image.Image]] = []
+
+        def first() -> None:
+            drawn[:] = [_draw(pipeline, batches[0], settings, family, transfer)]
+
         is_compiled = compile_network(
-            model.family.network_of(pipeline),
+            model.family.network_of(pipeline).requires_grad_(False),
             settings.compile,
-            lambda: drawn.append(_draw(pipeline, batches[0], settings, family, transfer)),
+            first,
             blocks=model.family.blocks,
+            varying=model.family.varying,
             device=state.device,
+            ahead=len(batches) - 1,
         )
         with ProgressReport("generate", total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar:
             for batch in batches:

@@ -17,6 +17,7 @@ from inpo.common.choices import AUTO
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
 from inpo.common.processes import processes
+from inpo.precompute.components import Share
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task, Timing, run_tasks
@@ -44,8 +45,8 @@ def run_local(
     """
     state = processes()
     waiting_room = _WaitingRoom(state)
-    share = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
-    mine = [task for number, task in tasks.items() if number in share and task.name not in committed]
+    numbers = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
+    mine = [task for number, task in tasks.items() if number in numbers and task.name not in committed]
     timing = Timing()
 
     def least(pairs: int) -> int:
@@ -57,7 +58,8 @@ def run_local(
     if not mine and phase.kind is Commit and settings.batch_size == AUTO:
         least(MOST)
     if mine:
-        worker = phase.worker(model, writer, settings, state.device, least)
+        share = Share(num_rows=sum(task.num_rows for task in mine), least=least)
+        worker = phase.worker(model, writer, settings, state.device, share)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)
