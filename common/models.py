@@ -26,7 +26,7 @@ from inpo.common.levels import Levels, TimeSettings
 from inpo.common.log import note
 from inpo.common.markers import check_markers
 from inpo.common.model_folder import find_vae, folder_of, refuse_local
-from inpo.common.prediction import FLOW_PROBES, check_flow, check_prediction, flow_likeness, noise_likeness
+from inpo.common.prediction import check_flow, check_prediction, noise_likeness
 from inpo.common.processes import settle_numbers
 
 _TOKENIZER_FILES = (
@@ -184,8 +184,9 @@ class Model:
         size = (side * factor, side * factor)
         shape = (family.latent_shape(self.config, size)[0], side, side)
         if family.space == "velocity":
-            blank = family.blank(self.config, 2 * len(FLOW_PROBES), size)
-            check_flow(flow_likeness(self.denoiser(network), blank, shape), where=self.name)
+            check_flow(
+                self.denoiser(network), lambda rows: family.blank(self.config, rows, size), shape, where=self.name
+            )
             return cast(nn.Module, network)
         check_prediction(
             noise_likeness(self.denoiser(network), family.blank(self.config, 2, size), shape),

@@ -123,12 +123,16 @@ class DataSection(Section):
     cache: Location | None = None
     """The cache: a folder, or s3:// or gs://."""
 
-    def open(self) -> "inpo.common.pairs.PairSource":
-        """The pair source. Raises UsageError and DataError as `open_source` does."""
+    def open(self, *, with_noise: bool = False) -> "inpo.common.pairs.PairSource":
+        """The pair source, and if asked for with the images' own noise. Raises as `open_source` does."""
         from inpo.common.pairs import open_source  # Pillow and numpy, which most commands do without
 
         return open_source(
-            self.need("pairs"), columns=self.columns, pairs_from=self.pairs_from, allow_remote=self.allow_remote
+            self.need("pairs"),
+            columns=self.columns,
+            pairs_from=self.pairs_from,
+            allow_remote=self.allow_remote,
+            with_noise=with_noise,
         )
 
     def need(self, name: str) -> str:

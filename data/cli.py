@@ -82,7 +82,7 @@ def pack_command(
             fix="leave --pairs-per-tar out",
         )
     refuse_occupied(Path(output))
-    walk = Walk(source=_opened(source, given), on_unreadable=_warn)
+    walk = Walk(source=_opened(source, given, with_noise=True), on_unreadable=_warn)
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
     passes, unit = (2, "rows read or written") if by_prompt else (1, "rows")
@@ -186,8 +186,8 @@ def columns_command(
         raise typer.Exit(1)
 
 
-def _opened(source: str, given: Given) -> "PairSource":
-    return resolve(DataSection, "data", {}, {"pairs": source, **given[DataSection]}).open()
+def _opened(source: str, given: Given, *, with_noise: bool = False) -> "PairSource":
+    return resolve(DataSection, "data", {}, {"pairs": source, **given[DataSection]}).open(with_noise=with_noise)
 
 
 def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":

@@ -23,9 +23,11 @@ from inpo.common.pairs.pair import Pair
 from inpo.common.space import free_bytes, human_bytes
 
 HASH_BYTES = 16
-_KEY = struct.Struct(f">{HASH_BYTES}sQIII")
-"""Hash of the prompt, offset, bytes of the text and of the two images. Big-endian: keys sort as their bytes do."""
-_SIDES = ("win", "lose")
+_KEY = struct.Struct(f">{HASH_BYTES}sQIIIII")
+"""Hash of the prompt, offset, bytes of the text, of the two images and of their noise. Big-endian: keys sort as their
+bytes do.
+"""
+_FILES = ("win", "lose", "noise")
 KEYS_PER_RUN = 1 << 18
 MAX_RUNS = 64
 """Runs become one when there are so many: each is an open file."""
@@ -52,9 +54,9 @@ def group_by_prompt(pairs: Iterable[Pair], *, folder: Path, most: int) -> Iterat
 def _keep(pair: Pair, store: IO[bytes], folder: Path) -> bytes:
     """Append a pair to the file; returns its key."""
     text = json.dumps(
-        {each.name: getattr(pair, each.name) for each in fields(pair) if each.name not in _SIDES}
+        {each.name: getattr(pair, each.name) for each in fields(pair) if each.name not in _FILES}
     ).encode()
-    parts = (text, pair.win, pair.lose)
+    parts = (text, pair.win, pair.lose, *(pair.noise or (b"", b"")))
     sizes = [len(part) for part in parts]
     offset = store.tell()
     needed, free = offset + 2 * sum(sizes), free_bytes(folder)
@@ -72,11 +74,12 @@ def _keep(pair: Pair, store: IO[bytes], folder: Path) -> bytes:
 
 
 def _read_back(key: bytes, store: IO[bytes]) -> Pair:
-    _, offset, text, win, lose = _KEY.unpack(key)
+    _, offset, text, win, lose, *noise = _KEY.unpack(key)
     store.seek(offset)
     told = json.loads(store.read(text))
     told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-    return Pair(**told, win=store.read(win), lose=store.read(lose))
+    files = [store.read(size) for size in (win, lose, *noise)]
+    return Pair(**told, win=files[0], lose=files[1], noise=(files[2], files[3]) if files[2] else None)
 
 
 def _sorted(keys: Iterator[bytes], folder: Path) -> Iterator[bytes]:

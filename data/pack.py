@@ -159,11 +159,13 @@ def _sample(number: int, pair: Pair) -> dict[str, object]:
         metadata["score_win"], metadata["score_lose"] = pair.scores
     if pair.seeds is not None:
         metadata["seeds"] = list(pair.seeds)
+    noise = zip(("noise_win.npy", "noise_lose.npy"), pair.noise or (), strict=False)
     return {
         "__key__": f"{number:09d}",
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),
         f"win.{image_extension(pair.win)}": pair.win,
         f"lose.{image_extension(pair.lose)}": pair.lose,
+        **dict(noise),
     }
 
 

@@ -16,13 +16,13 @@ from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask, list_tasks
 
 
-def list_work(data: DataSection, *, limit: int | None) -> tuple[PairSource, list[ShardTask], list[DataError]]:
+def list_work(data: DataSection, settings: PrecomputeSettings) -> tuple[PairSource, list[ShardTask], list[DataError]]:
     """The pair source, its shards, and an error for each input shard that cannot be read.
 
     Raises DataError if there is nothing to do: before there is a cache, since the next try may have other settings.
     """
-    pairs, source = data.need("pairs"), data.open()
-    tasks, unreadable = list_tasks(source, limit=limit)
+    pairs, source = data.need("pairs"), data.open(with_noise=settings.inverter == "tracked")
+    tasks, unreadable = list_tasks(source, limit=settings.limit)
     if not tasks:
         raise _nothing_to_read(pairs, unreadable)
     return source, tasks, unreadable

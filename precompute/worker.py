@@ -142,8 +142,12 @@ class ShardWorker:
         if self.manifest.inverter.name != "tracked":
             return True
         sizes = {pair.win.original_size, pair.lose.original_size}
-        if pair.seeds is None:
-            detail = "the row has no seeds"
+        shapes = {each.shape for each in pair.noise or ()}
+        if pair.seeds is None and pair.noise is None:
+            detail = "the row has no noise, and no seeds"
+        elif shapes - {self.manifest.latent_shape}:
+            wrong = ", ".join(str(list(shape)) for shape in sorted(shapes))
+            detail = f"noise of {wrong}, and the latent is {list(self.manifest.latent_shape)}"
         elif sizes != {self.manifest.resolution}:
             detail = f"an image of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} is resized"
         else:
@@ -271,15 +275,21 @@ class ShardWorker:
         return Condition.build({name: torch.from_numpy(each) for name, each in prompts.items()}, rows, images)
 
     def _own_noise(self, everything: Arrangement) -> Float32[Tensor, "image c h w"]:
-        """As a diffusers pipeline draws it in float32 from a generator of the image's own on the CPU."""
-        shape = (1, *self.manifest.latent_shape)
-        seeds: dict[int, int] = {}
+        """The source's; else as a diffusers pipeline draws it in float32 from a generator of the image's own on the
+        CPU.
+        """
+        found: dict[int, Tensor] = {}
         for pair, sides in zip(everything.pairs, everything.sides, strict=True):
-            assert pair.seeds is not None, "of such a pair there is no noise"
-            for image, seed in zip(sides, pair.seeds, strict=True):
-                seeds.setdefault(image, seed)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in sorted(seeds)]
-        return torch.cat(noise)
+            for which, image in enumerate(sides):
+                if image in found:
+                    continue
+                if pair.noise is not None:
+                    found[image] = torch.from_numpy(pair.noise[which])
+                else:
+                    assert pair.seeds is not None, "of such a pair there is no noise"
+                    generator = torch.Generator().manual_seed(pair.seeds[which])
+                    found[image] = torch.randn(self.manifest.latent_shape, generator=generator)
+        return torch.stack([found[image] for image in sorted(found)])
 
     def _image_conditions(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """{name: [image, ...]} of what the network is told of each image."""

@@ -72,7 +72,7 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
     `is_real`: the list of buckets is written.
     """
     settings = resolved.settings
-    source, tasks, unreadable = list_work(resolved.data, limit=settings.limit)
+    source, tasks, unreadable = list_work(resolved.data, settings)
     settings = grouped(settings, tasks)
     _note_foreign_size(settings.size, model)
     if settings.buckets is None:
@@ -105,8 +105,8 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
 
 
 def _note_foreign_size(size: tuple[int, int], model: Model) -> None:
-    """Say so where images have four times the pixels, or a quarter, that the network was made for: the default is a
-    size of SD 1.5's."""
+    """Say so where images have four times the pixels, or a quarter, that the network was made for: the default suits
+    one of them."""
     side = model.config(model.family.network).get("sample_size")
     if not isinstance(side, int):  # some networks name none
         return

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.evidence [--long]`: make what is missing, then write docs/evidence[-long].json, plots and
+"""`python -m benchmarks.evidence [--long | --flow]`: make what is missing, then write docs/evidence*.json, plots and
 tables.
 """
 
@@ -31,8 +31,13 @@ def main() -> None:
     phases = {"world": _world, "grid": _grid, "seeds": _seeds, "same-calls": _same_calls, "variations": _variations}
     parser.add_argument("--until", choices=list(phases)[2:], default="variations", help="the last kind of runs to make")
     parser.add_argument("--long", action="store_true", help="three times the training, every test caption")
+    parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet, fewer methods")
     options = parser.parse_args()
-    if options.long:
+    if options.long and options.flow:
+        parser.error("--long and --flow: one of them")
+    if options.flow:
+        c.length, options.until = c.FLOW, "seeds"
+    elif options.long:
         c.length = c.LONG
     for name, phase in phases.items():
         phase(options.processes)
@@ -49,7 +54,7 @@ def chosen() -> dict[str, dict[str, Any]]:
     timid steps, since a tiny change for the better wins; the mean alone the most violent.
     """
     found = {}
-    for method in c.METHODS:
+    for method in c.methods():
         runs = _grid_runs(method)
         cells = [_cell(run) for run in runs]
         best = max(cells, key=lambda cell: cell["sureness"])
@@ -79,7 +84,18 @@ def _world(at_once: int) -> None:
                 name="pairs",
                 folder=c.length.root,
                 steps=[
-                    ["toyworld", "pairs", "--out", str(c.length.pairs), "--pairs", str(c.NUM_PAIRS), "--seed", "0"],
+                    [
+                        "toyworld",
+                        "pairs",
+                        "--out",
+                        str(c.length.pairs),
+                        "--pairs",
+                        str(c.NUM_PAIRS),
+                        "--seed",
+                        "0",
+                        "--model",
+                        c.length.model,
+                    ],
                     *(
                         ["toyworld", "prompts", "--split", split, "--out", str(c.prompts_file(split))]
                         + ([] if limit is None else ["--limit", str(limit)])
@@ -100,13 +116,15 @@ def _world(at_once: int) -> None:
         "--set",
         c.LABELS,
     ]
-    caches = [_cache_job(cache) for cache in (c.NOISE, *c.NOISED.values(), *c.OTHER_CACHES.values())]
+    varied = () if c.length.only else (*c.NOISED.values(), *c.OTHER_CACHES.values())
+    wanted = dict.fromkeys([c.NOISE, *(method.cache for method in c.methods()), *varied])
+    caches = [_cache_job(cache) for cache in wanted if cache is not c.CLEAN]
     caches.append(_cache_job(c.CLEAN, [relabel]))
     images = [
         Job(
             name="images",
             folder=c.base_images(name).with_name(f"{name}-log"),
-            steps=c.picture_commands(c.BASE, c.base_images(name), name),
+            steps=c.picture_commands(c.length.base, c.base_images(name), name),
         )
         for name in c.length.captions
     ]
@@ -153,7 +171,7 @@ def _job(run: Run, prompts: str) -> Job:
 
 
 def _grid(at_once: int) -> None:
-    jobs = [_job(run, "validation") for method in c.METHODS for run in _grid_runs(method)]
+    jobs = [_job(run, "validation") for method in c.methods() for run in _grid_runs(method)]
     run_jobs("grid", jobs, at_once=at_once)
 
 
@@ -180,7 +198,7 @@ def _test_runs(method: c.Method, rate: float, beta: float | None, *, longer: int
 
 
 def _seeds(at_once: int) -> None:
-    runs = [run for group in zip(*(final_runs(method) for method in c.METHODS), strict=True) for run in group]
+    runs = [run for group in zip(*(final_runs(method) for method in c.methods()), strict=True) for run in group]
     run_jobs("seeds", [_job(run, "test") for run in runs], at_once=at_once)
 
 
@@ -254,6 +272,10 @@ def _variations(at_once: int) -> None:
     run_jobs("variations", jobs, at_once=at_once)
 
 
+def _same_calls_methods() -> list[c.Method]:
+    return [method for method in c.SAME_CALLS if method in c.methods()]
+
+
 def same_calls_steps() -> dict[str, int]:
     """Steps that cost as many network calls as InPO's cache and training; a backward pass counts as two calls.
 
@@ -261,13 +283,15 @@ def same_calls_steps() -> dict[str, int]:
     """
     whole = 2 * c.NUM_PAIRS * 11 + c.length.steps * c.length.batch * 2 * 3
     rest = whole - 2 * c.NUM_PAIRS * 4
-    return {method.name: rest // (c.length.batch * (1 if method is c.SFT else 2) * 3) for method in c.SAME_CALLS}
+    return {
+        method.name: rest // (c.length.batch * (1 if method is c.SFT else 2) * 3) for method in _same_calls_methods()
+    }
 
 
 def same_calls_runs() -> dict[str, list[Run]]:
     """The finished runs, prolonged."""
     steps = same_calls_steps()
-    runs = {method.name: final_runs(method, longer=steps[method.name]) for method in c.SAME_CALLS}
+    runs = {method.name: final_runs(method, longer=steps[method.name]) for method in _same_calls_methods()}
     return {name: [run for run in each if run.seed in c.FEWER_SEEDS] for name, each in runs.items()}
 
 
@@ -287,7 +311,7 @@ def _finished(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
 
 def _head_to_head(at_once: int) -> None:
     """Every method against Diffusion-DPO with the same seed, and the variations against noise at every point."""
-    methods = [run for method in c.METHODS if method is not c.DPO for run in final_runs(method)]
+    methods = [run for method in c.methods() if method is not c.DPO for run in final_runs(method)]
     pairs = [(AGAINST_DPO, methods, final_runs(c.DPO))]
     variations = _finished(variation_runs())
     if noise := variations.pop(c.ONLY_NOISE, None):
@@ -332,7 +356,7 @@ def _results() -> None:
             "base": r.against_base(final_runs(method), "test"),
             "dpo": None if method is c.DPO else r.head_to_head(final_runs(method), AGAINST_DPO),
         }
-        for method in c.METHODS
+        for method in c.methods()
     }
     same_calls = {
         f"{name}, {runs[0].steps} steps": main_rows[name] | {"base": r.against_base(runs, "test"), "dpo": None}
@@ -350,7 +374,7 @@ def _results() -> None:
             for name, runs in finished.items()
         }
     )
-    accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.METHODS}
+    accuracy = {method.name: r.accuracies(final_runs(method)) for method in c.methods()}
     values = {
         "steps": c.length.steps,
         "batch": c.length.batch,

@@ -1,15 +1,17 @@
 """What is compared: caches, methods, the grid, the variations, in an hour or at length. Pure data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inpo.common.cache import open_cache
 
+DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """How much is spent on every run of the evidence."""
+    """How much is spent on every run of the evidence, and on which base."""
 
     root: Path
     steps: int
@@ -20,7 +22,19 @@ class Length:
     captions: Mapping[str, int | None]
     """Prompt files: how many captions of the split of that name. `test` chooses nothing."""
     inference_steps: int
-    """DDIM steps of every image. Ten score the base 0.07 of 6 lower than twenty, and take half the time."""
+    """Steps of every image's sampler. Ten of DDIM score the base 0.07 of 6 lower than twenty, in half the time."""
+    model: str = "base"
+    """By its name in the toy world."""
+    only: tuple[str, ...] = ()
+    """The methods that are compared; empty for all."""
+    caches: tuple[str, ...] = ()
+    """Options of `inpo precompute` for all caches, where a cache does not say otherwise."""
+    tokens: tuple[str, ...] = ()
+    """The option that bounds a prompt, where images are made."""
+
+    @property
+    def base(self) -> str:
+        return f"toyworld/{self.model}"
 
     @property
     def pairs(self) -> Path:
@@ -49,11 +63,20 @@ LONG = Length(
     captions={"validation": 200, "test": None},
     inference_steps=20,
 )
+FLOW = replace(
+    HOUR,
+    root=Path("runs/evidence-flow"),
+    model="flow",
+    only=("SFT", "Diffusion-DPO", "InPO", "InPO, noised start 0.3"),
+    caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "16"),
+    tokens=("--max-tokens", "16"),
+)
+"""The hour's, of the flow. Its errors are of velocities and as large as those of noise, within a factor of three: the
+grid of beta is the same.
+"""
 length = HOUR
 """The one in use."""
-BASE = "toyworld/base"
 NUM_PAIRS = 1024
-DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
 GRID_SEED = 0
 TEST_SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = (1, 2, 3)
@@ -72,7 +95,8 @@ class CacheChoice:
     """Only the shards with the first so many pairs."""
     first: int | None = None
     """Trained on the first so many committed pairs only."""
-    model: str = BASE
+    model: str | None = None
+    """The length's base, unless another is named."""
 
     @property
     def folder(self) -> Path:
@@ -100,6 +124,7 @@ class CacheChoice:
             "32",
             "--decode-workers",
             "0",
+            *length.caches,
         ]
         for name in shared[::2]:
             if name in self.options:
@@ -111,7 +136,7 @@ class CacheChoice:
             "--pairs",
             length.source,
             "--model",
-            self.model,
+            self.model or length.base,
             "--cache",
             str(self.folder),
             *shared,
@@ -159,6 +184,13 @@ METHODS = (
     STARTS["0.1"],
     STARTS["0.3"],
 )
+
+
+def methods() -> tuple[Method, ...]:
+    """Those of the length."""
+    return tuple(method for method in METHODS if not length.only or method.name in length.only)
+
+
 SAME_CALLS = (SFT, DPO, METHODS[2])
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
 
@@ -222,7 +254,7 @@ class Run:
             "--cache",
             str(self.cache.folder),
             "--model",
-            self.cache.model,
+            self.cache.model or length.base,
             "--output",
             str(self.folder / "train"),
             "--objective",
@@ -283,6 +315,7 @@ def picture_commands(model: str | Path, folder: Path, prompts: str) -> list[list
             "1000",
             "--batch-size",
             "32",
+            *length.tokens,
         ]
     ]
     scorers = [part for name in SCORERS for part in ("--scorer", name)]

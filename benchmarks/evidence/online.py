@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence.conditions import BASE
+from benchmarks.evidence.conditions import HOUR
 from benchmarks.online import OnlineLoop
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
@@ -16,7 +16,7 @@ def train_online(
     output: Path, *, source: str, learning_rate: float, beta: float, steps: int, batch: int, seed: int
 ) -> None:
     """Train the base with online inversion and write a pipeline folder. Win and lose as the labels say."""
-    model = open_model(BASE)
+    model = open_model(HOUR.base)
     device = torch.device("cpu")
     network = model.load_network().train()
     loop = OnlineLoop(

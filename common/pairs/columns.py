@@ -39,6 +39,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     "score1": ("score_win",),
     "score2": ("score_lose",),
     "seeds": ("seeds",),
+    "noise": ("noises",),
+    "noise1": ("noise_win", "noise_image1"),
+    "noise2": ("noise_lose", "noise_image2"),
 }
 """{role: the names it is known by}. A role with a 1 or 2 is of the first or second image, win before lose. A
 list of `images` is a ranking, a single one belongs to a ranking of several rows."""
@@ -64,6 +67,8 @@ SIDES = (("win", "lose"), ("image1", "image2"))
 """Roles of the two images, by layout."""
 ORDERS = ("rank", "score")
 IMAGE_ROLES = ("win", "lose", "image1", "image2", "images")
+NOISE_ROLES = ("noise", "noise1", "noise2")
+"""Of the noise that the images were made from: files, as images are."""
 LABEL_ROLES = ("label", "label1", "label2", "votes", "votes1", "votes2")
 _RIVALS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (*SIDES, ("images",)),
@@ -151,6 +156,8 @@ class Reading:
     pairs_from: PairsFrom = "all"
     allow_remote: bool = False
     """Whether rows may name what lies outside their file's folder, here or on other hosts."""
+    with_noise: bool = False
+    """Whether the noise that images were made from is read, where the rows have it."""
 
     @property
     def identity(self) -> str:

@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
+
 from inpo.common.errors import InpoError
 from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from inpo.common.pairs.noise import decode_noise
 from inpo.common.pairs.pair import Pair, Skipped
 
 _AHEAD_PER_WORKER = 4
@@ -45,6 +48,8 @@ class PreparedPair:
     scores: tuple[float, float] | None = None
     seeds: tuple[int, int] | None = None
     """As the pair has them."""
+    noise: tuple[np.ndarray, np.ndarray] | None = None
+    """float32 [C, H, W] each."""
 
 
 def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> PreparedPair | Skipped:
@@ -55,6 +60,10 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> Prep
             sides.append(prepare_image(decode_image(data), resolution=resolution, crop="center", flip=flip))
         except ImageError as error:
             return _skipped(pair, side, error)
+    try:
+        noise = None if pair.noise is None else (decode_noise(pair.noise[0]), decode_noise(pair.noise[1]))
+    except ValueError as error:
+        return Skipped(pair_id=pair.pair_id, reason="missing_noise", detail=f"noise {error}", row=pair.row)
     win, lose = sides
     ids = (_digest(pair.win), _digest(pair.lose))
     return PreparedPair(
@@ -68,6 +77,7 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> Prep
         list=pair.list,
         scores=pair.scores,
         seeds=pair.seeds,
+        noise=noise,
     )
 
 

@@ -16,7 +16,16 @@ from typing import Any
 
 from inpo.common.choices import PairsFrom
 from inpo.common.pairs.columns import IMAGE_ROLES, LABEL_ROLES, MISSING, ORDERS, SIDES, RowFields, missing_field
-from inpo.common.pairs.labels import first_preferred, num_ranked, orders_of, ranked, ranks_of, scores_of, seeds_of
+from inpo.common.pairs.labels import (
+    first_preferred,
+    noise_of,
+    num_ranked,
+    orders_of,
+    ranked,
+    ranks_of,
+    scores_of,
+    seeds_of,
+)
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, preference
 from inpo.common.pairs.values import as_number, parse_flag, parse_id
 from inpo.common.printable import is_printable
@@ -44,9 +53,9 @@ def without_part(row: RowFields, *, ranking: bool) -> list[str]:
     """Those of a row's fields that no pair is made of: the unknown ones, and those that say nothing beside the others,
     as ranks do where there is no list of images.
     """
-    void = {*LABEL_ROLES, "score1", "score2"} if ranking else {"images", *ORDERS}
+    void = {*LABEL_ROLES, "score1", "score2", "noise1", "noise2"} if ranking else {"images", *ORDERS}
     if holds_singles(row):
-        void = {*LABEL_ROLES, "score1", "score2", "id", "uid1", "uid2"}
+        void = {*LABEL_ROLES, "score1", "score2", "noise1", "noise2", "id", "uid1", "uid2"}
     elif row.is_open and "label" not in row.chosen:
         void.add("label")
     used = {name for role, names in row.layout.items() if role not in void for name in names}
@@ -69,6 +78,7 @@ def items(
     name: str,
     default_id: str | None,
     read: ReadImage,
+    with_noise: bool = False,
     pairs_from: PairsFrom = "all",
     problem: RowProblem | None = None,
 ) -> Iterator[Pair | Skipped]:
@@ -77,15 +87,14 @@ def items(
     Where the fields have no id, a pair is named `default_id`, or after what the row says if that is None; a row too
     broken for that is `name`/number. With a `problem` none of them is a pair.
     """
+    told: dict[str, Any] = {"name": name, "default_id": default_id, "with_noise": with_noise, "problem": problem}
     if not is_ranking(row):
-        yield _item(row, None, number=number, name=name, default_id=default_id, read=read, problem=problem)
+        yield _item(row, None, number=number, read=read, **told)
         return
     once = _remember(read)
     for place, pairing in enumerate(_pairings(row, pairs_from)):
         if place >= skip:
-            yield _item(
-                row, pairing, number=number + place, name=name, default_id=default_id, read=once, problem=problem
-            )
+            yield _item(row, pairing, number=number + place, read=once, **told)
 
 
 def _pairings(row: RowFields, pairs_from: PairsFrom) -> Iterable[tuple[int, int]]:
@@ -127,7 +136,7 @@ def merge(rows: Sequence[RowFields]) -> tuple[RowFields, RowProblem | None]:
     first = rows[0]
     layout = {role: first.layout[role] for role in ("prompt", "list", "has_label") if role in first.layout}
     fields = {name: first.fields.get(name) for names in layout.values() for name in names}
-    for role in ("images", *ORDERS, "seeds"):
+    for role in ("images", *ORDERS, "seeds", "noise"):
         if role in first.layout:
             layout[role] = first.layout[role]
             fields |= {name: [row.fields.get(name) for row in rows] for name in layout[role] if name in first.fields}
@@ -145,6 +154,7 @@ def _item(
     name: str,
     default_id: str | None,
     read: ReadImage,
+    with_noise: bool,
     problem: RowProblem | None,
 ) -> Pair | Skipped:
     suffix = "" if pairing is None else f".{pairing[0]}-{pairing[1]}"
@@ -169,6 +179,7 @@ def _item(
         swap, label = preference(label)
         seeds = seeds_of(row, pairing)
         images = [check_image_bytes(None if value is None else read(value, what), what=what) for what, value in sides]
+        noise = _noise(row, pairing, read) if with_noise else None
     except RowProblem as found:
         return Skipped(pair_id=pair_id, reason=found.reason, detail=found.detail, row=number)
     if pairing is not None:  # without an id the list is its prompt's, so that it may grow
@@ -186,7 +197,20 @@ def _item(
         list=list_id,
         scores=(scores[1], scores[0]) if scores and swap else scores,
         seeds=(seeds[1], seeds[0]) if seeds and swap else seeds,
+        noise=(noise[1], noise[0]) if noise and swap else noise,
     )
+
+
+def _noise(row: RowFields, pairing: tuple[int, int] | None, read: ReadImage) -> tuple[bytes, bytes] | None:
+    """The files with the two images' noise, in the order of the images. Raises RowProblem if one is not there."""
+    found: list[bytes] = []
+    for what, value in noise_of(row, pairing) or ():
+        try:
+            found.append(check_image_bytes(None if value is None else read(value, what), what=what))
+        except RowProblem as problem:
+            is_missing = problem.reason in ("missing_image", "empty_image")
+            raise RowProblem(reason="missing_noise" if is_missing else problem.reason, detail=problem.detail) from None
+    return (found[0], found[1]) if found else None
 
 
 def _refuse_absent(row: RowFields) -> None:

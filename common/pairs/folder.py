@@ -98,7 +98,7 @@ class ListShard:
             name=self.name,
             id_of=lambda entry: None,
             read=reach.image,
-            pairs_from=self.reading.pairs_from,
+            reading=self.reading,
         ):
             yield item
             row += 1

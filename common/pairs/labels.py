@@ -1,4 +1,6 @@
-"""Which image a row prefers: from labels, votes, ranks and scores, or from the images' names. And the images' seeds."""
+"""Which image a row prefers: from labels, votes, ranks and scores, or from the images' names. And the images' seeds
+and noise.
+"""
 
 import json
 from numbers import Integral
@@ -149,3 +151,16 @@ def seeds_of(row: RowFields, pairing: tuple[int, int] | None) -> tuple[int, int]
         if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
             raise RowProblem(reason="bad_metadata", detail=f"{name} has {cut(value)}, expected 0..2^63 - 1")
     return int(first), int(second)
+
+
+def noise_of(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str, Any]] | None:
+    """(name, value) of the fields with the two images' noise, in the order of the images; None if there are none."""
+    if pairing is None and any(row.columns(role) for role in ("noise1", "noise2")):
+        return [(row.name(role), row.get(role)) for role in ("noise1", "noise2")]
+    given, name = row.get("noise"), row.name("noise")
+    if is_null(given):
+        return None
+    wanted = num_ranked(row) if pairing is not None else 2
+    if not isinstance(given, list) or len(given) != wanted:
+        raise RowProblem(reason="bad_metadata", detail=f"{name} is {cut(given)}, expected a list of {wanted}")
+    return [(f"{name}[{place}]", given[place]) for place in pairing or (0, 1)]

@@ -51,7 +51,8 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "missing_prompt": "no prompt column, member or field, or it is null (an empty prompt is a prompt)",
     "bad_metadata": "the row cannot be understood: JSON, CSV, UTF-8, a field missing or given twice, or a bad id",
     "missing_image": "an image's bytes, member or file are not there",
-    "missing_noise": "--inverter tracked, and an image has no seed, or is not of the resolution it was made at",
+    "missing_noise": "--inverter tracked, and an image has no seed and no noise of the latent's shape, or is not of "
+    "the resolution it was made at",
     "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
     "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
@@ -88,6 +89,8 @@ class Pair:
     """The source's own scores of win and lose, higher is better: ranks are negated. None: it has none."""
     seeds: tuple[int, int] | None = None
     """Of the noise that win and lose were made from, where the source says them."""
+    noise: tuple[bytes, bytes] | None = None
+    """That noise itself, as files, where the source has it and it is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

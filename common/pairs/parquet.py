@@ -17,7 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.columns import IMAGE_ROLES, ORDERS, SIDES, USUAL, Reading, RowFields, brief, missing_field
+from inpo.common.pairs.columns import (
+    IMAGE_ROLES,
+    NOISE_ROLES,
+    ORDERS,
+    SIDES,
+    USUAL,
+    Reading,
+    RowFields,
+    brief,
+    missing_field,
+)
 from inpo.common.pairs.entries import columns_problem
 from inpo.common.pairs.fields import holds_singles, prompts_of, without_part
 from inpo.common.pairs.files import filesystem, is_local, open_binary, read_as, shard_names, unreadable_file
@@ -101,6 +111,8 @@ class ParquetShard:
                 name in lists for name in probe.columns("images")
             )
             not_read = set(without_part(probe, ranking=is_ranking))
+            noise = {name for role in NOISE_ROLES for name in probe.columns(role)}
+            unwanted = set() if self.reading.with_noise else noise  # they are as large as images
             index = RunIndex.plain(total)
             if is_ranking:  # what has another type in such a file is none of them
                 not_read |= {name for name in (*probe.columns("images"), *orders) if name not in lists}
@@ -110,7 +122,7 @@ class ParquetShard:
                 index = self._index(parquet, list(dict.fromkeys(keys)))
             return _Footer(
                 group_ends=tuple(ends),
-                columns=tuple(name for name in names if name not in not_read),
+                columns=tuple(name for name in names if name not in not_read | unwanted),
                 not_read={f"column {brief(name)}": total for name in names if name in not_read},
                 runs=index,
             )
@@ -185,7 +197,7 @@ class ParquetShard:
             name=self.name,
             id_of=lambda entry: f"{self.name}/{entry}",
             read=reach.image,
-            pairs_from=self.reading.pairs_from,
+            reading=self.reading,
         )
         reach.refuse_outage(self.file)
 
@@ -196,7 +208,7 @@ class ParquetShard:
             return
         first, last = self._footer.runs.records(start, stop)
         probe = self.reading.columns.row(dict.fromkeys(self._footer.columns))
-        images = {name for role in IMAGE_ROLES for name in probe.columns(role)}
+        images = {name for role in (*IMAGE_ROLES, *NOISE_ROLES) for name in probe.columns(role)}
         columns = [name for name in self._footer.columns if name not in images]
         for _, row in self._records(first, last, columns):
             if not isinstance(row, RowProblem):
@@ -230,7 +242,7 @@ class ParquetShard:
         begins = (0, *ends[:-1])
         groups = [i for i in range(len(ends)) if begins[i] < stop and ends[i] > start]
         row = begins[groups[0]] if groups else 0
-        images = set(self.reading.columns.names(*IMAGE_ROLES))
+        images = set(self.reading.columns.names(*IMAGE_ROLES, *NOISE_ROLES))
         with self._open() as parquet:
             for group in groups:
                 # One group at a time, so that a damaged group costs none of the rows before it.

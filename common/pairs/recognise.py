@@ -34,6 +34,7 @@ def open_source(
     columns: Mapping[str, str] | str | None = None,
     pairs_from: PairsFrom = "all",
     allow_remote: bool = False,
+    with_noise: bool = False,
 ) -> PairSource:
     """The pair source at a local path, fsspec URL, brace pattern or glob. Nothing but names is read yet.
 
@@ -41,11 +42,14 @@ def open_source(
         columns: {what it is: the name of its column} where the names are not the known ones (columns.py).
         pairs_from: what of a ranking is compared.
         allow_remote: rows that name their images may name what lies below the file's folder; with this anything else.
+        with_noise: read the noise that images were made from, where rows have it.
 
     Raises UsageError for columns that are none, DataError when nothing recognisable is there, when it cannot be
     reached, or when it is not clear which of several things is meant.
     """
-    reading = Reading(columns=column_map(columns), pairs_from=pairs_from, allow_remote=allow_remote)
+    reading = Reading(
+        columns=column_map(columns), pairs_from=pairs_from, allow_remote=allow_remote, with_noise=with_noise
+    )
     files = expand_pattern(location)
     if not files:
         raise _nothing_there(location, [])

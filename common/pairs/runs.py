@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from inpo.common.choices import PairsFrom
-from inpo.common.pairs.columns import RowFields
+from inpo.common.pairs.columns import Reading, RowFields
 from inpo.common.pairs.fields import MAX_RANKED, ReadImage, holds_singles, items, list_key, merge, rows_of
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 
@@ -38,7 +38,7 @@ class Run:
         return rows_of(self.as_row()[0], pairs_from) if self.problem is None else 1
 
     def items(
-        self, rows: range, *, skip: int, name: str, default_id: str | None, read: ReadImage, pairs_from: PairsFrom
+        self, rows: range, *, skip: int, name: str, default_id: str | None, read: ReadImage, reading: Reading
     ) -> Iterator[Pair | Skipped]:
         """One item for each of these rows but the first `skip`."""
         if self.problem is not None:
@@ -51,7 +51,8 @@ class Run:
             "name": name,
             "default_id": default_id,
             "read": read,
-            "pairs_from": pairs_from,
+            "with_noise": reading.with_noise,
+            "pairs_from": reading.pairs_from,
             "problem": problem,
         }
         yield from islice(items(row, number=rows.start, skip=skip, **told), len(rows) - skip)
@@ -162,17 +163,12 @@ class RunIndex:
         name: str,
         id_of: Callable[[int], str | None],
         read: ReadImage,
-        pairs_from: PairsFrom,
+        reading: Reading,
     ) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1; `records` begin with the first that `records(start, stop)` names. `id_of` the number of
         a record is the id of what has none.
         """
         for run, rows in self.runs(records, start, stop):
-            told: dict[str, Any] = {
-                "name": name,
-                "default_id": id_of(run.first),
-                "read": read,
-                "pairs_from": pairs_from,
-            }
+            told: dict[str, Any] = {"name": name, "default_id": id_of(run.first), "read": read, "reading": reading}
             wanted = min(rows.stop, stop) - max(rows.start, start)
             yield from islice(run.items(rows, skip=max(0, start - rows.start), **told), wanted)

@@ -17,7 +17,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from inpo.common.errors import DataError
-from inpo.common.pairs.columns import IMAGE_ROLES, ColumnMap, brief
+from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, ColumnMap, brief
 from inpo.common.pairs.entries import count_fields, parse_object
 from inpo.common.pairs.fields import without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
@@ -39,8 +39,9 @@ TEXT_ROLES = (
     "id",
     "list",
 )
-ROLES = (*SIDE_ROLES, "json", *TEXT_ROLES)
-"""What a member may be: one of the sides, a text, or a JSON object with fields."""
+FILE_ROLES = (*SIDE_ROLES, "noise1", "noise2")
+ROLES = (*FILE_ROLES, "json", *TEXT_ROLES)
+"""What a member may be: one of the sides or its noise, a text, or a JSON object with fields."""
 _ALSO_PROMPT = ("original_prompt", "txt", "text")
 """What mirrors call the prompt, and what nobody would call a column so."""
 
@@ -57,7 +58,7 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """Places of the members, by row and role. 272 bytes a row and its key; picklable."""
+    """Places of the members, by row and role. 304 bytes a row and its key; picklable."""
 
     keys: bytes
     """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""
@@ -189,7 +190,7 @@ def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tup
             if role is None:
                 continue
             place = (_LINK, _LINK)
-        elif role is not None and role not in SIDE_ROLES:
+        elif role is not None and role not in FILE_ROLES:
             # A changed label or prompt may keep its size and time.
             stream.seek(info.offset_data)
             left, head = info.size, b""
@@ -213,7 +214,9 @@ def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str
     """Count what has no part in a sample's pair: fields of its JSON, and a label where it cannot say which image."""
     members = {columns.names(role)[0] for role in present - {"json"}}
     void = set(without_part(columns.row(dict.fromkeys({*fields, *members})), ranking=False))
-    count_fields(fields & (void | set(columns.names(*IMAGE_ROLES))), not_read)  # images are members of their own
+    count_fields(
+        fields & (void | set(columns.names(*IMAGE_ROLES, *NOISE_ROLES))), not_read
+    )  # images are members of their own
     if void & members:
         not_read["member .label"] += 1
 

@@ -1,6 +1,7 @@
 """WebDataset tars of pairs: our own layout and the one of the public Pick-a-Pic v2 mirrors.
 
     ours     <key>.win.<ext>  <key>.lose.<ext>  <key>.json {"prompt": ..., "label": P(win preferred), "id": ...}
+             and <key>.noise_win.npy  <key>.noise_lose.npy where the noise that they were made from is known
     mirror   <key>.jpg_0  <key>.jpg_1  <key>.label_0  <key>.label_1  <key>.caption   each with any further extension
 
 A member's text and the fields of the JSON member mean the same as anywhere (fields.py); images are members. One input
@@ -15,12 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from inpo.common.pairs.columns import IMAGE_ROLES, SIDES, USUAL, ColumnMap, Reading
+from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, SIDES, USUAL, ColumnMap, Reading
 from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import items, prompts_of
 from inpo.common.pairs.files import ByteStream, open_binary, read_as, shard_names, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
-from inpo.common.pairs.tar_index import SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
+from inpo.common.pairs.tar_index import FILE_ROLES, SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
 from inpo.common.pairs.values import as_number
 from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text
@@ -103,7 +104,7 @@ class TarShard:
                 fields = sample.fields()
             except RowProblem:
                 continue
-            images = {name for role in SIDE_ROLES for name in self.reading.columns.names(role)}
+            images = {name for role in FILE_ROLES for name in self.reading.columns.names(role)}
             found.append({n: sample.read(str(v)) if n in images and v is not None else v for n, v in fields.items()})
         return found
 
@@ -125,8 +126,8 @@ class TarShard:
             pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
         row = self.reading.columns.row(fields)
-        found = items(row, number=sample.row, name=self.name, default_id=key, read=lambda role, _: sample.read(role))
-        return next(found)
+        told: dict[str, Any] = {"name": self.name, "default_id": key, "with_noise": self.reading.with_noise}
+        return next(items(row, number=sample.row, read=lambda role, _: sample.read(role), **told))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ class _Sample:
                 f"{', '.join(linked)} is a link or sparse, without bytes here; tar --dereference --hard-dereference"
             )
             raise RowProblem(reason="missing_image", detail=detail)
-        images = self.columns.names(*IMAGE_ROLES)
+        images = self.columns.names(*IMAGE_ROLES, *NOISE_ROLES)
         fields = {name: value for name, value in self.json().items() if name not in images}
         for role in TEXT_ROLES:
             text = self.text(role)
@@ -166,7 +167,8 @@ class _Sample:
         for layout in SIDES:
             if set(layout) & set(sides):
                 fields |= {self.columns.names(role)[0]: role if role in sides else None for role in layout}
-        return fields
+        noise = [role for role in FILE_ROLES if role not in SIDE_ROLES and self.index.member(self.row, role)]
+        return fields | {self.columns.names(role)[0]: role for role in noise}
 
     def read(self, role: str) -> bytes | None:
         place = self.index.member(self.row, role)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from inpo.common.cache import open_cache
@@ -55,6 +56,26 @@ class World:
         ]
 
 
+@dataclass(frozen=True)
+class Samples(World):
+    """What is sampled instead of inverted: `pairs` is a list of prompts, so many that there are as many shards."""
+
+    def arguments(self, cache: object, *more: str) -> list[str]:
+        flags = {
+            "prompts": self.pairs,
+            "model": self.model,
+            "cache": cache,
+            "scorer": "toyworld-oracle",
+            "resolution": 32,
+            "inference-steps": 4,
+            "timesteps-per-pair": 2,
+            "batch-size": 4,
+        }
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        # Decoding is none of sampling's work.
+        return ["sample", *given, *(each for each in more if each not in ("--decode-workers", "1"))]
+
+
 def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
     """Tars in the project's own layout: random 32 px images, a few prompts."""
     folder.mkdir(parents=True)
@@ -77,7 +98,7 @@ def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
 
 @dataclass
 class Process:
-    """A running `inpo`."""
+    """A running command."""
 
     pid: int
     log: Path
@@ -172,7 +193,15 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
                 assert apart <= bounds[path], (name, pair, t, path, apart, bounds[path])
 
 
-def launched(count: int) -> list[dict[str, str]]:
+def until(condition: Any, *, seconds: float = 120.0) -> None:
+    """Wait for a condition; the limit is only there so that a broken run ends."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def ranks(count: int) -> list[dict[str, str]]:
     """The environment that a launcher gives each of its processes on CPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -191,9 +220,13 @@ def launched(count: int) -> list[dict[str, str]]:
     ]
 
 
-def until(condition: Any, *, seconds: float = 120.0) -> None:
-    """Wait for a condition; the limit is only there so that a broken run ends."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+def workers_of(run: Process) -> list[psutil.Process]:
+    """The cluster's actor processes; the cluster is a child of the run."""
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        try:
+            if "ray::RayWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inpo.common.testing import save_tiny_pipeline
-from tests.engines.runs import World, Zygote, attempts, launched
+from tests.engines.runs import World, Zygote, attempts, ranks
 
 
 def ended(zygote: Zygote, arguments: Sequence[str], *, images: Sequence[int], code: int) -> list[str]:
     """What processes said that have room for so many `images` each; all of them ended with `code`."""
-    environments = launched(len(images))
     processes = [
         zygote.start(arguments, environment | {"SHORT_OF_MEMORY": str(room)})
-        for environment, room in zip(environments, images, strict=True)
+        for environment, room in zip(ranks(len(images)), images, strict=True)
     ]
     assert [each.wait() for each in processes] == [code] * len(images), [each.text() for each in processes]
     return [each.text() for each in processes]

@@ -18,7 +18,6 @@ from inpo.precompute.settings import RayOptions
 from tests.engines.runs import (
     NUM_SHARDS,
     ROOT,
-    Process,
     Tensors,
     World,
     Zygote,
@@ -26,22 +25,11 @@ from tests.engines.runs import (
     attempts,
     tensors,
     until,
+    workers_of,
     write_pairs,
 )
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def workers_of(run: Process) -> list[psutil.Process]:
-    """The cluster's actor processes; the cluster is a child of the run."""
-    found = []
-    for process in psutil.Process(run.pid).children(recursive=True):
-        try:
-            if "ray::RayWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, launched, tensors, until
+from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, ranks, tensors, until
 
 
 def test_two_independent_runs_at_once(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
@@ -36,26 +36,26 @@ def test_object_store(
 def test_two_processes_of_one_run(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:
     """A static split, a shard in one hand only, and one summary of both, by rank 0, when both are done."""
     cache = tmp_path / "cache"
-    ranks = [zygote.start(world.arguments(cache, "--decode-workers", "1"), environment) for environment in launched(2)]
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+    both = [zygote.start(world.arguments(cache, "--decode-workers", "1"), environment) for environment in ranks(2)]
+    assert [rank.wait() for rank in both] == [0, 0], both[0].text() + both[1].text()
     assert_same(tensors(cache), uninterrupted)
     assert len(list((cache / "shards").glob("*/*"))) == NUM_SHARDS, "no shard was made twice"
-    assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in ranks[0].text()
-    assert re.search(r"^time: network and VAE \d+%.*, over 2 processes$", ranks[0].text(), re.MULTILINE)
-    assert "committed:" not in ranks[1].text()
+    assert f"committed: {NUM_SHARDS} of {NUM_SHARDS} shards" in both[0].text()
+    assert re.search(r"^time: network and VAE \d+%.*, over 2 processes$", both[0].text(), re.MULTILINE)
+    assert "committed:" not in both[1].text()
 
 
 def test_when_one_of_two_processes_dies_the_other_says_so_and_keeps_its_shards(
     zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    ranks = [zygote.start(world.arguments(cache), environment) for environment in launched(2)]
+    both = [zygote.start(world.arguments(cache), environment) for environment in ranks(2)]
     until(lambda: (cache / "commits").is_dir() and attempts(cache))
-    ranks[1].kill()
-    assert ranks[1].wait() == -signal.SIGKILL
-    assert ranks[0].wait() == 1
-    assert "Another process of this run has ended" in ranks[0].text()
-    assert "Traceback" not in ranks[0].text()
+    both[1].kill()
+    assert both[1].wait() == -signal.SIGKILL
+    assert both[0].wait() == 1
+    assert "Another process of this run has ended" in both[0].text()
+    assert "Traceback" not in both[0].text()
     before = attempts(cache)
     assert len(before) >= NUM_SHARDS // 2
     zygote.run(world.arguments(cache))

@@ -3,8 +3,9 @@
     -> {"arguments": [...], "environment": {...}, "log": path}   <- pid
     -> {"wait": pid}                                             <- exit code, -9 if killed
 
-Each child runs the real command in a process of its own, from its signal handlers to its exit code. One whose
-environment says SHORT_OF_MEMORY has room for so many images in the network, and no more.
+Each child runs the real command in a process of its own, from its signal handlers to its exit code. With arguments of
+its own it is that command. Shards of samples are small here, so that there are several of few images. Where its
+environment says SHORT_OF_MEMORY, there is room for so many images in the network, and no more.
 """
 
 import json
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 
 import inpo.precompute.run
-import inpo.train.run  # noqa: F401  (seconds of imports that the children share)
+import inpo.rounds.prompts
+import inpo.rounds.sample
+import inpo.train.run
 from inpo.cli import app
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
 
+inpo.rounds.prompts.MAX_IMAGES_PER_SHARD = 4
 _load, _predict = Model.load_network, Denoiser.predict
 
 
@@ -69,6 +73,8 @@ def child(request: dict) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(run(sys.argv[1:]))
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -189,7 +189,10 @@ def test_memory_grows_neither_with_the_bytes_nor_with_the_rows(tmp_path: Path, m
 
 def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:
     told = {"pair_id": "a", "prompt": "p", "win": b"w", "lose": b"l", "label": 0.75, "row": 3}
-    pairs = [Pair(**told), Pair(**told | {"list": "l", "scores": (2.5, -1.0), "seeds": (7, 2**62)})]
+    pairs = [
+        Pair(**told),
+        Pair(**told | {"list": "l", "scores": (2.5, -1.0), "seeds": (7, 2**62), "noise": (b"1", b"22")}),
+    ]
     ((_, found),) = [
         (size, list(group)) for size, group in group_module.group_by_prompt(pairs, folder=tmp_path, most=9)
     ]

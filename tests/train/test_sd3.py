@@ -359,6 +359,21 @@ def test_an_image_is_noised_with_what_it_was_made_from(
     assert found.findings == []
     assert max(found.reinverted.values()) < 1e-3
     assert CacheSettings.of(cache.manifest).inverter == "tracked"
+
+    # The same noise as files, in place of the seeds: the same cache. One of another shape is none.
+    for number, row in enumerate(rows):
+        for side, seed in enumerate(row.pop("seeds", ())):
+            shape = (1, 16, 8, 8) if number < 2 else (16, 4, 4)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            np.save(tmp_path / f"{number}-{side}.npy", noise.numpy())
+        row["noises"] = [f"{number}-0.npy", f"{number}-1.npy"] if number < 3 else None
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sections[1]["cache"] = str(tmp_path / "files")
+    assert run_precompute(None, *sections, settings, ray_options=RayOptions(), dry_run=False) == 0
+    (other,) = open_cache(str(tmp_path / "files"))
+    assert other.commit.skipped == {"missing_noise": 2}
+    for name in ("x_t", "target", "reference_error"):
+        np.testing.assert_array_equal(other.read(name), shard.read(name))
     output = run(model=str(folder), caches=[cache.location], steps=1, objective="dpo", lora_rank=2)
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(
         np.log(2), abs=1e-3
