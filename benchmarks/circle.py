@@ -142,7 +142,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/circle"))
-    parser.add_argument("--pairs", type=int, default=1800, help="of one round; three rounds have a third of it each")
+    parser.add_argument("--pairs", type=int, default=1500, help="of one round; three rounds have a third of it each")
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=200, help="of the test split")

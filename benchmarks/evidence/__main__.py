@@ -343,7 +343,10 @@ def _hours() -> dict[str, float]:
         "other runs": [*(c.length.root / "base").glob("*/*.done"), *(c.length.root / "runs").glob("*/test.done")],
         "comparisons": [c.length.root / "drift.done", *(c.length.root / "runs").glob("*/test-against-*.done")],
     }
-    return {kind: round(sum(float(mark.read_text()) for mark in marks) / 3600, 3) for kind, marks in kinds.items()}
+    return {
+        kind: round(sum(float(mark.read_text()) for mark in marks if mark.exists()) / 3600, 3)
+        for kind, marks in kinds.items()
+    }
 
 
 def _results() -> None:
@@ -394,13 +397,13 @@ def _results() -> None:
     r.draw_wins(main_rows, Path(f"docs/images/{name}.png"), title="Test captions, five seeds, 95% intervals")
     if variations:
         r.draw_wins(variations, Path(f"docs/images/{name}-variations.png"), title="Variations of InPO, test captions")
-    for title, text in {
-        "Main table": r.main_table(main_rows),
-        "Same network calls": r.main_table(same_calls),
-        "Variations": r.variation_table(variations),
-        "Accuracy": r.accuracy_table(accuracy),
-        "Grid": r.grid_table(best),
-    }.items():
+    tables = {"Main table": r.main_table(main_rows)}
+    if same_calls:
+        tables["Same network calls"] = r.main_table(same_calls)
+    if variations:
+        tables["Variations"] = r.variation_table(variations)
+    tables |= {"Accuracy": r.accuracy_table(accuracy), "Grid": r.grid_table(best)}
+    for title, text in tables.items():
         print(f"\n{title}\n\n{text}")
     print(f"\nhours: {values['hours']}")
 
