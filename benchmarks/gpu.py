@@ -21,7 +21,7 @@ LIST = (
     ("kernels", "sd15", "--batch-size", "2"),
     ("kernels", "sdxl", "--batch-size", "4", "--ways", "as it is", "contiguous", "blocks"),
     ("roofline", "sd15", "--batch-size", "2", "--compile", "whole", "--rounds", "3"),
-    ("train_step", "sdxl", "--batch-size", "2", "--rounds", "3"),
+    ("roofline", "sdxl", "--batch-size", "2", "--shard", "8", "--rounds", "3"),
     ("recipe", "sd15", "--batch-size", "8", "--pairs", "16", "--rounds", "2"),
     ("groups", "sd15", "--pairs", "12", "--rounds", "2"),
     ("precompute", "sd15", "--pairs", "32", "--rounds", "2"),

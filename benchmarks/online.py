@@ -34,6 +34,8 @@ class OnlineLoop:
     beta: float = 2000.0
     sizes: Sequence[int] | None = None
     """Numbers of images that the trained network is compiled for, ascending; None: any."""
+    graphs: bool = False
+    """Gradients are added to memory of their own, which stays."""
 
     def encode(
         self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]
@@ -109,4 +111,4 @@ class OnlineLoop:
         result.loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.trained.network.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.graphs)

@@ -14,7 +14,7 @@ from benchmarks.architectures import RESOLUTION, Architecture, model_for
 from benchmarks.online import OnlineLoop
 from inpo.common.cache import Cache, CacheWriter, open_cache
 from inpo.common.choices import CompileName
-from inpo.common.compiled import compile_network
+from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.models import Model
 from inpo.common.pairs import open_source
@@ -79,16 +79,18 @@ class Setting:
             measure_inversion=0.0,
         )
 
-    def worker(self, cache: Path, settings: PrecomputeSettings) -> ShardWorker:
-        """Of the phase of images, on texts that are committed."""
+    def worker(self, cache: Path, settings: PrecomputeSettings, like: ShardWorker | None = None) -> ShardWorker:
+        """Of the phase of images, on texts that are committed; with the models of another one, whose batches are as
+        large."""
         manifest = build_manifest(settings, self.model, device_type=self.device.type)
         writer = CacheWriter.open(str(cache), manifest)
         if not TextTable(writer).names:
             texts = TextWorker(encoder=self.text_encoder(), writer=writer)
             for task in (TextTask(prompts=("",)), TextTask(prompts=tuple(PROMPTS))):
                 texts.write(task, texts.compute(task))
-        components = load_components(self.model, manifest, self.device)
-        compile_denoiser(components.denoiser, self.model, manifest, self.compile, settings.batch_size)
+        components = like.components if like is not None else load_components(self.model, manifest, self.device)
+        if like is None:
+            compile_denoiser(components.denoiser, self.model, manifest, self.compile, settings.batch_size)
         return ShardWorker(
             components=components,
             writer=writer,
@@ -131,13 +133,26 @@ class Setting:
             self.index(cache), Needs(), batch_size=batch_size, window_shards=4, seed=0, pin=self.device.type == "cuda"
         )
         self.compiled(denoiser, [2 * batch_size])
-        return CachedLoop(denoiser=denoiser, optimizer=optimizer, stream=stream, device=self.device)
+        return CachedLoop(
+            denoiser=denoiser,
+            optimizer=optimizer,
+            stream=stream,
+            device=self.device,
+            graphs=self.graphs(2 * batch_size),
+        )
+
+    def graphs(self, images: int) -> bool:
+        """Whether networks in training run as CUDA graphs, as the trainer's does."""
+        return uses_graphs(self.compile, self.device, images)
 
     def compiled(self, denoiser: Denoiser, sizes: Sequence[int], *, trained: bool = True) -> bool:
         """Compile a network as the stages do, for calls of these numbers of images; the last with gradients too."""
         if self.compile == "off":
             return False
         shape = self.model.family.latent_shape(self.model.config, (self.resolution,) * 2)
+        graphs = self.graphs(sizes[-1])
+        for each in denoiser.network.parameters() if graphs and trained else ():
+            each.grad = torch.zeros_like(each)
 
         def call(images: int) -> torch.Tensor:
             denoiser.rows = images
@@ -151,22 +166,23 @@ class Setting:
                     call(images)
             if trained:
                 call(sizes[-1]).square().mean().backward()
-                denoiser.network.zero_grad(set_to_none=True)
+                denoiser.network.zero_grad(set_to_none=not graphs)
 
         blocks = self.model.family.blocks
-        if not compile_network(denoiser.network, self.compile, first, blocks=blocks, device=self.device):
+        if not compile_network(denoiser.network, self.compile, first, blocks=blocks, device=self.device, graphs=graphs):
             denoiser.rows = None
         return denoiser.rows is not None
 
-    def online(self, batch_size: int) -> OnlineLoop:
-        """The alternative, complete; compiled, if at all, as ours is, and for calls of fewer images as well: a pair
-        leaves the inversion at its own timestep."""
+    def online(self, batch_size: int, *, inverts: bool = True) -> OnlineLoop:
+        """The alternative, complete; compiled, if at all, as ours is, and where it inverts for calls of fewer images as
+        well: a pair leaves the inversion at its own timestep."""
         trained, optimizer = self.trained()
         frozen = self.model.load_network()
         prepare_for_inference(frozen, network_dtype=self.dtype, device=self.device)
         reference = self.model.denoiser(frozen, network_dtype=self.dtype)
         images = 2 * batch_size
-        sizes = [1 << power for power in range(1, images.bit_length()) if 1 << power < images] + [images]
+        fewer = [1 << power for power in range(1, images.bit_length()) if 1 << power < images] if inverts else []
+        sizes = [*fewer, images]
         compiled = self.compiled(trained, sizes)
         self.compiled(reference, [images], trained=False)
         return OnlineLoop(
@@ -174,6 +190,7 @@ class Setting:
             optimizer=optimizer,
             reference=reference,
             sizes=sizes if compiled else None,
+            graphs=self.graphs(images),
             images=ImageEncoder(
                 self.model.load_vae(), self.model.family, vae_dtype="float32", sample=True, seed=0, device=self.device
             ),
@@ -193,6 +210,8 @@ class CachedLoop:
     optimizer: torch.optim.Optimizer
     stream: RecordStream
     device: torch.device
+    graphs: bool
+    """Gradients are added to memory of their own, which stays."""
 
     def step(self) -> None:
         """One micro-batch from the cache, and the optimiser's step."""
@@ -202,7 +221,7 @@ class CachedLoop:
         inpo.function(error, batch.by_side(batch.reference_error), batch.label, inpo.beta).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.network.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
 
 
 def setting(

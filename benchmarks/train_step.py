@@ -28,7 +28,7 @@ def _measure(here: Setting, batch_size: int, rounds: int) -> None:
     with setting_up():
         cache = here.cache(num_pairs=4 * batch_size, steps=10, kept=4, batch_size=batch_size)
         ours = here.cached(cache, batch_size=batch_size)
-        online, dpo = here.online(batch_size), here.online(batch_size)
+        online, dpo = here.online(batch_size), here.online(batch_size, inverts=False)
         pixels = here.pixels(batch_size)
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(batch_size)]
     contestants = {

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -11,8 +12,9 @@ from inpo.common.log import say
 
 MOST = 64
 """Pairs: where the network is the limit, larger batches are no faster."""
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
-"""In what torch raises for a device that has no class of error of its own: a CPU, Apple's GPUs."""
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+"""In what torch raises where it has no class of error for it: a CPU's allocator, Apple's, CUDA's own calls, and the
+libraries that allocate beside torch (cuBLAS, cuDNN)."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,13 +27,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_in_words(batch_size: int | None, *, smaller: str = "", otherwise: str) -> Iterator[None]:
+def memory_in_words(batch_size: int | None, *, smaller: str = "", otherwise: str, auto: bool = True) -> Iterator[None]:
     """Raise OutOfMemory for whatever says inside that memory is short.
 
     Args:
-        batch_size: pairs together; None: what is done inside does not hang on it.
+        batch_size: pairs, or images, together; None: what is done inside does not hang on it.
         smaller: what to do beside taking a smaller batch.
         otherwise: what to do where there is none.
+        auto: whether `--batch-size auto` is known there.
     """
     try:
         yield
@@ -40,7 +43,8 @@ def memory_in_words(batch_size: int | None, *, smaller: str = "", otherwise: str
             raise
         fix, asked = otherwise, None
         if batch_size is not None and batch_size > 1:
-            fix = f"try --batch-size {batch_size // 2}, or --batch-size auto, which finds the largest"
+            fix = f"try --batch-size {batch_size // 2}"
+            fix += ", or --batch-size auto, which finds the largest" if auto else ""
             fix += smaller and f"; {smaller}"
         if batch_size is not None:
             asked = f"--batch-size {batch_size}"
@@ -63,7 +67,7 @@ def find_batch_size(trial: Callable[[int], object], *, least: Callable[[int], in
     Raises OutOfMemory if one does not fit, in any process.
     """
     fitting, pairs = 0, 1
-    while pairs <= MOST and _fits(trial, pairs):
+    while pairs <= MOST and fits(partial(trial, pairs)):
         fitting, pairs = pairs, 2 * pairs
     found = least(fitting)
     if not found:
@@ -72,9 +76,10 @@ def find_batch_size(trial: Callable[[int], object], *, least: Callable[[int], in
     return found
 
 
-def _fits(trial: Callable[[int], object], pairs: int) -> bool:
+def fits(trial: Callable[[], object]) -> bool:
+    """Whether `trial` does not run out of memory. What it held is given back."""
     try:
-        trial(pairs)
+        trial()
         return True
     except Exception as error:
         if not is_out_of_memory(error):

@@ -6,6 +6,7 @@ minutes. So there is a first call at the very shape of all later ones, and it ha
 """
 
 import gc
+import math
 import os
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from inpo.common.batch_size import fits
 from inpo.common.choices import CompileName
 from inpo.common.errors import InpoError
 from inpo.common.log import note, say
@@ -25,6 +27,9 @@ SMALL = 8
 """Images of a call, at most, whose kernels are shorter than what it takes to launch them."""
 _CALLS_TO_A_GRAPH = 3
 """One that compiles, one that records, one that plays."""
+_WORTH = {False: 120, True: 360}
+"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200 kernels
+of blocks took up to half a minute to make and saved a third, those with gradients 100 s, and saved a quarter."""
 _ENTRIES_PER_PART = 8
 """Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
 
@@ -48,22 +53,29 @@ def compile_network(
     *,
     blocks: Sequence[str],
     device: torch.device,
+    varying: bool = False,
     graphs: bool = False,
+    ahead: int | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> bool:
-    """Compile `network` in place. Returns whether it is compiled now: no if nobody asked, or if it failed, with a note.
+    """Compile `network` in place. Returns whether it is compiled now: no if nobody asked, if it is left to us and does
+    not pay, or if it failed, with a note.
 
     Args:
         first: calls the network once in every way that it will be called, at the shape of all calls to come; under
             training that is forward and backward.
         graphs: run it as a CUDA graph (see uses_graphs).
         blocks: class names of what `blocks` compiles; empty: what diffusers names for this class of networks.
-        agree: of "all is well here" whether it is so in all processes; called once, if there is anything to compile.
+        varying: sizes inside the network change from call to call, and kernels are made for any of them.
+        ahead: how many calls like `first` there will be, about; None: nobody knows, many.
+        agree: of "it is so here" whether it is so in all processes; called equally often in all of them.
 
     Raises what `first` raises of our own, and out of memory.
     """
+    # With sizes of their own for every call, no graph and no kernels of the whole would be used twice.
+    how, graphs = ("blocks" if varying and how == "whole" else how), graphs and not varying
     parts = _parts(network, how, blocks, device)
-    if not parts:
+    if not parts or (how == "auto" and ahead is not None and not _pays(network, first, ahead, agree)):
         return False
     what = "the whole network" if parts == [network] else f"{len(parts)} blocks of the network ({_names(parts)})"
     what += " and its CUDA graph" if graphs else ""
@@ -79,7 +91,7 @@ def compile_network(
         ):
             warnings.simplefilter("ignore")  # torch's, of how it compiles; what the network's calls warn of comes again
             for part in parts:
-                part.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+                part.compile(dynamic=varying, mode="reduce-overhead" if graphs else None)
             for _ in range(_CALLS_TO_A_GRAPH if graphs else 1):
                 first()
     except (InpoError, torch.OutOfMemoryError):
@@ -94,6 +106,32 @@ def compile_network(
     reason = "it failed in another process" if failure is None else _in_words(failure)
     note(f"the network runs as it is, because compiling it failed: {reason} (--compile off does not try)")
     return False
+
+
+def _pays(network: nn.Module, first: Callable[[], object], ahead: int, agree: Callable[[bool], bool]) -> bool:
+    """Whether the work ahead takes long as it is, in all processes. The first call, which loads libraries too, may say
+    no already."""
+    worth = _WORTH[any(each.requires_grad for each in network.parameters())]
+    for _ in range(2):
+        if not agree(ahead * _seconds(first) >= worth):
+            say("nothing is compiled: the work ahead is too short for that to pay (--compile blocks asks for it)")
+            return False
+    return True
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """What a call takes; infinity where it does not fit into memory: a compiled one, which holds less, may."""
+    _synchronise()
+    clock = time.perf_counter()
+    if not fits(call):
+        return math.inf
+    _synchronise()
+    return time.perf_counter() - clock
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def kernel_folder() -> str:

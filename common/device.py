@@ -18,16 +18,20 @@ _DRIVERS = {
 
 def say_device(device: torch.device, dtype: str, *, num_processes: int = 1) -> None:
     """A line on standard error: the device, and the dtype that the network, or the scorer, computes in there. Then a
-    note if this machine has a GPU that torch cannot use, or torch is made for GPUs and sees none."""
-    name = str(device)
+    note if this machine has a GPU that torch cannot use, torch is made for GPUs and sees none, or the GPU is older than
+    the dtype."""
+    name, why = str(device), None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+        if torch.version.cuda and properties.major < 8 and dtype.startswith("bfloat16"):
+            why = "this GPU has no bfloat16, and goes the long way round: --dtype float16 is faster, from precompute on"
     elif device.type == "cpu":
         name += f" ({torch.get_num_threads()} threads)"
+        why = why_no_gpu()
     each = f"{num_processes} processes, the first on " if num_processes > 1 else ""
     say(f"device: {each}{name}, computing in {dtype}, torch {torch.__version__}")
-    if device.type == "cpu" and (why := why_no_gpu()):
+    if why:
         note(why)
 
 

@@ -113,7 +113,7 @@ def make_folder(folder: Path) -> None:
         flush(each.parent)
 
 
-def flush(path: Path) -> None:
+def flush(path: Path | str) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:

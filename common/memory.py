@@ -140,6 +140,8 @@ class Peak:
     """Its state, and the weights' moving average."""
     gradients: int = 0
     """Of all trained weights. They come while activations go, so that the larger of the two counts."""
+    gradients_stay: bool = False
+    """Where processes exchange them: they lie in memory that is taken from the start, so that both count."""
     fixed: float = 0.0
     per_image: float = 0.0
     """Activations are fixed + per_image * images."""
@@ -151,7 +153,8 @@ class Peak:
 
     def at(self, images: int) -> int:
         """With so many images."""
-        beside = max(self.gradients, self.activations(images))
+        stay, come = (self.gradients, 0) if self.gradients_stay else (0, self.gradients)
+        beside = stay + max(come, self.activations(images))
         return max(self.elsewhere, self.weights + self.optimizer + beside)
 
     def most_images(self, memory: int) -> int:
@@ -159,7 +162,8 @@ class Peak:
         room = int(USABLE * memory)
         if self.at(1) > room:
             return 0
-        return int((room - self.weights - self.optimizer - self.fixed) // max(self.per_image, 1.0))
+        stay = self.gradients if self.gradients_stay else 0
+        return int((room - self.weights - self.optimizer - stay - self.fixed) // max(self.per_image, 1.0))
 
 
 def line(count: Callable[[int], int]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from inpo.common import fingerprint
+from inpo.common.batch_size import memory_in_words
 from inpo.common.compiled import compile_network
 from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.device import say_device
@@ -109,12 +110,18 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
         drawn: list[list[Image.Image]] = []
+
+        def first() -> None:
+            drawn[:] = [_draw(pipeline, batches[0], settings, family, transfer)]
+
         is_compiled = compile_network(
-            model.family.network_of(pipeline),
+            model.family.network_of(pipeline).requires_grad_(False),
             settings.compile,
-            lambda: drawn.append(_draw(pipeline, batches[0], settings, family, transfer)),
+            first,
             blocks=model.family.blocks,
+            varying=model.family.varying,
             device=state.device,
+            ahead=len(batches) - 1,
         )
         with ProgressReport("generate", total=len(mine), unit="images", done=len(mine) - len(left), quiet=quiet) as bar:
             for batch in batches:
@@ -170,24 +177,18 @@ def _draw(
         size = size or (family.drawn_side(pipeline),) * 2
         given = transfer.arguments(prompts, size)
     height, width = size or (None, None)
-    try:
-        with torch.inference_mode():
-            pixels = pipeline(
-                num_inference_steps=settings.inference_steps,
-                generator=generators,
-                output_type="np",
-                height=height,
-                width=width,
-                **family.drawing(prompts, settings.guidance, settings.max_tokens),
-                **given,
-            ).images
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "The images do not fit into the GPU's memory.",
-            where=f"a batch of {len(batch)}",
-            got=str(error).splitlines()[0][:200],
-            fix="pass a smaller --batch-size; what is done stays",
-        ) from error
+    stays = "what is done stays"
+    otherwise = f"take a lower --resolution, or --dtype bfloat16; {stays}"
+    with memory_in_words(len(batch), auto=False, smaller=stays, otherwise=otherwise), torch.inference_mode():
+        pixels = pipeline(
+            num_inference_steps=settings.inference_steps,
+            generator=generators,
+            output_type="np",
+            height=height,
+            width=width,
+            **family.drawing(prompts, settings.guidance, settings.max_tokens),
+            **given,
+        ).images
     for entry, picture in zip(batch, pixels, strict=True):
         if not np.isfinite(picture).all():
             # Turned into a picture it would be black, and be scored as if the model had drawn it so.

@@ -45,7 +45,8 @@ class EvaluateSettings(Section):
     """Images made or scored at once, which changes no noise; unset: 32, of large images as many as have the pixels of
     8 images of 512 px."""
     compile: CompileName = "auto"
-    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU, where the
+    work ahead is long enough to pay."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many prompts, a later run without it completes the folder; unset: all."""
     scorers: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from inpo.precompute.settings import PrecomputeSettings, RayOptions
 def plan(
     given: Given,
     recipe: RecipeOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices the hours are divided by.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices that work side by side.")] = 1,
     device_memory: Annotated[
         float | None,
         typer.Option(
@@ -42,6 +42,6 @@ def plan(
         gibibytes=device_memory,
         calibrate=calibrate,
         as_json=as_json,
-        beside=partial(train_needs, recipe),
+        beside=partial(train_needs, recipe, num_processes=gpus),
     )
     raise typer.Exit(code)

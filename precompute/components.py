@@ -1,6 +1,7 @@
 """The models of the phase of images, loaded onto a device and compiled."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,18 @@ class Components:
     images: ImageEncoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a worker should know of its part of the work, and of the other processes."""
+
+    num_rows: int | None = None
+    """Rows that it will make, about; None: nobody knows, many."""
+    least: Callable[[int], int] = int
+    """Of a batch size that fits here the least of all processes' ones; called once, where the size is to be found."""
+
+
+WHOLE = Share()
+"""Of a worker that is alone, and does what it gets."""
 _OTHERWISE = "take a device with more memory (`inpo plan` says how much), a lower --resolution, or --dtype bfloat16"
 
 
@@ -69,24 +82,32 @@ def call_blank(denoiser: Denoiser, model: Model, manifest: Manifest, pairs: int)
         return denoiser.predict(x, timestep, blank.to(denoiser.device))
 
 
-def compile_denoiser(denoiser: Denoiser, model: Model, manifest: Manifest, how: CompileName, batch_size: int) -> None:
-    """Compile the network for batches of `batch_size` pairs, if `how` asks for it."""
+def compile_denoiser(
+    denoiser: Denoiser, model: Model, manifest: Manifest, how: CompileName, batch_size: int, num_rows: int | None = None
+) -> None:
+    """Compile the network for batches of `batch_size` pairs, if `how` asks for it. `num_rows`: as Share has it."""
     first = partial(call_blank, denoiser, model, manifest, batch_size)
     denoiser.rows, device = 2 * batch_size, denoiser.device
-    graphs = uses_graphs(how, device, denoiser.rows)
-    if not compile_network(denoiser.network, how, first, blocks=model.family.blocks, device=device, graphs=graphs):
+    ahead = None if num_rows is None else math.ceil(num_rows / batch_size) * manifest.inverter.grid_points
+    if not compile_network(
+        denoiser.network,
+        how,
+        first,
+        blocks=model.family.blocks,
+        varying=model.family.varying,
+        device=device,
+        graphs=uses_graphs(how, device, denoiser.rows),
+        ahead=ahead,
+    ):
         denoiser.rows = None
 
 
-def fit(
-    denoiser: Denoiser, model: Model, manifest: Manifest, settings: PrecomputeSettings, least: Callable[[int], int]
-) -> int:
-    """The batch size in pairs, found where it is to be, with the network compiled for it. `least`: as build_worker has
-    it. Raises OutOfMemory."""
+def fit(denoiser: Denoiser, model: Model, manifest: Manifest, settings: PrecomputeSettings, share: Share) -> int:
+    """The batch size in pairs, found where it is to be, with the network compiled for it. Raises OutOfMemory."""
     pairs = settings.batch_size
     if pairs == AUTO:
         trial = partial(call_blank, denoiser, model, manifest)
-        pairs = find_batch_size(trial, least=least, otherwise=_OTHERWISE)
+        pairs = find_batch_size(trial, least=share.least, otherwise=_OTHERWISE)
     with in_words(pairs):
-        compile_denoiser(denoiser, model, manifest, settings.compile, pairs)
+        compile_denoiser(denoiser, model, manifest, settings.compile, pairs, share.num_rows)
     return pairs

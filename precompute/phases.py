@@ -8,13 +8,14 @@ import torch
 
 from inpo.common.cache import CacheWriter, Commit, TextCommit
 from inpo.common.models import Model
+from inpo.precompute.components import WHOLE, Share
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.pipeline import Worker
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.texts import TextWorker, texts_in_words
 from inpo.precompute.worker import build_worker
 
-Load = Callable[[Model, CacheWriter, PrecomputeSettings, torch.device, Callable[[int], int]], Worker]
+Load = Callable[[Model, CacheWriter, PrecomputeSettings, torch.device, Share], Worker]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,7 @@ class Phase:
     name: str
     kind: type[Commit] | type[TextCommit]
     load: Load
-    """Loads what the phase needs onto a device, and no more: text encoders and network are never there together. The
-    last argument gives, of a batch size that fits here, the least of all processes' ones (build_worker)."""
+    """Loads what the phase needs onto a device, and no more: text encoders and network are never there together."""
 
     def worker(
         self,
@@ -33,19 +33,15 @@ class Phase:
         writer: CacheWriter,
         settings: PrecomputeSettings,
         device: torch.device,
-        least: Callable[[int], int] = int,
+        share: Share = WHOLE,
     ) -> Worker:
         """A worker for `device`."""
         gc.collect()  # references in a circle would keep the models of the phase before on the device
-        return self.load(model, writer, settings, device, least)
+        return self.load(model, writer, settings, device, share)
 
 
 def _encoder(
-    model: Model,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    device: torch.device,
-    least: Callable[[int], int] = int,
+    model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device, share: Share = WHOLE
 ) -> TextWorker:
     with texts_in_words():
         encoder = TextEncoder(

@@ -4,7 +4,6 @@ No image, VAE or text encoder is needed. With errors_only the points stay too, a
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Group, Inverted, evaluate_points, invert, own_noise
 from inpo.common.models import Model
 from inpo.common.spread import measure_spread
-from inpo.precompute.components import fit, in_words, load_denoiser
+from inpo.precompute.components import WHOLE, Share, fit, in_words, load_denoiser
 from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.worker import OF_IMAGES, num_unsettled, skipped_row
@@ -204,21 +203,13 @@ def _subset(
 
 
 def _text_copier(
-    model: Model,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    device: torch.device,
-    least: Callable[[int], int] = int,
+    model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device, share: Share = WHOLE
 ) -> TextCopier:
     return TextCopier(source=open_cache(settings.like or ""), writer=writer)
 
 
 def _refresh_worker(
-    model: Model,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    device: torch.device,
-    least: Callable[[int], int] = int,
+    model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device, share: Share = WHOLE
 ) -> RefreshWorker:
     with in_words(None):
         denoiser = load_denoiser(model, writer.manifest, device)
@@ -226,7 +217,7 @@ def _refresh_worker(
         source=open_cache(settings.like or ""),
         writer=writer,
         denoiser=denoiser,
-        pairs_per_batch=fit(denoiser, model, writer.manifest, settings, least),
+        pairs_per_batch=fit(denoiser, model, writer.manifest, settings, share),
         errors_only=settings.errors_only,
     )
 

@@ -29,7 +29,8 @@ class PrecomputeSettings(CacheSettings):
     batch_size: BatchSize = 16
     """Pairs per network batch; auto: the largest power of two that the device takes."""
     compile: CompileName = "auto"
-    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU, where the
+    work ahead is long enough to pay."""
     decode_workers: int = Field(4, ge=0)
     """Processes that decode and resize images, for each device; 0: the reading thread does it."""
     engine: Literal["local", "ray"] = "local"

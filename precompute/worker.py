@@ -6,7 +6,7 @@ write               attempt folder, fsync, commit
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ from inpo.common.pairs.images import PreparedImage
 from inpo.common.seeding import uniform
 from inpo.common.spread import measure_spread
 from inpo.precompute.arrange import Arrangement, arrange, group_id
-from inpo.precompute.components import Components, fit, in_words, load_components
+from inpo.precompute.components import WHOLE, Components, Share, fit, in_words, load_components
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
 from inpo.precompute.texts import TextTable
@@ -317,16 +317,9 @@ def num_unsettled(
 
 
 def build_worker(
-    model: Model,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    device: torch.device,
-    least: Callable[[int], int] = int,
+    model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device, share: Share = WHOLE
 ) -> ShardWorker:
     """A worker for `device`. The processes that decode images start while the models are loaded and compiled.
-
-    Args:
-        least: of a batch size that fits here the least of all processes' ones; called where the size is to be found.
 
     Raises ModelError for a model that cannot be loaded, InpoError if those processes cannot start, OutOfMemory.
     """
@@ -336,7 +329,7 @@ def build_worker(
             started = beside.submit(decode.start)
             with in_words(None):
                 components = load_components(model, writer.manifest, device)
-            pairs = fit(components.denoiser, model, writer.manifest, settings, least)
+            pairs = fit(components.denoiser, model, writer.manifest, settings, share)
         started.result()
     except BaseException:
         decode.close()

@@ -6,7 +6,7 @@ write    the pairs' images, then the shard, then the images' name
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
@@ -29,7 +29,7 @@ from inpo.common.pairs.decode import PreparedPair, prepare_pair
 from inpo.common.scorer import Scorer, load_scorer
 from inpo.evaluation.score import checked_scores
 from inpo.precompute.arrange import Arrangement
-from inpo.precompute.components import in_words
+from inpo.precompute.components import WHOLE, Share, in_words
 from inpo.precompute.phases import Phase
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import ShardTask
@@ -272,15 +272,11 @@ class SampleWorker(ShardWorker):
 
 
 def build_sample_worker(
-    model: Model,
-    writer: CacheWriter,
-    settings: PrecomputeSettings,
-    device: torch.device,
-    least: Callable[[int], int] = int,
+    model: Model, writer: CacheWriter, settings: PrecomputeSettings, device: torch.device, share: Share = WHOLE
 ) -> SampleWorker:
     """As build_worker."""
     chosen = cast(SampleSettings, settings)
-    base = build_worker(model, writer, settings, device, least)
+    base = build_worker(model, writer, settings, device, share)
     parts: Mapping[str, Any] = vars(base)
     return SampleWorker(
         **parts, settings=chosen, scorer=load_scorer(chosen.scorer or ""), pictures=SampleTars(writer.store.address)

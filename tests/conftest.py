@@ -41,15 +41,16 @@ def fresh_accelerate_state() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def frozen_libraries() -> None:
+def frozen_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is imported stays. A run collects garbage twice, and half of a small run's time would go to looking through
-    the libraries' objects."""
+    the libraries' objects. Whether any are frozen a run asks too, and counting walks through them all."""
     if len(sys.modules) > _frozen[0] + 100:  # diffusers and transformers import much at its first use
         import hypothesis  # noqa: F401  (whose plugins look at what is not frozen)
 
         gc.collect()
         gc.freeze()
         _frozen[0] = len(sys.modules)
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: _frozen[0])
 
 
 _frozen = [0]

@@ -4,7 +4,14 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.denoiser import compute_dtype
 from inpo.common.log import note
@@ -35,8 +42,22 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
         # As a number it would give way to the environment's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        # Gradients lie once in memory, where they are exchanged.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         cpu=on_cpu(),
     )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         note("the environment's ACCELERATE_USE_FSDP is not followed: weights are split over processes with GPUs only")
     return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Network and optimiser as the run's processes share them."""
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        # No network changes its buffers. Sending them would make every call of the network one that all processes must
+        # make, and one that is out of memory makes none.
+        wrapped.broadcast_buffers = False
+    return wrapped, optimizer

@@ -3,7 +3,7 @@
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from inpo.common.cache.derive import mean_square
 from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import TrainingError
+from inpo.common.families import Family
 from inpo.common.judge import Evaluation, Judge
 from inpo.common.log import note
 from inpo.common.progress import ProgressReport
@@ -114,9 +115,9 @@ class Trainer:
         mean: Tensor = self.accelerator.reduce(values.detach().mean(), reduction="mean")  # all hold equally many
         return mean
 
-    def compile(self, blocks: Sequence[str]) -> None:
+    def compile(self, family: Family) -> None:
         """Compile the network, if the settings ask for it, on the first micro-batch, which is used again: without
-        gradients, as evaluations call it, and with them. `blocks`: see compile_network.
+        gradients, as evaluations call it, and with them. `family`: the network's.
         """
         accelerator, settings = self.accelerator, self.settings
         sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -142,7 +143,15 @@ class Trainer:
         for each in self.trained if self._graphs else ():  # which a graph's own gradients are added to
             each.grad = torch.zeros_like(each)
         if not compile_network(
-            bare, settings.compile, first, blocks=blocks, device=accelerator.device, graphs=self._graphs, agree=agree
+            bare,
+            settings.compile,
+            first,
+            blocks=family.blocks,
+            varying=family.varying,
+            device=accelerator.device,
+            graphs=self._graphs,
+            ahead=(settings.steps - self.step) * settings.accumulate,
+            agree=agree,
         ):
             self.denoiser.rows, self._graphs = None, False
         self.network.zero_grad(set_to_none=not self._graphs)
@@ -167,6 +176,8 @@ class Trainer:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         settings, quiet = self.settings, not self.accelerator.is_main_process
         batches = iter(self.stream)
+        if self.accelerator.device.type == "cuda":  # what was tried before is no part of what training takes
+            torch.cuda.reset_peak_memory_stats()
         started, records = time.perf_counter(), 0
         # Reading makes thousands of short-lived objects a second; the collector need not walk all modules each time. A
         # caller who has frozen them keeps that.

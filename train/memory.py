@@ -77,9 +77,11 @@ def fitting_batch(
     return find_batch_size(trial, least=least, otherwise=NO_SMALLER)
 
 
-def train_needs(recipe: Path | None, model: Model, manifest: Manifest, widest: int) -> list[Need]:
-    """Of a run as the recipe's [train] has it, with gradient checkpointing and without, on a cache whose largest group
-    has `widest` images."""
+def train_needs(
+    recipe: Path | None, model: Model, manifest: Manifest, widest: int, *, num_processes: int = 1
+) -> list[Need]:
+    """Of a process of a run as the recipe's [train] has it, with gradient checkpointing and without, on a cache whose
+    largest group has `widest` images."""
     settings = resolve(TrainSettings, "train", read_recipe(recipe), {})
     own = f"train, LoRA of rank {settings.lora_rank}" if settings.lora_rank else "train"
     sides = widest if OBJECTIVES[settings.objective].lists else 2
@@ -89,14 +91,22 @@ def train_needs(recipe: Path | None, model: Model, manifest: Manifest, widest: i
             what=f"{own}, --gradient-checkpointing" if checkpointing else own,
             batch_size=settings.batch_size,
             sides=sides,
-            peak=train_peak(model, manifest, settings.model_copy(update={"gradient_checkpointing": checkpointing})),
+            peak=train_peak(
+                model,
+                manifest,
+                settings.model_copy(update={"gradient_checkpointing": checkpointing}),
+                num_processes=num_processes,
+            ),
         )
         for checkpointing in (False, True)
     ]
 
 
-def train_peak(model: Model, manifest: Manifest, settings: TrainSettings, *, device_type: str = "cuda") -> Peak:
-    """Of one process that trains as `settings` say on a cache of `manifest`, nothing compiled."""
+def train_peak(
+    model: Model, manifest: Manifest, settings: TrainSettings, *, device_type: str = "cuda", num_processes: int = 1
+) -> Peak:
+    """Of one of the processes that train as `settings` say on a cache of `manifest`, nothing compiled. Each holds the
+    whole network (DDP)."""
     family, dtype = model.family, manifest.network_dtype
     tokens = manifest.max_tokens or 1
     network = model.empty_component(family.network)
@@ -120,6 +130,7 @@ def train_peak(model: Model, manifest: Manifest, settings: TrainSettings, *, dev
         weights=weights_of(network, dtype),
         optimizer=_state_bytes(trained, settings, dtype) + (bytes_of(iter(trained)) if settings.ema else 0),
         gradients=bytes_of(iter(trained)),
+        gradients_stay=num_processes > 1,
         fixed=fixed,
         per_image=per_image,
     )

@@ -22,7 +22,7 @@ from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.train import checkpoint
-from inpo.train.accelerator import build_accelerator
+from inpo.train.accelerator import build_accelerator, prepare
 from inpo.train.card import model_card
 from inpo.train.end import check_parts, check_space
 from inpo.train.identity import run_identity
@@ -172,7 +172,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         check_space(model, settings, resolved.output, trained=trained, step=step)
     optimizer = build_optimizer(trained, settings, network_dtype=network_dtype)
     schedule = build_schedule(optimizer, settings)
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    wrapped, optimizer = prepare(accelerator, network, optimizer)
     trained = [each for each in wrapped.parameters() if each.requires_grad]  # FSDP has put its own in their place
     ema = _moving_average(accelerator, trained, settings)
     denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
@@ -309,7 +309,7 @@ def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoin
     if chosen is not None:
         trainer.load(chosen)
         say(f"resumed from {chosen.path} at step {trainer.step}")
-    trainer.compile(resolved.model.family.blocks)
+    trainer.compile(resolved.model.family)
     if chosen is not None:
         return
     if settings.init_from:

@@ -41,7 +41,7 @@ def sample_images(
     images = []
     # Loading and sampling leave the training's random state alone, and compile nothing for their few images.
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),  # of all GPUs otherwise
         torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         torch.compiler.set_stance("force_eager"),
     ):

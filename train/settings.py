@@ -111,7 +111,8 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     compile: CompileName = "auto"
-    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU."""
+    """What of the network is compiled: its repeated blocks, the whole, or nothing; auto: blocks on a GPU, where the
+    work ahead is long enough to pay."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA layers; 0: full fine-tuning."""
     lora_alpha: float | None = Field(None, gt=0)

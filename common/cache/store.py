@@ -259,8 +259,9 @@ class CacheStore:
             return
         with storage_errors("flush to disk", self.path(folder)):
             root = Path(self.location) / folder
-            for file in root.rglob("*"):
-                flush(file)
+            for place, folders, names in os.walk(root):
+                for name in (*folders, *names):
+                    flush(os.path.join(place, name))
             # The entries above the attempt too: shards/<name> and shards may be new.
             for parent in (root, root.parent, root.parent.parent, Path(self.location)):
                 flush(parent)
@@ -286,10 +287,11 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
         if not isinstance(error, FileNotFoundError):
             raise error
 
+    above = len(os.path.join(folder, ""))
     for root, _, names in os.walk(folder, onerror=refuse):
         for name in names:
-            file = Path(root) / name
+            file = os.path.join(root, name)
             try:
-                yield file.relative_to(folder).as_posix(), file.stat().st_size
+                yield file[above:], os.stat(file).st_size
             except FileNotFoundError:  # another writer's staged file, gone in between
                 continue

@@ -93,6 +93,8 @@ class Family(ABC):
     """Elements of a latent's plane in one of the network's input vectors."""
     blocks: tuple[str, ...] = ()
     """Classes of the network's modules that are compiled one by one; empty: those that diffusers names."""
+    varying: bool = False
+    """Whether the network cuts prompts to their lengths, so that sizes inside it change from call to call."""
     latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
     """(weight [4, 3], bias [3]) of a linear map from latents to RGB in 0..1, where one is known."""
 

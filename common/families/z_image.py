@@ -27,6 +27,7 @@ class ZImage(FlowFamily):
     network_class = ZImageTransformer2DModel
     conditions = {"embedding": EMBEDDING, "length": LENGTH}
     max_tokens = most_tokens = 512
+    varying = True
     lora_targets = Family.lora_targets
 
     def check_network(self, name: str, network: Config) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from inpo.common.choices import AUTO
 from inpo.common.errors import InpoError
 from inpo.common.models import Model
 from inpo.common.processes import processes
+from inpo.precompute.components import Share
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task, Timing, run_tasks
@@ -43,8 +45,8 @@ def run_local(
     """
     state = processes()
     waiting_room = _WaitingRoom(state)
-    share = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
-    mine = [task for number, task in tasks.items() if number in share and task.name not in committed]
+    numbers = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
+    mine = [task for number, task in tasks.items() if number in numbers and task.name not in committed]
     timing = Timing()
 
     def least(pairs: int) -> int:
@@ -56,7 +58,8 @@ def run_local(
     if not mine and phase.kind is Commit and settings.batch_size == AUTO:
         least(MOST)
     if mine:
-        worker = phase.worker(model, writer, settings, state.device, least)
+        share = Share(num_rows=sum(task.num_rows for task in mine), least=least)
+        worker = phase.worker(model, writer, settings, state.device, share)
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)
@@ -100,28 +103,28 @@ class _WaitingRoom:
         )
 
     def least(self, number: int) -> int:
-        """The least of all processes' numbers; all of them call this."""
-        if self._group is None:
-            return number
-        found = torch.tensor(number)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group)
-        return int(found)
+        """The least of all processes' numbers; all of them call this. Raises InpoError if another process has gone."""
+        return min(self._gathered(number))
 
     def meet(self, timing: Timing) -> list[Timing]:
         """Wait for the others; everybody's timing. Raises InpoError if another process has gone."""
+        return self._gathered(timing)
+
+    def _gathered(self, mine: Any) -> list[Any]:
+        """What every process has, once all of them have come."""
         if self._group is None:
-            return [timing]
-        timings = [timing] * torch.distributed.get_world_size(self._group)
+            return [mine]
+        found = [mine] * torch.distributed.get_world_size(self._group)
         try:
             barrier = torch.distributed.barrier(group=self._group, async_op=True)
             while not barrier.is_completed():
                 time.sleep(0.1)
             barrier.wait()
-            torch.distributed.all_gather_object(timings, timing, group=self._group)
+            torch.distributed.all_gather_object(found, mine, group=self._group)
         except RuntimeError as error:  # gloo: a connection was closed
             raise InpoError(
                 "Another process of this run has ended before its work was done.",
                 got=str(error).splitlines()[0][:200],
                 fix="see that process's own message, then run the same command again: what is committed stays",
             ) from error
-        return timings
+        return found

@@ -98,6 +98,42 @@ def test_generated_code_gives_the_same_numbers_and_gradients(capsys: pytest.Capt
     assert any(Path(kernel_folder()).iterdir())
 
 
+@pytest.mark.parametrize(
+    ("ahead", "all_agree", "called"), [(None, True, 1), (0, True, 1), (1 << 60, True, 3), (1 << 60, False, 1)]
+)
+def test_auto_compiles_on_a_gpu_where_the_work_ahead_is_long(
+    ahead: int | None, all_agree: bool, called: int, backend: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Called as it is, then again, and once more to be compiled; all processes do as the one with the least to do."""
+    backend("eager")
+    net, calls, x = network(), [], torch.randn(4, 6)
+    done = compile_network(
+        net,
+        "auto",
+        lambda: calls.append(net(x)),
+        blocks=(),
+        device=torch.device("cuda"),
+        ahead=ahead,
+        agree=lambda fine: fine and all_agree,
+    )
+    assert (done, len(calls)) == (ahead != 0 and all_agree, called)
+    assert bool(graphs()) == done
+    assert ("nothing is compiled: the work ahead is too short" in capsys.readouterr().err) == (not done)
+
+
+def test_auto_compiles_what_does_not_fit_as_it_is(backend: Callable) -> None:
+    """A compiled network may: it holds less."""
+    backend("eager")
+    net, x = network(), torch.randn(4, 6)
+
+    def first() -> None:
+        if net.first._compiled_call_impl is None:
+            torch.empty(1 << 46, dtype=torch.uint8)
+        net(x)
+
+    assert compile_network(net, "auto", first, blocks=(), device=torch.device("cuda"), ahead=1)
+
+
 @pytest.mark.parametrize(("how", "calls"), [("off", 0), ("auto", 0), ("blocks", 1), ("whole", 1)])
 def test_what_is_compiled(how: Any, calls: int, backend: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU auto is off: code for it takes longer to make than it saves."""
@@ -271,6 +307,16 @@ def test_a_graph_is_called_until_it_plays(monkeypatch: pytest.MonkeyPatch) -> No
     net, called = network(), []
     assert compile_network(net, "whole", lambda: called.append(1), blocks=(), device=CPU, graphs=True)
     assert (asked, len(called)) == ([{"dynamic": False, "mode": "reduce-overhead"}], 3)
+
+
+def test_where_sizes_change_blocks_are_compiled_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Z-Image cuts prompts to their lengths: no kernels of the whole, and no graph, would be used twice."""
+    asked: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append((type(self), options)))
+    told: dict[str, Any] = {"blocks": (), "device": CPU, "graphs": True}
+    assert compile_network(network(), "whole", lambda: None, varying=True, **told)
+    assert asked == 2 * [(Block, {"dynamic": True, "mode": None})]
+    assert {each.name for each in FAMILIES.values() if each.varying} == {"z_image"}
 
 
 def test_what_a_compiled_network_gives_is_copied() -> None:

@@ -88,13 +88,17 @@ def test_the_line(machine: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     say_device(torch.device("cpu"), "float32", num_processes=2)
     said = capsys.readouterr().err
     assert f"device: 2 processes, the first on cpu ({torch.get_num_threads()} threads), computing in float32" in said
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H200", total_memory=150 * 2**30)
-    )
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=150 * 2**30, major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     say_device(torch.device("cuda:1"), "bfloat16")
     said = capsys.readouterr().err
     assert said.startswith("device: cuda:1 (NVIDIA H200, 150 GiB), computing in bfloat16, torch ")
     assert "note" not in said
+    gpu.major = 7  # a T4, on which torch takes bfloat16 and emulates it
+    say_device(torch.device("cuda:0"), "float16")
+    assert "note" not in capsys.readouterr().err
+    say_device(torch.device("cuda:0"), "bfloat16-int8")
+    assert "note: this GPU has no bfloat16" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     say_device(torch.device("cpu"), "float32", num_processes=2)
     assert capsys.readouterr().err == ""

@@ -4,29 +4,50 @@
     -> {"wait": pid}                                             <- exit code, -9 if killed
 
 Each child runs the real command in a process of its own, from its signal handlers to its exit code. With arguments of
-its own it is that command. Shards of samples are small here, so that there are several of few images.
+its own it is that command. Shards of samples are small here, so that there are several of few images. Where its
+environment says SHORT_OF_MEMORY, there is room for so many images in the network, and no more.
 """
 
 import json
 import os
 import sys
 import traceback
+from typing import Any
+
+import torch
 
 import inpo.precompute.run
 import inpo.rounds.prompts
 import inpo.rounds.sample
-from inpo.cli import app
-from inpo.common.errors import InpoError
+import inpo.train.run
+from inpo.cli import main
+from inpo.common.denoiser import Denoiser
+from inpo.common.models import Model
 
 inpo.rounds.prompts.MAX_IMAGES_PER_SHARD = 4
+_load, _predict = Model.load_network, Denoiser.predict
+
+
+def _loaded(self: Model) -> Any:
+    """From now on calls of the network take memory; loading it has called it itself."""
+    network = _load(self)
+    Denoiser.predict = _limited  # type: ignore[method-assign]
+    return network
+
+
+def _limited(self: Denoiser, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The allocator's own error, of a request that no machine can serve."""
+    if len(x) > int(os.environ["SHORT_OF_MEMORY"]):
+        torch.empty(1 << 46, dtype=torch.uint8)
+    return _predict(self, x, *rest)
 
 
 def run(arguments: list[str]) -> int:
+    sys.argv[1:] = arguments
+    if "SHORT_OF_MEMORY" in os.environ:
+        Model.load_network = _loaded  # type: ignore[method-assign]
     try:
-        app(arguments)
-    except InpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

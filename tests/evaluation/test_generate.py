@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import inpo.evaluation.generate
 from inpo.common.compiled import compile_network
-from inpo.common.errors import InpoError, ModelError, TrainingError, UsageError
+from inpo.common.errors import InpoError, ModelError, OutOfMemory, TrainingError, UsageError
 from inpo.common.models import open_model
 from inpo.evaluation.cli import app
 from inpo.evaluation.generate import generate
@@ -102,6 +102,25 @@ def test_a_folder_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path,
     prompts = PROMPTS[:2] if change.pop("prompts", None) else PROMPTS[:1]
     with pytest.raises(UsageError, match=name):
         make(tiny_model, tmp_path / "out", prompts, **change)
+
+
+def test_too_little_memory_is_told_with_the_batch_to_try(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the allocator itself, of a request that no machine can serve."""
+    forward = UNet2DConditionModel.forward
+
+    def full(self: Any, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if len(x) > 2:  # guidance takes two for an image
+            torch.empty(1 << 46, dtype=torch.uint8)
+        return forward(self, x, *rest, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", full)
+    with pytest.raises(OutOfMemory) as raised:
+        make(tiny_model, tmp_path / "out", batch_size=3)
+    for words in ("--batch-size 3", "try --batch-size 1;", "what is done stays"):
+        assert words in str(raised.value)
+    assert make(tiny_model, tmp_path / "out", batch_size=1).num_new == 3
 
 
 def test_images_have_the_resolution_asked_for(tiny_model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import inpo.precompute.worker as worker
 import inpo.train.loop as loop
 from inpo.common.cache import Cache
 from inpo.common.denoiser import Denoiser
@@ -16,37 +17,35 @@ from inpo.common.denoiser import Denoiser
 def test_an_inversion(
     device: torch.device, precompute: Callable[..., Cache], no_waits: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first network call of a shard to the last one: the one wait is at its end."""
-    import inpo.precompute.worker as worker
-
+    """From the second network call of an inversion to the last one: the first copies tables to the device, and the one
+    wait is at the end."""
     predict, invert = Denoiser.predict, worker.invert
-    calls: list[int] = []
+    calls: list[torch.device] = []
+    expected: list[int] = []
     guard = ExitStack()
 
-    def counting(self: Denoiser, *arguments: Any) -> Any:
-        calls.append(0)
-        return predict(self, *arguments)
-
-    monkeypatch.setattr(Denoiser, "predict", counting)
-    monkeypatch.setattr(worker, "measure_spread", lambda *arguments, **options: 0.1)  # which asks for its number
-    precompute("counted")
-    expected = len(calls)
-    assert expected > 4
-    calls.clear()
-
-    def guarded(self: Denoiser, *arguments: Any) -> Any:
-        calls.append(0)
-        if len(calls) == 2:  # the first one copies tables to the device, once
+    def counted(self: Denoiser, *arguments: Any) -> Any:
+        calls.append(self.device)
+        if expected and len(calls) == 2:
             guard.enter_context(no_waits())
         output = predict(self, *arguments)
-        if len(calls) == expected:
+        if [len(calls)] == expected:
             guard.close()
         return output
 
-    monkeypatch.setattr(Denoiser, "predict", guarded)
+    def inverted(*arguments: Any, **options: Any) -> Any:
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Denoiser, "predict", counted)
+            return invert(*arguments, **options)
+
+    monkeypatch.setattr(worker, "invert", inverted)
+    precompute("counted")
+    expected.append(len(calls))
+    assert len(calls) > 4
     precompute("guarded")
-    assert len(calls) == expected
-    assert worker.invert is invert
+    assert [len(calls)] == expected
+    assert {each.type for each in calls} == {device.type}
 
 
 def test_training_steps(

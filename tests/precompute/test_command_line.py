@@ -40,6 +40,12 @@ def recipe(pipelines: Callable, examples: Callable, write_tars: Callable, tmp_pa
     return file
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training run will hold is not counted: most of a plan's time."""
+    monkeypatch.setattr("inpo.train.memory.train_needs", lambda *told: [])
+
+
 def test_the_recipe_stands_where_no_flag_is_given(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe), "--dry-run"])
     assert result.exit_code == 0, result.output
@@ -90,6 +96,7 @@ def test_an_unknown_option_is_wrong_usage(app: typer.Typer, recipe: Path) -> Non
     assert "--step" in result.output
 
 
+@pytest.mark.usefixtures("no_training")
 def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--timesteps-per-pair", "1", "--json"])
     assert result.exit_code == 0, result.output
@@ -99,6 +106,7 @@ def test_plan_as_json(app: typer.Typer, recipe: Path) -> None:
     assert document["cache_bytes"] == sum(document["bytes_by_array"].values())
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_plan_says_why_it_has_no_hours(app: typer.Typer, recipe: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--gpus", "8"])
     assert result.exit_code == 0, result.output
@@ -114,6 +122,7 @@ def test_a_size_far_from_the_models_own_is_said(app: typer.Typer, recipe: Path, 
     assert ("--resolution 32" in result.stderr) is is_foreign
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs" / "00009.tar").write_bytes(b"this is no tar file at all" * 100)
     result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--json"])
@@ -122,6 +131,7 @@ def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, reci
     assert "00009.tar" in result.stderr
 
 
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("levels", [1000, 100])
 def test_plan_with_calibration_gives_hours(
     app: typer.Typer, recipe: Path, pipelines: Callable, tmp_path: Path, levels: int

@@ -1,11 +1,6 @@
 """Whole runs: resume, quarantine, refusals, and what a user is told."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,51 +290,6 @@ def test_missing_model_source_and_cache(pipelines: Callable, tars: Callable, run
         run(source, pipelines(), tmp_path / "mine")
     with pytest.raises(UsageError, match="--model"):
         run_precompute(None, {}, {"pairs": source, "cache": "c"}, {}, ray_options=RayOptions(), dry_run=False)
-
-
-def test_sigterm_ends_cleanly_and_says_how_to_go_on(pipelines: Callable, tars: Callable, tmp_path: Path) -> None:
-    source = tars(120, 1)
-    cache = tmp_path / "cache"
-    command = [
-        sys.executable,
-        "-m",
-        "inpo",
-        "precompute",
-        "--pairs",
-        source,
-        "--model",
-        str(pipelines()),
-        "--cache",
-        str(cache),
-        "--resolution",
-        "32",
-        "--grid-points",
-        "8",
-        "--timesteps-per-pair",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-    deadline = time.monotonic() + 200
-    while len(list((cache / "commits").glob("*.json"))) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 1, (output, errors)
-    assert "run the same command again" in errors
-    assert "Traceback" not in errors
-    done = open_cache(str(cache))
-    assert 2 <= len(done.commits) < 120
-    for shard in done:
-        shard.read("x_t")
 
 
 def test_weights_are_hashed_once_and_loaded_once(

@@ -40,11 +40,11 @@ def attempts(cache: Cache) -> dict[str, str]:
 def test_each_distinct_prompt_is_encoded_once_for_the_whole_cache(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, kind: str
 ) -> None:
-    pairs = examples(8)  # four prompts in turn, over four input shards
-    source = write_tars(tmp_path / "pairs", pairs, 2)
+    pairs = examples(8)  # four prompts in turn, over two input shards
+    source = write_tars(tmp_path / "pairs", pairs, 4)
     cache = run.cache(source, pipelines(kind), tmp_path / "cache", **QUICK)
     assert sorted(run.encoded) == sorted(["", *WORDS])
-    assert len(cache.shards) == 4
+    assert len(cache.shards) == 2
     assert [shard.num_prompts for shard in of_prompts(cache)] == [4]
     assert cache.texts.need("empty").text == ("",)
     prompts = [prompt for shard in cache for prompt in shard.prompts()]
@@ -119,7 +119,7 @@ def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_died_in_the_text_phase_goes_on_with_the_same_text_shards(
     pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tars(4, 1)
+    source = tars(4, 4)
     whole = run.cache(source, pipelines(), tmp_path / "whole", **QUICK)
     assert len(of_prompts(whole)) == 2
     compute, made = TextWorker.compute, []
@@ -152,7 +152,7 @@ def test_a_run_that_died_in_the_text_phase_goes_on_with_the_same_text_shards(
 def test_a_text_shard_that_is_lost_is_made_again_by_the_same_command(
     pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, lost: str
 ) -> None:
-    source = tars(4, 1)
+    source = tars(4, 4)
     before = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
     calls = run.network_calls
     gone, stays = of_prompts(before)

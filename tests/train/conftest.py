@@ -188,7 +188,7 @@ class World:
         for name in manifest.specs.keys() - arrays.keys():
             arrays[name] = getattr(found, name).numpy()
         spread = measure_spread(
-            denoiser, found, range(num_images), group_of=group_of.tolist(), caption=caption, images_per_batch=3
+            denoiser, found, range(num_images), group_of=group_of.tolist(), caption=caption, images_per_batch=8
         )
         return arrays, spread
 

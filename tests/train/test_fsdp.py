@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,56 @@ from inpo.common.state_files import read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"steps": 4, "save_every": 2, "keep_last": 3, "adam_eps": 1e-2, "held_out": 0.4, "evaluate_every": 2}
+CHECKPOINT = "checkpoints/step-00000002"
 WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def sharded(world: Any, cache: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """sharded(output, *options): train in two processes."""
+@dataclass(frozen=True)
+class Sharded:
+    """Three trainings in two processes: to the end, from its checkpoint to the end, and one that the guard ends."""
 
-    def call(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-        command += ["--config_file", str(ROOT / "recipes/sdxl_fsdp.yaml"), "--main_process_port", "0"]
-        command += [str(Path(__file__).with_name("sharded.py")), "train"]
-        command += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-        command += [f"--model={world.model.folder}", f"--cache={cache}", f"--output={output}", "--batch-size=2"]
-        command += ["--learning-rate=1e-4", "--log-every=2", "--tracker=none", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
-
-    return call
+    done: "subprocess.CompletedProcess[str]"
+    two: Path
+    resumed: Path
+    ended: Path
 
 
-def test_split_weights_equal_whole_ones(sharded: Callable[..., Any], run: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sharded(world: Any, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Sharded:
+    folder = tmp_path_factory.mktemp("sharded")
+    two, resumed, ended = folder / "two", folder / "resumed", folder / "ended"
+
+    def train(output: Path, *options: str) -> list[str]:
+        arguments = ["train", f"--model={world.model.folder}", f"--cache={cache}", f"--output={output}"]
+        arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+        return [*arguments, "--batch-size=2", "--learning-rate=1e-4", "--log-every=2", "--tracker=none", *options]
+
+    commands = [
+        train(two),
+        train(resumed, f"--resume={two / CHECKPOINT}"),
+        train(ended, "--no-check-finite", "--learning-rate=1e38", "--weight-decay=10"),
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--config_file", str(ROOT / "recipes/sdxl_fsdp.yaml"), "--main_process_port", "0"]
+    command += [str(Path(__file__).with_name("sharded.py")), str(folder / "commands.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    return Sharded(done, two, resumed, ended)
+
+
+def test_split_weights_equal_whole_ones(sharded: Sharded, run: Callable[..., Path], tmp_path: Path) -> None:
     """Three held-out batches: one process has none in the last round, and must call the network all the same."""
     one = run(output=tmp_path / "one", accumulate=2, **SETTINGS)
-    two, resumed = tmp_path / "two", tmp_path / "resumed"
-    done = sharded(two)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x 1 accumulated x 2 processes" in done.stderr
-    checkpoint = "checkpoints/step-00000002"
-    for name in (WEIGHTS, f"{checkpoint}/model.safetensors"):
+    two, resumed = sharded.two, sharded.resumed
+    for process in (0, 1):  # of two trainings, and of whatever the third made of it
+        assert sharded.done.stdout.count(f"process {process} ended with 0") == 2, sharded.done.stderr[-3000:]
+    assert sharded.done.stderr.count("2 x 1 accumulated x 2 processes") == 3
+    for name in (WEIGHTS, f"{CHECKPOINT}/model.safetensors"):
         left, right = load_file(one / name), load_file(two / name)
         assert left.keys() == right.keys()
         assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-6, name
-    moments, theirs = (read_state(output / checkpoint, "optimizer")["state"].values() for output in (one, two))
+    moments, theirs = (read_state(output / CHECKPOINT, "optimizer")["state"].values() for output in (one, two))
     for mine, other in zip(moments, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key, value in mine.items():
@@ -58,15 +76,13 @@ def test_split_weights_equal_whole_ones(sharded: Callable[..., Any], run: Callab
     for here, there in zip(*lines, strict=True):
         for name in ("loss", "margin", "gradient_norm", *(["held_out_loss"] if here["step"] else [])):
             assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
-    done = sharded(resumed, f"--resume={two / checkpoint}")
-    assert done.returncode == 0, done.stderr[-3000:]
     left, right = load_file(two / WEIGHTS), load_file(resumed / WEIGHTS)
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
-def test_split_weights_that_are_not_finite_are_not_written(sharded: Callable[..., Any], tmp_path: Path) -> None:
+def test_split_weights_that_are_not_finite_are_not_written(sharded: Sharded) -> None:
     """The guard looks at the weights that are trained, not at those that FSDP took them from."""
-    done = sharded(tmp_path / "run", "--no-check-finite", "--learning-rate=1e38", "--weight-decay=10")
-    assert done.returncode != 0
-    assert "The trained weights are not finite, and were not written" in done.stderr
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert sharded.done.returncode != 0
+    assert "The trained weights are not finite, and were not written" in sharded.done.stderr
+    assert (sharded.ended / "metrics.jsonl").exists()
+    assert not (sharded.ended / "checkpoints").exists()

@@ -31,7 +31,10 @@ def test_a_share_of_so_few_pairs_that_none_is_held_out_is_said(
     assert ("a larger --held-out" in capsys.readouterr().err) is is_said
 
 
-def test_what_the_caller_has_frozen_stays_frozen_and_nothing_else(run: Callable[..., Path]) -> None:
+def test_what_the_caller_has_frozen_stays_frozen_and_nothing_else(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the count that tests/conftest.py remembers
     gc.unfreeze()
     run(steps=1, held_out=0.0)
     assert gc.get_freeze_count() == 0

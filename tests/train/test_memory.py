@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.cache import Manifest
 from inpo.common.conditions import Condition
@@ -88,6 +89,20 @@ def test_the_peak_of_a_step(settings: dict[str, Any], world: Any) -> None:
     assert predicted.weights == pytest.approx(weights, rel=0.01)
     ema = weights if told.ema else 0
     assert predicted.at(images) == pytest.approx(real + ema, rel=0.03)
+
+
+def test_gradients_that_processes_exchange_lie_there_from_the_start(world: Any) -> None:
+    """DDP of one process: they lie once in memory, with few activations beside them."""
+    told = TrainSettings()
+    predicted = train_peak(world.model, _manifest(world.model, "float32"), told, device_type="cpu", num_processes=2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = DistributedDataParallel(world.model.load_network(), gradient_as_bucket_view=True)
+        real = step_peak(network, world.model, told, device=CPU, dtype="float32", images=1, side=8)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert predicted.at(1) == pytest.approx(real, rel=0.03)
+    assert predicted.most_images(2 * predicted.at(4)) > 4
 
 
 def test_what_precompute_holds(world: Any) -> None:

@@ -56,10 +56,9 @@ def test_the_two_steps_of_the_paper(world: Any, run: Callable[..., Path], tmp_pa
     ("how", "flags"),
     [
         ("whole", {"ema": 0.9}),
-        ("blocks", {"gradient_checkpointing": True, "sample_every": 1, "sample_steps": 1}),
-        ("blocks", {"lora_rank": 2}),
+        ("blocks", {"gradient_checkpointing": True, "sample_every": 1, "sample_steps": 1, "lora_rank": 2}),
     ],
-    ids=["whole", "blocks", "blocks-lora"],
+    ids=["whole", "blocks-lora"],
 )
 def test_a_compiled_network_trains_alike(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, flags: dict[str, Any]

@@ -74,8 +74,9 @@ def test_an_error_that_both_sides_share_fails_the_proof_too(
 def test_numbers_of_another_network_in_any_shard_fail_the_proof(
     world: Any, run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The manifest says that one reference made all shards; the numbers of one of them say otherwise."""
-    for foreign in range(5):
+    """The manifest says that one reference made all shards; the numbers of one of them say otherwise: of the first, of
+    one with a single pair, of the last."""
+    for foreign in (0, 2, 4):
 
         def shift(shard: int, arrays: dict[str, np.ndarray], foreign: int = foreign) -> None:
             if shard == foreign:
