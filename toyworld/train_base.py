@@ -55,8 +55,8 @@ VAE_CROPS = StageSettings(steps=2000, batch_size=64, learning_rate=2e-3, matrix_
 VAE = StageSettings(steps=3000, batch_size=32, learning_rate=2e-3, matrix_rate=0.02)
 UNET = StageSettings(steps=3000, batch_size=128, learning_rate=1.5e-3, matrix_rate=0.02)
 FLOW = StageSettings(steps=2000, batch_size=128, learning_rate=1e-3, matrix_rate=0.02)
-KL_WEIGHT = 3e-4
-"""Weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1."""
+KL_WEIGHT = {"vae-crops": 3e-4, "vae": 3e-5}
+"""By stage, weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1."""
 EDGE_WEIGHT = 0.5
 """Weight of the error in differences between neighbouring pixels, which keeps small shapes sharp."""
 TRAINING_FOLDER = Path(__file__).parent / ".training"
@@ -68,9 +68,9 @@ Latents = Float[Tensor, "picture channel 8 8"]
 class VaeTraining(nn.Module):
     """Absolute error of pixels and of their differences, and a small KL term; in bfloat16, for speed."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, stage: str) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.kl_weight = vae, KL_WEIGHT[stage]
 
     def forward(self, pictures: Pictures) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -79,7 +79,7 @@ class VaeTraining(nn.Module):
         error = rebuilt.float() - pictures
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        return error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+        return error.abs().mean() + EDGE_WEIGHT * edges + self.kl_weight * kl
 
 
 class UnetTraining(nn.Module):
@@ -195,7 +195,7 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
     if is_flow:
         vae = AutoencoderKL.from_pretrained(MODELS["base"], subfolder="vae", dtype=torch.float32).to(DEVICE)
     else:
-        vae_training = VaeTraining(build_vae())
+        vae = build_vae()
 
         def draw_pictures(generator: torch.Generator, count: int) -> tuple[Tensor]:
             return (as_tensor(pictures[torch.randint(len(pictures), (count,), generator=generator)]),)
@@ -206,9 +206,8 @@ def train(rank: int, chosen: argparse.Namespace, rendezvous: str) -> None:
             crops = [picture[:, y : y + CROP, x : x + CROP] for picture, (y, x) in zip(whole, corners, strict=True)]
             return (torch.stack(crops),)
 
-        stage("vae-crops", vae_training, draw_crops, VAE_CROPS)
-        stage("vae", vae_training, draw_pictures, VAE)
-        vae = vae_training.vae
+        stage("vae-crops", VaeTraining(vae, "vae-crops"), draw_crops, VAE_CROPS)
+        stage("vae", VaeTraining(vae, "vae"), draw_pictures, VAE)
 
     latents = encode_pictures(vae, pictures)
     if not is_flow:
