@@ -22,6 +22,9 @@ COLOUR_SCALE = 0.3
 BACKDROP_SCALE = 0.15
 GRAIN_SCALE = 0.04
 """Distances at which a part falls to 1/e."""
+UNSEEN, SEEN = 0.15, 0.6
+"""Shares of an object's typical distance from the backdrop up to which a pixel does not stand out, and from which it
+does wholly. Smaller differences from the backdrop are its own part's matter."""
 WEIGHTS = {"overlap": 1.75, "colour": 2.0, "sharpness": 0.75, "contrast": 0.5}
 BACKDROP_WEIGHT = 1.0
 
@@ -89,7 +92,7 @@ def judge(picture: Float[np.ndarray, "64 64 3"], scene: Scene) -> tuple[list[Obj
     for drawn, side in zip(scene.objects, _sides(tuple(drawn.centre for drawn in scene.objects)), strict=True):
         mask = _ideal_mask(drawn)
         typical = float((ideal_away * mask).sum() / mask.sum())
-        shift, overlap = _best_shift(np.clip(away / (0.6 * typical), 0, 1) * side, mask)
+        shift, overlap = _best_shift(np.clip((away / typical - UNSEEN) / (SEEN - UNSEEN), 0, 1) * side, mask)
         overlaps.append(overlap)
         looks.append(Look(shift=shift))
 
