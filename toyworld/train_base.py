@@ -56,8 +56,7 @@ VAE = StageSettings(steps=3000, batch_size=32, learning_rate=2e-3, matrix_rate=0
 UNET = StageSettings(steps=3000, batch_size=128, learning_rate=1.5e-3, matrix_rate=0.02)
 FLOW = StageSettings(steps=2000, batch_size=128, learning_rate=1e-3, matrix_rate=0.02)
 KL_WEIGHT = {"vae-crops": 3e-4, "vae": 3e-5}
-"""By stage, weight of the mean KL divergence per latent number, beside a mean absolute error per pixel value of -1 to 1.
-"""
+"""By stage, weight of the mean KL divergence per latent number, beside a mean absolute error per pixel of -1 to 1."""
 EDGE_WEIGHT = 0.5
 """Weight of the error in differences between neighbouring pixels, which keeps small shapes sharp."""
 TRAINING_FOLDER = Path(__file__).parent / ".training"
