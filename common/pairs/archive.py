@@ -21,8 +21,8 @@ import numpy as np
 
 from inpo.common.pairs.columns import brief
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
+from inpo.common.pairs.headers import has_bytes, tar_headers
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
-from inpo.common.pairs.tar_index import has_bytes, tar_headers
 
 MAX_MEMBERS = 20_000_000
 """Limit on an archive's members, whose index is kept in memory."""

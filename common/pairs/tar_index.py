@@ -8,10 +8,9 @@ import hashlib
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -21,6 +20,7 @@ from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, ColumnMap, brief
 from inpo.common.pairs.entries import count_fields, parse_object
 from inpo.common.pairs.fields import without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
+from inpo.common.pairs.headers import PART, has_bytes, tar_headers
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.text import TextProblem, decode_text
 
@@ -46,8 +46,6 @@ _ALSO_PROMPT = ("original_prompt", "txt", "text")
 """What mirrors call the prompt, and what nobody would call a column so."""
 
 _ABSENT, _DOUBLED, _LINK = -1, -2, -3
-_BLOCK = 512
-_PART = 1 << 20
 _TYPES = {
     tarfile.LNKTYPE: "hard link",
     tarfile.SYMTYPE: "symbolic link",
@@ -194,10 +192,10 @@ def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tup
             # A changed label or prompt may keep its size and time.
             stream.seek(info.offset_data)
             left, head = info.size, b""
-            while left and (part := stream.read(min(left, _PART))):  # a header may announce any size
+            while left and (part := stream.read(min(left, PART))):  # a header may announce any size
                 digest.update(part)
                 head, left = head or part, left - len(part)
-            if role == "json" and info.size <= _PART:
+            if role == "json" and info.size <= PART:
                 fields = _names(head)
         members.append(_Member(key, suffix, info.name, place, fields))
     return members, digest.hexdigest()
@@ -219,41 +217,6 @@ def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str
     )  # images are members of their own
     if void & members:
         not_read["member .label"] += 1
-
-
-def tar_headers(stream: ByteStream) -> Iterator[tarfile.TarInfo]:
-    """The header of every member of a tar, which is not compressed. Raises tarfile's errors, and ValueError at the end
-    of a tar that ends early or is damaged.
-    """
-    end, count = 0, 0
-    with tarfile.open(fileobj=cast(Any, _HeaderStream(stream)), mode="r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            end, count = tar.offset, count + 1
-            yield info
-    # tarfile stops silently at a damaged header and at a clean cut; a whole tar ends with a block of zeros.
-    stream.seek(end)
-    block = stream.read(_BLOCK)
-    if len(block) < _BLOCK or any(block):
-        what = "ends early" if len(block) < _BLOCK else "has a damaged header"
-        raise ValueError(f"the tar {what} at byte {end}, after {count} members")
-
-
-class _HeaderStream:
-    """What tarfile reads headers from: those of long names and pax are read whole, and may announce any size."""
-
-    def __init__(self, stream: ByteStream) -> None:
-        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
-
-    def read(self, size: int) -> bytes:
-        if size > _PART:
-            raise ValueError(f"a header of {size} bytes")
-        return self._stream.read(size)
-
-
-def has_bytes(info: tarfile.TarInfo) -> bool:
-    """Whether a member's bytes lie behind its header, as a link's and a sparse file's do not."""
-    return info.isreg() and not info.issparse()
 
 
 def _is_hidden(name: str) -> bool:

@@ -43,7 +43,7 @@ def recipe(pipelines: Callable, examples: Callable, write_tars: Callable, tmp_pa
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a training run will hold is not counted: most of a plan's time."""
-    monkeypatch.setattr("inpo.train.memory.train_needs", lambda *told: [])
+    monkeypatch.setattr("inpo.train.memory.train_needs", lambda *told, **named: [])
 
 
 def test_the_recipe_stands_where_no_flag_is_given(app: typer.Typer, recipe: Path) -> None:

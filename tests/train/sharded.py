@@ -1,6 +1,6 @@
 """`inpo` with its weights split by FSDP over processes on CPUs, where accelerate itself falls back to DDP: the commands
-of a JSON file, one after the other, because processes that import everything take longer to start than to train. How
-each ended is printed; the first that fails is the last."""
+of a JSON file, one after the other, because processes that import everything take longer to start than to train. Each
+comes with what its configuration file names as blocks. How each ended is printed; the first that fails is the last."""
 
 import json
 import os
@@ -29,7 +29,9 @@ if __name__ == "__main__":
     # The next command meets in the same group: addresses of one that has ended stay in the launcher's store.
     PartialState.destroy_process_group = lambda self, group=None: None  # type: ignore[method-assign]
     out = sys.stdout
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for blocks, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)
+        os.environ |= {} if blocks is None else {"FSDP_TRANSFORMER_CLS_TO_WRAP": blocks}  # as the launcher says it
         sys.argv[1:] = arguments
         try:
             main()

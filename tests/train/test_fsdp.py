@@ -1,4 +1,4 @@
-"""Weights split with the shipped file: those of one process with twice the accumulation, through a checkpoint too."""
+"""Weights split with the shipped files: those of one process with twice the accumulation, through a checkpoint too."""
 
 import json
 import os
@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from inpo.common.state_files import read_state
+from inpo.common.testing import save_tiny_pipeline
+from inpo.precompute.run import run_precompute
+from inpo.precompute.settings import RayOptions
+from tests.engines.runs import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"steps": 4, "save_every": 2, "keep_last": 3, "adam_eps": 1e-2, "held_out": 0.4, "evaluate_every": 2}
@@ -23,28 +28,46 @@ WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Sharded:
-    """Three trainings in two processes: to the end, from its checkpoint to the end, and one that the guard ends."""
+    """Trainings in two processes: to the end, from its checkpoint to the end, a flow's, and one that the guard ends."""
 
     done: "subprocess.CompletedProcess[str]"
     two: Path
     resumed: Path
+    flow: Path
     ended: Path
 
 
 @pytest.fixture(scope="module")
-def sharded(world: Any, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Sharded:
-    folder = tmp_path_factory.mktemp("sharded")
-    two, resumed, ended = folder / "two", folder / "resumed", folder / "ended"
+def flow(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny FLUX pipeline and its cache: 7 pairs."""
+    folder = tmp_path_factory.mktemp("flow")
+    model = save_tiny_pipeline(folder / "model", "flux")
+    pairs = write_pairs(folder / "pairs", num_shards=1, pairs_per_shard=7)
+    settings = {"resolution": 32, "grid_points": 3, "timesteps_per_pair": 2, "decode_workers": 0}
+    sections = ({"model": str(model)}, {"pairs": str(pairs), "cache": str(folder / "cache")}, settings)
+    assert run_precompute(None, *sections, ray_options=RayOptions(), dry_run=False) == 0
+    return str(model), str(folder / "cache")
 
-    def train(output: Path, *options: str) -> list[str]:
-        arguments = ["train", f"--model={world.model.folder}", f"--cache={cache}", f"--output={output}"]
+
+@pytest.fixture(scope="module")
+def sharded(world: Any, cache: str, flow: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Sharded:
+    folder = tmp_path_factory.mktemp("sharded")
+    outputs = [folder / name for name in ("two", "resumed", "flow", "ended")]
+    two, resumed, of_flow, ended = outputs
+    files = {name: yaml.safe_load((ROOT / f"recipes/{name}_fsdp.yaml").read_text()) for name in ("sdxl", "flow")}
+    blocks = {name: each["fsdp_config"].pop("fsdp_transformer_layer_cls_to_wrap", None) for name, each in files.items()}
+    assert files["sdxl"] == files["flow"], "one launch stands for both"
+
+    def train(output: Path, *options: str, of: tuple[str, str] = (str(world.model.folder), cache)) -> list[str]:
+        arguments = ["train", f"--model={of[0]}", f"--cache={of[1]}", f"--output={output}"]
         arguments += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
         return [*arguments, "--batch-size=2", "--learning-rate=1e-4", "--log-every=2", "--tracker=none", *options]
 
     commands = [
-        train(two),
-        train(resumed, f"--resume={two / CHECKPOINT}"),
-        train(ended, "--no-check-finite", "--learning-rate=1e38", "--weight-decay=10"),
+        (blocks["sdxl"], train(two)),
+        (blocks["sdxl"], train(resumed, f"--resume={two / CHECKPOINT}")),
+        (blocks["flow"], train(of_flow, of=flow)),
+        (blocks["sdxl"], train(ended, "--no-check-finite", "--learning-rate=1e38", "--weight-decay=10")),
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
@@ -52,16 +75,16 @@ def sharded(world: Any, cache: str, tmp_path_factory: pytest.TempPathFactory) ->
     command += [str(Path(__file__).with_name("sharded.py")), str(folder / "commands.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
-    return Sharded(done, two, resumed, ended)
+    return Sharded(done, *outputs)
 
 
 def test_split_weights_equal_whole_ones(sharded: Sharded, run: Callable[..., Path], tmp_path: Path) -> None:
     """Three held-out batches: one process has none in the last round, and must call the network all the same."""
     one = run(output=tmp_path / "one", accumulate=2, **SETTINGS)
     two, resumed = sharded.two, sharded.resumed
-    for process in (0, 1):  # of two trainings, and of whatever the third made of it
-        assert sharded.done.stdout.count(f"process {process} ended with 0") == 2, sharded.done.stderr[-3000:]
-    assert sharded.done.stderr.count("2 x 1 accumulated x 2 processes") == 3
+    for process in (0, 1):  # of three trainings, and of whatever the last made of it
+        assert sharded.done.stdout.count(f"process {process} ended with 0") == 3, sharded.done.stderr[-3000:]
+    assert sharded.done.stderr.count("2 x 1 accumulated x 2 processes") == 4
     for name in (WEIGHTS, f"{CHECKPOINT}/model.safetensors"):
         left, right = load_file(one / name), load_file(two / name)
         assert left.keys() == right.keys()
@@ -78,6 +101,17 @@ def test_split_weights_equal_whole_ones(sharded: Sharded, run: Callable[..., Pat
             assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
     left, right = load_file(two / WEIGHTS), load_file(resumed / WEIGHTS)
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def test_a_flow_is_split_by_its_own_blocks(
+    sharded: Sharded, flow: tuple[str, str], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, cache = flow
+    one = run(output=tmp_path / "one", model=model, caches=[cache], accumulate=2, **SETTINGS)
+    for name in (WEIGHTS.replace("unet", "transformer"), f"{CHECKPOINT}/model.safetensors"):
+        left, right = load_file(one / name), load_file(sharded.flow / name)
+        assert left.keys() == right.keys()
+        assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-6, name
 
 
 def test_split_weights_that_are_not_finite_are_not_written(sharded: Sharded) -> None:
