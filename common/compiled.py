@@ -28,8 +28,9 @@ SMALL = 8
 _CALLS_TO_A_GRAPH = 3
 """One that compiles, one that records, one that plays."""
 _WORTH = {False: 120, True: 360}
-"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200 kernels
-of blocks took up to half a minute to make and saved a third, those with gradients 100 s, and saved a quarter."""
+"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200, with
+an earlier version, kernels of blocks took half a minute to make and saved a third, those with gradients 102 s and a
+quarter (docs/performance.md)."""
 _ENTRIES_PER_PART = 8
 """Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
 

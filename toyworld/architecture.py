@@ -157,7 +157,8 @@ def build_t5_tokenizer() -> T5TokenizerFast:
 
 def build_flow_pipeline(*, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     """Untrained but for the VAE."""
-    vae.register_to_config(shift_factor=0.0)  # which its pipeline adds
+    # What its pipeline adds, and no folder of this machine.
+    vae.register_to_config(shift_factor=0.0, _name_or_path="toyworld/base")
     t5_tokenizer, t5_width = build_t5_tokenizer(), TEXT_WIDTH + SECOND_WIDTH
     t5_config = T5Config(
         vocab_size=len(t5_tokenizer),

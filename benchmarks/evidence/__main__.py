@@ -325,32 +325,8 @@ def _head_to_head(at_once: int) -> None:
     run_jobs("head to head", jobs, at_once=at_once)
 
 
-def _drift() -> dict[str, Any] | None:
-    """What `inpo inspect drift --json` printed, if it ran, with paths as seen from here."""
-    log = c.length.root / "drift.log"
-    if not log.exists():
-        return None
-    text = log.read_text().replace(f"{Path.cwd()}/", "")
-    return json.loads(text[text.index("{") :])
-
-
-def _hours() -> dict[str, float]:
-    """Hours that the jobs took, each one thread but the making of pairs, by kind of job."""
-    kinds = {
-        "pairs": [c.length.root / "pairs.done"],
-        "caches": sorted((c.length.root / "caches").glob("*/*.done")),
-        "grid": sorted((c.length.root / "runs").glob("*/validation.done")),
-        "other runs": [*(c.length.root / "base").glob("*/*.done"), *(c.length.root / "runs").glob("*/test.done")],
-        "comparisons": [c.length.root / "drift.done", *(c.length.root / "runs").glob("*/test-against-*.done")],
-    }
-    return {
-        kind: round(sum(float(mark.read_text()) for mark in marks if mark.exists()) / 3600, 3)
-        for kind, marks in kinds.items()
-    }
-
-
 def _results() -> None:
-    """docs/evidence.json, or docs/evidence-long.json, the plots, and the tables as Markdown on the terminal."""
+    """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal."""
     best = chosen()
     main_rows = {
         method.name: {
@@ -384,13 +360,13 @@ def _results() -> None:
         "pairs": c.NUM_PAIRS,
         "test_seeds": c.TEST_SEEDS,
         "fewer_seeds": c.FEWER_SEEDS,
-        "hours": _hours(),
+        "hours": r.hours(c.length.root),
         "chosen": best,
         "main": main_rows,
         "same_calls": same_calls,
         "variations": variations,
         "accuracy": accuracy,
-        "drift": _drift(),
+        "drift": r.drift(c.length.root),
     }
     name = c.length.root.name
     Path(f"docs/{name}.json").write_text(json.dumps(values, indent=1) + "\n")

@@ -75,6 +75,30 @@ def interval(value: Mapping[str, Any], digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f} ± {value['half']:.{digits}f}"
 
 
+def drift(root: Path) -> dict[str, Any] | None:
+    """What `inpo inspect drift --json` printed, if it ran, with paths as seen from here."""
+    log = root / "drift.log"
+    if not log.exists():
+        return None
+    text = log.read_text().replace(f"{Path.cwd()}/", "")
+    return json.loads(text[text.index("{") :])
+
+
+def hours(root: Path) -> dict[str, float]:
+    """Hours that the jobs took, each one thread but the making of pairs, by kind of job."""
+    kinds = {
+        "pairs": [root / "pairs.done"],
+        "caches": sorted((root / "caches").glob("*/*.done")),
+        "grid": sorted((root / "runs").glob("*/validation.done")),
+        "other runs": [*(root / "base").glob("*/*.done"), *(root / "runs").glob("*/test.done")],
+        "comparisons": [root / "drift.done", *(root / "runs").glob("*/test-against-*.done")],
+    }
+    return {
+        kind: round(sum(float(mark.read_text()) for mark in marks if mark.exists()) / 3600, 3)
+        for kind, marks in kinds.items()
+    }
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

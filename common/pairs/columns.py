@@ -40,8 +40,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "score2": ("score_lose",),
     "seeds": ("seeds",),
     "noise": ("noises",),
-    "noise1": ("noise_win", "noise_image1"),
-    "noise2": ("noise_lose", "noise_image2"),
+    "noise_win": ("noise_win",),
+    "noise_lose": ("noise_lose",),
+    "noise1": ("noise_image1",),
+    "noise2": ("noise_image2",),
 }
 """{role: the names it is known by}. A role with a 1 or 2 is of the first or second image, win before lose. A
 list of `images` is a ranking, a single one belongs to a ranking of several rows."""
@@ -67,7 +69,9 @@ SIDES = (("win", "lose"), ("image1", "image2"))
 """Roles of the two images, by layout."""
 ORDERS = ("rank", "score")
 IMAGE_ROLES = ("win", "lose", "image1", "image2", "images")
-NOISE_ROLES = ("noise", "noise1", "noise2")
+SIDE_NOISE = (("noise_win", "noise_lose"), ("noise1", "noise2"))
+"""Roles of the two images' noise, by layout."""
+NOISE_ROLES = ("noise", *SIDE_NOISE[0], *SIDE_NOISE[1])
 """Of the noise that the images were made from: files, as images are."""
 LABEL_ROLES = ("label", "label1", "label2", "votes", "votes1", "votes2")
 _RIVALS: tuple[tuple[tuple[str, ...], ...], ...] = (

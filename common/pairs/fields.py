@@ -15,7 +15,16 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from inpo.common.choices import PairsFrom
-from inpo.common.pairs.columns import IMAGE_ROLES, LABEL_ROLES, MISSING, ORDERS, SIDES, RowFields, missing_field
+from inpo.common.pairs.columns import (
+    IMAGE_ROLES,
+    LABEL_ROLES,
+    MISSING,
+    NOISE_ROLES,
+    ORDERS,
+    SIDES,
+    RowFields,
+    missing_field,
+)
 from inpo.common.pairs.labels import (
     first_preferred,
     noise_of,
@@ -53,9 +62,9 @@ def without_part(row: RowFields, *, ranking: bool) -> list[str]:
     """Those of a row's fields that no pair is made of: the unknown ones, and those that say nothing beside the others,
     as ranks do where there is no list of images.
     """
-    void = {*LABEL_ROLES, "score1", "score2", "noise1", "noise2"} if ranking else {"images", *ORDERS}
+    void = {*LABEL_ROLES, "score1", "score2", *NOISE_ROLES[1:]} if ranking else {"images", *ORDERS}
     if holds_singles(row):
-        void = {*LABEL_ROLES, "score1", "score2", "noise1", "noise2", "id", "uid1", "uid2"}
+        void = {*LABEL_ROLES, "score1", "score2", *NOISE_ROLES[1:], "id", "uid1", "uid2"}
     elif row.is_open and "label" not in row.chosen:
         void.add("label")
     used = {name for role, names in row.layout.items() if role not in void for name in names}

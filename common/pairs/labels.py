@@ -6,7 +6,7 @@ import json
 from numbers import Integral
 from typing import Any
 
-from inpo.common.pairs.columns import ORDERS, RowFields, missing_field
+from inpo.common.pairs.columns import ORDERS, SIDE_NOISE, RowFields, missing_field
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.pairs.values import as_number, cut, is_blank, is_null, parse_label
 
@@ -140,24 +140,33 @@ def ranked(row: RowFields, pairing: tuple[int, int]) -> float:
 
 def seeds_of(row: RowFields, pairing: tuple[int, int] | None) -> tuple[int, int] | None:
     """The seeds of the two images, in the order of the images; None if the row has none."""
-    given, name = row.get("seeds"), row.name("seeds")
-    if is_null(given):
-        return None
-    wanted = num_ranked(row) if pairing is not None else 2
-    if not isinstance(given, list) or len(given) != wanted:
-        raise RowProblem(reason="bad_metadata", detail=f"{name} is {cut(given)}, expected a list of {wanted}")
-    first, second = (given[place] for place in pairing or (0, 1))
-    for value in (first, second):
+    values = _of_images(row, "seeds", pairing)
+    for name, value in values or ():
         if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
-            raise RowProblem(reason="bad_metadata", detail=f"{name} has {cut(value)}, expected 0..2^63 - 1")
-    return int(first), int(second)
+            raise RowProblem(reason="bad_metadata", detail=f"{name} is {cut(value)}, expected 0..2^63 - 1")
+    return None if values is None else (int(values[0][1]), int(values[1][1]))
 
 
 def noise_of(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str, Any]] | None:
     """(name, value) of the fields with the two images' noise, in the order of the images; None if there are none."""
-    if pairing is None and any(row.columns(role) for role in ("noise1", "noise2")):
-        return [(row.name(role), row.get(role)) for role in ("noise1", "noise2")]
-    given, name = row.get("noise"), row.name("noise")
+    if pairing is not None:
+        return _of_images(row, "noise", pairing)
+    ways = [roles for roles in (("noise",), *SIDE_NOISE) if any(row.columns(role) for role in roles)]
+    mine = SIDE_NOISE[row.is_open]
+    if len(ways) > 1 or (ways and ways[0] not in (("noise",), mine)):
+        found = ", ".join(row.name(role) for roles in ways for role in roles if row.columns(role))
+        detail = (
+            f"the noise is given as {found}, expected {' and '.join(row.names(*mine))}, or a list {row.name('noise')}"
+        )
+        raise RowProblem(reason="bad_metadata", detail=detail)
+    if ways == [mine]:
+        return [(row.name(role), row.get(role)) for role in mine]
+    return _of_images(row, "noise", None)
+
+
+def _of_images(row: RowFields, role: str, pairing: tuple[int, int] | None) -> list[tuple[str, Any]] | None:
+    """(name, value) for the two images out of a list with a value for each; None if there is no list."""
+    given, name = row.get(role), row.name(role)
     if is_null(given):
         return None
     wanted = num_ranked(row) if pairing is not None else 2

@@ -39,7 +39,7 @@ TEXT_ROLES = (
     "id",
     "list",
 )
-FILE_ROLES = (*SIDE_ROLES, "noise1", "noise2")
+FILE_ROLES = (*SIDE_ROLES, *NOISE_ROLES[1:])
 ROLES = (*FILE_ROLES, "json", *TEXT_ROLES)
 """What a member may be: one of the sides or its noise, a text, or a JSON object with fields."""
 _ALSO_PROMPT = ("original_prompt", "txt", "text")
@@ -56,7 +56,7 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """Places of the members, by row and role. 304 bytes a row and its key; picklable."""
+    """Places of the members, by row and role. 336 bytes a row and its key; picklable."""
 
     keys: bytes
     """The samples' keys, one a line; a line break in a key is stored as NUL, which no id may have either."""
@@ -212,9 +212,8 @@ def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str
     """Count what has no part in a sample's pair: fields of its JSON, and a label where it cannot say which image."""
     members = {columns.names(role)[0] for role in present - {"json"}}
     void = set(without_part(columns.row(dict.fromkeys({*fields, *members})), ranking=False))
-    count_fields(
-        fields & (void | set(columns.names(*IMAGE_ROLES, *NOISE_ROLES))), not_read
-    )  # images are members of their own
+    files = set(columns.names(*IMAGE_ROLES, *NOISE_ROLES))  # which are members of their own
+    count_fields(fields & (void | files), not_read)
     if void & members:
         not_read["member .label"] += 1
 

@@ -193,6 +193,16 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
                 assert apart <= bounds[path], (name, pair, t, path, apart, bounds[path])
 
 
+def kill_a_ray_worker(run: Process, cache: Path) -> dict[str, str]:
+    """Once something is committed, one that is at work; returns what was. Not once all are ready: the first may have
+    made everything by then."""
+    until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
+    before = attempts(cache)
+    working = [worker for worker in workers_of(run) if "load" not in " ".join(worker.cmdline())]
+    working[0].kill()
+    return before
+
+
 def until(condition: Any, *, seconds: float = 120.0) -> None:
     """Wait for a condition; the limit is only there so that a broken run ends."""
     end = time.monotonic() + seconds

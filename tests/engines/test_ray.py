@@ -23,9 +23,9 @@ from tests.engines.runs import (
     Zygote,
     assert_same,
     attempts,
+    kill_a_ray_worker,
     tensors,
     until,
-    workers_of,
     write_pairs,
 )
 
@@ -37,11 +37,7 @@ def test_a_worker_killed_in_mid_shard_costs_only_what_it_had_in_flight(
 ) -> None:
     cache = tmp_path / "cache"
     run = zygote.start(world.arguments(cache, "--engine", "ray", "--ray-workers", "2", "--decode-workers", "1"))
-    # Not once both are ready: the first may have made everything by then.
-    until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
-    before = attempts(cache)
-    working = [worker for worker in workers_of(run) if "load" not in " ".join(worker.cmdline())]
-    working[0].kill()
+    before = kill_a_ray_worker(run, cache)
     assert run.wait() == 0, run.text()
     assert before.items() <= attempts(cache).items(), "a committed shard was made again"
     assert_same(tensors(cache), uninterrupted)

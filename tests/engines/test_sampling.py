@@ -17,10 +17,9 @@ from tests.engines.runs import (
     Zygote,
     assert_same,
     attempts,
+    kill_a_ray_worker,
     ranks,
     tensors,
-    until,
-    workers_of,
 )
 from tests.engines.test_kill import kill_again_and_again
 from tests.launching import launch
@@ -77,10 +76,7 @@ def test_a_ray_worker_is_killed(
 ) -> None:
     cache = tmp_path / "cache"
     run = zygote.start(samples.arguments(cache, "--engine", "ray", "--ray-workers", "2"))
-    until(lambda: (cache / "commits").is_dir() and attempts(cache), seconds=300)
-    before = attempts(cache)
-    working = [worker for worker in workers_of(run) if "load" not in " ".join(worker.cmdline())]
-    working[0].kill()
+    before = kill_a_ray_worker(run, cache)
     assert run.wait() == 0, run.text()
     assert before.items() <= attempts(cache).items(), "a committed shard was made again"
     assert_same(tensors(cache), alone[0])

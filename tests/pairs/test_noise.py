@@ -102,6 +102,28 @@ def test_a_row_whose_noise_is_missing_says_so(tmp_path: Path) -> None:
     assert [item.reason for item in rows_of(tmp_path) if isinstance(item, Skipped)] == ["bad_metadata"] * 3
 
 
+@pytest.mark.parametrize(
+    ("images", "noise"),
+    [
+        (("image1", "image2"), {"noise_win": "a.npy", "noise_lose": "b.npy"}),
+        (("win", "lose"), {"noise_image1": "a.npy", "noise_image2": "b.npy"}),
+        (("win", "lose"), {"noise_win": "a.npy", "noise_lose": "b.npy", "noises": ["b.npy", "a.npy"]}),
+    ],
+)
+def test_noise_that_may_be_of_either_image_is_refused(
+    tmp_path: Path, images: tuple[str, str], noise: dict[str, Any]
+) -> None:
+    """The second image is the better one of the first row: which of the two `noise_win` is of, nobody knows."""
+    write_list(tmp_path)
+    row = {images[0]: "a.png", images[1]: "b.png", "prompt": "p"} | noise
+    labels = {"label_0": 0, "label_1": 1} if images[0] == "image1" else {}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row | labels))
+    (found,) = rows_of(tmp_path)
+    assert isinstance(found, Skipped)
+    assert found.reason == "bad_metadata"
+    assert "the noise is given as" in found.detail
+
+
 def _header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def test_a_step_trains_every_weight_and_leaves_a_pipeline(tmp_path: Path, monkey
         load_file(next((folder / "vae").glob("*.safetensors"))) for folder in (chosen.out, MODELS["base"])
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for folder in (chosen.out, Path(__file__).parents[2] / "toyworld" / "flow"):
+        assert [file.name for file in folder.rglob("*.json") if re.search(r'"/\w', file.read_text())] == []
     pipeline: Any = DiffusionPipeline.from_pretrained(chosen.out)
     assert type(pipeline) is StableDiffusion3Pipeline
     model = open_model(str(chosen.out))

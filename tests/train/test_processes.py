@@ -63,7 +63,8 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
         for output in (one, tmp_path / "two")
     )
     assert [line["step"] for line in theirs] == [2, 4]
-    for name in ("loss", "implicit_accuracy", "margin", "win_advantage", "held_out_loss", "epoch"):
+    # Not the accuracy: the first update's margins are 0 but for rounding, and their signs are the kernels' own.
+    for name in ("loss", "margin", "win_advantage", "held_out_loss", "epoch"):
         for here, there in zip(mine, theirs, strict=True):
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
 
