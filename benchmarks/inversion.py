@@ -1,94 +1,213 @@
-"""Which inverter comes how near to the exact ODE, at what cost: the table of docs/inversion.md.
+"""Which inverter comes how near to the exact ODE and to known noise, at what cost: the tables of docs/inversion.md.
 
-    python -m benchmarks.inversion --pairs runs/demo/pairs/webdataset --count 8 --out docs/inversion
+    python -m benchmarks.inversion --model toyworld/base --pairs runs/demo/pairs/webdataset --document docs/inversion.md
 
-Prints a Markdown table; writes OUT.json and OUT.png. The exact ODE is Heun's method on about 300 labels and every label
-that an inverter visits, in float32 from the same rounded x0, with the network under the caption.
+Prints Markdown, and writes it between the document's marks for this model; writes OUT.json and OUT.png. The exact ODE
+is Heun's method on every level, in float32 from the same rounded x0, with the network under the caption. Known noise
+is what a sampler of as many steps made images from, under the captions of the pairs, without guidance or VAE.
 """
 
 import argparse
 import itertools
 import json
 import math
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from benchmarks.measure import machine, synchronise
+from benchmarks.inversion_tables import Row, by_calls, by_timestep, plot, write_between
+from benchmarks.measure import machine
+from benchmarks.rivals import RIVALS, Ode, Rival, exact, walk
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion import Group, Inverted, invert
+from inpo.common.inversion import Group, Inverted, build_path, invert
+from inpo.common.levels import exact_grid
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.common.seeding import normal, uniform
 from inpo.precompute.components import load_components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.settings import PrecomputeSettings
+from inpo.rounds.sampler import SamplerGrid, sample_path
 
-CHOICES: dict[str, dict[str, Any]] = {
-    "ddim": {"inverter": "ddim"},
-    "ddim, refine 3": {"inverter": "ddim", "refine_start": 3},
-    "ab2, refine 3": {"inverter": "ab2", "refine_start": 3},
-    "fixed_point": {"inverter": "fixed_point"},
-    "noise": {"inverter": "noise"},
-}
+SEED = 0
 BINS = (0, 100, 250, 500, 750, 1000)
+BY_TIMESTEP = 10
+"""Grid points of the table, and of the plots, by timestep."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One inverter at one n, means over all sides of all pairs."""
+class Method:
+    """An inverter of ours, or a rival on the same path."""
 
-    name: str
-    steps: int
+    settings: dict[str, Any] = field(default_factory=lambda: {"inverter": "ddim", "refine_start": 0})
+    rival: Rival | None = None
+
+    def identity(self, grid_points: int, total: int) -> InverterIdentity:
+        chosen = PrecomputeSettings(grid_points=grid_points, timesteps_per_pair=grid_points, **self.settings)
+        return chosen.inverter_identity(total)
+
+    def grid_points(self, calls: int) -> int:
+        """The most that so many network calls of an image allow."""
+        per_step, begins = 1 + self.settings.get("iterations", 0), 1
+        if self.rival is not None:
+            per_step, begins = self.rival.calls_per_step, self.rival.begins
+        return (calls - begins) // per_step - int(self.settings["refine_start"])
+
+    def with_records(self, calls: float, grid_points: int) -> float:
+        """Network calls where all grid points are records, whose delta is the prediction at x_t itself."""
+        if self.rival is None:
+            return calls
+        return calls + (1 if self.rival.evaluates else grid_points)
+
+
+def _ours(inverter: str, refine: int = 0, **settings: Any) -> Method:
+    return Method(settings={"inverter": inverter, "refine_start": refine, **settings})
+
+
+METHODS = {
+    "ddim": _ours("ddim"),
+    "ddim, refine 3": _ours("ddim", 3),
+    "ab2": _ours("ab2"),
+    "ab2, refine 3": _ours("ab2", 3),
+    "fixed_point, 1 iteration": _ours("fixed_point", iterations=1),
+    **{
+        name + (", refine 3" if refine else ""): Method(settings=_ours("ddim", refine).settings, rival=rival)
+        for name, rival in RIVALS.items()
+        for refine in (0, 3)
+    },
+}
+OURS = {
+    **{name: METHODS[name] for name in ("ddim", "ddim, refine 3", "ab2, refine 3")},
+    "fixed_point": _ours("fixed_point"),
+    "noise": _ours("noise"),
+}
+"""What the table by timestep shows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visited:
+    """Where an inversion of pairs came by."""
+
+    timestep: np.ndarray
+    """[pair, record]"""
+    target: Tensor
+    """[image, record, ...], float32 on the CPU."""
+    end: Tensor
+    """x at the noisy end, [image, ...]: from the last record straight on, without a call."""
     network_calls: float
-    """Per image; the measured round trip not counted."""
-    inversion_error: float
-    tau_error: float
-    """RMS of (target - exact target) over all records; NaN for noise, which approximates no ODE."""
-    seconds: float
-    """Per pair, process time on a CPU, wall time on a GPU."""
-    reference_error: tuple[float, ...]
-    """Mean in the bins of timesteps; NaN where no record falls."""
-    tau_error_by_bin: tuple[float, ...]
+    """Per image."""
+    inverted: Inverted | None
+    """None for a rival."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class World:
-    """Encoded pairs, and the network that inverts them."""
+    """Latents of pairs, and the network that inverts them."""
 
     denoiser: Denoiser
     x0: Float16[Tensor, "image c h w"]
     pair_ids: list[str]
     caption: Condition
 
-    def run(self, identity: InverterIdentity, *, measure: float) -> Inverted:
-        return invert(
+    @property
+    def ode(self) -> Ode:
+        return Ode.of(self.denoiser, self.x0, self.caption)
+
+    def visit(self, method: Method, steps: int, pair_ids: Sequence[str], *, measure: float = 0.0) -> Visited:
+        """Invert all images to `steps` grid points that hang on (SEED, pair id), all of them records."""
+        levels = self.denoiser.levels
+        identity = method.identity(steps, levels.num_train_timesteps)
+        if method.rival is not None:
+            return self._visit_as(method.rival, identity, pair_ids)
+        calls = self.denoiser.num_calls
+        made = invert(
             self.denoiser,
             self.x0,
-            [Group(id=name, num_images=2) for name in self.pair_ids],
+            [Group(id=name, num_images=2) for name in pair_ids],
             identity=identity,
-            seed=0,
-            timesteps_per_pair=identity.grid_points,
+            seed=SEED,
+            timesteps_per_pair=steps,
             caption=self.caption,
             measure_inversion=measure,
-            images_per_batch=32,
         )
+        a, s = levels.point(levels.noisy)
+        return Visited(
+            timestep=made.timestep.numpy().astype(np.int64),
+            target=made.target.float(),
+            end=a * made.x0_t[:, -1].float() + s * made.delta[:, -1].float(),
+            network_calls=(self.denoiser.num_calls - calls) / len(self.x0),
+            inverted=made,
+        )
+
+    def _visit_as(self, rival: Rival, identity: InverterIdentity, pair_ids: Sequence[str]) -> Visited:
+        levels, ode, steps = self.denoiser.levels, self.ode, identity.grid_points
+        paths = [
+            build_path(identity, levels, seed=SEED, group_id=name, timesteps_per_pair=steps).points for name in pair_ids
+        ]
+        tau = self.tau(np.array([[point.level for point in path] for path in paths])).repeat(2, axis=0).T
+        kept = np.array([[len(point.records) for point in path] for path in paths]).repeat(2, axis=0).astype(bool)
+        points, slope = walk(ode, rival.move, tau)
+        away = (torch.stack(points) - ode.x0).cpu() / torch.from_numpy(tau).float()[..., None, None, None]
+        return Visited(
+            timestep=np.array([[point.level for point in path if point.records] for path in paths]),
+            target=torch.stack([away[torch.from_numpy(kept[image]), image] for image in range(len(self.x0))]),
+            end=self.noisy_end(points[-1], tau[-1], slope),
+            network_calls=ode.denoiser.num_calls / len(self.x0),
+            inverted=None,
+        )
+
+    def noisy_end(self, y: Tensor, tau: np.ndarray, slope: Tensor) -> Tensor:
+        """x there, from y straight on."""
+        levels = self.denoiser.levels
+        rise = torch.from_numpy(self.tau(np.array([levels.noisy])) - tau).float().to(y.device)[:, None, None, None]
+        scale = 1.0 if levels.space == "velocity" else levels.point(levels.noisy)[0]
+        return (scale * (y + rise * slope)).cpu()
+
+    def tau(self, points: np.ndarray) -> np.ndarray:
+        """Of points that a path may visit, as `Ode.tau`."""
+        a, s, _ = self.denoiser.levels.walked[:, points].numpy()
+        return s if self.denoiser.levels.space == "velocity" else s / a
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """Images that the model made from known noise, and the exact ODE's way back."""
+
+    world: World
+    noise: Tensor
+    back: Tensor
+    """x at the noisy end by the exact ODE."""
+
+    def pair_ids(self, steps: int) -> list[str]:
+        """Pairs whose last grid point is the noisiest timestep."""
+        total = self.world.denoiser.levels.num_train_timesteps
+        names = (str(number) for number in itertools.count())
+        fitting = (name for name in names if exact_grid(uniform(SEED, name, "offset"), steps, total)[-1] == total - 1)
+        return list(itertools.islice(fitting, len(self.noise) // 2))
+
+    def likeness(self, end: Tensor) -> tuple[float, float]:
+        """(correlation, mean over the images; RMS distance) of x at the noisy end and the noise."""
+        correlation = [torch.corrcoef(torch.stack(both).flatten(1))[0, 1] for both in zip(end, self.noise, strict=True)]
+        return float(torch.stack(correlation).mean()), float((end - self.noise).square().mean().sqrt())
 
 
 def load(arguments: argparse.Namespace, device: torch.device) -> World:
     """Read, resize and encode the first pairs of the source, as precompute does."""
     model = open_model(arguments.model)
-    settings = PrecomputeSettings(resolution=arguments.resolution, dtype="float32")
-    components = load_components(model, build_manifest(settings, model, device_type=device.type), device)
+    settings = PrecomputeSettings(
+        resolution=arguments.resolution, dtype="float32", max_tokens=arguments.max_tokens, timesteps_per_pair=1
+    )
+    manifest = build_manifest(settings, model, device_type=device.type)
+    components = load_components(model, manifest, device)
     shard = open_source(arguments.pairs).input_shards()[0]
     pairs = [item for item in shard.rows(0, min(2 * arguments.count, shard.num_rows)) if isinstance(item, Pair)]
     pairs = pairs[: arguments.count]
@@ -100,185 +219,134 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
 
     files = [data for pair in pairs for data in (pair.win, pair.lose)]
     x0 = components.images([levels(data) for data in files], [str(number) for number in range(len(files))])
-    told = TextEncoder(model.load_text_pipeline(), model.family, device=device)([pair.prompt for pair in pairs])
+    encoder = TextEncoder(model.load_text_pipeline(), model.family, device=device, max_tokens=manifest.max_tokens)
+    told = encoder([pair.prompt for pair in pairs])
     caption = Condition.build(told, torch.arange(len(pairs)).repeat_interleave(2), {})
     ids = [pair.pair_id for pair in pairs]
     return World(denoiser=components.denoiser, x0=x0, pair_ids=ids, caption=caption.to(device))
 
 
-@torch.inference_mode()
-def exact_targets(world: World, timesteps: list[list[int]], *, points: int = 300) -> list[dict[int, torch.Tensor]]:
-    """Per pair {label: tau [side, c, h, w]} of the exact ODE dz/dsigma = eps(a z, t), z = x / a, by Heun's method."""
-    total, device = world.denoiser.levels.num_train_timesteps, world.denoiser.device
-    fine = np.linspace(0, total - 1, points).round().astype(int).tolist()
-    grids = [sorted({*fine, 0, 1, 2, 3, 5, 7, *mine}) for mine in timesteps]
-    longest = max(map(len, grids))
-    labels = torch.tensor([grid + [grid[-1]] * (longest - len(grid)) for grid in grids], device=device)
-    clean = world.x0.to(device).float()
-
-    def slope(z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        a = world.denoiser.at(label)[0]
-        return world.denoiser(a * z, label, world.caption)
-
-    first = labels[:, 0].repeat_interleave(2)
-    z, sigma = clean.clone(), torch.zeros(len(clean), 1, 1, 1, device=device)
-    eps = world.denoiser(clean, first, world.caption)
-    found: list[dict[int, torch.Tensor]] = [{} for _ in grids]
-    for column in range(longest):
-        label = labels[:, column].repeat_interleave(2)
-        a, s, *_ = world.denoiser.at(label)
-        step = s / a - sigma
-        predicted = z + step * eps
-        z = z + step * 0.5 * (eps + slope(predicted, label))
-        sigma, eps = s / a, slope(z, label)
-        target = ((a * z - a * clean) / s).unflatten(0, (-1, 2)).cpu()
-        for pair, mine in enumerate(timesteps):
-            if int(labels[pair, column]) in mine:
-                found[pair][int(labels[pair, column])] = target[pair]
-    return found
+def exact_targets(world: World) -> dict[int, Tensor]:
+    """{timestep: target [image, ...]} of the exact ODE at every timestep."""
+    return _exact(world, every=1)[0]
 
 
-def clock(device: torch.device) -> float:
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
+def draw(world: World) -> Known:
+    """Images from known noise, under the world's captions."""
+    fine = world.ode.denoiser
+    steps = np.arange(0, fine.levels.num_train_timesteps, max(1, fine.levels.num_train_timesteps // 1000))
+    grid = SamplerGrid(grid=steps, kept=np.arange(0))
+    noise = torch.stack(
+        [normal(tuple(world.x0.shape[1:]), SEED, name, side, "noise") for name in world.pair_ids for side in range(2)]
+    )
+    x0, _ = sample_path(fine, noise, [grid] * len(noise), caption=world.caption, empty=world.caption, guidance=1.0)
+    made = replace(world, x0=x0.half())
+    return Known(world=made, noise=noise, back=_exact(made, every=2)[1])
 
 
-def measure(world: World, name: str, steps: int, exact: list[dict[int, torch.Tensor]]) -> Row:
+def _exact(world: World, *, every: int) -> tuple[dict[int, Tensor], Tensor]:
+    """(targets of the exact ODE at so many timesteps, x at the noisy end)."""
+    ode, timesteps = world.ode, np.arange(0, world.denoiser.levels.num_train_timesteps, every)
+    table = ode.nearest(world.tau(timesteps))
+    below = np.arange(0, table[0], every)
+    found, slope = exact(ode, [*below.tolist(), *table.tolist()])
+    targets = {
+        timestep: ((y - ode.x0) / float(ode.tau[at])).cpu()
+        for timestep, at, y in zip(timesteps.tolist(), table, found[len(below) :], strict=True)
+    }
+    return targets, world.noisy_end(found[-1], ode.tau[table[-1:]], slope)
+
+
+def measure(name: str, method: Method, steps: int, world: World, targets: dict[int, Tensor], known: Known) -> Row:
+    """One row: distance from `targets` on the world's own grids, and from the known noise on grids that end at it."""
     total = world.denoiser.levels.num_train_timesteps
-    settings = PrecomputeSettings(grid_points=steps, timesteps_per_pair=steps, **CHOICES[name])
-    identity = settings.inverter_identity(total)
-    device = world.denoiser.device
-    calls, start = world.denoiser.num_calls, clock(device)
-    world.run(identity, measure=0.0)
-    synchronise()
-    seconds, calls = clock(device) - start, world.denoiser.num_calls - calls
-    made = world.run(identity, measure=1.0)
-    squares, references, bins = [], [], []
-    for pair in range(len(world.pair_ids)):
-        images = slice(2 * pair, 2 * pair + 2)
-        for place, t in enumerate(made.timestep[pair].tolist()):
-            error = made.target[images, place].float() - exact[pair][t]
-            squares.append(error.square().mean().item())
-            references.append(made.reference_error[images, place].mean().item())
-            bins.append(np.searchsorted(BINS, t * 1000 // total, side="right") - 1)
-    where = np.array(bins)
+    visited = world.visit(method, steps, world.pair_ids, measure=1.0)
+    drawn = known.world.visit(method, steps, known.pair_ids(steps))
+    bins = np.searchsorted(BINS, visited.timestep * 1000 // total, side="right") - 1
+    exact_ones = torch.stack(
+        [
+            torch.stack([targets[t][image] for t in visited.timestep[image // 2].tolist()])
+            for image in range(len(world.x0))
+        ]
+    )
+    squares = (visited.target - exact_ones).square().flatten(2).mean(-1).unflatten(0, (-1, 2)).mean(1).numpy()
+    made, is_noise = visited.inverted, method.settings["inverter"] == "noise"
+    reference = None if made is None else made.reference_error.unflatten(0, (-1, 2)).mean(1).numpy()
+    correlation, distance = known.likeness(drawn.end)
 
-    def by_bin(values: list[float]) -> tuple[float, ...]:
+    def by_bin(values: np.ndarray | None) -> tuple[float, ...]:
+        """Of [pair, record]."""
         return tuple(
-            float(np.mean(np.array(values)[where == index])) if (where == index).any() else math.nan
+            float(values[bins == index].mean()) if values is not None and (bins == index).any() else math.nan
             for index in range(len(BINS) - 1)
         )
 
-    is_noise = name == "noise"
     return Row(
         name=name,
         steps=steps,
-        network_calls=calls / (2 * len(world.pair_ids)),
-        inversion_error=float(made.inversion_error.mean()),
-        tau_error=math.nan if is_noise else math.sqrt(float(np.mean(squares))),
-        seconds=seconds / len(world.pair_ids),
-        reference_error=by_bin(references),
+        network_calls=drawn.network_calls,
+        calls_with_records=method.with_records(drawn.network_calls, steps),
+        inversion_error=math.nan if made is None else float(made.inversion_error.mean()),
+        tau_error=math.nan if is_noise else math.sqrt(squares.mean()),
+        noise_correlation=math.nan if is_noise else correlation,
+        noise_distance=math.nan if is_noise else distance,
+        reference_error=by_bin(reference),
         tau_error_by_bin=tuple(math.nan if is_noise else math.sqrt(value) for value in by_bin(squares)),
     )
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    unit = next(row.seconds for row in rows if row.name == "ddim" and row.steps == 10)
-    spans = [f"E_ref {low}-{high}" for low, high in itertools.pairwise(BINS)]
-    head = ["inverter", "n", "calls per image", "tau error (RMS)", "round trip", "time", *spans]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-
-    def shown(value: float, digits: int = 3) -> str:
-        return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-    for row in rows:
-        cells = [
-            row.name,
-            str(row.steps),
-            f"{row.network_calls:.1f}",
-            shown(row.tau_error),
-            shown(row.inversion_error),
-            f"{row.seconds / unit:.2f}",
-            *[shown(value, 4) for value in row.reference_error],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Left: error against calls. Middle: error by timestep at n = 10. Right: reference error by timestep at n = 10."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(BINS)]
-    for name in CHOICES:
-        mine = [row for row in rows if row.name == name]
-        if name != "noise":
-            left.loglog([row.network_calls for row in mine], [row.tau_error for row in mine], "o-", label=name)
-        ten = next((row for row in mine if row.steps == 10), None)
-        if ten is not None:
-            if name != "noise":
-                middle.semilogy(middles, ten.tau_error_by_bin, "o-", label=name)
-            right.semilogy(middles, ten.reference_error, "o-", label=name)
-    left.set(xlabel="network calls per image", ylabel="RMS error of the target", title="against the exact ODE")
-    middle.set(xlabel="timestep", title="error by timestep, n = 10")
-    right.set(xlabel="timestep", ylabel="E_ref", title="reference error, n = 10")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axis in (left.xaxis, left.yaxis, middle.yaxis, right.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare inverters with the exact ODE.")
+    parser = argparse.ArgumentParser(description="Compare inverters with the exact ODE and with known noise.")
     parser.add_argument("--model", default="toyworld/base")
     parser.add_argument("--pairs", default="runs/demo/pairs/webdataset")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--count", type=int, default=12, help="Pairs.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 10, 30])
+    parser.add_argument("--max-tokens", type=int, help="Of a prompt, for families that pad it.")
+    parser.add_argument("--count", type=int, default=8, help="Pairs.")
+    parser.add_argument("--calls", type=int, nargs="+", default=[6, 11, 14, 31], help="Network calls of an image.")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/inversion"))
+    parser.add_argument("--document", type=Path, help="Where the tables of this model are written anew.")
     chosen = parser.parse_args(arguments)
-    if 10 not in chosen.steps:
-        parser.error("--steps needs 10: times are shares of its, and two plots are of it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = load(chosen, device)
-    total = world.denoiser.levels.num_train_timesteps
-    grids: list[list[int]] = [[] for _ in world.pair_ids]
-    for steps in chosen.steps:
-        made = world.run(PrecomputeSettings(grid_points=steps, inverter="noise").inverter_identity(total), measure=0.0)
-        for pair, row in enumerate(made.timestep.tolist()):
-            grids[pair].extend(row)
-    exact = exact_targets(world, grids)
-    check = exact_targets(world, grids, points=150)
-    apart = torch.stack(
-        [(exact[pair][t] - check[pair][t]).square().mean() for pair, mine in enumerate(grids) for t in mine]
+    targets, coarse = exact_targets(world), _exact(world, every=2)[0]
+    apart = torch.stack([(targets[t] - coarse[t]).square().mean() for t in coarse]).mean().sqrt()
+    known = draw(world)
+    back = known.likeness(known.back)
+    groups = {
+        calls: [
+            measure(name, method, steps, world, targets, known)
+            for name, method in METHODS.items()
+            if (steps := method.grid_points(calls)) >= 1
+        ]
+        for calls in chosen.calls
+    }
+    ours = [measure(name, method, BY_TIMESTEP, world, targets, known) for name, method in OURS.items()]
+    name = Path(chosen.model).name
+    text = "\n\n".join(
+        [
+            f"{name} at {chosen.resolution} px: {2 * len(world.pair_ids)} images of {len(world.pair_ids)} pairs, and "
+            f"as many from known noise; float32. With half its points the exact ODE moves by {float(apart):.4f} (RMS "
+            "of the target). From the images of known noise it leads back to noise whose correlation with the known "
+            f"one is {back[0]:.3f}, at a distance of {back[1]:.3f}.",
+            by_calls(groups),
+            by_timestep(ours, BINS),
+        ]
     )
-    rows = [measure(world, name, steps, exact) for steps in chosen.steps for name in CHOICES]
-    print(f"{machine()}; {len(world.pair_ids)} pairs of {chosen.pairs}; model {chosen.model}; float32")
-    print(f"the oracle with half its points is {apart.mean().sqrt():.4f} away (RMS of tau)\n")
-    print(table(rows))
+    print(f"{machine()}\n{text}")
+    if chosen.document is not None:
+        write_between(chosen.document, name, text)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.with_suffix(".json").write_text(
-        json.dumps(
-            {
-                "machine": machine(),
-                "pairs": len(world.pair_ids),
-                "bins": BINS,
-                "oracle_halved": float(apart.mean().sqrt()),
-                "rows": [asdict(row) for row in rows],
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    plot(rows, chosen.out.with_suffix(".png"))
+    told = {
+        "machine": machine(),
+        "pairs": len(world.pair_ids),
+        "bins": BINS,
+        "oracle_halved": float(apart),
+        "oracle_noise": back,
+        "by_calls": {calls: [asdict(row) for row in rows] for calls, rows in groups.items()},
+        "by_timestep": [asdict(row) for row in ours],
+    }
+    chosen.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    plot(groups, ours, BINS, chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

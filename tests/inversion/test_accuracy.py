@@ -6,47 +6,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
-from torch import Tensor, nn
+from torch import Tensor
 
 from inpo.common.denoiser import Denoiser
-from inpo.common.families import FAMILIES
-from inpo.common.levels import Levels
 from inpo.common.seeding import normal
+from tests.mixture import mixture_eps, noise_mixture
 from tests.rounding import assert_alike
 
 T = 20_000
 SIGMA = np.linspace(0.01, 2.0, T)
 """A schedule so fine that the labels' rounding does not matter."""
-WEIGHT, MEAN, VARIANCE = np.array([0.4, 0.6]), np.array([-0.8, 0.6]), np.array([0.3, 0.25])
-
-
-def mixture_eps(z: np.ndarray, sigma: float) -> np.ndarray:
-    """Noise prediction of an elementwise Gaussian mixture: sigma * E[(z - mean_k) / (variance_k + sigma^2) | z]."""
-    spread = VARIANCE + sigma**2
-    offset = z[..., None] - MEAN
-    log = np.log(WEIGHT) - 0.5 * np.log(spread) - offset**2 / (2 * spread)
-    responsibility = np.exp(log - log.max(-1, keepdims=True))
-    responsibility /= responsibility.sum(-1, keepdims=True)
-    return sigma * (responsibility * offset / spread).sum(-1)
-
-
-class Mixture(nn.Module):
-    """The closed form as a network: x = a z at a label."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, timestep: Tensor, **ignored: object) -> tuple[Tensor]:
-        rows = []
-        for row, t in zip(x.double().numpy(), timestep.long().tolist(), strict=True):
-            rows.append(mixture_eps(row * np.sqrt(1 + SIGMA[t] ** 2), SIGMA[t]))
-        return (torch.from_numpy(np.stack(rows)).float(),)
 
 
 @pytest.fixture(scope="module")
 def mixture() -> Denoiser:
-    return Denoiser(Mixture(), Levels.from_alphas_cumprod(torch.from_numpy(1 / (1 + SIGMA**2))), FAMILIES["sd"].call)
+    return noise_mixture(SIGMA)
 
 
 def ode_error(
