@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from benchmarks.inversion import METHODS, Method, World, draw, exact_targets
+from benchmarks.inversion import METHODS, Method, World, draw, exact_way
 from benchmarks.inversion_tables import write_between
 from benchmarks.rivals import RIVALS, Ode, Rival, Step, fireflow, rf_solver, uni_inv, walk
 from inpo.common.conditions import Condition
@@ -109,9 +109,9 @@ def test_a_method_spends_the_calls_that_it_is_given(name: str) -> None:
 def test_the_exact_ode_finds_targets_and_the_noise_of_drawn_images(denoiser: Denoiser) -> None:
     here = world(denoiser, pairs=1)
     slope = mixture_eps if denoiser.levels.space == "noise" else mixture_velocity
-    targets = exact_targets(here)
+    targets, _ = exact_way(here)
     start = here.x0.double().numpy().ravel()
-    for timestep in (3, 200, 399):
+    for timestep in (3, 201, 399):
         tau = float(here.tau(np.array([timestep]))[0])
         y = solve_ivp(lambda at, y: slope(y, at), (1e-9, tau), start, rtol=1e-9, atol=1e-9).y[:, -1]
         np.testing.assert_allclose(targets[timestep].numpy().ravel(), (y - start) / tau, atol=0.02)
