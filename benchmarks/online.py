@@ -60,13 +60,14 @@ class OnlineLoop:
             x_t, target = self.invert(x0, timestep, condition)
         self._update(x_t, target, timestep.to(x0.device), condition)
 
-    def dpo_step(self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str]) -> None:
-        """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike."""
+    def dpo_step(self, pixels: UInt8[Tensor, "pair side 3 h w"], prompts: list[str], *, shared: bool = True) -> None:
+        """One micro-batch of Diffusion-DPO: noise instead of inversion, everything else alike. `shared`: both sides of
+        a pair have one noise, as in the published method."""
         x0, condition = self.encode(pixels, prompts)
         x0 = x0.float()
         total = self.trained.levels.num_train_timesteps
         timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2).to(x0.device)
-        noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0)
+        noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0) if shared else torch.randn_like(x0)
         a, s, *_ = self.trained.at(timestep)
         self._update(a * x0 + s * noise, noise, timestep, condition)
 

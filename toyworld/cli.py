@@ -26,8 +26,18 @@ def pairs_command(
     format: Annotated[str, typer.Option(help="parquet, webdataset, or both with a comma.")] = "parquet,webdataset",
     flip_labels: Annotated[float, typer.Option(min=0, max=1, help="Share of labels turned to the opposite.")] = 0.05,
     model: Annotated[str, typer.Option(help="The model that makes the pictures: base, or flow.")] = "base",
+    images: Annotated[
+        str,
+        typer.Option(
+            help="own: the model makes both of a pair; other: base and flow make one each; "
+            "rendered: the renderer does, as the training data."
+        ),
+    ] = "own",
+    distance: Annotated[
+        float, typer.Option(min=0, help="How far the look of rendered pictures is from the training data's.")
+    ] = 0.0,
 ) -> None:
-    """Make preference pairs with a base model, labelled by the oracle."""
+    """Make preference pairs, labelled by the oracle."""
     # Imported here, as it takes seconds and the other commands of `inpo` do not need it.
     from inpo.toyworld.backdrops import SIZE
     from inpo.toyworld.pairs import PairSettings, make_pairs
@@ -35,8 +45,16 @@ def pairs_command(
     formats: Any = tuple(name.strip() for name in format.split(","))
     if set(formats) - {"parquet", "webdataset"}:
         raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
+    told: Any = images
     settings = PairSettings(
-        num_pairs=pairs, seed=seed, split=split, formats=formats, flip_labels=flip_labels, model=model
+        num_pairs=pairs,
+        seed=seed,
+        split=split,
+        formats=formats,
+        flip_labels=flip_labels,
+        model=model,
+        images=told,
+        distance=distance,
     )
     report = make_pairs(settings, out)
     print(f"{report.num_pairs} pairs in {out}: {report.num_ties} ties, {report.num_flipped} labels flipped on purpose")

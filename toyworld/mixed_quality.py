@@ -54,6 +54,20 @@ def mixed_render(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "6
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)
 
 
+def foreign_look(
+    picture: UInt8[np.ndarray, "64 64 3"], rng: np.random.Generator, *, strength: float
+) -> UInt8[np.ndarray, "64 64 3"]:
+    """The picture in a light from one side and with a hatching, which nothing in the training data has."""
+    if not strength:
+        return picture
+    rows, columns = np.indices(picture.shape[:2]) / picture.shape[0] - 0.5
+    light, hatching = rng.uniform(0, 2 * np.pi, 2)
+    shade = 36 * (np.cos(light) * columns + np.sin(light) * rows)
+    lines = 12 * np.sin(2 * np.pi * 11 * (np.cos(hatching) * columns + np.sin(hatching) * rows))
+    changed = picture + strength * (shade + lines)[..., None]
+    return np.clip(np.round(changed), 0, 255).astype(np.uint8)
+
+
 def blur(picture: Float[np.ndarray, "64 64 3"], *, radius: float) -> Float[np.ndarray, "64 64 3"]:
     """Gaussian blur of an RGB picture with values 0 to 255; `radius` (standard deviation) in pixels."""
     image = Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))

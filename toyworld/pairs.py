@@ -1,4 +1,10 @@
-"""Preference pairs made with the base model: two pictures for one caption, labelled by the oracle.
+"""Preference pairs: two pictures for one caption, labelled by the oracle.
+
+Who made the pictures says how far the pairs are from what a model makes itself:
+
+    own         the model made both
+    other       the model made one, the world's other model the other
+    rendered    the renderer made both, of mixed quality as in the training data; `distance` adds a look of their own
 
 Everything random in a pair depends on (seed, index) alone. Pairs come in parts of 256; a part is written whole, then
 listed in toyworld.json, so that work stopped goes on where it was and finished work is not done again.
@@ -15,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -24,20 +31,23 @@ from inpo.common.durable import write_file
 from inpo.common.errors import UsageError
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import normal, stable_hash, uniform
+from inpo.toyworld.mixed_quality import foreign_look, mixed_render
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.pair_files import WRITERS, LabelledPair
 from inpo.toyworld.sampling import GUIDANCE, LATENT_SHAPE, MODELS, STEPS, generate
-from inpo.toyworld.scenes import captions
+from inpo.toyworld.scenes import captions, parse_caption
 from inpo.toyworld.split import Split
 
 PAIRS_PER_PART = 256
 PAIRS_PER_BATCH = 32
+MAX_DISTANCE = 4.0
 TIE_MARGIN = 0.05
 """Pictures whose oracle scores (0 to 6) differ by less are a tie."""
 _FIRST_RIGHT = 8
 """So many pairs keep their label: the first of a cache is the one that people look at."""
 
 Format = Literal["parquet", "webdataset"]
+Images = Literal["own", "other", "rendered"]
 RECORD = "toyworld.json"
 
 
@@ -53,6 +63,10 @@ class PairSettings:
     """Probability that a pair's label is the opposite of what the oracle says; ties stay ties."""
     model: str = "base"
     """Which of the base models makes the pictures."""
+    images: Images = "own"
+    """Who makes the pictures."""
+    distance: float = 0.0
+    """How strange the look of rendered pictures is; at 0 it is that of the training data."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -61,6 +75,12 @@ class PairSettings:
             raise UsageError("too few pairs", expected="at least 1", got=self.num_pairs)
         if not 0 <= self.flip_labels <= 1:
             raise UsageError("flip-labels is a probability", expected="0 to 1", got=self.flip_labels)
+        if self.images not in get_args(Images):
+            raise UsageError("unknown maker of images", expected=" or ".join(get_args(Images)), got=self.images)
+        if not 0 <= self.distance <= MAX_DISTANCE:
+            raise UsageError("no such distance", expected=f"0 to {MAX_DISTANCE}", got=self.distance)
+        if self.distance and self.images != "rendered":
+            raise UsageError("distance is for rendered images", expected="--images rendered", got=self.images)
         captions(self.split)
         if not self.formats or len(set(self.formats)) < len(self.formats) or set(self.formats) - set(WRITERS):
             raise UsageError(
@@ -78,8 +98,14 @@ class PairSettings:
             "steps": STEPS,
             "guidance": GUIDANCE,
             "tie_margin": TIE_MARGIN,
-            "base": _fingerprint(self.model),
+            "base": {name: _fingerprint(name) for name in self.models},
         }
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Which base models make pictures, by side where there are two."""
+        others = tuple(name for name in MODELS if name != self.model)
+        return {"own": (self.model,), "other": (self.model, *others), "rendered": ()}[self.images]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +147,41 @@ def pair_captions(settings: PairSettings) -> list[str]:
 
 
 def make_batch(settings: PairSettings, start: int, stop: int) -> list[LabelledPair]:
-    """Pairs start..stop-1: samples two pictures each, judges and labels them."""
+    """Pairs start..stop-1: makes two pictures each, judges and labels them."""
     indices = range(start, stop)
     texts = pair_captions(settings)[start:stop]
-    noise = [normal(LATENT_SHAPE, settings.seed, index, "picture", side) for side in (0, 1) for index in indices]
-    images = generate(texts + texts, torch.stack(noise), model=settings.model)
+    images = _rendered(settings, texts, indices) if settings.images == "rendered" else _drawn(settings, texts, indices)
     scores = OracleScorer().score(images, texts + texts).tolist()
     half = len(texts)
     return [
         _label(settings, index, texts[i], (images[i], images[half + i]), (scores[i], scores[half + i]))
         for i, index in enumerate(indices)
     ]
+
+
+def _drawn(settings: PairSettings, texts: list[str], indices: range) -> list[Image.Image]:
+    """All first pictures, then all second ones, from noise of their own."""
+    noise = [normal(LATENT_SHAPE, settings.seed, index, "picture", side) for side in (0, 1) for index in indices]
+    asked, parts = texts + texts, len(settings.models)
+    share = len(asked) // parts
+    return [
+        image
+        for part, model in enumerate(settings.models)
+        for image in generate(
+            asked[part * share : (part + 1) * share], torch.stack(noise[part * share : (part + 1) * share]), model=model
+        )
+    ]
+
+
+def _rendered(settings: PairSettings, texts: list[str], indices: range) -> list[Image.Image]:
+    """All first pictures, then all second ones."""
+    made = []
+    for side in (0, 1):
+        for index, text in zip(indices, texts, strict=True):
+            rng = np.random.default_rng(stable_hash(settings.seed, index, "render", side))
+            picture = mixed_render(parse_caption(text), rng)
+            made.append(Image.fromarray(foreign_look(picture, rng, strength=settings.distance)))
+    return made
 
 
 def _label(
@@ -158,7 +208,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _picture_id(settings: PairSettings, index: int, side: int) -> str:
-    return f"{stable_hash(_fingerprint(settings.model), settings.split, settings.seed, index, side):016x}"
+    makers = [_fingerprint(name) for name in settings.models] or [settings.images, settings.distance]
+    return f"{stable_hash(*makers, settings.split, settings.seed, index, side):016x}"
 
 
 def make_pairs(settings: PairSettings, folder: Path, *, quiet: bool = False) -> PairReport:

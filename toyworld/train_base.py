@@ -52,7 +52,7 @@ CAPTION_DROPOUT = 0.1
 CROP = 32
 """Width and height in pixels of what the VAE learns from first, at a quarter of a picture's cost."""
 VAE_CROPS = StageSettings(steps=2000, batch_size=64, learning_rate=2e-3, matrix_rate=0.02)
-VAE = StageSettings(steps=3000, batch_size=32, learning_rate=2e-3, matrix_rate=0.02)
+VAE = StageSettings(steps=1200, batch_size=32, learning_rate=2e-3, matrix_rate=0.02)
 UNET = StageSettings(steps=3000, batch_size=128, learning_rate=1.5e-3, matrix_rate=0.02)
 FLOW = StageSettings(steps=2000, batch_size=128, learning_rate=1e-3, matrix_rate=0.02)
 KL_WEIGHT = {"vae-crops": 3e-4, "vae": 3e-5}

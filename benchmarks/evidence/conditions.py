@@ -1,12 +1,12 @@
-"""What is compared: caches, methods, the grid, the variations, in an hour or at length. Pure data."""
+"""What is compared: pairs, caches, methods, grids, and how much is spent on each. Pure data, and the commands of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from inpo.common.cache import open_cache
+from inpo.toyworld.backdrops import SIZE
 
-DEFAULT_BETA = {"inpo": 2000.0, "dpo": 2000.0, "smpo": 2000.0, "kto": 1000.0, "inversion_dpo": 100.0}
+SCORERS = ("toyworld-oracle", "toyworld-heldout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,21 +14,22 @@ class Length:
     """How much is spent on every run of the evidence, and on which base."""
 
     root: Path
-    steps: int
-    batch: int
-    learning_rates: tuple[float, ...]
-    beta_shares: tuple[float, ...]
-    """Of each objective's default beta: the same grid for methods whose betas mean different things."""
-    captions: Mapping[str, int | None]
+    steps: int = 64
+    batch: int = 16
+    learning_rates: tuple[float, ...] = (1.5e-5, 3e-5, 6e-5)
+    strengths: tuple[float, ...] = (2.5, 8.0)
+    """beta times the mean reference error of a cache. Errors of caches differ by a factor of three, and beta multiplies
+    them: one beta for all would compare strengths."""
+    captions: Mapping[str, int | None] = field(default_factory=lambda: {"validation": 200, "test": 400})
     """Prompt files: how many captions of the split of that name. `test` chooses nothing."""
-    inference_steps: int
-    """Steps of every image's sampler. Ten of DDIM score the base 0.07 of 6 lower than twenty, in half the time."""
+    inference_steps: int = 10
+    """Steps of every image's sampler."""
     model: str = "base"
     """By its name in the toy world."""
-    only: tuple[str, ...] = ()
-    """The methods that are compared; empty for all."""
+    methods: tuple[str, ...] = ()
+    """Those that are compared; empty for all."""
     caches: tuple[str, ...] = ()
-    """Options of `inpo precompute` for all caches, where a cache does not say otherwise."""
+    """Options of all caches, where one does not say otherwise."""
     tokens: tuple[str, ...] = ()
     """The option that bounds a prompt, where images are made."""
 
@@ -36,200 +37,205 @@ class Length:
     def base(self) -> str:
         return f"toyworld/{self.model}"
 
-    @property
-    def pairs(self) -> Path:
-        return self.root / "pairs"
 
-    @property
-    def source(self) -> str:
-        return str(self.pairs / "webdataset")
-
-
-HOUR = Length(
-    root=Path("runs/evidence"),
-    steps=64,
-    batch=16,
-    learning_rates=(1.5e-5, 3e-5, 6e-5),
-    beta_shares=(0.1, 0.25),
-    captions={"validation": 200, "test": 400},
-    inference_steps=10,
-)
-LONG = Length(
+HOUR = Length(root=Path("runs/evidence"))
+LONG = replace(
+    HOUR,
     root=Path("runs/evidence-long"),
     steps=100,
     batch=32,
-    learning_rates=(5e-6, 1e-5, 2e-5, 4e-5),
-    beta_shares=(0.25, 1.0),
-    captions={"validation": 200, "test": None},
+    learning_rates=(7.5e-6, 1.5e-5, 3e-5, 6e-5),
+    captions={"validation": 400, "test": 1600},
     inference_steps=20,
 )
 FLOW = replace(
     HOUR,
     root=Path("runs/evidence-flow"),
     model="flow",
-    only=("SFT", "Diffusion-DPO", "InPO", "InPO, noised start 0.3"),
+    methods=("SFT", "DPO", "InPO", "InPO, noised start 0.3", "InPO, recorded path"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
-"""The hour's, of the flow. Its errors are of velocities and as large as those of noise, within a factor of three: the
-grid of beta is the same.
-"""
 length = HOUR
 """The one in use."""
 NUM_PAIRS = 1024
-GRID_SEED = 0
+GRID_SEEDS = (0, 6)
+"""All cells of a grid have the first, the best of them the second too."""
+FINALISTS = 3
 TEST_SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = (1, 2, 3)
-"""For variations and prolonged runs."""
-SCORERS = ("toyworld-oracle", "toyworld-heldout")
-LABELS = "oracle"
+"""For the answer, and for prolonged runs."""
+FLIPS = (5, 30)
+"""Per cent of the labels that say the opposite of what the oracle thinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheChoice:
-    """A cache by name: options of `inpo precompute` beside those that all share."""
+class Pairs:
+    """A kind of preference pairs by name: options of `inpo toyworld pairs`."""
 
     name: str
-    options: tuple[str, ...] = ()
-    limit: int | None = None
-    """Only the shards with the first so many pairs."""
-    first: int | None = None
-    """Trained on the first so many committed pairs only."""
-    model: str | None = None
-    """The length's base, unless another is named."""
+    options: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
-        return length.root / "caches" / self.name
+        return length.root / "pairs" / self.name
 
     @property
-    def only(self) -> Path:
-        """The list of those pairs."""
-        return self.folder.with_name(f"{self.name}-only.txt")
-
-    def write_only(self) -> None:
-        shards = open_cache(str(self.folder))
-        ids = [str(pair_id) for shard in shards for pair_id in shard.read("pair/id")]
-        self.only.write_text("".join(f"{pair_id}\n" for pair_id in ids[: self.first]))
+    def source(self) -> str:
+        return str(self.folder / "webdataset")
 
     def command(self) -> list[str]:
-        shared = [
-            "--grid-points",
-            "10",
-            "--timesteps-per-pair",
-            "4",
-            "--resolution",
-            "64",
-            "--batch-size",
-            "32",
-            "--decode-workers",
-            "0",
-            *length.caches,
-        ]
-        for name in shared[::2]:
-            if name in self.options:
-                place = shared.index(name)
-                del shared[place : place + 2]
-        limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        return [
-            "precompute",
-            "--pairs",
-            length.source,
-            "--model",
-            self.model or length.base,
-            "--cache",
-            str(self.folder),
-            *shared,
-            *self.options,
-            *limit,
-        ]
+        made = ["toyworld", "pairs", "--out", str(self.folder), "--pairs", str(NUM_PAIRS), "--seed", "0"]
+        # Labels are turned in the caches' label sets, so that both shares of turned labels have one cache.
+        return [*made, "--format", "webdataset", "--flip-labels", "0", "--model", length.model, *self.options]
 
 
-CLEAN = CacheChoice(name="clean", options=("--extra", "delta_prev"))
-NOISE = CacheChoice(name="noise", options=("--inverter", "noise"))
+OWN = Pairs(name="own", options=())
+OTHER = Pairs(name="other", options=("--images", "other"))
+RENDERED = tuple(
+    Pairs(name=f"rendered-{distance}", options=("--images", "rendered", "--distance", str(distance)))
+    for distance in (0, 1, 2)
+)
+KINDS = (OWN, OTHER, *RENDERED)
+MAIN = (OWN, RENDERED[1])
+"""The kinds of the main table: on-policy and off-policy."""
+
+
+def tuned_on(pairs: Pairs) -> Pairs:
+    """The kind whose grid chose the settings for these."""
+    return RENDERED[1] if pairs in RENDERED else OWN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """How the points are made: options of `inpo precompute`, or of `inpo sample`."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    per_prompt: int = 0
+    """Own samples with the sampler's path: so many of a prompt. 0: from pairs."""
+
+    def folder(self, pairs: Pairs) -> Path:
+        return length.root / "caches" / pairs.name / self.name
+
+    def command(self, pairs: Pairs) -> list[str]:
+        shared = ["--model", length.base, "--cache", str(self.folder(pairs)), "--resolution", str(SIZE)]
+        shared += ["--batch-size", "32", "--timesteps-per-pair", "4"]
+        if self.per_prompt:
+            told = ["--prompts", str(own_prompts(self)), "--per-prompt", str(self.per_prompt), "--scorer", SCORERS[0]]
+            told += ["--gap", "0.05", "--inference-steps", "20", "--guidance", "2.5", *_without(_INVERTER)]
+            return ["sample", *shared, *told, *self.options]
+        told = ["--pairs", pairs.source, "--grid-points", "10", "--decode-workers", "0"]
+        return ["precompute", *shared, *told, *_without(self.options[::2]), *self.options]
+
+
+_INVERTER = ("--inverter",)
+
+
+def _without(names: tuple[str, ...]) -> list[str]:
+    """The length's own options of caches, but those."""
+    given = length.caches
+    return [
+        word for name, value in zip(given[::2], given[1::2], strict=True) if name not in names for word in (name, value)
+    ]
+
+
+def own_prompts(cache: Cache) -> Path:
+    """Captions that own samples are of: as many images as the pairs have."""
+    return length.root / f"prompts-{NUM_PAIRS * 2 // cache.per_prompt}.txt"
+
+
+NOISE = Cache(name="noise", options=("--inverter", "noise"))
+DROPPED = Cache(name="noise-dropout", options=("--inverter", "noise", "--caption-dropout", "0.15"))
+CLEAN = Cache(name="clean")
 NOISED = {
-    share: CacheChoice(name=f"start-{share}", options=("--noised-start", share)) for share in ("0.1", "0.3", "0.5")
+    share: Cache(name=f"start-{share}", options=("--inverter", "ddim", "--noised-start", share))
+    for share in ("0.1", "0.3")
 }
-"""By f, the share of the schedule whose points are noised instead of inverted."""
+REFINED = Cache(name="refined", options=("--inverter", "ddim", "--refine-start", "1"))
+AB2 = Cache(name="ab2", options=("--inverter", "ab2", "--refine-start", "3"))
+FAITHFUL = Cache(name="faithful", options=("--faithful",))
+RECORDED = Cache(name="recorded", per_prompt=2)
+LISTS = Cache(name="lists", per_prompt=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the main table."""
+    """A row of the tables."""
 
     name: str
     objective: str
-    cache: CacheChoice
-    extra: tuple[str, ...] = ()
+    cache: Cache
+    labels: str = "hard"
+    """hard: the preferred image, with turned labels. soft: the oracle's margins, turned alike. Empty: scores."""
+    on: tuple[Pairs, ...] = MAIN
+    has_beta: bool = True
 
     @property
-    def betas(self) -> tuple[float | None, ...]:
-        default = DEFAULT_BETA.get(self.objective)
-        return (None,) if default is None else tuple(share * default for share in length.beta_shares)
+    def strengths(self) -> tuple[float | None, ...]:
+        return length.strengths if self.has_beta else (None,)
 
 
-DPO = Method(name="Diffusion-DPO", objective="dpo", cache=NOISE)
-SFT = Method(name="SFT", objective="sft", cache=NOISE)
+SFT = Method(name="SFT", objective="sft", cache=NOISE, has_beta=False)
+DPO = Method(name="DPO", objective="dpo", cache=NOISE)
+KTO = Method(name="KTO", objective="kto", cache=NOISE)
 INPO = Method(name="InPO", objective="inpo", cache=CLEAN)
 STARTS = {
     share: Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache) for share, cache in NOISED.items()
 }
+INPO_AB2 = Method(name="InPO, ab2", objective="inpo", cache=AB2)
 METHODS = (
     SFT,
     DPO,
-    Method(name="Diffusion-KTO", objective="kto", cache=NOISE),
-    Method(name="SmPO", objective="smpo", cache=CLEAN, extra=("--labels", LABELS)),
-    Method(name="Inversion-DPO", objective="inversion_dpo", cache=CLEAN),
+    KTO,
+    Method(name="SmPO", objective="smpo", cache=CLEAN, labels="soft"),
+    Method(name="poly", objective="poly", cache=NOISE),
+    Method(name="bdpo", objective="bdpo", cache=NOISE),
+    Method(name="snpo", objective="snpo", cache=DROPPED),
+    Method(name="linear", objective="linear", cache=NOISE),
+    Method(name="listwise", objective="listwise", cache=LISTS, labels="", on=(OWN,)),
     INPO,
     STARTS["0.1"],
     STARTS["0.3"],
+    Method(name="InPO, refine 1", objective="inpo", cache=REFINED),
+    INPO_AB2,
+    Method(name="InPO, recorded path", objective="inpo", cache=RECORDED, on=(OWN,)),
+    Method(name="InPO, released grid", objective="inpo", cache=FAITHFUL),
 )
-
-
-def methods() -> tuple[Method, ...]:
-    """Those of the length."""
-    return tuple(method for method in METHODS if not length.only or method.name in length.only)
-
-
-SAME_CALLS = (SFT, DPO, METHODS[2])
+"""poly, bdpo, snpo and linear are losses for any points; here they have DPO's, whose loss they change."""
+SAME_CALLS = (SFT, DPO, KTO)
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
+ANSWER = (DPO, INPO, STARTS["0.3"], INPO_AB2)
+"""What is followed over all kinds of pairs and both shares of turned labels."""
+ONLINE = {"DPO online, a noise per side": DPO, "InPO online, released grid": INPO}
+"""Loops without a cache (benchmarks/online.py), and the method whose setting each has."""
 
-ONLY_NOISE = "noise at every point (Diffusion-DPO)"
-SFT_REFERENCE = "reference from SFT"
-ONLINE = "online inversion, released grid"
-OTHER_CACHES: dict[str, CacheChoice] = {
-    "ab2, refined start": CacheChoice(name="ab2", options=("--inverter", "ab2", "--refine-start", "3")),
-    "ab2, refined start, noised start 0.3": CacheChoice(
-        name="ab2-start-0.3", options=("--inverter", "ab2", "--refine-start", "3", "--noised-start", "0.3")
-    ),
-    "empty-prompt inversion": CacheChoice(name="guidance-0", options=("--guidance", "0")),
-    "faithful grid": CacheChoice(name="faithful", options=("--faithful",)),
-    "fixed_point": CacheChoice(name="fixed-point", options=("--inverter", "fixed_point")),
-    "n = 3, K = 3": CacheChoice(name="n-3", options=("--grid-points", "3", "--timesteps-per-pair", "3")),
-    "n = 5": CacheChoice(name="n-5", options=("--grid-points", "5")),
-    "n = 30": CacheChoice(name="n-30", options=("--grid-points", "30")),
-    # All with as many records: pairs that are ties have left 958 of 1,024.
-    "K = 1, 958 pairs": CacheChoice(name="k-1", options=("--timesteps-per-pair", "1")),
-    "K = 2, 483 pairs": CacheChoice(name="k-2", options=("--timesteps-per-pair", "2"), limit=512),
-    "K = 4, 245 pairs": CacheChoice(name="k-4", limit=256),
-    "K = 10, 98 pairs": CacheChoice(name="k-10", options=("--timesteps-per-pair", "10"), limit=102, first=98),
-}
-"""What InPO's objective is trained on in the variations, beside CLEAN and NOISED."""
+
+def methods(pairs: Pairs) -> tuple[Method, ...]:
+    """Those of the length that there are on these pairs."""
+    return tuple(each for each in METHODS if pairs in each.on and (not length.methods or each.name in length.methods))
+
+
+def caches(pairs: Pairs) -> tuple[Cache, ...]:
+    """Those that are needed of these pairs."""
+    wanted = methods(pairs) if pairs in MAIN else tuple(each for each in ANSWER if each in methods(OWN))
+    return tuple(dict.fromkeys(each.cache for each in wanted))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One trained model."""
 
-    label: str
-    objective: str
-    cache: CacheChoice
+    method: Method
+    pairs: Pairs
     learning_rate: float
-    beta: float | None
+    strength: float | None
     seed: int
+    flips: int = FLIPS[0]
     longer: int | None = None
     """Steps of a prolonged run; the others have the usual number."""
-    extra: tuple[str, ...] = ()
+    online: str = ""
+    """The name in ONLINE of a loop that reads no cache."""
 
     @property
     def steps(self) -> int:
@@ -237,50 +243,31 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        slug = "".join(letter if letter.isalnum() else "-" for letter in self.label).strip("-")
-        beta = "" if self.beta is None else f"-beta-{self.beta:g}"
+        named = self.online or self.method.name
+        slug = "".join(letter if letter.isalnum() else "-" for letter in named).strip("-")
+        strength = "" if self.strength is None else f"-strength-{self.strength:g}"
         longer = "" if self.longer is None else f"-{self.longer}-steps"
-        return length.root / "runs" / f"{slug}-lr-{self.learning_rate:g}{beta}-seed-{self.seed}{longer}"
+        name = f"{slug}-lr-{self.learning_rate:g}{strength}-seed-{self.seed}{longer}"
+        return length.root / "runs" / f"{self.pairs.name}-{self.flips}" / name
 
     @property
     def pipeline(self) -> Path:
         return self.folder / "train" / "pipeline"
 
-    def train_command(self) -> list[str]:
-        beta = [] if self.beta is None else ["--beta", f"{self.beta:g}"]
-        only = [] if self.cache.first is None else ["--only", str(self.cache.only)]
-        return [
-            "train",
-            "--cache",
-            str(self.cache.folder),
-            "--model",
-            self.cache.model or length.base,
-            "--output",
-            str(self.folder / "train"),
-            "--objective",
-            self.objective,
-            "--learning-rate",
-            f"{self.learning_rate:g}",
-            *beta,
-            "--steps",
-            str(self.steps),
-            "--batch-size",
-            str(length.batch),
-            "--seed",
-            str(self.seed),
-            "--held-out",
-            "0.05",
-            "--evaluate-every",
-            str(length.steps),
-            "--save-every",
-            str(length.steps),
-            "--keep-last",
-            "1",
-            "--tracker",
-            "none",
-            *only,
-            *self.extra,
-        ]
+    @property
+    def labels(self) -> str:
+        """The label set's name; empty for none."""
+        return f"{self.method.labels}-{self.flips}" if self.method.labels else ""
+
+    def train_command(self, beta: float | None) -> list[str]:
+        told = ["--cache", str(self.method.cache.folder(self.pairs)), "--model", length.base]
+        told += ["--output", str(self.folder / "train"), "--objective", self.method.objective]
+        told += ["--learning-rate", f"{self.learning_rate:g}", "--steps", str(self.steps), "--seed", str(self.seed)]
+        told += ["--batch-size", str(length.batch if self.method.labels else length.batch // 2)]
+        told += ["--held-out", "0.05", "--evaluate-every", str(length.steps), "--save-every", str(length.steps)]
+        told += ["--keep-last", "1", "--tracker", "none"]
+        told += [] if beta is None else ["--beta", f"{beta:.6g}"]
+        return ["train", *told, *(["--labels", self.labels] if self.labels else [])]
 
     def images(self, prompts: str) -> Path:
         """`prompts` names a file of prompts."""
@@ -297,34 +284,18 @@ def prompts_file(prompts: str) -> Path:
 
 def picture_commands(model: str | Path, folder: Path, prompts: str) -> list[list[str]]:
     """Images of a model and both scorers' scores, and the comparison with the base if this is not the base."""
-    commands = [
-        [
-            "evaluate",
-            "generate",
-            "--model",
-            str(model),
-            "--prompts",
-            str(prompts_file(prompts)),
-            "--out",
-            str(folder),
-            "--inference-steps",
-            str(length.inference_steps),
-            "--guidance",
-            "2.5",
-            "--seed",
-            "1000",
-            "--batch-size",
-            "32",
-            *length.tokens,
-        ]
-    ]
-    scorers = [part for name in SCORERS for part in ("--scorer", name)]
-    commands.append(["evaluate", "score", str(folder), *scorers])
+    draw = ["--model", str(model), "--prompts", str(prompts_file(prompts)), "--out", str(folder)]
+    draw += ["--inference-steps", str(length.inference_steps), "--guidance", "2.5", "--seed", "1000"]
+    commands = [["evaluate", "generate", *draw, "--batch-size", "32", *length.tokens]]
+    commands.append(["evaluate", "score", str(folder), *_scorers()])
     if folder != base_images(prompts):
         commands.append(compare_command(base_images(prompts), folder, folder.with_name(f"{folder.name}-compare")))
     return commands
 
 
 def compare_command(a: Path, b: Path, out: Path) -> list[str]:
-    scorers = [part for name in SCORERS for part in ("--scorer", name)]
-    return ["evaluate", "compare", str(a), str(b), *scorers, "--out", str(out)]
+    return ["evaluate", "compare", str(a), str(b), *_scorers(), "--out", str(out)]
+
+
+def _scorers() -> list[str]:
+    return [part for name in SCORERS for part in ("--scorer", name)]

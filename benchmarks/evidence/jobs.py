@@ -17,15 +17,18 @@ import inpo.precompute.run
 import inpo.train.run
 from inpo.common.errors import InpoError
 
+Step = list[str] | Callable[[], object]
+"""A command of `inpo`, or a function."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Steps in order: a command of `inpo`, or a function. Done when its folder has its mark, which holds its
+    """Steps in order. Done when its folder has its mark, which holds its
     seconds."""
 
     name: str
     folder: Path
-    steps: Sequence[list[str] | Callable[[], None]]
+    steps: Sequence[Step]
 
     @property
     def mark(self) -> Path:
@@ -94,7 +97,7 @@ def _work(job: Job) -> None:
     job.mark.write_text(f"{time.perf_counter() - start:.1f}\n")
 
 
-def _step(step: list[str] | Callable[[], None]) -> None:
+def _step(step: Step) -> None:
     torch.set_num_threads(1)
     if not isinstance(step, list):
         step()

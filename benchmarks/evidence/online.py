@@ -1,22 +1,21 @@
-"""The released loop as training: inversion by the network in training, at every step, on the released grid."""
+"""Training without a cache: inversion by the network in training on the released grid, or noise drawn at every step."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 
-from benchmarks.evidence.conditions import HOUR
+from benchmarks.evidence import conditions as c
 from benchmarks.online import OnlineLoop
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
+from inpo.common.seeding import uniform
 from inpo.precompute.encode import ImageEncoder, TextEncoder
+from inpo.toyworld.backdrops import SIZE
 
 
-def train_online(
-    output: Path, *, source: str, learning_rate: float, beta: float, steps: int, batch: int, seed: int
-) -> None:
-    """Train the base with online inversion and write a pipeline folder. Win and lose as the labels say."""
-    model = open_model(HOUR.base)
+def train_online(run: c.Run, beta: float) -> None:
+    """Train the base and write a pipeline folder. Win and lose as the labels say, those turned that caches turn."""
+    model = open_model(c.length.base)
     device = torch.device("cpu")
     network = model.load_network().train()
     loop = OnlineLoop(
@@ -24,23 +23,27 @@ def train_online(
         reference=model.denoiser(model.load_network().requires_grad_(False).eval()),
         images=ImageEncoder(model.load_vae(), model.family, vae_dtype="float32", sample=False, seed=0, device=device),
         text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
-        optimizer=torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2),
+        optimizer=torch.optim.AdamW(network.parameters(), lr=run.learning_rate, weight_decay=1e-2),
         beta=beta,
     )
-    pairs = _training_pairs(source)
-    torch.manual_seed(seed)
+    pairs = _training_pairs(run.pairs.source)
+    torch.manual_seed(run.seed)
     order: list[int] = []
-    for step in range(steps):
-        while len(order) < batch:
+    for step in range(run.steps):
+        while len(order) < c.length.batch:
             order += torch.randperm(len(pairs)).tolist()
-        chosen, order = [pairs[row] for row in order[:batch]], order[batch:]
-        pixels = torch.stack([torch.stack([_levels(pair.win), _levels(pair.lose)]) for pair in chosen])
-        loop.inpo_step(pixels, [pair.prompt for pair in chosen])
+        chosen, order = [pairs[row] for row in order[: c.length.batch]], order[c.length.batch :]
+        pixels = torch.stack([torch.stack([_levels(data) for data in _sides(pair, run.flips)]) for pair in chosen])
+        prompts = [pair.prompt for pair in chosen]
+        if run.method is c.DPO:
+            loop.dpo_step(pixels, prompts, shared=False)
+        else:
+            loop.inpo_step(pixels, prompts)
         if step % 10 == 0:
-            print(f"online: step {step} of {steps}", flush=True)
+            print(f"online: step {step} of {run.steps}", flush=True)
     pipeline = model.load_pipeline()
     pipeline.unet.load_state_dict(network.state_dict())
-    pipeline.save_pretrained(output)
+    pipeline.save_pretrained(run.pipeline)
 
 
 def _training_pairs(source: str) -> list[Pair]:
@@ -53,5 +56,12 @@ def _training_pairs(source: str) -> list[Pair]:
     return found
 
 
+def _sides(pair: Pair, flips: int) -> tuple[bytes, bytes]:
+    turned = uniform("turned label", pair.id) < flips / 100
+    return (pair.lose, pair.win) if turned else (pair.win, pair.lose)
+
+
 def _levels(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(prepare_image(decode_image(data), resolution=(64, 64), crop="center", flip=False).levels)
+    return torch.from_numpy(
+        prepare_image(decode_image(data), resolution=(SIZE, SIZE), crop="center", flip=False).levels
+    )

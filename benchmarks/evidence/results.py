@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.conditions import SCORERS, Run
-
-BINS = 5
 
 
 def read_comparison(images: Path) -> dict[str, Any]:
@@ -34,12 +33,12 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def against_base(runs: Sequence[Run], prompts: str) -> dict[str, Any]:
-    """Per scorer the win rate over the base and the mean score."""
+    """Per scorer the win rate over the base and the mean difference of scores."""
     found = [read_comparison(run.images(prompts)) for run in runs]
     return {
         name: {
             "win_rate": over_seeds([each[name]["win_rate"] for each in found]),
-            "mean_score": over_seeds([each[name]["mean_b"] for each in found]),
+            "gain": over_seeds([each[name]["mean_difference"] for each in found]),
         }
         for name in SCORERS
     }
@@ -51,23 +50,6 @@ def head_to_head(runs: Sequence[Run], folder: str) -> dict[str, Any]:
     return {name: over_seeds([each[name]["win_rate"] for each in found]) for name in SCORERS}
 
 
-def accuracies(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Implicit accuracy by timestep bin, in training (the last half) and on held-out pairs at the end; means of
-    seeds.
-    """
-    training, held_out = np.zeros((len(runs), BINS)), np.zeros((len(runs), BINS))
-    for row, run in enumerate(runs):
-        lines = [json.loads(line) for line in (run.folder / "train" / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["step"] <= run.steps]
-        late = [line["by_timestep"] for line in lines if line["step"] > run.steps / 2 and "by_timestep" in line]
-        weight = np.array([[part["records"] for part in line] for line in late], float)
-        right = np.array([[part["implicit_accuracy"] for part in line] for line in late], float)
-        training[row] = np.nansum(weight * right, 0) / weight.sum(0)
-        last = [line for line in lines if "held_out_by_timestep" in line][-1]
-        held_out[row] = [part["implicit_accuracy"] for part in last["held_out_by_timestep"]]
-    return {"training": training.mean(0).tolist(), "held_out": held_out.mean(0).tolist()}
-
-
 def interval(value: Mapping[str, Any], digits: int = 3) -> str:
     """`0.781 ± 0.012`, the half width of the 95% interval over seeds."""
     if value["half"] is None:
@@ -75,27 +57,27 @@ def interval(value: Mapping[str, Any], digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f} ± {value['half']:.{digits}f}"
 
 
-def drift(root: Path) -> dict[str, Any] | None:
-    """What `inpo inspect drift --json` printed, if it ran, with paths as seen from here."""
-    log = root / "drift.log"
-    if not log.exists():
-        return None
-    text = log.read_text().replace(f"{Path.cwd()}/", "")
-    return json.loads(text[text.index("{") :])
-
-
 def hours(root: Path) -> dict[str, float]:
     """Hours that the jobs took, each one thread but the making of pairs, by kind of job."""
     kinds = {
-        "pairs": [root / "pairs.done"],
-        "caches": sorted((root / "caches").glob("*/*.done")),
-        "grid": sorted((root / "runs").glob("*/validation.done")),
-        "other runs": [*(root / "base").glob("*/*.done"), *(root / "runs").glob("*/test.done")],
-        "comparisons": [root / "drift.done", *(root / "runs").glob("*/test-against-*.done")],
+        "pairs": root.glob("pairs/*.done"),
+        "caches": root.glob("caches/*/*/*.done"),
+        "grid": root.glob("runs/*/*/validation.done"),
+        "tested runs": [*root.glob("base/*/*.done"), *root.glob("runs/*/*/test.done")],
+        "comparisons": root.glob("runs/*/*/test-against-*.done"),
     }
+    return {kind: round(sum(float(mark.read_text()) for mark in marks) / 3600, 3) for kind, marks in kinds.items()}
+
+
+def row(runs: Sequence[Run], against: str) -> dict[str, Any]:
+    """A row of a table: the setting, against the base, and against DPO where that was compared."""
+    compared = all((run.folder / against / "comparison.json").exists() for run in runs)
     return {
-        kind: round(sum(float(mark.read_text()) for mark in marks if mark.exists()) / 3600, 3)
-        for kind, marks in kinds.items()
+        "learning_rate": runs[0].learning_rate,
+        "strength": runs[0].strength,
+        "steps": runs[0].steps,
+        "base": against_base(runs, "test"),
+        "dpo": head_to_head(runs, against) if compared else None,
     }
 
 
@@ -105,100 +87,58 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def main_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Methods against the base and against Diffusion-DPO, on test captions."""
+def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Against the base and against DPO, on test captions."""
+    head = ["", "rate", "beta x E_ref", "wins over base: oracle", "held-out", "wins over DPO: oracle", "held-out"]
     return table(
-        [
-            "method",
-            "lr",
-            "beta",
-            "wins over base: oracle",
-            "held-out",
-            "wins over DPO: oracle",
-            "held-out",
-            "mean oracle",
-            "mean held-out",
-        ],
+        [*head, "gain: oracle", "held-out"],
         [
             [
                 name,
-                f"{row['learning_rate']:g}",
-                "-" if row["beta"] is None else f"{row['beta']:g}",
-                *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
-                *(interval(row["dpo"][scorer]) if row["dpo"] else "-" for scorer in SCORERS),
-                *(interval(row["base"][scorer]["mean_score"]) for scorer in SCORERS),
+                f"{each['learning_rate']:g}",
+                "-" if each["strength"] is None else f"{each['strength']:g}",
+                *(interval(each["base"][scorer]["win_rate"]) for scorer in SCORERS),
+                *(interval(each["dpo"][scorer]) if each["dpo"] else "-" for scorer in SCORERS),
+                *(interval(each["base"][scorer]["gain"]) for scorer in SCORERS),
             ]
-            for name, row in rows.items()
+            for name, each in rows.items()
         ],
     )
 
 
-def variation_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """InPO's variations against the base and against noise at every point, all with one setting, on test captions."""
+def answer_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Wins over DPO by kind of pairs and share of turned labels; of DPO itself those over the base."""
     return table(
-        [
-            "variation",
-            "seeds",
-            "wins over base: oracle",
-            "held-out",
-            "wins over only noise: oracle",
-            "held-out",
-            "mean oracle",
-            "mean held-out",
-        ],
+        ["", "pairs", "turned labels", "over the base: oracle", "held-out", "over DPO: oracle", "held-out"],
         [
             [
-                name,
-                str(len(row["base"][SCORERS[0]]["win_rate"]["seeds"])),
-                *(interval(row["base"][scorer]["win_rate"]) for scorer in SCORERS),
-                *(interval(row["noise"][scorer]) if row["noise"] else "-" for scorer in SCORERS),
-                *(interval(row["base"][scorer]["mean_score"]) for scorer in SCORERS),
+                *name.split(" | "),
+                *(interval(each["base"][scorer]["win_rate"]) for scorer in SCORERS),
+                *(interval(each["dpo"][scorer]) if each["dpo"] else "-" for scorer in SCORERS),
             ]
-            for name, row in rows.items()
+            for name, each in rows.items()
         ],
     )
 
 
-def accuracy_table(rows: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """Training and held-out accuracy by fifths of the timesteps."""
+def grid_table(grids: Mapping[str, Sequence[Cell]]) -> str:
+    """Every cell of the grids on validation captions; the first of each is the chosen one."""
+    head = ["", "rate", "beta x E_ref", "seeds", "gain, oracle", "over its standard error"]
     return table(
-        ["method", "pairs", *(f"t {200 * part} to {200 * part + 199}" for part in range(BINS))],
+        [*head, "wins over base: oracle", "held-out"],
         [
-            [name, kind, *(f"{value:.2f}" for value in row[key])]
-            for name, row in rows.items()
-            for key, kind in (("training", "in training"), ("held_out", "held out"))
-        ],
-    )
-
-
-def grid_table(choices: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every cell of the grid on validation captions, the chosen one bold."""
-    rows = []
-    for name, choice in choices.items():
-        for cell in choice["grid"]:
-            best = (cell["learning_rate"], cell["beta"]) == (choice["learning_rate"], choice["beta"])
-            numbers = [f"{cell[scorer]:.3f}" for scorer in SCORERS]
-            beta = "-" if cell["beta"] is None else f"{cell['beta']:g}"
-            row = [
-                name,
-                f"{cell['learning_rate']:g}",
-                beta,
-                f"{cell['improvement']:+.3f}",
-                f"{cell['sureness']:.1f}",
-                *numbers,
+            [
+                f"**{name}**" if number == 0 else name,
+                f"{cell.learning_rate:g}",
+                "-" if cell.strength is None else f"{cell.strength:g}",
+                str(cell.seeds),
+                f"{cell.improvement:+.3f}",
+                f"{cell.sureness:.1f}",
+                *(f"{rate:.3f}" for rate in cell.win_rates),
             ]
-            rows.append([f"**{each}**" if best else each for each in row])
-    return table(
-        [
-            "method",
-            "lr",
-            "beta",
-            "mean improvement, oracle",
-            "over its standard error",
-            "wins over base: oracle",
-            "held-out",
+            for name, cells in grids.items()
+            for number, cell in enumerate(cells)
         ],
-        rows,
     )
 
 

@@ -231,3 +231,36 @@ def test_a_model_that_was_not_trained_is_told_before_anything_is_written(tmp_pat
     with pytest.raises(UsageError, match=r"(?s)has not been trained.*make toyworld-flow"):
         run("pairs", "--out", tmp_path / "pairs", "--pairs", 2, "--model", "flow")
     assert not (tmp_path / "pairs").exists()
+
+
+def rendered(folder, **told):
+    settings = PairSettings(num_pairs=24, formats=("parquet",), flip_labels=0, images="rendered", **told)
+    make_pairs(settings, folder, quiet=True)
+    rows = read_parquet(folder)
+    return rows, np.stack(
+        [np.asarray(Image.open(io.BytesIO(row[n])), float) for row in rows for n in ("jpg_0", "jpg_1")]
+    )
+
+
+def test_rendered_pairs_are_of_mixed_quality_and_as_strange_as_asked_for(tmp_path):
+    """The captions of all kinds are alike; a distance changes the look by that much and no attribute's colour."""
+    rows, plain = rendered(tmp_path / "0")
+    _, one = rendered(tmp_path / "1", distance=1.0)
+    again, two = rendered(tmp_path / "2", distance=2.0)
+    assert [row["caption"] for row in rows] == [row["caption"] for row in again]
+    assert 0 < sum(row["label_0"] == 1 for row in rows) < 24  # neither side is the better one
+    near, far = (np.sqrt(np.mean((other - plain) ** 2, axis=(1, 2, 3))) for other in (one, two))
+    # A shade of 36 from edge to edge and a hatching of 12, in grey levels: sqrt(36^2 / 12 + 12^2 / 2) = 13.4 where
+    # nothing is cut off at black or white.
+    assert near.max() < 13.4 * 1.1 < 1.6 * near.mean()
+    assert np.all((1.5 * near < far) & (far < 2.1 * near))
+    assert np.abs((one - plain).mean((1, 2, 3))).max() < 8
+
+
+@pytest.mark.parametrize(
+    "told", [["--images", "painted"], ["--images", "rendered", "--distance", 5], ["--distance", 1]]
+)
+def test_images_and_distances_that_are_none_are_refused(tmp_path, told):
+    with pytest.raises(UsageError):
+        run("pairs", "--out", tmp_path / "pairs", *told)
+    assert not (tmp_path / "pairs").exists()

@@ -1,0 +1,108 @@
+"""Which runs there are, and the settings that grids chose for them."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.evidence import conditions as c
+from benchmarks.evidence import results as r
+from benchmarks.evidence.cell import Cell
+from benchmarks.evidence.conditions import Run
+
+
+def grid(method: c.Method, pairs: c.Pairs, seed: int = c.GRID_SEEDS[0]) -> list[Run]:
+    """Every setting with one seed."""
+    return [
+        Run(method=method, pairs=pairs, learning_rate=rate, strength=strength, seed=seed)
+        for rate, strength in itertools.product(c.length.learning_rates, method.strengths)
+    ]
+
+
+def finalists(method: c.Method, pairs: c.Pairs) -> list[Run]:
+    """The best settings with the second seed."""
+    best = sorted(grid(method, pairs), key=lambda run: _cell([run]).sureness, reverse=True)
+    return [replace(run, seed=c.GRID_SEEDS[1]) for run in best[: c.FINALISTS]]
+
+
+def cells(method: c.Method, pairs: c.Pairs) -> list[Cell]:
+    """The grid in numbers; those with both seeds come first, the best of all first."""
+    both = [_cell([replace(run, seed=c.GRID_SEEDS[0]), run]) for run in finalists(method, pairs)]
+    seen = {(cell.learning_rate, cell.strength) for cell in both}
+    rest = [_cell([run]) for run in grid(method, pairs) if (run.learning_rate, run.strength) not in seen]
+    return [*sorted(both, key=lambda cell: -cell.sureness), *sorted(rest, key=lambda cell: -cell.sureness)]
+
+
+def _cell(runs: list[Run]) -> Cell:
+    found = [r.read_comparison(run.images("validation")) for run in runs]
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def sureness(oracle: dict[str, Any]) -> float:
+        low, high = oracle["mean_difference_interval"]
+        return float(oracle["mean_difference"] / ((high - low) / (2 * 1.96)))
+
+    return Cell(
+        learning_rate=runs[0].learning_rate,
+        strength=runs[0].strength,
+        sureness=mean([sureness(each[c.SCORERS[0]]) for each in found]),
+        improvement=mean([each[c.SCORERS[0]]["mean_difference"] for each in found]),
+        win_rates=tuple(mean([each[name]["win_rate"] for each in found]) for name in c.SCORERS),
+        seeds=len(runs),
+    )
+
+
+def tested(method: c.Method, pairs: c.Pairs) -> list[Run]:
+    """The runs of the main table: the chosen setting, every test seed."""
+    best = cells(method, pairs)[0]
+    chosen = Run(
+        method=method, pairs=pairs, learning_rate=best.learning_rate, strength=best.strength, seed=c.TEST_SEEDS[0]
+    )
+    return [replace(chosen, seed=seed) for seed in c.TEST_SEEDS]
+
+
+def same_calls() -> dict[str, list[Run]]:
+    """On own pairs, finished runs prolonged to the network calls of InPO's cache and training; a backward pass counts
+    as two calls.
+
+    Per image: InPO's cache 1 + n calls a pair's side, a cache of noise K; a trained record 3 (SFT trains one side).
+    """
+    whole = 2 * c.NUM_PAIRS * 11 + c.length.steps * c.length.batch * 2 * 3
+    rest = whole - 2 * c.NUM_PAIRS * 4
+    found = {}
+    for method in c.SAME_CALLS:
+        if method in c.methods(c.OWN):
+            steps = rest // (c.length.batch * (1 if method is c.SFT else 2) * 3)
+            runs = [run for run in tested(method, c.OWN) if run.seed in c.FEWER_SEEDS]
+            found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
+    return found
+
+
+def online() -> dict[str, list[Run]]:
+    """Loops without a cache, on both kinds of pairs."""
+    return {
+        f"{name}, {pairs.name}": [replace(run, online=name) for run in tested(method, pairs)]
+        for pairs in c.MAIN
+        for name, method in c.ONLINE.items()
+    }
+
+
+def answer() -> dict[str, list[Run]]:
+    """Few methods on every kind of pairs and share of turned labels, with the setting of the main table's nearest."""
+    return {
+        f"{method.name} | {pairs.name} | {flips}": [
+            replace(run, pairs=pairs, flips=flips)
+            for run in tested(method, c.tuned_on(pairs))
+            if run.seed in c.FEWER_SEEDS
+        ]
+        for pairs in c.KINDS
+        for flips in c.FLIPS
+        for method in c.ANSWER
+        if method in c.methods(c.OWN)
+    }
+
+
+def dpo_of(run: Run) -> Run:
+    """DPO's run that this one is compared with: the same pairs, labels and seed, by the setting of its own grid."""
+    theirs = tested(c.DPO, c.tuned_on(run.pairs))[0]
+    return replace(theirs, pairs=run.pairs, flips=run.flips, seed=run.seed)
