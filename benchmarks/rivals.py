@@ -132,7 +132,7 @@ Move = Callable[[Step], tuple[Tensor, Tensor]]
 
 
 def uni_inv(step: Step) -> tuple[Tensor, Tensor]:
-    """Uni-Inv, arXiv 2504.13109, its inversion algorithm, as in denoise_uniinv of the released sampling.py:
+    """Uni-Inv, arXiv 2504.13109, its inversion, as in denoise_uniinv of the released sampling.py (e3633bc):
 
         v_i = f(y_{i-1} + (tau_i - tau_{i-1}) v_{i-1}, tau_i)
         y_i = y_{i-1} + (tau_i - tau_{i-1}) v_i
@@ -144,7 +144,7 @@ def uni_inv(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def fireflow(step: Step) -> tuple[Tensor, Tensor]:
-    """FireFlow, arXiv 2412.07517, its modified midpoint method, as in denoise_fireflow of the released sampling.py:
+    """FireFlow, arXiv 2412.07517, its modified midpoint method, as in denoise_fireflow of UniEdit-Flow's sampling.py:
 
         v_{i+1/2} = f(y_i + (h / 2) v_{i-1/2}, tau_i + h / 2),  v_{-1/2} = f(y_0, 0)
         y_{i+1} = y_i + h v_{i+1/2}
@@ -156,7 +156,7 @@ def fireflow(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def rf_solver(step: Step) -> tuple[Tensor, Tensor]:
-    """RF-Solver of second order, arXiv 2411.04746, its Taylor step, as in denoise of the released sampling.py:
+    """RF-Solver of second order, arXiv 2411.04746, its Taylor step, as denoise in the released sampling.py (ccb2d21):
 
         v_i = f(y_i, tau_i),  v'_i = [f(y_i + (h / 2) v_i, tau_i + h / 2) - v_i] / (h / 2)
         y_{i+1} = y_i + h v_i + (h^2 / 2) v'_i
