@@ -41,7 +41,8 @@ PAIRS_OF_CONDITIONS = (
 _SAMPLE = ["--model", BASE, "--scorer", SCORERS[0], "--gap", "0.05", "--resolution", "32", "--batch-size", "32"]
 _SAMPLE += ["--inference-steps", str(N), "--guidance", "2.5", "--timesteps-per-pair", str(K)]
 _DRAW = ["--inference-steps", "20", "--guidance", "2.5", "--seed", "1000"]
-_TRAIN = ["--learning-rate", "2e-5", "--beta", "1000", "--batch-size", "32", "--held-out", "0", "--tracker", "none"]
+_TRAIN = ["--learning-rate", "2e-5", "--beta", "1000", "--held-out", "0", "--tracker", "none"]
+IMAGES_PER_STEP = 64
 
 
 def jobs_of(folder: Path, seed: int, pairs: int, steps: int) -> list[Job]:
@@ -60,6 +61,7 @@ def jobs_of(folder: Path, seed: int, pairs: int, steps: int) -> list[Job]:
         own = str(out / "prompts.txt")
         sampled = str(out / "sampled") if like else cache
         train = ["train", "--cache", cache, "--model", BASE, "--output", str(out / "run"), *seeded, *_TRAIN]
+        train += ["--batch-size", str(IMAGES_PER_STEP // per_prompt)]
         again = ["precompute", "--like", sampled, "--model", BASE, "--cache", cache, "--batch-size", "32"]
         work: list[Any] = [
             lambda own=own, count=count: write_file(
@@ -176,8 +178,8 @@ def main() -> None:
     jobs = [job for seed in range(given.seeds) for job in jobs_of(folder, seed, given.pairs, given.steps)]
     run_jobs("circle", jobs, at_once=given.at_once)
     found = results(folder, given.seeds)
-    spent = costs(folder, given.seeds)
-    write_file(folder / "circle.json", json.dumps({**found, "seconds": spent, "pairs": given.pairs}, indent=1) + "\n")
+    spent, size = costs(folder, given.seeds), {name: vars(given)[name] for name in ("pairs", "steps", "prompts")}
+    write_file(folder / "circle.json", json.dumps({**found, "seconds": spent, **size}, indent=1) + "\n")
     print(table(found))
     for of, seconds in spent.items():
         print(f"seconds by {of}: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -33,8 +33,8 @@ check_annotated_modules()
 
 @pytest.fixture(autouse=True, scope="session")
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """No test can cut the power, and a small cache waits for the disk some forty times. Programs that tests start
-    wait as ever."""
+    """No test can cut the power, and a cache waits for the disk at every file. Programs that tests start wait as
+    ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
