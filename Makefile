@@ -106,7 +106,7 @@ bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matter
 evidence: $(DEV) ## measure the tables of docs/evidence.md (an hour and a quarter on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
 
-circle: $(DEV) ## compare rounds, and ways of making points of own samples, over five seeds (hours on 2 cores)
+circle: $(DEV) ## compare rounds, and ways of making points of own samples, over five seeds (an hour and a half on 2 cores)
 	.venv/bin/python -m benchmarks.circle
 
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (half an hour on 2 cores)

@@ -41,7 +41,8 @@ PAIRS_OF_CONDITIONS = (
 _SAMPLE = ["--model", BASE, "--scorer", SCORERS[0], "--gap", "0.05", "--resolution", "64", "--batch-size", "32"]
 _SAMPLE += ["--inference-steps", str(N), "--guidance", "2.5", "--timesteps-per-pair", str(K)]
 _DRAW = ["--inference-steps", "20", "--guidance", "2.5", "--seed", "1000"]
-_TRAIN = ["--learning-rate", "2e-5", "--beta", "1000", "--batch-size", "32", "--held-out", "0", "--tracker", "none"]
+_TRAIN = ["--learning-rate", "2e-5", "--beta", "1000", "--held-out", "0", "--tracker", "none"]
+IMAGES_PER_STEP = 64
 
 
 def jobs_of(folder: Path, seed: int, pairs: int, steps: int) -> list[Job]:
@@ -60,6 +61,7 @@ def jobs_of(folder: Path, seed: int, pairs: int, steps: int) -> list[Job]:
         own = str(out / "prompts.txt")
         sampled = str(out / "sampled") if like else cache
         train = ["train", "--cache", cache, "--model", BASE, "--output", str(out / "run"), *seeded, *_TRAIN]
+        train += ["--batch-size", str(IMAGES_PER_STEP // per_prompt)]
         again = ["precompute", "--like", sampled, "--model", BASE, "--cache", cache, "--batch-size", "32"]
         work: list[Any] = [
             lambda own=own, count=count: write_file(
@@ -123,6 +125,23 @@ def results(folder: Path, seeds: int) -> dict[str, Any]:
     return {"over the base": over_base, "between": between}
 
 
+def costs(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
+    """Seconds of one process: of whole conditions, and of a round of `three` by stage; means over seeds."""
+    whole, stages = {}, {}
+    for name in sorted({name for pair in PAIRS_OF_CONDITIONS for name in pair}):
+        marks = [folder / f"seed-{seed}" / name / f"{name}.done" for seed in range(seeds)]
+        whole[name] = float(np.mean([float(mark.read_text()) for mark in marks]))
+    lines = [
+        line
+        for seed in range(seeds)
+        for line in (folder / f"seed-{seed}" / "three" / "rounds" / "rounds.jsonl").read_text().splitlines()
+    ]
+    rows = [json.loads(line)["seconds"] for line in lines]
+    for stage in rows[0]:
+        stages[stage] = float(np.mean([row[stage] for row in rows]))
+    return {"condition": whole, "stage of a round": stages}
+
+
 def _over(values: list[float]) -> dict[str, Any]:
     count = len(values)
     half = scipy.stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else float("nan")
@@ -142,8 +161,8 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/circle"))
-    parser.add_argument("--pairs", type=int, default=1500, help="of one round; three rounds have a third of it each")
-    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--pairs", type=int, default=450, help="of one round; three rounds have a third of it each")
+    parser.add_argument("--steps", type=int, default=66)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=200, help="of the test split")
     parser.add_argument("--at-once", type=int, default=2)
@@ -159,8 +178,11 @@ def main() -> None:
     jobs = [job for seed in range(given.seeds) for job in jobs_of(folder, seed, given.pairs, given.steps)]
     run_jobs("circle", jobs, at_once=given.at_once)
     found = results(folder, given.seeds)
-    write_file(folder / "circle.json", json.dumps(found, indent=1) + "\n")
+    spent, size = costs(folder, given.seeds), {name: vars(given)[name] for name in ("pairs", "steps", "prompts")}
+    write_file(folder / "circle.json", json.dumps({**found, "seconds": spent, **size}, indent=1) + "\n")
     print(table(found))
+    for of, seconds in spent.items():
+        print(f"seconds by {of}: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ def check_annotated_modules() -> None:
 check_annotated_modules()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test can cut the power, and a cache waits for the disk at every file. Programs that tests start wait as
+    ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state() -> Iterator[None]:
     """accelerate keeps one state per process; a run in one test must not decide the precision of the next."""
