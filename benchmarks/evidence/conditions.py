@@ -14,13 +14,13 @@ class Length:
     """How much is spent on every run of the evidence, and on which base."""
 
     root: Path
-    steps: int = 64
+    steps: int = 80
     batch: int = 16
     learning_rates: tuple[float, ...] = (1.5e-5, 3e-5, 6e-5)
-    strengths: tuple[float, ...] = (2.5, 8.0)
+    strengths: tuple[float, ...] = (40.0, 160.0)
     """beta times the mean reference error of a cache. Errors of caches differ by a factor of three, and beta multiplies
     them: one beta for all would compare strengths."""
-    captions: Mapping[str, int | None] = field(default_factory=lambda: {"validation": 200, "test": 400})
+    captions: Mapping[str, int | None] = field(default_factory=lambda: {"validation": 150, "test": 300})
     """Prompt files: how many captions of the split of that name. `test` chooses nothing."""
     inference_steps: int = 10
     """Steps of every image's sampler."""
@@ -42,10 +42,10 @@ HOUR = Length(root=Path("runs/evidence"))
 LONG = replace(
     HOUR,
     root=Path("runs/evidence-long"),
-    steps=100,
+    steps=160,
     batch=32,
     learning_rates=(7.5e-6, 1.5e-5, 3e-5, 6e-5),
-    captions={"validation": 400, "test": 1600},
+    captions={"validation": 400, "test": 1200},
     inference_steps=20,
 )
 FLOW = replace(
@@ -61,7 +61,7 @@ length = HOUR
 NUM_PAIRS = 1024
 GRID_SEEDS = (0, 6)
 """All cells of a grid have the first, the best of them the second too."""
-FINALISTS = 3
+FINALISTS = 2
 TEST_SEEDS = (1, 2, 3, 4, 5)
 FEWER_SEEDS = (1, 2, 3)
 """For the answer, and for prolonged runs."""
@@ -99,6 +99,8 @@ RENDERED = tuple(
 KINDS = (OWN, OTHER, *RENDERED)
 MAIN = (OWN, RENDERED[1])
 """The kinds of the main table: on-policy and off-policy."""
+TURNED = (*MAIN, OTHER)
+"""Those that are tried with more turned labels too."""
 
 
 def tuned_on(pairs: Pairs) -> Pairs:
@@ -168,7 +170,7 @@ class Method:
     cache: Cache
     labels: str = "hard"
     """hard: the preferred image, with turned labels. soft: the oracle's margins, turned alike. Empty: scores."""
-    on: tuple[Pairs, ...] = MAIN
+    on: tuple[Pairs, ...] = (OWN,)
     has_beta: bool = True
 
     @property
@@ -176,30 +178,31 @@ class Method:
         return length.strengths if self.has_beta else (None,)
 
 
-SFT = Method(name="SFT", objective="sft", cache=NOISE, has_beta=False)
-DPO = Method(name="DPO", objective="dpo", cache=NOISE)
-KTO = Method(name="KTO", objective="kto", cache=NOISE)
-INPO = Method(name="InPO", objective="inpo", cache=CLEAN)
+SFT = Method(name="SFT", objective="sft", cache=NOISE, on=MAIN, has_beta=False)
+DPO = Method(name="DPO", objective="dpo", cache=NOISE, on=MAIN)
+KTO = Method(name="KTO", objective="kto", cache=NOISE, on=MAIN)
+INPO = Method(name="InPO", objective="inpo", cache=CLEAN, on=MAIN)
 STARTS = {
-    share: Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache) for share, cache in NOISED.items()
+    share: Method(name=f"InPO, noised start {share}", objective="inpo", cache=cache, on=MAIN)
+    for share, cache in NOISED.items()
 }
-INPO_AB2 = Method(name="InPO, ab2", objective="inpo", cache=AB2)
+INPO_AB2 = Method(name="InPO, ab2", objective="inpo", cache=AB2, on=MAIN)
 METHODS = (
     SFT,
     DPO,
     KTO,
-    Method(name="SmPO", objective="smpo", cache=CLEAN, labels="soft"),
+    Method(name="SmPO", objective="smpo", cache=CLEAN, labels="soft", on=MAIN),
     Method(name="poly", objective="poly", cache=NOISE),
     Method(name="bdpo", objective="bdpo", cache=NOISE),
     Method(name="snpo", objective="snpo", cache=DROPPED),
     Method(name="linear", objective="linear", cache=NOISE),
-    Method(name="listwise", objective="listwise", cache=LISTS, labels="", on=(OWN,)),
+    Method(name="listwise", objective="listwise", cache=LISTS, labels=""),
     INPO,
     STARTS["0.1"],
     STARTS["0.3"],
     Method(name="InPO, refine 1", objective="inpo", cache=REFINED),
     INPO_AB2,
-    Method(name="InPO, recorded path", objective="inpo", cache=RECORDED, on=(OWN,)),
+    Method(name="InPO, recorded path", objective="inpo", cache=RECORDED),
     Method(name="InPO, released grid", objective="inpo", cache=FAITHFUL),
 )
 """poly, bdpo, snpo and linear are losses for any points; here they have DPO's, whose loss they change."""

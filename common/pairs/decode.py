@@ -1,7 +1,9 @@
 """Images decoded and resized in worker processes.
 
 A decoder that crashes takes down a worker, not the run, and no decoder holds the interpreter lock of the main process.
-This module and what it imports leave torch out, so that a worker starts fast and stays small.
+This module and what it imports leave torch out, so that a worker starts fast and stays small. For the same reason it is
+an interpreter of its own and no `multiprocessing.Process`, which imports the main module of the program: a script with
+torch in it takes seconds to start and half a gigabyte, and it does so for every worker.
 
 Every worker has a pipe of its own. The standard library's pool has one for the results of all: a worker that is killed
 while it writes leaves half a message there, and the pool waits for the rest for ever.
@@ -9,8 +11,8 @@ while it writes leaves half a message there, and the pool waits for the rest for
 
 import contextlib
 import hashlib
-import multiprocessing
-import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,13 @@ from inpo.common.pairs.pair import Pair, Skipped
 
 _AHEAD_PER_WORKER = 4
 _SECONDS_TO_START = 300.0
-_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_WORKER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+sys.path[:] = {path}
+from inpo.common.pairs.decode import serve
+serve({pipe})
+"""
 
 Result = TypeVar("Result")
 
@@ -113,23 +121,23 @@ class _Waiting(Generic[Result]):
 
 
 class _Worker:
-    """A process and this side of its pipe. Raises OSError or EOFError if it cannot be started."""
+    """A process and this side of its pipe. Raises OSError if it cannot be started."""
 
     def __init__(self) -> None:
-        context: Any = multiprocessing.get_context(_METHOD)
-        self.pipe, theirs = context.Pipe()
-        # A daemon: the interpreter ends it at the latest when it ends itself.
-        self.process = context.Process(target=_work, args=(theirs,), name="decode", daemon=True)
+        self.pipe, theirs = connection.Pipe()
         self.entry: _Waiting[Any] | None = None
+        program = _WORKER.format(path=sys.path, pipe=theirs.fileno())
         try:
-            self.process.start()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
         finally:
             theirs.close()  # so that the worker's death is the end of the pipe
 
     def end(self) -> None:
         """The pipe stays open for a thread that may be waiting at it."""
         self.process.kill()
-        self.process.join()
+        self.process.wait()
 
 
 class DecodePool:
@@ -146,8 +154,7 @@ class DecodePool:
 
     def start(self) -> None:
         """Start all processes now, for instance while a model is loaded. Raises InpoError if one cannot start."""
-        while len(self._started) < self.workers:
-            self._start()
+        self._start(self.workers - len(self._started))
 
     def map(
         self,
@@ -217,7 +224,7 @@ class DecodePool:
             if worker is None:
                 if len(self._started) >= self.workers:
                     return
-                worker = self._start()
+                (worker,) = self._start(1)
             worker.entry = entry
             # A worker that has died is found at the end of its pipe.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -244,33 +251,24 @@ class DecodePool:
                     raise error
                 entry.result, entry.done = result, True
 
-    def _start(self) -> _Worker:
+    def _start(self, number: int) -> list[_Worker]:
+        """So many more, which start at the same time."""
+        new: list[_Worker] = []
         try:
-            worker = _Worker()
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-        ) as error:  # the system's, the fork server's, a thread's that cannot start
-            fix = "allow more processes (ulimit -u), or a TMPDIR with a short name"
-            raise _cannot_start(f"{type(error).__name__}: {error}", fix) from error
-        try:
-            ready = worker.pipe.poll(_SECONDS_TO_START) and worker.pipe.recv()
-        except (EOFError, OSError) as error:
-            worker.end()
-            fix = "see the message above; a script that calls this needs `if __name__ == '__main__':`"
-            raise _cannot_start("its end before it had begun", fix) from error
-        if not ready:
-            worker.end()
-            raise _cannot_start(
-                f"no sign of life in {_SECONDS_TO_START:.0f} s", "see whether the machine is overloaded"
-            )
-        with self._lock:
-            if not self._closed:
-                self._started.append(worker)
-                return worker
-        worker.end()
-        raise RuntimeError("the pool is closed")
+            for _ in range(number):
+                new.append(_Worker())
+            for worker in new:
+                _wait_for(worker)
+            with self._lock:
+                self._refuse_closed()
+                self._started += new
+        except BaseException as error:
+            for worker in new:
+                worker.end()
+            if isinstance(error, OSError):
+                raise _cannot_start(f"{type(error).__name__}: {error}", "allow more processes (ulimit -u)") from error
+            raise
+        return new
 
     def _bury(self, worker: _Worker) -> None:
         with self._lock:
@@ -283,6 +281,16 @@ class DecodePool:
             raise RuntimeError("the pool is closed")
 
 
+def _wait_for(worker: _Worker) -> None:
+    """Until it has begun; InpoError if it does not."""
+    try:
+        ready = worker.pipe.poll(_SECONDS_TO_START) and worker.pipe.recv()
+    except (EOFError, OSError) as error:
+        raise _cannot_start("its end before it had begun", "see the message above") from error
+    if not ready:
+        raise _cannot_start(f"no sign of life in {_SECONDS_TO_START:.0f} s", "see whether the machine is overloaded")
+
+
 def _cannot_start(got: str, fix: str) -> InpoError:
     return InpoError(
         "The processes that decode images cannot start.",
@@ -292,9 +300,9 @@ def _cannot_start(got: str, fix: str) -> InpoError:
     )
 
 
-def _work(pipe: connection.Connection) -> None:
-    """In a worker: answer until the main process closes the pipe, which its death does too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+def serve(number: int) -> None:
+    """In a worker: answer until the main process closes the pipe of this file number, which its death does too."""
+    pipe = connection.Connection(number)
     pipe.send(True)
     while True:
         try:
