@@ -208,7 +208,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _picture_id(settings: PairSettings, index: int, side: int) -> str:
-    makers = [_fingerprint(name) for name in settings.models] or [settings.images, settings.distance]
+    makers = [_fingerprint(name) for name in settings.models] or [settings.images, str(settings.distance)]
     return f"{stable_hash(*makers, settings.split, settings.seed, index, side):016x}"
 
 

@@ -90,7 +90,7 @@ def online() -> dict[str, list[Run]]:
 
 
 def answer() -> dict[str, list[Run]]:
-    """Few methods on every kind of pairs, on some with more turned labels, with the setting of the main table's nearest."""
+    """Few methods on every kind of pairs, on some with more turned labels, with the setting of a main table."""
     return {
         f"{method.name} | {pairs.name} | {flips}": [
             replace(run, pairs=pairs, flips=flips)

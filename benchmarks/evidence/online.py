@@ -57,7 +57,7 @@ def _training_pairs(source: str) -> list[Pair]:
 
 
 def _sides(pair: Pair, flips: int) -> tuple[bytes, bytes]:
-    turned = uniform("turned label", pair.id) < flips / 100
+    turned = uniform("turned label", pair.pair_id) < flips / 100
     return (pair.lose, pair.win) if turned else (pair.win, pair.lose)
 
 
