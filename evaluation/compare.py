@@ -55,8 +55,18 @@ class Comparison:
         }
 
 
+def in_words(comparison: Comparison) -> str:
+    """How often the second folder is better, by every scorer, as a sentence."""
+    told = []
+    for scored in comparison.scored:
+        s = scored.statistics
+        alike = f" (alike on {s.ties})" if s.ties else ""
+        told.append(f"on {s.wins} of {s.num_pairs} images{alike} by {scored.scorer}")
+    return f"{comparison.name_b} is better than {comparison.name_a} {', '.join(told)}."
+
+
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
-    """A table with one row per scorer and folder against A, a verdict for each, and the notes."""
+    """Sentences, a table with one row per scorer and folder against A, a verdict for each, and the notes."""
     several = len(comparisons) > 1
     other = "model" if several else "B"
     head = ["scorer", *(["model"] if several else []), "pairs", f"win rate of {other}"]
@@ -64,7 +74,8 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
     head += ["median A", f"median {other}", f"median of {other} - A", "verdict"]
     names = ", ".join([f"A: {comparisons[0].name_a}", *(f"{one.letter}: {one.name_b}" for one in comparisons)])
     against = " Every model against A." if several else ""
-    lines = [f"{names}.{against} Brackets: 95% intervals.", "", row(head), row(["---"] * len(head))]
+    lines = [*map(in_words, comparisons), "", f"{names}.{against} Brackets: 95% intervals.", ""]
+    lines += [row(head), row(["---"] * len(head))]
     for number, scored in enumerate(comparisons[0].scored):
         for comparison in comparisons:
             s = comparison.scored[number].statistics

@@ -13,7 +13,7 @@ from PIL import Image
 
 from inpo.common.fonts import font_names, unknown_signs_are_boxes
 from inpo.common.seeding import stable_hash
-from inpo.evaluation.compare import Comparison
+from inpo.evaluation.compare import Comparison, in_words
 
 COLUMNS = 4
 _CELL_INCHES = 3.6
@@ -50,11 +50,14 @@ def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
     columns = max(len(chosen) for _, _, chosen in shown)
     images = 1 + len(comparisons)
     width = _CELL_INCHES * images / 2
-    figure = Figure(figsize=(columns * width + 0.3, len(shown) * 2.75 + 0.75), dpi=120, facecolor="white")
+    title = _title(comparisons, width=int(columns * width * 11))
+    above = 0.25 * (1 + title.count("\n"))
+    figure = Figure(figsize=(columns * width + 0.3, len(shown) * 2.75 + 0.5 + above), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        _title(comparisons),
+        title,
         parse_math=False,
+        linespacing=1.6,
         x=0.02,
         y=0.985,
         ha="left",
@@ -63,14 +66,14 @@ def draw_picture(comparisons: Sequence[Comparison]) -> bytes:
         fontweight="bold",
         color="#101828",
     )
-    top = 1 - 0.5 / figure.get_figheight()
+    top = 1 - (0.25 + above) / figure.get_figheight()
     rows = figure.add_gridspec(len(shown), 1, left=0.02, right=0.98, top=top, bottom=0.02, hspace=0.08)
-    for row, (title, colour, chosen) in enumerate(shown):
+    for row, (group, colour, chosen) in enumerate(shown):
         cells = rows[row].subgridspec(2, columns, height_ratios=(0.12, 1), hspace=0.0, wspace=0.10)
         heading = figure.add_subplot(cells[0, :])
         heading.axis("off")
         heading.text(
-            0, 0.4, title, fontsize=12, fontweight="bold", color=colour, va="center", transform=heading.transAxes
+            0, 0.4, group, fontsize=12, fontweight="bold", color=colour, va="center", transform=heading.transAxes
         )
         for column, index in enumerate(chosen):
             cell = cells[1, column].subgridspec(2, images, height_ratios=(1.75, 0.62), hspace=0.0, wspace=0.03)
@@ -126,14 +129,16 @@ def _show(axes: Any, image: Image.Image) -> None:
         spine.set_linewidth(0.6)
 
 
-def _title(comparisons: Sequence[Comparison]) -> str:
+def _title(comparisons: Sequence[Comparison], *, width: int) -> str:
+    """What is where, and who wins; lines of at most so many letters."""
     first = comparisons[0]
     if len(comparisons) == 1:
         sides = f"left: {first.name_a}      right: {first.name_b}"
     else:
         names = [first.name_a, *(each.name_b for each in comparisons)]
         sides = f"from left to right: {', '.join(names)}"
-    return f"{sides}      scores: {first.scored[0].scorer}"
+    told = "\n".join(textwrap.fill(in_words(each), width) for each in comparisons)
+    return f"{sides}      scores: {first.scored[0].scorer}\n{told}"
 
 
 def _wrapped(prompt: str, width: int) -> str:
