@@ -27,6 +27,7 @@ SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linea
 CHOICES: dict[str, dict[str, Any]] = {
     "ddim": {"name": "ddim"},
     "ab2, refine 3": {"name": "ab2", "refine_start": 3},
+    "fireflow, refine 3": {"name": "fireflow", "refine_start": 3},
     "fixed_point": {"name": "fixed_point", "iterations": 5, "tolerance": 1e-3},
     "noise": {"name": "noise", "noised_start": 1.0},
     "ddim, noised start 0.3": {"name": "ddim", "noised_start": 0.3},

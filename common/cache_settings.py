@@ -40,7 +40,7 @@ class CacheSettings(Section):
     """The rule that chooses the next x_t. noise: x0 plus noise instead, as Diffusion-DPO has it; tracked: plus the
     noise that the image was made from, by the source's seeds (flow models only, as PNAPO has it)."""
     refine_start: int | None = Field(None, ge=0, le=16)
-    """Extra path points near the clean end; unset: 3 for ab2, else 0."""
+    """Extra path points near the clean end; unset: 3 for ab2 and fireflow, else 0."""
     noised_start: float = Field(0.0, ge=0.0, le=1.0)
     """Grid points below this share of T are noised instead of inverted."""
     guidance: float = Field(1.0, ge=0.0, le=1e6)
@@ -157,4 +157,4 @@ _OF_INVERSION = ("inverter", "guidance", "faithful", "noised_start", "refine_sta
 
 
 def _usual_refinement(inverter: InverterName) -> int:
-    return 3 if inverter == "ab2" else 0
+    return 3 if inverter in ("ab2", "fireflow") else 0

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-InverterName = Literal["ddim", "ab2", "fixed_point", "noise", "tracked", "recorded"]
-ChosenInverter = Literal["ddim", "ab2", "fixed_point", "noise", "tracked"]
+InverterName = Literal["ddim", "ab2", "fireflow", "fixed_point", "noise", "tracked", "recorded"]
+ChosenInverter = Literal["ddim", "ab2", "fireflow", "fixed_point", "noise", "tracked"]
 """What a user may ask for: recorded points come of sampling."""
 NOISING: frozenset[InverterName] = frozenset({"noise", "tracked"})
 """Those that take no step: every grid point is x0 and noise."""

@@ -170,7 +170,7 @@ def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
         raise UsageError(
             "An image's own noise is for flow models.",
             where="--inverter",
-            expected=f"ddim, ab2, fixed_point or noise for {model.family.title}",
+            expected=f"ddim, ab2, fireflow, fixed_point or noise for {model.family.title}",
             got="tracked",
             fix="the paths of other models bend: between an image and its own noise lie points that they never visit, "
             "and training there was worse than with fresh noise (docs/inversion.md)",

@@ -18,7 +18,7 @@ from inpo.common.cache.derive import coarse, mean_square, point_from_target, sto
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
-from inpo.common.inversion.inverters import Call, Move, Use
+from inpo.common.inversion.inverters import Call, Move, Use, takes_half_steps
 from inpo.common.inversion.records import Records, rms, upload
 
 
@@ -159,6 +159,8 @@ class ImageBatch:
         state.carried = torch.where(visit, state.delta, state.carried)
         state.clean = torch.where(visit, clean, state.clean)
         state.delta = torch.where(visit, eps, state.delta)
+        if takes_half_steps(self._identity):
+            self._turn(told, denoiser.to_space(output, state.x, timestep))
         self._store(under_caption, timestep, calls)
         if not any(call.use is Use.ITERATE for call in calls):
             return {}
@@ -170,6 +172,16 @@ class ImageBatch:
         # How many iterations a point takes is the one thing that numbers decide: asked for once, for the whole batch.
         # A wait costs less than the calls of images that have settled.
         return dict(zip(self._images, residual.flatten().tolist(), strict=True))
+
+    def _turn(self, told: Any, slope: Float32[Tensor, "row c h w"]) -> None:
+        """fireflow: (clean, delta) stand for a straight line through the point behind, of x / a over sigma, and for a
+        flow of x over time. It gets another slope there.
+        """
+        state, turn, is_flow = self._state, told.use == Use.TURN, self._denoiser.levels.space == "velocity"
+        former = state.delta - state.clean if is_flow else state.delta
+        clean = state.clean + told.sigma.float() * (former - slope)
+        delta = clean + slope if is_flow else slope
+        state.clean, state.delta = torch.where(turn, clean, state.clean), torch.where(turn, delta, state.delta)
 
     def _store(
         self, under_caption: Float32[Tensor, "row c h w"], timestep: Int64[Tensor, " row"], calls: Sequence[Call]

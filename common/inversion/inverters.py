@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
+
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.choices import InverterName
+from inpo.common.levels import Levels
 
 
 class Move(IntEnum):
@@ -38,6 +41,8 @@ class Use(IntEnum):
     """A point: clean and delta there, and a record if x was stored."""
     REFERENCE = 3
     """eps_ref of the record visited last."""
+    TURN = 4
+    """fireflow: what leads on from the point behind, in place of the delta there. x itself is no point."""
 
 
 class Call(NamedTuple):
@@ -48,6 +53,7 @@ class Call(NamedTuple):
     s: float
     move: Move = Move.STAY
     sigma: float = 0.0
+    """ab2: here. fireflow: at the point behind; of a flow the time."""
     weight: float = 0.0
     rise: float = 0.0
     """fixed_point: sigma - sigma'."""
@@ -94,12 +100,34 @@ def ab2(here: Call, behind: Sequence[Call], floor: float) -> Call:
     return here._replace(move=Move.AB2, sigma=sigma, weight=weight)
 
 
+def midway(here: Call, last: Call, levels: Levels) -> Call:
+    """Half a step towards `here` with what led to the last point: the only network call of a step of fireflow.
+
+    FireFlow, arXiv 2412.07517: v_{i+1/2} = v(x_i + (h / 2) v_{i-1/2}, t_i + h / 2), x_{i+1} = x_i + h v_{i+1/2}; second
+    order. For a network of noise it is our transfer: z = x / a for x, sigma for t, eps for v. The middle is the nearest
+    level behind the last point, at the latest `here`.
+    """
+    a, s, _ = levels.walked[:, levels.points].numpy()
+    is_flow = levels.space == "velocity"
+    times = s if is_flow else s / a
+    left, right = (each.s if is_flow else each.s / each.a for each in (last, here))
+    between = np.flatnonzero((times > left) & (times <= right))
+    nearest = between[np.abs(times[between] - (left + right) / 2).argmin()]
+    middle = int(levels.points[nearest])
+    return Call(timestep=middle, a=a[nearest], s=s[nearest], move=Move.DDIM, sigma=left, use=Use.TURN)
+
+
 def iteration(here: Call, last: Call) -> Call:
     """fixed_point, of the ReNoise family: x^{k+1} is the DDIM step of x_s with eps(x^k, t).
 
     z_t = z_s + (sigma_t - sigma_s) eps with z = x / a; at convergence the exact DDIM inverse.
     """
     return here._replace(rise=here.s / here.a - last.s / last.a, a_from=last.a, use=Use.ITERATE)
+
+
+def takes_half_steps(identity: InverterIdentity) -> bool:
+    """Whether the network is called between the points, and at those alone that become records."""
+    return identity.name == "fireflow"
 
 
 def most_iterations(identity: InverterIdentity) -> int:
@@ -110,6 +138,7 @@ def most_iterations(identity: InverterIdentity) -> int:
 INVERTERS: dict[InverterName, Callable[[Call, Sequence[Call], float], Call]] = {
     "ddim": ddim,
     "ab2": ab2,
+    "fireflow": ddim,  # along what half a step has found (walk.py)
     "fixed_point": ddim,  # where the iteration starts
     "noise": ddim,  # every grid point is noised (path.py), so that no step is ever taken
     "tracked": ddim,

@@ -11,7 +11,7 @@ import numpy as np
 from inpo.common.cache.schema import InverterIdentity
 from inpo.common.choices import NOISING
 from inpo.common.errors import UsageError
-from inpo.common.inversion.inverters import most_iterations
+from inpo.common.inversion.inverters import most_iterations, takes_half_steps
 from inpo.common.levels import NEAREST_CLEAN, Levels, exact_grid
 from inpo.common.seeding import generator, uniform
 
@@ -49,13 +49,15 @@ class Path:
 
         For fixed_point the maximum of iterations is counted.
         """
+        halves = takes_half_steps(identity)
         pass_through = sum(
             1
             for here, after in itertools.pairwise(self.points)
-            if not here.records and not (here.noised and after.noised)
+            if not here.records and not (here.noised and after.noised) and (here.noised or not halves)
         )
         inverted = sum(not point.noised for point in self.points)
-        visits = self.starts_clean + self.num_records + pass_through + inverted * most_iterations(identity)
+        visits = self.starts_clean + self.num_records + pass_through
+        visits += inverted * (most_iterations(identity) + halves)
         guided = 1 if identity.guidance in (0.0, 1.0) else 2
         under_caption = self.num_records if identity.guidance == 0.0 else 0
         return guided * (visits + measured * (len(self.points) - 1)) + under_caption

@@ -7,7 +7,16 @@ compute them all at once (batch.py).
 from collections.abc import Generator
 
 from inpo.common.cache.schema import InverterIdentity
-from inpo.common.inversion.inverters import INVERTERS, Call, Move, Use, iteration, most_iterations
+from inpo.common.inversion.inverters import (
+    INVERTERS,
+    Call,
+    Move,
+    Use,
+    iteration,
+    midway,
+    most_iterations,
+    takes_half_steps,
+)
 from inpo.common.inversion.path import Path
 from inpo.common.levels import Levels
 
@@ -34,7 +43,7 @@ def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) 
         a, s = levels.point(level)
         return Call(timestep=level, a=a, s=s)
 
-    number = 0
+    number, halves = 0, takes_half_steps(identity)
     behind: list[Call] = []
     if path.starts_clean:
         clean_end = Call(timestep=levels.clean, a=1.0, s=0.0, move=Move.START)
@@ -44,6 +53,8 @@ def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) 
         here = at(point.level)
         if not point.noised:
             call = INVERTERS[identity.name](here, behind, levels.floor)
+            if halves:
+                yield from evaluate(midway(here, behind[-1], levels))
             for _ in range(most_iterations(identity)):
                 settled = yield from evaluate(iteration(call, behind[-1]))
                 call = here
@@ -55,6 +66,8 @@ def walk(path: Path, identity: InverterIdentity, levels: Levels, *, back: bool) 
             continue  # an unkept noised point matters only if the inversion goes on from it
         # Noised points lie on no common trajectory: a second-order step must not extrapolate from one to the next.
         behind = [here] if point.noised else [*behind[-1:], here]
+        if halves and not (point.noised or point.records):
+            continue
         if not point.records:
             yield from evaluate(call)
         elif guidance == 0.0:

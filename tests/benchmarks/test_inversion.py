@@ -13,8 +13,10 @@ from torch import Tensor
 from benchmarks.inversion import METHODS, Method, World, draw, exact_way
 from benchmarks.inversion_tables import write_between
 from benchmarks.rivals import RIVALS, Ode, Rival, Step, fireflow, rf_solver, uni_inv, walk
+from inpo.common.cache.schema import InverterIdentity
 from inpo.common.conditions import Condition
 from inpo.common.denoiser import Denoiser
+from inpo.common.inversion import Group, build_path, invert
 from tests.mixture import flow_mixture, mixture_eps, mixture_velocity, noise_mixture
 
 SPACES = {
@@ -91,6 +93,24 @@ def test_a_rival_walks_the_path_that_the_product_walks(denoiser: Denoiser, refin
     # A stored point is float16, and its rounding goes on with the path.
     torch.testing.assert_close(same.target, ours.target, rtol=0, atol=4e-3)
     torch.testing.assert_close(same.end, ours.end, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("denoiser", [noise_mixture(np.linspace(0.01, 8.0, 1000)), flow_mixture(1000)])
+def test_the_products_fireflow_is_the_papers_between_records(denoiser: Denoiser) -> None:
+    """One record, at the last of eight points: what leads there is the loop that was written from the released code."""
+    identity = InverterIdentity(name="fireflow", grid_points=8, timestep_range=(875, 1000))
+    x0 = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(5)).half()
+    group, settings = Group(id="some", num_images=2), {"seed": 0, "timesteps_per_pair": 1}
+    made = invert(denoiser, x0, [group], identity=identity, caption=caption(2), images_per_batch=2, **settings)
+    path = build_path(identity, denoiser.levels, group_id="some", **settings)
+    ode = Ode(denoiser=denoiser, x0=x0.float(), caption=caption(2))
+    points = np.array([point.level for point in path.points])
+    y = walk(ode, fireflow, ode.tau[points][:, None].repeat(2, axis=1))[0][-1]
+    assert made.timestep.tolist() == [[points[-1]]]
+    # x_t is the nearest float16 to what half a unit of its target leaves.
+    torch.testing.assert_close(made.x_t[:, 0].float(), ode.scale[points[-1]] * y, rtol=2e-3, atol=2e-3)
+    euler = walk(ode, lambda step: (step.euler(step.slope), step.slope), ode.tau[points][:, None].repeat(2, axis=1))
+    assert float((made.x_t[:, 0].float() - ode.scale[points[-1]] * euler[0][-1]).abs().max()) > 0.02
 
 
 @pytest.mark.parametrize("name", METHODS)

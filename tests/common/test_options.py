@@ -121,7 +121,7 @@ def test_every_field_has_an_option_whose_help_is_its_text_with_default_and_choic
 
 def test_every_default_of_none_says_what_it_means_or_is_none() -> None:
     text = shown("precompute")
-    assert "[default: (3 for ab2, else 0)]" in text
+    assert "[default: (3 for ab2 and fireflow, else 0)]" in text
     assert text.count("[default: (none)]") < text.count("[default: ")
 
 

@@ -64,10 +64,12 @@ def ode_error(
     return float(np.sqrt(np.mean(squares)))
 
 
-def test_ddim_is_of_first_order_and_ab2_of_second(mixture: Denoiser, latents: Callable, inverted: Callable) -> None:
+def test_ddim_is_of_first_order_and_the_others_of_second(
+    mixture: Denoiser, latents: Callable, inverted: Callable
+) -> None:
     x0 = latents(2, (1, 5, 5))
     order = {}
-    for name in ("ddim", "ab2"):
+    for name in ("ddim", "ab2", "fireflow"):
         errors = [ode_error(mixture, inverted, x0, name, grid_points) for grid_points in (32, 64, 128)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (np.abs(order["ddim"] - 1) < 0.1).all(), order
@@ -75,14 +77,15 @@ def test_ddim_is_of_first_order_and_ab2_of_second(mixture: Denoiser, latents: Ca
     # The test below begins where there is no clean end.
     assert (order["ab2"] > 1.6).all(), order
     assert (order["ab2"] < 2.3).all(), order
+    assert (np.abs(order["fireflow"] - 2) < 0.35).all(), order
 
 
-def test_from_a_noised_point_on_ab2_is_of_full_second_order(
+def test_from_a_noised_point_on_both_are_of_full_second_order(
     mixture: Denoiser, latents: Callable, inverted: Callable
 ) -> None:
     x0 = latents(2, (1, 5, 5))
     order = {}
-    for name in ("ddim", "ab2"):
+    for name in ("ddim", "ab2", "fireflow"):
         # Not finer: at n = 64 the rounding of what is stored is as large as ab2's error.
         errors = [ode_error(mixture, inverted, x0, name, grid_points, noised_start=0.25) for grid_points in (8, 16, 32)]
         order[name] = np.log2(np.array(errors[:-1]) / errors[1:])
@@ -90,6 +93,7 @@ def test_from_a_noised_point_on_ab2_is_of_full_second_order(
     # The grid's offset moves where the inversion begins and ends from one n to the next: 1.8 to 2.3 without rounding.
     assert (np.abs(order["ddim"] - 1) < 0.35).all(), order
     assert (np.abs(order["ab2"] - 2) < 0.35).all(), order
+    assert (np.abs(order["fireflow"] - 2) < 0.35).all(), order
 
 
 def test_a_refined_start_brings_ab2_nearer_at_once(mixture: Denoiser, latents: Callable, inverted: Callable) -> None:

@@ -175,7 +175,7 @@ def _compare(one: object, other: object) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["ddim", "ab2", "noise"])
+@pytest.mark.parametrize("name", ["ddim", "ab2", "fireflow", "noise"])
 def test_batch_size_and_order_change_nothing_but_rounding(
     tiny_unet: nn.Module, latents: Callable, inverted: Callable, name: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_batch_size_and_order_change_nothing_but_rounding(
         "name": name,
         "grid_points": 4,
         "timesteps_per_pair": 3,
-        "refine_start": 3 if name == "ab2" else 0,
+        "refine_start": 3 if name in ("ab2", "fireflow") else 0,
         "noised_start": 1.0 if name == "noise" else 0.0,
     }
     ids = [f"pair-{number}" for number in range(6)]
@@ -246,7 +246,7 @@ class NotANumber(nn.Module):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["ddim", "ab2", "fixed_point"])
+@pytest.mark.parametrize("name", ["ddim", "ab2", "fireflow", "fixed_point"])
 def test_a_pair_that_is_not_finite_is_named_and_harms_no_other(
     linear: Callable, latents: Callable, inverted: Callable, name: str, value: float
 ) -> None:

@@ -56,6 +56,8 @@ def test_walks_at_different_points_take_one_set_of_operations(name: str) -> None
         {"name": "ddim", "iterations": 5},
         {"name": "fixed_point", "iterations": 3, "tolerance": 0.0, "guidance": 0.0},
         {"name": "ab2", "refine_start": 2, "noised_start": 0.5, "guidance": 3.0},
+        {"name": "fireflow", "refine_start": 2, "noised_start": 0.5, "guidance": 3.0},
+        {"name": "fireflow", "guidance": 0.0},
     ],
     ids=lambda settings: ", ".join(map(str, settings.values())),
 )

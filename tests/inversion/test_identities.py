@@ -64,7 +64,7 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
 @settings(max_examples=25, deadline=None)
 @given(
     prediction_type=st.sampled_from(PREDICTIONS),
-    name=st.sampled_from(["ddim", "ab2", "fixed_point", "noise"]),
+    name=st.sampled_from(["ddim", "ab2", "fireflow", "fixed_point", "noise"]),
     grid_points=st.integers(1, 12),
     kept=st.integers(1, 12),
     refine=st.integers(0, 3),

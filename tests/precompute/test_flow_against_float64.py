@@ -184,6 +184,7 @@ def test_a_lean_cache_gives_the_same_points(made: Callable, run: Callable) -> No
     "settings",
     [
         {"inverter": "ab2"},
+        {"inverter": "fireflow"},
         {"inverter": "fixed_point", "iterations": 3},
         {"inverter": "noise"},
         {"noised_start": 0.3, "refine_start": 2},

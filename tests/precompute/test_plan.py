@@ -64,6 +64,7 @@ def test_dry_run_writes_nothing_and_shows_the_configuration(
         {"guidance": 4.0, "measure_inversion": 1.0, "extra": ("eps_ref", "delta_prev")},
         {"faithful": True, "grid_points": 5, "timesteps_per_pair": 5},
         {"inverter": "ab2", "grid_points": 6, "timesteps_per_pair": 2},
+        {"inverter": "fireflow", "grid_points": 6, "timesteps_per_pair": 2},
         {"noised_start": 0.5, "grid_points": 6, "timesteps_per_pair": 2},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
