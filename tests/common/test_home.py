@@ -22,7 +22,7 @@ TEXTS = (
     "crop dtype engine extra format inverter labels lora_targets objective optimizer pair_id profile address "
     "sample_prompts schedule scheduler scorer scorers set_name shift split tracker vae_latent variant where "
     "license project push_to_hub batch_size repository run_name sweep_scorer agree "
-    "revision resolution buckets columns pairs_from"
+    "revision resolution buckets columns pairs_from images"
 ).split()
 """Settings and options that are text and no place."""
 SETTING_OF = {"model_config": "model_config_dir", "cache": "caches", "except_": "except_"}

@@ -134,6 +134,6 @@ def test_what_networks_of_v_and_of_the_sample_would_show():
         torch.nn.functional.cosine_similarity(each.flatten(), x.double().flatten(), dim=0)
         for each in (noise, v, sample)
     ]
-    assert found[0] > 0.99
+    assert found[0] > 0.95
     assert abs(found[1]) < 0.8
     assert abs(found[2]) < 0.8
