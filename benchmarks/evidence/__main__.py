@@ -124,7 +124,11 @@ def _job(run: Run, prompts: str) -> Job:
 
 
 def _tested(title: str, at_once: int, runs: list[Run]) -> None:
-    """The runs on test captions, against the base and against DPO's of the same pairs, labels and seed."""
+    """The runs on test captions, against the base and against DPO's of the same pairs, labels and seed.
+
+    Seed by seed, so that tables can be written of what there is.
+    """
+    runs = sorted(runs, key=lambda run: run.seed)
     run_jobs(title, [_job(run, "test") for run in runs], at_once=at_once)
     jobs = []
     for run in runs:
@@ -136,7 +140,7 @@ def _tested(title: str, at_once: int, runs: list[Run]) -> None:
 
 
 def _finished_runs() -> dict[str, dict[str, list[Run]]]:
-    """By table and row, the rows of which every run has been compared with the base."""
+    """By table and row, the runs that have been compared with the base; rows of two seeds at least."""
     found: dict[str, dict[str, list[Run]]] = {
         f"main, {pairs.name}": {method.name: choice.tested(method, pairs) for method in c.methods(pairs)}
         for pairs in c.MAIN
@@ -144,11 +148,12 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
     found["same calls"] = choice.same_calls()
     found["online"] = choice.online()
     found["answer"] = choice.answer()
-    return {
-        title: kept
+    tested = {
+        title: {name: [run for run in runs if _is_tested(run)] for name, runs in rows.items()}
         for title, rows in found.items()
-        if (kept := {name: runs for name, runs in rows.items() if all(_is_tested(run) for run in runs)})
     }
+    kept = {title: {name: runs for name, runs in rows.items() if len(runs) > 1} for title, rows in tested.items()}
+    return {title: rows for title, rows in kept.items() if rows}
 
 
 def _is_tested(run: Run) -> bool:

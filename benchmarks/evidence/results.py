@@ -76,6 +76,7 @@ def row(runs: Sequence[Run], against: str) -> dict[str, Any]:
         "learning_rate": runs[0].learning_rate,
         "strength": runs[0].strength,
         "steps": runs[0].steps,
+        "seeds": len(runs),
         "base": against_base(runs, "test"),
         "dpo": head_to_head(runs, against) if compared else None,
     }
@@ -89,7 +90,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Against the base and against DPO, on test captions."""
-    head = ["", "rate", "beta x E_ref", "wins over base: oracle", "held-out", "wins over DPO: oracle", "held-out"]
+    head = [
+        "",
+        "rate",
+        "beta x E_ref",
+        "seeds",
+        "wins over base: oracle",
+        "held-out",
+        "wins over DPO: oracle",
+        "held-out",
+    ]
     return table(
         [*head, "gain: oracle", "held-out"],
         [
@@ -97,6 +107,7 @@ def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 name,
                 f"{each['learning_rate']:g}",
                 "-" if each["strength"] is None else f"{each['strength']:g}",
+                str(each["seeds"]),
                 *(interval(each["base"][scorer]["win_rate"]) for scorer in SCORERS),
                 *(interval(each["dpo"][scorer]) if each["dpo"] else "-" for scorer in SCORERS),
                 *(interval(each["base"][scorer]["gain"]) for scorer in SCORERS),
