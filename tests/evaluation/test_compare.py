@@ -43,12 +43,13 @@ def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> No
     assert (one.scorer, one.statistics.wins, one.statistics.ties, one.statistics.losses) == ("counting", 18, 1, 1)
     assert one.statistics.win_rate == 0.925
     text = to_markdown(comparisons)
+    assert text.startswith("tuned is better than base on 18 of 20 images (alike on 1) by counting.\n")
     assert "A: base, B: tuned" in text
     assert "| counting | 20 | 0.925 [" in text
     # Means and medians by hand: A is 40, 50, ... 230; B is 50, ... 220, then 220 again, and 200.
     a, b = list(range(40, 240, 10)), [*range(50, 230, 10), 220, 200]
-    cells = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
-    head = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+    cells = [cell.strip() for cell in text.splitlines()[6].split("|")[1:-1]]
+    head = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
     row = dict(zip(head, cells, strict=True))
     shown = [float(row[name]) for name in ("mean A", "mean B", "median A", "median B")]
     assert shown == [float(f"{statistic(s):.4g}") for statistic in (np.mean, np.median) for s in (a, b)]
