@@ -87,6 +87,7 @@ METHODS = {
 }
 OURS = {
     **{name: METHODS[name] for name in ("ddim", "ddim, refine 3", "ab2, refine 3")},
+    "fireflow, refine 3": _ours("fireflow", 3),
     "fixed_point": _ours("fixed_point"),
     "noise": _ours("noise"),
 }
