@@ -112,7 +112,7 @@ circle: $(DEV) ## compare rounds, and ways of making points of own samples, over
 toyworld-base: $(INSTALLED) ## train the toy world's base model from nothing (two hours on 2 cores)
 	.venv/bin/python -m inpo.toyworld.train_base base
 
-toyworld-flow: $(INSTALLED) ## train the toy world's flow from nothing, on the base's VAE (72 minutes of one core)
+toyworld-flow: $(INSTALLED) ## train the toy world's flow from nothing, on the base's VAE (half an hour on 2 cores)
 	.venv/bin/python -m inpo.toyworld.train_base flow
 
 clean: ## remove .venv, runs and everything generated

@@ -173,7 +173,7 @@ def _check_tracked(settings: PrecomputeSettings, model: Model) -> None:
             expected=f"ddim, ab2, fireflow, fixed_point or noise for {model.family.title}",
             got="tracked",
             fix="the paths of other models bend: between an image and its own noise lie points that they never visit, "
-            "and training there was worse than with fresh noise (docs/inversion.md)",
+            "and training there was worse than with fresh noise (docs/models.md)",
         )
     if settings.flip:
         raise UsageError(

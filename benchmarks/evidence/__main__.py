@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
     phases = {"main": _main, "more": _more, "answer": _answer}
     parser.add_argument("--until", choices=list(phases), default="answer", help="the last kind of runs to make")
-    parser.add_argument("--long", action="store_true", help="three times the training, more test captions")
+    parser.add_argument("--long", action="store_true", help="four times the records and the test captions")
     parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet, fewer methods")
     options = parser.parse_args()
     if options.long and options.flow:
         parser.error("--long and --flow: one of them")
-    c.length = c.FLOW if options.flow else c.LONG if options.long else c.HOUR
+    c.length = c.FLOW if options.flow else c.LONG if options.long else c.SHORT
     for name, phase in phases.items():
         phase(options.processes)
         if name == options.until:

@@ -38,9 +38,9 @@ class Length:
         return f"toyworld/{self.model}"
 
 
-HOUR = Length(root=Path("runs/evidence"))
+SHORT = Length(root=Path("runs/evidence"))
 LONG = replace(
-    HOUR,
+    SHORT,
     root=Path("runs/evidence-long"),
     steps=160,
     batch=32,
@@ -49,14 +49,14 @@ LONG = replace(
     inference_steps=20,
 )
 FLOW = replace(
-    HOUR,
+    SHORT,
     root=Path("runs/evidence-flow"),
     model="flow",
     methods=("SFT", "DPO", "InPO", "InPO, noised start 0.3", "InPO, recorded path"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
-length = HOUR
+length = SHORT
 """The one in use."""
 NUM_PAIRS = 1024
 GRID_SEEDS = (0, 6)
