@@ -159,6 +159,7 @@ class Resumable:
                 if found.unexpected_keys or set(found.missing_keys) - frozen:
                     raise ValueError("the weights have other names")
                 self._bare_optimizer.load_state_dict(read_state(place, "optimizer"))
+                _lay_out(self._bare_optimizer)
             for name, part in self._plain.items():
                 part.load_state_dict(read_state(place, name))
             if self.ema is not None:
@@ -171,6 +172,15 @@ class Resumable:
                 got=f"{type(error).__name__}: {error}"[:300],
                 fix="pass another checkpoint to --resume, or start a new run in another --output",
             ) from error
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give state the memory order of its parameters, as it had when it was made. Files keep plain order, and a fused
+    kernel goes through both as they lie in memory: it refuses two orders, or mixes up the entries."""
+    for parameter, state in optimizer.state.items():
+        for name, each in state.items():
+            if isinstance(each, torch.Tensor) and each.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=each.dtype, device=each.device).copy_(each)
 
 
 def full_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

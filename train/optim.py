@@ -16,13 +16,19 @@ from inpo.train.settings import TrainSettings
 
 
 def prepare_network(
-    network: ModelMixin, family: Family, settings: TrainSettings, *, network_dtype: str, device: torch.device
+    network: ModelMixin,
+    family: Family,
+    settings: TrainSettings,
+    *,
+    network_dtype: str,
+    device: torch.device,
+    sharded: bool = False,
 ) -> list[torch.nn.Parameter]:
     """Make the network trainable: whole, or through LoRA layers that start as zero (theta = reference).
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
-    cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. Returns the
-    trained parameters.
+    cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. `sharded`: FSDP will
+    split the weights, which it takes in plain order alone. Returns the trained parameters.
     """
     if settings.lora_rank:
         prepare_for_inference(network, network_dtype=network_dtype, device=device)
@@ -50,7 +56,7 @@ def prepare_network(
         network.requires_grad_(True)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if device.type == "cuda":
+    if device.type == "cuda" and not sharded:
         network.to(memory_format=torch.channels_last)
     # Never in training mode: E_ref is the error of the whole network, and dropout would make noise of every margin.
     network.eval()

@@ -103,7 +103,8 @@ def test_fsdp_of_one_process(model: Path, tmp_path: Path, pairs: str) -> None:
 
     def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment)
 
     made = subprocess.run(

@@ -17,11 +17,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+import inpo.train.run
 from inpo.common import durable
 from inpo.common.errors import TrainingError, UsageError
 from inpo.train import checkpoint
 from inpo.train.loop import Trainer
+from inpo.train.optim import prepare_network
 from inpo.train.records import Batch
+from inpo.train.settings import TrainSettings
 
 STEPS = 9
 OPTIONS: dict[str, Any] = {"steps": STEPS, "save_every": 2, "accumulate": 2, "ema": 0.9, "warmup_steps": 5}
@@ -107,6 +110,42 @@ def test_ten_kills_leave_no_trace(run: Callable[..., Path], kill_at: Callable[..
         assert steps_of(output) == steps_of(whole)
         assert all(entry.name.startswith("step-") for entry in (output / "checkpoints").iterdir())
     assert kills == 10
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adafactor"}], ids=["adamw", "adafactor"])
+def test_a_network_in_another_memory_order(
+    options: dict[str, Any],
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Channels last, as on a GPU. A fused kernel goes through weights and state as they lie in memory."""
+    prepare = inpo.train.run.prepare_network
+
+    def reordered(network: torch.nn.Module, *arguments: Any, **told: Any) -> Any:
+        network.to(memory_format=torch.channels_last)
+        return prepare(network, *arguments, **told)
+
+    monkeypatch.setattr(inpo.train.run, "prepare_network", reordered)
+    whole, parts = run(output=tmp_path / "whole", **OPTIONS), tmp_path / "parts"
+    run(output=parts, **OPTIONS | {"steps": 4})
+    run(output=parts, **OPTIONS)
+    assert equal(trained(whole), trained(parts))
+
+
+def test_weights_that_will_be_split_stay_in_plain_order(world: Any) -> None:
+    """FSDP takes no others; elsewhere a GPU's convolutions are faster with channels last."""
+    for sharded in (False, True):
+        network, model = world.model.load_network(), world.model
+        prepare_network(
+            network,
+            model.family,
+            TrainSettings(),
+            network_dtype="bfloat16",
+            device=torch.device("cuda"),
+            sharded=sharded,
+        )
+        assert all(each.is_contiguous() for each in network.parameters()) == sharded
 
 
 def test_a_finished_run_takes_no_step_and_can_be_prolonged(run: Callable[..., Path], tmp_path: Path) -> None:
