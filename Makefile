@@ -100,7 +100,7 @@ check: $(DEV) ## ruff, mypy, import-linter
 bench: $(DEV) ## measure the ratios of docs/performance.md
 	.venv/bin/python -m benchmarks
 
-bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (4 minutes each at most)
+bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (5 minutes each at most)
 	.venv/bin/python -m benchmarks.gpu
 
 evidence: $(DEV) ## measure the tables of docs/evidence.md (hours on 2 cores)

@@ -79,7 +79,9 @@ class Setting:
             measure_inversion=0.0,
         )
 
-    def worker(self, cache: Path, settings: PrecomputeSettings, like: ShardWorker | None = None) -> ShardWorker:
+    def worker(
+        self, cache: Path, settings: PrecomputeSettings, like: ShardWorker | None = None, *, compiled: bool = True
+    ) -> ShardWorker:
         """Of the phase of images, on texts that are committed; with the models of another one, whose batches are as
         large."""
         manifest = build_manifest(settings, self.model, device_type=self.device.type)
@@ -89,7 +91,7 @@ class Setting:
             for task in (TextTask(prompts=("",)), TextTask(prompts=tuple(PROMPTS))):
                 texts.write(task, texts.compute(task))
         components = like.components if like is not None else load_components(self.model, manifest, self.device)
-        if like is None:
+        if like is None and compiled:
             compile_denoiser(components.denoiser, self.model, manifest, self.compile, settings.batch_size)
         return ShardWorker(
             components=components,
@@ -106,9 +108,10 @@ class Setting:
         return list_tasks(open_source(self.source(num_pairs)))[0]
 
     def cache(self, *, num_pairs: int, steps: int, kept: int, batch_size: int) -> Cache:
-        """A committed cache, made once."""
+        """A committed cache, made once, by the network as it is: compiling it would take longer."""
         location = self.folder / f"cache-{num_pairs}-{steps}-{kept}-{self.dtype}"
-        worker = self.worker(location, self.settings(steps=steps, kept=kept, batch_size=batch_size))
+        settings = self.settings(steps=steps, kept=kept, batch_size=batch_size)
+        worker = self.worker(location, settings, compiled=False)
         for task in self.tasks(num_pairs):
             if not worker.writer.is_committed(task.name):
                 worker.write(task, worker.compute(worker.read(task)))

@@ -166,12 +166,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
     with memory_in_words(None, otherwise=NO_SMALLER):
         network = origin.load_network()
         trained = prepare_network(
-            network,
-            model.family,
-            settings,
-            network_dtype=network_dtype,
-            device=accelerator.device,
-            sharded=sharded,
+            network, model.family, settings, network_dtype=network_dtype, device=accelerator.device, sharded=sharded
         )
     if accelerator.is_main_process:
         check_space(model, settings, resolved.output, trained=trained, step=step)

@@ -114,10 +114,7 @@ def test_ten_kills_leave_no_trace(run: Callable[..., Path], kill_at: Callable[..
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adafactor"}], ids=["adamw", "adafactor"])
 def test_a_network_in_another_memory_order(
-    options: dict[str, Any],
-    run: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Channels last, as on a GPU. A fused kernel goes through weights and state as they lie in memory."""
     prepare = inpo.train.run.prepare_network
