@@ -27,10 +27,10 @@ SMALL = 8
 """Images of a call, at most, whose kernels are shorter than what it takes to launch them."""
 _CALLS_TO_A_GRAPH = 3
 """One that compiles, one that records, one that plays."""
-_WORTH = {False: 120, True: 360}
-"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200, with
-an earlier version, kernels of blocks took half a minute to make and saved a third, those with gradients 102 s and a
-quarter (docs/performance.md)."""
+_WORTH = {False: 120, True: 600}
+"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200 kernels of
+SD1.5's blocks took 43 s to make and those with gradients 152 s; they saved a third and a quarter (with an earlier
+version, docs/performance.md)."""
 _ENTRIES_PER_PART = 8
 """Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
 
