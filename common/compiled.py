@@ -28,9 +28,9 @@ SMALL = 8
 _CALLS_TO_A_GRAPH = 3
 """One that compiles, one that records, one that plays."""
 _WORTH = {False: 120, True: 600}
-"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200 kernels of
-SD1.5's blocks took 43 s to make and those with gradients 152 s; they saved a third and a quarter (with an earlier
-version, docs/performance.md)."""
+"""Seconds that the work ahead must take as it is, {with gradients: seconds}, for `auto` to compile. On an H200 SD1.5's
+blocks took 43 s to compile and 152 s with gradients; that saved a third and a quarter (with an earlier version,
+docs/performance.md)."""
 _ENTRIES_PER_PART = 8
 """Kernels for one part: with and without gradients, under autocast, and what torch makes again for layouts."""
 
