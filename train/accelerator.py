@@ -46,6 +46,10 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         cpu=on_cpu(),
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate has FSDP cast weights, inputs (a flow's times too) and outputs. The reference's errors are those of
+        # autocast, which leaves norms and times alone: here too it casts, and nothing else.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         note("the environment's ACCELERATE_USE_FSDP is not followed: weights are split over processes with GPUs only")
     return accelerator

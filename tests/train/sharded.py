@@ -20,6 +20,8 @@ def _sharded(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, *
     _initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
     if fsdp_plugin is not None:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":  # as it does where it does not fall back
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.fsdp_plugin = fsdp_plugin
 
 

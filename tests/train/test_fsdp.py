@@ -39,11 +39,11 @@ class Sharded:
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A tiny FLUX pipeline and its cache: 7 pairs."""
+    """A tiny SD3 pipeline and its cache in bfloat16: 7 pairs."""
     folder = tmp_path_factory.mktemp("flow")
-    model = save_tiny_pipeline(folder / "model", "flux")
+    model = save_tiny_pipeline(folder / "model", "sd3")
     pairs = write_pairs(folder / "pairs", num_shards=1, pairs_per_shard=7)
-    settings = {"resolution": 32, "grid_points": 3, "timesteps_per_pair": 2, "decode_workers": 0}
+    settings = {"resolution": 32, "grid_points": 3, "timesteps_per_pair": 2, "decode_workers": 0, "dtype": "bfloat16"}
     sections = ({"model": str(model)}, {"pairs": str(pairs), "cache": str(folder / "cache")}, settings)
     assert run_precompute(None, *sections, ray_options=RayOptions(), dry_run=False) == 0
     return str(model), str(folder / "cache")
@@ -106,12 +106,19 @@ def test_split_weights_equal_whole_ones(sharded: Sharded, run: Callable[..., Pat
 def test_a_flow_is_split_by_its_own_blocks(
     sharded: Sharded, flow: tuple[str, str], run: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """In bfloat16, where the calls of both round alike: FSDP casts nothing by itself, times least of all."""
     model, cache = flow
     one = run(output=tmp_path / "one", model=model, caches=[cache], accumulate=2, **SETTINGS)
-    for name in (WEIGHTS.replace("unet", "transformer"), f"{CHECKPOINT}/model.safetensors"):
-        left, right = load_file(one / name), load_file(sharded.flow / name)
-        assert left.keys() == right.keys()
-        assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-6, name
+    starts = [json.loads((output / "metrics.jsonl").read_text().splitlines()[0]) for output in (one, sharded.flow)]
+    assert starts[1]["loss"] == pytest.approx(starts[0]["loss"], abs=1e-6)
+    name = WEIGHTS.replace("unet", "transformer")
+    begun = load_file(Path(model) / name.removeprefix("pipeline/"))
+    for file in (name, f"{CHECKPOINT}/model.safetensors"):
+        left, right = load_file(one / file), load_file(sharded.flow / file)
+        assert left.keys() == right.keys() == begun.keys()
+        moved = sum(float((left[key] - begun[key]).square().sum()) for key in begun)
+        apart = sum(float((left[key] - right[key]).square().sum()) for key in begun)
+        assert apart < 0.02**2 * moved, file  # bfloat16 rounds to 0.004, and gradients are added up in another order
 
 
 def test_split_weights_that_are_not_finite_are_not_written(sharded: Sharded) -> None:
