@@ -179,7 +179,8 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
     kernel goes through both as they lie in memory: it refuses two orders, or mixes up the entries."""
     for parameter, state in optimizer.state.items():
         for name, each in state.items():
-            if isinstance(each, torch.Tensor) and each.shape == parameter.shape:
+            alike = isinstance(each, torch.Tensor) and each.shape == parameter.shape
+            if alike and each.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=each.dtype, device=each.device).copy_(each)
 
 
