@@ -135,7 +135,7 @@ class Setting:
         stream = RecordStream(
             self.index(cache), Needs(), batch_size=batch_size, window_shards=4, seed=0, pin=self.device.type == "cuda"
         )
-        self.compiled(denoiser, [2 * batch_size])
+        self.compiled(denoiser, trained=2 * batch_size)
         return CachedLoop(
             denoiser=denoiser,
             optimizer=optimizer,
@@ -148,12 +148,12 @@ class Setting:
         """Whether networks in training run as CUDA graphs, as the trainer's does."""
         return uses_graphs(self.compile, self.device, images)
 
-    def compiled(self, denoiser: Denoiser, sizes: Sequence[int], *, trained: bool = True) -> bool:
-        """Compile a network as the stages do, for calls of these numbers of images; the last with gradients too."""
+    def compiled(self, denoiser: Denoiser, sizes: Sequence[int] = (), *, trained: int = 0) -> bool:
+        """Compile a network as the stages do, for calls of these numbers of images, and of `trained` with gradients."""
         if self.compile == "off":
             return False
         shape = self.model.family.latent_shape(self.model.config, (self.resolution,) * 2)
-        graphs = self.graphs(sizes[-1])
+        graphs = self.graphs(trained or sizes[-1])
         for each in denoiser.network.parameters() if graphs and trained else ():
             each.grad = torch.zeros_like(each)
 
@@ -168,7 +168,7 @@ class Setting:
                 for images in sizes:
                     call(images)
             if trained:
-                call(sizes[-1]).square().mean().backward()
+                call(trained).square().mean().backward()
                 denoiser.network.zero_grad(set_to_none=not graphs)
 
         blocks = self.model.family.blocks
@@ -186,8 +186,8 @@ class Setting:
         images = 2 * batch_size
         fewer = [1 << power for power in range(1, images.bit_length()) if 1 << power < images] if inverts else []
         sizes = [*fewer, images]
-        compiled = self.compiled(trained, sizes)
-        self.compiled(reference, [images], trained=False)
+        compiled = self.compiled(trained, sizes if inverts else (), trained=images)
+        self.compiled(reference, [images])
         return OnlineLoop(
             trained=trained,
             optimizer=optimizer,
