@@ -29,7 +29,7 @@ def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def names(tree: ast.Module) -> Iterator[str]:
-    """Everything that a file gives a name to. Attributes of other objects than `self` have their names from elsewhere."""
+    """Everything that a file gives a name to; of attributes those of `self`: others have their names from elsewhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
