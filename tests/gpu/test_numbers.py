@@ -120,4 +120,4 @@ def test_compiled_training_is_eager_training_but_for_rounding(
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     for eager, compiled in zip(*lines, strict=True):
         for name in ("loss", "gradient_norm"):
-            assert compiled[name] == pytest.approx(eager[name], rel=0.05, abs=0.03), name
+            assert compiled[name] == pytest.approx(eager[name], rel=0.05, abs=0.01), name

@@ -124,9 +124,10 @@ def test_a_network_in_another_memory_order(
         return prepare(network, *arguments, **told)
 
     monkeypatch.setattr(inpo.train.run, "prepare_network", reordered)
-    whole, parts = run(output=tmp_path / "whole", **OPTIONS), tmp_path / "parts"
-    run(output=parts, **OPTIONS | {"steps": 4})
-    run(output=parts, **OPTIONS)
+    told = OPTIONS | options
+    whole, parts = run(output=tmp_path / "whole", **told), tmp_path / "parts"
+    run(output=parts, **told | {"steps": 4})
+    run(output=parts, **told)
     assert equal(trained(whole), trained(parts))
 
 
