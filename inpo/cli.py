@@ -1,5 +1,6 @@
 """The front door: one Typer app, `inpo` (also `python -m inpo`), that mounts the stages' apps."""
 
+import gc
 import json
 import os
 import shlex
@@ -70,6 +71,9 @@ def _options(
 
 def main() -> None:
     """Run the command line. A user's mistake ends in its message and exit code, without a traceback."""
+    # Importing torch and diffusers makes a million objects that stay: looking through them again and again for garbage
+    # takes a tenth of a command's start.
+    gc.set_threshold(10_000)
     escape_streams()
     LOGGER.debug("inpo %s: %s", version("inpo-cache"), shlex.join(sys.argv[1:]))
     try:

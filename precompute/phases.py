@@ -36,7 +36,8 @@ class Phase:
         share: Share = WHOLE,
     ) -> Worker:
         """A worker for `device`."""
-        gc.collect()  # references in a circle would keep the models of the phase before on the device
+        if self.kind is not TextCommit:  # those come first
+            gc.collect()  # references in a circle would keep the models of the phase before on the device
         return self.load(model, writer, settings, device, share)
 
 

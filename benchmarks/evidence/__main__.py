@@ -29,8 +29,8 @@ AGAINST_DPO = "test-against-dpo"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
-    phases = {"main": _main, "more": _more, "answer": _answer}
-    parser.add_argument("--until", choices=list(phases), default="answer", help="the last kind of runs to make")
+    phases = {"main": _main, "answer": _answer, "more": _more}
+    parser.add_argument("--until", choices=list(phases), default="more", help="the last kind of runs to make")
     parser.add_argument("--long", action="store_true", help="four times the records and the test captions")
     parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet, fewer methods")
     options = parser.parse_args()
@@ -55,17 +55,21 @@ def _main(at_once: int) -> None:
     _tested("seeds", at_once, [run for method, pairs in rows for run in choice.tested(method, pairs)])
 
 
-def _more(at_once: int) -> None:
-    """As many network calls for all, and loops without a cache."""
-    _tested("same calls", at_once, [run for runs in choice.same_calls().values() for run in runs])
-    if c.length.model == "base":
-        _tested("online", at_once, [run for runs in choice.online().values() for run in runs])
-
-
 def _answer(at_once: int) -> None:
     """Few methods on all kinds of pairs, with both shares of turned labels."""
     _world(at_once, c.KINDS)
     _tested("answer", at_once, [run for runs in choice.answer().values() for run in runs])
+
+
+def _more(at_once: int) -> None:
+    """As many network calls for all, points against pairs, and loops without a cache, which are compared with DPO's
+    runs of the answer.
+    """
+    _tested("same calls", at_once, [run for runs in choice.same_calls().values() for run in runs])
+    if c.length.model == "base":
+        run_jobs("caches of few pairs", [_cache_job(each.cache, c.OWN) for each in c.POINTS], at_once=at_once)
+        _tested("points", at_once, [run for runs in choice.points().values() for run in runs])
+        _tested("online", at_once, [run for runs in choice.online().values() for run in runs])
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:
@@ -116,8 +120,8 @@ def _job(run: Run, prompts: str) -> Job:
     shorter = replace(run, longer=None)
     begin = [lambda: shutil.copytree(shorter.folder / "train", run.folder / "train", dirs_exist_ok=True)]
     train = [*(begin if run.longer else []), run.train_command(beta)]
-    if run.online:
-        train = [lambda: train_online(run, beta or 0.0)]
+    if (loop := run.online) is not None:
+        train = [lambda: train_online(run, loop, beta or 0.0)]
     return Job(
         name=prompts, folder=run.folder, steps=[*train, *c.picture_commands(run.pipeline, run.images(prompts), prompts)]
     )
@@ -146,6 +150,7 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
         for pairs in c.MAIN
     }
     found["same calls"] = choice.same_calls()
+    found["points"] = choice.points()
     found["online"] = choice.online()
     found["answer"] = choice.answer()
     tested = {

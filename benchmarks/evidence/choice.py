@@ -78,14 +78,21 @@ def same_calls() -> dict[str, list[Run]]:
     return found
 
 
+def points() -> dict[str, list[Run]]:
+    """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
+    found = [run for run in tested(c.INPO, c.OWN) if run.seed in c.FEWER_SEEDS]
+    return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
+
+
 def online() -> dict[str, list[Run]]:
     """Loops without a cache, on both kinds of pairs."""
     return {
-        f"{name}, {pairs.name}": [
-            replace(run, online=name) for run in tested(method, pairs) if run.seed in c.FEWER_SEEDS
+        f"{loop.name} | {pairs.name} | {flips}": [
+            replace(run, online=loop, flips=flips) for run in tested(loop.method, pairs) if run.seed in c.FEWER_SEEDS
         ]
         for pairs in c.MAIN
-        for name, method in c.ONLINE.items()
+        for loop in c.ONLINE
+        for flips in loop.flips
     }
 
 

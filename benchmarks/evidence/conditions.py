@@ -208,10 +208,38 @@ METHODS = (
 """poly, bdpo, snpo and linear are losses for any points; here they have DPO's, whose loss they change."""
 SAME_CALLS = (SFT, DPO, KTO)
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
+POINTS = tuple(
+    Method(
+        name=f"InPO, K = {count}, {pairs} pairs",
+        objective="inpo",
+        cache=Cache(
+            name=f"clean-{count}-of-{pairs}", options=("--timesteps-per-pair", str(count), "--limit", str(pairs))
+        ),
+    )
+    for count, pairs in ((1, 1024), (2, 512), (4, 256), (10, 256))
+)
+"""Fewer pairs with more points of each: the same number of records, but for the last. A file of pairs has 256."""
 ANSWER = (DPO, INPO, STARTS["0.3"], INPO_AB2)
 """What is followed over all kinds of pairs and both shares of turned labels."""
-ONLINE = {"DPO online, a noise per side": DPO, "InPO online, released grid": INPO}
-"""Loops without a cache (benchmarks/online.py), and the method whose setting each has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """A loop without a cache (benchmarks/online.py)."""
+
+    name: str
+    method: Method
+    """Whose setting it has."""
+    shares_noise: bool = True
+    """Whether both sides of a pair have one noise. Nothing else sets the two loops of DPO apart."""
+    flips: tuple[int, ...] = FLIPS
+
+
+ONLINE = (
+    Online(name="DPO online, shared noise", method=DPO),
+    Online(name="DPO online, a noise per side", method=DPO, shares_noise=False),
+    Online(name="InPO online, released grid", method=INPO, flips=FLIPS[:1]),
+)
 
 
 def methods(pairs: Pairs) -> tuple[Method, ...]:
@@ -237,8 +265,8 @@ class Run:
     flips: int = FLIPS[0]
     longer: int | None = None
     """Steps of a prolonged run; the others have the usual number."""
-    online: str = ""
-    """The name in ONLINE of a loop that reads no cache."""
+    online: Online | None = None
+    """The loop, where no cache is read."""
 
     @property
     def steps(self) -> int:
@@ -246,7 +274,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        named = self.online or self.method.name
+        named = self.online.name if self.online else self.method.name
         slug = "".join(letter if letter.isalnum() else "-" for letter in named).strip("-")
         strength = "" if self.strength is None else f"-strength-{self.strength:g}"
         longer = "" if self.longer is None else f"-{self.longer}-steps"

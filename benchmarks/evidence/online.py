@@ -13,7 +13,7 @@ from inpo.precompute.encode import ImageEncoder, TextEncoder
 from inpo.toyworld.backdrops import SIZE
 
 
-def train_online(run: c.Run, beta: float) -> None:
+def train_online(run: c.Run, kind: c.Online, beta: float) -> None:
     """Train the base and write a pipeline folder. Win and lose as the labels say, those turned that caches turn."""
     model = open_model(c.length.base)
     device = torch.device("cpu")
@@ -35,8 +35,8 @@ def train_online(run: c.Run, beta: float) -> None:
         chosen, order = [pairs[row] for row in order[: c.length.batch]], order[c.length.batch :]
         pixels = torch.stack([torch.stack([_levels(data) for data in _sides(pair, run.flips)]) for pair in chosen])
         prompts = [pair.prompt for pair in chosen]
-        if run.method is c.DPO:
-            loop.dpo_step(pixels, prompts, shared=False)
+        if kind.method is c.DPO:
+            loop.dpo_step(pixels, prompts, shared=kind.shares_noise)
         else:
             loop.inpo_step(pixels, prompts)
         if step % 10 == 0:
