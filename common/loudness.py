@@ -29,37 +29,18 @@ def _options() -> list[Any]:
 
     @only.command()
     def command(
-        verbose: bool = typer.Option(
-            False,
-            "-v",
-            "--verbose",
-            help="Say more, and show the traceback of an error.",
-            show_default=False,
-            expose_value=False,
-            is_eager=True,
-            callback=_louder,
-        ),
-        quiet: bool = typer.Option(
-            False,
-            "-q",
-            "--quiet",
-            help="Say warnings and errors alone.",
-            show_default=False,
-            expose_value=False,
-            is_eager=True,
-            callback=_quieter,
-        ),
+        verbose: bool = _option("--verbose", "Say more, and show the traceback of an error.", logging.DEBUG),
+        quiet: bool = _option("--quiet", "Say warnings and errors alone.", logging.WARNING),
     ) -> None:
         raise NotImplementedError
 
     return list(typer.main.get_command(only).params)
 
 
-def _louder(given: bool) -> None:
-    if given:
-        set_level(logging.DEBUG)
+def _option(name: str, text: str, level: int) -> Any:
+    def given(is_given: bool) -> None:
+        if is_given:
+            set_level(level)
 
-
-def _quieter(given: bool) -> None:
-    if given:
-        set_level(logging.WARNING)
+    shown: dict[str, Any] = {"help": text, "show_default": False, "expose_value": False, "is_eager": True}
+    return typer.Option(False, name[1:3], name, callback=given, **shown)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,57 +37,42 @@ from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Holds what a run consists of and advances it. Built by train/run.py."""
 
-    def __init__(
-        self,
-        *,
-        settings: TrainSettings,
-        output: Path,
-        objective: Objective,
-        accelerator: Accelerator,
-        network: torch.nn.Module,
-        trained: list[torch.nn.Parameter],
-        denoiser: Denoiser,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        ema: EMAModel | None,
-        stream: RecordStream,
-        held_out: list[Batch],
-        identity: dict[str, Any],
-        metrics: MetricsWriter | None,
-        sample: Callable[[int], None] | None = None,
-    ) -> None:
-        self.settings = settings
-        self.output = output
-        self.objective = objective
-        self.beta = beta_of(settings)
-        self.parameter = parameter_of(settings)
-        self.accelerator = accelerator
-        self.network = network
-        self.trained = trained
-        self.denoiser = denoiser
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.ema = ema
-        self.stream = stream
-        self.held_out = held_out
-        self.identity = identity
-        self.metrics = metrics
-        self.sample = sample
+    settings: TrainSettings
+    output: Path
+    objective: Objective
+    accelerator: Accelerator
+    network: torch.nn.Module
+    trained: list[torch.nn.Parameter]
+    denoiser: Denoiser
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    stream: RecordStream
+    held_out: list[Batch]
+    identity: dict[str, Any]
+    metrics: MetricsWriter | None
+    sample: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.beta = beta_of(self.settings)
+        self.parameter = parameter_of(self.settings)
         self.step = 0
         self.judge = Judge()
         self._warned = False
         self._stopping = False
         self._graphs = False
         self._sums = self._new_sums()
-        self._gradient_norm = torch.zeros((), device=accelerator.device)
-        self._bad = torch.zeros((), device=accelerator.device)
-        self.weights = _weights(objective, denoiser, settings).float().to(accelerator.device)
+        self._gradient_norm = torch.zeros((), device=self.accelerator.device)
+        self._bad = torch.zeros((), device=self.accelerator.device)
+        self.weights = _weights(self.objective, self.denoiser, self.settings).float().to(self.accelerator.device)
         """Of both errors in the loss, by timestep."""
         # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
-        self._control = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        several = self.accelerator.num_processes > 1
+        self._control = torch.distributed.new_group(backend="gloo") if several else None
 
     def losses(self, batch: Batch, *, alone: bool = False) -> ObjectiveResult:
         """The objective on a micro-batch that lies on the device.

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,6 @@ import zarr
 from jaxtyping import Int, Shaped
 from numcodecs.zstd import Zstd
 from obstore.exceptions import NotFoundError
-from zarr.core.buffer.cpu import NDBuffer
 
 from inpo.common.cache.arrays import (
     FRAME_HEADER_BYTES,
@@ -33,7 +32,6 @@ _Unreadable = (ValueError, KeyError, TypeError, AttributeError, EOFError, Runtim
 """What zarr raises for bytes that it cannot decode and for metadata that it cannot read."""
 
 Rows = Int[np.ndarray, " row"] | slice | None
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
 
 class CommittedArrays:
@@ -192,9 +190,7 @@ class CommittedArrays:
             "commit aside; the next `inpo precompute` makes it again"
         )
 
-    def read_stored(
-        self, path: str, rows: Rows = None, *, allocate: Allocate | None = None
-    ) -> Shaped[np.ndarray, "row ..."]:
+    def read_stored(self, path: str, rows: Rows = None) -> Shaped[np.ndarray, "row ..."]:
         """A stored array as numpy, whole or some rows of its first axis; see `Shard.read`."""
         self._verified  # noqa: B018  (a cached check, not a value)
         with storage_errors("read the cache", f"{self.location}/{path}"):
@@ -203,10 +199,6 @@ class CommittedArrays:
                 values: Any
                 if isinstance(rows, np.ndarray):
                     values = _read_rows(array, rows, path)
-                elif allocate is not None and rows is None and not self.specs[path].is_text:
-                    out = allocate(array.shape, array.dtype)
-                    array.get_basic_selection(..., out=NDBuffer.from_numpy_array(out))
-                    values = out
                 else:
                     values = array[...] if rows is None else array[rows]
                 self.check_values(path, np.asarray(values))

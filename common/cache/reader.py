@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, Shaped
 
 from inpo.common.cache.commits import Commit, TextCommit, read_commits
-from inpo.common.cache.committed import Allocate, CommittedArrays, Rows
+from inpo.common.cache.committed import CommittedArrays, Rows
 from inpo.common.cache.schema import BUCKETS, MANIFEST, Manifest
 from inpo.common.cache.specs import TEXT, ArraySpec
 from inpo.common.cache.store import CacheStore, digest
@@ -153,17 +153,14 @@ class Shard(CommittedArrays):
                     "group/prompt", f"prompt {row} of {found.title}, for which the encoder gave no numbers"
                 )
 
-    def read_stored(
-        self, path: str, rows: Rows = None, *, allocate: Allocate | None = None
-    ) -> Shaped[np.ndarray, "row ..."]:
+    def read_stored(self, path: str, rows: Rows = None) -> Shaped[np.ndarray, "row ..."]:
         """As stored; what a compact cache holds in 8 bits, as the float16 numbers that it stands for."""
-        if path not in self._scales:
-            return super().read_stored(path, rows, allocate=allocate)
         values = super().read_stored(path, rows)
+        if path not in self._scales:
+            return values
         scale = self._scale(path)[slice(None) if rows is None else rows]
-        out = np.empty(values.shape, np.float16) if allocate is None else allocate(values.shape, np.dtype(np.float16))
-        np.multiply(values, scale[..., None, None], out=out)
-        return out
+        scaled: np.ndarray = values * scale[..., None, None]
+        return scaled
 
     def read_chunks(self, path: str, places: Int[np.ndarray, "chunk axis"]) -> Shaped[np.ndarray, "chunk ..."]:
         """As `read_stored`."""
@@ -186,21 +183,19 @@ class Shard(CommittedArrays):
     def _is_delta(self, path: str) -> bool:
         return path == "eps_ref" and self.cache.delta_is_reference and "delta" in self.stored
 
-    def read(self, path: str, rows: Rows = None, *, allocate: Allocate | None = None) -> Shaped[np.ndarray, "row ..."]:
+    def read(self, path: str, rows: Rows = None) -> Shaped[np.ndarray, "row ..."]:
         """Array `path` as numpy, whole or some rows of its first axis (image, group or pair).
-
-        `allocate` gives the memory (by shape and dtype) that a whole stored array is read into.
 
         What is not stored but follows from what is stored is derived: x_t of a lean cache (bit-identical to a full
         one's), eps_ref where it is delta. Raises CacheIncomplete, naming the option that would store it, for the
         rest, and CacheCorrupt, naming shard, array and pairs, for damaged bytes.
         """
         if path in self.stored and path in self.specs:
-            return self.read_stored(path, rows, allocate=allocate)
+            return self.read_stored(path, rows)
         if path == "x_t" and "target" in self.stored:
             return self._derive_x_t(rows)
         if self._is_delta(path):
-            return self.read("delta", rows, allocate=allocate)
+            return self.read("delta", rows)
         raise self._incomplete(path)
 
     def read_records(

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from inpo.common.choices import Profile
 
+Chunking = Literal["image_record", "image", "prompt", "whole"]
+PROFILES = get_args(Profile)
 CRC_BYTES, INDEX_BYTES = 4, 16
 """CRC-32C of a chunk and of a chunk index; offset and length of a chunk in the index."""
 _MAX_ROW_BYTES = 1 << 28
@@ -25,9 +27,9 @@ class ArraySpec:
     path: str
     dtype: str
     axes: tuple[str, ...]
-    chunking: Literal["image_record", "image", "prompt", "whole"]
+    chunking: Chunking
     meaning: str
-    profiles: tuple[Profile, ...] = ("full", "lean", "compact")
+    profiles: tuple[Profile, ...] = PROFILES
     option: str | None = None
     """The `--extra` name or inverter that makes this array appear; None: always there."""
     compressed: bool = False
@@ -81,176 +83,114 @@ class ArraySpec:
         return f"{found} instead of {wanted}" if wrong_axis or wrong_dtype else None
 
 
-_LATENT = ("C", "H", "W")
 _RECORD = ("image", "record")
 
+
+def _whole(
+    path: str,
+    dtype: str,
+    axes: tuple[str, ...],
+    meaning: str,
+    *,
+    profiles: tuple[Profile, ...] = PROFILES,
+    option: str | None = None,
+) -> ArraySpec:
+    return ArraySpec(
+        path=path, dtype=dtype, axes=axes, chunking="whole", meaning=meaning, profiles=profiles, option=option
+    )
+
+
+def _latents(
+    path: str,
+    meaning: str,
+    *,
+    dtype: str = "float16",
+    profiles: tuple[Profile, ...] = PROFILES,
+    option: str | None = None,
+) -> ArraySpec:
+    """Of every image x0, of every record of it the others."""
+    owner: tuple[str, ...] = ("image",) if path == "x0" else _RECORD
+    chunking: Chunking = "image" if path == "x0" else "image_record"
+    axes = (*owner, "C", "H", "W")
+    return ArraySpec(
+        path=path, dtype=dtype, axes=axes, chunking=chunking, meaning=meaning, profiles=profiles, option=option
+    )
+
+
 ARRAYS: tuple[ArraySpec, ...] = (
-    ArraySpec(
-        path="x0",
-        dtype="float16",
-        axes=("image", *_LATENT),
-        chunking="image",
+    _latents(
+        "x0",
+        "clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
         profiles=("full", "lean"),
-        meaning="clean latent, scaled by the VAE factor, rounded to float16 before the inversion starts",
     ),
-    ArraySpec(
-        path="x0",
+    _latents(
+        "x0",
+        "the same, rounded to a multiple of its channel's x0_scale: x0 = value * scale, exactly",
         dtype="int8",
-        axes=("image", *_LATENT),
-        chunking="image",
         profiles=("compact",),
-        meaning="the same, rounded to a multiple of its channel's x0_scale: x0 = value * scale, exactly",
     ),
-    ArraySpec(
-        path="x0_scale",
-        dtype="float16",
-        axes=("image", "C"),
-        chunking="whole",
+    _whole(
+        "x0_scale",
+        "float16",
+        ("image", "C"),
+        "scale of x0, by channel: at least a 127th of the largest, with 4 significant bits",
         profiles=("compact",),
-        meaning="scale of x0, by channel: at least a 127th of the largest, with 4 significant bits",
     ),
-    ArraySpec(
-        path="x_t",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
-        profiles=("full",),
-        meaning="latent at level t: float16 rounding of A * x0 + B * target, computed in float64",
+    _latents(
+        "x_t", "latent at level t: float16 rounding of A * x0 + B * target, computed in float64", profiles=("full",)
     ),
-    ArraySpec(
-        path="delta",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
-        profiles=("full",),
-        meaning="noise prediction of the inverting model at the stored x_t",
-    ),
-    ArraySpec(
-        path="x0_t",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
-        profiles=("full",),
-        meaning="x0(t) = (x_t - s_t * delta) / a_t, from the unrounded prediction (Eq. 8)",
-    ),
-    ArraySpec(
-        path="target",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
+    _latents("delta", "noise prediction of the inverting model at the stored x_t", profiles=("full",)),
+    _latents("x0_t", "x0(t) = (x_t - s_t * delta) / a_t, from the unrounded prediction (Eq. 8)", profiles=("full",)),
+    _latents(
+        "target",
+        "tau: what the loss aims at, noise (Eq. 18) or velocity, rounded to float16 before x_t is made of it",
         profiles=("full", "lean"),
-        meaning="tau: what the loss aims at, noise (Eq. 18) or velocity, rounded to float16 before x_t is made of it",
     ),
-    ArraySpec(
-        path="target",
+    _latents(
+        "target",
+        "the same, rounded to a multiple of its channel's target_scale before x_t is made of it",
         dtype="int8",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
         profiles=("compact",),
-        meaning="the same, rounded to a multiple of its channel's target_scale before x_t is made of it",
     ),
-    ArraySpec(
-        path="target_scale",
-        dtype="float16",
-        axes=(*_RECORD, "C"),
-        chunking="whole",
-        profiles=("compact",),
-        meaning="scale of target, by channel, as x0_scale",
+    _whole(
+        "target_scale", "float16", (*_RECORD, "C"), "scale of target, by channel, as x0_scale", profiles=("compact",)
     ),
-    ArraySpec(
-        path="reference_error",
-        dtype="float32",
-        axes=_RECORD,
-        chunking="whole",
-        meaning="E_ref: mean over channel, height, width of (target - eps_ref(x_t, t, caption))^2",
+    _whole(
+        "reference_error",
+        "float32",
+        _RECORD,
+        "E_ref: mean over channel, height, width of (target - eps_ref(x_t, t, caption))^2",
     ),
-    ArraySpec(
-        path="inversion_error",
-        dtype="float32",
-        axes=("image",),
-        chunking="whole",
-        meaning="relative RMS between x0 and where deterministic DDIM lands from the last x_t; NaN: not measured",
+    _whole(
+        "inversion_error",
+        "float32",
+        ("image",),
+        "relative RMS between x0 and where deterministic DDIM lands from the last x_t; NaN: not measured",
     ),
-    ArraySpec(
-        path="timestep",
-        dtype="int16",
-        axes=("group", "record"),
-        chunking="whole",
-        meaning="kept timesteps, ascending, 0..T-1",
+    _whole("timestep", "int16", ("group", "record"), "kept timesteps, ascending, 0..T-1"),
+    _whole("image/id", "string", ("image",), "digest of the image's file (blake2b, 128 bits)"),
+    _whole("image/group", "int32", ("image",), "row of the group, ascending"),
+    _whole("image/score", "float32", ("image",), "the source's own score of the image; NaN: none"),
+    _whole("group/id", "string", ("group",), "the pair's id, or where groups are lists or prompts a digest"),
+    _whole(
+        "group/prompt",
+        "int32",
+        ("group", "place"),
+        "the original caption, also where it was dropped: place in the commit's `texts`, row there",
     ),
-    ArraySpec(
-        path="image/id",
-        dtype="string",
-        axes=("image",),
-        chunking="whole",
-        meaning="digest of the image's file (blake2b, 128 bits)",
-    ),
-    ArraySpec(
-        path="image/group", dtype="int32", axes=("image",), chunking="whole", meaning="row of the group, ascending"
-    ),
-    ArraySpec(
-        path="image/score",
-        dtype="float32",
-        axes=("image",),
-        chunking="whole",
-        meaning="the source's own score of the image; NaN: none",
-    ),
-    ArraySpec(
-        path="group/id",
-        dtype="string",
-        axes=("group",),
-        chunking="whole",
-        meaning="the pair's id, or where groups are lists or prompts a digest",
-    ),
-    ArraySpec(
-        path="group/prompt",
-        dtype="int32",
-        axes=("group", "place"),
-        chunking="whole",
-        meaning="the original caption, also where it was dropped: place in the commit's `texts`, row there",
-    ),
-    ArraySpec(
-        path="group/caption_dropped",
-        dtype="bool",
-        axes=("group",),
-        chunking="whole",
-        meaning="true: inverted, and to be trained, under the empty prompt",
-    ),
-    ArraySpec(
-        path="pair/id", dtype="string", axes=("pair",), chunking="whole", meaning="the pair's identity in its source"
-    ),
-    ArraySpec(path="pair/win", dtype="int32", axes=("pair",), chunking="whole", meaning="row of the preferred image"),
-    ArraySpec(path="pair/lose", dtype="int32", axes=("pair",), chunking="whole", meaning="row of the other image"),
-    ArraySpec(
-        path="pair/label",
-        dtype="float32",
-        axes=("pair",),
-        chunking="whole",
-        meaning="P(win preferred) from the source, 1.0 when hard",
-    ),
-    ArraySpec(
-        path="delta_prev",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
-        option="delta_prev",
-        meaning="delta of the previous point of the inversion path",
-    ),
-    ArraySpec(
-        path="eps_ref",
-        dtype="float16",
-        axes=(*_RECORD, *_LATENT),
-        chunking="image_record",
+    _whole("group/caption_dropped", "bool", ("group",), "true: inverted, and to be trained, under the empty prompt"),
+    _whole("pair/id", "string", ("pair",), "the pair's identity in its source"),
+    _whole("pair/win", "int32", ("pair",), "row of the preferred image"),
+    _whole("pair/lose", "int32", ("pair",), "row of the other image"),
+    _whole("pair/label", "float32", ("pair",), "P(win preferred) from the source, 1.0 when hard"),
+    _latents("delta_prev", "delta of the previous point of the inversion path", option="delta_prev"),
+    _latents(
+        "eps_ref",
+        "reference noise prediction at x_t under the training caption, where it is not delta",
         option="eps_ref",
-        meaning="reference noise prediction at x_t under the training caption, where it is not delta",
     ),
-    ArraySpec(
-        path="residual",
-        dtype="float32",
-        axes=_RECORD,
-        chunking="whole",
-        option="fixed_point",
-        meaning="relative RMS change of the last fixed-point iteration",
+    _whole(
+        "residual", "float32", _RECORD, "relative RMS change of the last fixed-point iteration", option="fixed_point"
     ),
 )
 """Of a shard of images."""
