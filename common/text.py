@@ -6,6 +6,7 @@ would turn prompts and ids into others without a word.
 
 import codecs
 import re
+import unicodedata
 from pathlib import Path
 
 from inpo.common.errors import InpoError
@@ -58,3 +59,8 @@ def text_lines(text: str) -> list[str]:
     """The lines of a text, whatever ends them (LF, CR LF or CR). str.splitlines also cuts at rarer signs such as
     U+2028, which may be part of a prompt or an id."""
     return re.split(r"\r\n|\r|\n", text)
+
+
+def plain_prompt(prompt: str) -> str:
+    """The prompt without what people vary without meaning another one: case, blanks, the way accents are coded."""
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold()).split())

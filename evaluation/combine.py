@@ -31,9 +31,9 @@ class _Row(BaseModel):
 def combine_sets(cache: Cache, members: Sequence[str], *, how: CombineName, set_name: str) -> RelabelReport:
     """Make a set of complete sets of one scorer each.
 
-    vote: the label is the share of scorers that prefer the win, a tie counting half, and the scores are the votes;
-    mean: the mean of their labels, and of their scores in units of their temperatures. Raises CacheIncomplete for a
-    member that is not complete, UsageError if the set is there with other settings.
+    vote: the label is the share of scorers that prefer the win, a tie counting half; no scores, since votes are of
+    pairs, not of images. mean: the mean of their labels, and of their scores in units of their temperatures. Raises
+    CacheIncomplete for a member that is not complete, UsageError if the set is there with other settings.
     """
     read = {name: read_label_shards(cache, name) for name in members}
 
@@ -46,7 +46,7 @@ def combine_sets(cache: Cache, members: Sequence[str], *, how: CombineName, set_
                 float(np.mean(labels)), np.mean(scores, axis=0).tolist() if len(scores) == len(pairs) else None
             )
         votes = [float(np.sign(pair.label - 0.5)) / 2 + 0.5 for _, pair in pairs]
-        return _pair(sum(votes) / len(votes), [sum(votes), len(votes) - sum(votes)])
+        return _pair(sum(votes) / len(votes), None)
 
     source = next(iter(read[members[0]].values())).source
     return _write(cache, set_name, how, source, label, members=tuple(members))

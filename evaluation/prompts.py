@@ -21,8 +21,8 @@ def read_prompts(location: str) -> list[str]:
 
     Raises DataError, naming the line or entry, for anything that holds no prompts.
     """
-    path = Path(location)
-    if path.is_file():
+    path, kind = Path(location), _kind(Path(location))
+    if kind == "a file":
         reader = _READERS.get(path.suffix.lower(), _read_lines)
         if path.suffix.lower() in _NOT_LINES:
             raise DataError(
@@ -33,9 +33,10 @@ def read_prompts(location: str) -> list[str]:
                 fix="its lines are no prompts: save them in one of these forms",
             )
         found = reader(path)
-    elif path.exists() or location.startswith(("/", ".", "~")) or location.split(":")[0].count("/") != 1:
-        got = "a folder" if path.is_dir() else "nothing"
-        raise DataError("There are no prompts here.", where=location, expected=EXPECTED, got=got, fix="check --prompts")
+    elif kind != "nothing" or not _may_be_on_the_hub(location):
+        raise DataError(
+            "There are no prompts here.", where=location[:200], expected=EXPECTED, got=kind, fix="check --prompts"
+        )
     else:
         found = _read_hub(location)
     for prompt in found:
@@ -59,6 +60,22 @@ def read_prompts(location: str) -> list[str]:
             fix="check --prompts",
         )
     return prompts
+
+
+def _kind(path: Path) -> str:
+    """What lies there."""
+    try:
+        return "a file" if path.is_file() else "a folder" if path.is_dir() else "nothing"
+    except OSError as error:  # longer than a name may be
+        return f"{error.strerror}"
+
+
+def _may_be_on_the_hub(location: str) -> bool:
+    """Whether it can be a hub dataset's name, and no file's that is not there."""
+    name = location.split(":")[0]
+    suffixes = {*_NOT_LINES, *_READERS, ".txt"}
+    is_local = location.startswith(("/", ".", "~")) or Path(name).suffix.lower() in suffixes
+    return name.count("/") == 1 and not is_local and not Path(name).parent.is_dir()
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -22,9 +22,9 @@ _PIXELS_PER_VAE_CALL = 16 * 512 * 512
 _MOST_PER_VAE_CALL = 16
 
 
-def images_per_vae_call(side: int) -> int:
-    """Images of `side` pixels that the VAE encodes together: 16, of large ones as many as have as many pixels."""
-    return max(1, min(_MOST_PER_VAE_CALL, _PIXELS_PER_VAE_CALL // side**2))
+def images_per_vae_call(height: int, width: int) -> int:
+    """Images of this size that the VAE encodes together: 16, of large ones as many as have as many pixels."""
+    return max(1, min(_MOST_PER_VAE_CALL, _PIXELS_PER_VAE_CALL // (height * width)))
 
 
 def pixels_from_levels(levels: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
@@ -55,7 +55,7 @@ class ImageEncoder:
         """Not finite where the VAE overflows, for the caller to quarantine."""
         latents: list[Tensor] = []
         shift, factor = self.family.vae_scale(self.vae)
-        together = images_per_vae_call(images[0].shape[-1])
+        together = images_per_vae_call(*images[0].shape[-2:])
         for first in range(0, len(images), together):
             chunk = slice(first, first + together)
             batch = pixels_from_levels(torch.from_numpy(np.stack(images[chunk])).to(self.device))

@@ -95,23 +95,45 @@ def committed_shards(cache: str, manifest: Manifest) -> set[str]:
 
 def named_texts(writer: CacheWriter) -> dict[str, tuple[str, ...]]:
     """{committed shard: the text shards that it names}."""
-    return {name: commit.texts for name, commit in _commits(writer, writer.committed()).items()}
+    return {name: commit.texts for name, commit in _commits(writer.store, writer.committed()).items()}
 
 
-def _commits(writer: CacheWriter, committed: set[str]) -> dict[str, Commit]:
+def _commits(store: CacheStore, committed: set[str]) -> dict[str, Commit]:
     paths = [f"{Commit.folder}/{name}.json" for name in sorted(committed)]
-    documents = zip(sorted(committed), paths, writer.store.get_many(paths), strict=True)
-    return {
-        name: Commit.from_json(data, writer.store.path(path))
-        for name, path, data in documents
-        if isinstance(data, bytes)
-    }
+    documents = zip(sorted(committed), paths, store.get_many(paths), strict=True)
+    return {name: Commit.from_json(data, store.path(path)) for name, path, data in documents if isinstance(data, bytes)}
+
+
+def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) -> dict[str, DataError]:
+    """{input shard: what is wrong} for those whose name another source's file has, from which this cache's shards of
+    that name are made. Lists of pairs are often called alike."""
+    mine = [task for task in tasks if task.name in committed]
+    commits = _commits(CacheStore(cache), {task.name for task in mine}) if mine else {}
+    found: dict[str, DataError] = {}
+    for task in mine:
+        name, commit = task.input_shard.name, commits.get(task.name)
+        if commit is None or name in found or commit.source.location == task.location:
+            continue
+        try:
+            is_same = task.input_shard.fingerprint() == commit.source.fingerprint
+        except InpoError:  # the run itself meets and reports it
+            continue
+        if not is_same:
+            found[name] = DataError(
+                "Another source's file of this name is in the cache, so that this one is left out.",
+                where=f"{task.location}: {name}",
+                expected=f"what shard {task.name} was made from: {commit.source.location}",
+                got="other rows",
+                fix="rename the file, or take another --cache. If it is the same source, moved and changed since, give "
+                f"the place that the cache knows, or move {CacheStore(cache).path(f'commits/{task.name}.json')} away",
+            )
+    return found
 
 
 def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
     """What a user should know about inputs before days of work: a line per committed shard whose input file is not
     what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
-    commits = _commits(writer, committed)
+    commits = _commits(writer.store, committed)
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
     fingerprints: dict[str, str | None] = {}

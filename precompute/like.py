@@ -21,7 +21,7 @@ from inpo.precompute.tasks import ShardTask
 from inpo.precompute.works import Work, list_works
 
 _STAYS = ("family", "latent_shape", "conditions", "max_tokens", "resolution", "crop", "flip", "vae_latent", "group")
-"""What x0, texts and groups are."""
+"""What x0, texts and groups are; see `_kept`."""
 _INVERTS = ("network", "scheduler")
 
 
@@ -96,13 +96,14 @@ class RefreshWork(Work):
                 got=", ".join(f"{name} {found.get(name, made.family)}" for name in names),
                 fix="pass a model that was trained from the cache's, or make the cache from its pairs: --pairs",
             )
-        wrong = [name for name in _STAYS if getattr(made, name) != getattr(self.origin, name)]
+        kept, asked = _kept(self.origin), _kept(made) | {"seed": made.seed}
+        wrong = [name for name in kept if asked[name] != kept[name]]
         if wrong:
             raise UsageError(
                 "x0, texts and groups are those of the other cache, and no option changes them.",
                 where=", ".join(option_name(name) for name in wrong),
-                expected=", ".join(f"{getattr(self.origin, name)}" for name in wrong),
-                got=", ".join(f"{getattr(made, name)}" for name in wrong),
+                expected=", ".join(f"{kept[name]}" for name in wrong),
+                got=", ".join(f"{asked[name]}" for name in wrong),
                 fix="leave the option out, or make the cache from its pairs: --pairs",
             )
         if made.inverter.name == "tracked" != self.origin.inverter.name:
@@ -141,6 +142,14 @@ class RefreshWork(Work):
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """None: the other cache's inputs were looked at when it was made."""
         return []
+
+
+def _kept(manifest: Manifest) -> dict[str, Any]:
+    """What a cache made from this one has in common with it; the seed too, where x0 or groups were drawn with it."""
+    dropout = manifest.inverter.caption_dropout
+    is_drawn = manifest.flip or manifest.vae_latent == "sample" or dropout > 0
+    kept = {name: getattr(manifest, name) for name in _STAYS} | {"caption_dropout": dropout}
+    return kept | ({"seed": manifest.seed} if is_drawn else {})
 
 
 def _changed(manifest: Manifest, **values: Any) -> Manifest:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def run_precompute(
     check_ray(settings, ray_options)
     model = resolved.model_section.open()
     works, unreadable = all_works(resolved, model, is_real=not dry_run)
-    codes = []
+    codes: list[int | None] = []
     for number, work in enumerate(works):
         if work.title and processes().is_main_process:
             say(work.title)
@@ -62,7 +63,7 @@ def run_precompute(
         codes.append(run_work(work, model, failed, recipe, ray_options=ray_options, dry_run=dry_run))
     if settings.buckets is not None and processes().is_main_process and not dry_run:
         say(f"next: {_next_command(resolved, recipe)}")  # on all buckets
-    return max(codes)
+    return 1 if set(codes) == {None} else max(code or 0 for code in codes)
 
 
 def run_work(
@@ -73,10 +74,9 @@ def run_work(
     *,
     ray_options: RayOptions,
     dry_run: bool,
-) -> int:
-    """Make one cache. Returns its exit code, as `run_precompute` does."""
-    resolved, source, tasks = work.resolved, work.source, work.tasks
-    settings, cache = resolved.settings, work.cache
+) -> int | None:
+    """Make one cache. Returns its exit code, as `run_precompute` does; None where its source has no pair at all."""
+    resolved, settings, cache = work.resolved, work.resolved.settings, work.cache
     state = processes()
     is_main = state.is_main_process
     manifest = work.manifest(model, ray_options)
@@ -85,13 +85,20 @@ def run_work(
         if settings.engine != "ray":  # whose workers have devices of their own
             say_device(state.device, manifest.network_dtype, num_processes=state.num_processes)
     committed = committed_shards(cache, manifest)
+    foreign = work.foreign(committed)
+    unreadable = [*unreadable, *foreign.values()]
+    work = replace(work, tasks=[task for task in work.tasks if task.input_shard.name not in foreign])
+    if not work.tasks:
+        for error in unreadable if is_main else ():
+            fail(error)
+        return 1
     plan = work.plan(committed, manifest, model)
     if is_main:
         tell = print if dry_run else say  # a dry run is asked for nothing else
         tell(resolved.to_toml(differing=True))
         tell("every other setting is its default; all are kept with the cache, in configurations/")
         print_plan(plan, console())
-        print_inputs(source, tasks, unreadable)
+        print_inputs(work.source, work.tasks, unreadable)
     check_disk(plan, cache)
     if dry_run:
         return 1 if unreadable else 0
@@ -109,8 +116,8 @@ def _make(
     recipe: Path | None,
     *,
     ray_options: RayOptions,
-) -> int:
-    """Make the shards of one cache that are not `committed`."""
+) -> int | None:
+    """Make the shards of one cache that are not `committed`. Returns as `run_work` does."""
     resolved, tasks, state = work.resolved, work.tasks, processes()
     settings, is_main = resolved.settings, state.is_main_process
     if is_main:
@@ -162,7 +169,7 @@ def _make(
         )
         if num_pairs == 0:
             _take_back(writer, tasks)
-            return 1
+            return 1 if failures or lost is not None else None
     return 1 if failures or lost is not None else 0
 
 
@@ -245,11 +252,12 @@ def _print_summary(
     for what, count in sorted(counts.items()):
         note(f"counted: {count} x {what}")
     if failures:
-        warn(f"unreadable input shards: {len(failures)}; the others are done")
+        warn(f"input shards left out: {len(failures)}; the others are done")
     if num_pairs == 0:
         reasons = _reasons(writer, commits).lines({task.input_shard.name: task.input_shard for task in tasks}.values())
-        told = f"no pair was kept, so nothing of this source stays committed: {work.why_no_pair}"
-        fail("\n  ".join([told, *reasons]))
+        what = "of this bucket" if work.title else "of this source"
+        told = f"no pair was kept, so nothing {what} stays committed: {work.why_no_pair}"
+        (warn if work.title else fail)("\n  ".join([told, *reasons]))  # the other buckets may have pairs
         return 0
     say(f"next: {command('inspect', 'summary', writer.store.location)}")
     say(f"next: {next_command}")

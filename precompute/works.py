@@ -13,7 +13,7 @@ from inpo.common.pairs.buckets import sort_pairs
 from inpo.common.sizes import size_text
 from inpo.precompute.buckets import bucket_sizes, claim_buckets
 from inpo.precompute.configuration import Configuration, build_manifest, device_type
-from inpo.precompute.inputs import grouped, input_warnings, list_work
+from inpo.precompute.inputs import foreign_inputs, grouped, input_warnings, list_work
 from inpo.precompute.phases import IMAGES, TEXTS, Phase
 from inpo.precompute.pipeline import Task
 from inpo.precompute.plan import Plan, make_plan
@@ -57,6 +57,10 @@ class Work:
     def why_no_pair(self) -> str:
         """Where to look if no row gave a pair."""
         return f"`{command('data', 'check', self.tasks[0].location)}` counts the reasons"
+
+    def foreign(self, committed: set[str]) -> dict[str, DataError]:
+        """{input shard: what is wrong} for those whose shards in the cache are of another source."""
+        return foreign_inputs(self.cache, self.tasks, committed)
 
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """What a user should know about the inputs."""

@@ -21,6 +21,7 @@ from inpo.common.log import say
 from inpo.common.processes import processes
 from inpo.common.recipe import ModelSection, read_recipe, resolve, to_toml
 from inpo.common.scorer import load_scorer
+from inpo.common.text import plain_prompt
 from inpo.evaluation.compare import Comparison, compare_folders
 from inpo.evaluation.generate import generate
 from inpo.evaluation.image_folder import ImageFolder
@@ -99,12 +100,13 @@ def resolve_rounds(recipe: Path | None, flags: Mapping[str, Any]) -> Rounds:
     prompts, held_out = read_prompts(str(sample.prompts)), read_prompts(str(evaluate.prompts))[: evaluate.limit]
     if sample.limit is not None:
         prompts = prompts[: sample.limit]
-    both = sorted({*prompts} & {*held_out})
+    aside = {plain_prompt(each) for each in held_out}
+    both = [each for each in prompts if plain_prompt(each) in aside]
     if both:
         raise UsageError(
             "Prompts that are sampled and trained on cannot tell what was learnt.",
             where="prompts in [sample] and [evaluate]",
-            expected="no prompt in both",
+            expected="no prompt in both, in whatever case",
             got=f"{len(both)} in both, {both[0][:80]!r} for one",
             fix="hold some prompts out: take them from one of the files",
         )

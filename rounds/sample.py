@@ -7,7 +7,7 @@ from typing import Any
 
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.store import digest
-from inpo.common.errors import UsageError
+from inpo.common.errors import DataError, UsageError
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.common.scorer import load_scorer, scorer_names
 from inpo.evaluation.prompts import read_prompts
@@ -29,8 +29,12 @@ class SampleWork(Work):
     def why_no_pair(self) -> str:
         return "raise --per-prompt, lower --gap, or choose another --scorer"
 
+    def foreign(self, committed: set[str]) -> dict[str, DataError]:
+        """None: the prompts are compared with those of the first run in any case."""
+        return {}
+
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
-        """Shards whose images are lost; the prompts are compared with those of the first run in any case."""
+        """Shards whose images are lost."""
         cache = open_cache(self.cache, allow_empty=True)
         lost = SampleTars(writer.store.address).recover(cache.commits)
         where = SampleTars(writer.store.address).store.location
@@ -65,7 +69,8 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     if not dry_run:
         work.manifest(model, None)  # raises what settings and model do not allow, before a folder is made
         SampleTars(cache).claim(identity)
-    return run_work(work, model, [], recipe, ray_options=ray_options, dry_run=dry_run)
+    code = run_work(work, model, [], recipe, ray_options=ray_options, dry_run=dry_run)
+    return 1 if code is None else code
 
 
 def sample_source(settings: SampleSettings) -> tuple[PromptSource, dict[str, Any]]:

@@ -4,15 +4,17 @@ import json
 from typing import Any
 
 from inpo.common.cache import Cache
+from inpo.common.models import Model
 from inpo.train.index import Index
 from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.settings import TrainSettings
 
 
 def run_identity(
-    settings: TrainSettings, caches: list[Cache], index: Index, network_dtype: str, world_size: int
+    settings: TrainSettings, origin: Model, caches: list[Cache], index: Index, network_dtype: str, world_size: int
 ) -> dict[str, Any]:
-    """Settings that a checkpoint must share to be resumed: all that change the trajectory."""
+    """Settings that a checkpoint must share to be resumed: all that change the trajectory. `origin`: the model that
+    training starts from, whose weights a checkpoint of LoRA layers has not."""
     free = {
         "output",
         "steps",
@@ -49,5 +51,7 @@ def run_identity(
         "index": index.fingerprint,
         "caches": [cache.manifest.fingerprints for cache in caches],
     }
+    if settings.init_from:
+        values["init_from_network"] = origin.fingerprints["network"]
     normalised: dict[str, Any] = json.loads(json.dumps(values))
     return normalised

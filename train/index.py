@@ -1,6 +1,5 @@
 """Which pairs of which caches are trained on, and which are held out: known before any tensor is read."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from inpo.common.cache.identity import check_one_run
 from inpo.common.cache.labels import read_label_shards
 from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.common.seeding import stable_hash, uniform
-from inpo.common.text import read_text, text_lines
+from inpo.common.text import plain_prompt, read_text, text_lines
 from inpo.train.selection import IndexedShard, PairsOfShard, RecordSelection
 
 _THREADS = 16
@@ -71,7 +70,7 @@ def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **other
         found.use(wanted=lists["--only"][1], unwanted=lists["--except"][1])
         whole = found.lists() if selection.lists else found.pairs()
         prompts = shard.prompts()[whole.group]
-        aside = np.array([uniform("held-out", _plain(str(each))) < selection.held_out for each in prompts], bool)
+        aside = np.array([uniform("held-out", plain_prompt(str(each))) < selection.held_out for each in prompts], bool)
         return whole.part(~aside), whole.part(aside), found.digest(whole), found.ids
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -91,11 +90,6 @@ def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **other
             fix="check --only, --except, --labels, --timestep-range and held_out",
         )
     return index
-
-
-def _plain(prompt: str) -> str:
-    """The prompt without what people vary without meaning another one: case, blanks, the way accents are coded."""
-    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold()).split())
 
 
 def _read_list(path: Path | None, option: str) -> frozenset[str] | None:

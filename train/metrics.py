@@ -65,7 +65,8 @@ class Accumulator:
 
 
 class MetricsWriter:
-    """metrics.jsonl and the tracker. Lines after the step that a run resumes from are dropped first."""
+    """metrics.jsonl and the tracker. Lines and sample images after the step that a run resumes from are dropped first:
+    they are another model's."""
 
     def __init__(self, output: Path, *, tracker: Tracker | None, resumed_step: int) -> None:
         self.path = output / "metrics.jsonl"
@@ -75,6 +76,10 @@ class MetricsWriter:
                 lines = self.path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
             write_file(self.path, "".join(line + "\n" for line in kept if resumed_step), action="write the metrics")
+        with storage_errors("remove a sample", output / "samples"):
+            for file in (output / "samples").glob("step-*.png"):
+                if file.stem > f"step-{resumed_step:08d}":
+                    file.unlink(missing_ok=True)
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""

@@ -82,6 +82,29 @@ def check_objective(settings: TrainSettings) -> None:
             )
 
 
+def check_schedule(settings: TrainSettings) -> None:
+    """Raise UsageError for a polynomial schedule that has nowhere to fall from: diffusers' ends at a rate of 1e-7."""
+    if settings.schedule != "polynomial":
+        return
+    for wrong, option, expected, got in (
+        (
+            settings.warmup_steps >= settings.steps,
+            "--warmup-steps",
+            f"less than --steps {settings.steps}",
+            settings.warmup_steps,
+        ),
+        (settings.learning_rate <= 1e-7, "--learning-rate", "more than 1e-7", settings.learning_rate),
+    ):
+        if wrong:
+            raise UsageError(
+                "A polynomial schedule falls from the learning rate to 1e-7 after the warm-up.",
+                where=option,
+                expected=expected,
+                got=got,
+                fix=f"change {option}, or choose another --schedule",
+            )
+
+
 def check_origin(origin: Model, reference: Model) -> None:
     """Raise UsageError if --init-from's network predicts something else, or on another schedule, than the reference:
     it would be read, trained and written as what it is not.
@@ -92,6 +115,8 @@ def check_origin(origin: Model, reference: Model) -> None:
         expected, got = f"prediction_type {reference.prediction}", origin.prediction
     elif not same_levels(LevelTables.of(origin.levels), LevelTables.of(reference.levels)):
         expected, got = f"the noise schedule of {reference.name}", "another table"
+    elif differing := _differing_weight(origin, reference):
+        expected, got = differing
     else:
         return
     raise UsageError(
@@ -101,6 +126,19 @@ def check_origin(origin: Model, reference: Model) -> None:
         got=got,
         fix="start from a model of the reference's kind, or precompute with that model",
     )
+
+
+def _differing_weight(origin: Model, reference: Model) -> tuple[str, str] | None:
+    """(that of the reference, that of the origin) of the first weight that is not of one shape in both."""
+    network = reference.family.network
+    mine, theirs = (
+        {name: list(each.shape) for name, each in model.empty_component(network).named_parameters()}
+        for model in (origin, reference)
+    )
+    for name in [*theirs, *mine]:
+        if mine.get(name) != theirs.get(name):
+            return f"{name} of {theirs.get(name, 'no shape')}", str(mine.get(name, "none"))
+    return None
 
 
 def check_distribution(fsdp: int, settings: TrainSettings) -> None:

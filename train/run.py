@@ -44,10 +44,11 @@ from inpo.train.requirements import (
     check_objective,
     check_origin,
     check_quantised,
+    check_schedule,
     refuse_hard_labels,
     temperature_notes,
 )
-from inpo.train.samples import Sampler, sample_images, sample_prompts
+from inpo.train.samples import Sampler, drawn_with, sample_images, sample_prompts
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
 from inpo.train.tracker import Tracker
@@ -78,6 +79,7 @@ class Resolved:
         check_installed(self.settings)
         check_lora(self.settings)
         check_objective(self.settings)
+        check_schedule(self.settings)
         return check_needs(self.caches, OBJECTIVES[self.settings.objective])
 
 
@@ -144,7 +146,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
         settings = resolved.settings
     if chosen is not None:
-        identity = run_identity(settings, opened, index, network_dtype, accelerator.num_processes)
+        identity = run_identity(settings, origin, opened, index, network_dtype, accelerator.num_processes)
         if "steps" in identity and chosen.step == settings.steps:  # a schedule of which no step is left to make
             identity["steps"] = chosen.document.identity.get("steps")
         chosen.check_identity(identity)
@@ -199,7 +201,9 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         if settings.sample_every:
             prompts, bare = sample_prompts(settings, opened[0]), accelerator.unwrap_model(wrapped)
             draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
-            sample = Sampler(draw, prompts, metrics, resolved.output / "samples")
+            sample = Sampler(
+                draw=draw, told=drawn_with(prompts, settings), metrics=metrics, folder=resolved.output / "samples"
+            )
     trainer = Trainer(
         settings=settings,
         output=resolved.output,
@@ -215,7 +219,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         held_out=held_out_batches(
             index, needs, batch_size=settings.batch_size, most_records=settings.held_out_records, seed=settings.seed
         ),
-        identity=run_identity(settings, opened, index, network_dtype, accelerator.num_processes),
+        identity=run_identity(settings, origin, opened, index, network_dtype, accelerator.num_processes),
         metrics=metrics,
         sample=sample,
     )

@@ -3,7 +3,8 @@
 import gc
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +68,32 @@ def sample_images(
     return (np.concatenate(images, axis=1).astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-class Sampler:
-    """Draws sample images at a step, as a PNG that names its prompts, and in the tracker."""
+def drawn_with(prompts: Sequence[str], settings: TrainSettings) -> dict[str, str]:
+    """What a sample hangs on beside the model, as its PNG names it."""
+    told = {
+        "prompts": prompts,
+        "steps": settings.sample_steps,
+        "guidance": settings.sample_guidance,
+        "seed": settings.seed,
+    }
+    return {name: json.dumps(value) for name, value in told.items()}
 
-    def __init__(
-        self,
-        draw: Callable[[], UInt8[np.ndarray, "height width 3"]],
-        prompts: Sequence[str],
-        metrics: MetricsWriter,
-        folder: Path,
-    ) -> None:
-        self._draw = draw
-        self._prompts = prompts
-        self._metrics = metrics
-        self._folder = folder
+
+@dataclass(kw_only=True, eq=False)
+class Sampler:
+    """Draws sample images at a step, as a PNG that names what they were drawn with, and in the tracker."""
+
+    draw: Callable[[], UInt8[np.ndarray, "height width 3"]]
+    told: Mapping[str, str]
+    """See `drawn_with`."""
+    metrics: MetricsWriter
+    folder: Path
 
     def __call__(self, step: int) -> None:
-        pixels = self._draw()
+        pixels = self.draw()
         image, told = io.BytesIO(), PngInfo()
-        told.add_text("prompts", json.dumps(self._prompts))
+        for name, text in self.told.items():
+            told.add_text(name, text)
         Image.fromarray(pixels).save(image, format="PNG", pnginfo=told)
-        write_file(self._folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
-        self._metrics.image("samples", pixels, step)
+        write_file(self.folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
+        self.metrics.image("samples", pixels, step)

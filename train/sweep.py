@@ -59,6 +59,8 @@ def read_sweep(file: Path) -> list[Planned]:
             fix="write one table for each run; a list is all its values in turn",
         )
     planned = [run for table in tables for run in _runs(table, file)]
+    if not planned:
+        raise _no_run("no table [[run]]", file)
     names = [run.name for run in planned]
     for name in names:
         if not _NAME.fullmatch(name) or names.count(name) > 1:
@@ -87,6 +89,8 @@ def _runs(table: dict[str, Any], file: Path) -> Iterator[Planned]:
             fix="correct the name; output and caches are the sweep's own",
         )
     listed = {name: value for name, value in given.items() if isinstance(value, list) and _is_choice(name, value)}
+    if [] in listed.values():
+        raise _no_run(f"{next(name for name, values in listed.items() if not values)} = []", f"[[run]] of {file}")
     for chosen in itertools.product(*listed.values()):
         values = given | dict(zip(listed, chosen, strict=True))
         first = [] if base is None else [base]
@@ -95,6 +99,10 @@ def _runs(table: dict[str, Any], file: Path) -> Iterator[Planned]:
         # A table without a name tells all its settings, one with a name what its lists vary.
         told = [name for name in given if name != "objective" and (base is None or name in listed)]
         yield Planned(name="-".join([*first, *(f"{name}-{_word(values[name])}" for name in told)]), values=values)
+
+
+def _no_run(got: str, where: object) -> UsageError:
+    return UsageError("The sweep has no run.", where=where, expected="a value at least", got=got, fix=_A_SWEEP)
 
 
 def _word(value: object) -> str:

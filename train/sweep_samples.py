@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from inpo.common.denoiser import prepare_for_inference
+from inpo.common.log import note
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
 from inpo.train.run import Resolved
-from inpo.train.samples import sample_images, sample_prompts
+from inpo.train.samples import drawn_with, sample_images, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,17 @@ class SampleJudge:
                 self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
 
     def compare(self) -> dict[str, dict[str, SampleScore]]:
-        """{run: {scorer: how its last samples stand}}; a run without a sample is left out."""
+        """{run: {scorer: how its last samples stand}}; a run without a sample, or with one that was drawn otherwise
+        than the reference's, is left out."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
             file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches[0])
             if file is None:
                 continue
             with Image.open(file) as strip:
+                if (told := drawn_with(prompts, run.settings)) != {name: strip.info.get(name) for name in told}:
+                    note(f"{file} was drawn with other prompts, steps, guidance or seed: it is not compared")
+                    continue
                 scores = self._score(_apart(np.asarray(strip.convert("RGB")), len(prompts)), prompts)
             reference = self._reference[_key(run, prompts)]
             found[name] = {

@@ -62,7 +62,9 @@ def dataset(cache: Cache) -> xarray.Dataset:
             data: Any = np.concatenate(parts)
         else:
             shape = tuple(sizes[axis] for axis in spec.axes)
-            data = indexing.LazilyIndexedArray(_Joined(shards, path, shape, spec.numpy_dtype))
+            # What a compact cache holds in 8 bits is read as the numbers that they stand for.
+            dtype = np.dtype("float16") if spec.dtype == "int8" else spec.numpy_dtype
+            data = indexing.LazilyIndexedArray(_Joined(shards, path, shape, dtype))
         variables[path.replace("/", "_")] = xarray.Variable(spec.axes, data, _attributes(path, spec.meaning))
     prompts = np.concatenate([shard.prompts() for shard in shards])
     names = np.repeat([shard.name for shard in shards], [shard.num_pairs for shard in shards])

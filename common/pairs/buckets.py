@@ -9,7 +9,7 @@ of them is a row without a pair, `mixed_sizes`, and so it is counted.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,19 +72,18 @@ class BucketShard:
         return hashlib.blake2b(told, digest_size=16).hexdigest()
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
-        """The picked rows start..stop-1, with the numbers that they have in the file."""
+        """The picked rows start..stop-1, numbered among the picked ones, as they are asked for."""
         wanted = self.picked[start:stop]
         if not len(wanted):
             return
-        here = set(wanted.tolist())
+        places = {row: start + place for place, row in enumerate(wanted.tolist())}
         for item in self.base.rows(int(wanted[0]), int(wanted[-1]) + 1):
-            if item.row not in here:
+            if item.row not in places:
                 continue
             if item.row in self.mixed and isinstance(item, Pair):
                 detail = "its images have the shapes of two buckets"
-                yield Skipped(pair_id=item.pair_id, reason="mixed_sizes", detail=detail, row=item.row)
-            else:
-                yield item
+                item = Skipped(pair_id=item.pair_id, reason="mixed_sizes", detail=detail, row=item.row)
+            yield replace(item, row=places[item.row])
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         """The prompts among the file's rows that are here."""

@@ -35,9 +35,8 @@ from inpo.common.pairs.labels import (
     scores_of,
     seeds_of,
 )
-from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, preference
+from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, id_or, preference
 from inpo.common.pairs.values import as_number, parse_flag, parse_id
-from inpo.common.printable import is_printable
 
 ReadImage = Callable[[Any, str], bytes | None]
 """The bytes of an image field's value, None if there are none; the second argument names it in a RowProblem."""
@@ -167,7 +166,7 @@ def _item(
     problem: RowProblem | None,
 ) -> Pair | Skipped:
     suffix = "" if pairing is None else f".{pairing[0]}-{pairing[1]}"
-    pair_id = f"{name}/{number}" if default_id is None or not is_printable(default_id) else default_id + suffix
+    pair_id = id_or(None if default_id is None else default_id + suffix, f"{name}/{number}")
     try:
         given = _given_id(row, is_list=pairing is not None)
         if given is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_BYTES = 128 << 20
 """Limit on the file of one image, wherever it comes from: never is more than that and a little read."""
 MAX_ID_CHARACTERS = 1000
+_MAX_DETAIL_CHARACTERS = 1000
 MAX_TEXT_CHARACTERS = 1_000_000
 """Limit on any text of a row, so that the texts of a shard can always be read back."""
 
@@ -188,6 +189,8 @@ class RowProblem(Exception):
     """Raised inside a source while it reads one row; turned into that row's `Skipped`."""
 
     def __init__(self, *, reason: SkipReason, detail: str) -> None:
+        if len(detail) > _MAX_DETAIL_CHARACTERS:  # it may quote the row: an image in base64 where a path should be
+            detail = f"{detail[: _MAX_DETAIL_CHARACTERS // 2]} ... {detail[-_MAX_DETAIL_CHARACTERS // 4 :]}"
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -226,6 +229,14 @@ def check_id(value: object, *, what: str = "id") -> str:
     if len(text) > MAX_ID_CHARACTERS:
         raise RowProblem(reason="bad_metadata", detail=f"{what} has {len(text)} characters, limit {MAX_ID_CHARACTERS}")
     return text
+
+
+def id_or(given: str | None, other: str) -> str:
+    """`given` where it can be a pair's id, else `other`: what a row that gives no pair is called."""
+    try:
+        return other if given is None else check_id(given)
+    except RowProblem:
+        return other
 
 
 def preference(label: float) -> tuple[bool, float]:

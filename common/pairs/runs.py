@@ -14,7 +14,7 @@ import numpy as np
 from inpo.common.choices import PairsFrom
 from inpo.common.pairs.columns import Reading, RowFields
 from inpo.common.pairs.fields import MAX_RANKED, ReadImage, holds_singles, items, list_key, merge, rows_of
-from inpo.common.pairs.pair import Pair, RowProblem, Skipped
+from inpo.common.pairs.pair import Pair, RowProblem, Skipped, id_or
 
 Record = tuple[int, RowFields | RowProblem]
 """Number of a record in its file, and what it says."""
@@ -42,7 +42,7 @@ class Run:
     ) -> Iterator[Pair | Skipped]:
         """One item for each of these rows but the first `skip`."""
         if self.problem is not None:
-            pair_id = default_id or f"{name}/{rows.start}"
+            pair_id = id_or(default_id, f"{name}/{rows.start}")
             for number in rows[skip:]:
                 yield Skipped(pair_id=pair_id, reason=self.problem.reason, detail=self.problem.detail, row=number)
             return

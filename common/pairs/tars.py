@@ -20,10 +20,9 @@ from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, SIDES, USUAL, Co
 from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import items, prompts_of
 from inpo.common.pairs.files import ByteStream, open_binary, read_as, shard_names, unreadable_file
-from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, too_large
+from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, id_or, too_large
 from inpo.common.pairs.tar_index import FILE_ROLES, SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
 from inpo.common.pairs.values import as_number
-from inpo.common.printable import is_printable
 from inpo.common.text import TextProblem, decode_text
 
 
@@ -71,9 +70,14 @@ class TarShard:
 
     @property
     def has_lists(self) -> bool:
-        """Whether the first sample says of which list its pair is, as `inpo data pack` writes it."""
+        """Whether the first sample that can be read says of which list its pair is, as `inpo data pack` writes it."""
         columns = self.reading.columns
-        return any(columns.row(fields).get("list") is not None for fields in self.head(1))
+        for sample in self._samples(0, self.num_rows):
+            try:
+                return columns.row(sample.fields()).get("list") is not None
+            except RowProblem:  # of which nothing can be said
+                continue
+        return False
 
     def group_sizes(self, start: int, stop: int) -> np.ndarray:
         """A sample is a pair."""
@@ -100,12 +104,12 @@ class TarShard:
         """The fields of the first samples; of an image its bytes. Raises DataError."""
         found: list[dict[str, Any]] = []
         for sample in self._samples(0, min(count, self.num_rows)):
+            images = {name for role in FILE_ROLES for name in self.reading.columns.names(role)}
             try:
-                fields = sample.fields()
+                fields = sample.fields().items()
+                found.append({n: sample.read(str(v)) if n in images and v is not None else v for n, v in fields})
             except RowProblem:
                 continue
-            images = {name for role in FILE_ROLES for name in self.reading.columns.names(role)}
-            found.append({n: sample.read(str(v)) if n in images and v is not None else v for n, v in fields.items()})
         return found
 
     def _samples(self, start: int, stop: int) -> Iterator["_Sample"]:
@@ -123,7 +127,7 @@ class TarShard:
         try:
             fields = sample.fields()
         except RowProblem as problem:
-            pair_id = key if is_printable(key) else f"{self.name}/{sample.row}"
+            pair_id = id_or(key, f"{self.name}/{sample.row}")
             return Skipped(pair_id=pair_id, reason=problem.reason, detail=problem.detail, row=sample.row)
         row = self.reading.columns.row(fields)
         told: dict[str, Any] = {"name": self.name, "default_id": key, "with_noise": self.reading.with_noise}

@@ -11,7 +11,7 @@ import numcodecs
 import numpy as np
 import pytest
 
-from inpo.common.cache import SCHEMA_VERSION, CacheWriter, TextCommit, open_cache
+from inpo.common.cache import SCHEMA_VERSION, CacheWriter, TextCommit, open_cache, to_xarray
 from inpo.common.conditions import Condition
 from inpo.common.errors import CacheSchemaError
 
@@ -162,3 +162,13 @@ def test_a_golden_cache_can_be_appended_to(tmp_path, made, name):
 def test_golden_caches_stay_small():
     sizes = [file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()]
     assert sum(sizes) < 230_000
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_dataset_has_the_numbers_that_a_shard_gives(name):
+    """Of a compact cache too, which holds multiples of a scale."""
+    (shard,) = open_cache(str(GOLDEN / name))
+    found = to_xarray(str(GOLDEN / name))
+    for path in ("x0", "target", "x_t"):
+        np.testing.assert_array_equal(found[path].values, shard.read(path))
+        assert found[path].dtype == np.float16

@@ -78,7 +78,10 @@ def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
         read_prompts(write(tmp_path, "p.txt", "grün", "latin-1"))
 
 
-@pytest.mark.parametrize("location", ["/no/such/file.txt", "prompts.txt", "./a/b"])
+@pytest.mark.parametrize(
+    "location",
+    ["/no/such/file.txt", "prompts.txt", "./a/b", "data/promts.txt", "tests/promts", "a red cat/" * 40 + "x"],
+)
 def test_a_missing_file_is_no_hub_name(location: str) -> None:
     with pytest.raises(DataError, match="There are no prompts here"):
         read_prompts(location)

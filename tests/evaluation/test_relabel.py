@@ -18,7 +18,7 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData, open_cache
-from inpo.common.cache.labels import LabelSet, read_labels, write_labels
+from inpo.common.cache.labels import LabelSet, read_labels, read_shard_labels, write_labels
 from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.levels import Levels
@@ -305,6 +305,9 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
     opened = open_cache(str(cache))
     votes = by_name(read_labels(opened, "voted"))
     assert votes == pytest.approx({"first": 2 / 3, "second": 1 / 3, "third": 0.5, "fifth": 0.5})
+    # Votes are of pairs: an image of several pairs has no number of its own that a list could be ordered by.
+    labelled = [labels for shard in opened if (labels := read_shard_labels(opened.store, "voted", shard.name))]
+    assert {pair.scores for labels in labelled for pair in labels.pairs.values()} == {None}
     combine_sets(opened, ("red", "dark", "coarse"), how="mean", set_name="meant")
     own = [by_name(read_labels(opened, name)) for name in ("red", "dark", "coarse")]
     assert by_name(read_labels(opened, "meant")) == pytest.approx(

@@ -13,7 +13,7 @@ import pytest
 from inpo.common.cache.commits import ShardSource
 from inpo.common.cache.document import SHARD_NAME
 from inpo.common.errors import DataError
-from inpo.common.pairs import Pair, Skipped, open_source
+from inpo.common.pairs import Pair, Skipped, open_source, tars
 
 Members = list[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]
@@ -315,3 +315,29 @@ def test_fingerprint_follows_content_and_not_the_path(tmp_path: Path, write_tar:
     found = {fingerprint(f"c{i}.tar", members) for i, members in enumerate(others)}
     assert len(found) == len(others)
     assert first not in found
+
+
+def test_a_name_too_long_for_an_id_is_one_skipped_row(tmp_path: Path, write_tar: WriteTar) -> None:
+    """Whatever else is wrong with the row: its id can be listed."""
+    long = ours("k" * 1200, b"W", b"L", prompt="p")
+    cut = [("l" * 1200 + ".json", b"{"), ("l" * 1200 + ".win.png", b"W"), ("l" * 1200 + ".lose.png", b"L")]
+    found = read(write_tar(tmp_path / "a.tar", long + cut + ours("good", b"W", b"L", prompt="p")))
+    assert [(item.pair_id, getattr(item, "reason", None)) for item in found] == [
+        ("a/0", "bad_metadata"),
+        ("a/1", "bad_metadata"),
+        ("a/good", None),
+    ]
+
+
+def test_whether_samples_are_of_lists_is_said_by_the_first_that_can_be_read(
+    tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged metadata says nothing, and how large an image is does not matter."""
+    monkeypatch.setattr(tars, "MAX_IMAGE_BYTES", 100)
+    damaged = [("1.json", b"{"), *ours("1", b"W", b"L")[1:]]
+    of_list, own = ours("2", b"W" * 101, b"L", prompt="p", list="x"), ours("3", b"W", b"L", prompt="p")
+    for name, members, has_lists in (("a", damaged + of_list + own, True), ("b", damaged + own + of_list, False)):
+        (shard,) = open_source(str(write_tar(tmp_path / f"{name}.tar", members))).input_shards()
+        assert shard.has_lists is has_lists
+        assert [item.row for item in shard.rows(0, 3)] == [0, 1, 2]
+        assert len(shard.head(3)) == 1  # what can be shown

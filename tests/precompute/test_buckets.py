@@ -1,5 +1,6 @@
 """Sizes that are not square, lists, and buckets: what reaches the cache, and where."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from inpo.common.cache.labels import read_shard_labels
 from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageError
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
+from inpo.inspection.verify import verify
 from inpo.precompute.buckets import bucket_sizes
 from inpo.train.run import resolve_run
 from tests.precompute.conftest import png
@@ -57,6 +59,12 @@ def test_pairs_go_to_the_bucket_of_both_their_images(
     assert ids == {(32, 32): ["0", "3"], (44, 24): ["1"]}
     skipped = [commit.skipped for cache in found.values() for commit in cache.commits.values()]
     assert skipped == [{"mixed_sizes": 1, "missing_image": 1}, {}]
+    # Row 4 of the file is the fourth and last of its bucket's.
+    assert {size: cache.commits["pairs-00000000"].source.rows for size, cache in found.items()} == {
+        (32, 32): (0, 4),
+        (44, 24): (0, 1),
+    }
+    assert [verify(cache.location).findings for cache in found.values()] == [[], []]
     (shard,) = found[44, 24]
     assert shard.read("x0").shape == (2, *found[44, 24].manifest.latent_shape)
     assert shard.read("image/time_ids").tolist() == [[64, 32, 2, 0, 44, 24]] * 2
@@ -212,3 +220,25 @@ def test_a_ranking_is_one_group_with_its_scores(pipelines: Callable, run: Callab
     assert shard.read("image/score").tolist() == [-1, -2, -3, 0.5, 0.25]
     plain = open_cache(str(tmp_path / "cache")).manifest
     assert plain.group == "list"
+
+
+def test_a_bucket_without_a_pair_is_told_and_the_others_are_made(
+    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1 only where no bucket has a pair."""
+
+    def cut(number: int) -> None:
+        for side in ("win", "lose"):
+            file, whole = shapes / f"{number}-{side}.png", io.BytesIO()
+            Image.open(file).save(whole, format="JPEG")
+            file.write_bytes(whole.getvalue()[:-200])  # its size can still be read
+
+    cut(1)
+    assert run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
+    said = capsys.readouterr().err
+    assert "warning: no pair was kept, so nothing of this bucket stays committed" in said
+    assert "1 x truncated" in said
+    assert [each.num_pairs for each in open_caches(str(tmp_path / "cache"), on_empty=lambda _: None)] == [2]
+    cut(0)
+    cut(3)
+    assert run(str(shapes), pipelines("sdxl"), tmp_path / "none", buckets="3") == 1

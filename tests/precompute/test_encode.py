@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inpo.common.models import open_model
+from inpo.precompute import encode
 from inpo.precompute.components import Components
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.settings import PrecomputeSettings
@@ -78,3 +79,20 @@ def test_the_vae_of_a_bfloat16_run_computes_in_float32(
     assert set(ran) == {torch.bfloat16}
     for pair_id, x0 in single.items():
         assert 0 < np.abs(half[pair_id].astype(float) - x0).max() < 0.05 * np.abs(x0.astype(float)).max()
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32)])
+def test_high_and_wide_images_go_through_the_vae_in_equal_numbers(
+    pipelines: Callable, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """As many as have the pixels that go together, which is what `inpo plan` counts."""
+    monkeypatch.setattr(encode, "_PIXELS_PER_VAE_CALL", 3 * 32 * 64)
+    model, seen = open_model(str(pipelines())), []
+    vae = model.load_vae()
+    vae.quant_conv.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    encoder = encode.ImageEncoder(
+        vae, model.family, vae_dtype="float32", sample=False, seed=0, device=torch.device("cpu")
+    )
+    encoder([np.zeros((3, *size), np.uint8)] * 7, [str(number) for number in range(7)])
+    assert seen == [3, 3, 1]
+    assert encode.images_per_vae_call(*size) == 3

@@ -269,3 +269,52 @@ def test_shards_are_made_with_the_caches_own_noise_table(
 
     assert np.array_equal(points(table), x_t)
     assert not np.array_equal(points(abar), x_t)
+
+
+def test_an_image_in_place_of_its_name_is_a_skipped_row(
+    pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """What a list of skipped rows quotes of a row is bounded, and names the fault first and last."""
+    image = "data:image/png;base64," + "A" * 80_000
+    source = write_list([{"prompt": "a cat", "id": "good"}, {"prompt": "a cat", "id": "bad", "win": image}])
+    cache = run.cache(source, pipelines(), tmp_path / "cache")
+    (commit,) = cache.commits.values()
+    assert (commit.num_pairs, commit.skipped) == (1, {"missing_image": 1})
+    (line,) = (tmp_path / "cache" / "skipped").glob("*/*.jsonl")
+    row = json.loads(line.read_text())
+    assert row["pair_id"] == "bad"
+    assert row["detail"].startswith("win: ")
+    assert len(row["detail"]) < 1100
+
+
+def test_another_sources_file_of_the_same_name_is_left_out_and_told(
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Files are often called alike. Those of the cache stay, and nobody is told that the new ones are in it."""
+    model, cache = pipelines(), tmp_path / "cache"
+    first = write_tars(tmp_path / "one", examples(1), 1)
+    before = run.cache(first, model, cache)
+    (name,) = (commit.source.input_shard for commit in before.commits.values())
+    capsys.readouterr()
+    other = write_tars(tmp_path / "two", examples(1, first=5), 1)
+    assert run(other, model, cache) == 1
+    said = capsys.readouterr().err
+    for words in ("Another source's file of this name", f"{other}: {name}", f"made from: {first}", "rename the file"):
+        assert words in said
+    assert "committed:" not in said
+    assert open_cache(str(cache)).commits == before.commits
+    # Beside it a file of a name of its own is made.
+    write_tars(tmp_path / "two", examples(2, first=5), 1)
+    assert run(other, model, cache) == 1
+    assert "committed: 1 of 1 shards, 1 pairs" in capsys.readouterr().err
+    after = open_cache(str(cache))
+    assert len(after.commits) == 2
+    assert after.commits.items() > before.commits.items()
+    # The same rows at another place are the same source.
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert run(str(tmp_path / "moved"), model, cache) == 0

@@ -259,6 +259,7 @@ def test_what_does_not_go_together_is_refused(
     for told, match in (
         ({"resolution": 64}, "--resolution"),
         ({"flip": True}, "--flip"),
+        ({"caption_dropout": 0.5}, "--caption-dropout"),
         ({"errors_only": True, "grid_points": 4}, "--grid-points"),
         ({"buckets": "sdxl"}, "--buckets"),
     ):
@@ -269,3 +270,16 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(UsageError, match="--errors-only"):
         run(source, pipelines(), tmp_path / "again", errors_only=True)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("drawn", [{"flip": True}, {"vae_latent": "sample"}, {"caption_dropout": 0.5}, {}], ids=str)
+def test_another_seed_is_refused_where_what_stays_was_drawn_with_the_first(
+    drawn: dict[str, Any], tars: Callable, pipelines: Callable, run: Runs, again: Again, tmp_path: Path
+) -> None:
+    first = run.cache(tars(2, 2), pipelines(), tmp_path / "cache", **drawn)
+    if drawn:
+        with pytest.raises(UsageError, match="--seed"):
+            again(first, pipelines(), tmp_path / "again", seed=5)
+        assert not (tmp_path / "again").exists()
+    else:
+        assert again.cache(first, pipelines(), tmp_path / "again", seed=5).manifest.seed == 5

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from inpo.common.errors import ModelError, StorageError, UsageError
@@ -81,3 +82,16 @@ def test_a_start_of_another_kind(make_world: Callable[..., Any], run: Callable[.
     with pytest.raises(UsageError, match="another kind than the reference") as caught:
         run(init_from=str(make_world("sd2-v").model.folder))
     assert "v_prediction" in str(caught.value)
+
+
+def test_a_start_of_another_shape(world: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+    """Of the reference's family, prediction and schedule, for texts of another width."""
+    folder = shutil.copytree(world.model.folder, tmp_path / "wide")
+    config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    width = config["cross_attention_dim"]
+    wide = UNet2DConditionModel.from_config(config | {"cross_attention_dim": 2 * width})
+    wide.save_pretrained(folder / "unet")
+    with pytest.raises(UsageError, match="another kind than the reference") as caught:
+        run(init_from=str(folder))
+    assert f"attn2.to_k.weight of [{config['block_out_channels'][0]}, {width}]" in str(caught.value)
+    assert not (tmp_path / "run/checkpoints").exists()

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import inpo.train.run
 from inpo.common import durable
@@ -184,6 +185,29 @@ def test_other_settings_are_refused_by_name(run: Callable[..., Path]) -> None:
     assert "batch_size = 2" in str(caught.value)
     assert "beta = 500.0" in str(caught.value)
     assert "another --output" in str(caught.value)
+
+
+def test_a_start_that_has_changed_is_refused(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The frozen weights under LoRA layers are in no checkpoint: they are read from where training began."""
+    start = shutil.copytree(make_world(seed=1).model.folder, tmp_path / "start")
+    options = {"init_from": str(start), "lora_rank": 2}
+    run(steps=1, **options)
+    run(steps=2, **options)
+    (file,) = (start / "unet").glob("*.safetensors")
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="init_from_network"):
+        run(steps=3, **options)
+
+
+def test_what_an_earlier_step_goes_on_from_has_no_later_pictures(run: Callable[..., Path]) -> None:
+    options = {"save_every": 1, "keep_last": 9, "sample_every": 1, "sample_steps": 1}
+    output = run(steps=3, **options)
+    assert len(list((output / "samples").iterdir())) == 4
+    run(steps=2, resume=str(output / "checkpoints/step-00000002"), **options)
+    assert sorted(file.name for file in (output / "samples").iterdir()) == [f"step-{n:08d}.png" for n in range(3)]
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()][-1] == 2
 
 
 def test_lora_checkpoints_hold_the_trained_layers_only(

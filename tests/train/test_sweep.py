@@ -52,6 +52,9 @@ def test_lists_are_all_their_combinations(tmp_path: Path) -> None:
         ("[[run]]\n[[run]]\n", "one name"),
         ("[[run]]\nbeta = [", "TOML"),
         ("", "tables"),
+        ("run = []", "no run"),
+        ("[[run]]\nobjective = []", "no run"),
+        ("[[run]]\nname = 'a'\n[[run]]\nname = 'b'\nbeta = []", "no run"),
     ],
 )
 def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -148,6 +151,10 @@ def test_the_reference_is_sampled_as_the_runs_are(
     score = found["scores"]["brightness"]
     assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
     assert told == [16, 16]
+    # The run is finished, and its picture was drawn with one step: no picture of two is compared with it.
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness", "--sample-steps", "2"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/sweep.json").read_text())[0]["scores"] == {}
 
 
 def test_a_run_of_a_sweep_is_what_it_would_be_alone(world: Any, cache: str, tmp_path: Path) -> None:
