@@ -104,7 +104,7 @@ def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         [*head, "gain: oracle", "held-out"],
         [
             [
-                name,
+                name.replace(" | ", ", "),
                 f"{each['learning_rate']:g}",
                 "-" if each["strength"] is None else f"{each['strength']:g}",
                 str(each["seeds"]),
