@@ -1,5 +1,6 @@
 """The front door: one Typer app, `inpo` (also `python -m inpo`), that mounts the stages' apps."""
 
+import errno
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer
 
-from inpo.common.errors import InpoError
+from inpo.common.errors import InpoError, StorageError
 from inpo.common.foreign import Command
 from inpo.common.log import LOGGER, fail
 from inpo.common.loudness import Root
@@ -80,6 +81,15 @@ def main() -> None:
         app()
     except InpoError as error:
         _end(error)
+    except OSError as error:  # files have words of their own
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "standard output"
+        _end(
+            StorageError(
+                "There is no space left.", where=where, got=error.strerror, fix="free some, or write elsewhere"
+            )
+        )
     except (MemoryError, RuntimeError):
         from inpo.common.batch_size import memory_in_words  # torch
 

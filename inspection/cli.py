@@ -234,8 +234,6 @@ def filter_pairs(
     from inpo.inspection.pair_table import is_listable, read_pair_table
     from inpo.inspection.where import select
 
-    if where is None and agree is None:
-        raise UsageError("No condition given.", where="--where", expected="--where, --agree or both", fix="pass one")
     if labels and agree is None:
         raise UsageError(
             "Label sets are named for --agree, which is not there.",

@@ -39,7 +39,11 @@ def prepare_network(
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
+        names = [f".{name}" for name, _ in network.named_modules()]
         try:
+            for target in settings.lora_targets:  # peft asks that one of them is there
+                if not any(name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"no module's name ends in {target}")
             inject_adapter_in_model(layers, network)
         except ValueError as error:
             raise UsageError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from inpo.common.errors import UsageError
+from inpo.common.errors import InpoError, UsageError
 from inpo.precompute.settings import RayOptions
 
 _OBJECT_STORE_BYTES = 100_000_000
@@ -33,7 +33,16 @@ def connect(options: RayOptions) -> None:
         if options.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cpus = max(len(os.sched_getaffinity(0)), options.workers or 1)
-            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            quiet |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+            try:
+                ray.init("local", **quiet)
+            except Exception as error:  # Ray raises this itself where a part of it is not there in time
+                raise InpoError(
+                    "Ray does not start on this machine.",
+                    where="--engine ray",
+                    got=(str(error).splitlines() or [type(error).__name__])[0][:200],
+                    fix="run again when the machine has less to do, or without --engine ray",
+                ) from error
             return
         try:
             ray.init(options.address, **quiet)

@@ -142,3 +142,13 @@ def test_the_shell_completes_commands_options_and_choices() -> None:
     assert completed("inpo eval") == ["evaluate"]
     assert completed("inpo train --optimizer adaf") == ["adafactor"]
     assert completed("inpo train --gradient-ch") == ["--gradient-checkpointing"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")
+def test_standard_output_that_is_full_is_said() -> None:
+    words = [sys.executable, "-m", "inpo", "doctor"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=280)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr

@@ -130,3 +130,11 @@ def test_ids_that_no_list_can_hold_are_counted_and_not_listed(write_cache, inspe
     assert "\x1b" not in done.stdout
     assert len(done.stdout.splitlines()) == 3
     assert inspect("summary", cache).code == 0
+
+
+def test_without_a_condition_all_pairs_are_listed(states, inspect):
+    """As the option's default says."""
+    done = inspect("filter", states("healthy"))
+    ids = [str(pair_id) for shard in open_cache(str(states("healthy"))) for pair_id in shard.read("pair/id")]
+    assert done.code == 0
+    assert sorted(done.out.split("\n")[: len(ids)]) == sorted(ids)

@@ -252,6 +252,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
         ({"schedule": "polynomial", "learning_rate": 1e-8}, ["--learning-rate", "more than 1e-7"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),
         ({"lora_rank": 2, "lora_targets": ["nosuch"]}, ["--lora-targets", "nosuch"]),
+        ({"lora_rank": 2, "lora_targets": ["to_q", "nosuch"]}, ["--lora-targets", "no module's name ends in nosuch"]),
         ({"dtype": "int8"}, ["dtype", "float32"]),
     ],
 )
