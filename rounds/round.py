@@ -127,6 +127,7 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
     """Raise UsageError for what is missing, or does not go together."""
     watchers = [name for name in evaluate.scorers if name != sample.scorer]
     taken = [name for name in ("output", "caches", "init_from", "push_to_hub") if getattr(trained, name)]
+    laid = [name for name in ("lora", "controlnet", "inpaint") if getattr(evaluate, name)]
     for wrong, where, expected, fix in (
         (settings.output is None, "--output", "a folder", "pass --output, or set output in [round]"),
         (sample.prompts is None, "[sample]", "prompts", "set prompts in [sample] of the recipe"),
@@ -143,6 +144,12 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
             "lora_rank in [train]",
             "0: the next round begins with a whole model",
             "train all weights, or go round by round yourself",
+        ),
+        (
+            bool(laid),
+            f"{', '.join(laid)} in [evaluate]",
+            "none: the rounds' models are compared as they are",
+            "leave out",
         ),
         (bool(taken), f"{', '.join(taken)} in [train]", "none: each round has its own", "leave out; `inpo push` a run"),
     ):

@@ -83,21 +83,17 @@ def check_objective(settings: TrainSettings) -> None:
 
 
 def check_schedule(settings: TrainSettings) -> None:
-    """Raise UsageError for a polynomial schedule that has nowhere to fall from: diffusers' ends at a rate of 1e-7."""
-    if settings.schedule != "polynomial":
-        return
+    """Raise UsageError for a warm-up that the schedule does not have, and for a polynomial one that has nowhere to fall
+    from: diffusers' ends at a rate of 1e-7."""
+    warmup, falls = settings.warmup_steps, settings.schedule == "polynomial"
     for wrong, option, expected, got in (
-        (
-            settings.warmup_steps >= settings.steps,
-            "--warmup-steps",
-            f"less than --steps {settings.steps}",
-            settings.warmup_steps,
-        ),
-        (settings.learning_rate <= 1e-7, "--learning-rate", "more than 1e-7", settings.learning_rate),
+        (settings.schedule == "constant" and warmup > 0, "--warmup-steps", "0", warmup),
+        (falls and warmup >= settings.steps, "--warmup-steps", f"less than --steps {settings.steps}", warmup),
+        (falls and settings.learning_rate <= 1e-7, "--learning-rate", "more than 1e-7", settings.learning_rate),
     ):
         if wrong:
             raise UsageError(
-                "A polynomial schedule falls from the learning rate to 1e-7 after the warm-up.",
+                f"{option} does not go with --schedule {settings.schedule}.",
                 where=option,
                 expected=expected,
                 got=got,

@@ -163,6 +163,7 @@ def test_what_cannot_tell_what_was_learnt_is_refused(recipe: Callable, tmp_path:
         ({"train": {"push_to_hub": "me/mine"}}, "push_to_hub"),
         ({"sample": {"scorer": None}}, "scorer"),
         ({"evaluate": {"prompts": None}}, "held out"),
+        ({"evaluate": {"lora": "some/lora"}}, r"lora in \[evaluate\]"),
         ({"round": {"output": None}}, "--output"),
     ):
         with pytest.raises(UsageError, match=match):

@@ -249,6 +249,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"schedule": "polynomial", "warmup_steps": 2, "steps": 2}, ["--warmup-steps", "less than --steps 2"]),
+        ({"schedule": "constant", "warmup_steps": 2}, ["--warmup-steps", "--schedule constant"]),
         ({"schedule": "polynomial", "learning_rate": 1e-8}, ["--learning-rate", "more than 1e-7"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),
         ({"lora_rank": 2, "lora_targets": ["nosuch"]}, ["--lora-targets", "nosuch"]),
