@@ -18,6 +18,7 @@ from inpo.common.families.lora import kohya_state, layers_of, save_adapter
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, read_recipe, resolve
+from inpo.train.checkpoint import last_identity
 
 KOHYA_FILE = "lora-kohya.safetensors"
 """In a run's folder, beside lora/."""
@@ -117,7 +118,8 @@ def write_lora(
 def model_of(run: Path) -> Model:
     """The model that a run's LoRA layers belong to: what was trained, the reference or that of --init-from.
 
-    Raises UsageError if the folder is not that of a finished LoRA run.
+    Raises UsageError if the folder is not that of a finished LoRA run, and ModelError if another model lies where the
+    run's recipe says, as far as the run's checkpoints can tell.
     """
     if not ((run / "lora").is_dir() and (run / "recipe.toml").is_file()):
         raise UsageError(
@@ -129,4 +131,15 @@ def model_of(run: Path) -> Model:
         )
     sections = read_recipe(run / "recipe.toml")
     start = sections.get("train", {}).get("init_from")
-    return open_model(start) if start else resolve(ModelSection, "model", sections, {}).open()
+    model = open_model(start) if start else resolve(ModelSection, "model", sections, {}).open()
+    identity = last_identity(run / "checkpoints")
+    wanted = identity.get("init_from_network") if start else identity.get("caches", [{}])[0].get("network")
+    if wanted is not None and model.fingerprints["network"] != wanted:
+        raise ModelError(
+            "The LoRA layers were trained over other weights than lie here.",
+            where=f"{model.name}, which {run / 'recipe.toml'} names",
+            expected=f"network {wanted}",
+            got=f"network {model.fingerprints['network']}",
+            fix="run where the recipe's path leads to the model that was trained, or bring it back",
+        )
+    return model

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inpo.common.cache import open_cache
+from inpo.common.errors import ModelError
 from inpo.train.export import export_single_file
 from inpo.train.output import write_output
 
@@ -102,6 +104,22 @@ def test_lora_on_top_of_another_start_belongs_to_that_model(
     changed = {name for name in base if not torch.equal(merged[name], base[name])}
     assert changed
     assert all(".attn" in name for name in changed)
+
+
+def test_layers_are_not_laid_over_other_weights(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A recipe's path may lead elsewhere from another folder."""
+    world = make_world()
+    folder = shutil.copytree(world.model.folder, tmp_path / "model")
+    output = run(model=str(folder), steps=1, lora_rank=2)
+    assert export_single_file(output, tmp_path / "merged.safetensors", dtype="float32").is_file()
+    (file,) = (folder / "unet").glob("*.safetensors")
+    weights = {name: 1.5 * value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="other weights"):
+        export_single_file(output, tmp_path / "wrong.safetensors", dtype="float32")
+    assert not (tmp_path / "wrong.safetensors").exists()
 
 
 def test_the_moving_average_is_what_is_written(run: Callable[..., Path], tmp_path: Path) -> None:
