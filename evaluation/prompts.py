@@ -35,7 +35,11 @@ def read_prompts(location: str) -> list[str]:
         found = reader(path)
     elif kind != "nothing" or not _may_be_on_the_hub(location):
         raise DataError(
-            "There are no prompts here.", where=location[:200], expected=EXPECTED, got=kind, fix="check --prompts"
+            "There are no prompts here.",
+            where=location[:200],
+            expected=EXPECTED,
+            got=kind,
+            fix="check --prompts; a folder here hides hub datasets whose owner is called like it",
         )
     else:
         found = _read_hub(location)

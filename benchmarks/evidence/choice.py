@@ -65,7 +65,8 @@ def same_calls() -> dict[str, list[Run]]:
     """On own pairs, finished runs prolonged to the network calls of InPO's cache and training; a backward pass counts
     as two calls.
 
-    Per image: InPO's cache 1 + n calls a pair's side, a cache of noise K; a trained record 3 (SFT trains one side).
+    Per image: InPO's cache 1 + n calls at most (a path ends at its last kept point: 9.9 on average), a cache of noise
+    K; a trained record 3 (SFT trains one side).
     """
     whole = 2 * c.NUM_PAIRS * 11 + c.length.steps * c.length.batch * 2 * 3
     rest = whole - 2 * c.NUM_PAIRS * 4
