@@ -333,13 +333,15 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
     both = ("--agree", "2/2", "--labels", "red", "--labels", "coarse", "--where", "label > 0.5")
     listed = CliRunner().invoke(inspect, ["filter", str(cache), *both])
     assert [name for name in REDS if name in listed.stdout] == ["first", "second"]
+    # Without a condition every pair is listed, once for each of its points.
+    every = CliRunner().invoke(inspect, ["filter", str(cache)])
+    assert every.exit_code == 0 and all(name in every.stdout for name in REDS), every.output
     for wrong in (
         ("--agree", "4/5"),
         ("--agree", "3/2"),
         ("--agree", "most"),
         ("--agree", "2/2", "--labels", "red"),
         ("--where", "label > 0.5", "--labels", "red"),
-        (),
     ):
         with pytest.raises(UsageError):
             raise CliRunner().invoke(inspect, ["filter", str(cache), *wrong]).exception or AssertionError(wrong)
