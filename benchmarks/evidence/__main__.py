@@ -18,9 +18,9 @@ from pathlib import Path
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
 from benchmarks.evidence import results as r
+from benchmarks.evidence.caches import label_steps, mean_error
 from benchmarks.evidence.conditions import Run
 from benchmarks.evidence.jobs import Job, run_jobs
-from benchmarks.evidence.labels import label_steps, mean_error
 from benchmarks.evidence.online import train_online
 
 AGAINST_DPO = "test-against-dpo"

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.evidence import conditions as c
 from benchmarks.evidence import results as r
+from benchmarks.evidence.caches import network_calls
 from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.conditions import Run
 
@@ -62,21 +63,25 @@ def tested(method: c.Method, pairs: c.Pairs) -> list[Run]:
 
 
 def same_calls() -> dict[str, list[Run]]:
-    """On own pairs, finished runs prolonged to the network calls of InPO's cache and training; a backward pass counts
-    as two calls.
+    """On own pairs, finished runs prolonged to the network calls of InPO's cache and training.
 
-    Per image: InPO's cache 1 + n calls at most (a path ends at its last kept point: 9.9 on average), a cache of noise
-    K; a trained record 3 (SFT trains one side).
+    Caches cost what `inpo plan` counts for them. A trained record costs three calls for each of its images, a backward
+    pass counts as two; SFT trains one side.
     """
-    whole = 2 * c.NUM_PAIRS * 11 + c.length.steps * c.length.batch * 2 * 3
-    rest = whole - 2 * c.NUM_PAIRS * 4
+    images = 2 * c.NUM_PAIRS
+    saved = images * (_calls(c.CLEAN) - _calls(c.NOISE))
+    rest = saved + c.length.steps * c.length.batch * 2 * 3
     found = {}
     for method in c.SAME_CALLS:
         if method in c.methods(c.OWN):
-            steps = rest // (c.length.batch * (1 if method is c.SFT else 2) * 3)
+            steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
             runs = [run for run in tested(method, c.OWN) if run.seed in c.FEWER_SEEDS]
             found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
+
+
+def _calls(cache: c.Cache) -> float:
+    return network_calls(cache.folder(c.OWN), c.length.base)
 
 
 def points() -> dict[str, list[Run]]:

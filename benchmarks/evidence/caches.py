@@ -1,4 +1,4 @@
-"""Label sets of a cache with a share of the labels turned round."""
+"""What caches cost and hold, and their label sets with a share of the labels turned round."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ from benchmarks.evidence.jobs import Step
 from inpo.common.cache import open_cache
 from inpo.common.cache.labels import read_labels
 from inpo.common.durable import write_file
+from inpo.common.models import open_model
 from inpo.common.seeding import uniform
+from inpo.precompute.plan import calls_per_image
 
 _MARGINS = "margins"
 
@@ -45,6 +47,11 @@ def _write(path: Path, folder: Path, kind: str, flips: int) -> None:
         turned = uniform("turned label", pair_id) < flips / 100
         lines.append(json.dumps({"pair_id": pair_id, "label": 1 - label if turned else label}))
     write_file(path, "\n".join(lines) + "\n")
+
+
+def network_calls(folder: Path, base: str) -> float:
+    """What making a cache of pairs has cost: calls of the network for one image, on average."""
+    return calls_per_image(open_cache(str(folder)).manifest, open_model(base))
 
 
 def mean_error(folder: Path) -> float:
