@@ -106,6 +106,14 @@ class CacheSettings(Section):
         """(height, width) in pixels."""
         return sides(self.resolution)
 
+    def without_effect(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.inverter in NOISING:
+            found |= dict.fromkeys(("noised_start", "refine_start"), f"an --inverter that inverts: {_INVERTING}")
+        if self.inverter != "fixed_point":
+            found |= dict.fromkeys(("iterations", "tolerance"), "--inverter fixed_point")
+        return found
+
     @field_validator("extra")
     @classmethod
     def _in_order(cls, value: tuple[ExtraName, ...]) -> tuple[ExtraName, ...]:
@@ -153,6 +161,7 @@ class CacheSettings(Section):
         return cls(**{name: told[name] for name in wanted if told[name] is not None})
 
 
+_INVERTING = ", ".join(name for name in get_args(ChosenInverter) if name not in NOISING)
 _OF_INVERSION = ("inverter", "guidance", "faithful", "noised_start", "refine_start", "iterations", "tolerance")
 
 

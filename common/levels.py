@@ -244,22 +244,24 @@ class Levels:
         return (a, s) if self.space == "noise" else (np.ones_like(a), s)
 
 
-def exact_grid(offset: float, steps: int, num_train_timesteps: int) -> Int[np.ndarray, " grid"]:
+def exact_grid(
+    offset: float, steps: int, num_train_timesteps: int, *, option: str = "--grid-points"
+) -> Int[np.ndarray, " grid"]:
     """The exact inversion grid of a pair: t_i = floor((i + u) * T / n), i = 0..n-1, int64 ascending.
 
     `offset` is u in [0, 1). Over uniform u every timestep 0..T-1 is covered uniformly, for any n, and every record
     sits exactly on its own level. Our derivation; it replaces the released code's grid, where x_t and its label
-    disagree.
+    disagree. `option` gave the number of steps.
     """
     if not 0.0 <= offset < 1.0:
         raise UsageError("The grid's offset lies outside [0, 1).", got=offset, fix="draw it from the pair's hash")
     if not 1 <= steps <= num_train_timesteps:
         raise UsageError(
             "The number of inversion steps is out of range.",
-            where="--grid-points",
+            where=option,
             expected=f"1..{num_train_timesteps}",
             got=steps,
-            fix="the paper uses 10",
+            fix="take fewer" if steps > 1 else "take one at least",
         )
     # Nearer to 1 than 2^-32, i + u would round up to i + 1 and leave its cell.
     offset = min(offset, 1.0 - 2.0**-32)

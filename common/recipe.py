@@ -66,6 +66,10 @@ class Section(BaseModel):
     recipe_only: ClassVar[frozenset[str]] = frozenset()
     """Fields without an option."""
 
+    def without_effect(self) -> Mapping[str, str]:
+        """{setting that does nothing as the others stand: what it would need}; whether it was given is not asked."""
+        return {}
+
 
 def option_name(setting: str, field: FieldInfo | None = None) -> str:
     """The option of a setting, for instance --model-config."""
@@ -200,10 +204,15 @@ def read_recipe(path: Path | None) -> Recipe:
 def resolve(
     kind: type[SectionType], section: str, recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
 ) -> SectionType:
-    """One section's settings: defaults, then the recipe's values, then every flag that is not None."""
+    """One section's settings: defaults, then the recipe's values, then every flag that is not None.
+
+    Raises UsageError for a bad value, and for a flag that does nothing.
+    """
     values = {**recipe.get(section, {}), **{name: value for name, value in flags.items() if value is not None}}
     try:
-        return kind.model_validate(values)
+        settings = kind.model_validate(values)
+        _refuse_without_effect(settings, flags)
+        return settings
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or section
@@ -230,6 +239,21 @@ def resolve(
             got=repr(first.get("input")),
             fix="correct the value; --help says what each option means",
         ) from None
+
+
+def _refuse_without_effect(settings: Section, flags: Mapping[str, Any]) -> None:
+    """Raise UsageError for the first flag, not its default, that does nothing. A recipe may have it for other flags."""
+    for name, needed in settings.without_effect().items():
+        field, value = type(settings).model_fields[name], getattr(settings, name)
+        if flags.get(name) is not None and value != field.default:
+            option = option_name(name, field)
+            raise UsageError(
+                f"{option} does nothing here.",
+                where=option,
+                expected=needed,
+                got=value,
+                fix="leave it out, or change the other",
+            )
 
 
 _DEFAULTS = "# defaults:"

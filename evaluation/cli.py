@@ -10,7 +10,7 @@ import typer
 from inpo.common.foreign import Command
 from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
-from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
+from inpo.common.recipe import DataSection, ModelSection, option_name, read_recipe, resolve
 from inpo.evaluation.settings import CombineName, EvaluateSettings
 
 if TYPE_CHECKING:
@@ -267,7 +267,10 @@ def relabel(
             fix="leave it out for the scorer's own",
         )
     names = list(dict.fromkeys(scorer))
-    _check_relabel(names, pairs, from_file, combine, temperature, smpo, set_name)
+    source_options = {"pairs": pairs, **given[DataSection]}
+    of_scorers = {**source_options, "temperature": temperature}
+    unused = [option_name(name) for name, value in of_scorers.items() if value is not None] if from_file else []
+    _check_relabel(names, pairs, from_file, combine, temperature, smpo, set_name, unused)
     chosen = check_set_name(set_name or names[0])
     opened = open_cache(cache)
     main = processes().is_main_process
@@ -277,7 +280,7 @@ def relabel(
         return
     say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     judges = [load_scorer(name) for name in names]
-    source = resolve(DataSection, "data", {}, {"pairs": pairs, **given[DataSection]}).open()
+    source = resolve(DataSection, "data", {}, source_options).open()
     mine = list(opened)[processes().process_index :: processes().num_processes]
     share = sum(shard.num_pairs for shard in mine) * len(judges)
     with ProgressReport("relabel", total=share, unit="pairs", quiet=not main) as progress:
@@ -309,6 +312,7 @@ def _check_relabel(
     temperature: float | None,
     smpo: bool,
     set_name: str | None,
+    unused: list[str],
 ) -> None:
     """Raise UsageError for options that do not go together."""
     from inpo.common.errors import UsageError
@@ -318,6 +322,7 @@ def _check_relabel(
     for wrong, where, expected, fix in (
         (not scorers and from_file is None, "--scorer", "a scorer, or --from FILE", "pass one"),
         (bool(scorers) and from_file is not None, "--from", "a file, or scorers", "leave one of both out"),
+        (bool(unused), ", ".join(unused), "none of them with --from: the file has the labels", "leave them out"),
         (bool(scorers) and pairs is None, "--pairs", "the source of the pairs", "pass the source of the cache"),
         (from_file is not None and set_name is None, "--set", "a name", "pass --set NAME"),
         (several and combine is None, "--combine", "vote or mean", "pass --combine, or one scorer at a time"),

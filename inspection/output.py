@@ -30,8 +30,10 @@ def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise _refusal(errno.ENOTDIR, parent)
-        if not os.access(out if out.exists() else parent, os.W_OK):
-            raise _refusal(errno.EACCES, out)
+        nearest = out if out.exists() else parent
+        if not os.access(nearest, os.W_OK):
+            is_read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
+            raise _refusal(errno.EROFS if is_read_only else errno.EACCES, out)
 
 
 def write_output(out: Path, content: str | bytes, *, what: str) -> None:

@@ -78,7 +78,7 @@ def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, A
             )
     settings = CacheSettings.of(open_cache(str(location)).manifest).model_dump(exclude_unset=True)
     asked = {name: value for name, value in told.items() if name in CacheSettings.model_fields and name != "dtype"}
-    before, wanted = (resolve(CacheSettings, "precompute", {}, each) for each in (settings, {**settings, **asked}))
+    before, wanted = (resolve(CacheSettings, "precompute", {"precompute": settings}, each) for each in ({}, asked))
     changed = [name for name in asked if getattr(wanted, name) != getattr(before, name)]
     if errors_only and changed:
         raise UsageError(
@@ -114,10 +114,14 @@ def build_manifest(
     )
     levels = family.levels(model.scheduler, times)
     identity = settings.inverter_identity(levels.num_train_timesteps)
+    points = option_name("grid_points", type(settings).model_fields["grid_points"])
     check_settings(
-        identity, num_train_timesteps=levels.num_train_timesteps, timesteps_per_pair=settings.timesteps_per_pair
+        identity,
+        num_train_timesteps=levels.num_train_timesteps,
+        timesteps_per_pair=settings.timesteps_per_pair,
+        option=points,
     )
-    check_distinct(levels, settings.grid_points)
+    check_distinct(levels, settings.grid_points, option=points)
     # Some VAEs overflow in half precision; the configuration says whether a repaired one may run lower.
     check_quantiser(network_dtype)
     vae_dtype = "float32" if vae.get("force_upcast", True) else compute_name(network_dtype)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from inpo.common.choices import DtypeName, LoraFormat
-from inpo.common.errors import UsageError
+from inpo.common.errors import UsageError, command
 from inpo.common.options import Given, RecipeOption, options
 from inpo.common.paths import home
 from inpo.common.recipe import ModelSection
@@ -73,12 +73,21 @@ def export(
 ) -> None:
     """Write a trained model, or its LoRA layers, as one file that other programs read (docs/use-the-result.md)."""
     if (single_file is None) == (lora is None):
+        option = "--lora" if (run / "lora").is_dir() else "--single-file"
         raise UsageError(
             "Say what to write.",
             where="--single-file, --lora",
             expected="one of the two",
             got="neither" if lora is None else "both",
-            fix=f"inpo export {run} --lora {run.name or 'run'}.safetensors, for instance",
+            fix=f"for instance `{command('export', run, option, f'{run.resolve().name}.safetensors')}`",
+        )
+    if single_file is not None and form != "kohya":
+        raise UsageError(
+            "--format is of --lora: a single file has one layout.",
+            where="--format",
+            expected="no --format with --single-file",
+            got=form,
+            fix="leave it out",
         )
     if lora is not None:
         from inpo.train.lora import export_lora

@@ -33,19 +33,6 @@ def check_installed(settings: TrainSettings) -> None:
             )
 
 
-def check_lora(settings: TrainSettings) -> None:
-    """Raise UsageError for an option of LoRA layers that nobody asked for."""
-    for asked, option in ((settings.lora_alpha, "--lora-alpha"), (settings.lora_targets, "--lora-targets")):
-        if asked and not settings.lora_rank:
-            raise UsageError(
-                f"{option} does nothing in full fine-tuning.",
-                where=option,
-                expected="--lora-rank, above 0",
-                got="0",
-                fix="pass --lora-rank as well, or leave it out",
-            )
-
-
 def check_quantised(network_dtype: str, settings: TrainSettings) -> None:
     """Raise UsageError for a cache of a quantised network that is to be trained whole: no weight of it can move."""
     check_quantiser(network_dtype)
@@ -64,8 +51,14 @@ def check_objective(settings: TrainSettings) -> None:
     objective = OBJECTIVES[settings.objective]
     parameter_of(settings)
     pairwise = ", ".join(each.name for each in OBJECTIVES.values() if each.pairwise)
+    scored = [each.name for each in OBJECTIVES.values() if each.scores or each.labels == "rates"]
     for wrong, option, expected in (
         (settings.sdpo is not None and not objective.pairwise, "--sdpo", f"a pairwise objective: {pairwise}"),
+        (
+            settings.score_temperature != 1.0 and objective.name not in scored,
+            "--score-temperature",
+            f"an objective of scores: {', '.join(scored)}",
+        ),
         (
             settings.loss_space != "own" and objective.space is not None,
             "--loss-space",
@@ -83,11 +76,9 @@ def check_objective(settings: TrainSettings) -> None:
 
 
 def check_schedule(settings: TrainSettings) -> None:
-    """Raise UsageError for a warm-up that the schedule does not have, and for a polynomial one that has nowhere to fall
-    from: diffusers' ends at a rate of 1e-7."""
+    """Raise UsageError for a polynomial schedule that has nowhere to fall from: diffusers' ends at a rate of 1e-7."""
     warmup, falls = settings.warmup_steps, settings.schedule == "polynomial"
     for wrong, option, expected, got in (
-        (settings.schedule == "constant" and warmup > 0, "--warmup-steps", "0", warmup),
         (falls and warmup >= settings.steps, "--warmup-steps", f"less than --steps {settings.steps}", warmup),
         (falls and settings.learning_rate <= 1e-7, "--learning-rate", "more than 1e-7", settings.learning_rate),
     ):

@@ -39,7 +39,6 @@ from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
     check_installed,
-    check_lora,
     check_needs,
     check_objective,
     check_origin,
@@ -77,7 +76,6 @@ class Resolved:
         """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
         Returns what is read."""
         check_installed(self.settings)
-        check_lora(self.settings)
         check_objective(self.settings)
         check_schedule(self.settings)
         return check_needs(self.caches, OBJECTIVES[self.settings.objective])

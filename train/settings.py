@@ -167,6 +167,21 @@ class TrainSettings(Section):
     sample_guidance: float = Field(7.5, ge=0)
     """Classifier-free guidance scale of a sample image."""
 
+    def without_effect(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for needed, has_use, names in (
+            ("--lora-rank above 0: LoRA layers", self.lora_rank, ("lora_alpha", "lora_targets")),
+            ("--sample-every above 0", self.sample_every, ("sample_prompts", "sample_steps", "sample_guidance")),
+            ("--held-out above 0", self.held_out, ("held_out_records", "evaluate_every", "overfitting")),
+            ("--optimizer adamw or adamw8bit", self.optimizer != "adafactor", ("adam_betas", "adam_eps")),
+            ("a --schedule that warms up", self.schedule != "constant", ("warmup_steps",)),
+            ("a --tracker", self.tracker != "none", ("project", "run_name")),
+            ("no --labels: a label set has its own unit", self.labels is None, ("score_temperature",)),
+        ):
+            if not has_use:
+                found |= dict.fromkeys(names, needed)
+        return found
+
     @field_validator("timestep_range")
     @classmethod
     def _ascending(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -131,17 +131,19 @@ def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> 
     return levels
 
 
-def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int) -> None:
-    """Refuse settings that some group could not follow. Raises UsageError."""
+def check_settings(
+    identity: InverterIdentity, *, num_train_timesteps: int, timesteps_per_pair: int, option: str = "--grid-points"
+) -> None:
+    """Refuse settings that some group could not follow. Raises UsageError. `option` gave the grid's points."""
     n, k = identity.grid_points, timesteps_per_pair
-    exact_grid(0.0, n, num_train_timesteps)
+    exact_grid(0.0, n, num_train_timesteps, option=option)
     if not 1 <= k <= n:
         raise UsageError(
             "Cannot keep that many timesteps per pair.",
             where="--timesteps-per-pair",
-            expected=f"1..{n} (--grid-points)",
+            expected=f"1..{n} ({option})",
             got=k,
-            fix="raise --grid-points or lower --timesteps-per-pair",
+            fix=f"raise {option} or lower --timesteps-per-pair",
         )
     low, high = identity.timestep_range
     if not 0 <= low < high <= num_train_timesteps:
@@ -163,7 +165,7 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
             where="--timestep-range",
             expected=f"at least {k} grid points (--timesteps-per-pair)",
             got=f"{fewest} of {n} in [{low}, {high})",
-            fix="widen the range, raise --grid-points, or lower --timesteps-per-pair",
+            fix=f"widen the range, raise {option}, or lower --timesteps-per-pair",
         )
     if identity.faithful and (
         identity.name != "ddim"
@@ -180,16 +182,16 @@ def check_settings(identity: InverterIdentity, *, num_train_timesteps: int, time
         )
 
 
-def check_distinct(levels: Levels, grid_points: int) -> None:
-    """Raise UsageError if two points of some group's grid would lie on one level."""
+def check_distinct(levels: Levels, grid_points: int, *, option: str = "--grid-points") -> None:
+    """Raise UsageError if two points of some group's grid would lie on one level. `option` gave their number."""
     apart = levels.num_train_timesteps // grid_points
     if bool((levels.noise[apart:] <= levels.noise[: levels.num_train_timesteps - apart]).any()):
         raise UsageError(
-            "Two points of the inversion grid would lie on one level.",
-            where="--grid-points",
+            "Two points of the grid would lie on one level.",
+            where=option,
             expected=f"levels apart, of which a network in half precision sees {len(levels.noise.unique())} exactly",
             got=grid_points,
-            fix="take fewer grid points, or --dtype float32",
+            fix="take fewer of them, or --dtype float32",
         )
 
 

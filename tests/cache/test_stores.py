@@ -20,6 +20,7 @@ from inpo.common.cache.store import CacheStore
 from inpo.common.conditions import Condition
 from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError
+from inpo.inspection.output import refuse_output
 
 NUM_WRITERS = 16
 ROOT = Path(__file__).parents[2]
@@ -314,7 +315,11 @@ def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
     assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 4
     writer = CacheWriter.open(str(folder), manifest)
     shard = build.shard(manifest, 1)
-    for attempt in (lambda: writer.write("s1", shard), lambda: CacheStore(f"{folder}/x", create=True)):
+    for attempt in (
+        lambda: writer.write("s1", shard),
+        lambda: CacheStore(f"{folder}/x", create=True),
+        lambda: refuse_output(folder / "report.html", what="report"),
+    ):
         with pytest.raises(StorageError, match="Read-only file system") as caught:
             attempt()
         assert "choose a folder you can write to" in str(caught.value)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from inpo.common.errors import UsageError
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
+from inpo.precompute.settings import PrecomputeSettings
+from inpo.train.settings import TrainSettings
 
 
 class Numbers(Section):
@@ -133,3 +135,37 @@ def test_on_the_screen_stands_what_is_not_the_default() -> None:
     section = DataSection(pairs="pairs/")
     assert to_toml({"data": section}, differing=True) == '[data]\npairs = "pairs/"\n'
     assert "allow_remote = false" in to_toml({"data": section})
+
+
+WITHOUT_EFFECT = (
+    (PrecomputeSettings, {"iterations": 9}, "--inverter fixed_point", {"inverter": "fixed_point"}),
+    (PrecomputeSettings, {"tolerance": 0.1}, "--inverter fixed_point", {"inverter": "fixed_point"}),
+    (PrecomputeSettings, {"inverter": "noise", "noised_start": 0.3}, "ddim, ab2", {"inverter": "ab2"}),
+    (PrecomputeSettings, {"inverter": "tracked", "refine_start": 2}, "ddim, ab2", {"inverter": "ddim"}),
+    (TrainSettings, {"lora_alpha": 8.0}, "--lora-rank above 0", {"lora_rank": 4}),
+    (TrainSettings, {"lora_targets": ["to_q"]}, "--lora-rank above 0", {"lora_rank": 4}),
+    (TrainSettings, {"sample_prompts": ["a cat"]}, "--sample-every above 0", {"sample_every": 10}),
+    (TrainSettings, {"sample_steps": 5}, "--sample-every above 0", {"sample_every": 10}),
+    (TrainSettings, {"held_out": 0.0, "overfitting": "stop"}, "--held-out above 0", {"held_out": 0.1}),
+    (TrainSettings, {"optimizer": "adafactor", "adam_betas": [0.8, 0.9]}, "adamw", {"optimizer": "adamw"}),
+    (TrainSettings, {"schedule": "constant", "warmup_steps": 2}, "warms up", {"schedule": "linear"}),
+    (TrainSettings, {"tracker": "none", "project": "mine"}, "a --tracker", {"tracker": "tensorboard"}),
+    (TrainSettings, {"labels": "red", "score_temperature": 2.0}, "no --labels", {"labels": None}),
+)
+
+
+@pytest.mark.parametrize(("kind", "values", "needed", "mends"), WITHOUT_EFFECT)
+def test_a_flag_without_effect_is_refused(tmp_path, kind, values, needed, mends):
+    name = list(values)[-1]
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(UsageError) as caught:
+        resolve(kind, "train", {}, values)
+    assert all(word in str(caught.value) for word in (f"{option} does nothing here", f"where:    {option}", needed))
+    # A recipe may have it: other flags give it its use, or take it away.
+    file = tmp_path / "r.toml"
+    file.write_text(to_toml({"train": kind.model_validate(values)}, differing=True))
+    recipe = read_recipe(file)
+    assert getattr(resolve(kind, "train", recipe, {}), name) == getattr(kind.model_validate(values), name)
+    resolve(kind, "train", {}, {name: value for name, value in {**values, **mends}.items() if value is not None})
+    # A default that is said is none of these.
+    resolve(kind, "train", {}, {**values, name: kind.model_fields[name].default})

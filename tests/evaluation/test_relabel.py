@@ -335,7 +335,8 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
     assert [name for name in REDS if name in listed.stdout] == ["first", "second"]
     # Without a condition every pair is listed, once for each of its points.
     every = CliRunner().invoke(inspect, ["filter", str(cache)])
-    assert every.exit_code == 0 and all(name in every.stdout for name in votes), every.output
+    assert every.exit_code == 0, every.output
+    assert all(name in every.stdout for name in votes)
     for wrong in (
         ("--agree", "4/5"),
         ("--agree", "3/2"),
@@ -360,6 +361,9 @@ def test_options_that_do_not_go_together_are_refused(cache: Path, source: Path, 
         ("--pairs", source, "--scorer", "red", "--smpo"),
         ("--from", tmp_path / "labels.jsonl"),
         ("--from", tmp_path / "labels.jsonl", "--scorer", "red", "--set", "x"),
+        ("--from", tmp_path / "labels.jsonl", "--set", "x", "--temperature", 1),
+        ("--from", tmp_path / "labels.jsonl", "--set", "x", "--pairs", source),
+        ("--from", tmp_path / "labels.jsonl", "--set", "x", "--columns", "win=a,lose=b"),
     ):
         assert isinstance(command(cache, *words).exception, UsageError), words
 

@@ -199,6 +199,8 @@ def test_what_does_not_go_on_is_refused(
         configure(None, {}, {}, {"inverter": "recorded"})
     with pytest.raises(UsageError, match="faithful"):
         sample(pipelines(), tmp_path / "other", faithful=True)
+    with pytest.raises(UsageError, match=r"--timesteps-per-pair\n.*--inference-steps(?s:.*)raise --inference-steps"):
+        sample(pipelines(), tmp_path / "other", timesteps_per_pair=4)
     asked = configure_sample(None, {"model": str(pipelines())}, {"cache": str(tmp_path / "other")}, {})
     with pytest.raises(UsageError, match="--engine"):
         run_sample(asked, None, ray_options=RayOptions(workers=1), dry_run=False)

@@ -74,13 +74,6 @@ def test_weights_that_the_last_update_spoilt_are_not_written(run: Callable[..., 
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("flags", [{"lora_alpha": 8.0}, {"lora_targets": ("to_q",)}])
-def test_lora_options_without_lora(run: Callable[..., Path], flags: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="does nothing in full fine-tuning"):
-        run(**flags)
-    run(steps=1, lora_rank=2, **flags)
-
-
 def test_fewer_steps_than_a_run_has_made(run: Callable[..., Path]) -> None:
     output = run(steps=4)
     recipe = (output / "recipe.toml").read_text()

@@ -249,7 +249,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"schedule": "polynomial", "warmup_steps": 2, "steps": 2}, ["--warmup-steps", "less than --steps 2"]),
-        ({"schedule": "constant", "warmup_steps": 2}, ["--warmup-steps", "--schedule constant"]),
+        ({"score_temperature": 2.0}, ["--score-temperature", "an objective of scores: ", "capo", "lair"]),
         ({"schedule": "polynomial", "learning_rate": 1e-8}, ["--learning-rate", "more than 1e-7"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),
         ({"lora_rank": 2, "lora_targets": ["nosuch"]}, ["--lora-targets", "nosuch"]),
@@ -326,7 +326,13 @@ def test_a_misspelt_setting_is_answered_with_the_right_name() -> None:
 
 
 def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
-    flags = {"output": tmp_path, "except": tmp_path / "list", "caches": ["a", "b"], "sample_prompts": ['a "b"']}
+    flags = {
+        "output": tmp_path,
+        "except": tmp_path / "list",
+        "caches": ["a", "b"],
+        "sample_prompts": ['a "b"'],
+        "sample_every": 1,
+    }
     settings = resolve(TrainSettings, "train", {}, flags)
     (tmp_path / "recipe.toml").write_text(to_toml({"train": settings}))
     assert resolve(TrainSettings, "train", read_recipe(tmp_path / "recipe.toml"), {}) == settings
