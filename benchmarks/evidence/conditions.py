@@ -52,7 +52,10 @@ FLOW = replace(
     SHORT,
     root=Path("runs/evidence-flow"),
     model="flow",
-    methods=("SFT", "DPO", "InPO", "InPO, noised start 0.3", "InPO, recorded path"),
+    methods=(
+        *("SFT", "DPO", "KTO", "SmPO", "poly", "bdpo", "linear"),
+        *("InPO", "InPO, noised start 0.3", "InPO, recorded path"),
+    ),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
