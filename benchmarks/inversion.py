@@ -209,7 +209,7 @@ def load(arguments: argparse.Namespace, device: torch.device) -> World:
     )
     manifest = build_manifest(settings, model, device_type=device.type)
     components = load_components(model, manifest, device)
-    shard = open_source(arguments.pairs).input_shards()[0]
+    shard = open_source(arguments.pairs).shards[0]
     pairs = [item for item in shard.rows(0, min(2 * arguments.count, shard.num_rows)) if isinstance(item, Pair)]
     pairs = pairs[: arguments.count]
 

@@ -31,13 +31,13 @@ def command(*words: object) -> str:
 class InpoError(Exception):
     """Base of every error a user can meet.
 
-    `what` is one sentence; the other parts are optional and are printed one a line.
+    `what` is one sentence, `fix` what to do; the parts are printed one a line.
     """
 
     exit_code = 1
 
     def __init__(
-        self, what: str, *, where: object = None, expected: object = None, got: object = None, fix: str | None = None
+        self, what: str, *, where: object = None, expected: object = None, got: object = None, fix: str
     ) -> None:
         self.what = what
         self.where = where
@@ -51,8 +51,7 @@ class InpoError(Exception):
         for name, value in (("where", self.where), ("expected", self.expected), ("got", self.got)):
             if value is not None:
                 lines.append(f"  {name + ':':<10}{escaped(str(value), line=True)}")
-        if self.fix is not None:
-            lines.append(f"  {'to do:':<10}{self.fix}")
+        lines.append(f"  {'to do:':<10}{self.fix}")
         return escaped(shown_message("\n".join(lines)))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -60,9 +59,7 @@ class InpoError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.got, self.fix))
 
 
-def _rebuild(
-    kind: type[InpoError], what: str, where: object, expected: object, got: object, fix: str | None
-) -> InpoError:
+def _rebuild(kind: type[InpoError], what: str, where: object, expected: object, got: object, fix: str) -> InpoError:
     return kind(what, where=where, expected=expected, got=got, fix=fix)
 
 

@@ -42,7 +42,9 @@ def decode_text(data: bytes) -> str:
         ) from None
 
 
-def read_text(path: Path, *, what: str, error: type[InpoError], where: object = None, fix: str | None = None) -> str:
+def read_text(
+    path: Path, *, what: str, error: type[InpoError], where: object = None, fix: str = "correct the path"
+) -> str:
     """The text of a local file. Raises `error` with the sentence `what` when it cannot be read or is not UTF-8; `where`
     is the path unless an option is to be named, `fix` says what to do about a file that cannot be opened."""
     try:

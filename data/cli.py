@@ -192,7 +192,7 @@ def _opened(source: str, given: Given, *, with_noise: bool = False) -> "PairSour
 
 def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
     """The readable shards with their rows; the headers of many tars take a while, so this has its own progress."""
-    found = walk.source.input_shards()
+    found = walk.source.shards
     with ProgressReport("count", total=len(found), unit="shards", quiet=len(found) < 10) as progress:
 
         def counting() -> "Iterator[InputShard]":

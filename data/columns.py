@@ -36,7 +36,7 @@ class ColumnsReport:
 def columns_report(source: PairSource, *, num_rows: int) -> ColumnsReport:
     """Look at the first shard that can be read. An error of all shards is the report's problem."""
     report = ColumnsReport(location=shown(source.location), kind=source.kind)
-    for shard in source.input_shards():
+    for shard in source.shards:
         try:
             records = shard.head(_RECORDS)
             report.shard, report.problem = shard.name, None if records else f"{shard.name} has no rows"

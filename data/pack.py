@@ -54,7 +54,13 @@ def pack(
     """
     refuse_occupied(output)
     if pairs_per_tar < 1:
-        raise UsageError("a tar holds at least one pair", got=pairs_per_tar)
+        raise UsageError(
+            "A tar holds one pair at least.",
+            where="--pairs-per-tar",
+            expected="1 or more",
+            got=pairs_per_tar,
+            fix="correct the number",
+        )
     report = PackReport()
     with new_folder(output, action="write the tars") as building:
         pairs = _pairs(rows, building, report)

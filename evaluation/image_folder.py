@@ -112,7 +112,13 @@ class ImageFolder:
         if len(self.by_key) != len(self.entries):
             raise DataError("Two images have the same prompt and seed.", where=listing, fix="give each pair once")
         if not self.entries:
-            raise DataError("The listing names no image.", where=listing)
+            raise DataError(
+                "The listing names no image.",
+                where=listing,
+                expected='a line {"prompt", "seed", "file"} for each image',
+                got="no line",
+                fix="make the images with `inpo evaluate generate --out`, or name another folder",
+            )
         missing = [entry.file for entry in self.entries if not (path / entry.file).is_file()]
         if missing:
             raise DataError(

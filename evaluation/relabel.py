@@ -70,7 +70,7 @@ def relabel_cache(
     """
     state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
-    inputs = {shard.name: shard for shard in source_of(cache, source).input_shards()}
+    inputs = {shard.name: shard for shard in source_of(cache, source).shards}
     num_replaced = 0
     state.wait_for_everyone()
     for shard in list(cache)[state.process_index :: state.num_processes]:
@@ -119,7 +119,7 @@ def source_of(cache: Cache, source: PairSource) -> PairSource:
         return source
     sizes = [(int(height), int(width)) for height, width in (each.split("x") for each in buckets)]
     wanted = {commit.source.input_shard for commit in cache.commits.values()}
-    found, failures = sort_pairs(source, [each for each in source.input_shards() if each.name in wanted], sizes)
+    found, failures = sort_pairs(source, [each for each in source.shards if each.name in wanted], sizes)
     if failures:
         raise failures[0]
     return found.get(cache.manifest.resolution, source)

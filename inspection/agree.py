@@ -21,7 +21,11 @@ def agreeing(cache: Cache, table: PairTable, agree: str, sets: Sequence[str]) ->
     found = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", agree)
     if not found or int(found[1]) > int(found[2]):
         raise UsageError(
-            "--agree is a share of the label sets.", where="--agree", expected="N/M, for instance 4/5", got=agree
+            "--agree is a share of the label sets.",
+            where="--agree",
+            expected="N/M, N of M label sets, for instance 4/5",
+            got=agree,
+            fix="give how many of them are to agree, and how many there are",
         )
     need, count = map(int, found.groups())
     made = sets_by_scorer(cache)

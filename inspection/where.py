@@ -96,7 +96,13 @@ def select(table: PairTable, condition: str) -> Selection:
     and, or, not; `"cat" in prompt` looks for text.
     """
     if len(condition) > _MOST_CHARACTERS:
-        raise UsageError("The condition is too long.", where="--where", expected=f"{_MOST_CHARACTERS} characters")
+        raise UsageError(
+            "The condition is too long.",
+            where="--where",
+            expected=f"at most {_MOST_CHARACTERS} characters",
+            got=len(condition),
+            fix="select in several steps, or list the pairs in a file for --only",
+        )
     try:
         tree = ast.parse(condition.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

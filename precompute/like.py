@@ -1,8 +1,8 @@
 """Making a cache again from another one, by another model: what that takes over, and what must be as it was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from inpo.common.cache.identity import same_levels
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.errors import CacheMismatch, UsageError
 from inpo.common.models import Model
-from inpo.common.pairs import InputShard, Pair, Skipped
+from inpo.common.pairs import Pair, PairSource, Skipped
 from inpo.common.pairs.columns import USUAL, Reading
 from inpo.common.recipe import option_name
 from inpo.precompute.configuration import Configuration
@@ -60,19 +60,6 @@ class CachedShard:
 
     def head(self, count: int) -> list[dict[str, Any]]:
         return []
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedSource:
-    """A cache, as a source."""
-
-    location: str
-    shards: tuple[CachedShard, ...]
-    not_read: Mapping[str, int] = field(default_factory=dict)
-    kind: Literal["folder"] = "folder"
-
-    def input_shards(self) -> Sequence[InputShard]:
-        return self.shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +169,7 @@ def like_work(resolved: Configuration) -> RefreshWork:
     kept = origin.manifest.timesteps_per_pair
     return RefreshWork(
         resolved=resolved,
-        source=CachedSource(location=origin.location, shards=tuple(shards)),
+        source=PairSource(location=origin.location, shards=tuple(shards), kind="cache"),
         tasks=tasks,
         texts=COPIED_TEXTS,
         images=REFRESHED,

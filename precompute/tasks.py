@@ -38,7 +38,7 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
     tasks: list[ShardTask] = []
     unreadable: list[DataError] = []
     rows = 0
-    for input_shard in source.input_shards():
+    for input_shard in source.shards:
         if limit is not None and rows >= limit:
             break
         try:

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.store import digest
-from inpo.common.pairs import InputShard, Pair, Skipped
+from inpo.common.pairs import Pair, PairSource, Skipped
 from inpo.common.pairs.columns import USUAL, Reading
-from inpo.common.printable import shown
 from inpo.common.seeding import stable_hash
 from inpo.precompute.arrange import group_id
-from inpo.precompute.tasks import ShardTask
 
 MAX_IMAGES_PER_SHARD = 512
 
@@ -73,29 +71,9 @@ class PromptShard:
         return [{"prompt": group.prompt} for group in self.groups[:count]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptSource:
-    """All prompts, in shards."""
-
-    location: str
-    shards: tuple[PromptShard, ...]
-    not_read: Mapping[str, int] = field(default_factory=dict)
-    kind: Literal["folder"] = "folder"
-
-    def input_shards(self) -> Sequence[InputShard]:
-        return self.shards
-
-    def tasks(self) -> list[ShardTask]:
-        """One for each shard."""
-        return [
-            ShardTask(name=shard.name, location=shown(self.location), input_shard=shard, start=0, stop=shard.num_rows)
-            for shard in self.shards
-        ]
-
-
 def prompt_source(
     location: str, prompts: Sequence[str], *, per_prompt: int, pairs_per_prompt: int, limit: int | None
-) -> PromptSource:
+) -> PairSource:
     """Prompts cut into shards; `limit` counts prompts and is rounded up to whole shards."""
     together = max(1, min(MAX_PAIRS_PER_SHARD // pairs_per_prompt, MAX_IMAGES_PER_SHARD // per_prompt))
     stop = len(prompts) if limit is None else min(limit, len(prompts))
@@ -108,4 +86,4 @@ def prompt_source(
         )
         for start in range(0, stop, together)
     ]
-    return PromptSource(location=location, shards=tuple(shards))
+    return PairSource(location=location, shards=tuple(shards), kind="prompts")

@@ -8,15 +8,18 @@ from typing import Any
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.store import digest
 from inpo.common.errors import DataError, UsageError
+from inpo.common.pairs import PairSource
+from inpo.common.printable import shown
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.common.scorer import load_scorer, scorer_names
 from inpo.evaluation.prompts import read_prompts
 from inpo.precompute.configuration import Configuration, check_ray
 from inpo.precompute.run import run_work
 from inpo.precompute.settings import RayOptions
+from inpo.precompute.tasks import ShardTask
 from inpo.precompute.works import Work
 from inpo.rounds.pictures import SampleTars
-from inpo.rounds.prompts import PromptSource, prompt_source
+from inpo.rounds.prompts import prompt_source
 from inpo.rounds.settings import SampleSettings
 from inpo.rounds.worker import SAMPLES
 
@@ -63,8 +66,12 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     check_ray(settings, ray_options)
     source, identity = sample_source(settings)
     model = resolved.model_section.open()
+    tasks = [
+        ShardTask(name=shard.name, location=shown(source.location), input_shard=shard, start=0, stop=shard.num_rows)
+        for shard in source.shards
+    ]
     work = SampleWork(
-        resolved=resolved, source=source, tasks=source.tasks(), images=SAMPLES, calls_per_image=settings.calls_per_image
+        resolved=resolved, source=source, tasks=tasks, images=SAMPLES, calls_per_image=settings.calls_per_image
     )
     if not dry_run:
         work.manifest(model, None)  # raises what settings and model do not allow, before a folder is made
@@ -73,7 +80,7 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     return 1 if code is None else code
 
 
-def sample_source(settings: SampleSettings) -> tuple[PromptSource, dict[str, Any]]:
+def sample_source(settings: SampleSettings) -> tuple[PairSource, dict[str, Any]]:
     """(the prompts in shards, what the images depend on beside the manifest).
 
     Raises UsageError where prompts or scorer are not given, DataError for prompts that cannot be read.

@@ -90,7 +90,9 @@ BACKDROPS: dict[str, Callable[[Row, Line], Canvas]] = {
 def backdrop(name: str) -> Float[np.ndarray, "64 64 3"]:
     """The picture behind the objects, RGB from 0 to 1; read-only, as it is shared."""
     if name not in BACKDROPS:
-        raise UsageError("unknown backdrop", expected=", ".join(BACKDROPS), got=repr(name))
+        raise UsageError(
+            "There is no such backdrop.", expected=", ".join(BACKDROPS), got=repr(name), fix="take one of these"
+        )
     centres = (np.arange(SIZE * SUPERSAMPLE, dtype=np.float32) + 0.5) * UNITS / (SIZE * SUPERSAMPLE)
     picture = box_downsample(BACKDROPS[name](centres[None, :], centres[:, None]))
     picture.flags.writeable = False

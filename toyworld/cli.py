@@ -43,8 +43,6 @@ def pairs_command(
     from inpo.toyworld.pairs import PairSettings, make_pairs
 
     formats: Any = tuple(name.strip() for name in format.split(","))
-    if set(formats) - {"parquet", "webdataset"}:
-        raise UsageError("unknown format", expected="parquet, webdataset, or both with a comma", got=format)
     told: Any = images
     settings = PairSettings(
         num_pairs=pairs,
@@ -76,6 +74,12 @@ def prompts_command(
 
     chosen = captions(split)[:limit]
     if limit is not None and limit > len(chosen):
-        raise UsageError(f"the {split} split has fewer captions", expected=f"at most {len(chosen)}", got=limit)
+        raise UsageError(
+            f"The {split} split has fewer captions.",
+            where="--limit",
+            expected=f"at most {len(chosen)}",
+            got=limit,
+            fix="lower it, or leave it out for all",
+        )
     write_file(out, "".join(f"{caption}\n" for caption in chosen))
     print(f"{len(chosen)} captions of the {split} split in {out}")

@@ -69,23 +69,27 @@ class PairSettings:
     """How strange the look of rendered pictures is; at 0 it is that of the training data."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise UsageError("unknown base model", expected=" or ".join(MODELS), got=self.model)
-        if self.num_pairs < 1:
-            raise UsageError("too few pairs", expected="at least 1", got=self.num_pairs)
-        if not 0 <= self.flip_labels <= 1:
-            raise UsageError("flip-labels is a probability", expected="0 to 1", got=self.flip_labels)
-        if self.images not in get_args(Images):
-            raise UsageError("unknown maker of images", expected=" or ".join(get_args(Images)), got=self.images)
-        if not 0 <= self.distance <= MAX_DISTANCE:
-            raise UsageError("no such distance", expected=f"0 to {MAX_DISTANCE}", got=self.distance)
-        if self.distance and self.images != "rendered":
-            raise UsageError("distance is for rendered images", expected="--images rendered", got=self.images)
+        makers, formats = get_args(Images), ", ".join(self.formats)
+        once = len(set(self.formats)) == len(self.formats) > 0 and not set(self.formats) - set(WRITERS)
+        for right, option, expected, got in (
+            (self.model in MODELS, "--model", " or ".join(MODELS), self.model),
+            (self.num_pairs >= 1, "--pairs", "1 or more", self.num_pairs),
+            (0 <= self.flip_labels <= 1, "--flip-labels", "a probability, 0 to 1", self.flip_labels),
+            (self.images in makers, "--images", " or ".join(makers), self.images),
+            (0 <= self.distance <= MAX_DISTANCE, "--distance", f"0 to {MAX_DISTANCE}", self.distance),
+            (
+                not self.distance or self.images == "rendered",
+                "--distance",
+                "0 without --images rendered",
+                self.distance,
+            ),
+            (once, "--format", "parquet, webdataset or both, once each", formats),
+        ):
+            if not right:
+                raise UsageError(
+                    "No such pairs can be made.", where=option, expected=expected, got=got, fix="correct the value"
+                )
         captions(self.split)
-        if not self.formats or len(set(self.formats)) < len(self.formats) or set(self.formats) - set(WRITERS):
-            raise UsageError(
-                "unknown or repeated format", expected="parquet, webdataset or both", got=", ".join(self.formats)
-            )
 
     @property
     def num_parts(self) -> int:

@@ -162,7 +162,13 @@ def captions(split: Split) -> tuple[str, ...]:
     there are no more of these.
     """
     if split not in SPLITS:
-        raise UsageError("unknown split", expected=", ".join(SPLITS), got=repr(split))
+        raise UsageError(
+            "There is no such split.",
+            where="--split",
+            expected=", ".join(SPLITS),
+            got=repr(split),
+            fix="take one of these",
+        )
     buckets = {"train": range(13), "validation": range(13, 16), "test": range(16, 20)}[split]
     ones, total = _num_with_one_object(), len(all_captions())
     # Captions of one object come as much sooner than their hash says as there are fewer of them.
@@ -198,7 +204,7 @@ def _inside(
             return (notch[0] - tip[0]) * (y - tip[1]) - (notch[1] - tip[1]) * (x - tip[0]) > 0
         case "moon":
             return (u**2 + v**2 < 0.95) & ((u - 0.48) ** 2 + (v + 0.18) ** 2 > 0.62)
-    raise UsageError("unknown shape", expected=", ".join(SHAPES), got=repr(shape))
+    raise UsageError("There is no such shape.", expected=", ".join(SHAPES), got=repr(shape), fix="take one of these")
 
 
 @dataclass(frozen=True, kw_only=True)

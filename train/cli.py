@@ -51,7 +51,13 @@ def train(
     from inpo.train.sweep import run_sweep
 
     if resume not in ("auto", "never"):
-        raise UsageError("A sweep has no one checkpoint.", where="--resume", expected="auto or never", got=resume)
+        raise UsageError(
+            "A sweep has no one checkpoint.",
+            where="--resume",
+            expected="auto or never",
+            got=resume,
+            fix="leave it out: every run goes on from its own",
+        )
     raise typer.Exit(run_sweep(sweep, recipe, given[ModelSection], caches, flags, scorers=sweep_scorer, resume=resume))
 
 
@@ -73,13 +79,14 @@ def export(
 ) -> None:
     """Write a trained model, or its LoRA layers, as one file that other programs read (docs/use-the-result.md)."""
     if (single_file is None) == (lora is None):
-        option = "--lora" if (run / "lora").is_dir() else "--single-file"
+        file = f"{run.resolve().name}.safetensors"
+        whole, layers = command("export", run, "--single-file", file), command("export", run, "--lora", file)
         raise UsageError(
             "Say what to write.",
             where="--single-file, --lora",
             expected="one of the two",
             got="neither" if lora is None else "both",
-            fix=f"for instance `{command('export', run, option, f'{run.resolve().name}.safetensors')}`",
+            fix=f"for instance `{layers if (run / 'lora').is_dir() else whole}`",
         )
     if single_file is not None and form != "kohya":
         raise UsageError(

@@ -49,7 +49,7 @@ def train_online(run: c.Run, kind: c.Online, beta: float) -> None:
 def _training_pairs(source: str) -> list[Pair]:
     """All pairs but a twentieth, by a hash of the prompt, as many as the cached runs train on."""
     found = []
-    for shard in open_source(source).input_shards():
+    for shard in open_source(source).shards:
         for item in shard.rows(0, shard.num_rows):
             if isinstance(item, Pair) and hashlib.blake2b(item.prompt.encode()).digest()[0] >= 256 / 20:
                 found.append(item)

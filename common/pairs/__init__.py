@@ -1,7 +1,7 @@
 """Where preference pairs come from: webdataset tars, Pick-a-Pic v2 parquet, or a folder with a list of pairs.
 
 source = open_source("pairs-{0000..0003}.tar")
-for shard in source.input_shards():
+for shard in source.shards:
     for item in shard.rows(0, shard.num_rows):   # Pair or Skipped
         ...
 """

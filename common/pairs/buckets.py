@@ -1,6 +1,6 @@
 """Pairs sorted by the shape of their images: the rows of a source that belong to each bucket.
 
-    input shards --sort_pairs--> {(height, width): BucketSource}
+    input shards --sort_pairs--> {(height, width): PairSource}
 
 Only the images' headers are read. A pair goes to the bucket that both its images fit best; a pair whose images fit two
 of them is a row without a pair, `mixed_sizes`, and so it is counted.
@@ -94,19 +94,6 @@ class BucketShard:
                     yield prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class BucketSource:
-    """The pairs of one bucket."""
-
-    location: str
-    kind: Any
-    not_read: Mapping[str, int]
-    shards: tuple[BucketShard, ...]
-
-    def input_shards(self) -> Sequence[BucketShard]:
-        return self.shards
-
-
 @dataclass(kw_only=True)
 class _Picked:
     """Rows of an input shard, by bucket; those of no bucket under None."""
@@ -123,7 +110,7 @@ class _Picked:
 
 def sort_pairs(
     source: PairSource, shards: Iterable[InputShard], sizes: Sequence[Size]
-) -> tuple[dict[Size, BucketSource], list[DataError]]:
+) -> tuple[dict[Size, PairSource], list[DataError]]:
     """Every bucket that has rows of these shards, and an error for each shard that cannot be read to its end, which is
     left out whole. Rows without a pair, and mixed ones, are in the bucket with the most pairs of their shard, so that
     each is counted once.
@@ -159,11 +146,7 @@ def sort_pairs(
                         prompts_of=prompts,
                     )
                 )
-    return {
-        size: BucketSource(location=source.location, kind=source.kind, not_read=source.not_read, shards=tuple(each))
-        for size, each in sorted_shards.items()
-        if each
-    }, failures
+    return {size: replace(source, shards=tuple(each)) for size, each in sorted_shards.items() if each}, failures
 
 
 def _place(item: Pair | Skipped, sizes: Sequence[Size], picked: _Picked) -> Size | None:

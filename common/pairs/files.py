@@ -334,7 +334,7 @@ def shard_names(locations: Sequence[str]) -> list[str]:
     if len(set(names)) != len(names):
         names = [f"{name}-{_digest(location)}" for name, location in zip(names, locations, strict=True)]
     if len(set(names)) != len(names):
-        raise DataError("the same file is named twice", where=", ".join(locations))
+        raise DataError("A file is named twice.", where=", ".join(locations), fix="name each file once")
     return names
 
 

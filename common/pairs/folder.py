@@ -11,9 +11,9 @@ for rows that are asked for.
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,26 +21,10 @@ from inpo.common.errors import DataError
 from inpo.common.pairs.columns import USUAL, Reading
 from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries, record_of
 from inpo.common.pairs.fields import prompts_of
-from inpo.common.pairs.files import read_as, shard_names, unreadable_file
+from inpo.common.pairs.files import read_as, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
 from inpo.common.pairs.runs import Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListSource:
-    """One list of pairs."""
-
-    location: str
-    file: str
-    not_read: Mapping[str, int] = field(default_factory=dict)
-    """Other files beside the list, images aside."""
-    reading: Reading = USUAL
-    kind: Literal["folder"] = "folder"
-
-    def input_shards(self) -> list["ListShard"]:
-        """The list as one shard."""
-        return [ListShard(name=shard_names([self.file])[0], file=self.file, reading=self.reading)]
 
 
 @dataclass(frozen=True, kw_only=True)

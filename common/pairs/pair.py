@@ -1,13 +1,13 @@
 """One preference pair as read from a source, the rows that give none, and the interface of every pair source.
 
-    PairSource --input_shards()--> InputShard --rows(start, stop)--> Pair | Skipped
+    PairSource --shards--> InputShard --rows(start, stop)--> Pair | Skipped
 
 Images stay encoded here; images.py decodes them. A pair is kept or dropped whole: a row with one bad image
 gives one `Skipped`, never half a pair, and never the win of one row beside the lose of another.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -165,24 +165,17 @@ class InputShard(Protocol):
         ...
 
 
-@runtime_checkable
-class PairSource(Protocol):
-    """All pairs behind one location, as numbered input shards."""
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """All pairs behind one location. Nothing is read until a shard is asked."""
 
-    @property
-    def location(self) -> str: ...
-
-    @property
-    def kind(self) -> Literal["webdataset", "parquet", "folder"]: ...
-
-    @property
-    def not_read(self) -> Mapping[str, int]:
-        """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
-        ...
-
-    def input_shards(self) -> Sequence[InputShard]:
-        """The shards sorted by name; nothing is read until a shard is asked."""
-        ...
+    location: str
+    shards: tuple[InputShard, ...]
+    """Sorted by name."""
+    kind: str
+    """webdataset, parquet or folder, as datasets calls them; of what is no file, what it is."""
+    not_read: Mapping[str, int] = field(default_factory=dict)
+    """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
 
 
 class RowProblem(Exception):

@@ -8,9 +8,9 @@ size of row groups, since pages are read a few rows at a time.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from inpo.common.pairs.columns import (
 )
 from inpo.common.pairs.entries import columns_problem
 from inpo.common.pairs.fields import holds_singles, prompts_of, without_part
-from inpo.common.pairs.files import filesystem, is_local, open_binary, read_as, shard_names, unreadable_file
+from inpo.common.pairs.files import filesystem, is_local, open_binary, read_as, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
 from inpo.common.pairs.runs import Record, RunIndex, runs
@@ -42,27 +42,6 @@ ROWS_PER_INDEX_READ = 1024
 LOCAL_BUFFER_BYTES = 1 << 20
 REMOTE_BUFFER_BYTES = 8 << 20
 """Read-ahead of one column. Without it pyarrow loads a whole column chunk, which may hold gigabytes of images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetSource:
-    """Parquet files with a pair or a ranking a row."""
-
-    location: str
-    files: tuple[str, ...]
-    not_read: Mapping[str, int] = field(default_factory=dict)
-    """Other files and folders beside the parquet files."""
-    reading: Reading = USUAL
-    kind: Literal["parquet"] = "parquet"
-
-    def input_shards(self) -> list["ParquetShard"]:
-        """One shard a file, sorted by name."""
-        names = shard_names(self.files)
-        shards = [
-            ParquetShard(name=name, file=file, reading=self.reading)
-            for name, file in zip(names, self.files, strict=True)
-        ]
-        return sorted(shards, key=lambda shard: shard.name)
 
 
 @dataclass(frozen=True, kw_only=True)

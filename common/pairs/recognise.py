@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 
@@ -11,9 +11,9 @@ from inpo.common.errors import DataError
 from inpo.common.pairs.archives import may_be_archive
 from inpo.common.pairs.columns import Reading, brief, column_map
 from inpo.common.pairs.entries import LIST_SUFFIXES
-from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder
-from inpo.common.pairs.folder import ListSource
-from inpo.common.pairs.pair import PairSource
+from inpo.common.pairs.files import Listing, broken_link, exists, expand_pattern, is_folder, list_folder, shard_names
+from inpo.common.pairs.folder import ListShard
+from inpo.common.pairs.pair import InputShard, PairSource
 
 EXPECTED = (
     "webdataset tars (*.tar: a file, a folder, a pattern such as pairs-{0000..0003}.tar), "
@@ -135,16 +135,28 @@ def _from_files(
     if kind == "list":
         if len(files) > 1:
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
-        return ListSource(location=location, file=files[0], not_read=not_read or {}, reading=reading)
-    _refuse_mixed_splits(location, files)
+    else:
+        _refuse_mixed_splits(location, files)
+    shards = [
+        _shard_type(kind)(name=name, file=file, reading=reading)
+        for name, file in zip(shard_names(files), files, strict=True)
+    ]
+    shards.sort(key=lambda shard: shard.name)
+    named = {"tar": "webdataset", "list": "folder"}.get(str(kind), "parquet")
+    return PairSource(location=location, shards=tuple(shards), kind=named, not_read=not_read or {})
+
+
+def _shard_type(kind: str | None) -> Callable[..., InputShard]:
     # Imported here because webdataset imports torch, which processes that only decode images do without.
     if kind == "tar":
-        from inpo.common.pairs.tars import TarSource
+        from inpo.common.pairs.tars import TarShard
 
-        return TarSource(location=location, files=tuple(files), not_read=not_read or {}, reading=reading)
-    from inpo.common.pairs.parquet import ParquetSource
+        return TarShard
+    if kind == "parquet":
+        from inpo.common.pairs.parquet import ParquetShard
 
-    return ParquetSource(location=location, files=tuple(files), not_read=not_read or {}, reading=reading)
+        return ParquetShard
+    return ListShard
 
 
 def _refuse_mixed_splits(location: str, files: list[str]) -> None:

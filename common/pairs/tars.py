@@ -10,40 +10,20 @@ read by seeking: rows before it are neither read nor kept. A remote tar is walke
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, SIDES, USUAL, ColumnMap, Reading
 from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import items, prompts_of
-from inpo.common.pairs.files import ByteStream, open_binary, read_as, shard_names, unreadable_file
+from inpo.common.pairs.files import ByteStream, open_binary, read_as, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, id_or, too_large
 from inpo.common.pairs.tar_index import FILE_ROLES, SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
 from inpo.common.pairs.values import as_number
 from inpo.common.text import TextProblem, decode_text
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarSource:
-    """Tars whose samples are pairs."""
-
-    location: str
-    files: tuple[str, ...]
-    not_read: Mapping[str, int] = field(default_factory=dict)
-    """Other files and folders beside the tars."""
-    reading: Reading = USUAL
-    kind: Literal["webdataset"] = "webdataset"
-
-    def input_shards(self) -> list["TarShard"]:
-        """One shard a tar, sorted by name."""
-        names = shard_names(self.files)
-        shards = [
-            TarShard(name=name, file=file, reading=self.reading) for name, file in zip(names, self.files, strict=True)
-        ]
-        return sorted(shards, key=lambda shard: shard.name)
 
 
 @dataclass(frozen=True, kw_only=True)

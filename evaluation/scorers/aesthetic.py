@@ -44,7 +44,9 @@ def load_head(file: Path) -> AestheticHead:
     with loading("aesthetic", str(file), _FIX):
         state = torch.load(file, map_location="cpu", weights_only=True)
         if "layers.0.weight" not in state:
-            raise ModelError("This is no aesthetic head.", where=file, expected="layers.0.weight", got=list(state)[:3])
+            raise ModelError(
+                "This is no aesthetic head.", where=file, expected="layers.0.weight", got=list(state)[:3], fix=_FIX
+            )
         head = AestheticHead(state["layers.0.weight"].shape[1])
         head.load_state_dict(state)
     return head.eval()

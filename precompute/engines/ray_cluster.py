@@ -25,7 +25,11 @@ def connect(options: RayOptions) -> None:
         try:
             import ray
         except ImportError:
-            raise UsageError("The ray engine needs Ray: pip install 'inpo-cache[ray]'") from None
+            raise UsageError(
+                "The ray engine needs Ray, which is not installed.",
+                where="--engine ray",
+                fix="`pip install 'inpo-cache[ray]'`, or choose --engine local",
+            ) from None
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its colours before workers' lines would be escaped

@@ -220,7 +220,7 @@ def test_all_processes_are_compiled_or_none(backend: Callable, capsys: pytest.Ca
     assert graphs() == before
 
 
-@pytest.mark.parametrize("error", [UsageError("mine", where="here"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize("error", [UsageError("mine", where="here", fix="none"), torch.OutOfMemoryError("full")])
 def test_what_is_no_compilers_fault_is_raised(error: Exception, backend: Callable) -> None:
     def first() -> None:
         raise error

@@ -106,7 +106,7 @@ def test_no_folder_can_be_made_there(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine"), DataError("mine")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine"), DataError("mine", fix="none")])
 def test_what_the_block_raises_passes_and_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
     for new in (new_file, new_folder):
         with pytest.raises(type(error)), new(tmp_path / "target"):

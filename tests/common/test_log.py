@@ -30,7 +30,7 @@ def everything() -> None:
     say("done with it")
     note("it was slow")
     warn("it may break")
-    fail(DataError("It broke.", got="pieces"))
+    fail(DataError("It broke.", got="pieces", fix="mend it"))
 
 
 def test_standard_error_has_as_much_as_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,12 +40,12 @@ def test_standard_error_has_as_much_as_is_wanted(capsys: pytest.CaptureFixture[s
         everything()
         out, told[level] = capsys.readouterr()
         assert out == ""
-    plain = "note: it was slow\nwarning: it may break\nerror: It broke.\n  got:      pieces\n"
+    plain = "note: it was slow\nwarning: it may break\nerror: It broke.\n  got:      pieces\n  to do:    mend it\n"
     assert told[logging.WARNING] == plain
     assert told[logging.INFO] == "done with it\n" + plain
     assert "traceback" in told[logging.DEBUG]
     assert told[logging.DEBUG].endswith(plain.partition("error")[2])
-    error = DataError("It broke.")
+    error = DataError("It broke.", fix="mend it")
     error.__cause__ = ConnectionError("https://user:password@host/x?sig=abc did not answer")
     fail(error)
     told_why = capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_a_file_has_all_of_it_dated_and_without_secrets(tmp_path: Path, capsys: 
     def run() -> None:
         with log_file(tmp_path):
             say("read s3://user:password@bucket/x?token=abc \x1b[31m")
-            raise DataError("It broke.")
+            raise DataError("It broke.", fix="mend it")
 
     with pytest.raises(DataError):
         run()
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.Ca
             handler.stream = open("/dev/full", "w")
             say("one")
             say("two")
-            raise StorageError("The disk is full.")
+            raise StorageError("The disk is full.", fix="free some")
 
     with pytest.raises(StorageError, match="full"):
         run()
@@ -108,7 +108,7 @@ def test_of_several_processes_the_first_one_speaks(
     monkeypatch.setenv("RANK", "1")
     with log_file(tmp_path):
         everything()
-    assert capsys.readouterr().err == "error: It broke.\n  got:      pieces\n"
+    assert capsys.readouterr().err == "error: It broke.\n  got:      pieces\n  to do:    mend it\n"
     assert not (tmp_path / LOG_FILE).exists()
 
 

@@ -51,7 +51,7 @@ def test_messages_are_without_them_too(address: str) -> None:
     for text in (
         f"GET {address} failed",
         f"('{address}', 3)",
-        str(DataError("no", where=address, got=f"x {address}: y")),
+        str(DataError("no", where=address, got=f"x {address}: y", fix="none")),
     ):
         assert "SECRET" not in shown_message(text)
         assert "SECRET" not in str(DataError("no", where=text, expected=[text], got=text, fix=text))

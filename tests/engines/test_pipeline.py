@@ -247,7 +247,7 @@ def test_a_refusing_disk_is_one_clear_error_and_what_is_committed_stays(
 def test_an_unreadable_input_is_an_outcome_and_the_others_go_on(worker: WatchedWorker, tasks: list[ShardTask]) -> None:
     def hook(stage: str, number: int) -> None:
         if (stage, number) == ("read", 1):
-            raise DataError("The input shard cannot be read.")
+            raise DataError("The input shard cannot be read.", fix="mend it")
 
     worker.hook = hook
     outcomes = {_number(outcome.task.name): outcome for outcome in run_tasks(worker, tasks, Timing())}

@@ -77,7 +77,7 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
         fingerprints={"network": "0" * 32},
     )
     writer = CacheWriter.open(str(location), manifest)
-    (input_shard,) = open_source(str(source)).input_shards()
+    (input_shard,) = open_source(str(source)).shards
     texts = {"text": np.array([""], dtype=object), "embedding": np.zeros((1, 2, 2), np.float16)}
     assert writer.write_texts("empty", TextData(arrays=texts)) is not None
     for start, stop in rows:

@@ -52,7 +52,7 @@ def noise(seed: int, size: int = 3000) -> bytes:
 
 
 def read(path: Path | str, **how: Any) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(path), **how).input_shards()
+    (shard,) = open_source(str(path), **how).shards
     return list(shard.rows(0, shard.num_rows))
 
 
@@ -323,7 +323,7 @@ def test_an_image_that_may_be_in_an_archive_is_not_said_to_be_missing(
     elsewhere = fsspec.filesystem("memory")
     listed = "".join(json.dumps(row) + "\n" for row in rows).encode()
     elsewhere.pipe({"/asked/pairs.jsonl": listed, "/asked/here.png": b"x"})
-    (shard,) = open_source("memory://asked/pairs.jsonl").input_shards()
+    (shard,) = open_source("memory://asked/pairs.jsonl").shards
 
     def fail(self: object, path: str) -> bool:
         raise error

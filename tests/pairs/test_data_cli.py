@@ -36,7 +36,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def pairs(location: Path | str) -> list[tuple[str, str, bytes, bytes, float]]:
-    found = [item for shard in open_source(str(location)).input_shards() for item in shard.rows(0, shard.num_rows)]
+    found = [item for shard in open_source(str(location)).shards for item in shard.rows(0, shard.num_rows)]
     return [(i.pair_id, i.prompt, i.win, i.lose, i.label) for i in found if isinstance(i, Pair)]
 
 

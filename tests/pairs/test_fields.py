@@ -65,7 +65,7 @@ CONTAINERS = {f.__name__[3:]: f for f in (as_parquet, as_lines, as_array, as_csv
 
 
 def read(path: Path) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     found = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in found] == list(range(shard.num_rows))
     for start in range(len(found)):
@@ -210,7 +210,7 @@ def test_images_of_a_ranking_are_read_once(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / file).write_bytes(data)
     (shard,) = open_source(
         str(as_lines(tmp_path, [{"prompt": "p", "images": list(IMAGES), "ranks": [1, 2, 3, 4]}]))
-    ).input_shards()
+    ).shards
     assert len(list(shard.rows(0, 6))) == 6
     assert sorted(map(str, asked)) == sorted(IMAGES)
 
@@ -280,7 +280,7 @@ def test_rows_are_counted_as_they_are_read(
 
 def test_fields_that_say_nothing_beside_the_others_are_not_read(write: Callable[..., Path]) -> None:
     path = write([pick(label_0=1.0, label=0.0, score=3.0)])
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     assert {re.sub(r"^\w+ \.?|\.txt$", "", name): count for name, count in shard.not_read.items()} == {
         "label": 1,
         "score": 1,

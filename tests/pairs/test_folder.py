@@ -13,7 +13,7 @@ from inpo.common.pairs import Pair, Skipped, open_source, reach
 
 
 def read(location: Path | str, *, allow_remote: bool = False) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(location), allow_remote=allow_remote).input_shards()
+    (shard,) = open_source(str(location), allow_remote=allow_remote).shards
     items = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in items] == list(range(shard.num_rows))
     return items
@@ -159,7 +159,7 @@ def test_a_bad_row_of_a_csv_is_named_and_touches_no_other(folder: Path, name: st
         assert f"line {row + 2}:" in item.detail
     kept = [item for item in found if isinstance(item, Pair)]
     assert [item.prompt for item in kept] == ["first", f'a, "b"{end}and c', "last"]
-    (shard,) = open_source(str(folder)).input_shards()
+    (shard,) = open_source(str(folder)).shards
     for start in range(len(found)):
         assert list(shard.rows(start, len(found))) == found[start:]
 
@@ -191,7 +191,7 @@ def test_a_json_array(folder: Path, indent: int | None, mark: bytes) -> None:
         "tie",
         *"é2 é3 é4".split(),
     ]
-    (shard,) = open_source(str(folder / "pairs.json")).input_shards()
+    (shard,) = open_source(str(folder / "pairs.json")).shards
     for start, stop in [(0, 1), (2, 5), (6, 7), (3, 99)]:
         assert list(shard.rows(start, stop)) == found[start:stop]
 
@@ -223,10 +223,10 @@ def test_a_list_that_is_something_else_is_named(folder: Path, name: str, data: b
 
 def test_fields_that_are_not_read_are_counted(folder: Path) -> None:
     write_lines(folder, GOOD | {"lable": 0.2}, GOOD | {"lable": 0.4, "model": "x"}, "no JSON")
-    (shard,) = open_source(str(folder)).input_shards()
+    (shard,) = open_source(str(folder)).shards
     assert dict(shard.not_read) == {"field lable": 2, "field model": 1}
     (folder / "other.csv").write_text("win,lose,prompt,seed\na,b,c,1\n")
-    (shard,) = open_source(str(folder / "other.csv")).input_shards()
+    (shard,) = open_source(str(folder / "other.csv")).shards
     assert dict(shard.not_read) == {"column seed": 1}
 
 
@@ -262,7 +262,7 @@ def test_any_range_of_rows_equals_that_part_of_all_rows(folder: Path, kind: str)
     else:
         rows = [f'{i},img/a.png,img/b.png,"é' + "\n" * i + '"' for i in range(12)]
         (folder / "pairs.csv").write_text("\n".join(["id,win,lose,prompt", *rows, "", ""]), encoding="utf-8")
-    (shard,) = open_source(str(folder)).input_shards()
+    (shard,) = open_source(str(folder)).shards
     assert shard.num_rows == 12
     everything = list(shard.rows(0, 12))
     assert [item.pair_id for item in everything] == [str(i) for i in range(12)]
@@ -273,7 +273,7 @@ def test_any_range_of_rows_equals_that_part_of_all_rows(folder: Path, kind: str)
 
 def test_images_of_rows_that_are_not_asked_for_are_not_read(folder: Path) -> None:
     write_lines(folder, GOOD | {"win": "img/none.png"}, GOOD)
-    (shard,) = open_source(str(folder)).input_shards()
+    (shard,) = open_source(str(folder)).shards
     (item,) = shard.rows(1, 2)
     assert isinstance(item, Pair)
 
@@ -339,7 +339,7 @@ def test_an_outage_of_everything_is_no_missing_image(
 def test_fingerprint_follows_the_lines_and_not_the_path(folder: Path) -> None:
     def fingerprint(name: str, text: str) -> str:
         (folder / name).write_text(text)
-        (shard,) = open_source(str(folder / name)).input_shards()
+        (shard,) = open_source(str(folder / name)).shards
         return shard.fingerprint()
 
     first = fingerprint("a.jsonl", '{"win": "a"}\n')

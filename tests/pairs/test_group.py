@@ -113,7 +113,7 @@ def test_the_order_of_groups_does_not_hang_on_the_sources_order(
     found = {}
     for name in ("one.parquet", "two"):
         assert run("pack", tmp_path / name, tmp_path / f"{name}-out", "--group", "prompt")[0] == 0
-        (shard,) = open_source(str(tmp_path / f"{name}-out")).input_shards()
+        (shard,) = open_source(str(tmp_path / f"{name}-out")).shards
         items = [item for item in shard.rows(0, shard.num_rows) if isinstance(item, Pair)]
         found[name] = [
             (prompt, sorted((i.pair_id, i.win, i.lose) for i in group))

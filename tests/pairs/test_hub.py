@@ -138,7 +138,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def prompts(location: str) -> list[str]:
-    items = [item for shard in open_source(location).input_shards() for item in shard.rows(0, shard.num_rows)]
+    items = [item for shard in open_source(location).shards for item in shard.rows(0, shard.num_rows)]
     assert all(isinstance(item, Pair) and (item.win, item.lose) == (b"A", b"B") for item in items), items
     return [item.prompt for item in items if isinstance(item, Pair)]
 
@@ -160,7 +160,7 @@ def test_a_data_set_is_read_by_its_name(hub: None, location: str, expected: list
 
 
 def test_a_revision_is_fixed_to_its_commit(hub: None) -> None:
-    shards = open_source("votes/one@v2").input_shards()
+    shards = open_source("votes/one@v2").shards
     assert [shard.name for shard in shards] == ["train-00000-of-00002", "train-00001-of-00002"]
     assert all(f"@{SHA['v2']}/" in shard.file for shard in shards)  # type: ignore[attr-defined]
 

@@ -27,7 +27,7 @@ GOOD = ["a b", "赤い猫 🐈", "../../etc/passwd", "-x", "#1", "[/bold]", "$(a
 
 
 def read(file: Path) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(file)).input_shards()
+    (shard,) = open_source(str(file)).shards
     return list(shard.rows(0, 99))
 
 

@@ -52,7 +52,7 @@ def peak_megabytes():
 
 before, num_pairs, num_bytes = peak_megabytes(), 0, 0
 decode_every = int(sys.argv[2])
-for shard in open_source(sys.argv[1]).input_shards():
+for shard in open_source(sys.argv[1]).shards:
     for item in shard.rows(0, shard.num_rows):
         assert isinstance(item, Pair), item
         if item.row % decode_every == 0:
@@ -141,7 +141,7 @@ pq.write_table(pa.Table.from_pylist(rankings), folder / "rankings.parquet")
 (folder / "singles.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in singles))
 found = {}
 for name in ("rankings.parquet", "singles.jsonl"):
-    (shard,) = open_source(str(folder / name), pairs_from="best-worst").input_shards()
+    (shard,) = open_source(str(folder / name), pairs_from="best-worst").shards
     pairs = sum(isinstance(item, Pair) for item in shard.rows(0, shard.num_rows))
     found[name] = {"pairs": pairs, "rows": Rows.most, "images": Images.most}
 print(json.dumps(found))

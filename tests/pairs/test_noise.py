@@ -26,7 +26,7 @@ def npy(values: Any, **options: Any) -> bytes:
 
 def rows_of(location: object, *, with_noise: bool = True) -> list[Pair | Skipped]:
     source = open_source(str(location), with_noise=with_noise)
-    return [item for shard in source.input_shards() for item in shard.rows(0, shard.num_rows)]
+    return [item for shard in source.shards for item in shard.rows(0, shard.num_rows)]
 
 
 def write_list(folder: Path) -> Path:
@@ -85,7 +85,7 @@ def test_it_is_not_read_where_nobody_asks(tmp_path: Path, write: Any) -> None:
     for pair in rows_of(where, with_noise=False):
         assert isinstance(pair, Pair), pair
         assert pair.noise is None
-    (shard, *_) = open_source(str(where)).input_shards()
+    (shard, *_) = open_source(str(where)).shards
     assert "noise" not in str([name for name in shard.not_read if "noises" not in name])
 
 

@@ -16,7 +16,7 @@ WriteParquet = Callable[..., Path]
 
 
 def read(path: Path | str) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     items = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in items] == list(range(shard.num_rows))
     return items
@@ -162,7 +162,7 @@ def test_any_range_of_rows_equals_that_part_of_all_rows(
     tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet
 ) -> None:
     path = write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(50)], row_group_size=20)
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     everything = list(shard.rows(0, 50))
     assert [item.pair_id for item in everything] == [str(1000 + i) for i in range(50)]
     for start, stop in [(0, 1), (19, 21), (3, 18), (17, 44), (40, 99), (49, 50), (50, 60), (7, 7)]:
@@ -175,7 +175,7 @@ def test_columns_and_row_groups_that_are_not_needed_are_not_read(
 ) -> None:
     """Bytes of other columns and row groups are overwritten; the rows asked for still read the same."""
     path = write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(12)], row_group_size=4)
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     expected = list(shard.rows(4, 8))
     metadata = pq.ParquetFile(path).metadata
     data = bytearray(path.read_bytes())
@@ -203,7 +203,7 @@ def test_a_cut_file_is_unreadable(tmp_path: Path, pick_row: PickRow, write_parqu
     path = write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(8)])
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     with pytest.raises(DataError, match="this input shard cannot be read"):
         _ = shard.num_rows
     with pytest.raises(DataError, match="this input shard cannot be read"):
@@ -214,7 +214,7 @@ def test_fingerprint_follows_content_and_not_the_path(
     tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet
 ) -> None:
     def fingerprint(name: str, rows: list[dict[str, object]]) -> str:
-        (shard,) = open_source(str(write_parquet(tmp_path / name, rows))).input_shards()
+        (shard,) = open_source(str(write_parquet(tmp_path / name, rows))).shards
         return shard.fingerprint()
 
     first = fingerprint("a.parquet", [pick_row(0), pick_row(1)])

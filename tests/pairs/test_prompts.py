@@ -81,7 +81,7 @@ def _bytes_read() -> int:
 @pytest.mark.parametrize("write", [_write_tar, _write_parquet, _write_two_layouts, _write_rankings, _write_list])
 def test_prompts_are_read_without_the_images(tmp_path: Path, write: Callable[[Path], str]) -> None:
     """All that the pairs have, also of a part of the rows, for less than two images' bytes."""
-    (shard,) = open_source(write(tmp_path)).input_shards()
+    (shard,) = open_source(write(tmp_path)).shards
     assert shard.num_rows == ROWS
     before = _bytes_read()
     told = list(shard.prompts(2, ROWS))
@@ -102,5 +102,5 @@ def test_rows_that_give_no_pair_do_not_hide_the_prompts_of_others(tmp_path: Path
         {"win": "win.png", "lose": "lose.png", "prompt": "the last"},
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
-    (shard,) = open_source(str(tmp_path)).input_shards()
+    (shard,) = open_source(str(tmp_path)).shards
     assert {"a prompt", "the last"} <= set(shard.prompts(0, shard.num_rows))

@@ -41,7 +41,7 @@ def rows_of(folder: Path, *wins: str, allow_remote: bool = False) -> list[Pair |
     """What a list in `folder` gives whose rows have these images as win and a.png as lose, after a good first row."""
     rows = [{"win": win, "lose": "a.png", "prompt": "p", "id": str(i)} for i, win in enumerate(("a.png", *wins))]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (shard,) = open_source(str(folder), allow_remote=allow_remote).input_shards()
+    (shard,) = open_source(str(folder), allow_remote=allow_remote).shards
     first, *others = shard.rows(0, 99)
     assert isinstance(first, Pair)
     return others
@@ -81,7 +81,7 @@ def test_images_that_are_still_packed_are_told_as_such(folder: Path) -> None:
     assert "no file images/0.png; compressed archives are not looked into (images.tar.gz.00): unpack" in found.detail  # type: ignore[union-attr]
     elsewhere = fsspec.filesystem("memory")
     elsewhere.pipe({"/packed/pairs.jsonl": (folder / "pairs.jsonl").read_bytes(), "/packed/set.tar": b"no matter"})
-    (shard,) = open_source("memory://packed/pairs.jsonl").input_shards()
+    (shard,) = open_source("memory://packed/pairs.jsonl").shards
     details = {item.detail for item in shard.rows(0, 1) if isinstance(item, Skipped)}
     assert ["a tar at an address is not looked into (set.tar): download it" in each for each in details] == [True]
 
@@ -123,7 +123,7 @@ def test_inside_is_inside_however_it_is_written(folder: Path, monkeypatch: pytes
         assert reasons(rows_of(place, *paths)) == ["pair"] * len(paths)
     monkeypatch.chdir(folder)
     for name in ("pairs.jsonl", "./pairs.jsonl"):
-        (shard,) = open_source(name).input_shards()
+        (shard,) = open_source(name).shards
         assert reasons(list(shard.rows(0, 99))) == ["pair"] * (1 + len(paths))
 
 
@@ -291,7 +291,7 @@ def test_a_silent_host_is_waited_for_a_few_times_and_no_more(
 def test_when_no_image_at_all_can_be_fetched_the_shard_fails(folder: Path, host: Server) -> None:
     row = {"win": host("503.png?sig=SIGNED"), "lose": host("a.png"), "prompt": "p"}
     (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    (shard,) = open_source(str(folder), allow_remote=True).input_shards()
+    (shard,) = open_source(str(folder), allow_remote=True).shards
     with pytest.raises(DataError, match="no image of these rows could be fetched") as caught:
         list(shard.rows(0, 1))
     assert "SIGNED" not in str(caught.value)
@@ -320,7 +320,7 @@ def test_a_list_on_a_host_reaches_below_its_own_folder_there(folder: Path, host:
     host.handler.listed = "".join(json.dumps(row) + "\n" for row in rows).encode()
 
     def found(*, allow_remote: bool) -> dict[str, str]:
-        (shard,) = open_source(host("list/pairs.jsonl"), allow_remote=allow_remote).input_shards()
+        (shard,) = open_source(host("list/pairs.jsonl"), allow_remote=allow_remote).shards
         return dict(zip(expected, reasons(list(shard.rows(0, 99))), strict=True))
 
     assert found(allow_remote=False) == expected
@@ -332,7 +332,7 @@ def test_a_list_on_a_host_reaches_below_its_own_folder_there(folder: Path, host:
 @pytest.mark.parametrize("name", ["pairs.tar", "pairs.parquet", "pairs.jsonl"])
 def test_an_input_file_that_is_a_pipe_is_refused_and_not_waited_for(folder: Path, name: str) -> None:
     os.mkfifo(folder / name)
-    (shard,) = open_source(str(folder / name)).input_shards()
+    (shard,) = open_source(str(folder / name)).shards
     with pytest.raises(DataError, match="not a regular file"):
         _ = shard.num_rows
 
@@ -354,7 +354,7 @@ def test_images_in_tars_and_parquet_have_the_same_limit(
     )
     parquet = write_parquet(folder / "a.parquet", [pick_row(0, jpg_0=huge), pick_row(1)])
     for file in (tar, parquet):
-        (shard,) = open_source(str(file)).input_shards()
+        (shard,) = open_source(str(file)).shards
         bad, good = shard.rows(0, 2)
         assert reasons([bad, good]) == ["too_large", "pair"]
         assert isinstance(bad, Skipped)

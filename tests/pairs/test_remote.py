@@ -48,7 +48,7 @@ def tar_bytes(names: list[str]) -> bytes:
 
 
 def ids(location: str) -> list[str]:
-    return [item.pair_id for shard in open_source(location).input_shards() for item in shard.rows(0, 99)]
+    return [item.pair_id for shard in open_source(location).shards for item in shard.rows(0, 99)]
 
 
 def test_tars_parquet_and_lists_on_s3(
@@ -64,7 +64,7 @@ def test_tars_parquet_and_lists_on_s3(
 
     put("parquet/a.parquet", write_parquet(tmp_path / "a.parquet", [pick_row(i) for i in range(9)]).read_bytes())
     assert ids("s3://pairs/parquet") == [str(1000 + i) for i in range(9)]
-    (shard,) = open_source("s3://pairs/parquet/a.parquet").input_shards()
+    (shard,) = open_source("s3://pairs/parquet/a.parquet").shards
     assert [item.pair_id for item in shard.rows(5, 7)] == ["1005", "1006"]
 
     rows = [{"win": "i/a.png", "lose": "s3://pairs/list/i/b.png", "prompt": "p", "id": "1"}]
@@ -72,7 +72,7 @@ def test_tars_parquet_and_lists_on_s3(
     put("list/pairs.jsonl", "\n".join(json.dumps(row) for row in rows).encode())
     put("list/i/a.png", b"A")
     put("list/i/b.png", b"B")
-    (shard,) = open_source("s3://pairs/list").input_shards()
+    (shard,) = open_source("s3://pairs/list").shards
     good, missing = shard.rows(0, 2)
     assert good == Pair(pair_id="1", prompt="p", win=b"A", lose=b"B", label=1.0, row=0)
     assert isinstance(missing, Skipped)
@@ -113,7 +113,7 @@ def web() -> Iterator[str]:
 def test_images_on_a_web_server(web: str, tmp_path: Path) -> None:
     rows = [{"win": f"{web}/{name}", "lose": f"{web}/a.png", "prompt": "p"} for name in ("a.png", "b.png", "forbidden")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (shard,) = open_source(str(tmp_path), allow_remote=True).input_shards()
+    (shard,) = open_source(str(tmp_path), allow_remote=True).shards
     good, *others = shard.rows(0, 3)
     assert isinstance(good, Pair)
     assert (good.win, good.lose) == (b"A", b"A")

@@ -162,7 +162,7 @@ def folder(tmp_path: Path) -> Path:
 
 def read(path: Path, **how: Any) -> list[Pair | Skipped]:
     """All rows; any range of them is that part of all."""
-    (shard,) = open_source(str(path), **how).input_shards()
+    (shard,) = open_source(str(path), **how).shards
     found = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in found] == list(range(shard.num_rows))
     for start in range(len(found)):
@@ -215,7 +215,7 @@ def test_what_of_a_ranking_is_compared(folder: Path, how: str, expected: list[st
     assert [said(item) for item in found] == 2 * expected
     names = {item.pair_id: said(item) for item in read(path)}
     assert all(names[item.pair_id] == said(item) for item in found)  # an id means the same two images
-    assert len({open_source(str(path), pairs_from=how).input_shards()[0].fingerprint() for how in ("all", how)}) == (
+    assert len({open_source(str(path), pairs_from=how).shards[0].fingerprint() for how in ("all", how)}) == (
         1 if how == "all" else 2
     )
 

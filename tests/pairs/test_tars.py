@@ -34,7 +34,7 @@ def mirror(key: str, first: bytes, second: bytes, label_0: str, label_1: str, ca
 
 
 def read(path: Path | str) -> list[Pair | Skipped]:
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     items = list(shard.rows(0, shard.num_rows))
     assert [item.row for item in items] == list(range(shard.num_rows))
     return items
@@ -58,7 +58,7 @@ def test_our_layout_without_label_and_id(tmp_path: Path, write_tar: WriteTar) ->
 @pytest.mark.parametrize("name", [".a", "..a", "-a", "a b", "ä", "a" * 200])
 def test_the_name_of_any_file_can_stand_in_a_commit(tmp_path: Path, write_tar: WriteTar, name: str) -> None:
     path = write_tar(tmp_path / f"{name}.tar", ours("1", b"W", b"L", prompt="p"))
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     source = ShardSource(location=str(path), input_shard=shard.name, rows=(0, 1), fingerprint=shard.fingerprint())
     assert SHARD_NAME.fullmatch(f"{source.input_shard}-00000000")
 
@@ -162,7 +162,7 @@ def test_a_bad_row_is_skipped_whole_with_its_reason(tmp_path: Path, write_tar: W
 
 def test_any_range_of_rows_equals_that_part_of_all_rows(tmp_path: Path, write_tar: WriteTar) -> None:
     members = [m for i in range(20) for m in ours(f"{i:04d}", b"W%d" % i, b"L%d" % i, prompt=str(i))]
-    (shard,) = open_source(str(write_tar(tmp_path / "a.tar", members))).input_shards()
+    (shard,) = open_source(str(write_tar(tmp_path / "a.tar", members))).shards
     everything = list(shard.rows(0, 20))
     assert shard.num_rows == 20
     for start, stop in [(0, 1), (7, 13), (19, 20), (15, 99), (20, 30), (5, 5)]:
@@ -179,7 +179,7 @@ def test_other_files_in_the_tar_are_no_rows(tmp_path: Path, write_tar: WriteTar)
 def test_what_has_no_role_is_counted(tmp_path: Path, write_tar: WriteTar) -> None:
     members = [("README", b"hello"), ("notes.md", b"x"), ("._1.win.png", b"x")]
     members += [*ours("1", b"W", b"L", prompt="p", lable=0.3), ("1.cls", b"3"), ("2.cls", b"3")]
-    (shard,) = open_source(str(write_tar(tmp_path / "a.tar", members))).input_shards()
+    (shard,) = open_source(str(write_tar(tmp_path / "a.tar", members))).shards
     assert shard.num_rows == 1
     assert dict(shard.not_read) == {
         "member without a suffix": 1,
@@ -206,7 +206,7 @@ def test_links_in_a_tar_are_named_and_counted(tmp_path: Path) -> None:
     assert isinstance(linked, Skipped)
     assert (linked.pair_id, linked.reason) == ("a/2", "missing_image")
     assert "win is a link" in linked.detail
-    (shard,) = open_source(str(path)).input_shards()
+    (shard,) = open_source(str(path)).shards
     assert dict(shard.not_read) == {"member that is a hard link": 1}
 
 
@@ -282,7 +282,7 @@ def test_a_damaged_header_is_unreadable_and_not_the_end(tmp_path: Path, whole: P
 
 
 def test_a_tar_cut_after_it_was_indexed_is_unreadable(tmp_path: Path, whole: Path) -> None:
-    (shard,) = open_source(str(whole)).input_shards()
+    (shard,) = open_source(str(whole)).shards
     assert shard.num_rows == 3
     whole.write_bytes(whole.read_bytes()[: 7 * 512])
     with pytest.raises(DataError, match="the tar was cut"):
@@ -299,7 +299,7 @@ def test_what_is_no_tar_is_unreadable(tmp_path: Path, content: bytes) -> None:
 
 def test_fingerprint_follows_content_and_not_the_path(tmp_path: Path, write_tar: WriteTar) -> None:
     def fingerprint(name: str, members: Members) -> str:
-        (shard,) = open_source(str(write_tar(tmp_path / name, members))).input_shards()
+        (shard,) = open_source(str(write_tar(tmp_path / name, members))).shards
         return shard.fingerprint()
 
     base = ours("1", b"W", b"L", prompt="p", label=0.7)
@@ -337,7 +337,7 @@ def test_whether_samples_are_of_lists_is_said_by_the_first_that_can_be_read(
     damaged = [("1.json", b"{"), *ours("1", b"W", b"L")[1:]]
     of_list, own = ours("2", b"W" * 101, b"L", prompt="p", list="x"), ours("3", b"W", b"L", prompt="p")
     for name, members, has_lists in (("a", damaged + of_list + own, True), ("b", damaged + own + of_list, False)):
-        (shard,) = open_source(str(write_tar(tmp_path / f"{name}.tar", members))).input_shards()
+        (shard,) = open_source(str(write_tar(tmp_path / f"{name}.tar", members))).shards
         assert shard.has_lists is has_lists
         assert [item.row for item in shard.rows(0, 3)] == [0, 1, 2]
         assert len(shard.head(3)) == 1  # what can be shown

@@ -148,7 +148,7 @@ def test_how_many_images_the_rankings_of_some_rows_have(
         else:
             rows.append(told | {"images": [f"{i}.png" for i in range(count)], "ranks": list(range(count))})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (shard,) = open_source(str(tmp_path), pairs_from=how).input_shards()  # type: ignore[arg-type]
+    (shard,) = open_source(str(tmp_path), pairs_from=how).shards  # type: ignore[arg-type]
     assert shard.group_sizes(0, shard.num_rows).tolist() == sizes
     assert shard.group_sizes(0, 1).tolist() == [2]
     last = shard.num_rows - 1

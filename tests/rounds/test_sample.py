@@ -172,7 +172,7 @@ def test_it_is_a_cache_like_any_other(
     assert run_train(None, {"model": str(pipelines())}, [str(where)], asked, resume="never") == 0
     assert "zero-step proof holds" in capsys.readouterr().err
     source = open_source(f"{where}-images")
-    (tar,) = source.input_shards()
+    (tar,) = source.shards
     rows = list(tar.rows(0, tar.num_rows))
     assert all(isinstance(row, Pair) for row in rows)
     relabel_cache(cache, source, load_scorer("brightness"), set_name="again", temperature=1.0)
