@@ -345,12 +345,17 @@ def _family_of(folder: Path) -> Family:
     """By the pipeline's class in model_index.json. Raises ModelError if there is none, or another one."""
     index_file = folder / "model_index.json"
     if not index_file.is_file():
+        fix = "pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config"
+        if (folder / "pipeline" / index_file.name).is_file():
+            fix = f"a run's pipeline is the folder below: {folder / 'pipeline'}"
+        elif (folder / "lora").is_dir():
+            fix = f"a run's LoRA layers go over its model: pass that, and --lora {folder / 'lora'} where it is taken"
         raise ModelError(
             "This folder is not a diffusers pipeline.",
             where=folder,
             expected="model_index.json",
             got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
-            fix="pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config",
+            fix=fix,
         )
     name = read_json(index_file).get("_class_name", "?")
     if name not in BY_PIPELINE:

@@ -94,6 +94,12 @@ def test_folders_that_are_no_pipeline(model_copy, tmp_path):
     empty.mkdir()
     assert "an empty folder" in refusal(empty)
     assert "nothing" in refusal(tmp_path / "none")
+    # A run's folder, as somebody types it first: its result lies in a folder below.
+    run = tmp_path / "run"
+    shutil.copytree(model_copy, run / "pipeline")
+    assert f"the folder below: {run / 'pipeline'}" in refusal(run)
+    shutil.move(run / "pipeline", run / "lora")
+    assert f"--lora {run / 'lora'}" in refusal(run)
 
 
 def test_single_files(model_copy, tmp_path):
