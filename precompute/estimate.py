@@ -34,7 +34,8 @@ def run_plan(
     as_json: bool,
     beside: Callable[[Model, Manifest, int], Sequence[Need]],
 ) -> int:
-    """Print what a run would cost. Returns the exit code: 1 if an input shard is left out that cannot be read.
+    """Print what a run would cost. Returns the exit code: 1 if an input shard is left out, since it cannot be read, or
+    since shards of another source's have its name in the cache.
 
     Args:
         gibibytes: memory of the device that the largest batches are for; None: this machine's GPU.
@@ -51,9 +52,14 @@ def run_plan(
     for number, work in enumerate(works):
         settings, cache = work.resolved.settings, work.cache
         manifest = work.manifest(model, None)
-        if number == 0:
-            print_inputs(work.source, work.tasks, unreadable)
-        plan = work.plan(committed_shards(cache, manifest), manifest, model)
+        committed = committed_shards(cache, manifest)
+        work, foreign = work.own(committed)
+        unreadable += foreign
+        if number == 0 or foreign:
+            print_inputs(work.source, work.tasks, unreadable if number == 0 else foreign)
+        if not work.tasks:
+            continue
+        plan = work.plan(committed, manifest, model)
         hours = _calibrated_hours(plan, model, manifest, settings) if calibrate else None
         memory = device_memory(gibibytes)
         own = Need(what="precompute", batch_size=settings.batch_size, peak=precompute_peak(model, manifest))
@@ -71,7 +77,7 @@ def run_plan(
             print_plan(plan, console(), hours=told)
             print_needs(needs, manifest.network_dtype, console())
         check_disk(plan, cache)
-    if as_json:
+    if as_json and documents:
         print(json.dumps(documents[0] if resolved.settings.buckets is None else documents, indent=1))
     return 1 if unreadable else 0
 

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,8 @@ def run_work(
         if settings.engine != "ray":  # whose workers have devices of their own
             say_device(state.device, manifest.network_dtype, num_processes=state.num_processes)
     committed = committed_shards(cache, manifest)
-    foreign = work.foreign(committed)
-    unreadable = [*unreadable, *foreign.values()]
-    work = replace(work, tasks=[task for task in work.tasks if task.input_shard.name not in foreign])
+    work, foreign = work.own(committed)
+    unreadable = [*unreadable, *foreign]
     if not work.tasks:
         for error in unreadable if is_main else ():
             fail(error)

@@ -53,6 +53,12 @@ class Work:
         """What is left of it will cost."""
         return make_plan(self.tasks, committed, manifest, model, cache=self.cache, calls=self.calls_per_image)
 
+    def own(self, committed: set[str]) -> tuple["Work", list[DataError]]:
+        """Without the input shards whose shards in the cache are of another source, and an error for each of these."""
+        foreign = self.foreign(committed)
+        tasks = [task for task in self.tasks if task.input_shard.name not in foreign]
+        return replace(self, tasks=tasks), list(foreign.values())
+
     @property
     def why_no_pair(self) -> str:
         """Where to look if no row gave a pair."""

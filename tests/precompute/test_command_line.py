@@ -132,6 +132,24 @@ def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, reci
 
 
 @pytest.mark.usefixtures("no_training")
+def test_a_plan_leaves_out_what_precompute_would(app: typer.Typer, recipe: Path, tmp_path: Path) -> None:
+    """A file that another source's file in the cache is called like."""
+    done = CliRunner().invoke(app, ["precompute", "--recipe", str(recipe)])
+    assert done.exit_code == 0, done.output
+    first, *others = sorted((tmp_path / "pairs").glob("*.tar"))
+    other = tmp_path / "others"
+    other.mkdir()
+    shutil.copy(others[0], other / first.name)
+    for new, num_pairs in ((False, None), (True, 2)):
+        if new:
+            shutil.copy(first, other / "new.tar")
+        result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), "--pairs", str(other), "--json"])
+        assert result.exit_code == 1
+        assert "Another source's file of this name" in result.stderr
+        assert (json.loads(result.stdout)["num_pairs"] if result.stdout else None) == num_pairs
+
+
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("levels", [1000, 100])
 def test_plan_with_calibration_gives_hours(
     app: typer.Typer, recipe: Path, pipelines: Callable, tmp_path: Path, levels: int
