@@ -153,7 +153,7 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UsageError, match=r"pip install 'inpo-cache\[ray\]'") as error:
         connect(RayOptions())
-    assert "\n" not in str(error.value)
+    assert "--engine local" in str(error.value)
 
 
 @pytest.mark.parametrize(
