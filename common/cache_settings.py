@@ -110,7 +110,9 @@ class CacheSettings(Section):
         found: dict[str, str] = {}
         if self.inverter in NOISING:
             found |= dict.fromkeys(("noised_start", "refine_start"), f"an --inverter that inverts: {_INVERTING}")
-        if self.inverter != "fixed_point":
+        if self.noised_start >= 1:
+            found |= dict.fromkeys(("refine_start", "iterations", "tolerance"), "--noised-start below 1")
+        elif self.inverter != "fixed_point":
             found |= dict.fromkeys(("iterations", "tolerance"), "--inverter fixed_point")
         return found
 

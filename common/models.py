@@ -332,7 +332,11 @@ def open_model(
                 fix=f"--model-config with a pipeline folder or hub id, {guessed_from} for instance",
             )
         check_markers(path, model.prediction, scheduler_file=model.scheduler_file)
+        if variant:
+            note(f"{location} is one file, of which there are no variants: {variant} is not looked for")
         return model
+    if model_config:
+        note(f"{location} has its own configurations: those of {model_config} are not read")
     folder = folder_of(location, variant=variant, revision=revision)
     model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):

@@ -8,7 +8,7 @@ from the defaults is printed.
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -202,16 +202,22 @@ def read_recipe(path: Path | None) -> Recipe:
 
 
 def resolve(
-    kind: type[SectionType], section: str, recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
+    kind: type[SectionType],
+    section: str,
+    recipe: Mapping[str, Mapping[str, Any]],
+    flags: Mapping[str, Any],
+    *,
+    may_idle: bool = False,
 ) -> SectionType:
     """One section's settings: defaults, then the recipe's values, then every flag that is not None.
 
-    Raises UsageError for a bad value, and for a flag that does nothing.
+    Raises UsageError for a bad value, and unless `may_idle` for a flag that does nothing.
     """
     values = {**recipe.get(section, {}), **{name: value for name, value in flags.items() if value is not None}}
     try:
         settings = kind.model_validate(values)
-        _refuse_without_effect(settings, flags)
+        if not may_idle:
+            refuse_idle([settings], flags)
         return settings
     except ValidationError as error:
         first = error.errors()[0]
@@ -241,18 +247,20 @@ def resolve(
         ) from None
 
 
-def _refuse_without_effect(settings: Section, flags: Mapping[str, Any]) -> None:
-    """Raise UsageError for the first flag, not its default, that does nothing. A recipe may have it for other flags."""
-    for name, needed in settings.without_effect().items():
-        field, value = type(settings).model_fields[name], getattr(settings, name)
-        if flags.get(name) is not None and value != field.default:
+def refuse_idle(several: Sequence[Section], flags: Mapping[str, Any]) -> None:
+    """Raise UsageError for the first flag, not its default, that does nothing in any of several settings of one kind. A
+    recipe may have it, for other flags."""
+    idle = [settings.without_effect() for settings in several]
+    for name, needed in idle[0].items():
+        field, value = type(several[0]).model_fields[name], getattr(several[0], name)
+        if all(name in each for each in idle) and flags.get(name) is not None and value != field.default:
             option = option_name(name, field)
             raise UsageError(
                 f"{option} does nothing here.",
                 where=option,
                 expected=needed,
                 got=value,
-                fix="leave it out, or change the other",
+                fix="leave it out, or change that",
             )
 
 

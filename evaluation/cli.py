@@ -268,8 +268,8 @@ def relabel(
         )
     names = list(dict.fromkeys(scorer))
     source_options = {"pairs": pairs, **given[DataSection]}
-    of_scorers = {**source_options, "temperature": temperature}
-    unused = [option_name(name) for name, value in of_scorers.items() if value is not None] if from_file else []
+    of_scorers = {**source_options, "temperature": temperature, "batch_size": None if batch_size == 16 else batch_size}
+    unused = [option_name(name) for name, value in of_scorers.items() if value] if from_file else []
     _check_relabel(names, pairs, from_file, combine, temperature, smpo, set_name, unused)
     chosen = check_set_name(set_name or names[0])
     opened = open_cache(cache)

@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer
 
-from inpo.common.errors import InpoError, StorageError
+from inpo.common.errors import InpoError
 from inpo.common.foreign import Command
 from inpo.common.log import LOGGER, fail
 from inpo.common.loudness import Root
@@ -81,15 +81,16 @@ def main() -> None:
         app()
     except InpoError as error:
         _end(error)
-    except OSError as error:  # files have words of their own
-        if error.errno != errno.ENOSPC:
+    except OSError as error:  # a disk has words of its own
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        where = error.filename or "standard output"
-        _end(
-            StorageError(
-                "There is no space left.", where=where, got=error.strerror, fix="free some, or write elsewhere"
-            )
-        )
+        from inpo.common.durable import storage_errors  # an object store's client
+
+        try:
+            with storage_errors("read or write", error.filename or "standard output"):
+                raise
+        except InpoError as refused:
+            _end(refused)
     except (MemoryError, RuntimeError):
         from inpo.common.batch_size import memory_in_words  # torch
 

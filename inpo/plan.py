@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from inpo.common.options import Given, RecipeOption, options
-from inpo.common.recipe import DataSection, ModelSection
+from inpo.common.recipe import DataSection, ModelSection, resolve
 from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
 
@@ -38,6 +38,7 @@ def plan(
         given[ModelSection],
         given[DataSection],
         given[PrecomputeSettings],
+        ray_options=resolve(RayOptions, "ray", {}, given[RayOptions]),
         gpus=gpus,
         gibibytes=device_memory,
         calibrate=calibrate,

@@ -67,18 +67,21 @@ def _like(sections: Recipe, data_flags: Mapping[str, Any], flags: Mapping[str, A
                 "There are no points to keep.", where="--errors-only", expected="--like CACHE", fix="add --like CACHE"
             )
         return sections
-    for name, given in (("pairs", data_flags.get("pairs")), ("buckets", told.get("buckets"))):
+    of_pairs = {name: data_flags.get(name) for name in ("pairs", "columns", "pairs_from", "allow_remote")}
+    for name, given in {**of_pairs, "buckets": told.get("buckets")}.items():
         if given is not None:
             raise UsageError(
                 "The pairs are the other cache's.",
-                where=f"--{name}",
-                expected=f"no --{name} with --like",
+                where=option_name(name),
+                expected=f"no {option_name(name)} with --like",
                 got=given,
                 fix="leave one of them out",
             )
     settings = CacheSettings.of(open_cache(str(location)).manifest).model_dump(exclude_unset=True)
     asked = {name: value for name, value in told.items() if name in CacheSettings.model_fields and name != "dtype"}
-    before, wanted = (resolve(CacheSettings, "precompute", {"precompute": settings}, each) for each in ({}, asked))
+    before, wanted = (
+        resolve(CacheSettings, "precompute", {"precompute": settings}, each, may_idle=True) for each in ({}, asked)
+    )
     changed = [name for name in asked if getattr(wanted, name) != getattr(before, name)]
     if errors_only and changed:
         raise UsageError(

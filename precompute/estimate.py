@@ -14,12 +14,12 @@ from inpo.common.memory import Need, device_memory
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.components import call_blank, compile_denoiser, load_denoiser
-from inpo.precompute.configuration import configure
+from inpo.precompute.configuration import check_ray, configure
 from inpo.precompute.inputs import committed_shards, print_inputs
 from inpo.precompute.like import all_works
 from inpo.precompute.memory import precompute_peak
 from inpo.precompute.plan import Plan, check_disk, print_needs, print_plan
-from inpo.precompute.settings import PrecomputeSettings
+from inpo.precompute.settings import PrecomputeSettings, RayOptions
 
 
 def run_plan(
@@ -28,6 +28,7 @@ def run_plan(
     data_flags: Mapping[str, Any],
     flags: Mapping[str, Any],
     *,
+    ray_options: RayOptions,
     gpus: int,
     gibibytes: float | None,
     calibrate: bool,
@@ -44,6 +45,7 @@ def run_plan(
     Raises StorageError if the disk is too small.
     """
     resolved = configure(recipe, model_flags, data_flags, flags)
+    check_ray(resolved.settings, ray_options)
     resolved.data.need("cache")
     model = resolved.model_section.open()
     check_complete(model)

@@ -40,7 +40,10 @@ def run_identity(
         "dtype",
         "caches",
     }
-    values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
+    # What does nothing as the others stand can be anything.
+    idle = {name: TrainSettings.model_fields[name].default for name in settings.without_effect()}
+    told = settings.model_copy(update=idle).model_dump(mode="json")
+    values = {name: value for name, value in told.items() if name not in free}
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps
     values |= {

@@ -14,11 +14,21 @@ from inpo.train.lora import KOHYA_FILE
 
 
 def claim_repository(repository: str, *, private: bool = False) -> None:
-    """Make the repository, or see that one may write to it. Raises StorageError."""
+    """Make the repository, or see that one may write to it. Raises StorageError, and UsageError for one that is there
+    already and public, if it is to be private."""
     try:
         _api().create_repo(repository, private=private, exist_ok=True)
+        is_public = private and not _api().repo_info(repository).private
     except Exception as error:  # the hub's client raises its own, its HTTP library's, and ValueError for a name
         raise _refused(repository, error) from error
+    if is_public:
+        raise UsageError(
+            "The repository is there already, and everybody can read it.",
+            where=repository,
+            expected="a private one, by --private",
+            got="a public one",
+            fix="make it private at the hub, or push to another",
+        )
 
 
 def push(run: Path, repository: str, *, private: bool, license: str | None, compare: Path | None) -> str:

@@ -20,7 +20,7 @@ from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
-from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
+from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, refuse_idle, resolve, to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator, prepare
 from inpo.train.card import model_card
@@ -76,6 +76,8 @@ class Resolved:
         """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
         Returns what is read."""
         check_installed(self.settings)
+        # In a recipe too: what it says would not be made, and its line before the first step would say that it is.
+        refuse_idle([self.settings], dict.fromkeys(("lora_alpha", "lora_targets", "warmup_steps"), True))
         check_objective(self.settings)
         check_schedule(self.settings)
         return check_needs(self.caches, OBJECTIVES[self.settings.objective])
@@ -244,14 +246,21 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
 
 
 def resolve_run(
-    recipe: Path | None, model_flags: Mapping[str, Any], caches: list[str] | None, flags: Mapping[str, Any]
+    recipe: Path | None,
+    model_flags: Mapping[str, Any],
+    caches: list[str] | None,
+    flags: Mapping[str, Any],
+    *,
+    may_idle: bool = False,
 ) -> Resolved:
-    """A run's configuration from recipe and flags. Raises UsageError for what does not go together."""
+    """A run's configuration from recipe and flags. Raises UsageError for what does not go together, and unless
+    `may_idle` for a flag that does nothing."""
     sections = read_recipe(recipe)
     model_section = resolve(ModelSection, "model", sections, model_flags)
     data = resolve(DataSection, "data", sections, {"cache": caches[0]} if caches else {})
     # One cache is [data]'s; several are this run's own.
-    settings = resolve(TrainSettings, "train", sections, {**flags, "caches": caches and (caches if caches[1:] else [])})
+    flags = {**flags, "caches": caches and (caches if caches[1:] else [])}
+    settings = resolve(TrainSettings, "train", sections, flags, may_idle=may_idle)
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
     locations = settings.caches or (data.need("cache"),)

@@ -14,7 +14,7 @@ from inpo.common.durable import write_file
 from inpo.common.errors import InpoError, UsageError, command
 from inpo.common.log import fail, say
 from inpo.common.processes import processes
-from inpo.common.recipe import read_recipe, resolve
+from inpo.common.recipe import read_recipe, refuse_idle, resolve
 from inpo.common.scorer import load_scorer
 from inpo.common.text import read_text
 from inpo.train.output import claim_output
@@ -143,18 +143,20 @@ def run_sweep(
 ) -> int:
     """Train every run of `file` below --output; returns the exit code, 1 if one of them failed."""
     planned = read_sweep(file)
-    base = resolve_run(recipe, model_flags, caches, flags)
-    claim_output(base.output)
+    base = resolve_run(recipe, model_flags, caches, flags, may_idle=True)
     sections = read_recipe(recipe)
     runs: dict[str, Resolved] = {}
     for each in planned:
         output = base.output / each.name
-        settings = resolve(TrainSettings, "train", sections, {**flags, **each.values, "output": output})
+        told = {**flags, **each.values, "output": output}
+        settings = resolve(TrainSettings, "train", sections, told, may_idle=True)
         runs[each.name] = replace(
             base, settings=settings.model_copy(update={"caches": base.settings.caches}), output=output
         )
         runs[each.name].check()
+    refuse_idle([run.settings for run in runs.values()], flags)
     _refuse_one_repository(runs)
+    claim_output(base.output)
     judges = [load_scorer(name) for name in scorers]
     if judges and not all(run.settings.sample_every for run in runs.values()):
         raise UsageError(

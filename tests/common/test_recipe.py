@@ -140,6 +140,7 @@ def test_on_the_screen_stands_what_is_not_the_default() -> None:
 WITHOUT_EFFECT = (
     (PrecomputeSettings, {"iterations": 9}, "--inverter fixed_point", {"inverter": "fixed_point"}),
     (PrecomputeSettings, {"tolerance": 0.1}, "--inverter fixed_point", {"inverter": "fixed_point"}),
+    (PrecomputeSettings, {"noised_start": 1.0, "refine_start": 5}, "below 1", {"noised_start": 0.5}),
     (PrecomputeSettings, {"inverter": "noise", "noised_start": 0.3}, "ddim, ab2", {"inverter": "ab2"}),
     (PrecomputeSettings, {"inverter": "tracked", "refine_start": 2}, "ddim, ab2", {"inverter": "ddim"}),
     (TrainSettings, {"lora_alpha": 8.0}, "--lora-rank above 0", {"lora_rank": 4}),

@@ -363,6 +363,7 @@ def test_options_that_do_not_go_together_are_refused(cache: Path, source: Path, 
         ("--from", tmp_path / "labels.jsonl", "--scorer", "red", "--set", "x"),
         ("--from", tmp_path / "labels.jsonl", "--set", "x", "--temperature", 1),
         ("--from", tmp_path / "labels.jsonl", "--set", "x", "--pairs", source),
+        ("--from", tmp_path / "labels.jsonl", "--set", "x", "--batch-size", 999),
         ("--from", tmp_path / "labels.jsonl", "--set", "x", "--columns", "win=a,lose=b"),
     ):
         assert isinstance(command(cache, *words).exception, UsageError), words

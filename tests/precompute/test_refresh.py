@@ -24,6 +24,7 @@ from inpo.common.errors import CacheMismatch, UsageError
 from inpo.common.models import Model, open_model
 from inpo.common.spread import SPREAD_RECORDS
 from inpo.inspection.verify import verify
+from inpo.precompute.configuration import configure
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
 from inpo.train.run import run_train
@@ -267,9 +268,19 @@ def test_what_does_not_go_together_is_refused(
             again(first, pipelines(), tmp_path / "again", **told)
     with pytest.raises(UsageError, match="--pairs"):
         run(source, pipelines(), tmp_path / "again", like=first.location)
+    for told in ({"columns": "win=nosuch"}, {"pairs_from": "adjacent"}, {"allow_remote": True}):
+        (option,) = told
+        with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
+            configure(None, {}, told, {"like": first.location})
     with pytest.raises(UsageError, match="--errors-only"):
         run(source, pipelines(), tmp_path / "again", errors_only=True)
     assert not (tmp_path / "again").exists()
+    # A recipe may have settings for other flags here too.
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[precompute]\niterations = 9\nlike = "{first.location}"\n')
+    assert configure(recipe, {}, {}, {}).settings.iterations == 9
+    with pytest.raises(UsageError, match="--tolerance"):
+        configure(recipe, {}, {}, {"tolerance": 0.5})
 
 
 @pytest.mark.parametrize("drawn", [{"flip": True}, {"vae_latent": "sample"}, {"caption_dropout": 0.5}, {}], ids=str)

@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.created: list[dict[str, Any]] = []
         self.cards: list[str] = []
         self.refuse = 0
+        self.private = True
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,6 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             answer = {"commitUrl": "https://huggingface.co/owner/name/commit/1", "commitOid": "1"}
         return self._send(200, answer)
+
+    def do_GET(self) -> None:
+        self._send(self.server.refuse or 200, {"id": "owner/name", "private": self.server.private})
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         data = json.dumps(answer).encode()
@@ -122,6 +126,12 @@ def test_a_lora_run_arrives_with_a_card_that_names_no_machine(
     for name, data in hub.files.items():
         for secret in (str(tmp_path), str(Path(cache).parent), "secret-token"):
             assert secret.encode() not in data, name
+    # One that is there already, and public, stays so: nothing is sent to it.
+    hub.private = False
+    hub.files.clear()
+    with pytest.raises(UsageError, match="everybody can read it"):
+        push(output, "owner/name", private=True, license=None, compare=None)
+    assert not hub.files
     # Again, without a comparison: the card is made anew, not on top of the other.
     push(output, "owner/name", private=False, license=None, compare=None)
     assert "| clip |" not in hub.files["README.md"].decode()

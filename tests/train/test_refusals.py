@@ -23,6 +23,7 @@ from inpo.rounds.settings import RoundSettings, SampleSettings
 from inpo.train import requirements
 from inpo.train.index import build_index
 from inpo.train.loop import Trainer
+from inpo.train.run import run_train
 from inpo.train.settings import TrainSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -323,6 +324,21 @@ def test_a_misspelt_setting_is_answered_with_the_right_name() -> None:
     assert "Unknown setting 'learnrate' in [train]" in str(caught.value)
     assert "did you mean learning_rate?" in str(caught.value)
     assert "only, except, held_out" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [({"lora_alpha": 8.0}, "--lora-alpha"), ({"schedule": "constant", "warmup_steps": 2}, "--warmup-steps")],
+)
+def test_a_recipe_of_what_would_not_be_made_is_refused_too(
+    world: Any, cache: str, tmp_path: Path, values: dict[str, Any], option: str
+) -> None:
+    """What a run says of itself before the first step would not be so."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(to_toml({"train": TrainSettings(**values)}, differing=True))
+    told = {"output": tmp_path / "run", "steps": 1, "tracker": "none"}
+    with pytest.raises(UsageError, match=f"{option} does nothing"):
+        run_train(recipe, {"model": str(world.model.folder)}, [cache], told, resume="auto")
 
 
 def test_a_saved_configuration_is_a_recipe(tmp_path: Path) -> None:

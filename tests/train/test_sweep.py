@@ -114,7 +114,39 @@ def test_runs_that_would_be_pushed_to_one_repository_are_refused(world: Any, cac
     done = CliRunner().invoke(app, [*words, "--tracker", "none", "--push-to-hub", "me/it", "--sweep", str(file)])
     assert isinstance(done.exception, UsageError)
     assert "me/it for 2 runs" in str(done.exception)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "flags", "refused"),
+    [
+        ("lora_rank = [0, 2]", (), None),
+        ("lora_rank = 2", ("--lora-alpha", "8"), None),
+        ("sample_every = [0, 1]", ("--sample-steps", "3"), None),
+        ("sample_every = 0", ("--sample-steps", "3"), "--sample-steps"),
+        ('optimizer = ["adamw", "adafactor"]\nadam_eps = 1e-6', (), None),
+        ('held_out = [0.0, 0.5]\noverfitting = "stop"', (), None),
+    ],
+)
+def test_a_flag_that_one_of_the_runs_has_a_use_for_is_taken(
+    world: Any,
+    cache: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runs: str,
+    flags: tuple,
+    refused: str | None,
+) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr("inpo.train.sweep.train", lambda run, resume: begun.append(run))  # the first ends early
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out"), *flags]
+    told = ["--tracker", "none", "--sweep", str(write(tmp_path, f"[[run]]\n{runs}\n"))]
+    done = CliRunner().invoke(app, [*words, *told])
+    assert len(begun) == (refused is None)
+    if refused:
+        assert isinstance(done.exception, UsageError)
+        assert refused in str(done.exception)
+    assert (tmp_path / "out").exists() == (refused is None)
 
 
 class Brightness:
