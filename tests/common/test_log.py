@@ -152,3 +152,14 @@ def test_standard_output_that_is_full_is_said() -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("doctor", "x" * 300), ("inspect", "summary", "x" * 300)], ids=" ".join)
+def test_a_path_that_the_disk_refuses_is_said(words: tuple[str, ...]) -> None:
+    """Asking whether it is there is refused already."""
+    command = [sys.executable, "-m", "inpo", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "File name too long" in done.stderr
+    assert "to do:" in done.stderr

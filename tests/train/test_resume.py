@@ -132,6 +132,20 @@ def test_a_network_in_another_memory_order(
     assert equal(trained(whole), trained(parts))
 
 
+def test_a_setting_that_does_nothing_is_not_asked_for_again(world: Any, cache: str, tmp_path: Path) -> None:
+    """A recipe may have it, a flag may not: the run could go on with neither."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[train]\noptimizer = "adafactor"\nadam_eps = 1e-6\n')
+    told = {"output": tmp_path / "run", "batch_size": 2, "tracker": "none", "held_out": 0.0, "log_every": 1}
+    model = {"model": str(world.model.folder)}
+    inpo.train.run.run_train(recipe, model, [cache], told | {"steps": 1}, resume="auto")
+    plain = told | {"steps": 2, "optimizer": "adafactor"}
+    inpo.train.run.run_train(None, model, [cache], plain, resume="auto")
+    assert steps_of(tmp_path / "run")[-1] == 2
+    with pytest.raises(TrainingError, match="adam_eps"):
+        inpo.train.run.run_train(recipe, model, [cache], told | {"steps": 3, "optimizer": "adamw"}, resume="auto")
+
+
 def test_weights_that_will_be_split_stay_in_plain_order(world: Any) -> None:
     """FSDP takes no others; elsewhere a GPU's convolutions are faster with channels last."""
     for sharded in (False, True):
