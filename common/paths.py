@@ -9,15 +9,22 @@ from typing import Any, TypeVar
 from inpo.common.errors import UsageError
 
 _Place = TypeVar("_Place", bound=str | Path)
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""As a path has it, which knows no two slashes."""
 
 
 def expand_home(place: _Place) -> _Place:
     """A path or address with ~ and ~user at its beginning replaced by the home folder; all else stays as it is.
 
     Paths go through libraries of which some expand and some make a folder named ~, so it is done here, once. A folder
-    of that name is ./~. Raises ValueError for a user without a home, and for a name that is not UTF-8: manifests,
-    commits and recipes are UTF-8 and could not hold it.
+    of that name is ./~. Raises ValueError for a user without a home, for a name that is not UTF-8 (manifests, commits
+    and recipes could not hold it) or has a null in it, and for an address where a path on this machine is needed: it
+    would name a folder here, `s3:`.
     """
+    if isinstance(place, Path) and _ADDRESS.match(str(place)):
+        raise ValueError("this is an address, and here a path on this machine is needed")
+    if "\0" in str(place):
+        raise ValueError("a path has no null in it")
     scheme, path = re.match(r"(file://)?(.*)", str(place), flags=re.DOTALL).groups("")  # type: ignore[union-attr]
     if path.startswith("~"):
         expanded = os.path.expanduser(path)

@@ -111,3 +111,18 @@ def test_a_name_that_no_document_can_hold_is_refused(name: str) -> None:
     assert refused.value.where == f"--{name}"
     with pytest.raises(UsageError, match="not UTF-8"):
         home(Path(place))
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://bucket/run", "hf://datasets/a/b", "https://host/run"])
+def test_an_address_where_a_path_on_this_machine_is_needed_makes_no_folder_of_its_name(address: str) -> None:
+    with pytest.raises(UsageError, match="this is an address"):
+        resolve(TrainSettings, "train", {}, {"output": address})
+    with pytest.raises(UsageError, match="this is an address"):
+        home(Path(address))
+    assert home(address) == address  # a text is a place anywhere
+    assert home(Path("a:b/c")) == Path("a:b/c")
+
+
+def test_a_null_in_a_path_is_refused() -> None:
+    with pytest.raises(UsageError, match="no null"):
+        resolve(TrainSettings, "train", {}, {"only": "a\0b"})
