@@ -80,7 +80,15 @@ def pack(
 
 
 def refuse_occupied(output: Path) -> None:
-    """Raise UsageError unless `output` is absent or an empty folder."""
+    """Raise UsageError unless `output` is absent or an empty folder, and not the one that the command runs in: a new
+    folder would take its place, and whoever is in it would be nowhere."""
+    if output.exists() and output.samefile(Path.cwd()):
+        raise UsageError(
+            "the output is the folder that this runs in",
+            where=output,
+            expected="a folder of its own",
+            fix="name a folder in it",
+        )
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():

@@ -121,6 +121,17 @@ def test_pack_refuses_a_folder_with_something_in_it(tmp_path: Path, parquet: Pat
         run("pack", parquet, "s3://bucket/out")
 
 
+def test_pack_does_not_replace_the_folder_that_it_runs_in(
+    tmp_path: Path, parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="the folder that this runs in"):
+        run("pack", parquet, ".")
+    assert run("pack", parquet, "packed")[0] == 0
+    assert [entry.name for entry in Path.cwd().iterdir()] == ["packed"]
+
+
 def test_pack_into_an_empty_folder(tmp_path: Path, parquet: Path) -> None:
     (tmp_path / "out").mkdir()
     assert run("pack", parquet, tmp_path / "out")[0] == 0
