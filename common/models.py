@@ -20,7 +20,7 @@ from inpo.common import fingerprint, single_file, weight_files
 from inpo.common.cache.schema import Manifest
 from inpo.common.denoiser import Denoiser
 from inpo.common.errors import ModelError
-from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED, Family
+from inpo.common.families import FAMILIES, SUPPORTED, Family, family_of
 from inpo.common.families.base import read_json
 from inpo.common.levels import Levels, TimeSettings
 from inpo.common.log import note
@@ -313,7 +313,7 @@ def open_model(
             folder = folder_of(model_config, variant=None)
         else:
             folder, guessed_from = single_file.fetch_configuration(path)
-        family = _family_of(folder)
+        family = family_of(folder)
         if not family.prefixes:
             raise ModelError(
                 f"A model of this family is not read from a single file: {family.title}.",
@@ -338,39 +338,11 @@ def open_model(
     if model_config:
         note(f"{location} has its own configurations: those of {model_config} are not read")
     folder = folder_of(location, variant=variant, revision=revision)
-    model = _checked(Model(location, folder, _family_of(folder), variant=variant, vae_folder=vae_folder))
+    model = _checked(Model(location, folder, family_of(folder), variant=variant, vae_folder=vae_folder))
     if variant and not any(f".{variant}." in file.name for file in folder.glob("*/*.safetensors")):
         # No error: a recipe's variant is the base model's, and the pipelines trained from it have none.
         note(f"{location} has no {variant} weights; its plain ones are used")
     return model
-
-
-def _family_of(folder: Path) -> Family:
-    """By the pipeline's class in model_index.json. Raises ModelError if there is none, or another one."""
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        fix = "pass the pipeline's folder, not one of its components; a .safetensors file works with --model-config"
-        if (folder / "pipeline" / index_file.name).is_file():
-            fix = f"a run's pipeline is the folder below: {folder / 'pipeline'}"
-        elif (folder / "lora").is_dir():
-            fix = f"a run's LoRA layers go over its model: pass that, and --lora {folder / 'lora'} where it is taken"
-        raise ModelError(
-            "This folder is not a diffusers pipeline.",
-            where=folder,
-            expected="model_index.json",
-            got=", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder",
-            fix=fix,
-        )
-    name = read_json(index_file).get("_class_name", "?")
-    if name not in BY_PIPELINE:
-        raise ModelError(
-            f"A model of class {name} is not supported.",
-            where=folder,
-            expected=SUPPORTED,
-            got=name,
-            fix="inpainting and pixel-space models have other inputs; each family of flow models is a file of its own",
-        )
-    return BY_PIPELINE[name]
 
 
 def _quieten() -> None:

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
@@ -69,6 +69,11 @@ class Section(BaseModel):
     def without_effect(self) -> Mapping[str, str]:
         """{setting that does nothing as the others stand: what it would need}; whether it was given is not asked."""
         return {}
+
+    def effective(self) -> Self:
+        """The same, with what does nothing at its default."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in self.without_effect()})
 
 
 def option_name(setting: str, field: FieldInfo | None = None) -> str:

@@ -5,6 +5,7 @@ would turn prompts and ids into others without a word.
 """
 
 import codecs
+import errno
 import re
 import unicodedata
 from pathlib import Path
@@ -42,14 +43,14 @@ def decode_text(data: bytes) -> str:
         ) from None
 
 
-def read_text(
-    path: Path, *, what: str, error: type[InpoError], where: object = None, fix: str = "correct the path"
-) -> str:
+def read_text(path: Path, *, what: str, error: type[InpoError], where: object = None, fix: str | None = None) -> str:
     """The text of a local file. Raises `error` with the sentence `what` when it cannot be read or is not UTF-8; `where`
     is the path unless an option is to be named, `fix` says what to do about a file that cannot be opened."""
     try:
         return decode_text(path.read_bytes())
     except OSError as problem:
+        is_locked = problem.errno in (errno.EACCES, errno.EPERM)
+        fix = fix or ("check the owner and mode of the file" if is_locked else "correct the path")
         raise error(what, where=where or path, got=problem.strerror or problem, fix=fix) from None
     except TextProblem as problem:
         raise error(

@@ -16,6 +16,7 @@ from inpo.evaluation.settings import CombineName, EvaluateSettings
 if TYPE_CHECKING:
     from inpo.evaluation.relabel import RelabelReport
 
+_PAIRS_AT_ONCE = 16
 app = typer.Typer(help="Generate images, score them, and compare models.", no_args_is_help=True)
 
 
@@ -241,7 +242,7 @@ def relabel(
         str | None,
         typer.Option("--set", help="Name of the label set, for `inpo train --labels`.", show_default="the scorer's"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = _PAIRS_AT_ONCE,
 ) -> None:
     """Score both images of every committed pair and write a label set beside the shards. Nothing is inverted again.
 
@@ -268,7 +269,8 @@ def relabel(
         )
     names = list(dict.fromkeys(scorer))
     source_options = {"pairs": pairs, **given[DataSection]}
-    of_scorers = {**source_options, "temperature": temperature, "batch_size": None if batch_size == 16 else batch_size}
+    other_batch = None if batch_size == _PAIRS_AT_ONCE else batch_size
+    of_scorers = {**source_options, "temperature": temperature, "batch_size": other_batch}
     unused = [option_name(name) for name, value in of_scorers.items() if value] if from_file else []
     _check_relabel(names, pairs, from_file, combine, temperature, smpo, set_name, unused)
     chosen = check_set_name(set_name or names[0])

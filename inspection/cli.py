@@ -266,7 +266,7 @@ def filter_pairs(
         say(f"{count:,} pairs lack {name}{hint}")
     if len(chosen) < len(selected):
         say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
-    if out is not None:
+    if out is not None and chosen:
         say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         warn(f"damaged, left out: {name}: {error.what}")

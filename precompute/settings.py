@@ -42,6 +42,10 @@ class PrecomputeSettings(CacheSettings):
     limit: int | None = Field(None, ge=1)
     """Stop after the shards that hold the first N rows, of each bucket if there are any; unset: all."""
 
+    def without_effect(self) -> dict[str, str]:
+        no_image = {} if self.like is None else {"decode_workers": "--pairs: with --like no image is read"}
+        return super().without_effect() | no_image
+
     @field_validator("buckets", mode="before")
     @classmethod
     def _sdxl_or_number(cls, value: object) -> str | None:

@@ -34,7 +34,8 @@ from inpo.rounds.figures import SampleFigures, sample_figures
 from inpo.rounds.page import RoundRow, page, table
 from inpo.rounds.sample import configure_sample, run_sample
 from inpo.rounds.settings import RoundSettings, SampleSettings
-from inpo.train.run import resolve_run, train
+from inpo.train.configuration import resolve_run
+from inpo.train.run import train
 from inpo.train.settings import TrainSettings
 
 ROUNDS = "rounds.jsonl"

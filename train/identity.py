@@ -40,9 +40,7 @@ def run_identity(
         "dtype",
         "caches",
     }
-    # What does nothing as the others stand can be anything.
-    idle = {name: TrainSettings.model_fields[name].default for name in settings.without_effect()}
-    told = settings.model_copy(update=idle).model_dump(mode="json")
+    told = settings.effective().model_dump(mode="json")
     values = {name: value for name, value in told.items() if name not in free}
     if settings.schedule not in ("constant", "constant_with_warmup"):
         values["steps"] = settings.steps

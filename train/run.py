@@ -1,7 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from inpo.common.batch_size import memory_in_words
-from inpo.common.cache import Cache
-from inpo.common.cache.buckets import open_caches
 from inpo.common.choices import AUTO
 from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
-from inpo.common.models import Model, open_model
-from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, refuse_idle, resolve, to_toml
+from inpo.common.models import open_model
+from inpo.common.recipe import to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator, prepare
 from inpo.train.card import model_card
+from inpo.train.configuration import Resolved, resolve_run
 from inpo.train.end import check_parts, check_space
 from inpo.train.identity import run_identity
 from inpo.train.index import Index, build_index
@@ -38,12 +36,8 @@ from inpo.train.push import claim_repository, push
 from inpo.train.records import Needs
 from inpo.train.requirements import (
     check_distribution,
-    check_installed,
-    check_needs,
-    check_objective,
     check_origin,
     check_quantised,
-    check_schedule,
     refuse_hard_labels,
     temperature_notes,
 )
@@ -51,36 +45,6 @@ from inpo.train.samples import Sampler, drawn_with, sample_images, sample_prompt
 from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream, held_out_batches
 from inpo.train.tracker import Tracker
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """A run's configuration and what it names."""
-
-    settings: TrainSettings
-    output: Path
-    model: Model
-    caches: list[Cache]
-    sections: Mapping[str, Section]
-    """[model] and [data]."""
-
-    @property
-    def toml(self) -> str:
-        return to_toml({**self.sections, "train": self.settings})
-
-    def with_batch_size(self, pairs: int) -> "Resolved":
-        """The same, where the batch size was to be found."""
-        return replace(self, settings=self.settings.model_copy(update={"batch_size": pairs}))
-
-    def check(self) -> Needs:
-        """Refuse before anything is loaded what the settings ask of the installation, of each other and of the caches.
-        Returns what is read."""
-        check_installed(self.settings)
-        # In a recipe too: what it says would not be made, and its line before the first step would say that it is.
-        refuse_idle([self.settings], dict.fromkeys(("lora_alpha", "lora_targets", "warmup_steps"), True))
-        check_objective(self.settings)
-        check_schedule(self.settings)
-        return check_needs(self.caches, OBJECTIVES[self.settings.objective])
 
 
 def run_train(
@@ -245,43 +209,6 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
     return finished
 
 
-def resolve_run(
-    recipe: Path | None,
-    model_flags: Mapping[str, Any],
-    caches: list[str] | None,
-    flags: Mapping[str, Any],
-    *,
-    may_idle: bool = False,
-) -> Resolved:
-    """A run's configuration from recipe and flags. Raises UsageError for what does not go together, and unless
-    `may_idle` for a flag that does nothing."""
-    sections = read_recipe(recipe)
-    model_section = resolve(ModelSection, "model", sections, model_flags)
-    data = resolve(DataSection, "data", sections, {"cache": caches[0]} if caches else {})
-    # One cache is [data]'s; several are this run's own.
-    flags = {**flags, "caches": caches and (caches if caches[1:] else [])}
-    settings = resolve(TrainSettings, "train", sections, flags, may_idle=may_idle)
-    if settings.output is None:
-        raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
-    locations = settings.caches or (data.need("cache"),)
-    opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
-    if len({cache.location for cache in opened}) < len(opened):
-        raise UsageError(
-            "A cache is given twice: its pairs would count twice.",
-            where="--cache",
-            expected="each cache once",
-            got=", ".join(cache.location for cache in opened),
-            fix="leave one out",
-        )
-    return Resolved(
-        settings=settings,
-        output=settings.output,
-        model=model_section.open(),
-        caches=opened,
-        sections={"model": model_section, "data": data},
-    )
-
-
 def _tracker(settings: TrainSettings, output: Path, step: int) -> Tracker | None:
     if settings.tracker == "none":
         return None
@@ -292,13 +219,6 @@ def _tracker(settings: TrainSettings, output: Path, step: int) -> Tracker | None
         config=settings.model_dump(mode="json"),
         project=settings.project,
         run_name=settings.run_name,
-    )
-
-
-def _note_empty(bucket: str) -> None:
-    note(
-        f"{bucket} has no committed pair and is left out; if its precompute was cut short, run the same command again "
-        f"(`inpo inspect summary {bucket}` shows what was skipped)"
     )
 
 

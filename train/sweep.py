@@ -17,8 +17,9 @@ from inpo.common.processes import processes
 from inpo.common.recipe import read_recipe, refuse_idle, resolve
 from inpo.common.scorer import load_scorer
 from inpo.common.text import read_text
+from inpo.train.configuration import Resolved, resolve_run
 from inpo.train.output import claim_output
-from inpo.train.run import Resolved, resolve_run, train
+from inpo.train.run import train
 from inpo.train.settings import TrainSettings
 from inpo.train.sweep_samples import SampleJudge
 from inpo.train.sweep_table import SweepRow, markdown
@@ -145,16 +146,18 @@ def run_sweep(
     planned = read_sweep(file)
     base = resolve_run(recipe, model_flags, caches, flags, may_idle=True)
     sections = read_recipe(recipe)
+    outputs = {each.name: base.output / each.name for each in planned}
+    told = [
+        resolve(TrainSettings, "train", sections, {**flags, **each.values, "output": outputs[each.name]}, may_idle=True)
+        for each in planned
+    ]
+    refuse_idle(told, flags)
     runs: dict[str, Resolved] = {}
-    for each in planned:
-        output = base.output / each.name
-        told = {**flags, **each.values, "output": output}
-        settings = resolve(TrainSettings, "train", sections, told, may_idle=True)
-        runs[each.name] = replace(
-            base, settings=settings.model_copy(update={"caches": base.settings.caches}), output=output
-        )
-        runs[each.name].check()
-    refuse_idle([run.settings for run in runs.values()], flags)
+    for (name, output), settings in zip(outputs.items(), told, strict=True):
+        # What one run has no use for, another may have.
+        settings = settings.effective().model_copy(update={"caches": base.settings.caches})
+        runs[name] = replace(base, settings=settings, output=output)
+        runs[name].check()
     _refuse_one_repository(runs)
     claim_output(base.output)
     judges = [load_scorer(name) for name in scorers]

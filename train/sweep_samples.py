@@ -13,7 +13,7 @@ from inpo.common.denoiser import prepare_for_inference
 from inpo.common.log import note
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
-from inpo.train.run import Resolved
+from inpo.train.configuration import Resolved
 from inpo.train.samples import drawn_with, sample_images, sample_prompts
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from inpo.common.judge import Evaluation, Judge
+from inpo.train.configuration import Resolved
 from inpo.train.objectives import beta_of, parameter_of
-from inpo.train.run import Resolved
 from inpo.train.sweep_samples import SampleScore
 
 _ALIKE = "Margins, losses and advantages compare only between runs of one beta and one space."

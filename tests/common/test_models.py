@@ -102,6 +102,15 @@ def test_folders_that_are_no_pipeline(model_copy, tmp_path):
     assert f"--lora {run / 'lora'}" in refusal(run)
 
 
+def test_options_of_the_other_kind_of_model_are_said_to_be_left_out(model_copy, tmp_path, capsys):
+    single = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.x": torch.ones(1)}, single)
+    open_model(str(single), model_config=str(model_copy), variant="fp16")
+    assert "fp16 is not looked for" in capsys.readouterr().err
+    open_model(str(model_copy), model_config=str(tmp_path / "others"))
+    assert f"those of {tmp_path / 'others'} are not read" in capsys.readouterr().err
+
+
 def test_single_files(model_copy, tmp_path):
     pickled = tmp_path / "model.ckpt"
     pickled.write_bytes(b"")

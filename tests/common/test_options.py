@@ -199,10 +199,8 @@ def values_of(draw: st.DrawFn, kind: type[Section]) -> dict[str, Any]:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_flags_give_the_settings_again_through_a_shell(kind: type[Section], data: st.DataObject) -> None:
-    drawn = kind.model_validate(data.draw(values_of(kind)))
     # What does nothing as the others stand is refused as a flag (tests/common/test_recipe.py).
-    idle = {name: kind.model_fields[name].default for name in drawn.without_effect()}
-    chosen = drawn.model_copy(update=idle)
+    chosen = kind.model_validate(data.draw(values_of(kind))).effective()
     assert parsed(kind, shlex.split(command(*flags(chosen)))[1:]) == chosen
 
 

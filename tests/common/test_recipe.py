@@ -140,6 +140,7 @@ def test_on_the_screen_stands_what_is_not_the_default() -> None:
 WITHOUT_EFFECT = (
     (PrecomputeSettings, {"iterations": 9}, "--inverter fixed_point", {"inverter": "fixed_point"}),
     (PrecomputeSettings, {"tolerance": 0.1}, "--inverter fixed_point", {"inverter": "fixed_point"}),
+    (PrecomputeSettings, {"like": "cache", "decode_workers": 7}, "--pairs", {"like": None}),
     (PrecomputeSettings, {"noised_start": 1.0, "refine_start": 5}, "below 1", {"noised_start": 0.5}),
     (PrecomputeSettings, {"inverter": "noise", "noised_start": 0.3}, "ddim, ab2", {"inverter": "ab2"}),
     (PrecomputeSettings, {"inverter": "tracked", "refine_start": 2}, "ddim, ab2", {"inverter": "ddim"}),
@@ -168,5 +169,6 @@ def test_a_flag_without_effect_is_refused(tmp_path, kind, values, needed, mends)
     recipe = read_recipe(file)
     assert getattr(resolve(kind, "train", recipe, {}), name) == getattr(kind.model_validate(values), name)
     resolve(kind, "train", {}, {name: value for name, value in {**values, **mends}.items() if value is not None})
+    assert getattr(kind.model_validate(values).effective(), name) == kind.model_fields[name].default
     # A default that is said is none of these.
     resolve(kind, "train", {}, {**values, name: kind.model_fields[name].default})

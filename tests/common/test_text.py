@@ -1,5 +1,7 @@
 """Every text file that a user writes is decoded alike: recipes, lists of ids, prompts."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from inpo.common.errors import InpoError
 from inpo.common.recipe import read_recipe
+from inpo.common.text import read_text
 from inpo.evaluation.prompts import read_prompts
 from inpo.train.index import _read_list
 
@@ -56,3 +59,17 @@ def test_signs_that_end_no_line(tmp_path: Path) -> None:
     assert _read_list(tmp_path / "ids.txt", "--except") == {"a\u2028b", "c\x0bd"}
     (tmp_path / "prompts.txt").write_text("a\u2028b\rc\x85d\n", encoding="utf-8", newline="")
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a\u2028b", "c\x85d"]
+
+
+@pytest.mark.parametrize(("problem", "advice"), [(FileNotFoundError, "correct the path"), (PermissionError, "owner")])
+def test_what_to_do_follows_from_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: type[OSError], advice: str
+) -> None:
+    code = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}[problem]
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InpoError, match=advice):
+        read_text(tmp_path / "list", what="It cannot be read.", error=InpoError)

@@ -138,3 +138,11 @@ def test_without_a_condition_all_pairs_are_listed(states, inspect):
     ids = [str(pair_id) for shard in open_cache(str(states("healthy"))) for pair_id in shard.read("pair/id")]
     assert done.code == 0
     assert sorted(done.out.split("\n")[: len(ids)]) == sorted(ids)
+
+
+def test_a_list_without_a_pair_is_no_list_to_train_on(states, inspect, tmp_path):
+    done = inspect("filter", states("healthy"), "--where", "reference_error < 0", "--out", tmp_path / "none.txt")
+    assert done.code == 0
+    assert "0 of 5 pairs" in done.out
+    assert "inpo train" not in done.out
+    assert (tmp_path / "none.txt").read_text() == ""

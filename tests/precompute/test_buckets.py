@@ -21,7 +21,7 @@ from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.inspection.verify import verify
 from inpo.precompute.buckets import bucket_sizes
-from inpo.train.run import resolve_run
+from inpo.train.configuration import resolve_run
 from tests.precompute.conftest import png
 
 

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from inpo.common.errors import UsageError
 from inpo.plan import plan
 from inpo.precompute.cli import precompute
 
@@ -129,6 +130,18 @@ def test_a_plan_names_the_input_shards_that_it_is_without(app: typer.Typer, reci
     assert result.exit_code == 1
     assert json.loads(result.stdout)["num_pairs"] == 4
     assert "00009.tar" in result.stderr
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    "option", [("--ray-workers", "4"), ("--ray-address", "nowhere:1"), ("--gpus-per-worker", "0.5")]
+)
+def test_a_plan_has_no_use_for_rays_options_without_ray(
+    app: typer.Typer, recipe: Path, option: tuple[str, str]
+) -> None:
+    result = CliRunner().invoke(app, ["plan", "--recipe", str(recipe), *option])
+    assert isinstance(result.exception, UsageError)
+    assert "without the ray engine" in str(result.exception)
 
 
 @pytest.mark.usefixtures("no_training")

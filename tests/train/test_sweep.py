@@ -121,7 +121,9 @@ def test_runs_that_would_be_pushed_to_one_repository_are_refused(world: Any, cac
     ("runs", "flags", "refused"),
     [
         ("lora_rank = [0, 2]", (), None),
-        ("lora_rank = 2", ("--lora-alpha", "8"), None),
+        ("lora_rank = [0, 2]", ("--lora-alpha", "8"), None),
+        ("lora_rank = 0", ("--lora-alpha", "8"), "--lora-alpha"),
+        ('schedule = ["constant", "linear"]\nwarmup_steps = 1', (), None),
         ("sample_every = [0, 1]", ("--sample-steps", "3"), None),
         ("sample_every = 0", ("--sample-steps", "3"), "--sample-steps"),
         ('optimizer = ["adamw", "adafactor"]\nadam_eps = 1e-6', (), None),
