@@ -291,12 +291,6 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     return None
 
 
-def last_identity(folder: Path) -> dict[str, Any]:
-    """What the run of these checkpoints is (identity.py), by the last whole one; empty if there is none."""
-    documents = map(_verified, reversed(list_checkpoints(folder)))
-    return next((each.identity for each in documents if isinstance(each, RunDocument)), {})
-
-
 def _verified(path: Path) -> RunDocument | str:
     """The checkpoint's document if every file is the one that was written, else what is wrong."""
     try:

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.fingerprint import write_taken_over
 from inpo.common.models import Model, open_model
-from inpo.train.lora import make_readable, save_kohya, scaled_lora
+from inpo.train.lora import make_readable, save_kohya, scaled_lora, write_over
 
 
 def claim_output(output: Path) -> None:
@@ -29,26 +30,31 @@ def claim_output(output: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
 
 
-def write_output(network: nn.Module, model: Model, output: Path, *, card: str, lora: bool) -> Path:
-    """Write `output`/pipeline (or `output`/lora, and a file with kohya's names), whole or not at all;
-    an older one is replaced. Returns its path.
+def write_output(network: nn.Module, model: Model, output: Path, *, card: str, over: Model | None = None) -> Path:
+    """Write `output`/pipeline, or of layers `over` another model's network `output`/lora and a file with kohya's names,
+    whole or not at all; an older one is replaced. Returns its path.
     """
-    final = output / ("lora" if lora else "pipeline")
-    # Only here are the VAE and the text encoders read, to write them beside the trained network.
-    pipeline = None if lora else model.load_pipeline(**{model.family.network: network})
-    layers = scaled_lora(network) if lora else {}
+    final = output / ("lora" if over else "pipeline")
+    layers = scaled_lora(network) if over else {}
     with new_folder(final, replace=True, action="write the trained model") as staged:
-        if pipeline is None:
+        if over is None:
+            _save_pipeline(network, model, staged)
+        else:
             # By peft's names: diffusers' older ones know the attention's layers only, and lose those among others.
             model.family.save_lora(layers, staged)
-        else:
-            pipeline.save_pretrained(str(staged), safe_serialization=True)
-            written = open_model(str(staged))
-            same = [each for each in written.fingerprinted if each != model.family.network]
-            here = {name: written.digest_of(name) for name in same}
-            write_taken_over(staged, here, {name: model.fingerprints.get(name, here[name]) for name in same})
+            write_over(staged, over)
         (staged / "README.md").write_text(card, encoding="utf-8")
         make_readable(*(file for file in staged.rglob("*") if file.is_file()))
-    if lora:
+    if over is not None:
         save_kohya(layers, model, output)
     return final
+
+
+def _save_pipeline(network: nn.Module, model: Model, folder: Path) -> None:
+    # Only here are the VAE and the text encoders read, to write them beside the trained network.
+    pipeline: Any = model.load_pipeline(**{model.family.network: network})
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    written = open_model(str(folder))
+    same = [each for each in written.fingerprinted if each != model.family.network]
+    here = {name: written.digest_of(name) for name in same}
+    write_taken_over(folder, here, {name: model.fingerprints.get(name, here[name]) for name in same})

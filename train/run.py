@@ -16,7 +16,7 @@ from inpo.common.device import say_device
 from inpo.common.durable import write_file
 from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
-from inpo.common.models import open_model
+from inpo.common.models import Model, open_model
 from inpo.common.recipe import to_toml
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator, prepare
@@ -198,7 +198,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         if trainer.overfitted:
             say(f"stopped at step {trainer.step}: the held-out accuracy has turned; what is written is of this step")
         if finished:
-            _finish(trainer, resolved)
+            _finish(trainer, resolved, origin)
         else:
             say(f"stopped at step {trainer.step}; run the same command again to go on")
     finally:
@@ -266,7 +266,7 @@ def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoin
     say(f"before the first update: loss {start['loss']:.6f} ({start['at_reference']:.6f} at the reference)")
 
 
-def _finish(trainer: Trainer, resolved: Resolved) -> None:
+def _finish(trainer: Trainer, resolved: Resolved, origin: Model) -> None:
     """Write the pipeline or the LoRA weights."""
     accelerator = trainer.accelerator
     if trainer.skipped_updates:
@@ -291,16 +291,16 @@ def _finish(trainer: Trainer, resolved: Resolved) -> None:
     if accelerator.is_main_process:
         if trainer.ema is not None:
             trainer.ema.copy_to(trainer.trained)
-        lora = bool(resolved.settings.lora_rank)
+        over = origin if resolved.settings.lora_rank else None
         card = model_card(
             resolved.settings.init_from or resolved.model.name,
             resolved.model,
             resolved.caches,
             sections={**resolved.sections, "train": resolved.settings},
             step=trainer.step,
-            lora=lora,
+            lora=over is not None,
         )
-        say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, lora=lora)}")
+        say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, over=over)}")
         if repository := resolved.settings.push_to_hub:
             say(f"pushed {push(resolved.output, repository, private=False, license=None, compare=None)}")
     accelerator.wait_for_everyone()

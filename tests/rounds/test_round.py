@@ -108,7 +108,7 @@ def test_what_a_run_did_not_train_is_what_it_was(pipelines: Callable, tmp_path: 
     base = open_model(str(half))
     network = base.load_network()
     network.conv_out.bias.data += 1
-    written = open_model(str(write_output(network, base, tmp_path / "run", card="", lora=False)))
+    written = open_model(str(write_output(network, base, tmp_path / "run", card="")))
     changed = {name for name, digest in written.fingerprints.items() if digest != base.fingerprints[name]}
     assert changed == {"network"}
     (file,) = (written.folder / "vae").glob("*.safetensors")

@@ -16,8 +16,9 @@ from inpo.cli import app
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.families import FAMILIES
 from inpo.common.families.lora import kohya_state
+from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
-from inpo.train.lora import export_lora, save_kohya
+from inpo.train.lora import export_lora, save_kohya, write_over
 
 RANK = 2
 SDXL = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
@@ -199,6 +200,9 @@ def test_a_family_without_kohyas_names_gets_peft_alone(tmp_path: Path) -> None:
     state = layers(["transformer_blocks.0.attn1.to_q"])
     family("pixart_sigma").save_lora(state, _folder(tmp_path / "run/lora"))
     (tmp_path / "run/recipe.toml").write_text(f'[model]\nmodel = "{model}"\n')
+    with pytest.raises(ModelError, match="not told"):
+        export_lora(tmp_path / "run", tmp_path / "x.safetensors", form="kohya", dtype="float32")
+    write_over(tmp_path / "run/lora", open_model(str(model)))
     for form in ("kohya", "diffusers"):
         with pytest.raises(ModelError, match="peft"):
             export_lora(tmp_path / "run", tmp_path / "x.safetensors", form=form, dtype="float32")
@@ -209,8 +213,6 @@ def test_a_family_without_kohyas_names_gets_peft_alone(tmp_path: Path) -> None:
     } == set(state)
     # What an earlier run of another family left is not this one's.
     save_file(state, tmp_path / "run/lora-kohya.safetensors")
-    from inpo.common.models import open_model
-
     save_kohya(state, open_model(str(model)), tmp_path / "run")
     assert not (tmp_path / "run/lora-kohya.safetensors").exists()
 

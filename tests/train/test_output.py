@@ -65,7 +65,7 @@ def test_the_card_is_utf_8_whatever_the_locale(world: Any, tmp_path: Path, monke
     monkeypatch.setattr(io, "open", in_ascii)
     with pytest.raises(UnicodeEncodeError):
         (tmp_path / "text").write_text("caf\u00e9")
-    write_output(world.model.load_network(), world.model, tmp_path, card="caf\u00e9", lora=False)
+    write_output(world.model.load_network(), world.model, tmp_path, card="caf\u00e9")
     assert (tmp_path / "pipeline" / "README.md").read_bytes() == "caf\u00e9".encode()
 
 
@@ -109,7 +109,7 @@ def test_lora_on_top_of_another_start_belongs_to_that_model(
 def test_layers_are_not_laid_over_other_weights(
     make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A recipe's path may lead elsewhere from another folder."""
+    """A recipe's path may lead elsewhere from another folder. The layers alone say what they belong to."""
     world = make_world()
     folder = shutil.copytree(world.model.folder, tmp_path / "model")
     output = run(model=str(folder), steps=1, lora_rank=2)
@@ -117,6 +117,7 @@ def test_layers_are_not_laid_over_other_weights(
     (file,) = (folder / "unet").glob("*.safetensors")
     weights = {name: 1.5 * value for name, value in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
+    shutil.rmtree(output / "checkpoints")
     with pytest.raises(ModelError, match="other weights"):
         export_single_file(output, tmp_path / "wrong.safetensors", dtype="float32")
     assert not (tmp_path / "wrong.safetensors").exists()
