@@ -70,6 +70,10 @@ class SampleSettings(PrecomputeSettings):
                 raise ValueError(f"{name} is not a setting of sample")
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        one_pair = {"pairs_from": "--per-prompt above 2"} if self.per_prompt == 2 else {}
+        return super().without_effect() | one_pair
+
     @property
     def pairs_per_prompt(self) -> int:
         """As many as there are at most."""

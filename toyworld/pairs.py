@@ -43,6 +43,7 @@ PAIRS_PER_BATCH = 32
 MAX_DISTANCE = 4.0
 TIE_MARGIN = 0.05
 """Pictures whose oracle scores (0 to 6) differ by less are a tie."""
+_PAINTER = "base"
 _FIRST_RIGHT = 8
 """So many pairs keep their label: the first of a cache is the one that people look at."""
 
@@ -61,7 +62,7 @@ class PairSettings:
     formats: tuple[Format, ...] = ("parquet", "webdataset")
     flip_labels: float = 0.05
     """Probability that a pair's label is the opposite of what the oracle says; ties stay ties."""
-    model: str = "base"
+    model: str = _PAINTER
     """Which of the base models makes the pictures."""
     images: Images = "own"
     """Who makes the pictures."""
@@ -73,6 +74,12 @@ class PairSettings:
         once = len(set(self.formats)) == len(self.formats) > 0 and not set(self.formats) - set(WRITERS)
         for right, option, expected, got in (
             (self.model in MODELS, "--model", " or ".join(MODELS), self.model),
+            (
+                self.model == _PAINTER or self.images != "rendered",
+                "--model",
+                f"{_PAINTER} with --images rendered: no model has a part in them",
+                self.model,
+            ),
             (self.num_pairs >= 1, "--pairs", "1 or more", self.num_pairs),
             (0 <= self.flip_labels <= 1, "--flip-labels", "a probability, 0 to 1", self.flip_labels),
             (self.images in makers, "--images", " or ".join(makers), self.images),

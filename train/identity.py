@@ -26,6 +26,7 @@ def run_identity(
         "project",
         "run_name",
         "push_to_hub",
+        "push_private",
         "sample_every",
         "sample_prompts",
         "sample_steps",

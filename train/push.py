@@ -25,7 +25,7 @@ def claim_repository(repository: str, *, private: bool = False) -> None:
         raise UsageError(
             "The repository is there already, and everybody can read it.",
             where=repository,
-            expected="a private one, by --private",
+            expected="a private one, as was asked for",
             got="a public one",
             fix="make it private at the hub, or push to another",
         )

@@ -103,7 +103,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
     if accelerator.is_main_process:
         check_parts(model, settings)
         if settings.push_to_hub:
-            claim_repository(settings.push_to_hub)
+            claim_repository(settings.push_to_hub, private=settings.push_private)
     set_seed(settings.seed, device_specific=True)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=note)
     if settings.batch_size == AUTO:
@@ -302,7 +302,8 @@ def _finish(trainer: Trainer, resolved: Resolved, origin: Model) -> None:
         )
         say(f"wrote {write_output(bare, resolved.model, resolved.output, card=card, over=over)}")
         if repository := resolved.settings.push_to_hub:
-            say(f"pushed {push(resolved.output, repository, private=False, license=None, compare=None)}")
+            private = resolved.settings.push_private
+            say(f"pushed {push(resolved.output, repository, private=private, license=None, compare=None)}")
     accelerator.wait_for_everyone()
 
 

@@ -158,6 +158,8 @@ class TrainSettings(Section):
     """Name of the run at the tracker; unset: the output folder's."""
     push_to_hub: str | None = None
     """Repository OWNER/NAME that the result goes to in the end, as by `inpo push`; asked for at the start."""
+    push_private: bool = False
+    """That repository is one that others cannot read."""
     sample_every: int = Field(0, ge=0)
     """Steps between sample images; 0: none."""
     sample_prompts: tuple[str, ...] = ()
@@ -175,6 +177,7 @@ class TrainSettings(Section):
             ("--held-out above 0", self.held_out, ("held_out_records", "evaluate_every", "overfitting")),
             ("--optimizer adamw or adamw8bit", self.optimizer != "adafactor", ("adam_betas", "adam_eps")),
             ("a --schedule that warms up", self.schedule != "constant", ("warmup_steps",)),
+            ("--push-to-hub", self.push_to_hub, ("push_private",)),
             ("a --tracker", self.tracker != "none", ("project", "run_name")),
             ("no --labels: a label set has its own unit", self.labels is None, ("score_temperature",)),
         ):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from inpo.common.errors import UsageError
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
 from inpo.precompute.settings import PrecomputeSettings
+from inpo.rounds.settings import SampleSettings
 from inpo.train.settings import TrainSettings
 
 
@@ -152,6 +153,8 @@ WITHOUT_EFFECT = (
     (TrainSettings, {"optimizer": "adafactor", "adam_betas": [0.8, 0.9]}, "adamw", {"optimizer": "adamw"}),
     (TrainSettings, {"schedule": "constant", "warmup_steps": 2}, "warms up", {"schedule": "linear"}),
     (TrainSettings, {"tracker": "none", "project": "mine"}, "a --tracker", {"tracker": "tensorboard"}),
+    (TrainSettings, {"push_private": True}, "--push-to-hub", {"push_to_hub": "me/mine"}),
+    (SampleSettings, {"pairs_from": "adjacent"}, "--per-prompt above 2", {"per_prompt": 3}),
     (TrainSettings, {"labels": "red", "score_temperature": 2.0}, "no --labels", {"labels": None}),
 )
 

@@ -258,7 +258,13 @@ def test_rendered_pairs_are_of_mixed_quality_and_as_strange_as_asked_for(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "told", [["--images", "painted"], ["--images", "rendered", "--distance", 5], ["--distance", 1]]
+    "told",
+    [
+        ["--images", "painted"],
+        ["--images", "rendered", "--distance", 5],
+        ["--distance", 1],
+        ["--images", "rendered", "--model", "flow"],
+    ],
 )
 def test_images_and_distances_that_are_none_are_refused(tmp_path, told):
     with pytest.raises(UsageError):

@@ -73,7 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 DECIDE_NO_WEIGHT = {
     *("output", "caches", "log_every", "save_every", "keep_last", "evaluate_every", "held_out_records", "tracker"),
-    *("project", "run_name", "push_to_hub"),
+    *("project", "run_name", "push_to_hub", "push_private"),
     *("sample_every", "sample_prompts", "sample_steps", "sample_guidance", "check_finite"),
     *("labels", "score_temperature"),  # columns of the data, as the pairs are
     "overfitting",  # decides when a run ends, as the steps do

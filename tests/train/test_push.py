@@ -160,6 +160,13 @@ def test_what_cannot_be_pushed_is_said(run: Callable[..., Path], hub: Hub, tmp_p
     assert not (tmp_path / "run/metrics.jsonl").exists()
     with pytest.raises(StorageError, match="did not take it"):
         run(steps=1, push_to_hub="not a name")
+    # A public one is no place for what was to be private, and no step is made for it either.
+    hub.refuse, hub.private = 0, False
+    with pytest.raises(UsageError, match="everybody can read it"):
+        run(steps=1, push_to_hub="owner/name", push_private=True)
+    assert "private" in json.dumps(hub.created[-1])
+    assert not hub.files
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_names_for_the_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
