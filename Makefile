@@ -103,7 +103,7 @@ bench: $(DEV) ## measure the ratios of docs/performance.md
 bench-gpu: $(DEV) ## measure the GPU's table of docs/performance.md, what matters most first (5 minutes each at most)
 	.venv/bin/python -m benchmarks.gpu
 
-evidence: $(DEV) ## measure the tables of docs/evidence.md (hours on 2 cores)
+evidence: $(DEV) ## measure the main tables of docs/evidence.md (an hour on 2 cores)
 	.venv/bin/python -m benchmarks.evidence
 
 circle: $(DEV) ## compare rounds, and ways of making points of own samples, over five seeds (an hour and a half on 2 cores)

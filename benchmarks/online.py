@@ -69,7 +69,8 @@ class OnlineLoop:
         timestep = torch.randint(0, total, (len(prompts),)).repeat_interleave(2).to(x0.device)
         noise = torch.randn_like(x0[::2]).repeat_interleave(2, dim=0) if shared else torch.randn_like(x0)
         a, s, *_ = self.trained.at(timestep)
-        self._update(a * x0 + s * noise, noise, timestep, condition)
+        target = noise if self.trained.levels.space == "noise" else noise - x0
+        self._update(a * x0 + s * noise, target, timestep, condition)
 
     def invert(
         self, x0: Float16[Tensor, "image c h w"], timestep: Int[Tensor, " image"], condition: Condition

@@ -1,5 +1,5 @@
 """`python -m benchmarks.evidence [--long | --flow]`: make what is missing, then write docs/evidence*.json, plots and
-tables.
+tables. Learning rates and strengths are those of that document's grids; rows that it does not have get grids.
 """
 
 import os
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
@@ -30,13 +31,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="jobs at once, one thread each")
     phases = {"main": _main, "answer": _answer, "more": _more}
-    parser.add_argument("--until", choices=list(phases), default="more", help="the last kind of runs to make")
+    parser.add_argument("--until", choices=list(phases), default="main", help="the last kind of runs to make")
+    parser.add_argument("--grid", action="store_true", help="choose all rates and strengths again, by grids made here")
     parser.add_argument("--long", action="store_true", help="four times the records and the test captions")
-    parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet, fewer methods")
+    parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet")
     options = parser.parse_args()
     if options.long and options.flow:
         parser.error("--long and --flow: one of them")
-    c.length = c.FLOW if options.flow else c.LONG if options.long else c.SHORT
+    length = c.FLOW if options.flow else c.LONG if options.long else c.SHORT
+    c.length = replace(length, own_grids=options.grid)
     for name, phase in phases.items():
         phase(options.processes)
         if name == options.until:
@@ -47,10 +50,11 @@ def main() -> None:
 def _main(at_once: int) -> None:
     """The main table: every method on two kinds of pairs, each with the setting that its own grid chose."""
     _world(at_once, c.MAIN)
-    rows = [(method, pairs) for pairs in c.MAIN for method in c.methods(pairs)]
-    jobs = [_job(run, "validation") for method, pairs in rows for run in choice.grid(method, pairs)]
+    rows = c.rows()
+    wanting = choice.wanting(rows)
+    jobs = [_job(run, "validation") for method, pairs in wanting for run in choice.grid(method, pairs)]
     run_jobs("grid", jobs, at_once=at_once)
-    jobs = [_job(run, "validation") for method, pairs in rows for run in choice.finalists(method, pairs)]
+    jobs = [_job(run, "validation") for method, pairs in wanting for run in choice.finalists(method, pairs)]
     run_jobs("grid, the second seed of the best", jobs, at_once=at_once)
     _tested("seeds", at_once, [run for method, pairs in rows for run in choice.tested(method, pairs)])
 
@@ -69,7 +73,7 @@ def _more(at_once: int) -> None:
     if c.length.model == "base":
         run_jobs("caches of few pairs", [_cache_job(each.cache, c.OWN) for each in c.POINTS], at_once=at_once)
         _tested("points", at_once, [run for runs in choice.points().values() for run in runs])
-        _tested("online", at_once, [run for runs in choice.online().values() for run in runs])
+    _tested("online", at_once, [run for runs in choice.online().values() for run in runs])
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:
@@ -165,15 +169,23 @@ def _is_tested(run: Run) -> bool:
     return Job(name="test", folder=run.folder, steps=()).mark.exists()
 
 
+def _document() -> dict[str, Any]:
+    """What the document has had so far."""
+    return json.loads(c.length.document.read_text()) if c.length.document.exists() else {}
+
+
 def _results() -> None:
-    """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal."""
+    """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal.
+
+    Rows that were not made here stay in the document as they are.
+    """
     name = c.length.root.name
-    tables = {
+    grids = {choice.title(*row): choice.cells(*row) for row in c.rows()}
+    made = {
         title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
     }
-    grids = {
-        f"{method.name}, {pairs.name}": choice.cells(method, pairs) for pairs in c.MAIN for method in c.methods(pairs)
-    }
+    before = _document().get("tables", {})
+    tables = {title: {**before.get(title, {}), **made.get(title, {})} for title in {**before, **made}}
     folders = [each.folder(pairs) for pairs in c.KINDS for each in c.caches(pairs)]
     errors = {
         str(folder.relative_to(c.length.root / "caches")): _error(folder) for folder in folders if folder.exists()
@@ -185,12 +197,12 @@ def _results() -> None:
         "test_seeds": c.TEST_SEEDS,
         "fewer_seeds": c.FEWER_SEEDS,
         "hours": r.hours(c.length.root),
-        "mean_reference_error": errors,
+        "mean_reference_error": {**_document().get("mean_reference_error", {}), **errors},
         "grid": {key: [vars(cell) for cell in cells] for key, cells in grids.items()},
         "tables": tables,
     }
-    Path(f"docs/{name}.json").write_text(json.dumps(values, indent=1) + "\n")
-    for title, rows in tables.items():
+    c.length.document.write_text(json.dumps(values, indent=1) + "\n")
+    for title, rows in made.items():
         if title.startswith("main"):
             kind = title.removeprefix("main, ")
             r.draw_wins(rows, Path(f"docs/images/{name}-{kind}.png"), title=f"Pairs: {kind}; 95% intervals over seeds")

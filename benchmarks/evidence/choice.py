@@ -1,7 +1,9 @@
 """Which runs there are, and the settings that grids chose for them."""
 
 import itertools
+import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from benchmarks.evidence import conditions as c
@@ -25,8 +27,33 @@ def finalists(method: c.Method, pairs: c.Pairs) -> list[Run]:
     return [replace(run, seed=c.GRID_SEEDS[1]) for run in best[: c.FINALISTS]]
 
 
+def wanting(rows: list[tuple[c.Method, c.Pairs]]) -> list[tuple[c.Method, c.Pairs]]:
+    """Rows of whose grid nothing is known."""
+    return [row for row in rows if title(*row) not in known_grids()]
+
+
+def title(method: c.Method, pairs: c.Pairs) -> str:
+    """A row's name among grids."""
+    return f"{method.name}, {pairs.name}"
+
+
+@cache
+def known_grids() -> dict[str, list[Cell]]:
+    """The grids of the document, if their settings are to be taken."""
+    if c.length.own_grids or not c.length.document.exists():
+        return {}
+    found = json.loads(c.length.document.read_text())["grid"]
+    return {
+        name: [Cell(**{**each, "win_rates": tuple(each["win_rates"])}) for each in row] for name, row in found.items()
+    }
+
+
 def cells(method: c.Method, pairs: c.Pairs) -> list[Cell]:
-    """The grid in numbers; those with both seeds come first, the best of all first."""
+    """The grid in numbers, the document's or that of finished runs; those with both seeds come first, the best of all
+    first.
+    """
+    if (known := known_grids().get(title(method, pairs))) is not None:
+        return known
     both = [_cell([replace(run, seed=c.GRID_SEEDS[0]), run]) for run in finalists(method, pairs)]
     seen = {(cell.learning_rate, cell.strength) for cell in both}
     rest = [_cell([run]) for run in grid(method, pairs) if (run.learning_rate, run.strength) not in seen]
@@ -73,10 +100,9 @@ def same_calls() -> dict[str, list[Run]]:
     rest = saved + c.length.steps * c.length.batch * 2 * 3
     found = {}
     for method in c.SAME_CALLS:
-        if method in c.methods(c.OWN):
-            steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-            runs = [run for run in tested(method, c.OWN) if run.seed in c.FEWER_SEEDS]
-            found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
+        steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
+        runs = [run for run in tested(method, c.OWN) if run.seed in c.FEWER_SEEDS]
+        found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
 
@@ -98,6 +124,7 @@ def online() -> dict[str, list[Run]]:
         ]
         for pairs in c.MAIN
         for loop in c.ONLINE
+        if loop.name not in c.length.without
         for flips in loop.flips
     }
 

@@ -26,16 +26,24 @@ class Length:
     """Steps of every image's sampler."""
     model: str = "base"
     """By its name in the toy world."""
-    methods: tuple[str, ...] = ()
-    """Those that are compared; empty for all."""
+    without: tuple[str, ...] = ("InPO, ddim",)
+    """Methods and loops that it does not have. Plain InPO inverts by the inverter of `caches`, or by ddim."""
     caches: tuple[str, ...] = ()
     """Options of all caches, where one does not say otherwise."""
     tokens: tuple[str, ...] = ()
     """The option that bounds a prompt, where images are made."""
 
+    own_grids: bool = False
+    """Whether grids are made even if those of the document are known."""
+
     @property
     def base(self) -> str:
         return f"toyworld/{self.model}"
+
+    @property
+    def document(self) -> Path:
+        """Where the results stand, and the settings that grids chose."""
+        return Path("docs") / f"{self.root.name}.json"
 
 
 SHORT = Length(root=Path("runs/evidence"))
@@ -52,10 +60,7 @@ FLOW = replace(
     SHORT,
     root=Path("runs/evidence-flow"),
     model="flow",
-    methods=(
-        *("SFT", "DPO", "KTO", "SmPO", "poly", "bdpo", "linear"),
-        *("InPO", "InPO, noised start 0.3", "InPO, recorded path"),
-    ),
+    without=("InPO, released grid", "InPO online, released grid", "InPO, ab2"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
@@ -90,7 +95,8 @@ class Pairs:
     def command(self) -> list[str]:
         made = ["toyworld", "pairs", "--out", str(self.folder), "--pairs", str(NUM_PAIRS), "--seed", "0"]
         # Labels are turned in the caches' label sets, so that both shares of turned labels have one cache.
-        return [*made, "--format", "webdataset", "--flip-labels", "0", "--model", length.model, *self.options]
+        made += ["--format", "webdataset", "--flip-labels", "0", *self.options]
+        return made if "rendered" in self.options else [*made, "--model", length.model]
 
 
 OWN = Pairs(name="own", options=())
@@ -153,6 +159,7 @@ def own_prompts(cache: Cache) -> Path:
 NOISE = Cache(name="noise", options=("--inverter", "noise"))
 DROPPED = Cache(name="noise-dropout", options=("--inverter", "noise", "--caption-dropout", "0.15"))
 CLEAN = Cache(name="clean")
+DDIM = Cache(name="ddim", options=("--inverter", "ddim"))
 NOISED = {
     share: Cache(name=f"start-{share}", options=("--inverter", "ddim", "--noised-start", share))
     for share in ("0.1", "0.3")
@@ -190,6 +197,7 @@ STARTS = {
     for share, cache in NOISED.items()
 }
 INPO_AB2 = Method(name="InPO, ab2", objective="inpo", cache=AB2, on=MAIN)
+INPO_DDIM = Method(name="InPO, ddim", objective="inpo", cache=DDIM, on=MAIN)
 METHODS = (
     SFT,
     DPO,
@@ -205,6 +213,7 @@ METHODS = (
     STARTS["0.3"],
     Method(name="InPO, refine 1", objective="inpo", cache=REFINED),
     INPO_AB2,
+    INPO_DDIM,
     Method(name="InPO, recorded path", objective="inpo", cache=RECORDED),
     Method(name="InPO, released grid", objective="inpo", cache=FAITHFUL),
 )
@@ -222,7 +231,7 @@ POINTS = tuple(
     for count, pairs in ((1, 1024), (2, 512), (4, 256), (10, 256))
 )
 """Fewer pairs with more points of each: the same number of records, but for the last. A file of pairs has 256."""
-ANSWER = (DPO, INPO, STARTS["0.3"], INPO_AB2)
+ANSWER = (DPO, KTO, INPO, STARTS["0.3"], INPO_AB2, INPO_DDIM)
 """What is followed over all kinds of pairs and both shares of turned labels."""
 
 
@@ -247,7 +256,12 @@ ONLINE = (
 
 def methods(pairs: Pairs) -> tuple[Method, ...]:
     """Those of the length that there are on these pairs."""
-    return tuple(each for each in METHODS if pairs in each.on and (not length.methods or each.name in length.methods))
+    return tuple(each for each in METHODS if pairs in each.on and each.name not in length.without)
+
+
+def rows() -> list[tuple[Method, Pairs]]:
+    """Those of the main tables."""
+    return [(method, pairs) for pairs in MAIN for method in methods(pairs)]
 
 
 def caches(pairs: Pairs) -> tuple[Cache, ...]:

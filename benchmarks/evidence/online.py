@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.evidence import conditions as c
 from benchmarks.online import OnlineLoop
+from inpo.common.cache import open_cache
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, decode_image, open_source, prepare_image
 from inpo.common.seeding import uniform
@@ -18,11 +19,13 @@ def train_online(run: c.Run, kind: c.Online, beta: float) -> None:
     model = open_model(c.length.base)
     device = torch.device("cpu")
     network = model.load_network().train()
+    # Levels, and what a prompt is cut to, are those of the method's cache.
+    manifest = open_cache(str(run.method.cache.folder(run.pairs))).manifest
     loop = OnlineLoop(
-        trained=model.denoiser(network),
-        reference=model.denoiser(model.load_network().requires_grad_(False).eval()),
+        trained=model.denoiser(network, manifest),
+        reference=model.denoiser(model.load_network().requires_grad_(False).eval(), manifest),
         images=ImageEncoder(model.load_vae(), model.family, vae_dtype="float32", sample=False, seed=0, device=device),
-        text=TextEncoder(model.load_text_pipeline(), model.family, device=device),
+        text=TextEncoder(model.load_text_pipeline(), model.family, device=device, max_tokens=manifest.max_tokens),
         optimizer=torch.optim.AdamW(network.parameters(), lr=run.learning_rate, weight_decay=1e-2),
         beta=beta,
     )
@@ -42,7 +45,7 @@ def train_online(run: c.Run, kind: c.Online, beta: float) -> None:
         if step % 10 == 0:
             print(f"online: step {step} of {run.steps}", flush=True)
     pipeline = model.load_pipeline()
-    pipeline.unet.load_state_dict(network.state_dict())
+    getattr(pipeline, model.family.network).load_state_dict(network.state_dict())
     pipeline.save_pretrained(run.pipeline)
 
 
