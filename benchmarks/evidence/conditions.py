@@ -60,7 +60,7 @@ FLOW = replace(
     SHORT,
     root=Path("runs/evidence-flow"),
     model="flow",
-    without=("InPO, released grid", "InPO online, released grid", "InPO, ab2"),
+    without=("snpo", "InPO, released grid", "InPO online, released grid", "InPO, ab2"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
@@ -231,7 +231,7 @@ POINTS = tuple(
     for count, pairs in ((1, 1024), (2, 512), (4, 256), (10, 256))
 )
 """Fewer pairs with more points of each: the same number of records, but for the last. A file of pairs has 256."""
-ANSWER = (DPO, KTO, INPO, STARTS["0.3"], INPO_AB2, INPO_DDIM)
+ANSWER = (DPO, KTO, INPO, STARTS["0.3"], INPO_AB2)
 """What is followed over all kinds of pairs and both shares of turned labels."""
 
 
