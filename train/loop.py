@@ -37,7 +37,7 @@ from inpo.train.settings import TrainSettings
 from inpo.train.stream import RecordStream
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)  # putting a signal's handler back writes out its object, all weights
 class Trainer:
     """Holds what a run consists of and advances it. Built by train/run.py."""
 

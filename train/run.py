@@ -77,7 +77,8 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         check_fingerprints(cache, model)
         check_dtype(cache, settings.dtype)
     origin = open_model(settings.init_from) if settings.init_from else model
-    check_origin(origin, model)
+    if origin is not model:
+        check_origin(origin, model)
     network_dtype = opened[0].manifest.network_dtype
     check_quantised(network_dtype, settings)
     index = build_index(

@@ -136,3 +136,9 @@ def _inputs(world: Any, cache: str, images: int) -> dict[str, torch.Tensor]:
         "timestep": torch.full((images,), 500),
         "encoder_hidden_states": embedding[:1].expand(images, -1, -1),
     }
+
+
+def test_no_weight_is_written_out_as_text(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's signal module does that with a handler's object, for a message that nobody sees."""
+    monkeypatch.setattr(torch.nn.Parameter, "__repr__", lambda _: pytest.fail("a weight as text"))
+    assert (run(steps=1) / "pipeline").is_dir()
