@@ -25,6 +25,8 @@ from benchmarks.evidence.jobs import Job, run_jobs
 from benchmarks.evidence.online import train_online
 
 AGAINST_DPO = "test-against-dpo"
+Tables = dict[str, dict[str, Any]]
+"""{title: {row: its numbers}}."""
 
 
 def main() -> None:
@@ -174,6 +176,11 @@ def _document() -> dict[str, Any]:
     return json.loads(c.length.document.read_text()) if c.length.document.exists() else {}
 
 
+def _lacking(before: Tables, made: Tables, title: str) -> dict[str, Any]:
+    """Rows of a table that were not made here."""
+    return {name: row for name, row in before.get(title, {}).items() if name not in made.get(title, {})}
+
+
 def _results() -> None:
     """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal.
 
@@ -185,7 +192,7 @@ def _results() -> None:
         title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
     }
     before = _document().get("tables", {})
-    tables = {title: {**before.get(title, {}), **made.get(title, {})} for title in {**before, **made}}
+    tables = {title: made.get(title, {}) | _lacking(before, made, title) for title in {**made, **before}}
     folders = [each.folder(pairs) for pairs in c.KINDS for each in c.caches(pairs)]
     errors = {
         str(folder.relative_to(c.length.root / "caches")): _error(folder) for folder in folders if folder.exists()
