@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inpo.common.errors import UsageError, command
 from inpo.common.foreign import Command
 from inpo.common.options import Given, RecipeOption, help_text, options
 from inpo.common.paths import home
@@ -30,8 +31,6 @@ def generate_command(
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
-    from inpo.common.errors import UsageError
-
     _quieten()
     from inpo.evaluation.generate import generate
     from inpo.evaluation.prompts import read_prompts
@@ -98,7 +97,6 @@ def compare_command(
     """Compare the scores of every folder with the first one's, paired by prompt and seed. Scores that are not there yet
     are computed first."""
     from inpo.common.durable import storage_errors, write_file
-    from inpo.common.errors import UsageError
     from inpo.common.processes import processes
     from inpo.common.scorer import load_scorer
     from inpo.evaluation.compare import compare_folders, comparison_json, shared_keys, to_markdown
@@ -164,7 +162,6 @@ def study_command(
     The page asks the paper's three questions and does not tell which image is whose: key.json does.
     """
     from inpo.common.durable import write_file
-    from inpo.common.errors import UsageError, command
     from inpo.evaluation.image_folder import ImageFolder
     from inpo.evaluation.study import KEY, MOST_PAIRS, make_study, read_key
     from inpo.evaluation.tally import count_answers
@@ -251,7 +248,6 @@ def relabel(
     from inpo.common.cache import open_cache
     from inpo.common.cache.labels import SMPO_TEMPERATURE, check_set_name
     from inpo.common.device import say_device
-    from inpo.common.errors import UsageError
     from inpo.common.processes import processes
     from inpo.common.progress import ProgressReport
     from inpo.common.scorer import load_scorer
@@ -317,7 +313,6 @@ def _check_relabel(
     unused: list[str],
 ) -> None:
     """Raise UsageError for options that do not go together."""
-    from inpo.common.errors import UsageError
 
     several = len(scorers) > 1
     own = "one scorer, or none: several have each its own"
@@ -353,7 +348,6 @@ def _say_set(
     name: str, report: "RelabelReport", who: str, location: str | None, *, temperature: float | None = None
 ) -> None:
     """What a label set is, and with `location` what to do next."""
-    from inpo.common.errors import command
 
     agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
     unit = "" if temperature is None else f", temperature {temperature:g}"
@@ -371,7 +365,6 @@ def _settings(recipe: Path | None, given: Given) -> EvaluateSettings:
 
 
 def _needed(scorers: tuple[str, ...]) -> tuple[str, ...]:
-    from inpo.common.errors import UsageError
     from inpo.common.scorer import scorer_names
 
     if not scorers:

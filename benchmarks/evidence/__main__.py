@@ -191,7 +191,8 @@ def _results() -> None:
     made = {
         title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
     }
-    before = _document().get("tables", {})
+    known = _document()
+    before = known.get("tables", {})
     tables = {title: made.get(title, {}) | _lacking(before, made, title) for title in {**made, **before}}
     folders = [each.folder(pairs) for pairs in c.KINDS for each in c.caches(pairs)]
     errors = {
@@ -204,7 +205,7 @@ def _results() -> None:
         "test_seeds": c.TEST_SEEDS,
         "fewer_seeds": c.FEWER_SEEDS,
         "hours": r.hours(c.length.root),
-        "mean_reference_error": {**_document().get("mean_reference_error", {}), **errors},
+        "mean_reference_error": {**known.get("mean_reference_error", {}), **errors},
         "grid": {key: [vars(cell) for cell in cells] for key, cells in grids.items()},
         "tables": tables,
     }

@@ -190,3 +190,25 @@ def test_what_the_released_loop_cannot_do_is_refused(
         )
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("levels", [Levels.from_scheduler(DDIMScheduler()), Levels.from_density("uniform", 1.0, 1000)])
+def test_the_online_loop_of_dpo_aims_at_what_leads_back_to_the_image(
+    levels: Levels, shared: bool, latents: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise and velocity alike: a flow's x_t less s times its velocity is x0, and x_t less s times noise is a x0."""
+    denoiser = Denoiser(torch.nn.Linear(1, 1), levels, FAMILIES["sd"].call)
+    loop = OnlineLoop(trained=denoiser, reference=denoiser, images=None, text=None, optimizer=None)  # type: ignore[arg-type]
+    x0, made = latents(4).flatten(0, 1), []
+    monkeypatch.setattr(loop, "encode", lambda *_: (x0, condition(4)))
+    monkeypatch.setattr(loop, "_update", lambda *given: made.append(given))
+    torch.manual_seed(2)
+    loop.dpo_step(torch.zeros(4, 2, 3, 8, 8, dtype=torch.uint8), ["a", "b", "c", "d"], shared=shared)
+    ((x_t, target, timestep, _),) = made
+    a, s, *_ = denoiser.at(timestep)
+    is_flow = levels.space == "velocity"
+    torch.testing.assert_close(x_t - s * target, x0.float() if is_flow else a * x0.float(), rtol=0, atol=1e-5)
+    noise = target + x0.float() if is_flow else target
+    assert torch.allclose(noise[::2], noise[1::2], atol=1e-5) == shared
+    assert torch.equal(timestep[::2], timestep[1::2])

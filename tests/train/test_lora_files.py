@@ -202,6 +202,11 @@ def test_a_family_without_kohyas_names_gets_peft_alone(tmp_path: Path) -> None:
     (tmp_path / "run/recipe.toml").write_text(f'[model]\nmodel = "{model}"\n')
     with pytest.raises(ModelError, match="not told"):
         export_lora(tmp_path / "run", tmp_path / "x.safetensors", form="kohya", dtype="float32")
+    told = tmp_path / "run/lora/trained-over.json"
+    for text in ("{", "[]", "{}", '"network"'):
+        told.write_text(text)
+        with pytest.raises(ModelError, match=r"cannot be read[\s\S]*trained-over\.json"):
+            export_lora(tmp_path / "run", tmp_path / "x.safetensors", form="kohya", dtype="float32")
     write_over(tmp_path / "run/lora", open_model(str(model)))
     for form in ("kohya", "diffusers"):
         with pytest.raises(ModelError, match="peft"):
