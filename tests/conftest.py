@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.launching import Zygote
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
 
 
 def check_annotated_modules() -> None:
@@ -18,7 +22,7 @@ def check_annotated_modules() -> None:
     In all the others mypy has checked the types, and checking them at every call again took two fifths of the time.
     Now, not in pytest_configure: where one folder is run, its conftest.py has imported some of them by then.
     """
-    package = Path(__file__).parents[1] / "inpo"
+    package = ROOT / "inpo"
     modules = [
         ".".join(["inpo", *file.relative_to(folder.parent).with_suffix("").parts]).removesuffix(".__init__")
         for folder in map(Path.resolve, package.iterdir())  # links to the folders at the top
@@ -64,3 +68,37 @@ def frozen_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _frozen = [0]
 """How many modules were imported when their objects were frozen last."""
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """For processes of the tests: this repository, one thread each, no network."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Iterator[Zygote]:
+    folder = tmp_path_factory.mktemp("zygote")
+    with (folder / "stderr.log").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=child_environment,
+            cwd=ROOT,
+        )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", (folder / "stderr.log").read_text()
+    yield Zygote(process=process, folder=folder)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()

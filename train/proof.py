@@ -199,12 +199,11 @@ def _errors(
 def _measure_spread(
     denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, error: Float[Tensor, "record side"]
 ) -> float:
-    """This run's spread: the records again, in batches of another size, among other neighbours."""
-    other_size = batch_size // 2 if batch_size > 1 else 2
+    """This run's spread: the records again, in batches of twice the size, among other neighbours."""
     generator = torch.Generator().manual_seed(0)
     shifts = []
     for _ in range(math.ceil(_MOVES / error.numel())):
-        again, _, _ = _errors(denoiser, records[::-1], other_size, generator)
+        again, _, _ = _errors(denoiser, records[::-1], 2 * batch_size, generator)
         shifts.append(root_shift(again.flip(0), error))
     return root_mean_square(torch.cat(shifts))
 

@@ -1,16 +1,13 @@
-"""A tiny model, many tiny tars, processes that start fast, and an S3 server on loopback."""
+"""A tiny model, many tiny tars, and an S3 server on loopback."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from inpo.common.testing import save_tiny_pipeline
-from tests.engines.runs import NUM_SHARDS, PAIRS_PER_SHARD, ROOT, Tensors, World, Zygote, tensors, write_pairs
+from tests.engines.runs import NUM_SHARDS, PAIRS_PER_SHARD, Tensors, World, tensors, write_pairs
+from tests.launching import Zygote
 
 
 @pytest.fixture(scope="session")
@@ -20,40 +17,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         model=save_tiny_pipeline(folder / "model"),
         pairs=write_pairs(folder / "pairs", num_shards=NUM_SHARDS, pairs_per_shard=PAIRS_PER_SHARD),
     )
-
-
-@pytest.fixture(scope="session")
-def child_environment() -> dict[str, str]:
-    """For processes of the tests: this repository, one thread each, no network."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Iterator[Zygote]:
-    folder = tmp_path_factory.mktemp("zygote")
-    with (folder / "stderr.log").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=child_environment,
-            cwd=ROOT,
-        )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", (folder / "stderr.log").read_text()
-    yield Zygote(process=process, folder=folder)
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,8 @@
 
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
 import tarfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ import psutil
 from PIL import Image
 
 from inpo.common.cache import open_cache
+from tests.launching import Process
 from tests.rounding import UNIT, record_bounds, rms
 
 ROOT = Path(__file__).parents[2]
@@ -96,56 +92,6 @@ def write_pairs(folder: Path, *, num_shards: int, pairs_per_shard: int) -> Path:
     return folder
 
 
-@dataclass
-class Process:
-    """A running command."""
-
-    pid: int
-    log: Path
-    zygote: "Zygote"
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self) -> int:
-        return self.zygote.ask(wait=self.pid)
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-
-@dataclass
-class Zygote:
-    """Forks processes of `inpo`; see zygote.py."""
-
-    process: "subprocess.Popen[str]"
-    folder: Path
-    started: int = 0
-
-    def ask(self, **request: Any) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> Process:
-        self.started += 1
-        log = self.folder / f"{self.started}.log"
-        pid = self.ask(arguments=list(arguments), environment=environment or {}, log=str(log))
-        return Process(pid=pid, log=log, zygote=self)
-
-    def run(self, arguments: Sequence[str], environment: dict[str, str] | None = None) -> str:
-        """To the end; the output. Fails unless the exit code is 0."""
-        process = self.start(arguments, environment)
-        code = process.wait()
-        assert code == 0, process.text()
-        return process.text()
-
-
 Tensors = dict[str, dict[str, np.ndarray]]
 RECORD = ("x_t", "delta", "x0_t", "target", "reference_error")
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -209,25 +155,6 @@ def until(condition: Any, *, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-def ranks(count: int) -> list[dict[str, str]]:
-    """The environment that a launcher gives each of its processes on CPUs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        for rank in range(count)
-    ]
 
 
 def workers_of(run: Process) -> list[psutil.Process]:

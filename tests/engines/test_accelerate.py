@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import NUM_SHARDS, ROOT, Tensors, World, Zygote, assert_same, attempts, tensors
-from tests.launching import launch
+from tests.engines.runs import NUM_SHARDS, ROOT, Tensors, World, assert_same, attempts, tensors
+from tests.launching import Zygote, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

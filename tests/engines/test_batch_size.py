@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inpo.common.testing import save_tiny_pipeline
-from tests.engines.runs import World, Zygote, attempts, ranks
+from tests.engines.runs import World, attempts
+from tests.launching import Zygote, ranks
 
 
 def ended(zygote: Zygote, arguments: Sequence[str], *, images: Sequence[int], code: int) -> list[str]:

@@ -13,7 +13,8 @@ import pytest
 
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMissing
-from tests.engines.runs import NUM_SHARDS, Process, Tensors, World, Zygote, assert_same, tensors
+from tests.engines.runs import NUM_SHARDS, Tensors, World, assert_same, tensors
+from tests.launching import Process, Zygote
 
 
 class Observer:

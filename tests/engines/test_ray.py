@@ -20,7 +20,6 @@ from tests.engines.runs import (
     ROOT,
     Tensors,
     World,
-    Zygote,
     assert_same,
     attempts,
     kill_a_ray_worker,
@@ -28,6 +27,7 @@ from tests.engines.runs import (
     until,
     write_pairs,
 )
+from tests.launching import Zygote
 
 pytestmark = pytest.mark.timeout(600)
 

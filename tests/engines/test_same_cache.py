@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import NUM_SHARDS, Tensors, World, Zygote, assert_same, attempts, ranks, tensors, until
+from tests.engines.runs import NUM_SHARDS, Tensors, World, assert_same, attempts, tensors, until
+from tests.launching import Zygote, ranks
 
 
 def test_two_independent_runs_at_once(zygote: Zygote, world: World, uninterrupted: Tensors, tmp_path: Path) -> None:

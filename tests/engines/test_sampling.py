@@ -14,15 +14,13 @@ from tests.engines.runs import (
     Samples,
     Tensors,
     World,
-    Zygote,
     assert_same,
     attempts,
     kill_a_ray_worker,
-    ranks,
     tensors,
 )
 from tests.engines.test_kill import kill_again_and_again
-from tests.launching import launch
+from tests.launching import Zygote, launch, ranks
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Two processes through accelerate: the weights of one process with twice the accumulation."""
+"""Two processes by accelerate: the weights of one process with twice the accumulation."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from inpo.cli import main
-from tests.launching import launch
+from tests.launching import Zygote, launch, ranks
 
 SETTINGS = """
 [model]
@@ -42,15 +42,15 @@ def launched(recipe: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(
-    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+    zygote: Zygote, world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = tmp_path / "two.toml"
     recipe.write_text(
         SETTINGS.format(model=world.model.folder, cache=cache, output=tmp_path / "two", steps=4, accumulate=1)
     )
-    done = launched(recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x 1 accumulated x 2 processes" in done.stderr
+    both = [zygote.start(["train", "--recipe", str(recipe)], environment) for environment in ranks(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.text()[-3000:] for process in both]
+    assert "2 x 1 accumulated x 2 processes" in both[0].text()
     one = run(output=tmp_path / "one", accumulate=2, adam_eps=1e-2, held_out=0.4, evaluate_every=2)
     left, right = (
         UNet2DConditionModel.from_pretrained(output / "pipeline", subfolder="unet").state_dict()

@@ -2,13 +2,9 @@
 
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,8 @@ from inpo.train.loop import Trainer
 from inpo.train.optim import prepare_network
 from inpo.train.records import Batch
 from inpo.train.settings import TrainSettings
+from tests.engines.runs import until
+from tests.launching import Zygote
 
 STEPS = 9
 OPTIONS: dict[str, Any] = {"steps": STEPS, "save_every": 2, "accumulate": 2, "ema": 0.9, "warmup_steps": 5}
@@ -241,56 +239,26 @@ def test_lora_checkpoints_hold_the_trained_layers_only(
     assert equal(left, right)
 
 
-def command(model: Path, cache: str, output: Path, steps: int) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "inpo",
-        "train",
-        "--model",
-        str(model),
-        "--cache",
-        cache,
-        "--output",
-        str(output),
-        "--steps",
-        str(steps),
-        "--batch-size",
-        "2",
-        "--held-out",
-        "0",
-        "--tracker",
-        "none",
-        "--log-every",
-        "1",
-        "--save-every",
-        "2",
-        "--learning-rate",
-        "1e-4",
-        "--adam-eps",
-        "1e-2",
-    ]
+def arguments(model: Path, cache: str, output: Path, steps: int) -> list[str]:
+    flags = {"model": model, "cache": cache, "output": output, "steps": steps, "batch-size": 2, "held-out": 0}
+    flags |= {"tracker": "none", "log-every": 1, "save-every": 2, "learning-rate": 1e-4, "adam-eps": 1e-2}
+    return ["train", *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def start_and_signal(arguments: list[str], output: Path, number: int) -> subprocess.Popen[str]:
-    """Start a run and send a signal once it has logged its third step."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    while process.poll() is None:
-        metrics = output / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 4:
-            process.send_signal(number)
-            break
-        time.sleep(0.05)
-    return process
+def until_its_third_step(output: Path) -> None:
+    until(lambda: (output / "metrics.jsonl").exists() and len(steps_of(output)) >= 4)
 
 
-def test_sigterm_saves_and_ends_with_zero(world: Any, cache: str, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_with_zero(
+    zygote: Zygote, world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
     """A real process, far too many steps, SIGTERM in the middle; resumed here to the step after it."""
     output = tmp_path / "terminated"
-    process = start_and_signal(command(world.model.folder, cache, output, 100_000), output, signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    assert "run the same command again to go on" in text
+    process = zygote.start(arguments(world.model.folder, cache, output, 100_000))
+    until_its_third_step(output)
+    process.terminate()
+    assert process.wait() == 0, process.text()
+    assert "run the same command again to go on" in process.text()
     (last,) = checkpoint.list_checkpoints(output / "checkpoints")[-1:]
     step = int(last.name.removeprefix("step-"))
     assert step >= 3
@@ -324,12 +292,15 @@ def test_ctrl_c_saves_and_ends_with_zero(
 
 
 @pytest.mark.slow
-def test_kill_9_in_a_real_process(world: Any, cache: str, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_kill_9_in_a_real_process(
+    zygote: Zygote, world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
     output = tmp_path / "killed"
     for _ in range(2):
-        process = start_and_signal(command(world.model.folder, cache, output, 40), output, signal.SIGKILL)
-        process.communicate(timeout=120)
-        assert process.returncode in (-signal.SIGKILL, 0)
+        process = zygote.start(arguments(world.model.folder, cache, output, 40))
+        until_its_third_step(output)
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
     options = {"steps": 40, "log_every": 1, "save_every": 2, "adam_eps": 1e-2}
     resumed = run(output=output, **options)
     assert close(weights(resumed), weights(run(output=tmp_path / "whole", **options)))
