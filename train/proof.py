@@ -199,7 +199,8 @@ def _errors(
 def _measure_spread(
     denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, error: Float[Tensor, "record side"]
 ) -> float:
-    """This run's spread: the records again, in batches of twice the size, among other neighbours."""
+    """This run's spread: the records again, in batches of twice the size, among other neighbours. They hold less
+    than a step does, which keeps gradients: a third of it where layers are computed again (common/memory.py counts)."""
     generator = torch.Generator().manual_seed(0)
     shifts = []
     for _ in range(math.ceil(_MOVES / error.numel())):

@@ -81,12 +81,12 @@ def _refuse(pairs: int) -> None:
 
 @contextmanager
 def _memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device that has room for so many images in the network."""
+    """A device that has room for so many images in the network, and for twice as many without gradients."""
     prepare = train_run.prepare_network
 
     def watched(network: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
         def full(module: Any, given: Any, told: Any) -> None:
-            if len(given[0]) > images:
+            if len(given[0]) > images * (1 if torch.is_grad_enabled() else 2):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         network.register_forward_pre_hook(full, with_kwargs=True)

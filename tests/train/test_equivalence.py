@@ -106,10 +106,14 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(run: Callable[..
     assert difference(first, third) > 0
 
 
-def test_the_loss_trace_is_the_committed_one(run: Callable[..., Path]) -> None:
+def test_the_loss_trace_is_the_committed_one(
+    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
     """20 steps on the CPU. To record it again after a change of numbers that is meant: GOLDEN.unlink(), run the test
     twice, and say in the commit why the trace changed."""
-    output = run(steps=20, log_every=1, learning_rate=3e-6)
+    world = make_world("sd15")
+    place = {"model": str(world.model.folder), "caches": [world.cache(tmp_path / "cache")]}
+    output = run(steps=20, log_every=1, learning_rate=3e-6, **place)
     trace = {name: [line[name] for line in metrics(output)] for name in ("loss", "margin", "gradient_norm")}
     if not GOLDEN.exists():
         environment = {"torch": torch.__version__, "numpy": np.__version__, "machine": platform.machine()}
