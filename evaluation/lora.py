@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from inpo.common.errors import ModelError
+from inpo.common.log import note
 from inpo.common.models import Model
+from inpo.common.trained_over import read_over, says_over
 
 
 def lora_file(location: str) -> Path:
@@ -44,7 +46,15 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, model: Model) -> None:
     """Lay the file's weights over the pipeline.
 
     Raises ModelError if they do not fit it, or if a tensor of the file or of the adapters made for it is left over.
+    Layers of a run say which network they were trained over; over another one they are laid with a note.
     """
+    if says_over(file.parent):
+        over = read_over(file.parent, fix="copy the run's folder again, or leave that file out")
+        if over != model.fingerprints["network"]:
+            note(
+                f"the LoRA layers in {file.parent} were trained over another network than that of {model.name}: "
+                f"{over}, not {model.fingerprints['network']}"
+            )
     logging = diffusers.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below

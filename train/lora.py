@@ -1,6 +1,5 @@
 """LoRA weights as files: beside a run's result, and by `inpo export --lora` in the format that a program reads."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +18,10 @@ from inpo.common.families.lora import kohya_state, layers_of, save_adapter
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import ModelSection, read_recipe, resolve
-from inpo.common.text import read_text
+from inpo.common.trained_over import read_over
 
 KOHYA_FILE = "lora-kohya.safetensors"
 """In a run's folder, beside lora/."""
-_OVER = "trained-over.json"
-"""In lora/: {"network": digest of the weights that the layers were trained over}."""
-
-
-def write_over(folder: Path, model: Model) -> None:
-    """Say beside LoRA layers over which network they were trained."""
-    (folder / _OVER).write_text(json.dumps({"network": model.fingerprints["network"]}) + "\n", encoding="utf-8")
 
 
 def make_readable(*files: Path) -> None:
@@ -140,19 +132,7 @@ def model_of(run: Path) -> Model:
     sections = read_recipe(run / "recipe.toml")
     start = sections.get("train", {}).get("init_from")
     model = open_model(start) if start else resolve(ModelSection, "model", sections, {}).open()
-    file = run / "lora" / _OVER
-    fix = "export from the folder as the run left it, or train again"
-    told = read_text(file, what="What the LoRA layers were trained over is not told.", error=ModelError, fix=fix)
-    try:
-        wanted = json.loads(told)["network"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ModelError(
-            "What the LoRA layers were trained over cannot be read.",
-            where=file,
-            expected='{"network": digest}',
-            got=f"{type(error).__name__}: {error}",
-            fix=fix,
-        ) from None
+    wanted = read_over(run / "lora", fix="export from the folder as the run left it, or train again")
     if model.fingerprints["network"] != wanted:
         raise ModelError(
             "The LoRA layers were trained over other weights than lie here.",

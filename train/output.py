@@ -11,7 +11,8 @@ from inpo.common.durable import new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.fingerprint import write_taken_over
 from inpo.common.models import Model, open_model
-from inpo.train.lora import make_readable, save_kohya, scaled_lora, write_over
+from inpo.common.trained_over import write_over
+from inpo.train.lora import make_readable, save_kohya, scaled_lora
 
 
 def claim_output(output: Path) -> None:

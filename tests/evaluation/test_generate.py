@@ -24,6 +24,7 @@ import inpo.evaluation.generate
 from inpo.common.compiled import compile_network
 from inpo.common.errors import InpoError, ModelError, OutOfMemory, TrainingError, UsageError
 from inpo.common.models import open_model
+from inpo.common.trained_over import write_over
 from inpo.evaluation.cli import app
 from inpo.evaluation.generate import generate
 from inpo.evaluation.image_folder import ImageFolder
@@ -230,6 +231,25 @@ def test_weights_in_another_projects_names_are_laid_over_too(
     make(tiny_model, tmp_path / "plain", PROMPTS[:1])
     make(tiny_model, tmp_path / "out", PROMPTS[:1], lora=str(tmp_path / "kohya.safetensors"))
     assert not same(pixels(tmp_path / "plain"), pixels(tmp_path / "out"))
+
+
+def test_layers_over_another_network_than_they_were_trained_over_are_told(
+    tiny_model: Path,
+    other_model: Path,
+    lora: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_file(lora, tmp_path / "lora.safetensors")
+    write_over(tmp_path, open_model(str(tiny_model)))
+    words = f"note: the LoRA layers in {tmp_path} were trained over another network than that of "
+    make(tiny_model, tmp_path / "same", PROMPTS[:1], lora=str(tmp_path / "lora.safetensors"))
+    assert words not in capsys.readouterr().err
+    make(other_model, tmp_path / "other", PROMPTS[:1], lora=str(tmp_path / "lora.safetensors"))
+    assert f"{words}{other_model}" in capsys.readouterr().err
+    (tmp_path / "trained-over.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot be read[\s\S]*trained-over\.json"):
+        make(tiny_model, tmp_path / "out", PROMPTS[:1], lora=str(tmp_path / "lora.safetensors"))
 
 
 def test_more_steps_than_the_model_has_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from inpo.common.families import FAMILIES
 from inpo.common.families.lora import kohya_state
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
-from inpo.train.lora import export_lora, save_kohya, write_over
+from inpo.common.trained_over import write_over
+from inpo.train.lora import export_lora, save_kohya
 
 RANK = 2
 SDXL = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
