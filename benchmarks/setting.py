@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks.architectures import RESOLUTION, Architecture, model_for
 from benchmarks.online import OnlineLoop
 from inpo.common.cache import Cache, CacheWriter, open_cache
+from inpo.common.cache.store import digest
 from inpo.common.choices import CompileName
 from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser, prepare_for_inference
@@ -108,9 +109,11 @@ class Setting:
         return list_tasks(open_source(self.source(num_pairs)))[0]
 
     def cache(self, *, num_pairs: int, steps: int, kept: int, batch_size: int) -> Cache:
-        """A committed cache, made once, by the network as it is: compiling it would take longer."""
-        location = self.folder / f"cache-{num_pairs}-{steps}-{kept}-{self.dtype}"
+        """A committed cache, made once, by the network as it is: compiling it would take longer. Another architecture,
+        or another model of this one, has a cache of its own."""
         settings = self.settings(steps=steps, kept=kept, batch_size=batch_size)
+        manifest = build_manifest(settings, self.model, device_type=self.device.type)
+        location = self.folder / f"cache-{num_pairs}-{digest(manifest.to_json())[:8]}"
         worker = self.worker(location, settings, compiled=False)
         for task in self.tasks(num_pairs):
             if not worker.writer.is_committed(task.name):

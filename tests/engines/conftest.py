@@ -5,16 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from inpo.common.testing import save_tiny_pipeline
 from tests.engines.runs import NUM_SHARDS, PAIRS_PER_SHARD, Tensors, World, tensors, write_pairs
 from tests.launching import Zygote
+from tests.light import save_light_pipeline
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     return World(
-        model=save_tiny_pipeline(folder / "model"),
+        model=save_light_pipeline(folder / "model"),
         pairs=write_pairs(folder / "pairs", num_shards=NUM_SHARDS, pairs_per_shard=PAIRS_PER_SHARD),
     )
 

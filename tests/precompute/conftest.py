@@ -16,11 +16,11 @@ from PIL import Image
 import inpo.precompute.phases as phases
 import inpo.precompute.worker as precompute_worker
 from inpo.common.cache import ARRAYS, Cache, open_cache
-from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
+from tests.light import LIGHT, save_light_pipeline
 from tests.rounding import record_bounds, rms
 
 WORDS = ("a red cat", "a blue dog on the house", "photo of the sky", "green house")
@@ -44,12 +44,12 @@ def png(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """pipelines(kind): a tiny pipeline folder, made once."""
+    """pipelines(kind="light"): a tiny pipeline folder, made once."""
     made: dict[str, Path] = {}
 
-    def build(kind: str = "sd15") -> Path:
+    def build(kind: str = LIGHT) -> Path:
         if kind not in made:
-            made[kind] = save_tiny_pipeline(tmp_path_factory.mktemp(kind), kind)  # type: ignore[arg-type]
+            made[kind] = save_light_pipeline(tmp_path_factory.mktemp(kind), kind)
         return made[kind]
 
     return build

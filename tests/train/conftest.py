@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from inpo.common.cache import CacheWriter, InverterIdentity, Manifest, ShardData, ShardSource, TextData
 from inpo.common.cache.schema import LevelTables
@@ -18,10 +17,9 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Group, invert
 from inpo.common.models import Model, open_model
 from inpo.common.spread import measure_spread
-from inpo.common.testing import save_tiny_pipeline
+from tests.light import LIGHT, save_light_pipeline
 
 PROMPTS = 7
-FEWER_LAYERS = "fewer layers"
 TOKENS = 16
 
 
@@ -199,26 +197,14 @@ def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _take_layers_out(folder: Path, seed: int) -> None:
-    config = UNet2DConditionModel.load_config(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fewer = {"up_block_types": ("UpBlock2D", "UpBlock2D"), "mid_block_type": None}
-        UNet2DConditionModel.from_config({**config, **fewer}).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
-    """make_world(kind="fewer layers", seed=0): a tiny pipeline in a folder, made once per kind and seed. That kind is
-    sd15 with a network of half the layers: each takes its time, whatever its size, and it is called most."""
+    """make_world(kind="light", seed=0): a tiny pipeline in a folder, made once per kind and seed."""
     made: dict[tuple[str, int], World] = {}
 
-    def make(kind: str = FEWER_LAYERS, seed: int = 0) -> World:
+    def make(kind: str = LIGHT, seed: int = 0) -> World:
         if (kind, seed) not in made:
-            of_kind = "sd15" if kind == FEWER_LAYERS else kind
-            folder = save_tiny_pipeline(tmp_path_factory.mktemp("model") / of_kind, of_kind, seed=seed)
-            if kind == FEWER_LAYERS:
-                _take_layers_out(folder / "unet", seed)
+            folder = save_light_pipeline(tmp_path_factory.mktemp("model") / kind, kind, seed=seed)
             made[kind, seed] = World(model=open_model(str(folder)))
         return made[kind, seed]
 
