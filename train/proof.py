@@ -199,12 +199,17 @@ def _errors(
 def _measure_spread(
     denoiser: Denoiser, records: Sequence[LoadedRecord], batch_size: int, error: Float[Tensor, "record side"]
 ) -> float:
-    """This run's spread: the records again, in batches of twice the size, among other neighbours. They hold less
-    than a step does, which keeps gradients: a third of it where layers are computed again (common/memory.py counts)."""
+    """This run's spread: the records again, in batches of another size, among other neighbours.
+
+    Of twice the size, which holds less than a step that keeps gradients: a third of it where layers are computed again
+    (common/memory.py counts). Records that were one batch are two.
+    """
+    num_records = len(records)
+    other_size = 2 * batch_size if batch_size < num_records else math.ceil(num_records / 2)
     generator = torch.Generator().manual_seed(0)
     shifts = []
     for _ in range(math.ceil(_MOVES / error.numel())):
-        again, _, _ = _errors(denoiser, records[::-1], 2 * batch_size, generator)
+        again, _, _ = _errors(denoiser, records[::-1], other_size, generator)
         shifts.append(root_shift(again.flip(0), error))
     return root_mean_square(torch.cat(shifts))
 

@@ -188,6 +188,22 @@ def test_the_spread_of_the_cache_widens_what_passes(
     assert proof.holds == (spread == 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "first", "again"), [(4, [8, 8, 8, 8, 4], [16, 16, 4]), (18, [36], [18, 18]), (64, [36], [18, 18])]
+)
+def test_the_second_look_is_in_batches_of_another_size(
+    world: Any, cache: str, batch_size: int, first: list[int], again: list[int]
+) -> None:
+    """Images in each call of the network; of 18 records."""
+    sizes: list[int] = []
+
+    def watched(network: nn.Module) -> None:
+        network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+
+    assert proof_of(world.model, cache, watched, batch_size=batch_size).num_records == 18
+    assert sizes == first + again
+
+
 def test_what_is_not_finite_is_refused(world: Any, cache: str) -> None:
     def spoil(network: nn.Module) -> None:
         with torch.no_grad():
