@@ -313,7 +313,6 @@ def _check_relabel(
     unused: list[str],
 ) -> None:
     """Raise UsageError for options that do not go together."""
-
     several = len(scorers) > 1
     own = "one scorer, or none: several have each its own"
     for wrong, where, expected, fix in (
@@ -348,7 +347,6 @@ def _say_set(
     name: str, report: "RelabelReport", who: str, location: str | None, *, temperature: float | None = None
 ) -> None:
     """What a label set is, and with `location` what to do next."""
-
     agreeing = 100 * report.num_agreeing / max(1, report.num_pairs)
     unit = "" if temperature is None else f", temperature {temperature:g}"
     print(f"label set {name}: {report.num_pairs} pairs in {report.num_shards} shards{unit}")

@@ -29,7 +29,7 @@ def precompute_peak(model: Model, manifest: Manifest, *, device_type: str = "cud
     fixed, per_image = line(count)
     height, width = manifest.resolution
     with torch.inference_mode(), counting(manifest.vae_dtype, device_type=device_type) as watch:
-        vae.encode(torch.zeros(images_per_vae_call(height, width), 3, height, width, device=META))
+        family.posterior(vae, torch.zeros(images_per_vae_call(height, width), 3, height, width, device=META))
     encoding = weights + watch.peak
     return Peak(
         weights=weights, fixed=fixed, per_image=per_image, elsewhere=max(encoding, _texts(model, manifest, device_type))

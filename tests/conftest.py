@@ -84,6 +84,7 @@ def child_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Iterator[Zygote]:
+    """What starts processes of `inpo` fast."""
     folder = tmp_path_factory.mktemp("zygote")
     with (folder / "stderr.log").open("w") as errors:
         process = subprocess.Popen(

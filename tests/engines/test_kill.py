@@ -104,10 +104,11 @@ def _kill(zygote: Zygote, world: World, observer: Observer, *, writers: int, kil
     return done
 
 
+@pytest.mark.parametrize("writers", [1, 2])
 def test_killed_at_random_moments(
-    zygote: Zygote, world: World, undisturbed: tuple[Tensors, float], tmp_path: Path
+    zygote: Zygote, world: World, undisturbed: tuple[Tensors, float], tmp_path: Path, writers: int
 ) -> None:
-    assert kill_again_and_again(zygote, world, undisturbed, tmp_path, writers=2, kills=3).kills >= 3
+    assert kill_again_and_again(zygote, world, undisturbed, tmp_path, writers=writers, kills=3).kills >= 3
 
 
 @pytest.mark.slow

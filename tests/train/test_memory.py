@@ -122,6 +122,16 @@ def test_what_precompute_holds(world: Any) -> None:
     assert predicted.at(1000) > predicted.at(1) == predicted.elsewhere
 
 
+@pytest.mark.parametrize("kind", get_args(TinyKind))
+def test_twice_the_images_without_gradients_take_less_than_a_step(kind: str, make_world: Callable[..., Any]) -> None:
+    """So that the zero-step proof's second look has room, also beside few trained weights."""
+    model = make_world(kind).model
+    manifest, told = _manifest(model, "float32"), TrainSettings(lora_rank=4)
+    look = precompute_peak(model, manifest, device_type="cpu")
+    step = train_peak(model, manifest, told, device_type="cpu")
+    assert look.activations(4 * 2) < step.activations(4)
+
+
 def test_the_largest_batch_is_the_last_that_fits() -> None:
     peak = Peak(weights=100, optimizer=50, gradients=400, fixed=30.0, per_image=20.0)
     assert [peak.at(images) for images in (1, 20)] == [550, 580]

@@ -142,7 +142,7 @@ def test_what_is_no_rounding_is_refused(make_world: Callable, tmp_path: Path, dt
     as_it_is = world.cache(tmp_path / "c", **options)
     scale = world.cache(tmp_path / "scale", change=scaled, **options)
     caption = world.cache(tmp_path / "caption", change=other_captions, **options)
-    for batch_size in (2, 16):
+    for batch_size in (1, 16):
         proof = partial(proof_of, world.model, batch_size=batch_size)
         assert proof(as_it_is).holds
         for name, other in {
