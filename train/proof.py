@@ -202,7 +202,7 @@ def _measure_spread(
     """This run's spread: the records again, in batches of another size, among other neighbours.
 
     Of twice the size, which holds less than a step that keeps gradients: by the count of common/memory.py some six
-    tenths of it where the layers of SD1.5, SDXL or SD3 are computed again. Records that were one batch are two.
+    tenths of it even where layers are computed again. Records that were one batch are two.
     """
     num_records = len(records)
     other_size = 2 * batch_size if batch_size < num_records else math.ceil(num_records / 2)
