@@ -66,7 +66,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs, out))):
+        told = out if isinstance(out, Tensor) and out.is_meta else (args, kwargs, out)
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(told)):
             self._counts.operations[-1] += 1
         return out
 

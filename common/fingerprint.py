@@ -46,11 +46,14 @@ def of_weights(files: Iterable[Path], *, config: dict[str, Any] | None = None, p
     """
     total = hashlib.blake2b(digest_size=16)
     tensors = sorted((each for file in files for each in _tensors(file, prefix)), key=lambda each: each.name)
-    with ThreadPoolExecutor(
-        min(32, len(os.sched_getaffinity(0)))
-    ) as pool:  # hashing leaves Python's lock to the others
-        for value in pool.map(_Tensor.digest, tensors):
-            total.update(value)
+    if sum(each.num_bytes for each in tensors) < _BLOCK_BYTES:
+        for each in tensors:
+            total.update(each.digest())
+    else:
+        # Hashing leaves Python's lock to the others.
+        with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
+            for value in pool.map(_Tensor.digest, tensors):
+                total.update(value)
     if config is not None:
         total.update(of_config(config).encode())
     return total.hexdigest()

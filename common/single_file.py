@@ -105,7 +105,7 @@ def _part(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 def _expected(component: str, cls: Any, folder: Path, family: Family, names: Set[str]) -> set[str]:
     """Names that a whole file has, of the layout that one with `names` has: diffusers' own, or the original one; none
     for an architecture that the original layout has no names for."""
-    network = empty_network(cls, folder / component)
+    network = shared_network(cls, folder / component)
     state = network.state_dict()
     if names & state.keys():
         return set(state)
@@ -113,6 +113,21 @@ def _expected(component: str, cls: Any, folder: Path, family: Family, names: Set
         return set(family.layout(component, state, network.config))
     except ModelError:
         return set()
+
+
+_SHARED: dict[tuple[Any, bytes], Any] = {}
+"""{(class, configuration): its network without numbers}. Making one takes as long as reading a small one's weights."""
+
+
+def shared_network(cls: Any, folder: Path) -> Any:
+    """As `empty_network`, one for all who ask for the same configuration: to be looked at, not to be changed."""
+    file = folder / "config.json"
+    if not file.is_file():  # the library says so
+        return empty_network(cls, folder)
+    key = cls, file.read_bytes()
+    if key not in _SHARED:
+        _SHARED[key] = empty_network(cls, folder)
+    return _SHARED[key]
 
 
 def empty_network(cls: Any, folder: Path) -> Any:

@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -16,10 +19,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 
 
-def check_annotated_modules() -> None:
-    """Check shapes and types at run time in the modules that annotate shapes.
+_jaxtyped = jaxtyping.jaxtyped
 
-    In all the others mypy has checked the types, and checking them at every call again took two fifths of the time.
+
+def check_annotated_modules() -> None:
+    """Check shapes and types at run time where shapes are annotated.
+
+    All other types mypy has checked, and checking them at every call again took two fifths of the time.
     Now, not in pytest_configure: where one folder is run, its conftest.py has imported some of them by then.
     """
     package = ROOT / "inpo"
@@ -29,7 +35,16 @@ def check_annotated_modules() -> None:
         for file in folder.rglob("*.py")
         if "jaxtyping" in file.read_text(encoding="utf-8")
     ]
+    jaxtyping.jaxtyped = _where_shapes_are  # type: ignore[assignment]
     install_import_hook(modules, "beartype.beartype")
+
+
+def _where_shapes_are(fn: Any = None, *, typechecker: Any) -> Any:
+    """The hook's decorator, for functions and dataclasses that annotate a shape: the others of a module are mypy's."""
+    if fn is None:
+        return partial(_where_shapes_are, typechecker=typechecker)
+    told = [vars(base).get("__annotations__") for base in fn.__mro__] if isinstance(fn, type) else fn.__annotations__
+    return _jaxtyped(fn, typechecker=typechecker) if "jaxtyping." in repr(told) else fn
 
 
 check_annotated_modules()
@@ -37,8 +52,8 @@ check_annotated_modules()
 
 @pytest.fixture(autouse=True, scope="session")
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """No test can cut the power, and a cache waits for the disk at every file. Programs that tests start wait as
-    ever."""
+    """No test can cut the power, and a cache waits for the disk at every file. Programs that tests start by a command
+    line wait as ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield

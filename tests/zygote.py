@@ -3,12 +3,14 @@
     -> {"arguments": [...], "environment": {...}, "log": path}   <- pid
     -> {"wait": pid}                                             <- exit code, -9 if killed
 
-Each child runs the real command in a process of its own, from its signal handlers to its exit code. With arguments of
-its own it is that command. Shards of samples are small here, so that there are several of few images. Where its
-environment says SHORT_OF_MEMORY, there is room for so many images in the network, and no more; where a training looks
-without gradients, for twice as many.
+Each child runs the real command in a process of its own, from its signal handlers to its exit code, but does not wait
+for the disk, which outlives a killed process. With arguments of its own this program is that command, and waits.
+Shards of samples are small here, so that there are several of few images. Where its environment says SHORT_OF_MEMORY,
+there is room for so many images in the network, and no more; where a training looks without gradients, for twice as
+many.
 """
 
+import gc
 import json
 import os
 import sys
@@ -74,6 +76,9 @@ def child(request: dict) -> None:
 if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(run(sys.argv[1:]))
+    os.fsync = lambda _: None  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()  # each child collects garbage twice, and would copy the libraries' objects by looking at them
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

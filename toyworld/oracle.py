@@ -4,7 +4,7 @@ Pixel values run from 0 to 1; colour distances are Euclidean in RGB, so at most 
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,12 @@ def _ideal_mask(drawn: SceneObject) -> Float[np.ndarray, "64 64"]:
     return object_mask(drawn)
 
 
+@lru_cache(maxsize=1024)
+def _ideal_away(scene: Scene) -> Float[np.ndarray, "64 64"]:
+    """How far each pixel of a clean picture is from its backdrop."""
+    return np.sqrt(((render(scene) / 255 - backdrop(scene.backdrop)) ** 2).sum(axis=-1))
+
+
 def _best_shift(
     stands_out: Float[np.ndarray, "64 64"], mask: Float[np.ndarray, "64 64"]
 ) -> tuple[tuple[int, int], float]:
@@ -87,7 +93,7 @@ def judge(picture: Float[np.ndarray, "64 64 3"], scene: Scene) -> tuple[list[Obj
     """
     behind = backdrop(scene.backdrop)
     away = np.sqrt(((picture - behind) ** 2).sum(axis=-1))
-    ideal_away = np.sqrt(((render(scene) / 255 - behind) ** 2).sum(axis=-1))
+    ideal_away = _ideal_away(scene)
     overlaps, looks = [], []
     for drawn, side in zip(scene.objects, _sides(tuple(drawn.centre for drawn in scene.objects)), strict=True):
         mask = _ideal_mask(drawn)

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -221,6 +221,7 @@ class Look:
 AS_SAID = Look()
 
 
+@lru_cache(maxsize=1024)
 def _coverage(
     drawn: SceneObject, look: Look
 ) -> tuple[tuple[slice, slice], Float[np.ndarray, "y x"], Float[np.ndarray, "y x"]]:

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,9 @@ class RecordStream:
     def close(self) -> None:
         """Stop reading ahead."""
         self._stop.set()
+        with suppress(queue.Empty):  # who waits to hand over goes on, and sees the stop
+            while True:
+                self._ready.get_nowait()
         if self._thread is not None:
             self._thread.join()
         for shape in self._shapes:

@@ -60,7 +60,7 @@ FLOW = replace(
     SHORT,
     root=Path("runs/evidence-flow"),
     model="flow",
-    without=("snpo", "InPO, released grid", "InPO online, released grid", "InPO, ab2"),
+    without=("InPO, released grid", "InPO online, released grid", "InPO, ab2"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )

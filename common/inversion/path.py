@@ -106,6 +106,8 @@ def _refine(levels: list[int], schedule: Levels, extra: int, *, clean: bool) -> 
     The clean end counts as 0.8 times the floor, so that its step has a finite ratio. Nothing is inserted where no level
     lies strictly between the ends of the widest step. Below a flow's table there are levels too.
     """
+    if not extra:
+        return levels
     levels, numbers = list(levels), schedule.points
     a, s, _ = schedule.walked[:, numbers].numpy()
     sigma = s / a

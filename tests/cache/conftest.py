@@ -279,7 +279,7 @@ def s3_server() -> Iterator[tuple[S3, str]]:
     server = make_server(
         "127.0.0.1", 0, control(DomainDispatcherApplication(create_backend_app)), threaded=True, request_handler=Quiet
     )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield control, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -80,16 +80,19 @@ def shard_of(folder: Path, name: str = "s0") -> Shard:
     return open_cache(str(folder)).shards[name]
 
 
-def owner(folder: Path, path: str, number: int = 0) -> tuple[CommittedArrays, str]:
-    """The shard of images, or of texts, that has one of PATHS, and the array's path in there."""
+def owner(cache: Cache, path: str, number: int = 0) -> tuple[CommittedArrays, str]:
+    """The shard of images, or of texts, that has one of PATHS, of which nothing has been read, and the array's path in
+    there."""
     if path.startswith("texts/"):
-        return open_cache(str(folder)).texts.need(f"t{number}"), path.removeprefix("texts/")
-    return shard_of(folder, f"s{number}"), path
+        shard = cache.texts.need(f"t{number}")
+        return TextShard(cache.store, cache.manifest, shard.name, shard.commit), path.removeprefix("texts/")
+    name = f"s{number}"
+    return Shard(cache, name, cache.commits[name]), path
 
 
-def chunks_of(folder: Path, path: str) -> tuple[list[Path], Path]:
+def chunks_of(cache: Cache, path: str) -> tuple[list[Path], Path]:
     """The array's folders in the first and the second shard, and the one file with its numbers, below them."""
-    roots = [Path(shard.location) / array for shard, array in (owner(folder, path, number) for number in (0, 1))]
+    roots = [Path(shard.location) / array for shard, array in (owner(cache, path, number) for number in (0, 1))]
     (chunk,) = [file.relative_to(roots[0]) for file in (roots[0] / "c").rglob("*") if file.is_file()]
     return roots, chunk
 
@@ -99,10 +102,10 @@ def name_of(path: str) -> str:
     return f"rray {path.removeprefix('texts/')} of " + ("text shard t0" if path.startswith("texts/") else "shard s0")
 
 
-def found(folder: Path, path: str) -> str | None:
+def found(cache: Cache, path: str) -> str | None:
     """The reader's message, or None if it handed out the array."""
     try:
-        shard, array = owner(folder, path)
+        shard, array = owner(cache, path)
         shard.read_stored(array)
     except (CacheCorrupt, CacheSchemaError) as error:
         return str(error)
@@ -113,7 +116,8 @@ def found(folder: Path, path: str) -> str | None:
 def test_every_damage_to_an_arrays_files_is_detected_and_named(home, tmp_path, path):
     folder = tmp_path / "cache"
     shutil.copytree(home, folder)
-    shards, chunk = chunks_of(folder, path)
+    cache = open_cache(str(folder))
+    shards, chunk = chunks_of(cache, path)
     row: dict[str, bool] = {}
     for part in (chunk, Path("zarr.json")):
         damages = dict(DAMAGES)
@@ -126,7 +130,7 @@ def test_every_damage_to_an_arrays_files_is_detected_and_named(home, tmp_path, p
             files = [shard / part for shard in shards]
             before = [file.read_bytes() for file in files]
             damage(files[0], files[1])
-            message = found(folder, path)
+            message = found(cache, path)
             words = (str(folder), name_of(path), "--quarantine")
             row[f"{part.name}: {name}"] = message is not None and all(word in message for word in words)
             for file, data in zip(files, before, strict=True):
@@ -135,7 +139,7 @@ def test_every_damage_to_an_arrays_files_is_detected_and_named(home, tmp_path, p
     print(f"{path}: {len(row) - len(missed)} of {len(row)} detected")
     assert not missed
     assert len(row) == 20 - (path in ALIKE)
-    assert found(folder, path) is None
+    assert found(cache, path) is None
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -143,17 +147,16 @@ def test_verify_finds_every_damage_and_names_shard_and_array(home, tmp_path, pat
     """The same damages as above, by `inpo inspect verify`, which must look at what no training run reads, too."""
     folder = tmp_path / "cache"
     shutil.copytree(home, folder)
-    shards, chunk = chunks_of(folder, path)
+    cache = open_cache(str(folder))
+    shards, chunk = chunks_of(cache, path)
     files = [shard / chunk for shard in shards]
     before = [file.read_bytes() for file in files]
     for name in ("middle byte flipped", "cut in half", "missing", "empty", "swapped with another shard's"):
         if path in ALIKE and name.startswith("swapped"):
             continue
         DAMAGES[name](files[0], files[1])
-        shard, _ = owner(folder, path)
-        result = (
-            check_texts(shard, open_cache(str(folder)).manifest) if isinstance(shard, TextShard) else check_shard(shard)
-        )
+        shard, _ = owner(cache, path)
+        result = check_texts(shard, cache.manifest) if isinstance(shard, TextShard) else check_shard(shard)
         found_bytes = [finding for finding in result.findings if finding.check in ("bytes", "texts")]
         assert any(name_of(path) in finding.detail for finding in found_bytes), name
         for file, data in zip(files, before, strict=True):
@@ -168,7 +171,7 @@ def test_two_arrays_of_one_shape_swapped(whole, tmp_path, left, right):
     chunk = "c/0/0/0/0/0"
     swap(root / left / chunk, root / right / chunk)
     for path in (left, right):
-        assert f"array {path}" in (found(folder, path) or "")
+        assert f"array {path}" in (found(open_cache(str(folder)), path) or "")
 
 
 def test_a_swap_is_found_where_both_files_begin_and_end_alike(tmp_path, build):
@@ -182,7 +185,7 @@ def test_a_swap_is_found_where_both_files_begin_and_end_alike(tmp_path, build):
     files = [Path(shard_of(tmp_path, name).location) / "x0/c/0/0/0/0" for name in ("s0", "s1")]
     assert files[0].read_bytes()[:8192] == files[1].read_bytes()[:8192]
     swap(*files)
-    assert "A file is not the committed one: array x0 of shard s0" in (found(tmp_path, "x0") or "")
+    assert "A file is not the committed one: array x0 of shard s0" in (found(open_cache(str(tmp_path)), "x0") or "")
 
 
 def damage_a_chunk(shard: CommittedArrays, path: str, row: int, *, behind: int) -> None:
@@ -242,9 +245,10 @@ def test_a_damaged_prompt_is_named_and_the_others_stay_readable(tmp_path, build)
 def test_a_file_that_is_lost_after_the_first_read_is_no_zeros(whole, tmp_path, path, damage):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
-    shard, array = owner(folder, path)
+    cache = open_cache(str(folder))
+    shard, array = owner(cache, path)
     shard.read_stored(array)
-    (root, _), chunk = chunks_of(folder, path)
+    (root, _), chunk = chunks_of(cache, path)
     DAMAGES[damage](root / chunk, root / chunk)
     for rows in (None, np.array([1])):
         with pytest.raises(CacheCorrupt, match=f"A{name_of(path)}"):
@@ -315,7 +319,7 @@ def test_a_lost_folder_and_a_lost_manifest(whole, tmp_path, build):
     folder = tmp_path / "cache"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "shards/s0")
-    assert "no such file" in (found(folder, "pair/label") or "")
+    assert "no such file" in (found(open_cache(str(folder)), "pair/label") or "")
     (folder / "manifest.json").unlink()
     with pytest.raises(CacheMissing, match=r"(?s)lost its manifest.*manifest\.json.*2 commits.*restore it from a copy"):
         open_cache(str(folder))

@@ -16,17 +16,17 @@ from inpo.common.cache import open_cache
 from inpo.common.cache import store as store_module
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import StorageError
-from inpo.common.testing import save_tiny_pipeline
 from inpo.inspection.cli import app
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
 from inpo.train.run import run_train
+from tests.light import save_light_pipeline
 
 
 @pytest.fixture
 def precompute(tmp_path: Path, s3: Any) -> Callable[..., int]:
     """precompute(limit=...): 600 rows of which 4 are pairs, into three shards, by a tiny model."""
-    source, model = tmp_path / "pairs", save_tiny_pipeline(tmp_path / "model")
+    source, model = tmp_path / "pairs", save_light_pipeline(tmp_path / "model")
     source.mkdir()
     for name in ("red", "blue"):
         Image.new("RGB", (32, 32), name).save(source / f"{name}.png")
@@ -44,6 +44,7 @@ def precompute(tmp_path: Path, s3: Any) -> Callable[..., int]:
             "timesteps_per_pair": 2,
             "measure_inversion": 0.0,
             "batch_size": 4,
+            "decode_workers": 0,
         }
         return run_precompute(
             None,

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,14 +21,9 @@ PARTS = {
 }
 
 
-def exported(tiny, tmp_path: Path, kind: str) -> tuple[Path, Path]:
-    folder = tiny(kind)
-    return folder, export_single_file(folder, tmp_path / f"{kind}.safetensors", dtype="float32")
-
-
 @pytest.mark.parametrize("kind", PARTS)
-def test_whole_models_pass_and_the_same_one_computes_the_same_from_a_single_file(tiny, tmp_path, kind):
-    folder, file = exported(tiny, tmp_path, kind)
+def test_whole_models_pass_and_the_same_one_computes_the_same_from_a_single_file(exported, kind):
+    folder, file = exported(kind)
     check_complete(open_model(str(folder)))
     model = open_model(str(file), model_config=str(folder))
     check_complete(model)
@@ -42,8 +36,8 @@ def test_whole_models_pass_and_the_same_one_computes_the_same_from_a_single_file
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [(kind, prefix) for kind in PARTS for prefix in PARTS[kind]])
-def test_a_weight_that_a_single_file_lacks_is_named(tiny, tmp_path, kind, prefix):
-    folder, file = exported(tiny, tmp_path, kind)
+def test_a_weight_that_a_single_file_lacks_is_named(exported, kind, prefix):
+    folder, file = exported(kind)
     weights = load_file(file)
     names = sorted(name for name in weights if name.startswith(prefix))
     model = open_model(str(file), model_config=str(folder))

@@ -31,9 +31,7 @@ def split(file: Path, index: str, stem: str) -> None:
 
 
 def loaded(model: Model, component: str) -> dict[str, torch.Tensor]:
-    if component == "text_encoder":
-        return dict(model.load_text_pipeline().text_encoder.state_dict())
-    return dict((model.load_vae() if component == "vae" else model.load_network()).state_dict())
+    return dict(model.load_component(component).state_dict())
 
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -71,7 +69,7 @@ def test_a_file_counts_exactly_if_it_is_loaded(model_copy: Path, component: str,
 
     def look() -> tuple[str, dict[str, torch.Tensor]]:
         model = open_model(str(model_copy), variant=variant)
-        return model.fingerprints[{"unet": "network"}.get(component, component)], loaded(model, component)
+        return model.digest_of(component), loaded(model, component)
 
     before, weights = look()
     files = sorted(folder.glob("*.safetensors"))

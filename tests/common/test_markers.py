@@ -20,10 +20,9 @@ V = [
 
 
 @pytest.fixture
-def plain(tiny, tmp_path):
-    """A single file that says nothing of itself, and a writer of marked copies."""
-    file = export_single_file(tiny("sd15"), tmp_path / "plain.safetensors", dtype="float32")
-    weights = load_file(file)
+def plain(exports, tmp_path):
+    """A writer of marked copies of a single file that says nothing of itself."""
+    weights = load_file(exports("sd15"))
 
     def marked(tensors, header):
         save_file(weights | tensors, tmp_path / "marked.safetensors", metadata={"format": "pt"} | header)

@@ -100,7 +100,7 @@ def _kill(zygote: Zygote, world: World, observer: Observer, *, writers: int, kil
                 done += 1
                 if done + len(running) < kills:
                     start()
-        time.sleep(0.01)
+        time.sleep(0.05)
     return done
 
 

@@ -19,8 +19,8 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.errors import InpoError
 from inpo.common.inversion import Group, invert
 from inpo.common.models import open_model
-from inpo.common.testing import save_tiny_pipeline
 from inpo.inspection.cli import app
+from tests.light import LIGHT, save_light_pipeline
 
 STATES = ("healthy", "empty", "texts", "taken back", "writing", "corrupt", "lean", "sdxl", "grouped")
 PROMPTS = ("", "a red cat", "a blue house on the sky", 'the dog & <b>a</b> "cat"')
@@ -62,7 +62,8 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
     def folder(kind: str = "sd15", seed: int = 0) -> Path:
         if (kind, seed) not in made:
             path = tmp_path_factory.mktemp(f"{kind}-{seed}")
-            made[kind, seed] = save_tiny_pipeline(path, kind.removesuffix("-one"), seed=seed)
+            of = kind.removesuffix("-one")
+            made[kind, seed] = save_light_pipeline(path, LIGHT if of == "sd15" else of, seed=seed)
             if kind.endswith("-one"):
                 file = path / "scheduler" / "scheduler_config.json"
                 other = {"set_alpha_to_one": True, "steps_offset": 0, "clip_sample": True, "clip_sample_range": 2.0}

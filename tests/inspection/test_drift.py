@@ -129,9 +129,14 @@ def test_every_pair_of_groups_is_compared_with_its_own_images(states, tiny):
 
 
 def test_what_cannot_be_compared_is_told(states, inspect, tiny, tmp_path):
-    assert "cannot walk this cache's latents" in inspect("drift", states("healthy"), "--model", tiny("sd2-v")).out
+    """The very weights under a scheduler that reads them as v, too."""
+    model = shutil.copytree(tiny(), tmp_path / "v")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    assert "cannot walk this cache's latents" in inspect("drift", states("healthy"), "--model", model).out
     assert "no committed pair yet" in inspect("drift", states("empty"), "--model", tiny()).out
-    assert "There is no cache here" in inspect("drift", tmp_path, "--model", tiny()).out
+    (tmp_path / "none").mkdir()
+    assert "There is no cache here" in inspect("drift", tmp_path / "none", "--model", tiny()).out
     nobody = inspect("drift", states("healthy"), "--model", tmp_path / "nobody")
     assert nobody.code == 1
     assert "There is no model here" in nobody.out

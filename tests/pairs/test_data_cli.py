@@ -28,8 +28,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr); errors that the front door would print are raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """(exit code, stdout, stderr); errors that the front door would print are raised. `check` decodes here."""
+    here = ["--decode-workers", "0"] if arguments[0] == "check" and "--decode-workers" not in arguments else []
+    result = CliRunner().invoke(app, [*map(str, arguments), *here])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
@@ -257,7 +258,7 @@ EXPECTED = {
 
 
 def test_check_counts_every_reason_and_lists_every_pair(tmp_path: Path, bad: Path) -> None:
-    code, stdout, _ = run("check", bad, "--json", "--out", tmp_path / "list.jsonl")
+    code, stdout, _ = run("check", bad, "--json", "--out", tmp_path / "list.jsonl", "--decode-workers", "4")
     report = json.loads(stdout)
     assert code == 0
     assert report["skipped"] == dict.fromkeys(EXPECTED.values(), 1)

@@ -229,7 +229,7 @@ class Server:
 @pytest.fixture
 def host() -> Iterator[Server]:
     made = Server()
-    thread = threading.Thread(target=made.server.serve_forever)
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
     thread.start()
     yield made
     made.server.shutdown()

@@ -102,7 +102,7 @@ class _Images(BaseHTTPRequestHandler):
 @pytest.fixture
 def web() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Images)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -135,7 +135,7 @@ class Refusing(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("name", ["pairs.tar", "pairs-*.tar", "pairs-{0..1}.tar", "folder"])
 def test_a_host_that_refuses_is_one_clear_error(name: str) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -343,7 +343,7 @@ def test_a_source_of_which_nothing_can_be_used_says_why_and_what_it_has(folder: 
     ]
     rows += [{"win": "images/gone.png", "lose": "images/b.png", "prompt": "p", "id": "lost"}]
     path = as_lines(folder, rows)
-    for command in (["check", str(path)], ["pack", str(path), str(folder / "out")]):
+    for command in (["check", str(path), "--decode-workers", "0"], ["pack", str(path), str(folder / "out")]):
         result = CliRunner().invoke(app, command)
         text = " ".join((result.output + str(result.exception or "")).split())
         assert result.exit_code == 1

@@ -121,7 +121,7 @@ def test_what_comes_later_loses_no_row_of_a_bucket(
     """A bucket's committed shard stays, so its rows must be the same with more rows beside it. With both files most
     pairs are high, with the first one alone most are square."""
     monkeypatch.setattr(tasks_module, "MAX_PAIRS_PER_SHARD", 2)
-    model, cache, other = pipelines("sdxl"), tmp_path / "cache", Path(two_lists) / "b.parquet"
+    model, cache, other = pipelines(), tmp_path / "cache", Path(two_lists) / "b.parquet"
     if first == "one file":
         other.rename(tmp_path / "b.parquet")
     assert run(two_lists, model, cache, buckets="3", limit=1 if first == "limit" else None) == 0
@@ -146,7 +146,7 @@ def test_labels_of_a_bucket_come_from_the_source_of_all(
             assert set(prompts) <= {f"p{number}" for number in range(6)}
             return np.array([float(image.height) for image in images])
 
-    assert run(two_lists, pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
+    assert run(two_lists, pipelines(), tmp_path / "cache", buckets="3") == 0
     for cache in open_caches(str(tmp_path / "cache")):
         relabel_cache(cache, open_source(two_lists), Height(), set_name="height", temperature=1.0)
         found = read_label_set(cache)
@@ -169,11 +169,11 @@ def test_buckets_of_a_source_that_fails(
         data[4:200] = bytes(196)  # the first pages; the footer stays
         file.write_bytes(data)
         if name == "b":
-            assert run(two_lists, pipelines("sdxl"), tmp_path / "cache", buckets="3") == 1
+            assert run(two_lists, pipelines(), tmp_path / "cache", buckets="3") == 1
             assert ids_of(tmp_path / "cache") == {(32, 32): ["a1", "a3", "a5"], (44, 24): ["a0", "a4"]}
             assert "b.parquet" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.parquet"):
-        run(two_lists, pipelines("sdxl"), tmp_path / "other", buckets="3")
+        run(two_lists, pipelines(), tmp_path / "other", buckets="3")
 
 
 def test_an_image_is_cut_to_a_size_that_is_no_square(
@@ -234,11 +234,11 @@ def test_a_bucket_without_a_pair_is_told_and_the_others_are_made(
             file.write_bytes(whole.getvalue()[:-200])  # its size can still be read
 
     cut(1)
-    assert run(str(shapes), pipelines("sdxl"), tmp_path / "cache", buckets="3") == 0
+    assert run(str(shapes), pipelines(), tmp_path / "cache", buckets="3") == 0
     said = capsys.readouterr().err
     assert "warning: no pair was kept, so nothing of this bucket stays committed" in said
     assert "1 x truncated" in said
     assert [each.num_pairs for each in open_caches(str(tmp_path / "cache"), on_empty=lambda _: None)] == [2]
     cut(0)
     cut(3)
-    assert run(str(shapes), pipelines("sdxl"), tmp_path / "none", buckets="3") == 1
+    assert run(str(shapes), pipelines(), tmp_path / "none", buckets="3") == 1

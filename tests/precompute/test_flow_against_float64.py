@@ -5,6 +5,7 @@ judged from the stored point before it, so that the tolerances are those of one 
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ class Float64Flow:
         return pipeline._unpack_latents(output, height * scale, width * scale, scale).reshape(latent.shape)[0].numpy()
 
 
+@pytest.fixture(scope="module")
+def float64(pipelines: Callable) -> Callable[[str], Float64Flow]:
+    """float64(kind): the tiny pipeline, loaded once."""
+    return cache(lambda kind: Float64Flow(pipelines(kind)))
+
+
 @pytest.fixture
 def made(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path
@@ -125,14 +132,14 @@ def told_of(cache: Cache, shard: Any, group: int) -> dict[str, np.ndarray]:
 )
 def test_every_stored_tensor(
     made: Callable,
-    pipelines: Callable,
+    float64: Callable,
     examples: Callable,
     kind: str,
     shift: float,
     tokens: int,
     static: dict[str, float],
 ) -> None:
-    cache, model = made(kind=kind, **static), Float64Flow(pipelines(kind))
+    cache, model = made(kind=kind, **static), float64(kind)
     model.guidance = static.get("embedded_guidance", 1.0)
     (shard,) = cache
     levels = cache.manifest.levels
@@ -192,8 +199,8 @@ def test_a_lean_cache_gives_the_same_points(made: Callable, run: Callable) -> No
         {"guidance": 3.0, "levels": "uniform", "shift": "none"},
     ],
 )
-def test_errors_are_the_velocitys_whatever_inverts(made: Callable, pipelines: Callable, settings: dict) -> None:
-    cache, model = made(extra=("eps_ref", "delta_prev"), **settings), Float64Flow(pipelines("sd3"))
+def test_errors_are_the_velocitys_whatever_inverts(made: Callable, float64: Callable, settings: dict) -> None:
+    cache, model = made(extra=("eps_ref", "delta_prev"), **settings), float64("sd3")
     (shard,) = cache
     read = {path: shard.read(path) for path in ("x0", "x_t", "delta_prev", "eps_ref", "target", "reference_error")}
     times = np.array(cache.manifest.levels.noise)[shard.timesteps()]

@@ -85,7 +85,7 @@ def test_the_plan_is_what_the_run_costs(
     monkeypatch.setattr(works_module, "make_plan", lambda *a, **k: plans.append(make(*a, **k)) or plans[-1])
     count = 6
     source = tars(count, count)
-    cache = run.cache(source, pipelines(), tmp_path / "cache", **settings)
+    cache = run.cache(source, pipelines(), tmp_path / "cache", batch_size=count, **settings)
     (plan,) = plans
     grid_points, kept = settings.get("grid_points", 3), settings.get("timesteps_per_pair", 3)
     if grid_points == kept and not settings.get("faithful"):

@@ -48,7 +48,7 @@ def locked(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     (tmp_path / "served").mkdir()
     handler = type("Handler", (Locked,), {"folder": tmp_path / "served"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield tmp_path / "served", f"http://alice:SECRET@127.0.0.1:{server.server_port}"
     server.shutdown()

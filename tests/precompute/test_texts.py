@@ -36,7 +36,7 @@ def attempts(cache: Cache) -> dict[str, str]:
     return {shard.name: shard.commit.attempt for shard in cache.texts}
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "pixart-sigma"])
+@pytest.mark.parametrize("kind", ["light", "pixart-sigma"])
 def test_each_distinct_prompt_is_encoded_once_for_the_whole_cache(
     pipelines: Callable, examples: Callable, write_tars: Callable, run: Callable, tmp_path: Path, kind: str
 ) -> None:
@@ -172,7 +172,7 @@ def test_a_text_shard_that_is_lost_is_made_again_by_the_same_command(
         np.testing.assert_array_equal(after.texts.need(gone.name).read_stored(path), values)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "pixart-sigma"])
+@pytest.mark.parametrize("kind", ["light", "pixart-sigma"])
 def test_text_shards_of_several_selections_that_are_all_lost_are_made_again(
     pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, kind: str
 ) -> None:

@@ -21,6 +21,7 @@ from inpo.common.cache import Cache
 from inpo.common.seeding import uniform
 from tests.precompute.test_against_float64 import Float64Model
 from tests.precompute.test_flow_against_float64 import Float64Flow, told_of
+from tests.rounds.conftest import PROMPTS, Samples
 
 HALF_STEP = 2.0**-11
 STEPS, KEPT, GUIDANCE = 5, 3, 2.0
@@ -117,11 +118,10 @@ class FlowSampler:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers', of timesteps
 @pytest.mark.parametrize("kind", ["sd15", "sd2-v", "sd3"])
-def test_every_stored_tensor(kind: str, pipelines: Callable, sample: Callable, tmp_path: Path) -> None:
+def test_every_stored_tensor(kind: str, pipelines: Callable, sample: Samples, tmp_path: Path) -> None:
     model = pipelines(kind)
-    cache = sample.cache(  # type: ignore[attr-defined]
-        model, tmp_path / "cache", inference_steps=STEPS, timesteps_per_pair=KEPT, guidance=GUIDANCE, limit=2
-    )
+    sample.prompts.write_text("\n".join(PROMPTS[:2]) + "\n")
+    cache = sample.cache(model, tmp_path / "cache", inference_steps=STEPS, timesteps_per_pair=KEPT, guidance=GUIDANCE)
     manifest = cache.manifest
     assert (manifest.inverter.name, manifest.inverter.grid_points, manifest.inverter.guidance) == ("recorded", 5, 2.0)
     (shard,) = cache

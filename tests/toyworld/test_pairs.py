@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from inpo.toyworld import pairs as pairs_module
 from inpo.toyworld.cli import app
 from inpo.toyworld.oracle import OracleScorer
 from inpo.toyworld.pairs import TIE_MARGIN, PairSettings, make_pairs
-from inpo.toyworld.sampling import MODELS
+from inpo.toyworld.sampling import MODELS, generate
 from inpo.toyworld.scenes import captions
 
 NUM_PAIRS = 12
@@ -30,6 +31,14 @@ def run(*arguments):
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps():
+    """No test here asks how good a picture is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_module, "generate", partial(generate, steps=5))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +194,7 @@ def test_stopped_work_resumes_to_the_same_files(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_pairs_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "generate", generate)  # as the other process has it
     settings = PairSettings(num_pairs=34, formats=("webdataset",))
     make_pairs(settings, tmp_path / "some", quiet=True)
     monkeypatch.setattr(pairs_module.os, "sched_getaffinity", lambda _: {0}, raising=False)
@@ -234,7 +244,7 @@ def test_a_model_that_was_not_trained_is_told_before_anything_is_written(tmp_pat
 
 
 def rendered(folder, **told):
-    settings = PairSettings(num_pairs=24, formats=("parquet",), flip_labels=0, images="rendered", **told)
+    settings = PairSettings(num_pairs=12, formats=("parquet",), flip_labels=0, images="rendered", **told)
     make_pairs(settings, folder, quiet=True)
     rows = read_parquet(folder)
     return rows, np.stack(
@@ -248,7 +258,7 @@ def test_rendered_pairs_are_of_mixed_quality_and_as_strange_as_asked_for(tmp_pat
     _, one = rendered(tmp_path / "1", distance=1.0)
     again, two = rendered(tmp_path / "2", distance=2.0)
     assert [row["caption"] for row in rows] == [row["caption"] for row in again]
-    assert 0 < sum(row["label_0"] == 1 for row in rows) < 24  # neither side is the better one
+    assert 0 < sum(row["label_0"] == 1 for row in rows) < 12  # neither side is the better one
     near, far = (np.sqrt(np.mean((other - plain) ** 2, axis=(1, 2, 3))) for other in (one, two))
     # A shade of 36 from edge to edge and a hatching of 12, in grey levels: sqrt(36^2 / 12 + 12^2 / 2) = 13.4 where
     # nothing is cut off at black or white.

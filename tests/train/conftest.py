@@ -1,7 +1,9 @@
 """Small worlds for training: a genuine tiny pipeline, and real caches whose numbers its UNet made."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +19,7 @@ from inpo.common.denoiser import Denoiser
 from inpo.common.inversion import Group, invert
 from inpo.common.models import Model, open_model
 from inpo.common.spread import measure_spread
+from inpo.train import proof
 from tests.light import LIGHT, save_light_pipeline
 
 PROMPTS = 7
@@ -28,6 +31,11 @@ class World:
     """A model folder and a maker of caches that belong to it."""
 
     model: Model
+
+    @cached_property
+    def network(self) -> torch.nn.Module:
+        """Not to be changed."""
+        return self.model.load_network().eval()
 
     def cache(
         self,
@@ -47,7 +55,7 @@ class World:
         seed: int = 0,
         fingerprints: Mapping[str, str] = MappingProxyType({}),
         prompts: Sequence[str] = (),
-        prepare: Callable[[torch.nn.Module], None] = lambda network: None,
+        prepare: Callable[[torch.nn.Module], None] | None = None,
         images: int = 2,
         caption_dropout: float = 0.0,
     ) -> str:
@@ -87,8 +95,9 @@ class World:
         )
         writer = CacheWriter.open(str(location), manifest)
         owned = self._write_texts(writer, prompts or [f"prompt {number}" for number in range(PROMPTS)])
-        network = self.model.load_network().eval()
-        prepare(network)
+        network = copy.deepcopy(self.network) if prepare else self.network
+        if prepare:
+            prepare(network)
         denoiser = self.model.denoiser(network, network_dtype=network_dtype)
         first = 0
         for number, num_pairs in enumerate(shards):
@@ -195,6 +204,14 @@ class World:
 
 def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def short_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zero-step proof looks at a quarter of its records, where it is not what is tested: they are most of a small
+    run's network calls."""
+    monkeypatch.setattr(proof, "_RECORDS", 8)
+    monkeypatch.setattr(proof, "_MOVES", 8)
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def test_precompute_train_and_generate(
 ) -> None:
     model, cache = save_tiny_pipeline(tmp_path / "model", kind), str(tmp_path / "cache")
     settings = {"resolution": 32, "grid_points": 2, "timesteps_per_pair": 2, "measure_inversion": 0.0}
+    settings["decode_workers"] = 0
     assert (
         run_precompute(
             None,

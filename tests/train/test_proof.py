@@ -22,6 +22,11 @@ from inpo.train.proof import Proof, run_proof
 ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
 
 
+@pytest.fixture(autouse=True)
+def short_proof() -> None:
+    """None: the proof is what is tested."""
+
+
 def as_it_is(network: nn.Module) -> None:
     """The network itself: on a CPU its numbers do not depend on the batch."""
 

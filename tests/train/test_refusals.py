@@ -29,6 +29,11 @@ from inpo.train.settings import TrainSettings
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
+@pytest.fixture(autouse=True)
+def short_proof() -> None:
+    """None: the proof is what is tested."""
+
+
 def test_another_model_is_refused_by_fingerprint(make_world: Callable[..., Any], run: Callable[..., Path]) -> None:
     other = make_world(seed=1)
     with pytest.raises(CacheMismatch) as caught:

@@ -154,8 +154,8 @@ def test_lora_is_read_back_by_the_pipelines_own_loader(
     assert np.abs(got - np.asarray(expected, np.int16)).max() <= 1
 
 
-@pytest.mark.parametrize("objective", ["inpo", "ipo", "hinge", "kto", "sft", "mapo", "inversion_dpo"])
-def test_every_objective_starts_at_the_reference(
+@pytest.mark.parametrize("objective", ["inpo", "kto", "sft", "inversion_dpo"])
+def test_objectives_of_every_kind_start_at_the_reference(
     made: str, folder: Path, run: Callable[..., Path], objective: str
 ) -> None:
     output = run(model=str(folder), caches=[made], steps=1, objective=objective, lora_rank=2)
