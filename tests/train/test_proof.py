@@ -18,6 +18,7 @@ from inpo.common.levels import Levels
 from inpo.common.models import Model
 from inpo.train.index import build_index
 from inpo.train.proof import Proof, run_proof
+from tests.light import LIGHT_V
 
 ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
 
@@ -80,7 +81,7 @@ def proof_of(
 SETTINGS = (
     ("sd15", "float32", 8, 4, (5, 4)),
     ("sd15", "bfloat16", 8, 16, (9, 9)),
-    ("sd2-v", "bfloat16", 8, 1, (9, 1, 8)),
+    (LIGHT_V, "bfloat16", 8, 1, (9, 1, 8)),
     ("sdxl", "bfloat16", 16, 5, (4, 5)),
     ("pixart-sigma", "bfloat16", 16, 2, (5,)),
     ("sd15", "bfloat16", 32, 1, (1,)),
@@ -142,7 +143,7 @@ def rebuilt(denoiser: Denoiser, levels: Levels, prediction: str) -> Denoiser:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_no_rounding_is_refused(make_world: Callable, tmp_path: Path, dtype: str) -> None:
-    world = make_world("sd2-v")
+    world = make_world(LIGHT_V)
     options = {"shards": (9, 9), "network_dtype": dtype, "profile": "lean"}
     as_it_is = world.cache(tmp_path / "c", **options)
     scale = world.cache(tmp_path / "scale", change=scaled, **options)
