@@ -38,7 +38,7 @@ def _looks_complete(model: Model, component: str) -> bool:
 
 
 def _asked_for(model: Model, component: str, *, original: bool) -> Shapes:
-    network = model.outline_of(component)
+    network = model.shared_component(component)
     state = network.state_dict()
     if original:
         state = model.family.layout(component, state, network.config)

@@ -272,8 +272,8 @@ class Model:
         """A network as its configuration has it, without numbers."""
         return single_file.empty_network(self._class_of(component), self._component_folder(component))
 
-    def outline_of(self, component: str) -> Any:
-        """The same, to be looked at and not to be changed: others have it too."""
+    def shared_component(self, component: str) -> Any:
+        """As `empty_component`, one for all who ask: to be looked at, not to be changed."""
         return single_file.shared_network(self._class_of(component), self._component_folder(component))
 
     def _class_of(self, component: str) -> Any:

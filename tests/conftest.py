@@ -1,6 +1,7 @@
 """What every test gets."""
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def _where_shapes_are(fn: Any = None, *, typechecker: Any) -> Any:
     """The hook's decorator, for functions and dataclasses that annotate a shape: the others of a module are mypy's."""
     if fn is None:
         return partial(_where_shapes_are, typechecker=typechecker)
-    told = [vars(base).get("__annotations__") for base in fn.__mro__] if isinstance(fn, type) else fn.__annotations__
+    told = [inspect.get_annotations(each) for each in (fn.__mro__ if isinstance(fn, type) else [fn])]
     return _jaxtyped(fn, typechecker=typechecker) if "jaxtyping." in repr(told) else fn
 
 

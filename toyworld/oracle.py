@@ -70,7 +70,9 @@ def _ideal_mask(drawn: SceneObject) -> Float[np.ndarray, "64 64"]:
 @lru_cache(maxsize=1024)
 def _ideal_away(scene: Scene) -> Float[np.ndarray, "64 64"]:
     """How far each pixel of a clean picture is from its backdrop."""
-    return np.sqrt(((render(scene) / 255 - backdrop(scene.backdrop)) ** 2).sum(axis=-1))
+    away = np.sqrt(((render(scene) / 255 - backdrop(scene.backdrop)) ** 2).sum(axis=-1))
+    away.flags.writeable = False
+    return away
 
 
 def _best_shift(

@@ -235,7 +235,9 @@ def _coverage(
         coordinates.append(((fine + 0.5) / SUPERSAMPLE - middle - moved) / radius)
     u, v = coordinates[0][None, :], coordinates[1][:, None]
     mask = box_downsample(_inside(drawn.shape, u, v).astype(np.float32))
-    return (span[1], span[0]), mask, box_downsample(np.clip((u + v) / 2, -1, 1))
+    shade = box_downsample(np.clip((u + v) / 2, -1, 1))
+    mask.flags.writeable = shade.flags.writeable = False
+    return (span[1], span[0]), mask, shade
 
 
 def object_mask(drawn: SceneObject, look: Look = AS_SAID) -> Float[np.ndarray, "64 64"]:

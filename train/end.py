@@ -40,7 +40,7 @@ def check_space(
     most = min(settings.keep_last + 1, there + math.ceil((settings.steps - step) / settings.save_every))
     result = weights
     if not settings.lora_rank:
-        parts = [model.outline_of(name) for name in model.networks if name != model.family.network]
+        parts = [model.shared_component(name) for name in model.networks if name != model.family.network]
         result += _FLOAT * sum(parameter.numel() for part in parts for parameter in part.parameters())
     needed, free = round(max(0, most - there) * checkpoint + result), free_bytes(output)
     if needed > free:

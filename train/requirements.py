@@ -119,7 +119,7 @@ def _differing_weight(origin: Model, reference: Model) -> tuple[str, str] | None
     """(that of the reference, that of the origin) of the first weight that is not of one shape in both."""
     network = reference.family.network
     mine, theirs = (
-        {name: list(each.shape) for name, each in model.outline_of(network).named_parameters()}
+        {name: list(each.shape) for name, each in model.shared_component(network).named_parameters()}
         for model in (origin, reference)
     )
     for name in [*theirs, *mine]:

@@ -176,15 +176,26 @@ def _document() -> dict[str, Any]:
     return json.loads(c.length.document.read_text()) if c.length.document.exists() else {}
 
 
-def _lacking(before: Tables, made: Tables, title: str) -> dict[str, Any]:
-    """Rows of a table that were not made here."""
-    return {name: row for name, row in before.get(title, {}).items() if name not in made.get(title, {})}
+def joined(known: Tables, made: Tables) -> Tables:
+    """The document's tables with the rows that were made here. Where only some of a known row's seeds were made, at its
+    own setting, it stays as it is."""
+
+    def stays(before: dict[str, Any], row: dict[str, Any]) -> bool:
+        same = all(before[name] == row[name] for name in ("learning_rate", "strength", "steps"))
+        return same and before["seeds"] > row["seeds"]
+
+    tables = {}
+    for title in {**made, **known}:
+        before, rows = known.get(title, {}), made.get(title, {})
+        kept = {name: before[name] for name in rows if name in before and stays(before[name], rows[name])}
+        tables[title] = rows | kept | {name: row for name, row in before.items() if name not in rows}
+    return tables
 
 
 def _results() -> None:
     """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal.
 
-    Rows that were not made here stay in the document as they are.
+    What was not made here stays in the document as it is.
     """
     name = c.length.root.name
     grids = {choice.title(*row): choice.cells(*row) for row in c.rows()}
@@ -192,25 +203,26 @@ def _results() -> None:
         title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
     }
     known = _document()
-    before = known.get("tables", {})
-    tables = {title: made.get(title, {}) | _lacking(before, made, title) for title in {**made, **before}}
-    folders = [each.folder(pairs) for pairs in c.KINDS for each in c.caches(pairs)]
+    caches = [(each.folder(pairs), _cache_job(each, pairs)) for pairs in c.KINDS for each in c.caches(pairs)]
     errors = {
-        str(folder.relative_to(c.length.root / "caches")): _error(folder) for folder in folders if folder.exists()
+        str(folder.relative_to(c.length.root / "caches")): _error(folder) for folder, job in caches if job.mark.exists()
     }
+    hours, earlier = r.hours(c.length.root), known.get("hours", {})
+    tables = joined(known.get("tables", {}), made)
     values = {
         "steps": c.length.steps,
         "batch": c.length.batch,
         "pairs": c.NUM_PAIRS,
         "test_seeds": c.TEST_SEEDS,
         "fewer_seeds": c.FEWER_SEEDS,
-        "hours": r.hours(c.length.root),
+        "hours": {kind: max(spent, earlier.get(kind, 0.0)) for kind, spent in hours.items()},
         "mean_reference_error": {**known.get("mean_reference_error", {}), **errors},
         "grid": {key: [vars(cell) for cell in cells] for key, cells in grids.items()},
         "tables": tables,
     }
     c.length.document.write_text(json.dumps(values, indent=1) + "\n")
-    for title, rows in made.items():
+    for title in made:
+        rows = tables[title]
         if title.startswith("main"):
             kind = title.removeprefix("main, ")
             r.draw_wins(rows, Path(f"docs/images/{name}-{kind}.png"), title=f"Pairs: {kind}; 95% intervals over seeds")

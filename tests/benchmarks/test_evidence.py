@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
+from benchmarks.evidence import results as r
+from benchmarks.evidence.__main__ import joined
 
 
 @pytest.fixture(params=[c.SHORT, c.FLOW], ids=["unet", "flow"])
@@ -22,6 +24,33 @@ def test_the_document_has_the_settings_of_all_rows(length):
         (setting,) = {(run.learning_rate, run.strength) for run in choice.tested(method, pairs)}
         table = json.loads(length.document.read_text())["tables"][f"main, {pairs.name}"][method.name]
         assert setting == (table["learning_rate"], table["strength"])
+
+
+def test_the_main_tables_say_what_the_document_has(length):
+    """Figure for figure; of every row as many seeds as were asked for."""
+    said = (c.SHORT.document.parent / "evidence.md").read_text()
+    unets, flows = said.split("## On a flow")
+    tables = json.loads(length.document.read_text())["tables"]
+    for title in ("main, own", "main, rendered-1", "same calls", "points"):
+        if title in tables:
+            assert r.rows_table(tables[title]) in (unets if length is c.SHORT else flows)
+    for _, pairs in c.rows():
+        assert {row["seeds"] for row in tables[f"main, {pairs.name}"].values()} == {len(c.TEST_SEEDS)}
+
+
+def test_fewer_seeds_of_a_known_row_do_not_take_its_place():
+    def row(seeds, rate=1e-5):
+        return {"seeds": seeds, "learning_rate": rate, "strength": 40.0, "steps": 80}
+
+    known = {"main": {"few": row(5), "all": row(5), "other rate": row(5), "not made": row(5)}}
+    made = {"main": {"new": row(3), "few": row(3), "all": row(5), "other rate": row(3, 2e-5)}, "more": {"one": row(2)}}
+    found = joined(known, made)
+    assert found["main"]["few"] is known["main"]["few"]
+    assert found["main"]["not made"] is known["main"]["not made"]
+    for name in ("new", "all", "other rate"):
+        assert found["main"][name] is made["main"][name]
+    assert found["more"] == made["more"]
+    assert joined(known, {}) == known
 
 
 def test_grids_of_ones_own_take_nothing_from_the_document(length, monkeypatch):

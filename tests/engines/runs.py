@@ -17,7 +17,7 @@ from tests.launching import Process
 from tests.rounding import UNIT, record_bounds, rms
 
 ROOT = Path(__file__).parents[2]
-NUM_SHARDS, PAIRS_PER_SHARD = 8, 4
+NUM_SHARDS, PAIRS_PER_SHARD = 12, 4
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ PROMPTS = ["a red cat", "a blue dog", "the sky"]
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of half the layers: many images are drawn here."""
     return save_light_pipeline(tmp_path_factory.mktemp("models") / "base", seed=0)
 
 

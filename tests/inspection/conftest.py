@@ -54,8 +54,8 @@ def inspect() -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Callable[..., Path]:
-    """tiny(kind, seed=0): a tiny pipeline's folder, made once. sd15-one: all that the released code's sampler takes
-    from a scheduler's configuration is another than Stable Diffusion's.
+    """tiny(kind, seed=0): a tiny pipeline's folder, made once; sd15 has half its layers. sd15-one: all that the
+    released code's sampler takes from a scheduler's configuration is another than Stable Diffusion's.
     """
     made: dict[tuple[str, int], Path] = {}
 

@@ -163,9 +163,10 @@ def test_a_plan_leaves_out_what_precompute_would(app: typer.Typer, recipe: Path,
 
 
 @pytest.mark.usefixtures("no_training")
-def test_plan_with_calibration_gives_hours(app: typer.Typer, recipe: Path, pipelines: Callable, tmp_path: Path) -> None:
-    """Of a model with a short table of levels as of any other."""
-    levels = 100
+@pytest.mark.parametrize("levels", [1000, 100])
+def test_plan_with_calibration_gives_hours(
+    app: typer.Typer, recipe: Path, pipelines: Callable, tmp_path: Path, levels: int
+) -> None:
     model = shutil.copytree(pipelines(), tmp_path / "model")
     config = model / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": levels}))

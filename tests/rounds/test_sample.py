@@ -151,6 +151,17 @@ def test_a_score_that_is_no_number_names_its_image(
         sample(pipelines(), tmp_path / "cache")
 
 
+def test_a_limit_of_prompts_is_rounded_up_to_whole_shards() -> None:
+    def asked(limit: int | None) -> list[int]:
+        prompts = [f"prompt {number}" for number in range(150)]
+        source = prompts_module.prompt_source("there", prompts, per_prompt=8, pairs_per_prompt=1, limit=limit)
+        return [shard.num_rows for shard in source.shards]
+
+    assert asked(None) == asked(150) == asked(1000) == [64, 64, 22]
+    assert asked(65) == [64, 64]
+    assert asked(64) == asked(1) == [64]
+
+
 @pytest.mark.parametrize("profile", ["full", "compact"])
 def test_it_is_a_cache_like_any_other(
     sample: Samples, pipelines: Callable, tmp_path: Path, profile: str, capsys: pytest.CaptureFixture[str]

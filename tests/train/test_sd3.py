@@ -154,7 +154,7 @@ def test_lora_is_read_back_by_the_pipelines_own_loader(
     assert np.abs(got - np.asarray(expected, np.int16)).max() <= 1
 
 
-@pytest.mark.parametrize("objective", ["inpo", "kto", "sft", "inversion_dpo"])
+@pytest.mark.parametrize("objective", ["inpo", "kto", "sft", "mapo", "inversion_dpo"])
 def test_objectives_of_every_kind_start_at_the_reference(
     made: str, folder: Path, run: Callable[..., Path], objective: str
 ) -> None:
