@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inpo.common.testing import save_tiny_pipeline
+from tests.light import save_light_pipeline
 
 PLUGIN = """
 import numpy as np
@@ -40,12 +40,12 @@ class BrokenScorer:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "base", seed=0)
+    return save_light_pipeline(tmp_path_factory.mktemp("models") / "base", seed=0)
 
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "other", seed=1)
+    return save_light_pipeline(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
 @pytest.fixture

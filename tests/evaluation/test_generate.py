@@ -29,21 +29,9 @@ from inpo.evaluation.cli import app
 from inpo.evaluation.generate import generate
 from inpo.evaluation.image_folder import ImageFolder
 from inpo.evaluation.settings import EvaluateSettings
-from tests.light import save_light_pipeline
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue dog", "the sky"]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of half the layers: many images are drawn here."""
-    return save_light_pipeline(tmp_path_factory.mktemp("models") / "base", seed=0)
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_light_pipeline(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
 def make(model: Path, out: Path, prompts: list[str] = PROMPTS, **settings: object):

@@ -43,6 +43,12 @@ def save_controlnet(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the middle that a ControlNet steers, too."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "whole")
+
+
 @pytest.fixture(scope="module")
 def controlnet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_controlnet(tiny_model, tmp_path_factory.mktemp("controlnet"))
