@@ -1,4 +1,4 @@
-"""`python -m benchmarks.evidence [--long | --flow]`: make what is missing, then write docs/evidence*.json, plots and
+"""`python -m benchmarks.evidence [--long] [--flow]`: make what is missing, then write docs/evidence*.json, plots and
 tables. Learning rates and strengths are those of that document's grids; rows that it does not have get grids.
 """
 
@@ -35,13 +35,12 @@ def main() -> None:
     phases = {"main": _main, "answer": _answer, "more": _more}
     parser.add_argument("--until", choices=list(phases), default="main", help="the last kind of runs to make")
     parser.add_argument("--grid", action="store_true", help="choose all rates and strengths again, by grids made here")
-    parser.add_argument("--long", action="store_true", help="four times the records and the test captions")
+    parser.add_argument("--long", action="store_true", help="more seeds in the main tables, for intervals half as wide")
     parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet")
     options = parser.parse_args()
-    if options.long and options.flow:
-        parser.error("--long and --flow: one of them")
-    length = c.FLOW if options.flow else c.LONG if options.long else c.SHORT
-    c.length = replace(length, own_grids=options.grid)
+    length = c.FLOW if options.flow else c.SHORT
+    seeds = length.seeds + (c.MORE_SEEDS if options.long else ())
+    c.length = replace(length, own_grids=options.grid, seeds=seeds)
     for name, phase in phases.items():
         phase(options.processes)
         if name == options.until:
@@ -179,21 +178,17 @@ def _document() -> dict[str, Any]:
 def joined(known: Tables, made: Tables) -> Tables:
     """The document's tables with the rows that were made here. Where only some of a known row's seeds were made, at its
     own setting, it stays as it is."""
-
-    def stays(before: dict[str, Any], row: dict[str, Any]) -> bool:
-        same = all(before[name] == row[name] for name in ("learning_rate", "strength", "steps"))
-        return same and before["seeds"] > row["seeds"]
-
     tables = {}
     for title in {**made, **known}:
         before, rows = known.get(title, {}), made.get(title, {})
-        kept = {name: before[name] for name in rows if name in before and stays(before[name], rows[name])}
+        same = {name: before[name] for name, row in rows.items() if name in before and r.is_alike(before[name], row)}
+        kept = {name: row for name, row in same.items() if len(row["seeds"]) > len(rows[name]["seeds"])}
         tables[title] = rows | kept | {name: row for name, row in before.items() if name not in rows}
     return tables
 
 
 def _results() -> None:
-    """docs/evidence.json, or that of another length, the plots, and the tables as Markdown on the terminal.
+    """docs/evidence.json, or that of another model, and its plots; what was made here as Markdown on the terminal.
 
     What was not made here stays in the document as it is.
     """
@@ -213,21 +208,20 @@ def _results() -> None:
         "steps": c.length.steps,
         "batch": c.length.batch,
         "pairs": c.NUM_PAIRS,
-        "test_seeds": c.TEST_SEEDS,
-        "fewer_seeds": c.FEWER_SEEDS,
         "hours": {kind: max(spent, earlier.get(kind, 0.0)) for kind, spent in hours.items()},
         "mean_reference_error": {**known.get("mean_reference_error", {}), **errors},
         "grid": {key: [vars(cell) for cell in cells] for key, cells in grids.items()},
         "tables": tables,
     }
     c.length.document.write_text(json.dumps(values, indent=1) + "\n")
-    for title in made:
-        rows = tables[title]
+    for title, rows in made.items():
         if title.startswith("main"):
             kind = title.removeprefix("main, ")
-            r.draw_wins(rows, Path(f"docs/images/{name}-{kind}.png"), title=f"Pairs: {kind}; 95% intervals over seeds")
+            image = Path(f"docs/images/{name}-{kind}.png")
+            r.draw_wins(tables[title], image, title=f"Pairs: {kind}; 95% intervals over seeds")
         text = r.answer_table(rows) if title == "answer" else r.rows_table(rows)
-        print(f"\n{title}\n\n{text}")
+        print(f"\n{title}\n\n{text}\n")
+        print(r.difference(known.get("tables", {}).get(title, {}), rows))
     print(f"\ngrid\n\n{r.grid_table(grids)}\n\nmean E_ref: {errors}\nhours: {values['hours']}")
 
 

@@ -84,9 +84,9 @@ def tested(method: c.Method, pairs: c.Pairs) -> list[Run]:
     """The runs of the main table: the chosen setting, every test seed."""
     best = cells(method, pairs)[0]
     chosen = Run(
-        method=method, pairs=pairs, learning_rate=best.learning_rate, strength=best.strength, seed=c.TEST_SEEDS[0]
+        method=method, pairs=pairs, learning_rate=best.learning_rate, strength=best.strength, seed=c.length.seeds[0]
     )
-    return [replace(chosen, seed=seed) for seed in c.TEST_SEEDS]
+    return [replace(chosen, seed=seed) for seed in c.length.seeds]
 
 
 def same_calls() -> dict[str, list[Run]]:

@@ -76,9 +76,35 @@ def row(runs: Sequence[Run], against: str) -> dict[str, Any]:
         "learning_rate": runs[0].learning_rate,
         "strength": runs[0].strength,
         "steps": runs[0].steps,
-        "seeds": len(runs),
+        "seeds": [run.seed for run in runs],
         "base": against_base(runs, "test"),
         "dpo": head_to_head(runs, against) if compared else None,
+    }
+
+
+def is_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two rows have one setting."""
+    return all(a[name] == b[name] for name in ("learning_rate", "strength", "steps"))
+
+
+def difference(known: Mapping[str, Mapping[str, Any]], made: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far rows are from the document's of the same setting, seed by seed."""
+    alike = {name: row for name, row in made.items() if name in known and is_alike(known[name], row)}
+    apart = [0.0]
+    for name, row in alike.items():
+        here, there = _by_seed(row), _by_seed(known[name])
+        apart += [abs(here[each] - there[each]) for each in here.keys() & there.keys()]
+    return f"{len(alike)} of {len(made)} rows are in the document; their figures differ by {max(apart):g} at most."
+
+
+def _by_seed(row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    """{(what, scorer, seed): a figure of a row}."""
+    values = {(kind, name): each[kind] for name, each in row["base"].items() for kind in each}
+    values |= {("dpo", name): each for name, each in (row["dpo"] or {}).items()}
+    return {
+        (*names, str(seed)): value
+        for names, each in values.items()
+        for seed, value in zip(row["seeds"], each["seeds"], strict=True)
     }
 
 
@@ -107,7 +133,7 @@ def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 name.replace(" | ", ", "),
                 f"{each['learning_rate']:g}",
                 "-" if each["strength"] is None else f"{each['strength']:g}",
-                str(each["seeds"]),
+                str(len(each["seeds"])),
                 *(interval(each["base"][scorer]["win_rate"]) for scorer in SCORERS),
                 *(interval(each["dpo"][scorer]) if each["dpo"] else "-" for scorer in SCORERS),
                 *(interval(each["base"][scorer]["gain"]) for scorer in SCORERS),

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from scipy import stats
 
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
@@ -34,13 +35,14 @@ def test_the_main_tables_say_what_the_document_has(length):
     for title in ("main, own", "main, rendered-1", "same calls", "points"):
         if title in tables:
             assert r.rows_table(tables[title]) in (unets if length is c.SHORT else flows)
+    seeds = length.seeds + (c.MORE_SEEDS if length is c.SHORT else ())
     for _, pairs in c.rows():
-        assert {row["seeds"] for row in tables[f"main, {pairs.name}"].values()} == {len(c.TEST_SEEDS)}
+        assert {len(row["seeds"]) for row in tables[f"main, {pairs.name}"].values()} == {len(seeds)}
 
 
 def test_fewer_seeds_of_a_known_row_do_not_take_its_place():
     def row(seeds, rate=1e-5):
-        return {"seeds": seeds, "learning_rate": rate, "strength": 40.0, "steps": 80}
+        return {"seeds": [*range(seeds)], "learning_rate": rate, "strength": 40.0, "steps": 80}
 
     known = {"main": {"few": row(5), "all": row(5), "other rate": row(5), "not made": row(5)}}
     made = {"main": {"new": row(3), "few": row(3), "all": row(5), "other rate": row(3, 2e-5)}, "more": {"one": row(2)}}
@@ -51,6 +53,29 @@ def test_fewer_seeds_of_a_known_row_do_not_take_its_place():
         assert found["main"][name] is made["main"][name]
     assert found["more"] == made["more"]
     assert joined(known, {}) == known
+
+
+def test_rows_are_held_against_the_document_seed_by_seed():
+    def row(seeds, values, rate=1e-5):
+        figures = {name: {"win_rate": {"seeds": values}, "gain": {"seeds": values}} for name in c.SCORERS}
+        head_to_head = {name: {"seeds": values} for name in c.SCORERS}
+        setting = {"learning_rate": rate, "strength": 40.0, "steps": 80}
+        return {"seeds": seeds, "base": figures, "dpo": head_to_head, **setting}
+
+    known = {"same": row([1, 2, 3], [0.5, 0.6, 0.7]), "other rate": row([1], [0.1])}
+    made = {"same": row([2, 4], [0.6, 9.0]), "other rate": row([1], [0.9], 2e-5), "new": row([1], [0.9])}
+    assert r.difference(known, made) == "1 of 3 rows are in the document; their figures differ by 0 at most."
+    made["same"] = row([2, 4], [0.85, 9.0])
+    assert r.difference(known, made) == "1 of 3 rows are in the document; their figures differ by 0.25 at most."
+    assert r.difference({}, made).startswith("0 of 3")
+
+
+def test_more_seeds_halve_an_interval():
+    def half(seeds):
+        return stats.t.ppf(0.975, len(seeds) - 1) / len(seeds) ** 0.5
+
+    assert half(c.SHORT.seeds + c.MORE_SEEDS) <= half(c.SHORT.seeds) / 2
+    assert not {*c.SHORT.seeds, *c.MORE_SEEDS} & {*c.GRID_SEEDS}
 
 
 def test_grids_of_ones_own_take_nothing_from_the_document(length, monkeypatch):
