@@ -28,6 +28,7 @@ _KEY = struct.Struct(f">{HASH_BYTES}sQIIIII")
 bytes do.
 """
 _FILES = ("win", "lose", "noise")
+_TEXTS = tuple(each.name for each in fields(Pair) if each.name not in _FILES)
 KEYS_PER_RUN = 1 << 18
 MAX_RUNS = 64
 """Runs become one when there are so many: each is an open file."""
@@ -53,9 +54,7 @@ def group_by_prompt(pairs: Iterable[Pair], *, folder: Path, most: int) -> Iterat
 
 def _keep(pair: Pair, store: IO[bytes], folder: Path) -> bytes:
     """Append a pair to the file; returns its key."""
-    text = json.dumps(
-        {each.name: getattr(pair, each.name) for each in fields(pair) if each.name not in _FILES}
-    ).encode()
+    text = json.dumps({name: getattr(pair, name) for name in _TEXTS}).encode()
     parts = (text, pair.win, pair.lose, *(pair.noise or (b"", b"")))
     sizes = [len(part) for part in parts]
     offset = store.tell()

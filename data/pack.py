@@ -165,12 +165,23 @@ def skipped_line(input_shard: str, item: Skipped) -> str:
     return json.dumps(fields) + "\n"
 
 
+def is_skipped_line(line: bytes) -> bool:
+    """Whether `skipped_line` wrote it."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.keys() == {"pair_id", "reason", "detail", "input_shard", "row"}
+
+
 def _sample(number: int, pair: Pair) -> dict[str, object]:
     metadata: dict[str, object] = {"prompt": pair.prompt, "label": pair.label, "id": pair.pair_id}
     if pair.list is not None:
         metadata["list"] = pair.list
     if pair.scores is not None:
         metadata["score_win"], metadata["score_lose"] = pair.scores
+    if pair.scores_of is not None:
+        metadata["scores_of"] = pair.scores_of
     if pair.seeds is not None:
         metadata["seeds"] = list(pair.seeds)
     noise = zip(("noise_win.npy", "noise_lose.npy"), pair.noise or (), strict=False)

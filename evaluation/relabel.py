@@ -13,10 +13,11 @@ from scipy.special import expit
 from inpo.common.cache import Cache, Shard
 from inpo.common.cache.buckets import read_buckets
 from inpo.common.cache.labels import LabelSet, PairLabel, label_sets, read_shard_labels, write_labels
+from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, PairSource, decode_image
 from inpo.common.pairs.buckets import sort_pairs
-from inpo.common.printable import shown
+from inpo.common.pairs.decode import image_digest
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
 from inpo.evaluation.score import checked_scores
@@ -81,7 +82,7 @@ def relabel_cache(
         wanted = [str(pair_id) for pair_id in shard.read("pair/id")]
         input_shard = _input_of(shard, inputs, source.location)
         labels: dict[str, PairLabel] = {}
-        committed = _pairs_of(shard, input_shard, set(wanted))
+        committed = _pairs_of(shard, input_shard)
         while pairs := list(islice(committed, pairs_per_batch)):
             labels.update(_label(pairs, scorer, temperature))
             on_pairs(len(pairs))
@@ -101,7 +102,7 @@ def relabel_cache(
             attempt=shard.commit.attempt,
             scorer=scorer.name,
             temperature=temperature,
-            source=shown(source.location),
+            source=source.place,
             pairs={pair_id: labels[pair_id] for pair_id in wanted},
         )
         write_labels(cache.store, set_name, shard.name, made)
@@ -110,8 +111,8 @@ def relabel_cache(
 
 
 def source_of(cache: Cache, source: PairSource) -> PairSource:
-    """What a cache was made from: the source, or of it what belongs to the cache's bucket. The headers of all images
-    are read for that. Raises DataError if the source cannot be read, CacheSchemaError for a damaged list of buckets.
+    """What a cache was made from: the source, or of it what belongs to the cache's bucket, as it was sorted.
+    Raises DataError if the source cannot be read, CacheSchemaError for a damaged list of buckets.
     """
     folder, _, name = cache.store.address.rstrip("/").rpartition("/")
     buckets = read_buckets(folder or "/") if re.fullmatch(r"\d+x\d+", name) else None
@@ -119,7 +120,8 @@ def source_of(cache: Cache, source: PairSource) -> PairSource:
         return source
     sizes = [(int(height), int(width)) for height, width in (each.split("x") for each in buckets)]
     wanted = {commit.source.input_shard for commit in cache.commits.values()}
-    found, failures = sort_pairs(source, [each for each in source.shards if each.name in wanted], sizes)
+    shards = [each for each in source.shards if each.name in wanted]
+    found, failures = sort_pairs(source, shards, sizes, get=CacheStore(folder or "/").get)
     if failures:
         raise failures[0]
     return found.get(cache.manifest.resolution, source)
@@ -148,12 +150,26 @@ def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[st
     }
 
 
-def _pairs_of(shard: Shard, input_shard: InputShard, wanted: set[str]) -> Iterator[Pair]:
-    """The committed pairs among the shard's rows; as in the cache, the first row with an id counts."""
+def _pairs_of(shard: Shard, input_shard: InputShard) -> Iterator[Pair]:
+    """The committed pairs among the shard's rows; as in the cache, the first row with an id counts. Raises DataError
+    for one whose images are not those of the cache, or stand on other sides.
+    """
+    ids = shard.read("image/id")
+    sides = zip(ids[shard.read("pair/win")], ids[shard.read("pair/lose")], strict=True)
+    wanted = dict(zip(map(str, shard.read("pair/id")), sides, strict=True))
     for item in input_shard.rows(*shard.commit.source.rows):
-        if isinstance(item, Pair) and item.pair_id in wanted:
-            wanted.discard(item.pair_id)
-            yield item
+        if not isinstance(item, Pair) or (committed := wanted.pop(item.pair_id, None)) is None:
+            continue
+        for side, data, digest in zip(("win", "lose"), (item.win, item.lose), committed, strict=True):
+            if image_digest(data) != digest:
+                raise DataError(
+                    "An image of a committed pair is not the one that was inverted.",
+                    where=f"pair {item.pair_id}, {side}",
+                    expected=f"a file with digest {digest}",
+                    got=image_digest(data),
+                    fix="restore it in the source; shards labelled so far stay labelled",
+                )
+        yield item
 
 
 def _input_of(shard: Shard, inputs: dict[str, InputShard], location: str) -> InputShard:

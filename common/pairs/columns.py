@@ -38,6 +38,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "score": ("score", "scores", "human_preference"),
     "score1": ("score_win",),
     "score2": ("score_lose",),
+    "scores_of": ("scores_of",),
     "seeds": ("seeds",),
     "noise": ("noises",),
     "noise_win": ("noise_win",),

@@ -54,6 +54,7 @@ class PreparedPair:
     """Digests of both image files."""
     list: str | None = None
     scores: tuple[float, float] | None = None
+    scores_of: str | None = None
     seeds: tuple[int, int] | None = None
     """As the pair has them."""
     noise: tuple[np.ndarray, np.ndarray] | None = None
@@ -73,7 +74,7 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> Prep
     except ValueError as error:
         return Skipped(pair_id=pair.pair_id, reason="missing_noise", detail=f"noise {error}", row=pair.row)
     win, lose = sides
-    ids = (_digest(pair.win), _digest(pair.lose))
+    ids = (image_digest(pair.win), image_digest(pair.lose))
     return PreparedPair(
         pair_id=pair.pair_id,
         prompt=pair.prompt,
@@ -84,12 +85,14 @@ def prepare_pair(pair: Pair, flip: bool, *, resolution: tuple[int, int]) -> Prep
         ids=ids,
         list=pair.list,
         scores=pair.scores,
+        scores_of=pair.scores_of,
         seeds=pair.seeds,
         noise=noise,
     )
 
 
-def _digest(data: bytes) -> str:
+def image_digest(data: bytes) -> str:
+    """An image's id in a cache: its file's digest."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -32,11 +32,11 @@ from inpo.common.pairs.labels import (
     orders_of,
     ranked,
     ranks_of,
-    scores_of,
+    scores_of_sides,
     seeds_of,
 )
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped, check_id, check_image_bytes, check_text, id_or, preference
-from inpo.common.pairs.values import as_number, parse_flag, parse_id
+from inpo.common.pairs.values import as_number, is_null, parse_flag, parse_id
 
 ReadImage = Callable[[Any, str], bytes | None]
 """The bytes of an image field's value, None if there are none; the second argument names it in a RowProblem."""
@@ -61,9 +61,10 @@ def without_part(row: RowFields, *, ranking: bool) -> list[str]:
     """Those of a row's fields that no pair is made of: the unknown ones, and those that say nothing beside the others,
     as ranks do where there is no list of images.
     """
-    void = {*LABEL_ROLES, "score1", "score2", *NOISE_ROLES[1:]} if ranking else {"images", *ORDERS}
+    of_pairs = {*LABEL_ROLES, "score1", "score2", "scores_of", *NOISE_ROLES[1:]}
+    void = of_pairs if ranking else {"images", *ORDERS}
     if holds_singles(row):
-        void = {*LABEL_ROLES, "score1", "score2", *NOISE_ROLES[1:], "id", "uid1", "uid2"}
+        void = {*of_pairs, "id", "uid1", "uid2"}
     elif row.is_open and "label" not in row.chosen:
         void.add("label")
     used = {name for role, names in row.layout.items() if role not in void for name in names}
@@ -102,7 +103,7 @@ def items(
     once = _remember(read)
     for place, pairing in enumerate(_pairings(row, pairs_from)):
         if place >= skip:
-            yield _item(row, pairing, number=number + place, read=once, **told)
+            yield _item(row, pairing, number=number + place, read=once, scores_of=f"{name}/{number}", **told)
 
 
 def _pairings(row: RowFields, pairs_from: PairsFrom) -> Iterable[tuple[int, int]]:
@@ -125,18 +126,26 @@ def _pairings(row: RowFields, pairs_from: PairsFrom) -> Iterable[tuple[int, int]
 
 def holds_singles(row: RowFields) -> bool:
     """Whether the row is one image of a list that goes over several rows."""
+    images = row.columns("images")
+    if not images:
+        return False
     others = [role for role in IMAGE_ROLES if role != "images" and row.columns(role)]
     orders = [name for role in ORDERS for name in row.columns(role)]
-    images = row.columns("images")
     has_list = any(isinstance(row.fields[name], list) for name in (*images, *orders))
-    return bool(images and orders and not others and not has_list)
+    return bool(orders and not others and not has_list)
 
 
-def list_key(row: RowFields) -> object:
-    """What the rows of one list have in common, beside following one another: its id, or its prompt."""
-    if row.columns("list"):
-        return ("list", repr(row.get("list"))) if row.get("list") is not None else object()
-    return ("prompt", repr(row.get("prompt")))
+def is_of_list(row: RowFields) -> bool:
+    """Whether the row's images are a ranking or a part of one, or it says of which list its pair is."""
+    return is_ranking(row) or holds_singles(row) or not is_null(row.get("list"))
+
+
+def list_key(row: RowFields) -> tuple[str, str] | None:
+    """What the rows of one list have in common, beside following one another: its id, or its prompt. None: the list
+    has no other row.
+    """
+    role = "list" if row.columns("list") else "prompt"
+    return None if role == "list" and is_null(row.get(role)) else (role, repr(row.get(role)))
 
 
 def merge(rows: Sequence[RowFields]) -> tuple[RowFields, RowProblem | None]:
@@ -164,6 +173,7 @@ def _item(
     read: ReadImage,
     with_noise: bool,
     problem: RowProblem | None,
+    scores_of: str | None = None,
 ) -> Pair | Skipped:
     suffix = "" if pairing is None else f".{pairing[0]}-{pairing[1]}"
     pair_id = id_or(None if default_id is None else default_id + suffix, f"{name}/{number}")
@@ -182,18 +192,19 @@ def _item(
         prompt = _prompt(row)
         if parse_flag(row.get("has_label"), what=row.name("has_label")) is False:
             raise RowProblem(reason="unlabelled", detail=f"{row.name('has_label')} is false")
-        scores = scores_of(row) if pairing is None else ranks_of(row, pairing)
+        scores = scores_of_sides(row) if pairing is None else ranks_of(row, pairing)
         label = first_preferred(row, scores) if pairing is None else ranked(row, pairing)
         swap, label = preference(label)
         seeds = seeds_of(row, pairing)
         images = [check_image_bytes(None if value is None else read(value, what), what=what) for what, value in sides]
         noise = _noise(row, pairing, read) if with_noise else None
+        if pairing is None:
+            list_id = parse_id(row.get("list"), what=row.name("list"))
+            scores_of = parse_id(row.get("scores_of"), what=row.name("scores_of"))
+        else:  # without an id the list is its prompt's, so that it may grow
+            list_id = given or default_id or _content_id([], prompt)
     except RowProblem as found:
         return Skipped(pair_id=pair_id, reason=found.reason, detail=found.detail, row=number)
-    if pairing is not None:  # without an id the list is its prompt's, so that it may grow
-        list_id: str | None = given or default_id or ""
-    else:
-        list_id = parse_id(row.get("list"), what=row.name("list"))
     win, lose = reversed(images) if swap else images
     return Pair(
         pair_id=pair_id,
@@ -204,6 +215,7 @@ def _item(
         row=number,
         list=list_id,
         scores=(scores[1], scores[0]) if scores and swap else scores,
+        scores_of=scores_of if scores else None,
         seeds=(seeds[1], seeds[0]) if seeds and swap else seeds,
         noise=(noise[1], noise[0]) if noise and swap else noise,
     )
@@ -243,7 +255,7 @@ def _given_id(row: RowFields, *, is_list: bool) -> str | None:
     # One pair of images may be ranked by several people, so their ids come second.
     uids = [parse_id(row.get(role), what=row.name(role)) for role in ("uid1", "uid2")]
     if None not in uids:
-        return ".".join(map(str, uids))
+        return "_".join(map(str, uids))  # a dot would make 1 and 0 a number
     return parse_id(row.get("list"), what=row.name("list")) if is_list else None
 
 
@@ -257,7 +269,7 @@ def is_ranking(row: RowFields) -> bool:
     """Whether there is a list of images, or a field for one and ranks, whose images are missing then."""
     columns = row.columns("images")
     return any(isinstance(row.fields[name], list) for name in columns) or (
-        num_ranked(row) > 0 and any(row.fields[name] is None for name in columns)
+        any(row.fields[name] is None for name in columns) and num_ranked(row) > 0
     )
 
 

@@ -217,16 +217,16 @@ def broken_link(location: str) -> str | None:
 def expand_pattern(location: str) -> list[str]:
     """The locations behind a brace pattern or a glob, sorted; the location itself when it is neither.
 
-    A name that exists is never taken for a pattern, and in a web address ? begins a query. Braces may name files that
-    are not there (each becomes an unreadable shard); a glob gives existing files only.
+    The name of a file or folder that exists is never taken for a pattern, and in a web address ? begins a query. Braces
+    may name files that are not there (each becomes an unreadable shard); a glob gives existing files only.
     """
     if not re.search(r"[{*?\[]", location) or re.match(r"https?://[^{*\[]*\?", location):
         return [location]
-    if is_local(filesystem(location)[0]) and exists(location):
-        return [location]
+    fs, path = filesystem(location)
+    base, rest = _literal_part(path if is_local(fs) and "://" in location else location)
     expanded: list[str] = []
     try:
-        names = list(braceexpand.braceexpand(location)) if "{" in location else [location]
+        names = list(braceexpand.braceexpand(rest)) if "{" in rest else [rest]
     except ValueError:
         raise DataError(
             "a brace in this pattern of names does not close",
@@ -234,46 +234,61 @@ def expand_pattern(location: str) -> list[str]:
             expected="a pattern such as pairs-{0000..0003}.tar, or the name of a file that is there",
             fix="write the other brace; quote the pattern, so that the shell leaves it alone",
         ) from None
-    for one in names:
-        expanded.extend(_glob(one) if re.search(r"[*?\[]", one) else [one])
+    for name in names:
+        folder, pattern = _literal_part(base + name)
+        expanded.extend(_glob(folder, pattern) if re.search(r"[*?\[]", pattern) else [base + name])
     return sorted(set(expanded))
 
 
-def _glob(pattern: str) -> list[str]:
-    folder, _, name = pattern.rpartition("/")
-    if folder and not re.search(r"[*?\[]", folder):
+def _literal_part(location: str) -> tuple[str, str]:
+    """(what is no pattern; the rest, which may be one): of a local location the longest beginning that exists."""
+    if not is_local(filesystem(location)[0]):
+        base = re.split(r"[^/]*[{*?\[]", location, maxsplit=1)[0]
+    elif exists(location):
+        base = location
+    else:
+        ends = [slash.end() for slash in re.finditer("/", location)]
+        base = next((location[:end] for end in reversed(ends) if is_folder(location[:end])), "")
+    return base, location[len(base) :]
+
+
+def _glob(base: str, pattern: str) -> list[str]:
+    """The files of a pattern below `base`: a folder and its slash, "" for the one that is worked in."""
+    fs, root = filesystem(base or ".")
+    if base and "/" not in pattern:
         # Listing one folder works on every file system and keeps the scheme; not every one can glob.
+        folder = base if is_local(fs) else base[:-1]
         found = list_folder(folder).files if exists(folder) else []
-        return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], name)]
-    fs, path = filesystem(pattern)
-    prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
-    if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
-        if "**" not in path.split("/"):
-            return [prefix + file for file in glob.glob(path)]
-        with _reaching(pattern):
-            return [prefix + file for file in _glob_below(path)]
-    with _reaching(pattern):
+        return [file for file in found if fnmatch.fnmatchcase(file.rpartition("/")[2], pattern)]
+    with _reaching(base + pattern):
+        if is_local(fs):  # fsspec's own does not go into folders that are symbolic links
+            below = _glob_below(root, pattern) if "**" in pattern.split("/") else glob.iglob(pattern, root_dir=root)
+            return [os.path.join(root, file) for file in below]
+        address = base + pattern
+        path = filesystem(address)[1]
+        prefix = address[: len(address) - len(path)] if address.endswith(path) else ""
         return [prefix + str(file) for file in fs.glob(path)]
 
 
-def _glob_below(pattern: str) -> Iterator[str]:
-    """The files of a local pattern with **. Each folder is entered once, by the shortest way: a link to one above it
-    would lead to every file again, and two such links to countless names.
+def _glob_below(root: str, pattern: str) -> Iterator[str]:
+    """The files below a local folder of a pattern with **. Each folder is entered once, by the shortest way: a link to
+    one above it would lead to every file again, and two such links to countless names.
     """
     matches = re.compile(glob_translate(re.sub(r"(?<=[^/])\*\*+|\*\*+(?=[^/])", "*", pattern))).match
-    folders = deque([re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]])
+    # A first part without a pattern is not there.
+    folders = deque([""] if re.match(r"[^/]*[*?\[]", pattern) else [])
     seen: set[str] = set()
     while folders:
         folder = folders.popleft()
-        real = os.path.realpath(folder)
+        real = os.path.realpath(os.path.join(root, folder))
         if real in seen or not os.path.isdir(real):
             continue
         seen.add(real)
-        for name in sorted(os.listdir(folder)):
+        for name in sorted(os.listdir(real)):
             path = os.path.join(folder, name)
             if name.startswith("."):
                 continue
-            if os.path.isdir(path):
+            if os.path.isdir(os.path.join(root, path)):
                 folders.append(path)
             elif matches(path):
                 yield path

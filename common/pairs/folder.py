@@ -51,7 +51,7 @@ class ListShard:
 
     @property
     def has_lists(self) -> bool:
-        """Whether rows are compared images of rankings."""
+        """Whether rows are compared images of rankings, or say of which list they are."""
         return self._index.runs.has_lists
 
     def group_sizes(self, start: int, stop: int) -> np.ndarray:
@@ -94,8 +94,8 @@ class ListShard:
         """From the list alone; of a ranking once. Raises DataError when the list fails."""
         stop = min(stop, self.num_rows)
         for run, _ in self._index.runs.runs(self._records(start, stop), start, stop):
-            if run.problem is None:
-                yield from prompts_of(run.rows[0])
+            for row in run.rows[:1]:
+                yield from prompts_of(row)
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """The fields of the first entries that can be understood. Raises DataError when the list fails."""

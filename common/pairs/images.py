@@ -59,11 +59,12 @@ class PreparedImage:
     """(top, left) of the crop in the resized image, as shown: mirrored when the image is flipped."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, behind: int = 255) -> Image.Image:
     """Decode an image file of any mode to upright 8-bit RGB.
 
-    Transparency is laid on white; 16-bit grey is scaled by 255/65535; the first frame of an animation is taken; EXIF
-    orientation is applied. Raises ImageError; images above `max_pixels` are refused before their pixels are decoded.
+    Transparency is laid on the grey `behind`; 16-bit grey is scaled by 255/65535; the first frame of an animation is
+    taken; EXIF orientation is applied. Raises ImageError; images above `max_pixels` are refused before their pixels are
+    decoded.
     """
     if len(data) == 0:
         raise ImageError("empty_image", "zero bytes")
@@ -74,7 +75,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
         if ImageFile.LOAD_TRUNCATED_IMAGES and _ends_early(data):  # other libraries set this for the whole process
             raise ImageError("truncated", f"{len(data)} bytes")
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), behind)
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -116,9 +117,10 @@ def shown_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of an image file as it is shown, from its header alone; None where that says nothing."""
     try:
         image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # as in `decode_image`, which says why
         return None
+    # Pillow has turned the size of a TIFF already.
+    turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -133,16 +135,20 @@ _TRANSPOSE = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are whole
-        return image
-    operation = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+        return None
+    return orientation if isinstance(orientation, int) else None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    operation = _TRANSPOSE.get(_orientation(image) or 1)
     return image if operation is None else image.transpose(operation)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, behind: int) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
@@ -155,8 +161,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Premultiplied modes convert only to their straight twin.
         straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
         rgba = (image.convert(straight) if straight else image).convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        ground = Image.new("RGBA", rgba.size, (behind, behind, behind, 255))
+        return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
 
 

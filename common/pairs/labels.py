@@ -93,7 +93,7 @@ def _from_votes(row: RowFields) -> float | None:
     return first / (first + second)
 
 
-def scores_of(row: RowFields) -> tuple[float, float] | None:
+def scores_of_sides(row: RowFields) -> tuple[float, float] | None:
     """The scores of both images; None if there are none."""
     found = []
     for role in ("score1", "score2"):
@@ -160,7 +160,8 @@ def noise_of(row: RowFields, pairing: tuple[int, int] | None) -> list[tuple[str,
         )
         raise RowProblem(reason="bad_metadata", detail=detail)
     if ways == [mine]:
-        return [(row.name(role), row.get(role)) for role in mine]
+        given = [(row.name(role), row.get(role)) for role in mine]
+        return None if all(is_null(value) for _, value in given) else given
     return _of_images(row, "noise", None)
 
 

@@ -8,11 +8,12 @@ gives one `Skipped`, never half a pair, and never the win of one row beside the 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from inpo.common.printable import is_printable
+from inpo.common.printable import is_printable, shown
 
 if TYPE_CHECKING:
     from inpo.common.pairs.columns import Reading
@@ -54,7 +55,7 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "missing_image": "an image's bytes, member or file are not there",
     "missing_noise": "--inverter tracked, and an image has no seed and no noise of the latent's shape, or is not of "
     "the resolution it was made at",
-    "not_allowed": "the row names a place outside the list's folder or on another host: --allow-remote was not given",
+    "not_allowed": "the row names a place outside the list's folder or on another host: see --allow-remote",
     "unreachable": "an image's host did not answer, or its scheme is unknown",
     "empty_image": "an image has zero bytes",
     "too_large": "an image's file is larger than 128 MiB",
@@ -63,7 +64,7 @@ SKIP_REASONS: dict[SkipReason, str] = {
     "decompression_bomb": "an image has more pixels than the limit",
     "unsupported_mode": "an image's pixels have no defined 8-bit meaning (float, 32-bit, LAB)",
     "duplicate_id": "an earlier row has the same pair id",
-    "mixed_sizes": "its images have the shapes of two buckets (precompute --buckets)",
+    "mixed_sizes": "its images fit two buckets, or not the one they were sorted into (precompute --buckets)",
 }
 """What each reason means, in words for tables and documents."""
 
@@ -88,6 +89,9 @@ class Pair:
     """The ranking or list that the pair comes from: its images are one group. None for a pair of its own."""
     scores: tuple[float, float] | None = None
     """The source's own scores of win and lose, higher is better: ranks are negated. None: it has none."""
+    scores_of: str | None = None
+    """The ranking or the rater that the scores are of: those of different ones are not compared. None: all are of one.
+    """
     seeds: tuple[int, int] | None = None
     """Of the noise that win and lose were made from, where the source says them."""
     noise: tuple[bytes, bytes] | None = None
@@ -176,6 +180,11 @@ class PairSource:
     """webdataset, parquet or folder, as datasets calls them; of what is no file, what it is."""
     not_read: Mapping[str, int] = field(default_factory=dict)
     """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
+
+    @property
+    def place(self) -> str:
+        """The location without secrets and, of a path, from the root: two of one name in two folders are two."""
+        return shown(self.location if "://" in self.location else str(Path(self.location).absolute()))
 
 
 class RowProblem(Exception):
@@ -267,9 +276,10 @@ def mark_duplicates(rows: Iterable[Pair | Skipped], seen: set[str]) -> Iterator[
     for item in rows:
         if isinstance(item, Pair):
             if item.pair_id in seen:
-                yield Skipped(
-                    pair_id=item.pair_id, reason="duplicate_id", detail="an earlier row has this id", row=item.row
-                )
+                detail = "an earlier row has this id"
+                if item.list is not None and item.pair_id.startswith(f"{item.list}."):
+                    detail += "; the rows of a ranking are to lie together, in one file"
+                yield Skipped(pair_id=item.pair_id, reason="duplicate_id", detail=detail, row=item.row)
                 continue
             seen.add(item.pair_id)
         yield item

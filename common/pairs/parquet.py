@@ -99,6 +99,8 @@ class ParquetShard:
             elif holds_singles(probe):
                 keys = [*orders, *probe.columns("list"), *probe.columns("prompt")]
                 index = self._index(parquet, list(dict.fromkeys(keys)))
+            elif probe.columns("list"):
+                index = self._index(parquet, list(probe.columns("list")))
             return _Footer(
                 group_ends=tuple(ends),
                 columns=tuple(name for name in names if name not in not_read | unwanted),
@@ -136,7 +138,7 @@ class ParquetShard:
 
     @property
     def has_lists(self) -> bool:
-        """Whether rows are compared images of rankings."""
+        """Whether rows are compared images of rankings, or say of which list they are."""
         return self._footer.runs.has_lists
 
     def group_sizes(self, start: int, stop: int) -> np.ndarray:
@@ -144,7 +146,9 @@ class ParquetShard:
         return self._footer.runs.group_sizes(start, stop, self.reading.pairs_from)
 
     def fingerprint(self) -> str:
-        """blake2b of the file's size and footer, which holds sizes, offsets and statistics of every column chunk."""
+        """blake2b of the file's size, its footer, and the columns that are read, without images and noise: other labels
+        or prompts may leave size and footer as they were.
+        """
         with open_binary(self.file, sequential=False) as stream:
             try:
                 size = stream.seek(0, 2)
@@ -157,8 +161,28 @@ class ParquetShard:
                 raise unreadable_file(self.file, error) from error
         if tail[4:] != b"PAR1" or len(footer) != footer_bytes:
             raise unreadable_file(self.file, ValueError("not a whole parquet file: no footer"))
-        found = hashlib.blake2b(size.to_bytes(8, "little") + footer, digest_size=16).hexdigest()
+        found = hashlib.blake2b(size.to_bytes(8, "little") + footer + self._values, digest_size=16).hexdigest()
         return read_as(found, self.reading)
+
+    @cached_property
+    def _values(self) -> bytes:
+        """Digest of what is stored of the columns that are read. Of images only paths count, of noise nothing."""
+        names = self.reading.columns.names
+        columns, images = set(self._footer.columns) - set(names(*NOISE_ROLES)), set(names(*IMAGE_ROLES))
+        digest = hashlib.blake2b()
+        with self._open() as parquet, open_binary(self.file, sequential=False) as stream:
+            wanted = [i for i in range(len(parquet.schema)) if _is_small(parquet.schema.column(i), columns, images)]
+            try:
+                for group in range(parquet.num_row_groups):
+                    for chunk in map(parquet.metadata.row_group(group).column, wanted):
+                        stream.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+                        left = chunk.total_compressed_size
+                        while left > 0 and (part := stream.read(min(left, LOCAL_BUFFER_BYTES))):
+                            digest.update(part)
+                            left -= len(part)
+            except Exception as error:  # a remote file fails in its library's own ways
+                raise unreadable_file(self.file, error) from error
+        return digest.digest()
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
@@ -276,6 +300,16 @@ def _lists(schema: pa.Schema) -> set[str]:
     """The columns that hold lists."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return {str(field.name) for field in schema if any(test(field.type) for test in tests)}
+
+
+def _is_small(leaf: pq.ColumnSchema, columns: set[str], images: set[str]) -> bool:
+    """Whether values of the file belong to one of these columns and are no images themselves."""
+
+    def is_within(names: set[str]) -> bool:
+        return any(leaf.path == name or leaf.path.startswith(f"{name}.") for name in names)
+
+    is_binary = leaf.physical_type.endswith("BYTE_ARRAY") and leaf.logical_type.type != "STRING"
+    return is_within(columns) and not (is_binary and is_within(images))
 
 
 def _fields(batch: pa.RecordBatch, i: int, images: set[str]) -> dict[str, Any] | RowProblem:

@@ -13,8 +13,9 @@ import numpy as np
 
 from inpo.common.choices import PairsFrom
 from inpo.common.pairs.columns import Reading, RowFields
-from inpo.common.pairs.fields import MAX_RANKED, ReadImage, holds_singles, items, list_key, merge, rows_of
+from inpo.common.pairs.fields import MAX_RANKED, ReadImage, holds_singles, is_of_list, items, list_key, merge, rows_of
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped, id_or
+from inpo.common.pairs.values import cut
 
 Record = tuple[int, RowFields | RowProblem]
 """Number of a record in its file, and what it says."""
@@ -22,63 +23,87 @@ Record = tuple[int, RowFields | RowProblem]
 
 @dataclass(kw_only=True)
 class Run:
-    """Neighbouring records that are read together: one, or the images of a list."""
+    """Neighbouring records that are read together: one, or the images of a list and what cannot be understood among
+    them.
+    """
 
     first: int
     rows: list[RowFields] = field(default_factory=list)
     """The records' fields; of a list that is too long as many as show it."""
-    problem: RowProblem | None = None
-    count: int = 1
+    bad: list[tuple[int, RowProblem]] = field(default_factory=list)
+    """The records that cannot be understood: their rows come last."""
+    count: int = 0
+    is_again: bool = False
+    """Whether the list has other rows further up in the file."""
+
+    def add(self, number: int, row: RowFields | RowProblem) -> None:
+        self.count += 1
+        if isinstance(row, RowProblem):
+            self.bad.append((number, row))
+        elif len(self.rows) <= MAX_RANKED:
+            self.rows.append(row)
+
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """What a further record has in common with this list; None where there can be none."""
+        return list_key(self.rows[0]) if self.rows and holds_singles(self.rows[0]) else None
 
     def as_row(self) -> tuple[RowFields, RowProblem | None]:
         """All records as one row, and why no pair can be made of it."""
-        return merge(self.rows) if holds_singles(self.rows[0]) else (self.rows[0], None)
+        if not holds_singles(self.rows[0]):
+            return self.rows[0], None
+        row, problem = merge(self.rows)
+        if self.is_again:
+            detail = f"the rows of {row.name('list')} {cut(row.get('list'))} do not lie together"
+            problem = RowProblem(reason="bad_metadata", detail=detail)
+        return row, problem
 
     def num_rows(self, pairs_from: PairsFrom) -> int:
-        return rows_of(self.as_row()[0], pairs_from) if self.problem is None else 1
+        return (rows_of(self.as_row()[0], pairs_from) if self.rows else 0) + len(self.bad)
 
     def items(
-        self, rows: range, *, skip: int, name: str, default_id: str | None, read: ReadImage, reading: Reading
+        self,
+        rows: range,
+        *,
+        skip: int,
+        name: str,
+        id_of: Callable[[int], str | None],
+        read: ReadImage,
+        reading: Reading,
     ) -> Iterator[Pair | Skipped]:
         """One item for each of these rows but the first `skip`."""
-        if self.problem is not None:
-            pair_id = id_or(default_id, f"{name}/{rows.start}")
-            for number in rows[skip:]:
-                yield Skipped(pair_id=pair_id, reason=self.problem.reason, detail=self.problem.detail, row=number)
-            return
-        row, problem = self.as_row()
-        told: dict[str, Any] = {
-            "name": name,
-            "default_id": default_id,
-            "read": read,
-            "with_noise": reading.with_noise,
-            "pairs_from": reading.pairs_from,
-            "problem": problem,
-        }
-        yield from islice(items(row, number=rows.start, skip=skip, **told), len(rows) - skip)
+        bad = self.bad
+        if bad and self.num_rows(reading.pairs_from) != len(rows):
+            bad = bad[:1] * len(rows)  # in a column that says nothing of how many rows there are
+        told: dict[str, Any] = {"name": name, "default_id": id_of(self.first), "read": read}
+        told |= {"with_noise": reading.with_noise, "pairs_from": reading.pairs_from}
+        good = range(rows.start, rows.stop - len(bad))
+        if skip < len(good):
+            row, problem = self.as_row()
+            yield from islice(items(row, number=rows.start, skip=skip, problem=problem, **told), len(good) - skip)
+        for number, (record, found) in zip(range(good.stop, rows.stop), bad, strict=True):
+            if number >= rows.start + skip:
+                pair_id = id_or(id_of(record), f"{name}/{number}")
+                yield Skipped(pair_id=pair_id, reason=found.reason, detail=found.detail, row=number)
 
 
 def runs(records: Iterable[Record]) -> Iterator[Run]:
-    """The records in order, those of one list together."""
-    run: Run | None = None
-    key: object = None
+    """The records in order, those of one list together, also where one between them cannot be understood."""
+    run = Run(first=0)
+    key: tuple[str, str] | None = None
     for number, row in records:
         if isinstance(row, RowProblem):
-            if run is not None:
+            is_part = key is not None and len(run.bad) < MAX_RANKED
+        else:
+            is_part = key is not None and holds_singles(row) and list_key(row) == key
+        if not is_part:
+            if run.count:
                 yield run
-            yield Run(first=number, problem=row)
-            run = None
-            continue
-        mine = list_key(row) if holds_singles(row) else None
-        if run is not None and mine is not None and mine == key:
-            run.count += 1
-            if len(run.rows) <= MAX_RANKED:
-                run.rows.append(row)
-            continue
-        if run is not None:
-            yield run
-        run, key = Run(first=number, rows=[row]), mine
-    if run is not None:
+            run = Run(first=number)
+        run.add(number, row)
+        if not is_part:
+            key = run.key
+    if run.count:
         yield run
 
 
@@ -90,14 +115,32 @@ class RunIndex:
     """int64 [run + 1]: number of its first record; the last value is the number of records."""
     first_rows: np.ndarray
     """int64 [run + 1]: the number of its first row; the last value is the number of rows."""
+    again: frozenset[int] = frozenset()
+    """The runs whose list has another one further up in the file."""
+    has_lists: bool = False
+    """Whether a record is a ranking or a part of one, or says of which list its pair is."""
 
     @classmethod
     def of(cls, found: Iterable[Run], pairs_from: PairsFrom) -> "RunIndex":
         starts, first_rows = [0], [0]
-        for run in found:
+        seen: set[int] = set()
+        again: set[int] = set()
+        has_lists = False
+        for number, run in enumerate(found):
             starts.append(run.first + run.count)
             first_rows.append(first_rows[-1] + run.num_rows(pairs_from))
-        return cls(starts=np.array(starts, dtype=np.int64), first_rows=np.array(first_rows, dtype=np.int64))
+            has_lists = has_lists or any(map(is_of_list, run.rows[:1]))
+            key = run.key
+            if key is not None and key[0] == "list":
+                if hash(key) in seen:
+                    again.add(number)
+                seen.add(hash(key))
+        return cls(
+            starts=np.array(starts, dtype=np.int64),
+            first_rows=np.array(first_rows, dtype=np.int64),
+            again=frozenset(again),
+            has_lists=has_lists,
+        )
 
     @property
     def num_rows(self) -> int:
@@ -108,11 +151,6 @@ class RunIndex:
         """Each record is a row."""
         numbers = np.arange(num_records + 1, dtype=np.int64)
         return cls(starts=numbers, first_rows=numbers)
-
-    @property
-    def has_lists(self) -> bool:
-        """Whether a run stands for several rows, or is several records."""
-        return self.num_rows > len(self.starts) - 1 or int(self.starts[-1]) > len(self.starts) - 1
 
     def span(self, start: int, stop: int) -> range:
         """The runs that hold rows start..stop-1."""
@@ -144,13 +182,10 @@ class RunIndex:
         found = iter(records)
         for number in self.span(start, stop):
             rows = range(int(self.first_rows[number]), int(self.first_rows[number + 1]))
-            run = Run(first=int(self.starts[number]), count=int(self.starts[number + 1] - self.starts[number]))
-            for _, row in islice(found, run.count):
-                if isinstance(row, RowProblem):
-                    run.problem = row
-                elif len(run.rows) <= MAX_RANKED:
-                    run.rows.append(row)
-            if not run.rows and run.problem is None:
+            run = Run(first=int(self.starts[number]), is_again=number in self.again)
+            for record, row in islice(found, int(self.starts[number + 1] - self.starts[number])):
+                run.add(record, row)
+            if not run.count:
                 return
             yield run, rows
 
@@ -169,6 +204,6 @@ class RunIndex:
         a record is the id of what has none.
         """
         for run, rows in self.runs(records, start, stop):
-            told: dict[str, Any] = {"name": name, "default_id": id_of(run.first), "read": read, "reading": reading}
+            told: dict[str, Any] = {"name": name, "id_of": id_of, "read": read, "reading": reading}
             wanted = min(rows.stop, stop) - max(rows.start, start)
             yield from islice(run.items(rows, skip=max(0, start - rows.start), **told), wanted)

@@ -22,6 +22,7 @@ from inpo.common.pairs.fields import without_part
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.headers import PART, has_bytes, tar_headers
 from inpo.common.pairs.pair import RowProblem
+from inpo.common.pairs.values import is_null
 from inpo.common.text import TextProblem, decode_text
 
 SIDE_ROLES = ("win", "lose", "image1", "image2")
@@ -66,6 +67,8 @@ class TarIndex:
     """
     not_read: dict[str, int]
     """Members that are part of no sample or have no role in it, by suffix or type, and fields of JSON members."""
+    has_lists: bool
+    """Whether a member says of which list a pair is."""
     fingerprint: str
 
     def __len__(self) -> int:
@@ -113,6 +116,8 @@ class _Member(NamedTuple):
     place: tuple[int, int]
     fields: frozenset[str]
     """Names in a JSON member."""
+    of_list: bool
+    """Whether it says of which list the pair is."""
 
 
 def index_tar(location: str, columns: ColumnMap) -> TarIndex:
@@ -162,7 +167,13 @@ def index_tar(location: str, columns: ColumnMap) -> TarIndex:
         )
     places = np.stack(tables) if tables else np.empty((0, len(ROLES), 2), dtype=np.int64)
     packed = "\n".join(keys).encode("utf-8", "surrogateescape")
-    return TarIndex(keys=packed, places=places, not_read=dict(not_read), fingerprint=digest)
+    return TarIndex(
+        keys=packed,
+        places=places,
+        not_read=dict(not_read),
+        has_lists=any(member.of_list for member in members),
+        fingerprint=digest,
+    )
 
 
 def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tuple[list[_Member], str]:
@@ -182,7 +193,7 @@ def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tup
             continue
         suffix = suffix if columns.chosen else suffix.lower()
         role = role_of(suffix, columns)
-        place, fields = (info.offset_data, info.size), frozenset[str]()
+        place, fields, of_list = (info.offset_data, info.size), frozenset[str](), False
         if not has_bytes(info):
             not_read[f"member that is a {_TYPES.get(info.type, 'device')}"] += 1
             if role is None:
@@ -196,16 +207,18 @@ def _walk(stream: ByteStream, not_read: Counter[str], columns: ColumnMap) -> tup
                 digest.update(part)
                 head, left = head or part, left - len(part)
             if role == "json" and info.size <= PART:
-                fields = _names(head)
-        members.append(_Member(key, suffix, info.name, place, fields))
+                told = _told(head)
+                fields, of_list = frozenset(told), not is_null(columns.row(told).get("list"))
+            of_list = of_list or (role == "list" and bool(head.strip()))
+        members.append(_Member(key, suffix, info.name, place, fields, of_list))
     return members, digest.hexdigest()
 
 
-def _names(data: bytes) -> frozenset[str]:
+def _told(data: bytes) -> dict[str, Any]:
     try:
-        return frozenset(parse_object(decode_text(data)))
+        return parse_object(decode_text(data))
     except (TextProblem, RowProblem):
-        return frozenset()  # the row says it when it is read
+        return {}  # the row says it when it is read
 
 
 def _count_void(fields: frozenset[str], present: set[str], not_read: Counter[str], columns: ColumnMap) -> None:

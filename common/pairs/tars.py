@@ -50,14 +50,8 @@ class TarShard:
 
     @property
     def has_lists(self) -> bool:
-        """Whether the first sample that can be read says of which list its pair is, as `inpo data pack` writes it."""
-        columns = self.reading.columns
-        for sample in self._samples(0, self.num_rows):
-            try:
-                return columns.row(sample.fields()).get("list") is not None
-            except RowProblem:  # of which nothing can be said
-                continue
-        return False
+        """Whether a sample says of which list its pair is, as `inpo data pack` writes it."""
+        return self._index.has_lists
 
     def group_sizes(self, start: int, stop: int) -> np.ndarray:
         """A sample is a pair."""

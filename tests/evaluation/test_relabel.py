@@ -1,5 +1,6 @@
 """Label sets from a source's images, beside shards that nothing touches."""
 
+import hashlib
 import io
 import json
 import math
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +25,7 @@ from inpo.common.cache.labels import LabelSet, read_labels, read_shard_labels, w
 from inpo.common.cache.schema import ConditionSpec, LevelTables
 from inpo.common.errors import CacheIncomplete, CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.levels import Levels
-from inpo.common.pairs import open_source
+from inpo.common.pairs import Pair, open_source
 from inpo.evaluation.cli import relabel
 from inpo.evaluation.combine import combine_sets
 from inpo.evaluation.relabel import relabel_cache
@@ -81,8 +84,10 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
     texts = {"text": np.array([""], dtype=object), "embedding": np.zeros((1, 2, 2), np.float16)}
     assert writer.write_texts("empty", TextData(arrays=texts)) is not None
     for start, stop in rows:
-        ids = [item.pair_id for item in input_shard.rows(start, stop) if "fourth" not in item.pair_id]
-        count = len(ids)
+        pairs = [item for item in input_shard.rows(start, stop) if "fourth" not in item.pair_id]
+        assert all(isinstance(pair, Pair) for pair in pairs)
+        ids, count = [pair.pair_id for pair in pairs], len(pairs)
+        files = [hashlib.blake2b(data, digest_size=16).hexdigest() for pair in pairs for data in (pair.win, pair.lose)]
         images = np.arange(2 * count, dtype=np.int32)
         arrays = {
             "x0": np.zeros((2 * count, 1, 2, 2), np.float16),
@@ -90,7 +95,7 @@ def write_cache(location: Path, source: Path, *, rows: Sequence[tuple[int, int]]
             "reference_error": np.zeros((2 * count, 1), np.float32),
             "inversion_error": np.zeros(2 * count, np.float32),
             "timestep": np.zeros((count, 1), np.int16),
-            "image/id": np.array([f"{image:032x}" for image in images], dtype=object),
+            "image/id": np.array(files, dtype=object),
             "image/group": images // 2,
             "image/score": np.full(2 * count, np.nan, np.float32),
             "group/id": np.array(ids, dtype=object),
@@ -232,6 +237,34 @@ def test_an_image_lost_or_damaged_since_is_named(cache: Path, source: Path, coun
     assert len(list((cache / "labels" / "reds").iterdir())) == 1
 
 
+def test_images_that_were_exchanged_or_replaced_since_are_told(cache: Path, source: Path, counting) -> None:
+    """The list of a folder knows them by their names alone."""
+    for name, (win, lose) in (("first", (100, 200)), ("second", (50, 151))):
+        for side, red in (("win", win), ("lose", lose)):
+            (source / f"{name}-{side}.png").write_bytes(png(red))
+        wrong = "win" if name == "first" else "lose"
+        with pytest.raises(DataError, match=rf"not the one that was inverted(.|\n)*{name}, {wrong}"):
+            run(cache, source, counting)
+        for side, red in zip(("win", "lose"), REDS[name], strict=True):
+            (source / f"{name}-{side}.png").write_bytes(png(red))
+    assert run(cache, source, counting).num_pairs == 4
+
+
+def test_labels_that_were_corrected_in_a_parquet_file_are_told(tmp_path: Path, counting) -> None:
+    """Its size and footer are the same."""
+    file = tmp_path / "pairs.parquet"
+
+    def write(labels: list[float]) -> None:
+        sides = {"jpg_0": [png(10), png(10)], "jpg_1": [png(200), png(200)], "caption": ["p", "q"]}
+        pq.write_table(pa.table({**sides, "label_0": labels, "label_1": labels[::-1]}), file)
+
+    write([1.0, 0.0])
+    cache = write_cache(tmp_path / "cache", file, rows=[(0, 2)])
+    write([0.0, 1.0])
+    with pytest.raises(DataError, match=r"not what the cache was made from(.|\n)*unchanged"):
+        run(cache, file, counting)
+
+
 def test_labels_of_other_shards_are_refused_and_made_anew(cache: Path, source: Path, counting, tmp_path: Path) -> None:
     run(cache, source, counting)
     again = write_cache(tmp_path / "again", source)
@@ -342,6 +375,7 @@ def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_p
         ("--agree", "3/2"),
         ("--agree", "most"),
         ("--agree", "2/2", "--labels", "red"),
+        ("--agree", "1/2", "--labels", "red", "--labels", "meant"),
         ("--where", "label > 0.5", "--labels", "red"),
     ):
         with pytest.raises(UsageError):

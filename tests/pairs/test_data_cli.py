@@ -101,6 +101,37 @@ def test_soft_labels_prompts_and_formats_survive_packing(tmp_path: Path, encoded
         assert sorted(n.split(".")[2] for n in tar.getnames() if ".lose." in n) == sorted(formats)
 
 
+PLAIN = {"prompt": "p", "win": "a.png", "lose": "b.png"}
+RANKING = {"prompt": "p", "images": ["a.png", "b.png", "c.png"], "ranks": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("group", ["pair", "prompt"])
+@pytest.mark.parametrize(
+    ("rows", "is_lists"),
+    [
+        ([RANKING, RANKING | {"images": ["d.png", "a.png"], "ranks": [1, 2]}], True),
+        ([PLAIN, RANKING | {"id": "r"}], True),
+        ([RANKING | {"images": ["a.png", "b.png"], "ranks": [2, 1]}], True),
+        ([PLAIN | {"prompt_id": "7.0", "id": "x"}, PLAIN | {"prompt_id": 7, "id": "y"}], True),
+        ([PLAIN | {"image_0_uid": 1, "image_1_uid": uid} for uid in ("0", "00")], False),
+        ([PLAIN | {"id": i, "score_win": i, "score_lose": 2, "scores_of": f"rater {i}"} for i in (1, 3)], False),
+    ],
+)
+def test_packed_pairs_are_of_the_same_groups_with_the_same_ids_and_scores(
+    tmp_path: Path, rows: list[dict[str, object]], is_lists: bool, group: str
+) -> None:
+    """Everything random hangs on the id of the pair or of its group: a list's and its prompt's."""
+    for name in "abcd":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("pack", tmp_path / "pairs.jsonl", tmp_path / "out", "--group", group)[0] == 0
+    (source,) = open_source(str(tmp_path / "pairs.jsonl")).shards
+    (packed,) = open_source(str(tmp_path / "out")).shards
+    assert list(packed.rows(0, 99)) == list(source.rows(0, 99))
+    assert packed.num_rows == source.num_rows > 0
+    assert packed.has_lists is source.has_lists is is_lists
+
+
 def test_pack_lists_what_it_leaves_out(tmp_path: Path, parquet: Path) -> None:
     _, stdout, _ = run("pack", parquet, tmp_path / "out")
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
@@ -327,6 +358,25 @@ def test_check_says_where_its_list_cannot_be_written(tmp_path: Path, bad: Path) 
     with pytest.raises(StorageError, match=r"(?s)write the list.*/file\n.*where a folder is needed"):
         run("check", bad, "--out", tmp_path / "file" / "bad.jsonl")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_check_replaces_its_own_list_and_no_other_file(
+    tmp_path: Path, bad: Path, encoded: Callable[..., bytes]
+) -> None:
+    own, image, empty = tmp_path / "own.jsonl", tmp_path / "a.png", tmp_path / "empty.jsonl"
+    image.write_bytes(encoded(0))
+    empty.touch()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"win": "a.png", "lose": "a.png", "prompt": "p", "label": 0.5}) + "\n")
+    for out in (pairs, image, next(bad.glob("*.parquet"))):
+        before = out.read_bytes()
+        for source in (bad, tmp_path / "nothing"):  # before anything is read
+            with pytest.raises(UsageError, match="there already, and is no list"):
+                run("check", source, "--out", out)
+        assert out.read_bytes() == before
+    for out in (own, own, empty):
+        run("check", pairs, "--out", out)
+        assert [json.loads(line)["reason"] for line in out.read_text().splitlines()] == ["tie"]
 
 
 def test_pack_says_where_its_folder_cannot_be_made(tmp_path: Path, parquet: Path) -> None:

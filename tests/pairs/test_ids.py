@@ -83,4 +83,4 @@ def test_of_parquet(
         rows = [pick_row(0, image_0_uid="a\nb", ranking_id=None), pick_row(1, ranking_id=None)]
         bad, good = read(write_parquet(tmp_path / "a.parquet", rows))
         assert getattr(bad, "reason", None) == "bad_metadata"
-        assert good.pair_id == "uid-1-0.uid-1-1"
+        assert good.pair_id == "uid-1-0_uid-1-1"

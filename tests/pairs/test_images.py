@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
-from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image
+from inpo.common.pairs.images import ImageError, PreparedImage, decode_image, prepare_image, shown_size
 from inpo.precompute.encode import pixels_from_levels
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -120,6 +120,15 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert image.size == (16, 8)
     np.testing.assert_allclose(image.getpixel((2, 4)), RED, atol=2)
     np.testing.assert_allclose(image.getpixel((13, 4)), WHITE, atol=2)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_alone_says_how_large_an_image_is_shown(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = saved(Image.new("RGB", (16, 8), RED), format, exif=exif)
+    assert shown_size(data) == decode_image(data).size[::-1] == ((8, 16) if orientation < 5 else (16, 8))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so; the pixels are whole

@@ -102,6 +102,24 @@ def test_a_row_whose_noise_is_missing_says_so(tmp_path: Path) -> None:
     assert [item.reason for item in rows_of(tmp_path) if isinstance(item, Skipped)] == ["bad_metadata"] * 3
 
 
+@pytest.mark.parametrize("write", ["parquet", "list"])
+def test_a_row_whose_noise_is_null_has_none_and_keeps_its_seeds(tmp_path: Path, write: str) -> None:
+    """As where a column of noise holds that of some rows, and others have seeds alone."""
+    write_list(tmp_path)
+    (tmp_path / "pairs.jsonl").unlink()
+    row = {"win": "b.png", "lose": "a.png", "prompt": "p", "seeds": [1, 2]}
+    rows = [row | {"noise_win": "b.npy", "noise_lose": "a.npy"}, row | {"noise_win": None, "noise_lose": None}]
+    if write == "list":
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    first, second = rows_of(tmp_path)
+    assert isinstance(first, Pair)
+    assert isinstance(second, Pair)
+    assert first.noise is not None
+    assert (second.noise, second.seeds) == (None, (1, 2))
+
+
 @pytest.mark.parametrize(
     ("images", "noise"),
     [

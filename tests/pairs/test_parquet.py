@@ -85,7 +85,7 @@ def test_without_a_prompt_column_every_row_is_counted(
 
 def test_ids_without_a_ranking_id(tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet) -> None:
     by_uid = read(write_parquet(tmp_path / "a.parquet", [pick_row(3)], drop=("ranking_id",)))
-    assert [item.pair_id for item in by_uid] == ["uid-3-0.uid-3-1"]
+    assert [item.pair_id for item in by_uid] == ["uid-3-0_uid-3-1"]
     by_row = read(write_parquet(tmp_path / "b.parquet", [pick_row(3)], drop=("ranking_id", "image_0_uid")))
     assert [item.pair_id for item in by_row] == ["b/0"]
 
@@ -221,3 +221,24 @@ def test_fingerprint_follows_content_and_not_the_path(
     assert fingerprint("b.parquet", [pick_row(0), pick_row(1)]) == first
     assert fingerprint("c.parquet", [pick_row(0)]) != first
     assert fingerprint("d.parquet", [pick_row(0), pick_row(1, caption="caption 2")]) != first
+
+
+def test_fingerprint_sees_values_that_change_their_rows(
+    tmp_path: Path, pick_row: PickRow, write_parquet: WriteParquet
+) -> None:
+    """Size, counts, least and greatest values stay what they were."""
+
+    def fingerprints(file: Path) -> set[str]:
+        return {open_source(str(file), with_noise=noise).shards[0].fingerprint() for noise in (True, False)}
+
+    one, other = {"label_0": 1.0, "label_1": 0.0}, {"label_0": 0.0, "label_1": 1.0}
+    first = [pick_row(0, **one), pick_row(1, **other), pick_row(2)]
+    turned = [pick_row(0, **other), pick_row(1, **one), pick_row(2)]
+    exchanged = [pick_row(0, caption="caption 1", **one), pick_row(1, caption="caption 0", **other), pick_row(2)]
+    files = [write_parquet(tmp_path / f"{n}.parquet", rows) for n, rows in enumerate((first, turned, exchanged))]
+    for n, sides in enumerate((["a", "b", "c"], ["b", "a", "c"])):
+        files.append(tmp_path / f"paths-{n}.parquet")
+        pq.write_table(pa.table({"win": sides, "lose": ["d"] * 3, "prompt": ["p"] * 3}), files[-1])
+    found = list(map(fingerprints, files))
+    assert list(map(len, found)) == [1] * 5
+    assert len(set().union(*found)) == 5

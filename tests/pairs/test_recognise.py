@@ -65,6 +65,37 @@ def test_a_name_with_braces_that_exists_is_no_pattern(tars: Path) -> None:
     assert ids(tars / "odd{1,2}.tar") == ["2"]
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run{1,2}"])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("pairs-*.tar", "23"),
+        ("pairs-000[12].tar", "2"),
+        ("pairs-000{2..3}.tar", "23"),
+        ("**/*.tar", "123"),
+        ("in*/pairs-*.tar", "1"),
+        ("inner/**/*.tar", "1"),
+        ("{inner,.}/*.tar", "123"),
+        ("odd[[]1].tar", "0"),
+    ],
+)
+def test_names_of_folders_that_exist_are_no_patterns(
+    tars: Path, monkeypatch: pytest.MonkeyPatch, name: str, pattern: str, expected: str
+) -> None:
+    """Neither that of the folder that is worked in. Beside it lies what such a pattern would name."""
+    folder, other = tars / name, tars / "run1"
+    for number, where in ((0, other), (1, folder / "inner"), (2, folder), (3, folder)):
+        where.mkdir(parents=True, exist_ok=True)
+        (tars / f"pairs-{number:04d}.tar").rename(where / f"pairs-{number:04d}.tar")
+    if "odd" in pattern:
+        (other / "pairs-0000.tar").rename(folder / "odd[1].tar")
+    for where, location in ((folder, pattern), (tars, f"{name}/{pattern}"), (tars, f"{folder}/{pattern}")):
+        monkeypatch.chdir(where)
+        assert sorted(ids(location)) == list(expected)
+    with pytest.raises(DataError, match="no file matches the pattern"):
+        ids(f"nothing/{pattern}" if "{" not in pattern else "[no]*/pairs-*.tar")
+
+
 @pytest.mark.parametrize(
     ("location", "words"),
     [

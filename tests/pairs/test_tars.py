@@ -329,14 +329,20 @@ def test_a_name_too_long_for_an_id_is_one_skipped_row(tmp_path: Path, write_tar:
     ]
 
 
-def test_whether_samples_are_of_lists_is_said_by_the_first_that_can_be_read(
+def test_samples_are_of_lists_if_one_says_so(
     tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damaged metadata says nothing, and how large an image is does not matter."""
     monkeypatch.setattr(tars, "MAX_IMAGE_BYTES", 100)
     damaged = [("1.json", b"{"), *ours("1", b"W", b"L")[1:]]
-    of_list, own = ours("2", b"W" * 101, b"L", prompt="p", list="x"), ours("3", b"W", b"L", prompt="p")
-    for name, members, has_lists in (("a", damaged + of_list + own, True), ("b", damaged + own + of_list, False)):
+    of_list, own = ours("2", b"W" * 101, b"L", prompt="p", list="x"), ours("3", b"W", b"L", prompt="p", list="")
+    member = [("4.list.txt", b"x"), *ours("4", b"W" * 101, b"L", prompt="p")]
+    for name, members, has_lists in (
+        ("a", damaged + of_list + own, True),
+        ("b", damaged + own + of_list, True),
+        ("c", damaged + own + member, True),
+        ("d", damaged + own + ours("5", b"W" * 101, b"L", prompt="p"), False),
+    ):
         (shard,) = open_source(str(write_tar(tmp_path / f"{name}.tar", members))).shards
         assert shard.has_lists is has_lists
         assert [item.row for item in shard.rows(0, 3)] == [0, 1, 2]
