@@ -65,6 +65,8 @@ class Section(BaseModel):
     """Fields that --help shows before all groups: about a dozen of a command's."""
     recipe_only: ClassVar[frozenset[str]] = frozenset()
     """Fields without an option."""
+    bound: ClassVar[Mapping[str, str]] = {}
+    """{field: the one whose value it belongs to}: a recipe's does not go with another value that a flag gives."""
 
     def without_effect(self) -> Mapping[str, str]:
         """{setting that does nothing as the others stand: what it would need}; whether it was given is not asked."""
@@ -86,6 +88,7 @@ class ModelSection(Section):
 
     panels: ClassVar = {"model": "Model"}
     most_used: ClassVar = frozenset({"model"})
+    bound: ClassVar = {"revision": "model"}
 
     model: Location | None = None
     """A pipeline folder, a hub id, or one .safetensors file."""
@@ -175,7 +178,7 @@ def read_recipe(path: Path | None) -> Recipe:
     """
     if path is None:
         return Recipe()
-    if not path.exists():
+    if not path.is_file():
         path = shipped_recipes().get(str(path), path)
     fix = f"check --recipe: a TOML file, or the name of a shipped recipe ({', '.join(shipped_recipes())})"
     text = read_text(path, what="The recipe cannot be read.", error=UsageError, fix=fix)
@@ -218,7 +221,9 @@ def resolve(
 
     Raises UsageError for a bad value, and unless `may_idle` for a flag that does nothing.
     """
-    values = {**recipe.get(section, {}), **{name: value for name, value in flags.items() if value is not None}}
+    told, given = recipe.get(section, {}), {name: value for name, value in flags.items() if value is not None}
+    dropped = {name for name, owner in kind.bound.items() if owner in given and given[owner] != told.get(owner)}
+    values = {**{name: value for name, value in told.items() if name not in dropped}, **given}
     try:
         settings = kind.model_validate(values)
         if not may_idle:

@@ -17,7 +17,10 @@ _OPTIONAL = {
     "ray": "precompute --engine ray",
     "wandb": "train --tracker wandb",
     "open_clip": "the scorer hpsv2, hpsv21",
+    "ImageReward": "the scorer imagereward",
     "bitsandbytes": "train --optimizer adamw8bit",
+    "torchao": "--dtype bfloat16-int8, float32-int8",
+    "datasets": "prompts of a data set on the hub",
     "xarray": "to_xarray",
 }
 
@@ -55,10 +58,15 @@ def doctor(
             wrong.append(why)
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     try:
-        print(f"disk: {human_bytes(free_bytes(folder))} free at {existing}")
+        free = free_bytes(folder)
+        print(f"disk: {human_bytes(free)} free at {existing}")
+        if free == 0:
+            wrong.append(f"there is no room at {existing}")
     except (InpoError, OSError) as error:
         wrong.append(str(error))
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir():
+        wrong.append(f"{existing} is not a folder")
+    elif not os.access(existing, os.W_OK):
         wrong.append(f"{existing} cannot be written")
     print(f"hub: {_hub()}")
     missing = [f"{name} ({what})" for name, what in _OPTIONAL.items() if importlib.util.find_spec(name) is None]

@@ -36,7 +36,7 @@ class Arrangement:
     ids: tuple[str, ...]
     """Of each image: the digest of its file."""
     scores: tuple[float, ...]
-    """Of each image: the source's own score; NaN where it has none."""
+    """Of each image: the source's own score; NaN where it has none, or its group none that can be compared."""
     group_of: tuple[int, ...]
     """The group of each image."""
     sides: tuple[tuple[int, int], ...]
@@ -54,9 +54,13 @@ class Arrangement:
 def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
     """Put pairs into groups. By list or prompt, an image that occurs in several pairs of a group (the same file) is one
     row.
+
+    A group whose scores are of several rankings, or give an image two values, has none: they are no one scale.
     """
     members: dict[str, dict[_Key, PreparedImage]] = {}
     scores: dict[_Key, float] = {}
+    scales: dict[str, str | None] = {}
+    without: set[str] = set()
     prompts: dict[str, str] = {}
     keys: list[tuple[_Key, _Key]] = []
     win: _Key
@@ -72,7 +76,9 @@ def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
         group.setdefault(lose, pair.lose)
         keys.append((win, lose))
         if pair.scores is not None:
-            scores |= dict(zip((win, lose), pair.scores, strict=True))
+            known = [scores.setdefault(key, score) for key, score in zip((win, lose), pair.scores, strict=True)]
+            if (*known, scales.setdefault(name, pair.scores_of)) != (*pair.scores, pair.scores_of):
+                without.add(name)
     rows = {key: row for row, key in enumerate(key for group in members.values() for key in group)}
     return Arrangement(
         pairs=tuple(pairs),
@@ -80,7 +86,7 @@ def arrange(pairs: Sequence[PreparedPair], by: GroupName) -> Arrangement:
         prompts=tuple(prompts.values()),
         images=tuple(image for group in members.values() for image in group.values()),
         ids=tuple(key[1] for key in rows),
-        scores=tuple(scores.get(key, math.nan) for key in rows),
+        scores=tuple(math.nan if key[0] in without else scores.get(key, math.nan) for key in rows),
         group_of=tuple(number for number, group in enumerate(members.values()) for _ in group),
         sides=tuple((rows[win], rows[lose]) for win, lose in keys),
         keys=tuple(rows),

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from inpo.common.cache.buckets import read_buckets
 from inpo.common.cache.schema import BUCKETS, MANIFEST
 from inpo.common.cache.store import CacheStore
-from inpo.common.errors import CacheMismatch, UsageError
-from inpo.common.pairs.buckets import Size
+from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageError
+from inpo.common.pairs import InputShard, PairSource
+from inpo.common.pairs.buckets import Size, sort_pairs
 
 _SDXL_BASE = 1024
 _SDXL: tuple[Size, ...] = (
@@ -52,7 +53,21 @@ def bucket_sizes(name: str, base: Size, step: int) -> list[Size]:
     return list(dict.fromkeys(sizes))
 
 
-def claim_buckets(cache: str, sizes: Sequence[Size]) -> None:
+def sort_into_buckets(
+    cache: str, source: PairSource, shards: Iterable[InputShard], sizes: Sequence[Size], *, is_real: bool
+) -> tuple[dict[Size, PairSource], list[DataError]]:
+    """As `sort_pairs`, which keeps what it decides beside the caches if this `is_real`."""
+    if is_real:
+        _claim(cache, sizes)
+        store = CacheStore(cache)
+        return sort_pairs(source, shards, sizes, get=store.get, put=store.put_new)
+    try:
+        return sort_pairs(source, shards, sizes, get=CacheStore(cache).get)
+    except CacheMissing:
+        return sort_pairs(source, shards, sizes)
+
+
+def _claim(cache: str, sizes: Sequence[Size]) -> None:
     """Write the list of buckets, which caches are sorted by from now on. Raises CacheMismatch for another list: the
     same folder would hold other pairs.
     """

@@ -107,7 +107,7 @@ def build_manifest(
     static = family.static(model.config)
     _refuse_unused(settings, model, static)
     network_dtype = settings.dtype or default_dtype(device_type)
-    check_sides(settings.resolution, family.pixel_step(model.config))
+    check_sides(settings.resolution, family.pixel_step(model.config), family.longest_side(model.config))
     latent_shape = family.latent_shape(model.config, settings.size)
     times = TimeSettings(
         density=settings.levels or "logit-normal",

@@ -5,6 +5,7 @@ prompts --text encoders--> embeddings float16
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Float16, Shaped, UInt8
 from torch import Tensor
 
+from inpo.common.batch_size import fits
 from inpo.common.denoiser import DTYPES
 from inpo.common.families import Family
+from inpo.common.log import note
 from inpo.common.seeding import normal
 
 PROMPTS_PER_TEXT_CALL = 64
@@ -47,30 +50,46 @@ class ImageEncoder:
         self.sample = sample
         self.seed = seed
         self.device = device
+        self._together: int | None = None
+        """Images that fit, where it was found that not as many fit as were tried."""
 
     @torch.inference_mode()
     def __call__(
         self, images: Sequence[UInt8[np.ndarray, "3 h w"]], ids: Sequence[str]
     ) -> Float16[Tensor, "image c lh lw"]:
-        """Not finite where the VAE overflows, for the caller to quarantine."""
+        """Not finite where the VAE overflows, for the caller to quarantine. Where memory is short, fewer go together;
+        raises what torch raises where one alone does not fit."""
         latents: list[Tensor] = []
-        shift, factor = self.family.vae_scale(self.vae)
-        together = images_per_vae_call(*images[0].shape[-2:])
-        for first in range(0, len(images), together):
+        together = self._together or images_per_vae_call(*images[0].shape[-2:])
+        first = 0
+        while first < len(images):
             chunk = slice(first, first + together)
-            batch = pixels_from_levels(torch.from_numpy(np.stack(images[chunk])).to(self.device))
-            with (
-                torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32),
-                # TF32 convolutions round as float16 does, to which the latents are rounded anyway, and cost a fraction.
-                torch.backends.cudnn.flags(enabled=True, allow_tf32=True),
-            ):
-                mean, deviation = self.family.posterior(self.vae, batch)
-            mean = mean.float()
-            if self.sample:
-                noise = torch.stack([normal(tuple(mean.shape[1:]), self.seed, each, "vae") for each in ids[chunk]])
-                mean = mean + deviation.float() * noise.to(self.device)
-            latents.append(((mean - shift) * factor).half())
+            encode = partial(self._encode, images[chunk], ids[chunk])
+            if together == 1:
+                latents.append(encode())
+            elif not fits(lambda encode=encode: latents.append(encode())):  # type: ignore[misc]
+                self._together = together = max(1, len(images[chunk]) // 2)
+                note(f"the VAE takes {together} images at a time: there is no memory for more")
+                continue
+            first += together
         return torch.cat(latents)
+
+    def _encode(
+        self, images: Sequence[UInt8[np.ndarray, "3 h w"]], ids: Sequence[str]
+    ) -> Float16[Tensor, "image c lh lw"]:
+        shift, factor = self.family.vae_scale(self.vae)
+        batch = pixels_from_levels(torch.from_numpy(np.stack(images)).to(self.device))
+        with (
+            torch.autocast(self.device.type, dtype=self.vae_dtype, enabled=self.vae_dtype != torch.float32),
+            # TF32 convolutions round as float16 does, to which the latents are rounded anyway, and cost a fraction.
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=True),
+        ):
+            mean, deviation = self.family.posterior(self.vae, batch)
+        mean = mean.float()
+        if self.sample:
+            noise = torch.stack([normal(tuple(mean.shape[1:]), self.seed, each, "vae") for each in ids])
+            mean = mean + deviation.float() * noise.to(self.device)
+        return ((mean - shift) * factor).half()
 
 
 class TextEncoder:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
+from inpo.common.cache.commits import skipped_rows
 from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
 from inpo.common.cache.store import CacheStore, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.log import fail, note, say
-from inpo.common.pairs import PairSource
+from inpo.common.pairs import InputShard, PairSource
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
 from inpo.precompute.settings import PrecomputeSettings
@@ -28,12 +29,19 @@ def list_work(data: DataSection, settings: PrecomputeSettings) -> tuple[PairSour
     return source, tasks, unreadable
 
 
-def grouped(settings: PrecomputeSettings, tasks: Sequence[ShardTask]) -> PrecomputeSettings:
-    """The settings with their groups chosen: by list where the pairs come from rankings, unless they say."""
+def grouped(settings: PrecomputeSettings, source: PairSource) -> PrecomputeSettings:
+    """The settings with their groups chosen: by list where the pairs come from rankings, unless they say. Files beyond
+    a limit are asked too: the cache is completed later."""
     if settings.group is not None or settings.faithful:
         return settings
-    has_lists = any(shard.has_lists for shard in {task.input_shard.name: task.input_shard for task in tasks}.values())
-    return settings.model_copy(update={"group": "list" if has_lists else "pair"})
+    return settings.model_copy(update={"group": "list" if any(map(_has_lists, source.shards)) else "pair"})
+
+
+def _has_lists(shard: InputShard) -> bool:
+    try:
+        return shard.has_lists
+    except InpoError:  # the run itself meets and reports it
+        return False
 
 
 def print_inputs(source: PairSource, tasks: list[ShardTask], unreadable: list[DataError]) -> None:
@@ -132,7 +140,8 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
 
 def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
     """What a user should know about inputs before days of work: a line per committed shard whose input file is not
-    what it was, per such input that cannot be read any more, and per new input that is a committed one renamed."""
+    what it was or that lacks rows which --allow-remote reads, per such input that cannot be read any more, and per new
+    input that is a committed one renamed."""
     commits = _commits(writer.store, committed)
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
     lines: list[str] = []
@@ -155,9 +164,24 @@ def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[s
                 f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
                 f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
             )
+        if commit is not None and (count := _now_allowed(writer.store, task, commit)):
+            lines.append(
+                f"shard {task.name} was committed without {count} rows that --allow-remote reads, and stays so. To "
+                f"make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
+            )
         if commit is None and is_first and made_from.get(found, name) != name:
             lines.append(
                 f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs "
                 f"come into the cache twice. If the file was renamed or moved, stop and give it back its name"
             )
     return lines
+
+
+def _now_allowed(store: CacheStore, task: ShardTask, commit: Commit) -> int:
+    """How many rows a committed shard lacks for want of --allow-remote, if it is given now."""
+    if not task.input_shard.reading.allow_remote or "not_allowed" not in commit.skipped:
+        return 0
+    path = f"skipped/{task.name}/{commit.attempt}.jsonl"
+    rows = skipped_rows(store.get(path) or b"", store.path(path))
+    # Joined addresses and a remote list's local files are refused with the option too.
+    return sum(row.reason == "not_allowed" and "--allow-remote" in row.detail for row in rows)

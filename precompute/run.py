@@ -14,7 +14,7 @@ from inpo.common.completeness import check_complete
 from inpo.common.console import console
 from inpo.common.device import say_device
 from inpo.common.errors import CacheIncomplete, DataError, command
-from inpo.common.log import fail, log_file, note, say, warn
+from inpo.common.log import fail, is_quiet, log_file, note, say, warn
 from inpo.common.models import Model
 from inpo.common.options import flags as flags_of
 from inpo.common.pairs import SKIP_REASONS
@@ -95,12 +95,14 @@ def run_work(
         tell = print if dry_run else say  # a dry run is asked for nothing else
         tell(resolved.to_toml(differing=True))
         tell("every other setting is its default; all are kept with the cache, in configurations/")
-        print_plan(plan, console())
+        if dry_run or not is_quiet():
+            print_plan(plan, console(stderr=not dry_run))
         print_inputs(work.source, work.tasks, unreadable)
     check_disk(plan, cache)
     if dry_run:
         return 1 if unreadable else 0
     writer = CacheWriter.open(cache, manifest)
+    work.claim(writer, committed)
     with log_file(Path(writer.store.location) if is_main and not writer.store.remote else None):
         return _make(work, model, writer, unreadable, committed, recipe, ray_options=ray_options)
 
@@ -123,7 +125,7 @@ def _make(
         for line in work.warnings(writer, committed):
             warn(line)
     failures: list[DataError] = list(unreadable)
-    start = time.perf_counter()
+    start, num_lost_races = time.perf_counter(), 0
 
     def carry_out(phase: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
         """Make what is not done yet; returns the time report."""
@@ -135,6 +137,8 @@ def _make(
         ) as progress:
 
             def on_outcome(outcome: Outcome) -> None:
+                nonlocal num_lost_races
+                num_lost_races += outcome.lost_race
                 if outcome.error is not None:
                     failures.append(outcome.error)
                     fail(outcome.error)
@@ -161,12 +165,14 @@ def _make(
         if is_main and lost is not None:
             fail(lost)
         report = carry_out(work.images, dict(enumerate(tasks)), committed, "pairs")
+    if num_lost_races:
+        note(f"{num_lost_races} shards were committed by another writer first, and stay as it made them")
     if is_main:
         num_pairs = _print_summary(
             writer, work, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
         )
         if num_pairs == 0:
-            _take_back(writer, tasks)
+            _take_back(writer, tasks, committed)
             return 1 if failures or lost is not None else None
     return 1 if failures or lost is not None else 0
 
@@ -215,8 +221,14 @@ def _next_command(resolved: Configuration, recipe: Path | None) -> str:
     if recipe is not None:
         words += ["--recipe", str(recipe)]
     if "output" not in read_recipe(recipe).get("train", {}):
-        words += ["--output", "run" if is_remote(cache) else f"{cache.rstrip('/')}-run"]
+        words += ["--output", "run" if is_remote(cache) else f"{_named(cache)}-run"]
     return command(*words)
+
+
+def _named(folder: str) -> Path:
+    """The same folder by a path that ends in its name, which `.` and `..` do not."""
+    path = Path(folder.removeprefix("file://"))
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _print_summary(
@@ -254,7 +266,7 @@ def _print_summary(
     if num_pairs == 0:
         reasons = _reasons(writer, commits).lines({task.input_shard.name: task.input_shard for task in tasks}.values())
         what = "of this bucket" if work.title else "of this source"
-        told = f"no pair was kept, so nothing {what} stays committed: {work.why_no_pair}"
+        told = f"no pair was kept, so no shard that this run made {what} stays committed: {work.why_no_pair}"
         (warn if work.title else fail)("\n  ".join([told, *reasons]))  # the other buckets may have pairs
         return 0
     say(f"next: {command('inspect', 'summary', writer.store.location)}")
@@ -272,8 +284,11 @@ def _reasons(writer: CacheWriter, commits: Mapping[str, Commit]) -> Reasons:
     return reasons
 
 
-def _take_back(writer: CacheWriter, tasks: list[ShardTask]) -> None:
+def _take_back(writer: CacheWriter, tasks: list[ShardTask], earlier: set[str]) -> None:
     """Remove the commits of a source that gave no pair: a cache without pairs is none, and the same command is to look
-    again when the images or the settings have been put right, which a committed shard would not."""
+    again when the images or the settings have been put right, which a committed shard would not. In a cache that has
+    pairs of other rows, what was committed earlier stays."""
+    has_pairs = any(commit.num_pairs for commit in open_cache(writer.store.address, allow_empty=True).commits.values())
     for task in tasks:
-        writer.store.remove(f"commits/{task.name}.json")
+        if not has_pairs or task.name not in earlier:
+            writer.store.remove(f"commits/{task.name}.json")

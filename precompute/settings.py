@@ -40,7 +40,8 @@ class PrecomputeSettings(CacheSettings):
     sdxl, or a number of buckets from 1:2 to 2:1, all with about as many pixels as the resolution's square; unset: one
     cache."""
     limit: int | None = Field(None, ge=1)
-    """Stop after the shards that hold the first N rows, of each bucket if there are any; unset: all."""
+    """Stop after the shards that hold the first N rows; with buckets those of each bucket, in the files that have the
+    first N of all. Unset: all."""
 
     def without_effect(self) -> dict[str, str]:
         no_image = {} if self.like is None else {"decode_workers": "--pairs: with --like no image is read"}

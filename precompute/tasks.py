@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.errors import DataError
 from inpo.common.pairs import InputShard, PairSource
-from inpo.common.printable import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
             tasks.append(
                 ShardTask(
                     name=f"{input_shard.name}-{start:08d}",
-                    location=shown(source.location),
+                    location=source.place,
                     input_shard=input_shard,
                     start=start,
                     stop=stop,

@@ -108,19 +108,20 @@ def list_texts(
 
     What they are does not hang on which texts are committed at this moment, so that a run that was stopped goes on with
     the same ones; only prompts that another selection of pairs has brought in already are left out. What committed
-    shards name is made as it was, also where the source ended earlier then. A window whose shards are committed with
-    their texts is not read again.
+    shards name is made as it was, also where the source ended earlier then. Where none of these is lost, a window
+    whose shards are committed is not read again.
 
     Args:
         named: the text shards that each committed shard of images names.
         by_length: shortest prompts first, so that little is padded.
     """
     wanted = {name for names in named.values() for name in names}
+    is_whole = table.names.issuperset(wanted)
     listed = [TextTask(prompts=("",))]
     seen = {_key("")}
     for first in range(0, len(tasks), WINDOW):
         window = tasks[first : first + WINDOW]
-        if all(task.name in named and table.names.issuperset(named[task.name]) for task in window):
+        if is_whole and all(task.name in named for task in window):
             continue
         left: list[str] = []
         for task in window:

@@ -173,7 +173,8 @@ class ShardWorker:
 
     def latents(self, prepared: PreparedShard, everything: Arrangement) -> Float16[Tensor, "image c h w"]:
         """x0 of every image as it is stored, on the CPU; not finite where the VAE overflows."""
-        x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
+        with in_words(None):
+            x0 = self.components.images([each.levels for each in everything.images], everything.ids).cpu()
         return coarse(x0) if self.manifest.profile == "compact" else x0
 
     def records(

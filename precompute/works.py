@@ -9,9 +9,8 @@ from inpo.common.errors import DataError, command
 from inpo.common.log import note
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
-from inpo.common.pairs.buckets import sort_pairs
 from inpo.common.sizes import size_text
-from inpo.precompute.buckets import bucket_sizes, claim_buckets
+from inpo.precompute.buckets import bucket_sizes, sort_into_buckets
 from inpo.precompute.configuration import Configuration, build_manifest, device_type
 from inpo.precompute.inputs import foreign_inputs, grouped, input_warnings, list_work
 from inpo.precompute.phases import IMAGES, TEXTS, Phase
@@ -68,6 +67,9 @@ class Work:
         """{input shard: what is wrong} for those whose shards in the cache are of another source."""
         return foreign_inputs(self.cache, self.tasks, committed)
 
+    def claim(self, writer: CacheWriter, committed: set[str]) -> None:
+        """Raise CacheMismatch if the shards that are committed depend on something else beside the manifest."""
+
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """What a user should know about the inputs."""
         return input_warnings(writer, self.tasks, committed)
@@ -79,19 +81,18 @@ def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple
     With buckets the headers of all images are read here, also beyond a limit within an input shard: what a bucket's
     shard holds does not hang on the limit, which counts in each bucket. All buckets have the levels of the square that
     they are made around, so that they can be trained on together. Raises DataError if there is nothing to do.
-    `is_real`: the list of buckets is written.
+    `is_real`: the list of buckets is written, and which row goes where.
     """
     settings = resolved.settings
     source, tasks, unreadable = list_work(resolved.data, settings)
-    settings = grouped(settings, tasks)
+    settings = grouped(settings, source)
     _note_foreign_size(settings.size, model)
     if settings.buckets is None:
         return [Work(resolved=replace(resolved, settings=settings), source=source, tasks=tasks)], unreadable
     sizes = bucket_sizes(settings.buckets, settings.size, model.family.pixel_step(model.config))
     cache = resolved.data.need("cache").rstrip("/")
-    if is_real:
-        claim_buckets(cache, sizes)
-    found, failures = sort_pairs(source, {task.input_shard.name: task.input_shard for task in tasks}.values(), sizes)
+    shards = {task.input_shard.name: task.input_shard for task in tasks}
+    found, failures = sort_into_buckets(cache, source, shards.values(), sizes, is_real=is_real)
     if not found:
         raise failures[0]
     works = []

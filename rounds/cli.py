@@ -40,6 +40,7 @@ def round_command(given: Given, recipe: RecipeOption = None) -> None:
 
     Run the same command again to resume, or with more --rounds to go on.
     """
+    from inpo.common.processes import leave
     from inpo.rounds.round import resolve_rounds, run_rounds
 
-    raise typer.Exit(stoppable(lambda: run_rounds(resolve_rounds(recipe, given[RoundSettings]))))
+    raise typer.Exit(stoppable(lambda: leave(run_rounds(resolve_rounds(recipe, given[RoundSettings])))))

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from inpo.common.pages import render
 from inpo.evaluation.compare import Comparison, to_markdown
 from inpo.rounds.figures import SampleFigures
@@ -35,10 +37,8 @@ class RoundRow:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "RoundRow":
-        """Raises TypeError or KeyError for what is no such line."""
-        figures = SampleFigures(**line["figures"])
-        interval = {name: None if each is None else (each[0], each[1]) for name, each in line["interval"].items()}
-        return cls(**{**line, "figures": figures, "interval": interval})
+        """Raises ValidationError, which is a ValueError, for what is no such line."""
+        return TypeAdapter(cls).validate_python(line)
 
 
 def warnings(rows: Sequence[RoundRow], scorers: Sequence[str]) -> list[str]:

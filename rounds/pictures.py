@@ -1,69 +1,73 @@
 """The images of a cache of samples, beside it: pairs in webdataset tars, which every command reads as a source.
 
-    CACHE-images/sample.json            what they depend on beside the cache's manifest
     CACHE-images/<shard>.tar            the pairs of a committed shard
     CACHE-images/<shard>.tar.<digest>   the same, before its commit
 
 A tar is staged first, then its shard is committed, naming the tar's digest, then the tar gets its name. A writer that
-dies in between leaves a tar that the next run names, or, without a commit that names it, removes.
+dies in between leaves a tar that the next run names, or, without a commit that names it, removes. What the images
+depend on beside the manifest stands in the cache, CACHE/sample.json.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inpo.common.cache.commits import Commit
+from inpo.common.cache.schema import SAMPLE
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, DataError, StorageError
 from inpo.common.pairs import Pair
 from inpo.common.pairs.tars import TarShard
 from inpo.data.pack import pack
 
-SAMPLE = "sample.json"
 
-
-def pictures_location(cache: str) -> str:
-    """Where the images of a cache lie."""
-    return f"{cache.rstrip('/')}-images"
+def pictures_location(cache: CacheStore) -> str:
+    """Where the images of a cache lie: one place, by whatever name the cache is called."""
+    return f"{cache.address if cache.remote else os.path.realpath(cache.address)}-images"
 
 
 class SampleTars:
     """The tars beside a cache."""
 
-    def __init__(self, cache: str) -> None:
+    def __init__(self, cache: CacheStore) -> None:
+        self.cache = cache
         self.store = CacheStore(pictures_location(cache), create=True)
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make this the place of images with these properties. Raises CacheMismatch if it has others, or holds
-        something else."""
+    def claim(self, identity: Mapping[str, Any], *, has_shards: bool) -> None:
+        """Make the cache one of images with these properties. Raises CacheMismatch if it has others, if it `has_shards`
+        and they are no samples, or if the place of the images holds something else."""
         told = json.dumps(identity, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        # Another process may be writing its claim.
-        other = [file for file in self.store.listing("") if not file.startswith(SAMPLE)]
-        if other and self.store.get(SAMPLE) is None:
+        other = list(self.store.listing(""))
+        if (has_shards or other) and self.cache.get(SAMPLE) is None:  # another process may have been quicker
             raise CacheMismatch(
-                "The folder for the images is not empty.",
-                where=self.store.location,
-                expected=f"{SAMPLE}, or a new or empty folder",
-                got=", ".join(other[:5]),
-                fix="choose another --cache, so that nothing of yours is mixed with the images",
+                "The cache has shards, and they are no samples."
+                if has_shards
+                else "The folder for the images is not empty.",
+                where=self.cache.location if has_shards else self.store.location,
+                expected=f"{SAMPLE} in the cache" if has_shards else "a new or empty folder, beside a new cache",
+                got="no such file" if has_shards else ", ".join(other[:5]),
+                fix="choose another --cache, so that nothing is mixed, or remove what is left of a cache that is gone",
             )
-        if self.store.put_new(SAMPLE, told.encode()):
+        if self.cache.put_new(SAMPLE, told.encode()):
             return
         found = self._identity()
         wrong = [name for name in sorted({*identity, *found}) if identity.get(name) != found.get(name)]
         if wrong:
             raise CacheMismatch(
                 "These samples were begun with other settings.",
-                where=self.store.path(SAMPLE),
-                expected="; ".join(f"{name} = {found.get(name)}" for name in wrong) + " (in the folder)",
+                where=self.cache.path(SAMPLE),
+                expected="; ".join(f"{name} = {found.get(name)}" for name in wrong) + " (in the cache)",
                 got="; ".join(f"{name} = {identity.get(name)}" for name in wrong) + " (this run)",
-                fix="repeat the folder's settings, or another --cache; without a tar in it, remove the folder",
+                fix="repeat the cache's settings, or another --cache"
+                if has_shards
+                else "nothing is committed here yet: remove this cache and run again, or repeat its settings",
             )
 
     def _identity(self) -> dict[str, Any]:
-        data = self.store.get(SAMPLE) or b""
+        data = self.cache.get(SAMPLE) or b""
         try:
             found = json.loads(data)
             if not isinstance(found, dict):
@@ -71,7 +75,7 @@ class SampleTars:
         except ValueError as error:
             raise DataError(
                 "The settings of these samples cannot be read.",
-                where=self.store.path(SAMPLE),
+                where=self.cache.path(SAMPLE),
                 expected="a JSON object, as `inpo sample` wrote it",
                 got=str(error),
                 fix="restore the file from a copy, or sample into another --cache",

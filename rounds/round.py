@@ -15,7 +15,7 @@ from typing import Any
 
 from inpo.common.cache import open_cache
 from inpo.common.compiled import release
-from inpo.common.durable import write_file
+from inpo.common.durable import entries, write_file
 from inpo.common.errors import UsageError
 from inpo.common.log import say
 from inpo.common.processes import processes
@@ -199,7 +199,7 @@ def run_rounds(rounds: Rounds) -> int:
             compared = [compare_folders([each, drawn], rounds.scorers)[0] for each in (first, before)]
             row = _row(rounds, number, sample_figures(open_cache(str(samples))), compared, seconds)
             lines[number] = row.to_json()
-            rows = [RoundRow.from_json(line) for _, line in sorted(lines.items())]
+            rows = [RoundRow.from_json(line) for each, line in sorted(lines.items()) if each <= number]
             write_file(folder / "page.md", table(rows, compared, rounds.scorers).encode())
             write_file(folder / "page.html", page(rows, compared, rounds.scorers).encode())
             text = "".join(json.dumps(line) + "\n" for _, line in sorted(lines.items()))
@@ -218,12 +218,12 @@ def read_lines(output: Path) -> dict[int, dict[str, Any]]:
     try:
         found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return {RoundRow.from_json(line).number: line for line in found}
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise UsageError(
             "The list of rounds cannot be read.",
             where=file,
             expected="a line for each finished round, as it was written",
-            got=str(error),
+            got="; ".join(str(error).splitlines()[:3]),
             fix="remove the lines that are damaged: those rounds are looked at again, and made only where they lack",
         ) from None
 
@@ -242,12 +242,13 @@ def _claim(rounds: Rounds) -> None:
     }
     file = rounds.output / _IDENTITY
     if not file.is_file():
-        if rounds.output.is_dir() and any(rounds.output.iterdir()):
+        other = entries(rounds.output)
+        if other:
             raise UsageError(
                 "The folder of the rounds holds something else.",
                 where=rounds.output,
                 expected="a new or empty folder, or one of these rounds",
-                got=", ".join(sorted(each.name for each in rounds.output.iterdir())[:5]),
+                got=", ".join(other[:5]),
                 fix="choose another --output",
             )
         write_file(file, (json.dumps(told, indent=1) + "\n").encode())

@@ -9,7 +9,6 @@ from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.store import digest
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs import PairSource
-from inpo.common.printable import shown
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 from inpo.common.scorer import load_scorer, scorer_names
 from inpo.evaluation.prompts import read_prompts
@@ -28,6 +27,9 @@ from inpo.rounds.worker import SAMPLES
 class SampleWork(Work):
     """A cache of the model's own samples."""
 
+    identity: Mapping[str, Any]
+    """What the images depend on beside the manifest."""
+
     @property
     def why_no_pair(self) -> str:
         return "raise --per-prompt, lower --gap, or choose another --scorer"
@@ -36,11 +38,14 @@ class SampleWork(Work):
         """None: the prompts are compared with those of the first run in any case."""
         return {}
 
+    def claim(self, writer: CacheWriter, committed: set[str]) -> None:
+        SampleTars(writer.store).claim(self.identity, has_shards=bool(committed))
+
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """Shards whose images are lost."""
         cache = open_cache(self.cache, allow_empty=True)
-        lost = SampleTars(writer.store.address).recover(cache.commits)
-        where = SampleTars(writer.store.address).store.location
+        tars = SampleTars(writer.store)
+        where, lost = tars.store.location, tars.recover(cache.commits)
         return [f"the images of committed shard {name} are not in {where}; its records are whole" for name in lost]
 
 
@@ -62,20 +67,22 @@ def run_sample(resolved: Configuration, recipe: Path | None, *, ray_options: Ray
     prompt have scores that differ."""
     settings = resolved.settings
     assert isinstance(settings, SampleSettings)
-    cache = resolved.data.need("cache")
+    resolved.data.need("cache")
     check_ray(settings, ray_options)
     source, identity = sample_source(settings)
     model = resolved.model_section.open()
     tasks = [
-        ShardTask(name=shard.name, location=shown(source.location), input_shard=shard, start=0, stop=shard.num_rows)
+        ShardTask(name=shard.name, location=source.place, input_shard=shard, start=0, stop=shard.num_rows)
         for shard in source.shards
     ]
     work = SampleWork(
-        resolved=resolved, source=source, tasks=tasks, images=SAMPLES, calls_per_image=settings.calls_per_image
+        resolved=resolved,
+        source=source,
+        tasks=tasks,
+        images=SAMPLES,
+        calls_per_image=settings.calls_per_image,
+        identity=identity,
     )
-    if not dry_run:
-        work.manifest(model, None)  # raises what settings and model do not allow, before a folder is made
-        SampleTars(cache).claim(identity)
     code = run_work(work, model, [], recipe, ray_options=ray_options, dry_run=dry_run)
     return 1 if code is None else code
 

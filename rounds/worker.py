@@ -279,7 +279,7 @@ def build_sample_worker(
     base = build_worker(model, writer, settings, device, share)
     parts: Mapping[str, Any] = vars(base)
     return SampleWorker(
-        **parts, settings=chosen, scorer=load_scorer(chosen.scorer or ""), pictures=SampleTars(writer.store.address)
+        **parts, settings=chosen, scorer=load_scorer(chosen.scorer or ""), pictures=SampleTars(writer.store)
     )
 
 

@@ -67,7 +67,12 @@ def pairs_command(
 def prompts_command(
     out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.", callback=home)],
     split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, a fair sample of the split.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="At most so many, the first of the split: one in three has one object, until these are spent."
+        ),
+    ] = None,
 ) -> None:
     """Write captions of a split as a prompts file, for `inpo evaluate generate`."""
     from inpo.toyworld.scenes import captions

@@ -50,11 +50,11 @@ class LabelledPair:
     """The label says the opposite of what the oracle thinks."""
 
 
-def write_parquet(pairs: Sequence[LabelledPair], folder: Path, part: int) -> None:
+def write_parquet(pairs: Sequence[LabelledPair], file: Path) -> None:
     """Writes one part as a parquet file with one row group."""
     rows = [_row(pair) for pair in pairs]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    with new_file(folder / f"pairs-{part:05d}.parquet") as path:
+    with new_file(file) as path:
         pq.write_table(table, path, row_group_size=len(pairs))
 
 
@@ -74,10 +74,10 @@ def _row(pair: LabelledPair) -> dict[str, Any]:
     }
 
 
-def write_webdataset(pairs: Sequence[LabelledPair], folder: Path, part: int) -> None:
+def write_webdataset(pairs: Sequence[LabelledPair], file: Path) -> None:
     """Writes one part as a tar; the preferred picture is `win`, and a tie keeps its order with label 0.5."""
     with (
-        new_file(folder / f"pairs-{part:05d}.tar") as path,
+        new_file(file) as path,
         path.open("wb") as stream,
         webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar,
     ):
@@ -89,7 +89,13 @@ def write_webdataset(pairs: Sequence[LabelledPair], folder: Path, part: int) -> 
             )
 
 
-WRITERS: dict[str, Callable[[Sequence[LabelledPair], Path, int], None]] = {
+WRITERS: dict[str, Callable[[Sequence[LabelledPair], Path], None]] = {
     "parquet": write_parquet,
     "webdataset": write_webdataset,
 }
+_SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
+
+
+def part_file(folder: Path, format: str, part: int) -> Path:
+    """Where a part lies in a folder of pairs."""
+    return folder / format / f"pairs-{part:05d}.{_SUFFIXES[format]}"

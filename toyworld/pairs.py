@@ -26,14 +26,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
-from inpo.common.durable import write_file
-from inpo.common.errors import UsageError
+from inpo.common.durable import entries, write_file
+from inpo.common.errors import DataError, UsageError
 from inpo.common.progress import ProgressReport
 from inpo.common.seeding import normal, stable_hash, uniform
+from inpo.common.text import read_text
 from inpo.toyworld.mixed_quality import foreign_look, mixed_render
 from inpo.toyworld.oracle import OracleScorer
-from inpo.toyworld.pair_files import WRITERS, LabelledPair
+from inpo.toyworld.pair_files import WRITERS, LabelledPair, part_file
 from inpo.toyworld.sampling import GUIDANCE, LATENT_SHAPE, MODELS, STEPS, generate
 from inpo.toyworld.scenes import captions, parse_caption
 from inpo.toyworld.split import Split
@@ -244,7 +246,7 @@ def make_pairs(settings: PairSettings, folder: Path, *, quiet: bool = False) -> 
                 pairs += batch
                 progress.advance(len(batch))
             for name in settings.formats:
-                WRITERS[name](pairs, folder / name, part)
+                WRITERS[name](pairs, part_file(folder, name, part))
             parts[str(part)] = {
                 "pairs": len(pairs),
                 "ties": sum(pair.label_0 == 0.5 for pair in pairs),
@@ -254,28 +256,60 @@ def make_pairs(settings: PairSettings, folder: Path, *, quiet: bool = False) -> 
     return PairReport.of(parts)
 
 
+class _Counts(BaseModel):
+    pairs: int
+    ties: int
+    flipped: int
+
+
+class _Record(BaseModel):
+    """What is read of toyworld.json."""
+
+    settings: dict[str, Any]
+    parts: dict[str, _Counts]
+
+
 def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str, int]]:
     """Counts of the parts that lie in `folder` already, by part; begins the record of a new or empty folder."""
     record = folder / RECORD
     if record.exists():
-        found = json.loads(record.read_text())
-        ours = settings.identity()
-        if found["settings"] != ours:
-            differ = [name for name in ours if found["settings"].get(name) != ours[name]]
+        found, ours = _read_record(record), settings.identity()
+        differ = [name for name in ours if found.settings.get(name) != ours[name]]
+        if differ:
             raise UsageError(
                 "this folder holds pairs of other settings",
                 where=folder,
                 expected=", ".join(f"{name} = {ours[name]}" for name in differ),
-                got=", ".join(f"{name} = {found['settings'].get(name)}" for name in differ),
+                got=", ".join(f"{name} = {found.settings.get(name)}" for name in differ),
                 fix="choose another folder, or remove this one",
             )
-        return found["parts"]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return {
+            str(part): found.parts[str(part)].model_dump()
+            for part in range(settings.num_parts)
+            if str(part) in found.parts and all(part_file(folder, name, part).is_file() for name in settings.formats)
+        }
+    if entries(folder) or (folder.exists() and not folder.is_dir()):
         raise UsageError(
             "this folder holds something else", where=folder, expected="a new or empty folder", fix="choose another one"
         )
     _write_record(settings, folder, {})
     return {}
+
+
+def _read_record(file: Path) -> _Record:
+    """Raises DataError for what is no such record."""
+    fix = "remove the file and the folders beside it, and make the pairs again"
+    text = read_text(file, what="The record of the pairs cannot be read.", error=DataError, fix=fix)
+    try:
+        return _Record.model_validate(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "The record of the pairs cannot be read.",
+            where=file,
+            expected="a JSON object, as `inpo toyworld pairs` wrote it",
+            got="; ".join(str(error).splitlines()[:3]),
+            fix=fix,
+        ) from None
 
 
 def _write_record(settings: PairSettings, folder: Path, parts: dict[str, dict[str, int]]) -> None:

@@ -158,7 +158,7 @@ def parse_caption(caption: str) -> Scene:
 def captions(split: Split) -> tuple[str, ...]:
     """The captions of one split, from a stable hash: 65% train, 15% validation, 20% test.
 
-    They are shuffled by another hash so that any prefix is a fair sample: one caption in three has one object, until
+    They are shuffled by another hash so that any prefix is mixed alike: one caption in three has one object, until
     there are no more of these.
     """
     if split not in SPLITS:

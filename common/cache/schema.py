@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SAMPLE = "sample.json"
+"""What samples depend on beside the manifest."""
 BUCKETS = "buckets.json"
 """In a folder whose caches are those of buckets: {"buckets": [their folders]}."""
 REMOVING = ".removing"
-"""Ends the name of the mark beside an attempt that `inpo inspect clean` is removing."""
+"""Ends the name of a mark beside an attempt, `<attempt>.<random>.removing`: `inpo inspect clean` is removing it."""
 CONFIGURATION_SEAL = "# digest of the lines above: "
 
 _TABLES = ("signal", "noise", "label")

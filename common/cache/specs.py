@@ -159,7 +159,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
         "reference_error",
         "float32",
         _RECORD,
-        "E_ref: mean over channel, height, width of (target - eps_ref(x_t, t, caption))^2",
+        "E_ref: mean over channel, height, width of (target - prediction)^2, the reference's at x_t under the caption",
     ),
     _whole(
         "inversion_error",
@@ -170,7 +170,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
     _whole("timestep", "int16", ("group", "record"), "kept timesteps, ascending, 0..T-1"),
     _whole("image/id", "string", ("image",), "digest of the image's file (blake2b, 128 bits)"),
     _whole("image/group", "int32", ("image",), "row of the group, ascending"),
-    _whole("image/score", "float32", ("image",), "the source's own score of the image; NaN: none"),
+    _whole("image/score", "float32", ("image",), "the source's own score of the image; NaN: none on its group's scale"),
     _whole("group/id", "string", ("group",), "the pair's id, or where groups are lists or prompts a digest"),
     _whole(
         "group/prompt",

@@ -119,6 +119,7 @@ class _Run:
             "model": model,
             "location": writer.store.address,
             "manifest": writer.manifest,
+            "manifest_digest": writer.manifest_digest,
             "settings": settings,
         }
         self._use_gpus = has_gpus()

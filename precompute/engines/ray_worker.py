@@ -16,8 +16,8 @@ import torch
 from inpo.common.cache import CacheWriter, Manifest
 from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
-from inpo.common.cache.store import CacheStore
-from inpo.common.errors import CacheMismatch, CacheMissing, InpoError
+from inpo.common.cache.store import CacheStore, digest
+from inpo.common.errors import CacheCorrupt, CacheMismatch, CacheMissing, InpoError
 from inpo.common.recipe import ModelSection
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.phases import Phase
@@ -46,6 +46,7 @@ class RayWorker:
         model: ModelSection,
         location: str,
         manifest: Manifest,
+        manifest_digest: str,
         settings: PrecomputeSettings,
     ) -> None:
         # Relative paths of pairs and model mean the driver's folder, where this node has it.
@@ -55,6 +56,7 @@ class RayWorker:
         self._model = model
         self._location = location
         self._manifest = manifest
+        self._manifest_digest = manifest_digest
         self._settings = settings
         self._timing = Timing()
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
@@ -74,7 +76,7 @@ class RayWorker:
                     got=model.fingerprints,
                     fix="put the same files at this path on every node",
                 )
-            writer = _open_writer(self._location, self._manifest)
+            writer = _open_writer(self._location, self._manifest, self._manifest_digest)
         except InpoError as error:
             return error
         # Ray shows a worker only the devices that it was given.
@@ -125,7 +127,7 @@ class RayWorker:
                 promise.set_exception(error)
 
 
-def _open_writer(location: str, manifest: Manifest) -> CacheWriter:
+def _open_writer(location: str, manifest: Manifest, manifest_digest: str) -> CacheWriter:
     """The cache that the driver has opened already: never made anew here, or a node would fill a disk of its own."""
     fix = "use storage that every node reaches by this address: a shared file system, s3:// or gs://"
     try:
@@ -145,4 +147,12 @@ def _open_writer(location: str, manifest: Manifest) -> CacheWriter:
         )
     existing = Manifest.from_json(data, store.path(MANIFEST))
     check_identity(existing, manifest, location)
+    if digest(data) != manifest_digest:
+        raise CacheCorrupt(
+            f"Node {socket.gethostname()} finds another manifest than the run began with.",
+            where=store.path(MANIFEST),
+            expected=f"digest {manifest_digest}",
+            got=digest(data),
+            fix="manifest.json was edited or replaced: restore it from a copy",
+        )
     return CacheWriter(store, existing, data)

@@ -1,5 +1,6 @@
 """What is written is what is read, whatever the shapes, the profile and the store."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from inpo.common.cache import CacheWriter, Manifest, TextCommit, open_cache
 from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import coarse, point_from_target, round_to_half, split, stored_point
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.specs import ArraySpec
 from inpo.common.conditions import Condition, read_prompts
 from inpo.common.errors import CacheIncomplete, CacheMissing, CacheSchemaError
@@ -265,6 +267,25 @@ def test_every_chunk_is_checksummed_and_only_texts_are_compressed(tmp_path, buil
             zstd = ["zstd"] if specs is manifest.text_specs else []
             names = [codec["name"] for codec in codecs]
             assert names == ["vlen-utf8" if spec.is_text else "bytes", *zstd, "crc32c"]
+
+
+def test_a_shard_has_the_files_and_bytes_that_scaling_md_counts_with(tmp_path, build):
+    said = " ".join((Path(__file__).parents[2] / "docs" / "scaling.md").read_text().split())
+    files, bytes_per_pair = {}, {"full": [], "lean": []}
+    for profile, steps in itertools.product(("full", "lean", "compact"), (1, 4, 10)):
+        folder = tmp_path / f"{profile}-{steps}"
+        manifest = build.cache(folder, pairs=(2,), profile=profile, steps=steps, latent=(4, 64, 64))
+        (listed,) = (commit.files for commit in open_cache(str(folder)).commits.values())
+        files[profile] = len(listed)
+        chunks = [manifest.specs[path] for path in manifest.specs if manifest.specs[path].chunking != "whole"]
+        # Of a whole shard: the checksum at the end of a file's index stands once for all of its pairs.
+        size = sum(listed[spec.chunk_file] - 4 for spec in chunks) / 2 + 4 * len(chunks) / MAX_PAIRS_PER_SHARD
+        if profile != "compact":
+            bytes_per_pair[profile].append(f"{round(size):,}")
+    assert f"a shard: {files['full']} files ({files['lean']} lean, {files['compact']} compact)" in said
+    one, four, ten = bytes_per_pair["full"]
+    assert f"{one} bytes a pair at K = 1, {four} at K = 4, {ten} at K = 10" in said
+    assert f"lean: {', '.join(bytes_per_pair['lean'])}" in said
 
 
 def test_a_shard_without_pairs_is_committed_and_holds_nothing(tmp_path, build):

@@ -52,7 +52,13 @@ def test_doctor_names_versions_device_disk_hub_and_what_is_missing(tmp_path, mon
     assert done.exit_code in (0, 1)
     for words in ("torch ", "diffusers ", "torch is built for", "free at", "hub: ", "not installed", str(tmp_path)):
         assert words in done.output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert re.search("only for: .*torchao.*datasets", invoke("doctor", str(tmp_path)).output)
     (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        refused = invoke("doctor", str(path))
+        assert refused.exit_code == 1
+        assert f"problem: {tmp_path / 'file'} is not a folder" in refused.output
     monkeypatch.setattr("inpo.common.device.why_no_gpu", lambda: "an NVIDIA GPU is there, and torch cannot use it")
     broken = invoke("doctor", str(tmp_path))
     assert broken.exit_code == 1

@@ -79,6 +79,28 @@ def test_a_message_names_the_option_or_the_file_that_the_value_came_from(tmp_pat
     assert caught.value.where == "--model-config"
 
 
+def test_a_revision_is_of_the_model_beside_it(tmp_path):
+    sections = recipe(tmp_path, '[model]\nmodel = "owner/name"\nrevision = "v1"\nvae = "other/vae"\n')
+
+    def told(**flags: str) -> tuple[str | None, str | None]:
+        found = resolve(ModelSection, "model", sections, flags)
+        assert found.vae == "other/vae"
+        return found.model, found.revision
+
+    assert told() == told(model="owner/name") == ("owner/name", "v1")
+    assert told(model="round-1/run/pipeline") == ("round-1/run/pipeline", None)
+    assert told(model="owner/other", revision="v2") == ("owner/other", "v2")
+    assert told(revision="v2") == ("owner/name", "v2")
+
+
+def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rounds").mkdir()
+    assert "round" in read_recipe(Path("rounds"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(tmp_path / "rounds")
+
+
 def test_a_recipe_in_another_encoding(tmp_path):
     file = tmp_path / "r.toml"
     file.write_bytes('[data]\npairs = "Bücher"\n'.encode("latin-1"))

@@ -41,12 +41,11 @@ def alone(samples: Samples, zygote: Zygote, tmp_path_factory: pytest.TempPathFac
 
 
 def images(cache: Path) -> dict[str, list[str]]:
-    """{tar: its members}, and no other file but the settings."""
+    """{tar: its members}, and no other file."""
     found = {}
     for file in Path(f"{cache}-images").iterdir():
-        if file.name != "sample.json":
-            with tarfile.open(file) as tar:
-                found[file.name] = tar.getnames()
+        with tarfile.open(file) as tar:
+            found[file.name] = tar.getnames()
     return found
 
 

@@ -114,7 +114,9 @@ class Runs:
     """What it gave for each."""
     prepare_texts: Callable[[TextEncoder], None] | None = None
 
-    def __call__(self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, **flags: Any) -> int:
+    def __call__(
+        self, pairs: str, model: Path, cache: Path, *, dry_run: bool = False, allow_remote: bool = False, **flags: Any
+    ) -> int:
         settings = {
             "resolution": 32,
             "grid_points": 3,
@@ -127,7 +129,7 @@ class Runs:
         return run_precompute(
             None,
             {"model": str(model)},
-            {"pairs": pairs, "cache": str(cache)},
+            {"pairs": pairs, "cache": str(cache), "allow_remote": allow_remote},
             settings,
             ray_options=RayOptions(),
             dry_run=dry_run,

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import inpo.precompute.run as run_module
 import inpo.precompute.tasks as tasks_module
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.buckets import open_caches
@@ -134,6 +135,66 @@ def test_what_comes_later_loses_no_row_of_a_bucket(
     assert ids_of(cache) == whole
 
 
+@pytest.mark.parametrize("comes", ["before it is read", "for a second process", "for a second run"])
+def test_an_image_that_comes_later_moves_no_row(
+    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: str
+) -> None:
+    """It is of another shape than most of its file: cropped for the bucket it stands in it would be another image."""
+    monkeypatch.setattr(tasks_module, "MAX_PAIRS_PER_SHARD", 2)
+    cache, missing = tmp_path / "cache", shapes / "gone.png"
+    list_works = run_module.all_works
+
+    def later(*arguments: Any, **options: Any) -> Any:
+        works = list_works(*arguments, **options)
+        missing.write_bytes(picture(1, 64, 32))
+        return list_works(*arguments, **options) if comes == "for a second process" else works
+
+    if comes != "for a second run":
+        monkeypatch.setattr(run_module, "all_works", later)
+    (shapes / "0-lose.png").write_bytes(picture(0, 64, 32))  # row 4's other image; row 0 has both shapes now
+    assert run(str(shapes), pipelines(), cache, buckets="3") == 0
+    missing.write_bytes(picture(1, 64, 32))
+    if comes == "for a second run":
+        for commit in (cache / "32x32" / "commits").iterdir():
+            commit.unlink()  # what makes a shard anew
+        assert run(str(shapes), pipelines(), cache, buckets="3") == 0
+    assert ids_of(cache) == {(32, 32): ["3"], (44, 24): ["1"]}
+    found = {each.manifest.resolution: each for each in open_caches(str(cache))}
+    skipped = [commit.skipped for commit in found[32, 32].commits.values()]
+    assert skipped == [{"mixed_sizes": 1}, {"mixed_sizes": 2}] or skipped == [{"mixed_sizes": 2}, {"mixed_sizes": 1}]
+    assert "gone" in {text for texts in found[32, 32].texts for text in texts.text}
+
+
+def test_a_damaged_list_of_rows_is_told(pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path) -> None:
+    assert run(two_lists, pipelines(), tmp_path / "cache", buckets="3") == 0
+    kept = {file: file.read_bytes() for file in (tmp_path / "cache" / "buckets").iterdir()}
+    assert len(kept) == 2
+    for file, data in kept.items():
+        file.write_bytes(data.replace(b"[", b"[7, ", 1))
+    with pytest.raises(DataError, match=r"(?s)which bucket a row is in.*remove it"):
+        run(two_lists, pipelines(), tmp_path / "cache", buckets="3")
+    for file in kept:
+        file.unlink()
+    assert run(two_lists, pipelines(), tmp_path / "cache", buckets="3") == 0
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+def test_a_tie_of_two_buckets_goes_the_same_way_whatever_lies_beside_it(
+    pipelines: Callable, shapes: Path, run: Callable, tmp_path: Path
+) -> None:
+    high, square = ((shapes / f"{number}-win.png").read_bytes() for number in (1, 0))
+    folder = tmp_path / "ties"
+    folder.mkdir()
+    rows = [(high, high, "h"), (square, square, "s"), (high, None, "-")]
+    table = [{"win": win, "lose": lose, "prompt": name, "id": name} for win, lose, name in rows]
+    pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet")
+    assert run(str(folder), pipelines(), tmp_path / "alone", buckets="3") == 0
+    pq.write_table(pa.Table.from_pylist([{**table[0], "id": "b"}]), folder / "b.parquet")
+    assert run(str(folder), pipelines(), tmp_path / "both", buckets="3") == 0
+    lists = [[each.read_bytes() for each in (tmp_path / name / "buckets").glob("a.*")] for name in ("alone", "both")]
+    assert lists[0] == lists[1]
+
+
 def test_labels_of_a_bucket_come_from_the_source_of_all(
     pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path
 ) -> None:
@@ -236,7 +297,7 @@ def test_a_bucket_without_a_pair_is_told_and_the_others_are_made(
     cut(1)
     assert run(str(shapes), pipelines(), tmp_path / "cache", buckets="3") == 0
     said = capsys.readouterr().err
-    assert "warning: no pair was kept, so nothing of this bucket stays committed" in said
+    assert "warning: no pair was kept, so no shard that this run made of this bucket stays committed" in said
     assert "1 x truncated" in said
     assert [each.num_pairs for each in open_caches(str(tmp_path / "cache"), on_empty=lambda _: None)] == [2]
     cut(0)

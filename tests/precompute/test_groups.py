@@ -1,6 +1,7 @@
 """`--group prompt`: images of one prompt share grid and noise, and one that several pairs share is inverted once."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 
 from inpo.common.cache import Shard
+from inpo.common.choices import GroupName
 from inpo.common.errors import UsageError
+from inpo.common.pairs import Pair, open_source
+from inpo.common.pairs.decode import PreparedPair, prepare_pair
 from inpo.common.seeding import normal
 from inpo.common.spread import SPREAD_RECORDS
+from inpo.precompute.arrange import arrange
 from tests.precompute.conftest import Example, assert_same_but_for_rounding, png
 
 PROMPT, OTHER = "a red cat", "a blue dog"
@@ -139,6 +144,40 @@ def test_an_image_against_itself_stays_two_images(
     assert shard.sides().tolist() == [[0, 1], [0, 2]]
     np.testing.assert_array_equal(shard.read("image/id")[0], shard.read("image/id")[2])
     np.testing.assert_array_equal(shard.read("x0")[0], shard.read("x0")[2])
+
+
+A_B = {"images": ["a.png", "b.png"], "ranks": [1, 2]}
+C_D_A = {"images": ["c.png", "d.png", "a.png"], "ranks": [1, 2, 3]}
+RATED = {"win": "a.png", "lose": "b.png", "score_win": 5, "score_lose": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "scores"),
+    [
+        ([C_D_A], "list", [-1, -2, -3]),
+        ([A_B, C_D_A], "list", [np.nan] * 4),
+        ([A_B, {"images": ["c.png", "d.png"], "ranks": [1, 2]}], "list", [np.nan] * 4),
+        ([A_B | {"id": "x"}, C_D_A | {"id": "y"}], "list", [-1, -2, -1, -2, -3]),
+        ([A_B | {"id": "x"}, C_D_A | {"id": "y"}], "prompt", [np.nan] * 4),
+        ([{"images": ["a.png", "b.png", "a.png"], "ranks": [1, 2, 3], "id": "x"}], "list", [np.nan] * 3),
+        ([RATED, {"win": "a.png", "lose": "c.png", "score_win": 5, "score_lose": 3}], "prompt", [5, 1, 3]),
+        ([RATED, {"win": "a.png", "lose": "c.png", "score_win": 4, "score_lose": 3}], "prompt", [np.nan] * 3),
+        ([RATED | {"scores_of": 1}, RATED | {"lose": "c.png", "scores_of": 2}], "prompt", [np.nan] * 3),
+        ([RATED, {"win": "a.png", "lose": "c.png"}], "prompt", [5, 1, np.nan]),
+    ],
+)
+def test_a_group_has_scores_where_they_are_one_scale(
+    examples: Callable, tmp_path: Path, rows: list[dict[str, object]], group: GroupName, scores: list[float]
+) -> None:
+    """A rank is one among its own ranking's: objectives of lists would order the others by it, against the labels."""
+    for name, pair in zip("abcd", examples(4), strict=True):
+        (tmp_path / f"{name}.png").write_bytes(png(pair.win))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"prompt": PROMPT}) + "\n" for row in rows))
+    (shard,) = open_source(str(tmp_path / "pairs.jsonl")).shards
+    pairs = [prepare_pair(pair, False, resolution=(32, 32)) for pair in shard.rows(0, 99) if isinstance(pair, Pair)]
+    assert len(pairs) == shard.num_rows
+    arrangement = arrange([pair for pair in pairs if isinstance(pair, PreparedPair)], group)
+    np.testing.assert_array_equal(arrangement.scores, scores)
 
 
 def test_where_an_image_breaks_down_its_pairs_go_and_the_others_stay(

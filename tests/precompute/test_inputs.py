@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -111,6 +113,20 @@ def test_a_second_source_without_pairs_leaves_the_first_alone(
     assert open_cache(str(tmp_path / "cache")).commits == before.commits
 
 
+def test_a_limit_whose_rows_give_no_pair_takes_nothing_back_that_was_there(
+    pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without an earlier run nothing of it is left, so that the same command looks again."""
+    monkeypatch.setattr("inpo.precompute.tasks.MAX_PAIRS_PER_SHARD", 1)
+    source = write_list([{"prompt": "a cat", "label": 0.5}, {"prompt": "a dog"}])
+    assert run(source, pipelines(), tmp_path / "fresh", limit=1) == 1
+    assert not list((tmp_path / "fresh" / "commits").iterdir())
+    whole = run.cache(source, pipelines(), tmp_path / "cache")
+    assert [commit.num_pairs for commit in whole.commits.values()] == [0, 1]
+    assert run(source, pipelines(), tmp_path / "cache", limit=1) == 1
+    assert open_cache(str(tmp_path / "cache")).commits == whole.commits
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -153,6 +169,29 @@ def test_a_changed_input_under_a_committed_shard_is_reported_and_the_shard_stays
     (tmp_path / "cache" / "commits" / f"{name}.json").unlink()
     again = run.cache(source, pipelines(), tmp_path / "cache")
     assert "a horse" in again.shards[name].prompts()
+
+
+def test_rows_that_were_not_allowed_are_told_where_they_are_now(
+    pipelines: Callable, write_list: Callable, run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The committed shard stays, and the run says what to move away."""
+    source = write_list([{"prompt": "a cat"}, {"prompt": "a dog", "win": str(tmp_path / "outside.png")}])
+    shutil.copy(f"{source}/win.png", tmp_path / "outside.png")
+    before = run.cache(source, pipelines(), tmp_path / "cache")
+    (name,) = before.commits
+    assert before.commits[name].skipped == {"not_allowed": 1}
+    run(source, pipelines(), tmp_path / "cache")
+    assert "warning" not in capsys.readouterr().err
+    assert run.cache(source, pipelines(), tmp_path / "cache", allow_remote=True).commits == before.commits
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    commit = tmp_path / "cache" / "commits" / f"{name}.json"
+    for words in (name, "without 1 rows that --allow-remote reads", str(commit)):
+        assert words in line
+    # Doing as the line says reads them.
+    commit.unlink()
+    assert run.cache(source, pipelines(), tmp_path / "cache", allow_remote=True).num_pairs == 2
+    run(source, pipelines(), tmp_path / "cache", allow_remote=True)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_public_mirrors_tars_give_the_same_cache_as_our_own_layout(
@@ -294,6 +333,7 @@ def test_another_sources_file_of_the_same_name_is_left_out_and_told(
     run: Callable,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Files are often called alike. Those of the cache stay, and nobody is told that the new ones are in it."""
     model, cache = pipelines(), tmp_path / "cache"
@@ -315,6 +355,31 @@ def test_another_sources_file_of_the_same_name_is_left_out_and_told(
     after = open_cache(str(cache))
     assert len(after.commits) == 2
     assert after.commits.items() > before.commits.items()
+    # Also where both have one name in two folders that are worked in.
+    monkeypatch.chdir(tmp_path / "one")
+    assert run(".", model, tmp_path / "third") == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert run(".", model, tmp_path / "third") == 1
+    assert "Another source's file of this name" in capsys.readouterr().err
     # The same rows at another place are the same source.
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     assert run(str(tmp_path / "moved"), model, cache) == 0
+
+
+def test_groups_are_lists_where_a_file_beyond_the_limit_has_rankings(
+    pipelines: Callable, examples: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """Or a limited cache could not be completed."""
+    pairs = examples(3)
+    images = [encode(pair.win) for pair in pairs]
+    tables = {
+        "a": [{"prompt": "a cat", "win": images[0], "lose": images[1]}],
+        "b": [{"prompt": "a dog", "images": images, "ranks": [1, 2, 3]}],
+    }
+    (tmp_path / "pairs").mkdir()
+    for name, rows in tables.items():
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs" / f"{name}.parquet")
+    source = str(tmp_path / "pairs")
+    first = run.cache(source, pipelines(), tmp_path / "cache", limit=1)
+    assert (first.num_pairs, first.manifest.group) == (1, "list")
+    assert run.cache(source, pipelines(), tmp_path / "cache").num_pairs == 4

@@ -1,6 +1,7 @@
 """Whole runs: resume, quarantine, refusals, and what a user is told."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 from inpo.common.cache import open_cache
 from inpo.common.errors import CacheMismatch, DataError, InpoError, ModelError, UsageError
+from inpo.common.log import set_level
 from inpo.common.testing import save_tiny_pipeline
 from inpo.precompute.components import Components
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
+from inpo.precompute.worker import ShardWorker
 from tests.precompute.conftest import Runs
 
 
@@ -40,19 +43,27 @@ def test_resume_makes_no_committed_shard_again(
             np.testing.assert_array_equal(shard.read(path), done.shards[name].read(path), err_msg=path)
     # Once more: nothing is left, and no model is even loaded.
     loaded = len(run.components)
-    assert "bytes of x_t" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "bytes of x_t" in said.err
+    assert said.out == "", "nothing was asked for"
     assert run(source, pipelines(), tmp_path / "parts") == 0
     assert len(run.components) == loaded
-    said = capsys.readouterr().out
-    assert "3 (3 committed already)" in said
-    assert "bytes of" not in said
+    again = capsys.readouterr().err
+    assert "3 (3 committed already)" in again
+    assert "bytes of x_t" not in again
+    before_quiet = set_level(logging.WARNING)
+    try:
+        assert run(source, pipelines(), tmp_path / "parts") == 0
+        assert "committed already" not in "".join(capsys.readouterr())
+        assert run(source, pipelines(), tmp_path / "parts", dry_run=True) == 0
+        assert "3 (3 committed already)" in capsys.readouterr().out
+    finally:
+        set_level(before_quiet)
 
 
 def test_a_run_that_dies_between_shards_is_completed(
     pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inpo.precompute.worker import ShardWorker
-
     source = tars(6, 2)
     compute, made = ShardWorker.compute, []
 
@@ -313,3 +324,19 @@ def test_weights_are_hashed_once_and_loaded_once(
     monkeypatch.setattr(models.fingerprint, "of_weights", hashing)
     assert run(tars(4, 2), pipelines(), tmp_path / "cache") == 0
     assert sorted(read) == [(how, name) for how in ("hash", "load") for name in ("text_encoder", "unet", "vae")]
+
+
+def test_what_another_writer_has_committed_first_is_said_and_kept(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source, theirs = tars(2, 1), []
+    write = ShardWorker.write
+
+    def second(self: ShardWorker, task: Any, data: Any) -> Any:
+        theirs.append(write(self, task, data))
+        return write(self, task, data)
+
+    monkeypatch.setattr(ShardWorker, "write", second)
+    cache = run.cache(source, pipelines(), tmp_path / "cache")
+    assert [each.attempt for each in cache.commits.values()] == [each.attempt for each in theirs]
+    assert "2 shards were committed by another writer first" in capsys.readouterr().err

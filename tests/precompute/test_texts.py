@@ -313,3 +313,28 @@ def test_rows_are_as_long_as_the_longest_of_their_shard_and_the_network_does_not
 
 def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "embedding" else torch.int32
+
+
+def test_lost_text_shards_are_made_again_whatever_lies_between(
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the second window, whose first prompt stands in the first one's text shard: that window is read again too."""
+    monkeypatch.setattr(texts_module, "WINDOW", 3)
+    prompts = ("a cat", "a dog", "a cat", "a cat", "a sky", "a house")
+    pairs = [replace(pair, prompt=prompt) for pair, prompt in zip(examples(6), prompts, strict=True)]
+    source = write_tars(tmp_path / "pairs", pairs, 1)
+    first = run.cache(source, pipelines(), tmp_path / "cache", limit=5, **QUICK)
+    whole = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    lost = [each for each in of_prompts(whole) if list(each.text) in (["a sky"], ["a house"])]
+    assert len(lost) == 2
+    assert len(of_prompts(first)) + 1 == len(of_prompts(whole))
+    for each in lost:
+        (tmp_path / "cache" / "text-commits" / f"{each.name}.json").unlink()
+    after = run.cache(source, pipelines(), tmp_path / "cache", **QUICK)
+    assert after.commits == whole.commits
+    assert attempts(after).keys() == attempts(whole).keys()

@@ -20,7 +20,9 @@ from inpo.common.models import open_model
 from inpo.rounds.figures import sample_figures
 from inpo.rounds.page import RoundRow, warnings
 from inpo.rounds.round import read_lines, resolve_rounds, run_rounds
+from inpo.toyworld.scenes import captions
 from inpo.train.output import write_output
+from tests.launching import Zygote, ranks
 from tests.rounds.conftest import Brightness, Samples
 
 SAMPLED = ("a red cat", "a blue dog", "photo of the sky", "green house")
@@ -101,6 +103,19 @@ def test_a_round_begins_where_the_one_before_ended(
             assert "diversity" in (output / f"round-{number}" / name).read_text()
 
 
+def test_two_processes_make_whole_rounds(recipe: Callable, zygote: Zygote, tmp_path: Path) -> None:
+    scorers = {
+        "sample": {"scorer": "toyworld-oracle"},
+        "evaluate": {"scorers": ["toyworld-oracle", "toyworld-heldout"]},
+    }
+    asked = ["round", "--recipe", str(recipe(**scorers)), "--rounds", "1"]
+    for name, prompts in (("sampled", captions("train")[:4]), ("held-out", captions("test")[:2])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    both = [zygote.start(asked, environment) for environment in ranks(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.text()[-3000:] for process in both]
+    assert sorted(read_lines(tmp_path / "rounds")) == [1]
+
+
 def test_what_a_run_did_not_train_is_what_it_was(pipelines: Callable, tmp_path: Path) -> None:
     """Written in another dtype, and with another version's files; but what is changed later is another component."""
     half = tmp_path / "half"
@@ -152,6 +167,33 @@ def test_it_resumes_anywhere_and_goes_on(
     assert json.loads((output / "round-2" / "prompts.json").read_text()) == list(SAMPLED[2:])
     with pytest.raises(UsageError, match="prompts_per_round"):
         run_rounds(resolve_rounds(recipe(round={"prompts_per_round": 3}), {}))
+
+
+def test_a_round_whose_line_is_damaged_is_looked_at_again(recipe: Callable, sample: Samples, tmp_path: Path) -> None:
+    file, output = recipe(), tmp_path / "rounds"
+    assert run_rounds(resolve_rounds(file, {})) == 0
+    whole = (output / "rounds.jsonl").read_text()
+    first, second = whole.splitlines()
+    for damaged in (
+        second.replace('"number": 2', '"number": "two"'),
+        json.dumps({**json.loads(second), "interval": [1, 2]}),
+        json.dumps({**json.loads(second), "seconds": {"points": "long"}}),
+        json.dumps({**json.loads(second), "figures": 1}),
+        "[]",
+        second[:40],
+    ):
+        (output / "rounds.jsonl").write_text(f"{first}\n{damaged}\n")
+        with pytest.raises(UsageError, match="cannot be read"):
+            run_rounds(resolve_rounds(file, {}))
+    (output / "rounds.jsonl").write_text(f"{second}\n")
+    calls = sample.network_calls
+    assert run_rounds(resolve_rounds(file, {})) == 0
+    assert sample.network_calls == calls
+    again = [{**json.loads(line), "seconds": {}} for line in (output / "rounds.jsonl").read_text().splitlines()]
+    assert again == [{**json.loads(line), "seconds": {}} for line in (first, second)]
+    rows = [line.split(" | ")[0] for line in (output / "round-1" / "page.md").read_text().splitlines()]
+    assert "| 1" in rows
+    assert "| 2" not in rows
 
 
 def test_what_cannot_tell_what_was_learnt_is_refused(recipe: Callable, tmp_path: Path) -> None:

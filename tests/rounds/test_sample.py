@@ -1,5 +1,6 @@
 """`inpo sample` as a run: what is counted, resumed, refused, and what other commands do with its outcome."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import inpo.rounds.prompts as prompts_module
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.cache.labels import read_shard_labels
+from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.models import open_model
 from inpo.common.pairs import Pair, open_source
@@ -94,7 +96,7 @@ def test_what_is_committed_is_not_made_again_and_has_its_images(
         name: commit.attempt for name, commit in opened.commits.items()
     }.items()
     files = {file.name for file in Path(f"{cache}-images").iterdir()}
-    assert files == {"sample.json", *(f"{name}.tar" for name in opened.commits)}
+    assert files == {f"{name}.tar" for name in opened.commits}
     assert len(pictures(cache)) == opened.num_pairs
     sample.components.clear()
     assert sample(pipelines(), cache) == 0
@@ -117,17 +119,55 @@ def test_a_shard_that_is_made_again_has_its_own_images(
     assert shard.read("image/score")[shard.sides()].tolist() == scores
 
 
-def test_processes_that_begin_together_claim_the_folder_together(tmp_path: Path) -> None:
-    one, other = (SampleTars(str(tmp_path / "cache")) for _ in range(2))
+def test_processes_that_begin_together_claim_the_cache_together(tmp_path: Path) -> None:
+    one, other = (SampleTars(CacheStore(str(tmp_path / "cache"), create=True)) for _ in range(2))
     listing = one.store.listing
 
     def meanwhile(prefix: str) -> dict[str, int]:
-        other.claim({"scorer": "brightness"})
-        (tmp_path / "cache-images" / "sample.json.0.staged").touch()
+        other.claim({"scorer": "brightness"}, has_shards=False)
+        (tmp_path / "cache-images" / "first.tar.0").touch()
         return listing(prefix)
 
     one.store.listing = meanwhile  # type: ignore[method-assign]
-    one.claim({"scorer": "brightness"})
+    one.claim({"scorer": "brightness"}, has_shards=False)
+
+
+def test_one_cache_is_one_by_whatever_name(
+    sample: Samples, pipelines: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (tmp_path / "link").symlink_to("cache")
+    monkeypatch.chdir(cache)
+    sample.cache(pipelines(), Path("."))
+    assert f"--output {tmp_path / 'cache-run'}" in capsys.readouterr().err
+    for name in (Path("."), tmp_path / "link", cache):
+        with pytest.raises(CacheMismatch, match="gap"):
+            sample(pipelines(), name, gap=0.5)
+        assert sample(pipelines(), name) == 0
+    assert len(sample.components) == 1, "the samples were made once"
+    assert {each.name for each in tmp_path.iterdir() if each.is_dir()} == {"cache", "cache-images", "link"}
+    assert not (cache / ".-images").exists()
+    shutil.rmtree(tmp_path / "cache-images")
+    (tmp_path / "moved").mkdir()
+    cache.rename(tmp_path / "moved" / "cache")
+    with pytest.raises(CacheMismatch, match="gap"):
+        sample(pipelines(), tmp_path / "moved" / "cache", gap=0.5)
+
+
+def test_what_is_there_is_not_mixed_with_samples(sample: Samples, pipelines: Callable, tmp_path: Path) -> None:
+    sample.cache(pipelines(), tmp_path / "cache")
+    (tmp_path / "cache" / "sample.json").unlink()  # as it lacks in a cache made --like one of samples
+    with pytest.raises(CacheMismatch, match="no samples"):
+        sample(pipelines(), tmp_path / "cache")
+    (tmp_path / "other-images").mkdir()
+    (tmp_path / "other-images" / "mine.txt").touch()
+    with pytest.raises(CacheMismatch, match=r"mine\.txt"):
+        sample(pipelines(), tmp_path / "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="no folder"):
+        sample(pipelines(), tmp_path / "file")
+    assert not (tmp_path / "file-images").exists()
 
 
 def test_a_prompt_whose_images_score_alike_gives_no_pair(
@@ -178,6 +218,7 @@ def test_it_is_a_cache_like_any_other(
     assert len({seed for each in told.values() for seed in each["seeds"]}) == 3 * len(PROMPTS)
     found = verify(str(where), model=open_model(str(pipelines())), num_sampled=4)
     assert found.findings == []
+    assert not any("belong to no document" in each for each in found.notes)
     steps = {"output": str(tmp_path / "run"), "steps": 1, "batch_size": 2, "tracker": "none", "held_out": 0.0}
     asked = steps | {"objective": "listwise" if profile == "full" else "inpo"}
     assert run_train(None, {"model": str(pipelines())}, [str(where)], asked, resume="never") == 0

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from inpo.common.durable import remove
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs import open_source
 from inpo.toyworld import pairs as pairs_module
@@ -190,6 +191,31 @@ def test_stopped_work_resumes_to_the_same_files(folder, tmp_path, monkeypatch):
     for (_, one), row in zip(pictures, read_parquet(tmp_path / "whole"), strict=False):
         difference = np.subtract(Image.open(io.BytesIO(one)), Image.open(io.BytesIO(row["jpg_0"])), dtype=int)
         assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("lost", ["parquet", "webdataset/pairs-00000.tar"])
+def test_what_is_lost_is_made_again(tmp_path, lost):
+    asked = ["pairs", "--out", tmp_path, "--pairs", 4, "--images", "rendered"]
+    assert run(*asked).exit_code == 0
+    before = contents(tmp_path)
+    remove(tmp_path / lost)
+    assert run(*asked).exit_code == 0
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damaged", ['{"settings": {', "[]", "{}", '{"settings": 1, "parts": {}}', "\xff"])
+def test_a_damaged_record_is_said(tmp_path, damaged):
+    asked = ["pairs", "--out", tmp_path, "--pairs", 2, "--images", "rendered"]
+    (tmp_path / "toyworld.json").write_text(damaged, encoding="latin-1")
+    with pytest.raises(DataError, match="record of the pairs cannot be read"):
+        run(*asked)
+    assert contents(tmp_path) == {Path("toyworld.json"): damaged.encode("latin-1")}
+
+
+def test_what_a_killed_writer_left_is_nothing_else(tmp_path):
+    (tmp_path / f".toyworld.json.partial-{'0' * 16}").write_text("{")
+    assert run("pairs", "--out", tmp_path, "--pairs", 2, "--images", "rendered").exit_code == 0
+    assert not list(tmp_path.glob(".toyworld*"))
 
 
 @pytest.mark.slow
