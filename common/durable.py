@@ -127,7 +127,20 @@ def remove_leftovers(folder: Path) -> None:
     with suppress(OSError):
         for entry in [each for each in folder.iterdir() if _STAGED.fullmatch(each.name)]:
             with suppress(OSError), _locked(entry):
-                _remove(entry)
+                remove(entry)
+
+
+def entries(folder: Path) -> list[str]:
+    """Names of what lies in `folder`, sorted; none where there is no folder. What is being staged there is not yet
+    there, and what killed writers staged is removed.
+    """
+    remove_leftovers(folder)
+    with storage_errors("list", folder):
+        return (
+            sorted(each.name for each in folder.iterdir() if not _STAGED.fullmatch(each.name))
+            if folder.is_dir()
+            else []
+        )
 
 
 @contextmanager
@@ -156,7 +169,7 @@ def _staged(path: Path, make: Callable[[Path], None], *, replace: bool = False) 
                 os.replace(staged, target)
     except BaseException:
         with suppress(OSError):  # the error that matters is the one before
-            _remove(staged)
+            remove(staged)
         raise
     flush(target.parent)
 
@@ -170,7 +183,7 @@ def _exchange(staged: Path, target: Path) -> None:
     except BaseException:
         os.replace(old, target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _beside(target: Path) -> Path:
@@ -194,7 +207,26 @@ def _locked(path: Path, *, need: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock; False if another process holds it. It goes with the process, however that ends. A file
+    system without locks tells nobody apart. Raises OSError.
+    """
+    handle, alone = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), True
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            pass
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link and not what it names. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -18,6 +18,12 @@ def stable_hash(*parts: object, bits: int = 64) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=bits // 8).digest(), "little")
 
 
+def library_seed(seed: int) -> int:
+    """The seed, or where it is not one a hash of it, for generators that take 32 bits, none below 0, and to which
+    libraries add a process's number."""
+    return seed if 0 <= seed < 1 << 31 else stable_hash(seed, bits=32) >> 1
+
+
 def uniform(*parts: object) -> float:
     """A float in [0, 1) from the parts, with 32 random bits: i + u stays below i + 1 in float64 for any index i."""
     return (stable_hash(*parts) >> 32) / float(1 << 32)

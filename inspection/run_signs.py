@@ -111,7 +111,8 @@ def _overflows(run: Figures) -> str | None:
 
 
 def _not_finite(run: Figures) -> str | None:
-    found = [line["step"] for line in run.metrics if any(line.get(name, 0.0) is None for name in ("loss", "margin"))]
+    names = ("loss", "margin", "held_out_loss", "held_out_margin")
+    found = [line["step"] for line in run.metrics if any(line.get(name, 0.0) is None for name in names)]
     return f"at step {found[0]}" + (f" and {len(found) - 1} more lines" if found[1:] else "") if found else None
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args, get_type_hints
 from huggingface_hub import ModelCard, ModelCardData
 
 from inpo.common.cache import Cache
+from inpo.common.model_folder import BUILT_IN
 from inpo.common.models import Model
 from inpo.common.paths import expand_home
 from inpo.common.printable import shown
@@ -109,9 +110,11 @@ def with_results(card: str, *, repository: str, license: str | None, images: Seq
 
 def public_name(location: str) -> str:
     """A location without what it says of this machine: a hub id or an address as it is, but for secrets; of a path
-    the last name (of RUN/pipeline the run's)."""
+    the last name (of RUN/pipeline the run's), of a model that comes with the package all."""
     if (name := hub_id(location)) is not None:
         return name
+    if location in BUILT_IN:
+        return location
     if "://" in location and not location.startswith("file://"):
         return shown(location)
     path = PurePath(location)
@@ -122,6 +125,8 @@ def hub_id(location: str) -> str | None:
     """The owner/name that a location is or was downloaded from, if any."""
     if found := re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", location):
         return f"{found[1]}/{found[2]}"
+    if location in BUILT_IN:
+        return None
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", location) and not Path(location).exists()
     return location if is_id else None
 

@@ -10,7 +10,6 @@ A checkpoint is held against its seal, all of it, before the first byte is used;
 import functools
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from inpo.common.cache.document import check_seal, load, sealed
-from inpo.common.durable import new_folder, storage_errors
+from inpo.common.durable import new_folder, remove, storage_errors
 from inpo.common.errors import CacheError, TrainingError, UsageError
 from inpo.common.state_files import read_state, write_state
 
@@ -235,7 +234,7 @@ def save(
             found = list_checkpoints(folder)
             until = found.index(final) + 1
             for old in [*found[: max(until - keep_last, 0)], *found[until:]]:
-                shutil.rmtree(old)
+                remove(old)
     parts.accelerator.wait_for_everyone()
     return final
 

@@ -38,6 +38,7 @@ def train(
 
     Run the same command again to resume from the last checkpoint.
     """
+    from inpo.common.processes import leave
     from inpo.train.run import run_train
 
     flags = dict(given[TrainSettings])
@@ -47,7 +48,7 @@ def train(
             raise UsageError(
                 "There is no sweep to score.", where="--sweep-scorer", fix="pass --sweep FILE, or leave it out"
             )
-        raise typer.Exit(run_train(recipe, given[ModelSection], caches, flags, resume=resume))
+        raise typer.Exit(leave(run_train(recipe, given[ModelSection], caches, flags, resume=resume)))
     from inpo.train.sweep import run_sweep
 
     if resume not in ("auto", "never"):
@@ -58,7 +59,8 @@ def train(
             got=resume,
             fix="leave it out: every run goes on from its own",
         )
-    raise typer.Exit(run_sweep(sweep, recipe, given[ModelSection], caches, flags, scorers=sweep_scorer, resume=resume))
+    code = run_sweep(sweep, recipe, given[ModelSection], caches, flags, scorers=sweep_scorer, resume=resume)
+    raise typer.Exit(leave(code))
 
 
 def export(

@@ -1,6 +1,6 @@
 """What a run is asked for: its settings from recipe and flags, and the model and caches that they name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,12 @@ def resolve_run(
     # One cache is [data]'s; several are this run's own.
     flags = {**flags, "caches": caches and (caches if caches[1:] else [])}
     settings = resolve(TrainSettings, "train", sections, flags, may_idle=may_idle)
+    settings = _without_turned_off(settings, sections.get("train", {}), flags)
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
     locations = settings.caches or (data.need("cache"),)
     opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
-    if len({cache.location for cache in opened}) < len(opened):
-        raise UsageError(
-            "A cache is given twice: its pairs would count twice.",
-            where="--cache",
-            expected="each cache once",
-            got=", ".join(cache.location for cache in opened),
-            fix="leave one out",
-        )
+    _refuse_twice(opened)
     return Resolved(
         settings=settings,
         output=settings.output,
@@ -82,6 +76,30 @@ def resolve_run(
         caches=opened,
         sections={"model": model_section, "data": data},
     )
+
+
+def _without_turned_off(settings: TrainSettings, recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainSettings:
+    """Without what a recipe says of a thing that a flag turns off: the alpha of LoRA layers with --lora-rank 0."""
+    given = {name: recipe[name] for name, value in flags.items() if value is not None and name in recipe}
+    idle = settings.without_effect().keys() - settings.model_copy(update=given).without_effect().keys()
+    return settings.model_copy(update={name: TrainSettings.model_fields[name].default for name in idle})
+
+
+def _refuse_twice(caches: Sequence[Cache]) -> None:
+    """Raise UsageError for a shard that two caches have: links, other addresses and copies have other locations, and
+    no two shards were ever written as one attempt."""
+    seen: dict[tuple[str, str], Cache] = {}
+    for cache in caches:
+        for shard in cache:
+            first = seen.setdefault((shard.name, shard.commit.attempt), cache)
+            if first is not cache:
+                raise UsageError(
+                    "A cache is given twice: its pairs would count twice.",
+                    where="--cache",
+                    expected="each cache once, under one of its names",
+                    got=f"shard {shard.name} in {first.location} and in {cache.location}",
+                    fix="leave one out",
+                )
 
 
 def _note_empty(bucket: str) -> None:

@@ -14,7 +14,7 @@ from inpo.common.errors import StorageError, UsageError
 from inpo.common.markers import markers_for
 from inpo.common.models import Model, open_model
 from inpo.common.space import free_bytes, human_bytes
-from inpo.train.lora import make_readable, model_of
+from inpo.train.lora import as_safetensors, make_readable, model_of, result_folder
 
 
 def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
@@ -29,7 +29,7 @@ def export_single_file(run: Path, file: Path, *, dtype: str) -> Path:
             where="--single-file",
             expected="*.safetensors",
             got=file,
-            fix=f"--single-file {file.with_suffix('.safetensors')}",
+            fix=f"--single-file {as_safetensors(file)}",
         )
     number = DTYPES[dtype_name(dtype)]
     model, load = _open(run)
@@ -63,11 +63,12 @@ def single_file_weights(pipeline: Any, model: Model) -> dict[str, Tensor]:
 
 
 def _open(run: Path) -> tuple[Model, Callable[[], Any]]:
-    for folder in (run / "pipeline", run):
-        if (folder / "model_index.json").is_file():
-            model = open_model(str(folder))
-            return model, model.load_pipeline
-    if (run / "lora").is_dir() and (run / "recipe.toml").is_file():
+    result = result_folder(run)
+    folder = run if result is None else result
+    if (folder / "model_index.json").is_file():
+        model = open_model(str(folder))
+        return model, model.load_pipeline
+    if result == run / "lora" and (run / "recipe.toml").is_file():
         model = model_of(run)
         return model, partial(_merged, model, run)
     raise UsageError(

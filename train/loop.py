@@ -1,6 +1,7 @@
 """The training loop: one network call per micro-batch, no synchronisation with the device between logging intervals."""
 
 import gc
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -270,7 +271,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        return checkpoint.save(
+        saved = checkpoint.save(
             self._parts,
             self.output / "checkpoints",
             step=self.step,
@@ -279,6 +280,9 @@ class Trainer:
             held_out=self.judge.evaluations,
             keep_last=self.settings.keep_last,
         )
+        if self.metrics is not None:
+            self.metrics.saved()
+        return saved
 
     def load(self, chosen: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -305,7 +309,17 @@ class Trainer:
                 result = self.losses(here, alone=True)
                 if number < len(self.held_out):
                     sums.add(result, here.record_timestep)
-        return {f"held_out_{name}": value for name, value in sums.result(self._reduce).items()}
+        values = sums.result(self._reduce)
+        if not math.isfinite(values["loss"]):
+            if self.settings.check_finite:
+                raise TrainingError(
+                    "The held-out loss is not finite.",
+                    where=f"at step {self.step}",
+                    got="NaN or infinity",
+                    fix=f"{self._last_good()}; lower --learning-rate or --beta, or train with a float32 cache",
+                )
+            note(f"the held-out loss at step {self.step} is not finite")
+        return {f"held_out_{name}": value for name, value in values.items()}
 
     def _judge(self, values: dict[str, Any]) -> None:
         """Note an evaluation."""

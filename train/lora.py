@@ -24,12 +24,28 @@ KOHYA_FILE = "lora-kohya.safetensors"
 """In a run's folder, beside lora/."""
 
 
+def result_folder(run: Path) -> Path | None:
+    """What a run has written, pipeline/ or lora/: the one that its recipe says, since an earlier run may have left the
+    other; None: it is not there."""
+    recipe = run / "recipe.toml"
+    train = read_recipe(recipe).get("train", {}) if recipe.is_file() else {}
+    names = ["pipeline", "lora"] if "lora_rank" not in train else ["lora" if train["lora_rank"] else "pipeline"]
+    return next((run / name for name in names if (run / name).is_dir()), None)
+
+
 def make_readable(*files: Path) -> None:
     """Permissions as any new file has them: safetensors writes files that nobody else may read."""
     mask = os.umask(0)
     os.umask(mask)
     for file in files:
         file.chmod(0o666 & ~mask)
+
+
+def as_safetensors(target: Path) -> Path:
+    """The place with that ending, for advice; of a folder a file in it."""
+    if target.is_dir():
+        return target / "model.safetensors"
+    return target.with_suffix(".safetensors")
 
 
 def scaled_lora(network: Any) -> dict[str, Tensor]:
@@ -69,7 +85,7 @@ def export_lora(run: Path, target: Path, *, form: LoraFormat, dtype: str) -> Pat
             where="--lora",
             expected=expected,
             got=target,
-            fix=f"--lora {target.with_suffix('' if form == 'peft' else '.safetensors')}",
+            fix=f"--lora {target.with_suffix('') if form == 'peft' else as_safetensors(target)}",
         )
     model = model_of(run)
     number = DTYPES[dtype_name(dtype)]
@@ -121,7 +137,7 @@ def model_of(run: Path) -> Model:
     Raises UsageError if the folder is not that of a finished LoRA run, and ModelError if another model lies where the
     run's recipe says.
     """
-    if not ((run / "lora").is_dir() and (run / "recipe.toml").is_file()):
+    if result_folder(run) != run / "lora" or not (run / "recipe.toml").is_file():
         raise UsageError(
             "There are no LoRA layers here.",
             where=run,

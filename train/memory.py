@@ -1,5 +1,6 @@
 """What a training run will hold on a device: a step, counted (common/memory.py); and the batch that a device takes."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from inpo.common.memory import META, Need, Peak, bytes_of, checkpoint_counted, c
 from inpo.common.models import Model
 from inpo.common.recipe import read_recipe, resolve
 from inpo.train.checkpoint import Checkpoint
+from inpo.train.index import Index
 from inpo.train.objectives import OBJECTIVES
 from inpo.train.optim import build_optimizer, prepare_network
 from inpo.train.settings import TrainSettings
@@ -48,13 +50,16 @@ def fitting_batch(
     denoiser: Denoiser,
     trained: list[torch.nn.Parameter],
     model: Model,
-    manifest: Manifest,
+    index: Index,
     settings: TrainSettings,
-    sides: int,
 ) -> int:
-    """The largest batch, of records with so many sides, with which a forward and a backward pass fit into every
-    process, beside what the optimiser will hold. Nothing is trained by it. Raises OutOfMemory.
+    """The largest batch, of records with as many sides and latents as large as any that are trained on, with which a
+    forward and a backward pass fit into every process, beside what the optimiser will hold. Nothing is trained by it.
+    Raises OutOfMemory.
     """
+    manifests = [shard.shard.cache.manifest for shard in index.training]
+    manifest = max(manifests, key=lambda each: math.prod(each.latent_shape))
+    sides = max(shard.sides.shape[1] for shard in index.training)
     device, network = denoiser.device, denoiser.network
     empty = [torch.nn.Parameter(torch.empty_like(each, device=META)) for each in trained]
     state = _state_bytes(empty, settings, manifest.network_dtype)

@@ -12,9 +12,11 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from inpo.common.durable import storage_errors, write_file
+from inpo.train.checkpoint import list_checkpoints
 from inpo.train.objectives import ObjectiveResult
 from inpo.train.tracker import Tracker
 
+METRICS = "metrics.jsonl"
 NUM_BINS = 5
 _COLUMNS = ("records", "loss", "implicit_accuracy", "margin", "win_advantage", "lose_advantage")
 
@@ -65,50 +67,99 @@ class Accumulator:
 
 
 class MetricsWriter:
-    """metrics.jsonl and the tracker. Lines and sample images after the step that a run resumes from are dropped first:
-    they are another model's."""
+    """metrics.jsonl and the tracker.
+
+    Lines and sample images after the step that a run resumes from are another model's. The first new line or sample
+    takes their place, but while there are checkpoints after that step, which a run may yet go on from, the save that
+    removes those: until then what is new waits in memory.
+    """
 
     def __init__(self, output: Path, *, tracker: Tracker | None, resumed_step: int) -> None:
-        self.path = output / "metrics.jsonl"
+        self.path = output / METRICS
+        self._samples = output / "samples"
         self._tracker = tracker
-        if self.path.exists():
-            with storage_errors("read the metrics", self.path):
-                lines = self.path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
-            write_file(self.path, "".join(line + "\n" for line in kept if resumed_step), action="write the metrics")
-        with storage_errors("remove a sample", output / "samples"):
-            for file in (output / "samples").glob("step-*.png"):
-                if file.stem > f"step-{resumed_step:08d}":
-                    file.unlink(missing_ok=True)
+        self._resumed_step = resumed_step
+        self._begun = False
+        last = list_checkpoints(output / "checkpoints")[-1:]
+        self._waits = any(int(each.name.removeprefix("step-")) > resumed_step for each in last)
+        self._lines: list[str] = []
+        self._told: list[Callable[[Tracker], None]] = []
+        self._drawn: set[str] = set()
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
-        with storage_errors("write the metrics", self.path), self.path.open("a") as stream:
-            stream.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
+        self._lines.append(_text(values))
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         for group in ("by_timestep", "held_out_by_timestep"):
             for part in values.get(group, []):
                 low, high = part["timesteps"]
                 scalars |= {f"{group}/{name}_{low}-{high}": part[name] for name in _COLUMNS if name != "records"}
-        if self._tracker is not None:
-            self._tracker.log(scalars, values["step"])
+        self._told.append(lambda tracker: tracker.log(scalars, values["step"]))
+        self._put()
 
-    def image(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int) -> None:
-        """A picture for the tracker."""
+    def image(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int) -> Path:
+        """A picture for the tracker. Returns the file that it is to be written to."""
+        file = self._samples / f"step-{step:08d}.png"
+        self._drawn.add(file.name)
+        self._told.append(lambda tracker: tracker.image(name, pixels, step))
+        self._put()
+        return file
+
+    def saved(self) -> None:
+        """A checkpoint of this run is there, and those of later steps are not."""
+        self._waits = False
+        self._put()
+
+    def _put(self) -> None:
+        """Write what is new, and tell the tracker."""
+        if self._waits or not self._told:
+            return
+        if not self._begun:
+            self._begin()
+        elif self._lines:
+            with storage_errors("write the metrics", self.path), self.path.open("a") as stream:
+                stream.writelines(self._lines)
+        self._lines.clear()
         if self._tracker is not None:
-            self._tracker.image(name, pixels, step)
+            for tell in self._told:
+                tell(self._tracker)
+        self._told.clear()
+
+    def _begin(self) -> None:
+        """Put what is new in the place of what another model left: in one piece, so that a kill loses neither."""
+        kept = [line for line in read_metrics(self.path) if self._resumed_step and line["step"] <= self._resumed_step]
+        write_file(self.path, "".join([*map(_text, kept), *self._lines]), action="write the metrics")
+        with storage_errors("remove a sample", self._samples):
+            for file in self._samples.glob("step-*.png"):
+                if file.stem > f"step-{self._resumed_step:08d}" and file.name not in self._drawn:
+                    file.unlink(missing_ok=True)
+        self._begun = True
 
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.finish()
 
 
-def _step(line: str) -> int | None:
-    """The line's step; None for a line that a killed run left half written."""
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, [] if there is none, but for one that a killed run left half written."""
+    if not file.exists():
+        return []
+    with storage_errors("read the metrics", file):
+        lines = file.read_text(errors="replace").splitlines()
+    return [values for line in lines if (values := _line(line)) is not None]
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(_jsonable(values), allow_nan=False) + "\n"
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """None: it is not one."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(text)
+    except (ValueError, RecursionError):
         return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _jsonable(value: Any) -> Any:

@@ -46,7 +46,7 @@ class ObjectiveResult(NamedTuple):
     margin: Float[Tensor, " batch"]
     """u = -(beta / 2) * m: above 0 the model tells win from lose better than the reference does."""
     implicit_accuracy: Float[Tensor, " batch"]
-    """1 where u > 0, 0 where u < 0, 0.5 at u = 0 exactly."""
+    """1 where u > 0, 0 where u < 0, 0.5 at u = 0 exactly, NaN where u is NaN."""
     win_advantage: Float[Tensor, " batch"]
     """E_ref - E_theta of the preferred side: above 0 it is denoised better than by the reference."""
     lose_advantage: Float[Tensor, " batch"]
@@ -140,7 +140,7 @@ class Objective:
 def _of_pairs(error: Placed, reference_error: Placed, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Margin, implicit accuracy and both advantages, the sides in the order that the label prefers."""
     u, advantage = logit(error, reference_error, beta), reference_error - error
-    return u, (torch.sign(u) + 1) / 2, advantage[:, 0], advantage[:, 1]
+    return u, _told_right(u), advantage[:, 0], advantage[:, 1]
 
 
 def _of_lists(error: Placed, reference_error: Placed, lists: Lists, beta: float) -> tuple[Tensor, ...]:
@@ -150,10 +150,15 @@ def _of_lists(error: Placed, reference_error: Placed, lists: Lists, beta: float)
     u = reward[:, :, None] - reward[:, None, :]
 
     def over(values: Tensor) -> Tensor:
-        return (values * above).sum(dim=(1, 2)) / count.clamp(min=1)
+        return torch.where(above, values, 0.0).sum(dim=(1, 2)) / count.clamp(min=1)
 
-    accuracy = torch.where(count > 0, over((torch.sign(u) + 1) / 2), 0.5)
+    accuracy = torch.where(count > 0, over(_told_right(u)), 0.5)
     return over(u), accuracy, over(advantage[:, :, None]), over(advantage[:, None, :])
+
+
+def _told_right(u: Tensor) -> Tensor:
+    """The implicit accuracy of each u; NaN of NaN, whose sign torch calls 0."""
+    return torch.where(u.isnan(), u, (torch.sign(u) + 1) / 2)
 
 
 _BOUND = Parameter(

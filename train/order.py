@@ -7,10 +7,12 @@ micro-batch meets their images once. In a slice shards are shuffled and cut into
 shuffled together.
 
 The slices and epochs follow each other without a gap: micro-batch b holds records b * B .. (b + 1) * B - 1 of the
-endless sequence, and rank r of W takes micro-batches r, r + W, ...: so two ranks equal one rank with twice the
-accumulation, every record is used equally often, and no rank ever waits for one that has run out.
+endless sequence, and rank r of W takes micro-batches r, r + W, ...: so every record is used equally often, no rank ever
+waits for one that has run out, and two ranks equal one rank with twice the accumulation. With latents of several shapes
+all but the last holds: ranks take one shape at a time together, where one rank may take two in a step.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -171,21 +173,38 @@ class GlobalOrder:
 class ShapeOrder:
     """Which micro-batch is of which shape of latents, where caches of several are trained on together.
 
-    Each shape has an endless order of its own. They take turns in blocks of about an epoch, shuffled by (seed, block);
-    in a block each has a share of the turns as of the records, and one turn at least. All ranks take the same shape.
+    Each shape has an endless order of its own. They take turns in blocks of an epoch, shuffled by (seed, block). By the
+    end of a block each shape has had as many turns, since the first block, as its records of so many epochs fill, to
+    the nearest whole one: what one block rounds away a later one gives, so that no record falls behind the others. All
+    ranks take the same shape.
     """
 
     def __init__(self, num_records: Sequence[int], *, records_per_turn: int, seed: int) -> None:
-        self._counts = np.array([max(1, round(number / records_per_turn)) for number in num_records])
+        self._num_records = num_records
+        self._records_per_turn = records_per_turn
         self._seed = seed
-        self._block: tuple[int, Int[np.ndarray, " turn"]] = (-1, np.empty(0, dtype=np.int64))
+        self._block: tuple[int, list[int], Int[np.ndarray, " turn"]] = (0, [], np.empty(0, dtype=np.int64))
+        """The last block asked for: number of its first turn, turns of each shape before it, the shapes of its own."""
 
     def turn(self, number: int) -> tuple[int, int]:
         """(shape, turn of that shape) of a turn."""
-        block, offset = divmod(number, int(self._counts.sum()))
-        if self._block[0] != block:
-            turns = np.repeat(np.arange(len(self._counts)), self._counts)
-            self._block = (block, generator(self._seed, block, "shapes").permutation(turns))
-        turns = self._block[1]
+        first, before, turns = self._block
+        if not first <= number < first + len(turns):
+            first, before, turns = self._block = self._block_of(number)
+        offset = number - first
         shape = int(turns[offset])
-        return shape, block * int(self._counts[shape]) + int((turns[:offset] == shape).sum())
+        return shape, before[shape] + int((turns[:offset] == shape).sum())
+
+    def _block_of(self, number: int) -> tuple[int, list[int], Int[np.ndarray, " turn"]]:
+        """The block that a turn lies in; blocks of fewer records than half a turn may be empty."""
+        # Each shape's turns are rounded by half a turn at most.
+        most = (number + len(self._num_records)) * self._records_per_turn // sum(self._num_records)
+        block = bisect_right(range(most + 1), number, key=lambda each: sum(self._turns_before(each))) - 1
+        before, after = self._turns_before(block), self._turns_before(block + 1)
+        turns = np.repeat(np.arange(len(before)), np.subtract(after, before))
+        return sum(before), before, generator(self._seed, block, "shapes").permutation(turns)
+
+    def _turns_before(self, block: int) -> list[int]:
+        """Turns of each shape before a block."""
+        per_turn = self._records_per_turn
+        return [(2 * block * number + per_turn) // (2 * per_turn) for number in self._num_records]

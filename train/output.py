@@ -2,21 +2,26 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from inpo.common.durable import new_folder, storage_errors
+from inpo.common.durable import alone_in, new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.fingerprint import write_taken_over
 from inpo.common.models import Model, open_model
+from inpo.common.processes import processes
 from inpo.common.trained_over import write_over
 from inpo.train.lora import make_readable, save_kohya, scaled_lora
 
 
-def claim_output(output: Path) -> None:
-    """Make the run's folder. Raises StorageError if that is impossible, and UsageError if it is a cache."""
+@contextmanager
+def claim_output(output: Path) -> Iterator[None]:
+    """Make the run's folder, and keep others from writing there. Raises StorageError if that is impossible, and
+    UsageError if it is a cache or another run writes there."""
     if (output / "manifest.json").is_file():
         raise UsageError(
             "The output folder is a cache.",
@@ -29,6 +34,21 @@ def claim_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    if not processes().is_main_process:
+        yield
+        return
+    with ExitStack() as stack:
+        with storage_errors("write the run", output):
+            alone = stack.enter_context(alone_in(output))
+        if not alone:
+            raise UsageError(
+                "Another run is writing here.",
+                where=f"--output {output}",
+                expected="a folder of the run's own",
+                got="a folder that a living process has locked",
+                fix="wait for that run or stop it, or choose another --output",
+            )
+        yield
 
 
 def write_output(network: nn.Module, model: Model, output: Path, *, card: str, over: Model | None = None) -> Path:

@@ -219,16 +219,23 @@ def _sample(index: Index) -> list[tuple[IndexedShard, list[LoadedRecord]]]:
     trained = {id(each.shard) for each in index.training}
     shards = [*index.training, *(each for each in index.held_out if id(each.shard) not in trained)]
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _SHARDS)).round().astype(np.int64))
-    ends = np.linspace(0, max(_RECORDS, len(chosen)), len(chosen) + 1).round().astype(np.int64)
+    sizes = [len(shards[number].rows) * shards[number].num_kept for number in chosen]
+    shares = _shares(sizes, max(_RECORDS, len(chosen)))
     found = []
     for turn, number in enumerate(chosen.tolist()):
         shard = shards[number]
-        of_pair = shard.shard.cache.manifest.timesteps_per_pair
-        num_records = len(shard.rows) * of_pair
-        evenly = np.unique(np.linspace(0, num_records - 1, ends[turn + 1] - ends[turn]).astype(np.int64))
-        pairs = evenly // of_pair
+        evenly = np.linspace(0, sizes[turn] - 1, shares[turn]).astype(np.int64)
+        pairs = evenly // shard.num_kept
         # A stride through the records would meet few of a pair's; walk through them instead.
-        records = (ends[turn] + np.arange(len(evenly))) % of_pair
+        records = (sum(shares[:turn]) + np.arange(len(evenly))) % shard.num_kept
         loaded = LoadedShard(shard.first_two, pairs, records, Needs())
         found.append((shard, [loaded.record(*each) for each in zip(pairs.tolist(), records.tolist(), strict=True)]))
     return found
+
+
+def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
+    """`wanted` records as so many of each shard: alike, and where a shard has fewer, more of the others."""
+    shares = [0] * len(sizes)
+    for done, number in enumerate(sorted(range(len(sizes)), key=lambda each: sizes[each])):
+        shares[number] = min(sizes[number], (wanted - sum(shares)) // (len(sizes) - done))
+    return shares

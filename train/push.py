@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from inpo.common.errors import StorageError, UsageError
 from inpo.common.text import read_text
 from inpo.train.card import hub_id, with_results
-from inpo.train.lora import KOHYA_FILE
+from inpo.train.lora import KOHYA_FILE, result_folder
 
 
 def claim_repository(repository: str, *, private: bool = False) -> None:
@@ -39,8 +39,8 @@ def push(run: Path, repository: str, *, private: bool, license: str | None, comp
 
     Raises UsageError if there is nothing to push, StorageError if the hub refuses or is not reached.
     """
-    folder = next((run / name for name in ("pipeline", "lora") if (run / name / "README.md").is_file()), None)
-    if folder is None:
+    folder = result_folder(run)
+    if folder is None or not (folder / "README.md").is_file():
         raise UsageError(
             "There is nothing to push here.",
             where=run,

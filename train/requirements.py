@@ -220,7 +220,7 @@ def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objectiv
 
 def refuse_hard_labels(index: Index, objective: Objective) -> None:
     """A soft objective on hard labels is another objective; refuse it."""
-    if objective.labels != "hard" and all(np.isin(shard.label, (0.0, 1.0)).all() for shard in index.training):
+    if objective.labels != "hard" and all(np.isin(shard.used_labels, (0.0, 1.0)).all() for shard in index.training):
         location = index.training[0].shard.cache.location
         raise CacheIncomplete(
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",

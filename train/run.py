@@ -18,6 +18,7 @@ from inpo.common.errors import TrainingError, UsageError, command
 from inpo.common.log import log_file, note, say
 from inpo.common.models import Model, open_model
 from inpo.common.recipe import to_toml
+from inpo.common.seeding import library_seed
 from inpo.train import checkpoint
 from inpo.train.accelerator import build_accelerator, prepare
 from inpo.train.card import model_card
@@ -65,8 +66,7 @@ def run_train(
 def train(resolved: Resolved, *, resume: str) -> bool:
     """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
     needs = resolved.check()
-    claim_output(resolved.output)
-    with log_file(resolved.output):
+    with claim_output(resolved.output), log_file(resolved.output):
         return _train(resolved, needs, resume=resume)
 
 
@@ -105,7 +105,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         check_parts(model, settings)
         if settings.push_to_hub:
             claim_repository(settings.push_to_hub, private=settings.push_private)
-    set_seed(settings.seed, device_specific=True)
+    set_seed(library_seed(settings.seed), device_specific=True)
     chosen = checkpoint.choose(resume, resolved.output / "checkpoints", say=note)
     if settings.batch_size == AUTO:
         resolved = resolved.with_batch_size(recorded_batch(chosen, sharded=sharded))
@@ -144,8 +144,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
     ema = _moving_average(accelerator, trained, settings)
     denoiser = model.denoiser(wrapped, opened[0].manifest, network_dtype=network_dtype)
     if settings.batch_size == AUTO:
-        widest = max(shard.sides.shape[1] for shard in index.training)
-        pairs = fitting_batch(accelerator, denoiser, trained, model, opened[0].manifest, settings, widest)
+        pairs = fitting_batch(accelerator, denoiser, trained, model, index, settings)
         resolved = resolved.with_batch_size(pairs)
         settings = resolved.settings
 
@@ -161,14 +160,14 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
     )
     metrics = sample = None
     if accelerator.is_main_process:
-        write_file(resolved.output / "recipe.toml", resolved.toml)
+        recipe = resolved.output / "recipe.toml"
+        if step < settings.steps or not recipe.exists():  # else nothing is trained, and it says what was
+            write_file(recipe, resolved.toml)
         metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step)
         if settings.sample_every:
-            prompts, bare = sample_prompts(settings, opened[0]), accelerator.unwrap_model(wrapped)
+            prompts, bare = sample_prompts(settings, opened), accelerator.unwrap_model(wrapped)
             draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
-            sample = Sampler(
-                draw=draw, told=drawn_with(prompts, settings), metrics=metrics, folder=resolved.output / "samples"
-            )
+            sample = Sampler(draw=draw, told=drawn_with(prompts, settings), metrics=metrics)
     trainer = Trainer(
         settings=settings,
         output=resolved.output,
@@ -206,7 +205,6 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         stream.close()
         if metrics is not None:
             metrics.close()
-    accelerator.end_training()
     return finished
 
 

@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +20,19 @@ from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
 from inpo.train.settings import TrainSettings
 
+_PROMPTS = 4
 
-def sample_prompts(settings: TrainSettings, cache: Cache) -> tuple[str, ...]:
-    """The settings' own, or the first four prompts of the cache that are not empty; the empty one if all are."""
+
+def sample_prompts(settings: TrainSettings, caches: Sequence[Cache]) -> tuple[str, ...]:
+    """The settings' own, or the first four prompts of the caches that are not empty; the empty one if all are."""
     if settings.sample_prompts:
         return settings.sample_prompts
-    texts = dict.fromkeys(str(text) for text in next(iter(cache)).prompts() if text)
-    return tuple(texts)[:4] or ("",)
+    texts: dict[str, None] = {}
+    for shard in (shard for cache in caches for shard in cache):
+        texts |= dict.fromkeys(str(text) for text in shard.prompts() if text)
+        if len(texts) >= _PROMPTS:
+            break
+    return tuple(texts)[:_PROMPTS] or ("",)
 
 
 @torch.no_grad()
@@ -87,7 +92,6 @@ class Sampler:
     told: Mapping[str, str]
     """See `drawn_with`."""
     metrics: MetricsWriter
-    folder: Path
 
     def __call__(self, step: int) -> None:
         pixels = self.draw()
@@ -95,5 +99,4 @@ class Sampler:
         for name, text in self.told.items():
             told.add_text(name, text)
         Image.fromarray(pixels).save(image, format="PNG", pnginfo=told)
-        write_file(self.folder / f"step-{step:08d}.png", image.getvalue(), action="write a sample")
-        self.metrics.image("samples", pixels, step)
+        write_file(self.metrics.image("samples", pixels, step), image.getvalue(), action="write a sample")

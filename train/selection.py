@@ -86,6 +86,14 @@ class IndexedShard:
         return found
 
     @property
+    def used_labels(self) -> Float[np.ndarray, " label"]:
+        """P(win preferred) of all that is used, as often as it differs between a pair's records."""
+        if self.by_record is None:
+            return self.label
+        found: np.ndarray = self.by_record.ravel() if self.usable is None else self.by_record[self.usable]
+        return found
+
+    @property
     def first_two(self) -> "IndexedShard":
         """Its pairs, or the first two images of its lists."""
         return replace(self, sides=self.sides[:, :2], above=None, advantage=None)

@@ -55,7 +55,7 @@ class TrainSettings(Section):
     """Folder of the run."""
     caches: tuple[Location, ...] = ()
     """Cache to train on; repeatable: several are trained on together."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Seed of the order and of new weights."""
 
     objective: ObjectiveName = "inpo"
@@ -149,7 +149,7 @@ class TrainSettings(Section):
     keep_last: int = Field(2, ge=1)
     """Checkpoints to keep."""
     check_finite: bool = True
-    """Stop when the loss or the gradient is not finite; the last good checkpoint stays."""
+    """Stop when a loss, held out or not, or the gradient is not finite; the last good checkpoint stays."""
     tracker: TrackerName = "tensorboard"
     """Where curves go beside metrics.jsonl: one of accelerate's trackers, each of which needs its package."""
     project: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from inpo.common.errors import TrainingError
+from inpo.common.seeding import library_seed
 from inpo.train.index import Index
 from inpo.train.order import GlobalOrder, OrderedShard, ShapeOrder, WindowKey
 from inpo.train.records import Batch, LoadedRecord, LoadedShard, Needs, gather
@@ -246,7 +247,7 @@ def held_out_batches(index: Index, needs: Needs, *, batch_size: int, most_record
         for record in range(len(shard.rows) * shard.num_kept)
         if shard.usable is None or shard.usable.flat[record]
     ]
-    chosen = np.random.default_rng(seed).permutation(len(records))[:most_records]
+    chosen = np.random.default_rng(library_seed(seed)).permutation(len(records))[:most_records]
     by_shard: dict[int, list[int]] = {}
     for each in sorted(chosen.tolist()):
         by_shard.setdefault(records[each][0], []).append(records[each][1])

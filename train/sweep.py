@@ -26,6 +26,7 @@ from inpo.train.sweep_table import SweepRow, markdown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NOT_VARIED = ("output", "caches")
+TABLE, ROWS = "sweep.md", "sweep.json"
 
 
 _A_SWEEP = 'name a TOML file of tables [[run]], for instance objective = ["inpo", "poly"] (docs/objectives.md)'
@@ -64,6 +65,14 @@ def read_sweep(file: Path) -> list[Planned]:
         raise _no_run("no table [[run]]", file)
     names = [run.name for run in planned]
     for name in names:
+        if name in (TABLE, ROWS):
+            raise UsageError(
+                "A run of the sweep has the name of the sweep's own table.",
+                where=file,
+                expected=f"another name than {TABLE} and {ROWS}",
+                got=repr(name),
+                fix="give the table another name = ...",
+            )
         if not _NAME.fullmatch(name) or names.count(name) > 1:
             raise UsageError(
                 "Two runs of the sweep have one name." if names.count(name) > 1 else "Bad name of a run.",
@@ -159,7 +168,11 @@ def run_sweep(
         runs[name] = replace(base, settings=settings, output=output)
         runs[name].check()
     _refuse_one_repository(runs)
-    claim_output(base.output)
+    with claim_output(base.output):
+        return _train_all(base, runs, scorers=scorers, resume=resume)
+
+
+def _train_all(base: Resolved, runs: Mapping[str, Resolved], *, scorers: Sequence[str], resume: str) -> int:
     judges = [load_scorer(name) for name in scorers]
     if judges and not all(run.settings.sample_every for run in runs.values()):
         raise UsageError(
@@ -191,8 +204,8 @@ def run_sweep(
     compared = judge.compare()
     rows = [replace(each, scores=compared.get(each.name, {})) for each in rows]
     table = markdown(rows)
-    write_file(base.output / "sweep.md", table.encode())
-    write_file(base.output / "sweep.json", (json.dumps([each.to_json() for each in rows], indent=1) + "\n").encode())
+    write_file(base.output / TABLE, table.encode())
+    write_file(base.output / ROWS, (json.dumps([each.to_json() for each in rows], indent=1) + "\n").encode())
     print(f"\n{table}\ntable in {base.output}")
     print(f"next: {command('inspect', 'run', base.output)}")
     return int(any(each.failed for each in rows))

@@ -41,23 +41,28 @@ class SampleJudge:
         self._runs = runs
         self._reference: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
         for run in runs.values() if scorers else ():
-            prompts = sample_prompts(run.settings, run.caches[0])
+            prompts = sample_prompts(run.settings, run.caches)
             if _key(run, prompts) not in self._reference:
                 self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
 
     def compare(self) -> dict[str, dict[str, SampleScore]]:
-        """{run: {scorer: how its last samples stand}}; a run without a sample, or with one that was drawn otherwise
-        than the reference's, is left out."""
+        """{run: {scorer: how its last samples stand}}; a run without a sample, or with one that cannot be read or was
+        drawn otherwise than the reference's, is left out."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
-            file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches[0])
+            file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches)
             if file is None:
                 continue
-            with Image.open(file) as strip:
-                if (told := drawn_with(prompts, run.settings)) != {name: strip.info.get(name) for name in told}:
-                    note(f"{file} was drawn with other prompts, steps, guidance or seed: it is not compared")
-                    continue
-                scores = self._score(_apart(np.asarray(strip.convert("RGB")), len(prompts)), prompts)
+            try:
+                with Image.open(file) as strip:
+                    drawn, pixels = dict(strip.info), np.asarray(strip.convert("RGB"))
+            except Exception as error:  # decoders fail on damaged bytes with any exception
+                note(f"{file} cannot be read: it is not compared ({error})")
+                continue
+            if (told := drawn_with(prompts, run.settings)) != {name: drawn.get(name) for name in told}:
+                note(f"{file} was drawn with other prompts, steps, guidance or seed: it is not compared")
+                continue
+            scores = self._score(_apart(pixels, len(prompts)), prompts)
             reference = self._reference[_key(run, prompts)]
             found[name] = {
                 scorer: SampleScore(

@@ -1,13 +1,14 @@
 """What came of a sweep's runs: one row for each, as Markdown and JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inpo.common.errors import StorageError
 from inpo.common.judge import Evaluation, Judge
 from inpo.train.configuration import Resolved
+from inpo.train.metrics import METRICS, read_metrics
 from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.sweep_samples import SampleScore
 
@@ -31,8 +32,11 @@ class SweepRow:
     @classmethod
     def read(cls, name: str, run: Resolved, *, failed: str | None) -> "SweepRow":
         """From what the run left behind."""
-        file, settings = run.output / "metrics.jsonl", run.settings
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        settings = run.settings
+        try:
+            lines = read_metrics(run.output / METRICS)
+        except StorageError as error:
+            lines, failed = [], failed or error.what
         held_out = tuple(found for line in lines if (found := Evaluation.of(line)) is not None)
         told = {"objective": settings.objective, "beta": beta_of(settings), "parameter": parameter_of(settings)}
         told |= {"learning_rate": settings.learning_rate, "steps": settings.steps}

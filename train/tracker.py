@@ -54,7 +54,8 @@ _IMAGES: Mapping[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
 
 
 class Tracker:
-    """One tracker. Started when it is made, so that a run does not begin that nobody can follow."""
+    """One tracker. Started when it is made, so that a run does not begin that nobody can follow; but tensorboard, which
+    can fail by its disk alone, with the first numbers: from then on it shows no others of later steps."""
 
     def __init__(
         self,
@@ -69,22 +70,18 @@ class Tracker:
         """Raises UsageError if it does not start."""
         processes()  # which trackers ask for the first of them
         self.name = name
-        self._failed = False
+        self._failed = self._started = False
         self._where = output / "tensorboard"
         project = project or (os.environ.get("WANDB_PROJECT") if name == "wandb" else None) or "inpo"
         start = _STARTS.get(name, lambda output, project, name, step: {"run_name": project})
+        kind = LOGGER_TYPE_TO_CLASS[name]
         with self._storage():
+            told = start(output, project, run_name or output.resolve().name, resumed_step)
             try:
-                kind = LOGGER_TYPE_TO_CLASS[name]
-                self._tracker: GeneralTracker = kind(
-                    **start(output, project, run_name or output.resolve().name, resumed_step)
-                )
-                self._tracker.start()
-                if name != "tensorboard":  # it would make a second run of the settings
-                    self._tracker.store_init_configuration(_plain(config))
+                self._tracker: GeneralTracker = kind(**told)
+                if name != "tensorboard":
+                    self._start().store_init_configuration(_plain(config))  # of tensorboard it would be a second run
             except Exception as error:
-                if name == "tensorboard":  # which fails by its disk alone
-                    raise
                 raise UsageError(
                     f"The tracker {name} does not start.",
                     where=f"--tracker {name}",
@@ -94,18 +91,26 @@ class Tracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         with self._told():
-            self._tracker.log(dict(values), step=step)
+            self._start().log(dict(values), step=step)
 
     def image(self, name: str, pixels: UInt8[ndarray, "height width 3"], step: int) -> None:
         """A picture, if the tracker takes any."""
         if self.name in _IMAGES:
             value, options = _IMAGES[self.name](pixels)
             with self._told():
-                self._tracker.log_images({name: value}, step=step, **options)
+                self._start().log_images({name: value}, step=step, **options)
 
     def finish(self) -> None:
         with self._told():
-            self._tracker.finish()
+            if self._started:
+                self._tracker.finish()
+
+    def _start(self) -> GeneralTracker:
+        """The tracker, started."""
+        if not self._started:
+            self._tracker.start()
+            self._started = True
+        return self._tracker
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inpo.common.durable import new_file, new_folder, remove_leftovers, write_file
+from inpo.common.durable import entries, new_file, new_folder, write_file
 from inpo.common.errors import DataError, StorageError
 
 
@@ -159,15 +159,17 @@ def test_a_killed_writer_leaves_the_old_and_the_next_one_cleans_up(stage: str, t
     assert done.returncode == -signal.SIGKILL
     assert content(target) == "old"
     assert len(names(tmp_path)) == 2
+    assert entries(tmp_path) == ["target"]
+    assert names(tmp_path) == ["target"]
     put_folder(tmp_path / "another", "x")
-    assert names(tmp_path) == ["another", "target"]
+    assert entries(tmp_path) == names(tmp_path) == ["another", "target"]
 
 
 def test_what_a_living_writer_has_staged_stays(tmp_path: Path) -> None:
     (tmp_path / ".theirs.partial").write_text("not ours")
     with new_folder(tmp_path / "first") as staged:
         (staged / "content").write_text("x")
-        remove_leftovers(tmp_path)
+        assert entries(tmp_path) == [".theirs.partial"]
         put_new_file(tmp_path / "second", "y")
     assert names(tmp_path) == [".theirs.partial", "first", "second"]
     assert (tmp_path / "first/content").read_text() == "x"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from inpo.common.seeding import generator, normal, stable_hash, uniform
+from inpo.common.seeding import generator, library_seed, normal, stable_hash, uniform
 
 
 def test_the_hash_is_what_it_always_was():
@@ -17,6 +17,14 @@ def test_the_hash_is_what_it_always_was():
 
     expected = hashlib.blake2b(b"0\x1fpair\x1foffset", digest_size=8).digest()
     assert stable_hash(0, "pair", "offset") == int.from_bytes(expected, "little") == 11200765089214566443
+
+
+def test_a_seed_of_a_library_is_the_seed_where_it_can_be():
+    known = [0, 1, 2**31 - 1]
+    assert [library_seed(seed) for seed in known] == known
+    others = [library_seed(seed) for seed in (-(2**63), -1, 2**31, 2**32 - 1, 2**63 - 1)]
+    assert len({*others}) == 5
+    assert all(0 <= each < 2**31 for each in others)
 
 
 def test_it_is_the_same_in_another_process_with_another_hash_seed():

@@ -316,6 +316,7 @@ SHOWN = {
     "overflows": ([START, *(line(step, skipped_updates=step / 2) for step in LATER)], ["overflow"]),
     "scaler at its start": ([START, *(line(step, skipped_updates=1) for step in range(100, 200, 10))], []),
     "not finite": ([START, line(10), line(20, loss=None)], ["not finite"]),
+    "held out not finite": ([START, line(10), line(20, held_out_loss=None)], ["not finite"]),
     "few records": ([START, *(line(step, **held_out(0.6, 28)) for step in LATER)], ["chance"]),
 }
 

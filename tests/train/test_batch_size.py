@@ -81,12 +81,13 @@ def _refuse(pairs: int) -> None:
 
 @contextmanager
 def _memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device that has room for so many images in the network, and for twice as many without gradients."""
+    """A device that has room for so many images of 8 x 8 latents in the network, and for twice as many without
+    gradients."""
     prepare = train_run.prepare_network
 
     def watched(network: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
         def full(module: Any, given: Any, told: Any) -> None:
-            if len(given[0]) > images * (1 if torch.is_grad_enabled() else 2):
+            if given[0][:, 0].numel() > 64 * images * (1 if torch.is_grad_enabled() else 2):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         network.register_forward_pre_hook(full, with_kwargs=True)
@@ -126,6 +127,15 @@ def test_a_run_finds_its_batch_and_keeps_it(run: Callable[..., Path], monkeypatc
     assert tomllib.loads((found / "recipe.toml").read_text())["train"]["batch_size"] == 2
     with pytest.raises(TrainingError, match="batch_size"):
         run(batch_size=4, steps=6)
+
+
+def test_the_batch_that_is_found_fits_the_largest_of_several_shapes(
+    world: Any, run: Callable[..., Path], cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = world.cache(tmp_path / "small", shards=(4,), side=4)
+    with _memory_for(5, monkeypatch):
+        found = run(batch_size="auto", steps=6, caches=[small, cache])
+    assert tomllib.loads((found / "recipe.toml").read_text())["train"]["batch_size"] == 2
 
 
 @pytest.mark.parametrize("value", [0, -1, "0", "many", True, 1.5])

@@ -105,3 +105,5 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         export_single_file(tmp_path, tmp_path / "one.safetensors", dtype="float16")
     with pytest.raises(UsageError, match="written as safetensors"):
         export_single_file(tmp_path, tmp_path / "one.ckpt", dtype="float16")
+    with pytest.raises(UsageError, match=r"--single-file model\.safetensors"):
+        export_single_file(tmp_path, Path("."), dtype="float16")

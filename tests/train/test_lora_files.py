@@ -1,5 +1,7 @@
 """LoRA layers in the formats of other programs: read back by diffusers and peft, and by the names these build."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from inpo.common.families.lora import kohya_state
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
 from inpo.common.trained_over import write_over
+from inpo.train.export import export_single_file
 from inpo.train.lora import export_lora, save_kohya
 
 RANK = 2
@@ -180,6 +183,19 @@ def test_every_format_has_the_effect_of_training_whatever_alpha_is(
         assert header["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
         assert header["ss_network_dim"] == header["ss_network_alpha"] == str(RANK)
         assert "v_pred" not in names  # no reader of LoRA files knows it
+    # What an earlier run left in the same folder is not given out.
+    merged = export_single_file(output, tmp_path / "merged.safetensors", dtype="float32")
+    shutil.copytree(folder, output / "pipeline")
+    again = export_single_file(output, tmp_path / "again.safetensors", dtype="float32")
+    plain_file = export_single_file(Path(folder), tmp_path / "plain.safetensors", dtype="float32")
+    written, unchanged = load_file(again), load_file(plain_file)
+    assert all(torch.equal(value, written[name]) for name, value in load_file(merged).items())
+    assert any(not torch.equal(value, written[name]) for name, value in unchanged.items())
+    recipe = (output / "recipe.toml").read_text()
+    (output / "recipe.toml").write_text(recipe.replace(f"lora_rank = {RANK}", "lora_rank = 0"))
+    with pytest.raises(UsageError, match="no LoRA layers here"):
+        export_lora(output, tmp_path / "x.safetensors", form="kohya", dtype="float16")
+    (output / "recipe.toml").write_text(recipe)
     half = export_lora(output, tmp_path / "half.safetensors", form="kohya", dtype="float16")
     assert {value.dtype for name, value in load_file(half).items() if "alpha" not in name} == {torch.float16}
 
@@ -190,6 +206,8 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     for target, form in (("x.pt", "kohya"), ("x", "diffusers"), ("x.safetensors", "peft")):
         with pytest.raises(UsageError, match="another kind of place"):
             export_lora(tmp_path, tmp_path / target, form=form, dtype="float16")
+    with pytest.raises(UsageError, match=r"--lora model\.safetensors"):
+        export_lora(tmp_path, Path("."), form="kohya", dtype="float16")
     for options in ([], ["--single-file", "a.safetensors", "--lora", "b.safetensors"]):
         result = CliRunner().invoke(app, ["export", str(tmp_path), *options])
         assert isinstance(result.exception, UsageError)
@@ -221,6 +239,18 @@ def test_a_family_without_kohyas_names_gets_peft_alone(tmp_path: Path) -> None:
     save_file(state, tmp_path / "run/lora-kohya.safetensors")
     save_kohya(state, open_model(str(model)), tmp_path / "run")
     assert not (tmp_path / "run/lora-kohya.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers_per_block"),
+    [("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", [1, 1]), ("time_embedding.cond_proj", 1)],
+)
+def test_layers_without_a_name_of_kohyas_get_no_file(tmp_path: Path, layer: str, layers_per_block: Any) -> None:
+    folder = save_tiny_pipeline(tmp_path / "model", "sdxl")
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": layers_per_block}))
+    save_kohya(layers([layer]), open_model(str(folder)), tmp_path)
+    assert not (tmp_path / "lora-kohya.safetensors").exists()
 
 
 def _folder(path: Path) -> Path:

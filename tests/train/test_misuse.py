@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from inpo.common.cache import open_cache
 from inpo.common.errors import StorageError, TrainingError, UsageError
 from inpo.train.export import export_single_file
+from inpo.train.output import claim_output
 
 
 def test_an_output_that_cannot_be_a_folder(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -31,9 +33,38 @@ def test_the_cache_is_no_output(world: Any, run: Callable[..., Path], tmp_path: 
     assert sorted((tmp_path / "c").rglob("*")) == before
 
 
-def test_a_cache_given_twice(run: Callable[..., Path], cache: str) -> None:
+def test_a_folder_that_another_run_writes_to(run: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with claim_output(output):
+        with pytest.raises(UsageError, match="Another run is writing here"):
+            run(steps=1)
+        assert [each.name for each in output.iterdir()] == [".lock"]
+        assert run(steps=1, output=output / "below").is_dir()  # as the runs of a sweep are
+    assert (run(steps=1) / "pipeline").is_dir()
+
+
+def test_a_folder_where_nothing_can_be_locked(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert (run(steps=1) / "pipeline").is_dir()
+
+
+def test_a_cache_given_twice(run: Callable[..., Path], cache: str, tmp_path: Path) -> None:
+    link, copy = tmp_path / "link", tmp_path / "copy"
+    link.symlink_to(cache)
+    shutil.copytree(cache, copy)
+    for again in (f"{cache}/", f"{cache}/../{Path(cache).name}", f"file://{cache}", str(link), str(copy)):
+        with pytest.raises(UsageError, match="count twice"):
+            run(caches=[cache, again])
+    folder = tmp_path / "buckets"
+    shutil.copytree(cache, folder / "16x16")
+    (folder / "buckets.json").write_text('{"buckets": ["16x16"]}')
     with pytest.raises(UsageError, match="count twice"):
-        run(caches=[cache, f"{cache}/"])
+        run(caches=[str(folder), str(folder / "16x16")])
 
 
 @pytest.mark.parametrize("option", ["only", "except"])
@@ -130,6 +161,6 @@ def test_a_full_disk_is_one_message_wherever_it_is_met(
         patch.setattr(Path, "open", opened)
         with pytest.raises(StorageError, match=r"Could not write.*: No space left on device"):
             run(steps=1, **flags)
-    assert not [each for each in (tmp_path / "run").rglob("*") if each.name == name or each.name.startswith(".")]
+    assert not [each for each in (tmp_path / "run").rglob("*") if each.name == name or ".partial-" in each.name]
     run(steps=1, **flags)
     assert list((tmp_path / "run").rglob(name))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inpo.train.loop import Trainer
+from inpo.train.losses import Lists
 from inpo.train.objectives import OBJECTIVES, ObjectiveResult
 
 
@@ -253,6 +254,17 @@ def test_what_is_reported_beside_the_loss() -> None:
     np.testing.assert_allclose(result.implicit_accuracy, [1.0, 0.0, 0.5])
     np.testing.assert_allclose(result.win_advantage, [0.1, -0.1, 0.0], atol=1e-12)
     np.testing.assert_allclose(result.lose_advantage, [-0.2, 0.0, 0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["inpo", "listwise"])
+def test_an_error_that_is_not_a_number_has_no_accuracy(name: str) -> None:
+    """And is not that of a record whose sides are alike."""
+    error = torch.tensor([[math.nan, 0.5], [0.5, 0.5]])
+    above = torch.tensor([[False, True], [False, False]]).expand(2, 2, 2)
+    lists = Lists(above=above, advantage=torch.zeros(2, 2), there=torch.ones(2, 2, dtype=torch.bool))
+    told = lists if OBJECTIVES[name].lists else torch.ones(2)
+    result = OBJECTIVES[name].function(error, torch.full((2, 2), 0.5), told, 10.0)
+    np.testing.assert_equal(result.implicit_accuracy.numpy(), [math.nan, 0.5])
 
 
 def test_two_processes_have_one_z0() -> None:

@@ -135,6 +135,12 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path, monkeypatch:
     assert asked[-1]["project"] == "theirs"
 
 
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**32 - 1, 2**63 - 1])
+def test_a_seed_that_a_cache_takes_is_one_of_a_run(run: Callable[..., Path], seed: int) -> None:
+    output = run(steps=1, held_out=0.5, lora_rank=2, seed=seed, sample_every=1, sample_steps=1)
+    assert (output / "lora/pytorch_lora_weights.safetensors").is_file()
+
+
 def test_trackers_are_those_of_accelerate() -> None:
     named = get_args(TrainSettings.model_fields["tracker"].annotation)
     assert {*named} - {"none"} == {*LOGGER_TYPE_TO_CLASS}

@@ -188,6 +188,15 @@ def test_samples_are_of_the_caches_own_prompts_unless_others_are_named(run: Call
         assert picture.size == (16 * min(4, len(texts)), 16)
 
 
+def test_samples_are_of_four_prompts_where_shards_and_caches_have_fewer(
+    world: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    caches = [world.cache(tmp_path / name, shards=shards) for name, shards in (("a", (1, 1)), ("b", (1, 1, 3)))]
+    output = run(steps=1, sample_every=1, sample_steps=1, caches=caches)
+    with Image.open(output / "samples/step-00000001.png") as picture:
+        assert json.loads(picture.info["prompts"]) == [f"prompt {number}" for number in range(4)]
+
+
 def test_metrics_say_whether_it_learns(run: Callable[..., Path]) -> None:
     output = run(
         steps=12, log_every=6, evaluate_every=6, held_out=0.4, learning_rate=1e-4, tracker="tensorboard", batch_size=4

@@ -69,6 +69,17 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
 
 
+def test_two_processes_make_a_whole_sweep(zygote: Zygote, world: Any, cache: str, tmp_path: Path) -> None:
+    output, recipe, sweep = tmp_path / "sweep", tmp_path / "two.toml", tmp_path / "runs.toml"
+    recipe.write_text(SETTINGS.format(model=world.model.folder, cache=cache, output=output, steps=2, accumulate=1))
+    sweep.write_text('[[run]]\nobjective = ["inpo", "ipo"]\n')
+    asked = ["train", "--recipe", str(recipe), "--sweep", str(sweep)]
+    both = [zygote.start(asked, environment) for environment in ranks(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.text()[-3000:] for process in both]
+    assert {row["name"] for row in json.loads((output / "sweep.json").read_text())} == {"inpo", "ipo"}
+    assert all((output / name / "pipeline").is_dir() for name in ("inpo", "ipo"))
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_is_refused_on_resume(
     world: Any, cache: str, run: Callable[..., Path], tmp_path: Path

@@ -178,6 +178,14 @@ def test_a_foreign_shard_among_many_is_refused(make_world: Callable, tmp_path: P
     assert "shard shard-037" in proof.what
 
 
+@pytest.mark.parametrize(("shards", "num_records"), [((1, 3, 40), 32), ((40, 3, 1), 32), ((2, 3), 5)])
+def test_what_small_shards_lack_the_others_give(
+    world: Any, tmp_path: Path, shards: tuple[int, ...], num_records: int
+) -> None:
+    location = world.cache(tmp_path / "c", shards=shards, timesteps_per_pair=1, profile="lean")
+    assert proof_of(world.model, location).num_records == num_records
+
+
 @pytest.mark.parametrize("spread", [None, 0.0, 1e-2])
 def test_the_spread_of_the_cache_widens_what_passes(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float | None

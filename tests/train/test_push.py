@@ -174,6 +174,8 @@ def test_names_for_the_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "runs/mine").mkdir(parents=True)
     assert hub_id("runwayml/stable-diffusion-v1-5") == "runwayml/stable-diffusion-v1-5"
     assert hub_id("runs/mine") is None
+    assert hub_id("toyworld/base") is None  # from every folder
+    assert public_name("toyworld/base") == "toyworld/base"
     snapshot = "/home/me/.cache/huggingface/hub/models--owner--some--name/snapshots/0123/unet"
     assert hub_id(snapshot) == "owner/some--name"
     assert [public_name(each) for each in ("/home/me/cache", "runs/mine", "s3://b/c", "file:///home/me/x")] == [

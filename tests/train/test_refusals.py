@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from typer.testing import CliRunner
 
+import inpo.train.run
+from inpo.cli import app
 from inpo.common.cache import CacheWriter, open_cache
 from inpo.common.errors import CacheIncomplete, CacheMismatch, CacheMissing, TrainingError, UsageError
 from inpo.common.models import open_model
@@ -233,6 +237,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(
     assert "step-00000002" in str(caught.value)
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_before_anything_is_written(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are finite, and the one loss before the update was."""
+    flags = {"steps": 1, "learning_rate": 1e36, "held_out": 0.5}
+    with pytest.raises(TrainingError, match="held-out loss is not finite"):
+        run(**flags)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    assert not (tmp_path / "run/pipeline").exists()
+    output = run(check_finite=False, **flags)
+    assert "the held-out loss at step 1 is not finite" in capsys.readouterr().err
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["held_out_loss"], last["held_out_implicit_accuracy"]) == (None, None)
+    (checkpoint,) = output.glob("checkpoints/step-*")
+    assert json.loads((checkpoint / "run.json").read_text())["held_out"] == []
+
+
 def test_nan_in_a_record_stops_the_run_with_its_pair(
     world: Any, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +273,7 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
     ("flags", "words"),
     [
         ({"objective": "ppo"}, ["--objective", "ppo", "'inpo'"]),
+        ({"seed": 2**63}, ["seed", "less than"]),
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"schedule": "polynomial", "warmup_steps": 2, "steps": 2}, ["--warmup-steps", "less than --steps 2"]),
@@ -368,6 +390,29 @@ def test_every_section_of_a_recipe_is_valid(recipe: Path) -> None:
     trained, rounds = resolve(TrainSettings, "train", sections, {}), resolve(RoundSettings, "round", sections, {})
     assert (trained.output is None) == ("round" in sections)
     assert (rounds.output is None) == ("round" not in sections)
+
+
+def _advised() -> list[str]:
+    """Every command that trains in the comments of the recipes, and of the files beside them."""
+    found: set[str] = set()
+    for file in sorted(RECIPES.iterdir()):
+        comments = "\n".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+        found |= set(re.findall(r"\binpo (train --recipe recipes/.*)", comments.replace("\\\n", "")))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", _advised())
+def test_what_a_recipe_advises_is_not_refused(
+    world: Any, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    begun = []
+    monkeypatch.setattr(inpo.train.run, "_train", lambda resolved, *_, **__: begun.append(resolved.settings) or True)
+    here = ["--model", str(world.model.folder), "--cache", cache, "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, [*command.split(), *here], catch_exceptions=False)
+    assert done.exit_code == 0
+    (settings,) = begun
+    assert settings.lora_rank or settings.lora_alpha is None
 
 
 def test_the_file_for_one_machine_is_one_that_accelerate_reads() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import inpo.train.run
 from inpo.common import durable
@@ -78,7 +79,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, str], None
                 return save(parts, folder, step=step, **rest)
             with monkeypatch.context() as patch:
                 patch.setattr(*next(stages), die)
-                patch.setattr(durable, "_remove", lambda path: None)
+                patch.setattr(durable, "remove", lambda path: None)
                 return save(parts, folder, step=step, **rest)
 
         victim = step
@@ -174,6 +175,16 @@ def test_the_last_checkpoints_are_kept(run: Callable[..., Path]) -> None:
     assert names == ["step-00000004", "step-00000005"]
 
 
+def test_an_old_checkpoint_that_is_a_link_is_unlinked(run: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"save_every": 1, "keep_last": 2}
+    place = run(steps=2, **options) / "checkpoints"
+    (place / "step-00000001").rename(tmp_path / "elsewhere")
+    (place / "step-00000001").symlink_to(tmp_path / "elsewhere")
+    run(steps=4, **options)
+    assert sorted(entry.name for entry in place.iterdir()) == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "elsewhere/run.json").is_file()
+
+
 def test_resume_from_a_path(run: Callable[..., Path], tmp_path: Path) -> None:
     whole = run(steps=4, save_every=2, keep_last=3, output=tmp_path / "whole")
     other = run(steps=4, resume=str(whole / "checkpoints" / "step-00000002"), output=tmp_path / "other")
@@ -217,9 +228,57 @@ def test_what_an_earlier_step_goes_on_from_has_no_later_pictures(run: Callable[.
     options = {"save_every": 1, "keep_last": 9, "sample_every": 1, "sample_steps": 1}
     output = run(steps=3, **options)
     assert len(list((output / "samples").iterdir())) == 4
-    run(steps=2, resume=str(output / "checkpoints/step-00000002"), **options)
+    run(steps=2, resume=str(output / "checkpoints/step-00000001"), **options)
     assert sorted(file.name for file in (output / "samples").iterdir()) == [f"step-{n:08d}.png" for n in range(3)]
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()][-1] == 2
+
+
+SHOWN = {"save_every": 2, "keep_last": 9, "log_every": 1, "sample_every": 1, "sample_steps": 1}
+
+
+def shown(output: Path) -> dict[str, bytes]:
+    """What shows how a run went."""
+    files = [output / "recipe.toml", output / "metrics.jsonl", *(output / "samples").iterdir()]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def curve(output: Path) -> list[int]:
+    board = EventAccumulator(str(output / "tensorboard"))
+    board.Reload()
+    return [event.step for event in board.Scalars("loss")]
+
+
+def test_the_model_of_an_earlier_step_costs_nothing_of_what_shows_the_run(run: Callable[..., Path]) -> None:
+    options = SHOWN | {"tracker": "tensorboard"}
+    output = run(steps=4, **options)
+    before, last = shown(output), weights(output)
+    run(steps=2, resume=str(output / "checkpoints/step-00000002"), **options)
+    assert not equal(weights(output), last)
+    assert shown(output) == before
+    assert curve(output) == [0, 1, 2, 3, 4]
+
+
+def test_what_goes_on_from_an_earlier_step_replaces_the_later_ones_at_its_first_save(
+    run: Callable[..., Path], kill_at: Callable[..., None]
+) -> None:
+    """Killed before that, the run is as it was, and goes on from its last checkpoint."""
+    options = SHOWN | {"tracker": "tensorboard"}
+    output = run(steps=6, **options)
+    before, earlier = shown(output), str(output / "checkpoints/step-00000002")
+    for step, where in ((3, "optimise"), (4, "save")):
+        kill_at(step, where)
+        with pytest.raises(Killed):
+            run(steps=6, resume=earlier, **options)
+        assert shown(output) == before
+        assert curve(output) == [0, 1, 2, 3, 4, 5, 6]
+    kill_at(5)
+    with pytest.raises(Killed):
+        run(steps=6, resume=earlier, **options)
+    assert steps_of(output) == [0, 1, 2, 3, 4, 5]
+    assert sorted(file.name for file in (output / "samples").iterdir()) == [f"step-{n:08d}.png" for n in range(6)]
+    kill_at(None)
+    run(steps=6, **options)
+    assert steps_of(output) == curve(output) == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_lora_checkpoints_hold_the_trained_layers_only(

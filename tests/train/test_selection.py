@@ -126,6 +126,15 @@ def test_a_label_may_differ_between_a_pairs_records(world: Any, tmp_path: Path) 
         index_of(other, labels="given")
 
 
+def test_labels_that_are_0_or_1_at_every_record_are_hard_whatever_their_mean(
+    world: Any, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    location = world.cache(tmp_path / "c", shards=(3,))
+    give(location, lambda number: PairLabel(scores=None, label=0.5, by_record=(1.0, 0.0)))
+    with pytest.raises(CacheIncomplete, match="needs soft labels"):
+        run(objective="smpo", caches=[location], labels="given")
+
+
 # --- lists ---
 
 
@@ -286,6 +295,15 @@ def test_an_accuracy_has_turned_when_three_in_a_row_are_clearly_below_the_best()
     assert judge.best.step == 1
     few = Judge(evaluations=[Evaluation(step, accuracy, 4) for step, accuracy in enumerate((1.0, 0.9, 0.9, 0.9))])
     assert not few.turned  # four records cannot tell
+
+
+def test_an_evaluation_is_held_against_those_of_the_same_records() -> None:
+    judge = Judge(evaluations=[Evaluation(50, 1.0, 4)])
+    judge.evaluations += [Evaluation(100 + step, 0.75 + step / 1000, 256) for step in range(4)]
+    assert not judge.turned
+    assert judge.best.step == 103
+    judge.evaluations += [Evaluation(200 + step, 0.5, 256) for step in range(3)]
+    assert judge.turned
 
 
 def test_a_run_stops_where_the_held_out_accuracy_turned(

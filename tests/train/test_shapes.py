@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inpo.common.cache import open_cache
@@ -61,14 +61,29 @@ def test_held_out_batches_have_one_shape_each(caches: list[str]) -> None:
     }
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9))
-def test_every_shape_has_its_turns_in_order(records: list[int], per_turn: int, seed: int) -> None:
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(1, 30), st.integers(0, 9))
+@example(records=[1000, 3], per_turn=8, seed=0)
+@example(records=[1, 2, 1], per_turn=64, seed=0)
+def test_every_shape_has_its_turns_in_order_and_its_records_equally_often(
+    records: list[int], per_turn: int, seed: int
+) -> None:
     order = ShapeOrder(records, records_per_turn=per_turn, seed=seed)
-    wanted = [max(1, round(number / per_turn)) for number in records]
-    turns = [order.turn(number) for number in range(3 * sum(wanted))]
-    for shape, count in enumerate(wanted):
-        assert [turn for each, turn in turns if each == shape] == list(range(3 * count))
-        assert sum(each == shape for each, _ in turns[: sum(wanted)]) == count
-    assert [ShapeOrder(records, records_per_turn=per_turn, seed=seed).turn(n) for n in (5, 2)] == [
-        order.turn(n) for n in (5, 2)
-    ]
+    turns = [order.turn(number) for number in range(40 * sum(records) // per_turn)]
+    epochs = len(turns) * per_turn / sum(records)
+    for shape, number in enumerate(records):
+        own = [turn for each, turn in turns if each == shape]
+        assert own == list(range(len(own)))
+        # Within the epoch that is going on, and half a turn of each shape.
+        assert abs(len(own) * per_turn - epochs * number) <= number + per_turn * (len(records) + 1) / 2
+    again = ShapeOrder(records, records_per_turn=per_turn, seed=seed)
+    assert [again.turn(number) for number in reversed(range(len(turns)))] == turns[::-1]
+
+
+def test_what_fills_no_whole_turn_waits_for_a_later_epoch(caches: list[str]) -> None:
+    taken = take(stream_of(index_of(*caches), batch_size=8), 40)  # 12 and 4 records: 1.5 turns of an epoch, and 0.5
+    assert Counter(batch.x_t.shape[-1] for batch in taken) == {8: 30, 4: 10}
+    for side in (8, 4):
+        seen = Counter(
+            tuple(row.flatten().tolist()) for batch in taken if batch.x_t.shape[-1] == side for row in batch.target
+        )
+        assert set(seen.values()) == {20}

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from inpo.cli import app
 from inpo.common.errors import UsageError
 from inpo.inspection.run_page import make_run_page
+from inpo.train.output import claim_output
 from inpo.train.sweep import read_sweep
 
 PROMPT = "a small red ball on the left at night"
@@ -49,6 +50,8 @@ def test_lists_are_all_their_combinations(tmp_path: Path) -> None:
         ("[[run]]\noutput = 'x'", "cannot have"),
         ("[[run]]\nname = 1", "cannot have"),
         ("[[run]]\nname = '../x'", "Bad name"),
+        ("[[run]]\nname = 'sweep.md'", "the sweep's own table"),
+        ("[[run]]\nname = 'sweep.json'", "the sweep's own table"),
         ("[[run]]\n[[run]]\n", "one name"),
         ("[[run]]\nbeta = [", "TOML"),
         ("", "tables"),
@@ -151,6 +154,31 @@ def test_a_flag_that_one_of_the_runs_has_a_use_for_is_taken(
     assert (tmp_path / "out").exists() == (refused is None)
 
 
+def test_what_a_killed_run_left_half_written_ends_no_sweep(world: Any, cache: str, tmp_path: Path) -> None:
+    """Its checkpoint is not whole, so that it fails, and neither is its last line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    killed = tmp_path / "out/a"
+    (killed / "checkpoints/step-00000001").mkdir(parents=True)
+    (killed / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 0.7}\n{"step": 1, "lo\xff')
+    file = write(tmp_path, "[[run]]\nname = 'a'\n[[run]]\nname = 'b'\n")
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
+    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sweep", str(file)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1, done.output
+    first, second = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert (first["last"], first["failed"]) == ({"step": 0, "loss": 0.7}, "No checkpoint of this run is whole.")
+    assert (second["last"]["step"], second["failed"]) == (1, None)
+
+
+def test_a_folder_that_another_sweep_writes_to(world: Any, cache: str, tmp_path: Path) -> None:
+    words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
+    with claim_output(tmp_path / "out"):
+        done = CliRunner().invoke(app, [*words, "--sweep", str(write(tmp_path, "[[run]]\nname = 'a'\n"))])
+    assert isinstance(done.exception, UsageError)
+    assert "Another run is writing here" in str(done.exception)
+    assert not (tmp_path / "out/a").exists()
+
+
 class Brightness:
     """Of an image, to the last digit."""
 
@@ -187,6 +215,12 @@ def test_the_reference_is_sampled_as_the_runs_are(
     assert told == [16, 16]
     # The run is finished, and its picture was drawn with one step: no picture of two is compared with it.
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness", "--sample-steps", "2"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/sweep.json").read_text())[0]["scores"] == {}
+    # Nor is one that is damaged.
+    (picture,) = (tmp_path / "out/one/samples").iterdir()
+    picture.write_bytes(picture.read_bytes()[:-100])
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out/sweep.json").read_text())[0]["scores"] == {}
 
