@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from inpo.common.errors import ModelError
+from inpo.common.sizes import latent_sides
 
 _WORDS: dict[str, str] = {
     "epsilon": "epsilon",
@@ -81,15 +82,17 @@ def markers_for(model: Any, *, title: str, lora: bool = False) -> tuple[dict[str
     layers for it, beside which no reader looks for tensors.
     """
     family, is_v = model.family, model.prediction == "v_prediction"
-    side = int(model.config(family.network).get("sample_size", 128)) * family.vae_factor(model.config)
+    size = latent_sides(model.config(family.network).get("sample_size", 128))
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": family.architecture(model.config, model.prediction) + ("/lora" if lora else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
         _MODELSPEC: "v" if is_v else model.prediction,
     }
+    if size is not None:
+        height, width = (each * family.vae_factor(model.config) for each in size)
+        header["modelspec.resolution"] = f"{width}x{height}"
     if lora:
         header |= {"ss_network_module": "networks.lora", "ss_v_parameterization": str(is_v)}
         header |= family.base_version(model.config, model.prediction)

@@ -34,10 +34,29 @@ def scorer_names() -> list[str]:
 
 
 def load_scorer(name: str) -> Scorer:
-    """Load a scorer by its entry-point name. Raises UsageError listing the names there are."""
+    """Load a scorer by its entry-point name. Raises UsageError listing the names there are, and for a package that
+    cannot be imported or has another name for it."""
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            scorer: Scorer = entry.load()()
+            try:
+                kind = entry.load()
+            except (ImportError, AttributeError) as error:
+                raise UsageError(
+                    "The scorer's package cannot be imported.",
+                    where=f"{name} = {entry.value}",
+                    expected="a class that its entry point names",
+                    got=f"{type(error).__name__}: {error}",
+                    fix="install what that package needs, or correct it",
+                ) from error
+            scorer: Scorer = kind()
+            if getattr(scorer, "name", None) != name:  # its files of scores would have a name that nobody asks for
+                raise UsageError(
+                    "The scorer has another name than its entry point.",
+                    where=f"{name} = {entry.value}",
+                    expected=f"name = {name!r} in that class",
+                    got=getattr(scorer, "name", None),
+                    fix="give both the same name in the scorer's package",
+                )
             return scorer
     raise UsageError(
         "Unknown scorer.", where="--scorer", expected=", ".join(scorer_names()), got=name, fix="choose one"

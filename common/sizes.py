@@ -1,7 +1,8 @@
-"""Sizes of images as users write them: N for squares, or HEIGHTxWIDTH."""
+"""Sizes of images as users write them: N for squares, or HEIGHTxWIDTH; and as a network's configuration does."""
 
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -33,8 +34,17 @@ ImageSize = Annotated[str, BeforeValidator(_one_or_two_sides)]
 """A setting that is such a size, in the form that `size_text` gives it."""
 
 
-def check_sides(size: str, step: int) -> None:
-    """Raise UsageError for a size that the network has no latents of: its sides are not multiples of `step` pixels."""
+def latent_sides(sample_size: Any) -> tuple[int, int] | None:
+    """(height, width) of the latents that a network was made for, by the configuration's one number, or two."""
+    if sample_size is None:
+        return None
+    height, width = sample_size if isinstance(sample_size, Sequence) else (sample_size, sample_size)
+    return int(height), int(width)
+
+
+def check_sides(size: str, step: int, most: int | None) -> None:
+    """Raise UsageError for a size that the network has no latents of: its sides are not multiples of `step` pixels, or
+    longer than `most`."""
     if any(side % step for side in sides(size)):
         raise UsageError(
             "The resolution does not fit the model.",
@@ -42,4 +52,12 @@ def check_sides(size: str, step: int) -> None:
             expected=f"sides that are multiples of {step}",
             got=size,
             fix=f"round it up to {size_text(*(-(-side // step) * step for side in sides(size)))}",
+        )
+    if most is not None and max(sides(size)) > most:
+        raise UsageError(
+            "The model has no places for an image so large.",
+            where="--resolution",
+            expected=f"sides of {most} pixels at most",
+            got=size,
+            fix="take a smaller one",
         )

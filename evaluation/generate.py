@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -24,7 +23,7 @@ from inpo.common.batch_size import memory_in_words
 from inpo.common.compiled import compile_network
 from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.device import say_device
-from inpo.common.durable import write_file
+from inpo.common.durable import entries, write_file
 from inpo.common.errors import TrainingError, UsageError
 from inpo.common.families import Family
 from inpo.common.models import Model
@@ -61,13 +60,12 @@ def image_seed(seed: int, prompt: str, number: int) -> int:
 
 
 def plan_images(prompts: Sequence[str], settings: EvaluateSettings) -> list[ImageEntry]:
-    """Every image of a folder, by prompt and then by number."""
-    limited = prompts[: settings.limit]
+    """Every image of a folder, by prompt and then by number; `--limit` is the caller's."""
     return [
         ImageEntry(
             prompt=prompt, seed=image_seed(settings.seed, prompt, number), file=f"images/{index:05d}-{number}.png"
         )
-        for index, prompt in enumerate(limited)
+        for index, prompt in enumerate(prompts)
         for number in range(settings.images_per_prompt)
     ]
 
@@ -82,7 +80,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     state = processes()
     dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
     if settings.resolution is not None:  # pipelines round, or fail at the end
-        check_sides(settings.resolution, model.family.pixel_step(model.config))
+        family, config = model.family, model.config
+        check_sides(settings.resolution, family.pixel_step(config), family.longest_side(config))
     model.family.check_tokens(settings.max_tokens)
     transfer = open_transfer(settings, model.family)
     if not prompts and transfer is not None:
@@ -90,11 +89,13 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     identity = _identity(model, prompts, settings, dtype, transfer)
     _check_folder(out, identity)
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    entries = plan_images(prompts, settings)
+    planned = plan_images(prompts, settings)
+    entries = planned[: settings.limit and settings.limit * settings.images_per_prompt]
     mine = entries[state.process_index :: state.num_processes]
     left = [entry for entry in mine if not _is_done(out / entry.file)]
     num_cut = 0
     pipeline = load_pipeline(model, settings, transfer).to(state.device) if left else None
+    size = settings.size or ((0, 0) if pipeline is None else model.family.drawn_size(pipeline))
     # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
     with state.main_process_first():
         _claim(out, identity)
@@ -105,14 +106,14 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
             pipeline = pipeline.to(dtype)
         family, most = model.family, settings.max_tokens
         num_cut = len({entry.prompt for entry in entries if family.is_cut(pipeline, entry.prompt, most)})
-        pixels = math.prod(settings.size or (model.family.drawn_side(pipeline),) * 2)
+        pixels = math.prod(size)
         per_batch = settings.batch_size or max(1, min(_MAX_BATCH, _BATCH_PIXELS // pixels))
         quiet = not state.is_main_process
         batches = [left[start : start + per_batch] for start in range(0, len(left), per_batch)]
         drawn: list[list[Image.Image]] = []
 
         def first() -> None:
-            drawn[:] = [_draw(pipeline, batches[0], settings, family, transfer)]
+            drawn[:] = [_draw(pipeline, batches[0], settings, size, family, transfer)]
 
         is_compiled = compile_network(
             model.family.network_of(pipeline).requires_grad_(False),
@@ -130,7 +131,7 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
                 made = (
                     drawn.pop()
                     if drawn
-                    else _draw(pipeline, [*batch, *batch[-1:] * missing], settings, family, transfer)
+                    else _draw(pipeline, [*batch, *batch[-1:] * missing], settings, size, family, transfer)
                 )
                 for entry, image in zip(batch, made[: len(batch)], strict=True):
                     buffer = io.BytesIO()
@@ -138,10 +139,12 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
                     write_file(out / entry.file, buffer.getvalue())
                 bar.advance(len(batch))
     state.wait_for_everyone()
-    if state.is_main_process:
-        write_listing(out, entries)
     state.wait_for_everyone()
-    return GenerateReport(num_images=len(entries), num_new=len(left), num_cut=num_cut)
+    done = [entry for entry in planned if _is_done(out / entry.file)]  # more than was asked for, after a longer run
+    if state.is_main_process:
+        write_listing(out, done)
+    state.wait_for_everyone()
+    return GenerateReport(num_images=len(done), num_new=len(left), num_cut=num_cut)
 
 
 def load_pipeline(model: Model, settings: EvaluateSettings, transfer: Transfer | None = None) -> DiffusionPipeline:
@@ -166,39 +169,44 @@ def _draw(
     pipeline: DiffusionPipeline,
     batch: Sequence[ImageEntry],
     settings: EvaluateSettings,
+    size: tuple[int, int],
     family: Family,
     transfer: Transfer | None,
 ) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(entry.seed) for entry in batch]
     prompts = [entry.prompt for entry in batch]
-    given: dict[str, Any] = {}
-    size = settings.size
-    if transfer is not None:
-        size = size or (family.drawn_side(pipeline),) * 2
-        given = transfer.arguments(prompts, size)
-    height, width = size or (None, None)
+    given = {} if transfer is None else transfer.arguments(prompts, size)
     stays = "what is done stays"
     otherwise = f"take a lower --resolution, or --dtype bfloat16; {stays}"
-    with memory_in_words(len(batch), auto=False, smaller=stays, otherwise=otherwise), torch.inference_mode():
+    finite: list[bool] = []
+
+    def watch(_: Any, __: Any, decoded: torch.Tensor) -> None:
+        finite.extend(decoded.isfinite().flatten(1).all(1).tolist())
+
+    with (
+        pipeline.vae.decoder.register_forward_hook(watch),  # behind it pixels are clamped: infinity would be white
+        memory_in_words(len(batch), auto=False, smaller=stays, otherwise=otherwise),
+        torch.inference_mode(),
+    ):
         pixels = pipeline(
             num_inference_steps=settings.inference_steps,
             generator=generators,
             output_type="np",
-            height=height,
-            width=width,
+            height=size[0],
+            width=size[1],
             **family.drawing(prompts, settings.guidance, settings.max_tokens),
             **given,
         ).images
-    for entry, picture in zip(batch, pixels, strict=True):
-        if not np.isfinite(picture).all():
-            # Turned into a picture it would be black, and be scored as if the model had drawn it so.
-            raise TrainingError(
-                "The model gave an image that is not finite.",
-                where=f"prompt {entry.prompt[:80]!r}, seed {entry.seed}",
-                expected="finite pixels",
-                got="NaN or infinity",
-                fix="try --dtype float32; if it stays, the model's weights are broken",
-            )
+    if not all(finite):
+        # Turned into a picture it would be black or white, and be scored as if the model had drawn it so.
+        entry = batch[finite.index(False) % len(batch)]
+        raise TrainingError(
+            "The model gave an image that is not finite.",
+            where=f"prompt {entry.prompt[:80]!r}, seed {entry.seed}",
+            expected="finite pixels",
+            got="NaN or infinity",
+            fix="try --dtype float32, or more --inference-steps; if it stays, the model's weights are broken",
+        )
     return pipeline.image_processor.numpy_to_pil(pixels)
 
 
@@ -247,12 +255,13 @@ def _check_folder(out: Path, identity: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError("The output folder is a file.", where=out, expected="a folder", fix="choose another --out")
     if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
+        other = entries(out)
+        if other:
             raise UsageError(
                 "The output folder holds something else.",
                 where=out,
                 expected="a new folder, or one of generate's own",
-                got=", ".join(sorted(entry.name for entry in out.iterdir())[:5]),
+                got=", ".join(other[:5]),
                 fix="choose another --out",
             )
         return

@@ -2,7 +2,7 @@
 
     FOLDER/generate.json          the settings: a folder holds images of one model and one setting
     FOLDER/images/00012-0.png     one picture per prompt and number
-    FOLDER/images.jsonl           {prompt, seed, file} a line, written when all images are there
+    FOLDER/images.jsonl           {prompt, seed, file} a line, written when all images that were asked for are there
     FOLDER/scores-<scorer>.jsonl  {prompt, seed, file, score} a line
 
 Any folder with an images.jsonl of this form can be scored and compared, however its images were made.

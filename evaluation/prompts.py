@@ -93,18 +93,27 @@ def _text(path: Path) -> str:
 def _read_tsv(path: Path) -> list[str]:
     # Parti-Prompts writes quotation marks as they are, so they quote nothing.
     rows = csv.DictReader(text_lines(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
-    column = _column(rows.fieldnames or (), path)
     found = []
-    for row in rows:
-        if row[column] is None:
-            raise DataError(
-                "A row has too few columns.",
-                where=f"{path}, line {rows.line_num}",
-                expected=f"{len(rows.fieldnames or ())}, with {column}",
-                got=sum(v is not None for v in row.values()),
-                fix="correct that line; columns are separated by tabs",
-            )
-        found.append(row[column])
+    try:
+        column = _column(rows.fieldnames or (), path)
+        for row in rows:
+            if row[column] is None:
+                raise DataError(
+                    "A row has too few columns.",
+                    where=f"{path}, line {rows.line_num}",
+                    expected=f"{len(rows.fieldnames or ())}, with {column}",
+                    got=sum(v is not None for v in row.values()),
+                    fix="correct that line; columns are separated by tabs",
+                )
+            found.append(row[column])
+    except csv.Error as error:  # a field may have 131,072 characters
+        raise DataError(
+            "The prompts are no table.",
+            where=f"{path}, line {rows.line_num + 1}",
+            expected="columns separated by tabs, each field of 131,072 characters at most",
+            got=str(error),
+            fix="correct that line",
+        ) from None
     return found
 
 

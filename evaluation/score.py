@@ -62,7 +62,8 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
     state.wait_for_everyone()
     if state.is_main_process:
         known = _known(folder, scorer.name)
-        write_file(final, to_lines(_row(entry, known[entry.key]) for entry in folder.entries))
+        listed = [known.pop(entry.key) | asdict(entry) for entry in folder.entries]
+        write_file(final, to_lines([*listed, *known.values()]))  # of the others too: a longer listing may come again
         for part in folder.path.glob(f"scores-{scorer.name}.part-*.jsonl"):
             part.unlink()
     state.wait_for_everyone()
@@ -96,14 +97,17 @@ def _row(entry: ImageEntry, score: float) -> dict[str, object]:
     return {**asdict(entry), "score": score}
 
 
-def _known(folder: ImageFolder, scorer: str) -> dict[tuple[str, int], float]:
-    known: dict[tuple[str, int], float] = {}
+def _known(folder: ImageFolder, scorer: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """{(prompt, seed): line} of every score there is, of images that are not listed as well."""
+    known: dict[tuple[str, int], dict[str, Any]] = {}
     final = folder.path / f"scores-{scorer}.jsonl"
     for file in (final, *sorted(folder.path.glob(f"scores-{scorer}.part-*.jsonl"))):
         if file.is_file():
             if file is not final:
                 _drop_torn_line(file)
-            known |= parse_scores(read_lines(file), file)
+            rows = read_lines(file)
+            parse_scores(rows, file)
+            known |= {(row["prompt"], row["seed"]): row for row in rows}
     return known
 
 

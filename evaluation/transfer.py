@@ -50,7 +50,8 @@ class Transfer:
 
     def identity(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What images of these prompts depend on. Raises DataError for a prompt without an image, and for an image that
-        cannot be read: one that is replaced after the first image was made is another setting."""
+        cannot be read, or whose mask is not one: one that is replaced after the first image was made is another
+        setting."""
         lacking = [prompt for prompt in prompts if prompt not in self.files]
         if lacking:
             raise DataError(
@@ -62,8 +63,13 @@ class Transfer:
             )
         digest = hashlib.blake2b(digest_size=16)
         for prompt in prompts:
-            for file in self.files[prompt]:
-                digest.update(hashlib.blake2b(_read(file)[0]).digest())
+            file, *masks = self.files[prompt]
+            data, image = _read(file)
+            digest.update(hashlib.blake2b(data).digest())
+            for mask in masks:
+                data, levels = _read(mask, behind=0)
+                digest.update(hashlib.blake2b(data).digest())
+                _check_mask(mask, levels, image)
         controlnet = None
         if self.controlnet is not None:
             weights = weight_files.loaded_files(self.controlnet, "diffusers", None)
@@ -83,7 +89,8 @@ class Transfer:
         images = [_opened(each[0], size) for each in files]
         if self.controlnet is not None:
             return {"image": images, "controlnet_conditioning_scale": self.weight}
-        masks = [_opened(each[1], size).convert("L") for each in files]
+        # What is transparent in a mask is not marked: black.
+        masks = [_opened(each[1], size, behind=0).convert("L") for each in files]
         return {"image": images, "mask_image": masks, "strength": self.weight}
 
 
@@ -180,19 +187,40 @@ def _listed(folder: Path, *, masks: bool) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def _read(file: Path) -> tuple[bytes, Image.Image]:
-    """A given image: its file, and what that shows."""
+def _read(file: Path, behind: int = 255) -> tuple[bytes, Image.Image]:
+    """A given image: its file, and what that shows, over the grey `behind`."""
     try:
         data = file.read_bytes()
-        return data, decode_image(data)
+        return data, decode_image(data, behind=behind)
     except (OSError, ImageError) as error:
         raise DataError(
             "A given image cannot be read.", where=file, expected="a whole image file", got=str(error), fix="replace it"
         ) from None
 
 
-def _opened(file: Path, size: tuple[int, int]) -> Image.Image:
-    levels = prepare_image(_read(file)[1], resolution=size, crop="center", flip=False).levels
+def _check_mask(file: Path, mask: Image.Image, image: Image.Image) -> None:
+    """Raise DataError for a mask that is cut otherwise than its image, or marks nothing."""
+    if mask.width * image.height != mask.height * image.width:
+        raise DataError(
+            "A mask has another shape than its image.",
+            where=file,
+            expected=f"the proportions of the image's {image.width} x {image.height} pixels",
+            got=f"{mask.width} x {mask.height}",
+            fix="make the mask as large as its image",
+        )
+    brightest = int(np.asarray(mask.convert("L")).max())
+    if brightest < 128:  # where diffusers cuts
+        raise DataError(
+            "A mask marks nothing.",
+            where=file,
+            expected="white where the image is to be painted anew",
+            got=f"at most {brightest} of 255; what is transparent counts as black",
+            fix="paint that area white",
+        )
+
+
+def _opened(file: Path, size: tuple[int, int], behind: int = 255) -> Image.Image:
+    levels = prepare_image(_read(file, behind)[1], resolution=size, crop="center", flip=False).levels
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
 
 

@@ -23,6 +23,7 @@ from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.families.lora import Original, numbered
 from inpo.common.levels import Levels, TimeSettings
+from inpo.common.sizes import latent_sides
 
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
@@ -180,6 +181,10 @@ class Family(ABC):
         """What both sides of an image must be multiples of."""
         return self.vae_factor(config)
 
+    def longest_side(self, config: Callable[[str], Config]) -> int | None:
+        """Pixels along a side of the largest image whose places the network knows; None: any."""
+        return None
+
     @abstractmethod
     def probe_side(self, network: Config) -> int:
         """A small side of a latent that the network takes."""
@@ -325,9 +330,23 @@ class Family(ABC):
         """The trained component of a pipeline."""
         return getattr(pipeline, self.network)
 
-    def drawn_side(self, pipeline: Any) -> int:
-        """Pixels along a side of the images that a pipeline makes by itself."""
-        return int(self.network_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
+    def drawn_size(self, pipeline: Any) -> tuple[int, int]:
+        """(height, width) of the images that a pipeline makes by itself. Raises UsageError if it does not say so."""
+        size = latent_sides(self.sample_size(pipeline))
+        if size is None:
+            raise UsageError(
+                "The model does not say how large its images are.",
+                where=f"{self.network}/config.json, sample_size",
+                expected="a number, or two",
+                got="none",
+                fix="add --resolution",
+            )
+        height, width = (each * int(pipeline.vae_scale_factor) for each in size)
+        return height, width
+
+    def sample_size(self, pipeline: Any) -> Any:
+        """Of the latents that a pipeline draws by itself, as its configuration has it."""
+        return self.network_of(pipeline).config.sample_size
 
     def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """What the pipeline is called with beside noise, steps and size. At guidance 1 prompts alone count."""
@@ -341,13 +360,19 @@ class Family(ABC):
 
     def check_steps(self, scheduler: Any, steps: int, *, where: str) -> None:
         """Raise UsageError if a scheduler does not take so many steps; `where` they were asked for."""
+        config, offset = scheduler.config, 0
+        if config.get("timestep_spacing") == "leading":
+            offset = int(config.get("steps_offset", 0))  # the first step would lie behind the table
+        most = int(config.num_train_timesteps) - offset
         try:
+            if steps > most:
+                raise ValueError(steps)
             scheduler.set_timesteps(steps)
         except ValueError as error:
             raise UsageError(
                 "The scheduler does not take this number of steps.",
                 where=where,
-                expected=f"at most {scheduler.config.num_train_timesteps} (the model's timesteps)",
+                expected=f"at most {most} (the model's timesteps{', less steps_offset' if offset else ''})",
                 got=steps,
                 fix="take fewer, 20 or 50 for instance",
             ) from error

@@ -72,7 +72,16 @@ class FlowFamily(Family):
     def _own_shift(self, config: Config, times: TimeSettings) -> float:
         """The scheduler's shift; where it hangs on the image's size, that of these latents."""
         if not config.get("use_dynamic_shifting", False):
-            return float(config.get("shift", config.get("flow_shift", 1.0)))
+            return _fixed_shift(config)
+        named = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        if lacking := [name for name in named if name not in config]:
+            raise ModelError(
+                "The scheduler does not say how its shift hangs on the image's size.",
+                where="scheduler/scheduler_config.json, use_dynamic_shifting",
+                expected=", ".join(named),
+                got=f"no {', '.join(lacking)}",
+                fix="use the scheduler that the model came with, or pass --shift with a number",
+            )
         low, high = float(config["base_image_seq_len"]), float(config["max_image_seq_len"])
         tokens = low if times.latent_shape is None else self.image_tokens(times.latent_shape)
         slope = (config["max_shift"] - config["base_shift"]) / (high - low)
@@ -89,12 +98,13 @@ class FlowFamily(Family):
         state = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
         return {name for name in state if "lora" in name and not name.endswith("alpha")}
 
-    def drawn_side(self, pipeline: Any) -> int:
-        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+    def sample_size(self, pipeline: Any) -> Any:
+        return pipeline.default_sample_size
 
     def sampler(self, scheduler: Any) -> Any:
-        """Euler in t, deterministic."""
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        """Euler in t, deterministic, at the shift of the levels."""
+        own = {"shift": _fixed_shift(scheduler.config), "stochastic_sampling": False}
+        return FlowMatchEulerDiscreteScheduler.from_config({**scheduler.config, **own})
 
     def check_steps(self, scheduler: Any, steps: int, *, where: str) -> None:
         most = int(scheduler.config.num_train_timesteps)
@@ -112,6 +122,11 @@ class FlowFamily(Family):
 
     def probe_side(self, network: Config) -> int:
         return 8
+
+
+def _fixed_shift(config: Config) -> float:
+    """Solvers of more kinds have another name for it."""
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
 def packed(x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch token packed"]:

@@ -83,11 +83,16 @@ def unet_keys(state: State, *, layers_per_block: int) -> dict[str, Tensor]:
     return {UNET + _unet_name(name, layers_per_block + 1, state): value for name, value in state.items()}
 
 
-def unet_layer(layer: str, config: Mapping[str, Any]) -> str:
-    """A layer of the UNet by its original name, without the prefix. `config` is the UNet's."""
+def unet_layer(layer: str, config: Mapping[str, Any]) -> str | None:
+    """A layer of the UNet by its original name, without the prefix; None: it has none. `config` is the UNet's."""
+    if not isinstance(config["layers_per_block"], int):
+        return None
     blocks = enumerate(config["up_block_types"])
     attention = {f"up_blocks.{block}.attentions.": torch.empty(0) for block, kind in blocks if "CrossAttn" in kind}
-    return _unet_name(f"{layer}.weight", config["layers_per_block"] + 1, attention).removesuffix(".weight")
+    try:
+        return _unet_name(f"{layer}.weight", config["layers_per_block"] + 1, attention).removesuffix(".weight")
+    except ModelError:
+        return None
 
 
 def _unet_name(name: str, period: int, state: State) -> str:

@@ -51,6 +51,9 @@ class StableDiffusion3(FlowFamily):
     def pixel_step(self, config: Callable[[str], Config]) -> int:
         return self.vae_factor(config) * int(config("transformer").get("patch_size", 2))
 
+    def longest_side(self, config: Callable[[str], Config]) -> int | None:
+        return int(config("transformer").get("pos_embed_max_size", 96)) * self.pixel_step(config)
+
     def probe_side(self, network: Config) -> int:
         return 4 * int(network.get("patch_size", 2))
 

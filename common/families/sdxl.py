@@ -38,6 +38,14 @@ class StableDiffusionXL(UNetFamily):
         [150 / 255, 140 / 255, 130 / 255],
     )
 
+    def vae_scale(self, vae: Any) -> tuple[Any, Any]:
+        """Some VAEs have a mean and a deviation of each channel; SDXL's pipelines undo them, as no older one does."""
+        statistics = [getattr(vae.config, name, None) for name in ("latents_mean", "latents_std")]
+        if None in statistics:
+            return super().vae_scale(vae)
+        mean, deviation = (torch.tensor(each, device=vae.device)[:, None, None] for each in statistics)
+        return mean, vae.config.scaling_factor / deviation
+
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         unet = config("unet")
         pooled = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
@@ -72,7 +80,8 @@ class StableDiffusionXL(UNetFamily):
 
     def original(self, layer: str, network: Config) -> Original | None:
         """sd-scripts' own UNet has the names of the single file."""
-        return Original(unet_layer(layer, network))
+        name = unet_layer(layer, network)
+        return None if name is None else Original(name)
 
     def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}

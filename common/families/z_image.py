@@ -43,6 +43,10 @@ class ZImage(FlowFamily):
     def told(self, times: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
         return 1 - times
 
+    def longest_side(self, config: Callable[[str], Config]) -> int | None:
+        _, *sides = config("transformer").get("axes_lens", (1024, 512, 512))
+        return min(int(each) for each in sides) * self.pixel_step(config)
+
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
         width = int(config("transformer")["cap_feat_dim"])
         return {"embedding": (max_tokens or self.max_tokens, width), "length": ()}
@@ -74,8 +78,8 @@ class ZImage(FlowFamily):
         output: list[Tensor] = network(list(x[:, :, None].unbind()), label, captions, return_dict=False)[0]
         return -torch.stack(output)[:, :, 0]
 
-    def drawn_side(self, pipeline: Any) -> int:
-        return 1024  # the pipeline's own number, which stands nowhere else
+    def drawn_size(self, pipeline: Any) -> tuple[int, int]:
+        return 1024, 1024  # the pipeline's own number, which stands nowhere else
 
     def drawing(self, prompts: Sequence[str], guidance: float, max_tokens: int | None = None) -> dict[str, Any]:
         """The pipeline counts from 0 what others count from 1."""

@@ -1,11 +1,17 @@
 """Families: the rest of the house knows none by name, and each is one file, one row here and one row of the docs."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from inpo.common.errors import UsageError
 from inpo.common.families import BY_PIPELINE, FAMILIES, SUPPORTED
+from inpo.common.models import open_model
+from inpo.common.sizes import check_sides
+from inpo.common.testing import save_tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(
@@ -74,6 +80,26 @@ def test_a_family_answers(name):
     assert len(family.prefixes) == in_file
     assert BY_PIPELINE[family.pipeline.__name__] is family
     assert family.title in SUPPORTED
+
+
+@pytest.mark.parametrize("kind", ["sd3", "z-image"])
+def test_no_size_is_taken_that_the_network_has_no_places_for(kind, tmp_path):
+    model = open_model(str(save_tiny_pipeline(tmp_path / "model", kind)))
+    most = model.family.longest_side(model.config)
+    step = model.family.pixel_step(model.config)
+    for over in (0, step):
+        size = (step, most + over)
+        channels, height, width = model.family.latent_shape(model.config, size)
+        latents, condition = torch.zeros(1, channels, height, width), model.family.blank(model.config, 1, size)
+        call = partial(model.family.call, model.load_network(), latents, torch.ones(1) / 2, condition)
+        if not over:
+            assert call().shape == latents.shape
+            check_sides(f"{size[0]}x{size[1]}", step, most)
+            continue
+        with pytest.raises(UsageError, match=f"{most} pixels at most"):
+            check_sides(f"{size[0]}x{size[1]}", step, most)
+        with pytest.raises((ValueError, IndexError)):
+            call()
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -63,6 +63,29 @@ def test_a_scheduler_of_another_kind_is_refused():
     assert SD3.levels(solver, TimeSettings(shift="auto")).shift == 2.0
 
 
+def test_images_are_drawn_at_the_shift_of_the_levels_without_noise_of_their_own():
+    own = FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=True)
+    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0)
+    drawn = [SD3.sampler(each) for each in (own, solver)]
+    for each in drawn:
+        each.set_timesteps(4)
+        assert not each.config.stochastic_sampling
+    own.set_timesteps(4)
+    for each in drawn:
+        torch.testing.assert_close(each.sigmas, own.sigmas)
+
+
+def test_a_shift_by_the_images_size_that_is_not_told_is_refused():
+    solver = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+    )
+    with pytest.raises(ModelError, match="base_image_seq_len"):
+        SD3.levels(solver, TimeSettings(shift="auto"))
+
+
 def test_exact_labels_only():
     levels = Levels.from_density("logit-normal", 3.0, 1000, exact=HALF)
     assert set(levels.noise.tolist()) <= set(HALF.double().tolist())

@@ -89,3 +89,12 @@ def test_a_written_file_says_what_it_predicts(tiny, tmp_path, kind, prediction_t
     assert header["modelspec.architecture"] == architecture
     assert header["modelspec.resolution"] == "32x32"
     open_model(str(file), model_config=str(folder)).load_network()
+
+
+@pytest.mark.parametrize(("sample_size", "said"), [([8, 12], "48x32"), (None, None)])
+def test_a_written_file_says_the_size_that_the_model_was_made_for(model_copy, tmp_path, sample_size, said):
+    config = model_copy / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": sample_size}))
+    file = export_single_file(model_copy, tmp_path / "one.safetensors", dtype="float16")
+    with safe_open(file, "pt") as written:
+        assert written.metadata().get("modelspec.resolution") == said

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -42,6 +43,24 @@ def test_supported_pipelines_open_and_load(tiny, kind, family, prediction_type):
     assert model.load_vae().config.latent_channels == 4
     assert model.load_text_pipeline().unet is None
     assert model.load_pipeline(unet=unet).unet is unet
+
+
+def test_the_mean_and_deviation_of_a_vaes_channels_count_where_the_pipeline_counts_them(tiny, tmp_path):
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "model")
+    statistics = {"latents_mean": [-1.5, 2.0, -1.0, 2.5], "latents_std": [8.5, 6.0, 6.5, 5.0]}
+    change(folder / "vae/config.json", **statistics, scaling_factor=0.5)
+    model = open_model(str(folder))
+    vae, pixels = model.load_vae(), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pipeline = StableDiffusionXLImg2ImgPipeline(**model.load_pipeline().components)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        mean, deviation = model.family.posterior(vae, pixels)
+        expected = pipeline.prepare_latents(
+            pixels, torch.tensor([0]), 1, 1, torch.float32, "cpu", draw, add_noise=False
+        )
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    shift, factor = model.family.vae_scale(vae)
+    torch.testing.assert_close((mean + deviation * noise - shift) * factor, expected)
 
 
 def test_equal_seeds_give_equal_models(tiny, tmp_path):

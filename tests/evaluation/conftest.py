@@ -59,6 +59,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "entry_points.txt").write_text(
         "[inpo.scorers]\nred = red_scorers:RedScorer\nbroken = red_scorers:BrokenScorer\n"
         "dark = red_scorers:DarkScorer\ncoarse = red_scorers:CoarseScorer\n"
+        "alias = red_scorers:RedScorer\nlost = red_scorers:LostScorer\nabsent = no_such_package:Scorer\n"
     )
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.delitem(sys.modules, "red_scorers", raising=False)

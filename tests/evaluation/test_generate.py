@@ -87,6 +87,9 @@ def test_a_stopped_run_goes_on_and_a_limited_one_is_completed(tiny_model: Path, 
     assert (out / "images" / "00000-0.png").stat().st_mtime_ns == before
     assert same(pixels(out), pixels(whole))
     assert make(tiny_model, out).num_new == 0
+    # What is there stays listed.
+    assert make(tiny_model, out, limit=1).num_images == 3
+    assert same(pixels(out), pixels(whole))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,20 @@ def test_images_have_the_resolution_asked_for(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="--resolution"):
         make(tiny_model, tmp_path / "odd", PROMPTS[:1], resolution="50")
     assert not (tmp_path / "odd").exists()
+
+
+def test_images_have_the_size_that_the_model_was_made_for(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = model / "unet/config.json"
+    for size in ([8, 12], None):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+        if size is None:
+            with pytest.raises(UsageError, match="--resolution"):
+                make(model, tmp_path / "none", PROMPTS[:1])
+            assert not (tmp_path / "none").exists()
+        else:
+            make(model, tmp_path / "out", PROMPTS[:1])
+            assert {each.shape for each in pixels(tmp_path / "out").values()} == {(32, 48, 3)}
 
 
 def test_another_models_folder_and_a_strangers_folder_are_refused(
@@ -253,17 +270,20 @@ def test_layers_over_another_network_than_they_were_trained_over_are_told(
 
 
 def test_more_steps_than_the_model_has_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--inference-steps\n.*at most 1000.*\n.*5000"):
-        generate(open_model(str(tiny_model)), PROMPTS[:1], EvaluateSettings(inference_steps=5000), tmp_path / "out")
+    # Of 1000 timesteps the scheduler's steps_offset takes one.
+    settings = EvaluateSettings(inference_steps=1000)
+    with pytest.raises(UsageError, match=r"--inference-steps\n.*at most 999.*\n.*1000"):
+        generate(open_model(str(tiny_model)), PROMPTS[:1], settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_is_not_finite_is_no_black_picture(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_image_that_is_not_finite_is_no_picture(tiny_model: Path, tmp_path: Path, value: float) -> None:
     broken = tmp_path / "model"
     shutil.copytree(tiny_model, broken)
     (file,) = (broken / "vae").glob("*.safetensors")
     weights = load_file(file)
-    weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], torch.nan)
+    weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], value)
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(TrainingError, match=r"not finite(.|\n)*a red cat(.|\n)*--dtype float32"):
         make(broken, tmp_path / "out", PROMPTS[:1])

@@ -48,6 +48,7 @@ def test_hpd_json_is_a_list_of_texts_or_objects(tmp_path: Path, entries: list[ob
         ("p.json", '["a"', "not valid JSON"),
         ("p.json", '["a", "\\ud800 b"]', "half a character"),
         ("p.tsv", "Note\tPrompt\nx\ta cat\ny\n", "too few columns(.|\n)*line 3"),
+        pytest.param("p.tsv", "Prompt\na cat\n" + "a" * 131_073, "no table(.|\n)*line 3", id="a long field"),
         ("p.csv", "prompt,note\na cat,x\n", "not read from this kind of file"),
         ("p.jsonl", '{"prompt": "a cat"}\n', "not read from this kind of file"),
         ("p.txt", "", "No prompt found"),

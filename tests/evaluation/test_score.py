@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from inpo.common.errors import DataError
+from inpo.common.errors import DataError, UsageError
 from inpo.common.scorer import load_scorer
 from inpo.evaluation.cli import app
 from inpo.evaluation.image_folder import ImageFolder
@@ -49,6 +49,14 @@ def test_images_added_later_are_scored_later(save_images: SaveImages, counting, 
     with pytest.raises(DataError, match="not complete"):
         ImageFolder(path).scores("counting")
     assert score_folder(ImageFolder(path), counting) == 3
+    whole = ImageFolder(path).scores("counting")
+    # A shorter list takes no score away.
+    (path / "images.jsonl").write_text("\n".join(listing.split("\n")[:1]) + "\n")
+    assert score_folder(ImageFolder(path), counting) == 0
+    assert len(ImageFolder(path).scores("counting")) == 1
+    (path / "images.jsonl").write_text(listing)
+    assert score_folder(ImageFolder(path), counting) == 0
+    assert ImageFolder(path).scores("counting") == whole
 
 
 @pytest.mark.usefixtures("plugin")
@@ -131,6 +139,15 @@ def test_a_damaged_file_of_scores_is_refused(save_images: SaveImages, counting, 
 def test_help_shows_what_stands_in_brackets(command: str, shown: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert shown in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("name", "said"), [("alias", "another name"), ("lost", "LostScorer"), ("absent", "no_such_package")]
+)
+def test_a_scorer_that_is_registered_wrongly_is_refused(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_scorer(name)
 
 
 @pytest.mark.usefixtures("plugin")

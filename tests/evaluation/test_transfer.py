@@ -130,6 +130,36 @@ def test_a_mask_is_painted_anew_as_in_diffusers(tiny_model: Path, given: Path, t
         assert close(tmp_path / "out" / line["file"], expected)
 
 
+def test_a_mask_is_what_is_white_and_not_transparent(tiny_model: Path, given: Path, tmp_path: Path) -> None:
+    model = open_model(str(tiny_model))
+    settings = EvaluateSettings(inpaint_strength=0.85, inference_steps=2, limit=1)
+    clear = shutil.copytree(given, tmp_path / "clear")
+    white = Image.new("L", (80, 64), 255)
+    Image.merge("RGBA", [white, white, white, Image.open(given / "0-mask.png")]).save(clear / "0-mask.png")
+    for folder in (given, clear):
+        generate(model, [], settings.model_copy(update={"inpaint": str(folder)}), tmp_path / f"{folder.name}-out")
+    first, second = (Image.open(next((tmp_path / f"{each.name}-out").rglob("*.png"))) for each in (given, clear))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (Image.new("L", (64, 64), 255), "another shape"),
+        (Image.new("L", (80, 64), 127), "marks nothing"),
+        (Image.new("RGBA", (80, 64), (255, 255, 255, 0)), "marks nothing"),
+    ],
+)
+def test_a_mask_that_is_none_of_its_image_is_refused(
+    tiny_model: Path, given: Path, tmp_path: Path, mask: Image.Image, said: str
+) -> None:
+    folder = shutil.copytree(given, tmp_path / "given")
+    mask.save(folder / "1-mask.png")
+    with pytest.raises(DataError, match=rf"{said}[\s\S]*1-mask\.png"):
+        generate(open_model(str(tiny_model)), [], EvaluateSettings(inpaint=str(folder)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_family_of_two_encoders_is_steered_too(given: Path, tmp_path: Path) -> None:
     model = save_tiny_pipeline(tmp_path / "model", "sdxl")
     controlnet = save_controlnet(model, tmp_path / "controlnet")
