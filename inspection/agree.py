@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from inpo.common.cache import Cache
-from inpo.common.cache.labels import read_labels, sets_by_scorer
+from inpo.common.cache.labels import is_combined, read_labels, sets_by_scorer
 from inpo.common.errors import UsageError
 from inpo.inspection.pair_table import PairTable
 
@@ -31,12 +31,16 @@ def agreeing(cache: Cache, table: PairTable, agree: str, sets: Sequence[str]) ->
     made = sets_by_scorer(cache)
     names = list(dict.fromkeys(sets)) or list(made)
     scorers = [made.get(name, name) for name in names]
-    if len(names) != count or len(set(scorers)) < len(scorers):
+    combined = {name for name in names if name not in made and is_combined(cache, name)}
+    if len(names) != count or len(set(scorers)) < len(scorers) or combined:
         raise UsageError(
             "The label sets are not as many scorers as --agree says.",
             where=f"--agree {agree}",
             expected=f"{count} label sets, each of another scorer",
-            got=", ".join(f"{name} ({made[name]})" if name in made else name for name in names) or "no label set",
+            got=", ".join(
+                f"{name} ({made.get(name, 'combined')})" if name in made or name in combined else name for name in names
+            )
+            or "no label set",
             fix="name the sets with --labels, or make them: `inpo relabel CACHE --pairs SRC --scorer A --scorer B "
             "--combine vote --set NAME`",
         )

@@ -2,12 +2,13 @@
 
 Every stored number describes one point (the stored-point rule), so most of them follow from the others:
 
-    x_t               float16(a x0 + s target), bit for bit
+    x_t               float16(A x0 + B target), bit for bit: (A, B) is (a, s), in velocity space (1, s)
     x0_t              (x_t - s delta) / a. Stored from the unrounded prediction; delta is rounded to float16, so the two
                       differ by at most s/a times delta's rounding, x0_t's own rounding, and the float32 arithmetic of
                       the inversion (the bound holds for noise, v and sample prediction alike)
-    reference_error   mean((target - eps_ref)^2), eps_ref = delta where the reference inverts under the caption. Stored
-                      from the unrounded prediction: |difference| <= mean(2 |r| e + e^2), r the residual, e the rounding
+    reference_error   mean((target - eps_ref)^2), in velocity space of v_ref = eps_ref - x0(t) instead; eps_ref = delta
+                      where the reference inverts under the caption. Stored from the unrounded prediction:
+                      |difference| <= mean(2 |r| e + e^2), r the residual, e the rounding
 
 Bounds are element by element and rigorous: nothing is tuned.
 """
@@ -42,9 +43,9 @@ CHECKS: Mapping[str, tuple[str, str]] = {
     "timestep": ("ascending, inside the inverter's range", "groups"),
     "rows": ("images group by group, all in pairs; pairs of two images of a group; label; ids unique", "pairs"),
     "texts": ("text shards: bytes, no NaN, those that shards name; each prompt's place, the empty one", "prompts"),
-    "x_t": ("float16(a x0 + s target), bit for bit", "images"),
+    "x_t": ("float16(A x0 + B target), bit for bit", "images"),
     "x0_t": ("(x_t - s delta) / a, to the rounding of float16", "images"),
-    "reference_error": ("mean (target - eps_ref)^2, to the rounding of delta", "images"),
+    "reference_error": ("mean (target - prediction)^2, to the rounding of delta", "images"),
     "skipped": ("lists of skipped rows: the ones written, with the rows that the commit counts", "rows"),
     "configurations": ("what runs were told: as it was written", "files"),
     "labels": ("label sets: every document whole, for the committed attempt and all its pairs", "pairs"),
@@ -271,7 +272,7 @@ def _check_identities(
         if {"x0", "target", "x_t"} <= set(arrays):
             derived = derive_x_t(arrays["x0"], arrays["target"], *mixture)
             wrong = derived.view(np.int16) != arrays["x_t"].view(np.int16)
-            _judge("x_t", wrong, "is not float16(a x0 + s target)", names, result)
+            _judge("x_t", wrong, "is not float16(A x0 + B target)", names, result)
         if {"x_t", "delta", "x0_t"} <= set(arrays):
             wrong = ~(_clean_excess(arrays["x_t"], arrays["delta"], arrays["x0_t"], a, s) <= 0)
             _judge("x0_t", wrong, "is not (x_t - s delta) / a", names, result)
@@ -286,7 +287,7 @@ def _check_identities(
                 scale = a[:, :, None, None, None]
                 told, rounding = (told - x_t) / scale, rounding / scale
             excess = _error_excess(arrays["target"], told, rounding, arrays["reference_error"])
-            _judge("reference_error", ~(excess <= 0), f"is not mean (target - {prediction})^2", names, result)
+            _judge("reference_error", ~(excess <= 0), f"is not the error of {prediction}", names, result)
 
 
 def _judge(check: str, wrong: np.ndarray, text: str, names: Sequence[str], result: ShardResult) -> None:

@@ -67,7 +67,7 @@ def pair(
         bool, typer.Option("--first", help="Take the cache's first readable pair.", show_default="off")
     ] = False,
 ) -> None:
-    """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - delta|.
+    """One cached pair as a contact sheet: x0, and per timestep x0(t), x_t, |delta| and |target - prediction|.
 
     Latents are decoded by the VAE of --model, or without one by a fast linear approximation.
     """

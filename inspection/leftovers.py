@@ -5,18 +5,15 @@ still at work looks the same, except that its files are young; and it may have s
 look at the commit, and removed last: the writer looks for it after its commit (common/cache/writer.py).
 """
 
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-
-import obstore
 
 from inpo.common.cache import Commit, TextCommit
 from inpo.common.cache.commits import AnyCommit
+from inpo.common.cache.document import ATTEMPT, SHARD_NAME
 from inpo.common.cache.schema import REMOVING
 from inpo.common.cache.store import CacheStore
-from inpo.common.durable import storage_errors
 from inpo.common.errors import CacheError
 
 GRACE = timedelta(hours=1)
@@ -54,11 +51,12 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
     modified: dict[_Key, datetime] = {}
     with_arrays: set[_Key] = set()
     for folder, kind in (("shards", Commit), ("skipped", Commit), ("texts", TextCommit)):
-        for name, size, when in _files(store, folder):
+        for name, size, when in store.files(folder):
             parts = name.split("/")
-            if len(parts) < 2:
-                continue
-            key = (kind, parts[0], parts[1].partition(".")[0])  # of a list, a mark, or one of them on its way
+            attempt = parts[1].partition(".")[0] if len(parts) > 1 else ""  # of a list, a mark, or one on its way
+            if not SHARD_NAME.fullmatch(parts[0]) or not ATTEMPT.fullmatch(attempt):
+                continue  # no writer left that, and without an attempt's name the whole shard would go
+            key = (kind, parts[0], attempt)
             sizes[key] = sizes.get(key, 0) + size
             modified[key] = max(when, modified.get(key, when))
             if folder != "skipped" and len(parts) > 2:
@@ -94,27 +92,10 @@ def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> s
         return _UNKNOWN
 
 
-def _files(store: CacheStore, folder: str) -> Iterator[tuple[str, int, datetime]]:
-    """(path below `folder`, bytes, time of the last change) of every file."""
-    with storage_errors("list", store.path(folder)):
-        if store.remote:
-            for batch in obstore.list(store.client, folder, chunk_size=1000):
-                for entry in batch:
-                    yield entry["path"].removeprefix(f"{folder}/"), entry["size"], entry["last_modified"]
-            return
-        root = Path(store.location) / folder
-        for file in root.rglob("*"):
-            try:
-                found = file.stat()
-            except FileNotFoundError:  # a writer renamed or removed it meanwhile
-                continue
-            if file.is_file():
-                yield file.relative_to(root).as_posix(), found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)
-
-
 def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
     """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
-    mark = f"{leftover.folder}{REMOVING}"
+    # A mark of its own: who leaves an attempt alone takes its mark back, and not that of another who removes it.
+    mark = f"{leftover.folder}.{uuid.uuid4().hex}{REMOVING}"
     store.put_new(mark, b"")
     if committed_attempt(store, leftover.kind, leftover.shard) in (leftover.attempt, _UNKNOWN):
         store.remove(mark)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from inpo.common.cache import Cache
-from inpo.common.cache.schema import MANIFEST, REMOVING
+from inpo.common.cache.schema import MANIFEST, REMOVING, SAMPLE
 from inpo.common.errors import CacheError
 from inpo.common.log import LOG_FILE
 from inpo.inspection.checks import TEXTS
@@ -24,6 +24,7 @@ def notes_of(cache: Cache, files: Mapping[str, int], unreadable: Mapping[str, Ca
         shard = rest[0] if rest else ""
         known = {
             MANIFEST: not rest,
+            SAMPLE: not rest,
             LOG_FILE: not rest,
             "commits": len(rest) == 1 and name.endswith(".json"),
             "text-commits": len(rest) == 1 and name.endswith(".json"),

@@ -14,12 +14,15 @@ from inpo.inspection.pair_table import nothing_readable
 class PairView:
     """The tensors and facts of one pair. Latents are float32; None where the cache does not hold them."""
 
+    space: str
+    """What the target is of: noise or velocity."""
     pair_id: str
     prompt: str
     caption_dropped: bool
     label: float
     timestep: Int[np.ndarray, " record"]
     a: Float[np.ndarray, " record"]
+    """x_t is a x0 + s target."""
     s: Float[np.ndarray, " record"]
     x0: Float[np.ndarray, "side c h w"]
     x_t: Float[np.ndarray, "side record c h w"]
@@ -37,13 +40,17 @@ class PairView:
 
     @property
     def target_map(self) -> Float[np.ndarray, "side record h w"]:
-        """|target|: RMS over channels."""
+        """|target|: RMS over channels. In noise space a unit Gaussian gives values around 1."""
         return np.sqrt((self.target**2).mean(2))
 
     @property
     def error_map(self) -> Float[np.ndarray, "side record h w"] | None:
-        """|target - delta|: RMS over channels. Where delta is the reference's, its mean square is E_ref."""
-        return None if self.delta is None else np.sqrt(((self.target - self.delta) ** 2).mean(2))
+        """|target - prediction|: RMS over channels, the prediction delta, in velocity space delta - x0(t). Where delta
+        is the reference's, its mean square is E_ref."""
+        if self.delta is None or self.x0_t is None:
+            return None
+        prediction = self.delta if self.space == "noise" else self.delta - self.x0_t
+        return np.sqrt(((self.target - prediction) ** 2).mean(2))
 
 
 def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) -> PairView:
@@ -55,11 +62,16 @@ def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) 
     example: str | None = None
     for shard in cache:
         try:
-            if pair_id is None:
-                return view_pair(cache, shard, 0)
             names = shard.read("pair/id")
         except InpoError as error:
             damaged[shard.name] = error
+            continue
+        if pair_id is None:
+            for row in range(len(names)):
+                try:
+                    return view_pair(cache, shard, row)
+                except InpoError as error:
+                    damaged.setdefault(shard.name, error)
             continue
         rows = np.flatnonzero(names == pair_id)
         if len(rows):
@@ -85,8 +97,9 @@ def view_pair(cache: Cache, shard: Shard, row: int) -> PairView:
         return shard.read(path, sides).astype(np.float32)
 
     timestep = shard.read("timestep")[group].astype(np.int64)
-    a, s = cache.levels.at(timestep)
+    a, s = cache.levels.mixture(timestep)
     return PairView(
+        space=cache.levels.space,
         pair_id=str(shard.read("pair/id", pair)[0]),
         prompt=shard.prompts()[group],
         caption_dropped=bool(shard.dropped()[group]),

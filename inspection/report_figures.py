@@ -72,19 +72,20 @@ def figures_of(cache: Cache, table: PairTable, summary: Summary, damaged: dict[s
     norms = _noise_norms(cache, table, damaged)
     if len(norms):
         name = "delta" if cache.manifest.profile == "full" else "target"
+        is_noise = name == "delta" or cache.levels.space == "noise"
         found.append(
             Figure(
                 title=f"Size of {name}",
                 plot=histogram(
                     norms,
-                    _edges(norms, 1.0),
+                    _edges(norms, 1.0 if is_noise else None),
                     x_label=f"RMS of {name}",
                     y_label="latents",
-                    mark=1.0,
-                    mark_label="unit Gaussian",
+                    mark=1.0 if is_noise else None,
+                    mark_label="unit Gaussian" if is_noise else "",
                 ),
-                caption=f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. The noise a diffusion model "
-                f"expects has RMS 1.",
+                caption=f"{len(norms):,} latents of up to {_NORM_PAIRS} random pairs. "
+                + ("The noise a diffusion model expects has RMS 1." if is_noise else "The target is noise - x0."),
             )
         )
     found.append(

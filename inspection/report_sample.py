@@ -44,7 +44,7 @@ class PageSheet:
     columns: list[str]
     """Names of the pictures of one timestep."""
     error_top: float | None
-    """Upper end of the colour scale of target - delta."""
+    """Upper end of the colour scale of target - prediction."""
     sprite: str
     """data: URI. Two rows, win and lose; first column x0, then `columns` for each timestep."""
     full: tuple[str, ...]
@@ -202,7 +202,9 @@ def _cells(
         return coloured(values[0], top, colours), coloured(values[1], top, colours)
 
     full = view.delta_map is not None and view.error_map is not None and view.x0_t is not None
-    columns = ["x0(t)", "x_t", "|delta|", "target - delta"] if full else ["x_t", "|target|"]
+    is_noise = view.space == "noise"
+    error, size = ("target - delta", "|target|") if is_noise else ("target - (delta - x0(t))", "|noise - x0|")
+    columns = ["x0(t)", "x_t", "|delta|", error] if full else ["x_t", size]
     cells = [both(view.x0)]
     for record in records.tolist():
         if view.delta_map is not None and view.error_map is not None and view.x0_t is not None:

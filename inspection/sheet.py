@@ -115,7 +115,7 @@ def draw_sheet(view: PairView, preview: Preview, *, facts: str) -> Image.Image:
     for line in range(num_lines):
         _draw_line(page, clean, blocks[line * per_line : (line + 1) * per_line], view, line * per_line, (left, y))
         y += line_height + _LINE_GAP
-    _draw_legend(page, (_MARGIN, y), scales, legend)
+    _draw_legend(page, (_MARGIN, y), scales, legend, _error_name(view))
     return page.drawn()
 
 
@@ -150,9 +150,13 @@ def _columns(view: PairView, preview: Preview, scales: Scales) -> tuple[Column, 
             delta, error = view.delta_map[:, record], view.error_map[:, record]
             rms = tuple(f"rms {value:.3f}" for value in np.sqrt((delta**2).mean((1, 2))))
             block.append(_map_column("|δ|", delta, scales.delta, DELTA_COLOURS, tile, rms))
-            block.append(_map_column("|τ − δ|", error, scales.error, ERROR_COLOURS, tile, errors))
+            block.append(_map_column(_error_name(view), error, scales.error, ERROR_COLOURS, tile, errors))
         blocks.append(block)
     return clean, blocks
+
+
+def _error_name(view: PairView) -> str:
+    return "|τ − δ|" if view.space == "noise" else "|τ − v|"
 
 
 def _map_column(
@@ -225,17 +229,19 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
     lines = [("x₀", f"clean latent; {preview.note}")]
     if view.x0_t is not None:
         lines.append(("x₀(t)", "the clean latent that the inverting model sees in xₜ"))
-    lines.append(("xₜ", "the inverted latent that is trained on, a x₀ + s τ"))
+    mixture = "a x₀ + s τ" if view.space == "noise" else "x₀ + s τ"
+    lines.append(("xₜ", f"the inverted latent that is trained on, {mixture}"))
     if view.delta is None:
-        lines.append(("|τ|", "target, RMS over channels; a unit Gaussian gives about 1"))
+        size = "; a unit Gaussian gives about 1" if view.space == "noise" else ": noise − x₀"
+        lines.append(("|τ|", f"target, RMS over channels{size}"))
         lines.append(("no δ", "this cache stores no δ and no x₀(t); precompute with --profile full to see them"))
     else:
         lines += [
             ("|δ|", "the inverting model's noise at xₜ, RMS over channels; a unit Gaussian gives about 1"),
             (
-                "|τ − δ|",
-                "target minus prediction, RMS over channels; where the reference inverts under the caption, "
-                "the mean of its square is E_ref; square-root scale",
+                _error_name(view),
+                f"target minus prediction{'' if view.space == 'noise' else ' v = δ − x₀(t)'}, RMS over channels; where "
+                "the reference inverts under the caption, the mean of its square is E_ref; square-root scale",
             ),
         ]
     if np.isfinite(view.inversion_error).any():
@@ -243,14 +249,16 @@ def _legend_lines(view: PairView, preview: Preview) -> list[tuple[str, str]]:
     return lines
 
 
-def _draw_legend(page: _Page, corner: tuple[int, int], scales: Scales, lines: list[tuple[str, str]]) -> None:
+def _draw_legend(
+    page: _Page, corner: tuple[int, int], scales: Scales, lines: list[tuple[str, str]], error_name: str
+) -> None:
     x, y = corner
     page.line((x, y), (page.width - _MARGIN, y), 1)
     y += 20
     at = x
     bars = [("|δ|" if scales.error is not None else "|τ|", scales.delta, DELTA_COLOURS)]
     if scales.error is not None:
-        bars.append(("|τ − δ|", scales.error, ERROR_COLOURS))
+        bars.append((error_name, scales.error, ERROR_COLOURS))
     aligned: tuple[tuple[float, Literal["left", "center", "right"]], ...]
     aligned = ((0.0, "left"), (0.5, "center"), (1.0, "right"))
     for name, top, colours in bars:

@@ -1,5 +1,6 @@
 """`inpo inspect verify`: every byte of every committed shard, and everything that follows from it."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,13 @@ from inpo.common.cache.commits import AnyCommit
 from inpo.common.cache.identity import check_components
 from inpo.common.cache.labels import label_sets
 from inpo.common.cache.schema import EMPTY_PROMPT, MANIFEST
-from inpo.common.cache.store import digest
+from inpo.common.cache.store import CacheStore, digest
 from inpo.common.denoiser import compute_name
-from inpo.common.errors import CacheCorrupt, CacheError, InpoError
+from inpo.common.errors import CacheCorrupt, CacheError, InpoError, StorageError
 from inpo.common.models import Model
 from inpo.inspection.checks import CHECKS, TEXTS, Finding, ShardResult, check_shard, check_texts
 from inpo.inspection.documents import check_configurations, check_labels, check_skipped, labels_without_commit
+from inpo.inspection.leftovers import committed_attempt
 from inpo.inspection.notes import few, notes_of
 from inpo.inspection.pair_table import read_pair_table
 from inpo.inspection.reinvert import choose_pairs, load_denoiser, reinvert
@@ -45,6 +47,8 @@ class Verification:
     findings: list[Finding]
     impossible: dict[str, str]
     """Checks that this cache, or this call, does not allow, and why."""
+    attempts: dict[str, str | None]
+    """The committed attempt of each shard, images and texts, as it was when the check began."""
     notes: list[str] = field(default_factory=list)
     """What is not a fault in itself, and what cannot be known from what lies here."""
     reinverted: dict[str, float] = field(default_factory=dict)
@@ -65,6 +69,9 @@ def verify(
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
+    attempts: dict[str, str | None] = {name: commit.attempt for name, commit in cache.commits.items()}
+    attempts |= {f"{TEXTS}{shard.name}": shard.commit.attempt for shard in cache.texts}
+    attempts |= {name: _attempt_now(cache.store, name) for name in unreadable}
     if model is not None:
         check_components(
             cache,
@@ -112,6 +119,7 @@ def verify(
         num_checked={name: num_checked[name] for name in CHECKS if name in num_checked},
         findings=findings,
         impossible=_impossible(cache, files, has_model=model is not None),
+        attempts=attempts,
         notes=notes_of(cache, files, unreadable),
     )
     if model is not None:
@@ -205,14 +213,19 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
     """Invert a sample of the healthy shards' pairs again and compare."""
     table = read_pair_table(cache)
     bad = set(verification.bad_shards)
-    healthy = [index for index, name in enumerate(table.shard_names) if name not in bad]
+    healthy = [
+        index
+        for index, name in enumerate(table.shard_names)
+        if bad.isdisjoint({name, *(f"{TEXTS}{each}" for each in (*cache.commits[name].texts, EMPTY_PROMPT))})
+    ]
     chosen = choose_pairs(table, num_sampled, among=np.isin(table.shard, healthy))
     if not len(chosen):
         return
     dtype = compute_name(cache.manifest.network_dtype)
     verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
-    for again in reinvert(cache, table, chosen, load_denoiser(cache, model)):
-        findings = verification.findings
+    findings, num_checked, damaged = verification.findings, 0, dict[str, InpoError]()
+    for again in reinvert(cache, table, chosen, load_denoiser(cache, model), damaged=damaged):
+        num_checked += len(again.pair_ids)
         if not np.array_equal(again.timestep, again.timestep_again):
             detail = "other timesteps than seed and pair ids give"
             findings.append(Finding(shard=again.shard, check="re-inversion", detail=detail))
@@ -230,14 +243,18 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
                 change = f"changes by {values[wrong].max():.3g} (relative), more than {dtype} allows"
                 detail = f"{name} of pair {pair} {change}"
                 findings.append(Finding(shard=again.shard, check=check, detail=detail))
+    for name, error in sorted(damaged.items()):  # sound a moment ago: the next verify finds what has changed
+        detail = f"{error.what} In: {error.where}"
+        findings.append(Finding(shard=name, check="re-inversion", detail=detail, remake=False))
     for check in ("reference", "re-inversion"):
-        verification.num_checked[check] = len(chosen)
+        verification.num_checked[check] = num_checked
 
 
 def quarantine(location: str, verification: Verification) -> list[str]:
     """Move the commits of shards that making again would cure to CACHE/quarantine/. Returns their names.
 
-    Raises CacheCorrupt, and moves nothing, if it is the manifest that was edited: then every commit is right.
+    A commit that is not the one checked, or that was made under another manifest, stays. Raises CacheCorrupt, and moves
+    nothing, if it is the manifest that was edited: then every commit is right.
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
@@ -248,10 +265,29 @@ def quarantine(location: str, verification: Verification) -> list[str]:
             where=cache.store.path("manifest.json"),
             fix="restore manifest.json from a copy",
         )
-    names = sorted({finding.shard for finding in verification.findings if finding.remake})
-    for name in names:
-        cache.store.move(_commit_of(name)[1], f"quarantine/{name}.json")
-    return names
+    moved = []
+    for name in sorted({finding.shard for finding in verification.findings if finding.remake}):
+        attempt = _attempt_now(cache.store, name)
+        if attempt is None or attempt != verification.attempts.get(name) or _is_of_another_manifest(cache, name):
+            continue
+        try:
+            cache.store.move(_commit_of(name)[1], f"quarantine/{_free_name(cache.store, name)}.json")
+        except StorageError:
+            if _attempt_now(cache.store, name) is None:  # another process moved it
+                continue
+            raise
+        moved.append(name)
+    return moved
+
+
+def _attempt_now(store: CacheStore, name: str) -> str | None:
+    return committed_attempt(store, _commit_of(name)[0], name.removeprefix(TEXTS))
+
+
+def _free_name(store: CacheStore, name: str) -> str:
+    """What no document in quarantine/ is called: a shard may be moved aside more than once."""
+    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+    return next(free for free in names if store.get(f"quarantine/{free}.json") is None)
 
 
 def _commit_of(name: str) -> tuple[type[AnyCommit], str]:

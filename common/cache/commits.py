@@ -219,6 +219,31 @@ def skipped_rows(data: bytes, where: str) -> list[SkippedRow]:
     return [SkippedRow.from_json(line, f"{where}, line {number}") for number, line in enumerate(lines, 1)]
 
 
+def check_made_under(store: CacheStore, manifest_digest: str) -> None:
+    """Raise CacheCorrupt if a commit was made under another manifest than the one of this digest: what is written now
+    would be of the other, and no manifest would fit all shards. A commit that cannot be read says nothing."""
+    for kind in (Commit, TextCommit):
+        files = [name for name in store.listing(kind.folder) if name.endswith(".json")]
+        for file, document in zip(files, store.get_many([f"{kind.folder}/{name}" for name in files]), strict=True):
+            try:
+                commit = kind.from_json(document if isinstance(document, bytes) else b"", file)
+            except CacheError:
+                continue
+            _check_manifest(store, commit, file.removesuffix(".json"), manifest_digest)
+
+
+def _check_manifest(store: CacheStore, commit: AnyCommit, name: str, manifest_digest: str) -> None:
+    if commit.manifest != manifest_digest:
+        raise CacheCorrupt(
+            f"The manifest is not the one that shard {name} was made under.",
+            where=store.path(MANIFEST),
+            expected=f"digest {commit.manifest} (from {commit.folder}/{name}.json)",
+            got=manifest_digest,
+            fix="manifest.json was edited or replaced: restore it from a copy; or the commit came from another cache: "
+            "remove it",
+        )
+
+
 def read_commits(
     store: CacheStore, manifest: Manifest, manifest_digest: str, *, kind: type[_C]
 ) -> tuple[dict[str, _C], dict[str, CacheError]]:
@@ -244,15 +269,7 @@ def read_commits(
                     fix="it is no file of this cache: move it away",
                 )
             commit = kind.from_json(document, store.path(f"{folder}/{file}"))
-            if commit.manifest != manifest_digest:
-                raise CacheCorrupt(
-                    f"The manifest is not the one that shard {name} was made under.",
-                    where=store.path(MANIFEST),
-                    expected=f"digest {commit.manifest} (from {folder}/{file})",
-                    got=manifest_digest,
-                    fix="manifest.json was edited or replaced: restore it from a copy; or the commit came from another "
-                    "cache: remove it",
-                )
+            _check_manifest(store, commit, name, manifest_digest)
             commit.check_files(manifest, store.path(f"{folder}/{file}"))
             first = owner.setdefault(commit.attempt, name)
             if first != name:

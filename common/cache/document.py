@@ -20,7 +20,8 @@ MAX_WHOLE_BYTES = 1 << 30
 # Every value of a document has a range or a pattern: a document may come from anywhere, and what it says is used as a
 # path, a length or a line on a screen before anything else could tell that it is wrong.
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-Attempt = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+ATTEMPT = re.compile(r"[0-9a-f]{16}")
+Attempt = Annotated[str, Field(pattern=f"^{ATTEMPT.pattern}$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 """Of a component, a library, a reason."""
 ConditionName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")]

@@ -121,10 +121,21 @@ def sets_by_scorer(cache: Cache) -> dict[str, str]:
     """{label set: its scorer} of the sets that one scorer made. Sets without a label for any shard are left out."""
     found = {}
     for name in label_sets(cache.store):
-        made = next((each for shard in cache.shards if (each := read_shard_labels(cache.store, name, shard))), None)
+        made = _labels_of_any(cache, name)
         if made is not None and made.scorer != FILE and not made.members:
             found[name] = made.scorer
     return found
+
+
+def is_combined(cache: Cache, set_name: str) -> bool:
+    """Whether a label set was made of others."""
+    made = _labels_of_any(cache, set_name)
+    return made is not None and bool(made.members)
+
+
+def _labels_of_any(cache: Cache, set_name: str) -> LabelSet | None:
+    """Those of the first shard that has labels of this set."""
+    return next((each for shard in cache.shards if (each := read_shard_labels(cache.store, set_name, shard))), None)
 
 
 def label_settings(cache: Cache, set_name: str) -> tuple[str, float] | None:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,15 +212,18 @@ class CacheStore:
 
     def listing(self, prefix: str) -> dict[str, int]:
         """{path relative to `prefix`: bytes} of everything below the folder `prefix`; {} if there is no such folder."""
+        return {name: size for name, size, _ in sorted(self.files(prefix))}
+
+    def files(self, prefix: str) -> Iterator[tuple[str, int, datetime]]:
+        """(path relative to `prefix`, bytes, UTC of the last change) of everything below the folder `prefix`."""
         prefix = prefix.rstrip("/")
         with storage_errors("list", self.path(prefix)):
             if not self.remote:
-                return dict(sorted(_local_files(Path(self.location) / prefix)))
-            found: dict[str, int] = {}
+                yield from _local_files(Path(self.location) / prefix)
+                return
             for batch in obstore.list(self.client, prefix, chunk_size=1000):
                 for entry in batch:
-                    found[entry["path"].removeprefix(f"{prefix}/")] = entry["size"]
-            return dict(sorted(found.items()))
+                    yield entry["path"].removeprefix(f"{prefix}/"), entry["size"], entry["last_modified"]
 
     def remove(self, prefix: str) -> None:
         """Remove the folder or file `prefix` and everything below it."""
@@ -280,8 +283,9 @@ def check_process(where: object) -> None:
         )
 
 
-def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """(path relative to `folder`, bytes) of every file. A folder that may not be listed is an error, not empty."""
+def _local_files(folder: Path) -> Iterator[tuple[str, int, datetime]]:
+    """(path relative to `folder`, bytes, UTC of the last change) of every file. A folder that may not be listed is an
+    error, not empty."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -292,6 +296,7 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int]]:
         for name in names:
             file = os.path.join(root, name)
             try:
-                yield file[above:], os.stat(file).st_size
+                found = os.stat(file)
             except FileNotFoundError:  # another writer's staged file, gone in between
                 continue
+            yield file[above:], found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)

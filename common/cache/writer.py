@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from inpo.common.cache.arrays import WrittenStore, write_group
-from inpo.common.cache.commits import AnyCommit, Commit, ShardSource, SkippedRow, TextCommit
+from inpo.common.cache.commits import AnyCommit, Commit, ShardSource, SkippedRow, TextCommit, check_made_under
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import CONFIGURATION_SEAL, MANIFEST, REMOVING, Manifest
@@ -82,7 +82,7 @@ class CacheWriter:
         """`data`: manifest.json as it lies in the store, if it is not this version's own rendering."""
         self.store = store
         self.manifest = manifest
-        self._manifest_digest = digest(manifest.to_json() if data is None else data)
+        self.manifest_digest = digest(manifest.to_json() if data is None else data)
         self._written: dict[str, dict[str, tuple[int, str]]] = {}
         """{folder of an attempt: {file: (bytes, digest)}}: what was handed to the store."""
 
@@ -91,7 +91,7 @@ class CacheWriter:
         """Create the cache at `location`, or go on with the one there if it has the same identity.
 
         Raises CacheMismatch, showing every differing value, if it has another, and CacheCorrupt if shards are
-        committed but their manifest is gone.
+        committed but their manifest is gone, or is not byte by byte the one that they were made under.
         """
         store = CacheStore(location, create=True)
         data = store.get(MANIFEST)
@@ -109,6 +109,7 @@ class CacheWriter:
             data = store.get(MANIFEST) or b""
         existing = Manifest.from_json(data, store.path(MANIFEST))
         check_identity(existing, manifest, location)
+        check_made_under(store, digest(data))
         return cls(store, existing, data)
 
     def committed(self, kind: type[AnyCommit] = Commit) -> set[str]:
@@ -185,7 +186,7 @@ class CacheWriter:
                     written = self._written.get(folder, {})
                     commit = kind(
                         attempt=attempt,
-                        manifest=self._manifest_digest,
+                        manifest=self.manifest_digest,
                         files={path: size for path, (size, _) in sorted(written.items())},
                         digests={path: value for path, (_, value) in sorted(written.items())},
                         seconds={key: round(value, 3) for key, value in seconds.items()},
@@ -211,6 +212,10 @@ class CacheWriter:
 
     def _difference(self, folder: str, name: str, attempt: str, lines: bytes, *, digests: bool) -> str | None:
         """What of an attempt is not in the store as it was handed over, or None."""
+        # Marks first: a mark goes after the files, so that who comes too late for it finds them gone.
+        for beside in self.store.listing(folder.rpartition("/")[0]):
+            if beside.startswith(f"{attempt}.") and beside.endswith(REMOVING):
+                return "`inpo inspect clean` is removing it"
         written = self._written.get(folder, {})
         there = self.store.listing(folder)
         for path in sorted({*written, *there}):
@@ -225,8 +230,6 @@ class CacheWriter:
                 return f"{path}: other bytes than were written"
         if lines and self.store.get(f"skipped/{name}/{attempt}.jsonl") != lines:
             return "the list of skipped rows is not what was written"
-        if self.store.get(f"{folder}{REMOVING}") is not None:
-            return "`inpo inspect clean` is removing it"
         return None
 
     def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:

@@ -80,8 +80,9 @@ function open(pair) {
       blocks.push(block(`t = ${timestep}`, sheet, 1 + step * sheet.columns.length, caption));
     });
     byId("steps").replaceChildren(...blocks);
-    const legend = [ramp(sheet.columns.includes("|delta|") ? "|delta|" : "|target|", "viridis", "≥ 2 (unit Gaussian: 1)")];
-    if (sheet.error_top !== null) legend.push(ramp("target − delta", "magma", `≥ ${number(sheet.error_top)} (square-root scale)`));
+    const size = sheet.columns.find((name) => name.startsWith("|"));
+    const legend = [ramp(size, "viridis", size === "|noise - x0|" ? "≥ 2" : "≥ 2 (unit Gaussian: 1)")];
+    if (sheet.error_top !== null) legend.push(ramp(sheet.columns.at(-1), "magma", `≥ ${number(sheet.error_top)} (square-root scale)`));
     legend.push(element("span", "", data.note));
     byId("legend").replaceChildren(...legend);
   } else {

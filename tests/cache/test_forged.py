@@ -350,6 +350,16 @@ def test_a_commit_that_does_not_make_up_its_arrays_is_found_moved_and_made_again
     assert len(open_cache(str(folder)).shards["s0"].read("x_t")) == 6
 
 
+def test_a_commit_of_another_manifest_is_not_moved(folder):
+    """It is whole, and which of two manifests is the right one is not known."""
+    forge_commit(folder, lambda document: document.update(manifest="0" * 32), "s0")
+    forge_file(folder, "x_t/c/0/0/0/0/0", b"x", "s1")
+    verification = verify(str(folder))
+    assert verification.bad_shards == ["s0", "s1"]
+    assert quarantine(str(folder), verification) == ["s1"]
+    assert [file.name for file in (folder / "commits").iterdir()] == ["s0.json"]
+
+
 @pytest.mark.parametrize("forge", [commit_of_nothing, lambda folder, name: forge_file(folder, "text/c/0", b"x", name)])
 def test_texts_that_are_not_what_their_commit_says_are_found_moved_and_made_again(folder, build, forge):
     before = Condition.of(open_cache(str(folder)).shards["s0"], np.arange(6))

@@ -1,11 +1,14 @@
 """What a writer takes into a cache that exists, and what it refuses."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from inpo.common.cache import CacheWriter, InverterIdentity, open_cache
-from inpo.common.errors import CacheMismatch
+from inpo.common.errors import CacheCorrupt, CacheMismatch
 
 
 def test_another_identity_is_refused_with_both_values(tmp_path, build):
@@ -40,6 +43,23 @@ def test_a_table_that_differs_in_the_last_bit_gives_way_to_the_caches_own(tmp_pa
     writer = CacheWriter.open(str(tmp_path), build.manifest(levels=rounded))
     assert writer.manifest.levels == levels
     assert torch.equal(writer.manifest.levels.levels().signal, torch.tensor(levels.signal, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("committed", ["commits", "text-commits"])
+def test_nothing_is_written_under_a_manifest_that_was_edited(tmp_path, build, committed):
+    """Also where its identity is the same: what is committed names its bytes, and no manifest would fit old and new."""
+    manifest = build.cache(tmp_path, pairs=(1,))
+    shutil.rmtree(tmp_path / ({"commits", "text-commits"} - {committed}).pop())
+    file = tmp_path / "manifest.json"
+    whole = file.read_bytes()
+    file.write_text(json.dumps(json.loads(whole), indent=2))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(CacheCorrupt, match="was edited or replaced: restore it") as caught:
+        CacheWriter.open(str(tmp_path), manifest)
+    assert str(file) in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    file.write_bytes(whole)
+    assert CacheWriter.open(str(tmp_path), manifest).write("later", build.shard(manifest, 2)) is not None
 
 
 @pytest.mark.parametrize(

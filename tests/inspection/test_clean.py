@@ -1,5 +1,6 @@
 """`clean`: orphans go, committed attempts and young ones stay."""
 
+import errno
 import os
 import shutil
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from inpo.common.cache.store import CacheStore
+from inpo.common.errors import StorageError
+from inpo.inspection import leftovers
 from inpo.inspection.leftovers import find_leftovers, remove_leftover
 
 
@@ -154,3 +157,60 @@ def test_where_a_commit_is_no_document_the_rest_is_shown_and_nothing_removed(fre
         assert "no document of a cache" in done.out
         assert "error:" not in done.out
     assert "nothing to remove" in inspect("clean", folder, "--yes", "--all").out
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._ATTEMPT", "notes.txt", "ATTEMPT copy/zarr.json"])
+@pytest.mark.parametrize("of", ["shards/s0", "texts/t0", "skipped/s0"])
+def test_a_file_that_no_writer_left_takes_no_committed_attempt_with_it(fresh, inspect, of, name):
+    folder = fresh("healthy")
+    (committed,) = (folder / of.replace("skipped", "shards")).iterdir()
+    file = folder / of / name.replace("ATTEMPT", committed.name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("x")
+    grow_old(folder)
+    before = files(folder)
+    assert "orphaned   0 attempts" in inspect("summary", folder).out
+    assert "nothing to remove" in inspect("clean", folder, "--yes", "--all").out
+    assert files(folder) == before
+
+
+def test_who_leaves_an_attempt_alone_leaves_the_mark_of_another_clean(fresh, monkeypatch):
+    """One clean finds no commit; then the writer commits, and a second clean sees that and goes away. The writer must
+    still see that the first one is removing."""
+    folder = fresh("healthy")
+    store = CacheStore(str(folder))
+    file = folder / "commits" / "s0.json"
+    commit = file.read_bytes()
+    file.unlink()
+    (leftover,) = find_leftovers(store)
+    look = leftovers.committed_attempt
+    marks = []
+
+    def looked(*arguments):
+        found = look(*arguments)
+        if not marks:
+            marks.append("looked")
+            file.write_bytes(commit)
+            assert remove_leftover(store, leftover) is False
+            marks.extend(name for name in store.listing("shards/s0") if name.endswith(".removing"))
+        return found
+
+    monkeypatch.setattr(leftovers, "committed_attempt", looked)
+    assert remove_leftover(store, leftover)
+    assert len(marks) == 2
+    assert marks[1].startswith(f"{leftover.attempt}.")
+    assert store.listing("shards/s0") == {}
+
+
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one(fresh, monkeypatch):
+    folder = fresh("healthy")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("shards/s0"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(StorageError, match="Permission denied"):
+        find_leftovers(CacheStore(str(folder)))

@@ -8,6 +8,9 @@ from PIL import Image
 
 from inpo.common.cache import open_cache
 from inpo.inspection.pair_view import find_pair
+from inpo.inspection.preview import linear_preview
+from inpo.inspection.sheet import _legend_lines
+from tests.inspection.test_quarantine import precompute
 
 
 def pixels(path):
@@ -91,6 +94,34 @@ def test_damage_elsewhere_hides_no_pair(fresh, inspect, tmp_path):
     nobody = inspect("pair", tmp_path / "cache-0", "nobody", "--out", out)
     assert nobody.code == 1
     assert "damaged and not searched: s0" in nobody.out
+
+
+def test_the_first_pair_that_can_be_read_may_be_a_later_one_of_its_shard(write_cache, inspect, tmp_path):
+    folder = write_cache(tmp_path / "c", pairs=(2,), latent_shape=(4, 32, 32), resolution=(128, 128))
+    (chunk,) = [file for file in (folder / "shards/s0").glob("*/x_t/c/**/*") if file.is_file()]
+    data = bytearray(chunk.read_bytes())
+    data[5000] ^= 1  # in the first chunk, beyond what the digest of the whole file takes from it
+    chunk.write_bytes(data)
+    assert inspect("pair", folder, "pair-0-0", "--out", tmp_path / "p.png").code == 1
+    done = inspect("pair", folder, "--first", "--out", tmp_path / "p.png")
+    assert done.code == 0, done.out
+    assert "pair-0-1" in done.out
+    assert "damaged, left out: s0" in done.out
+
+
+def test_a_flows_sheet_shows_the_error_of_the_velocity(tiny, inspect, tmp_path):
+    folder = precompute(tmp_path, tiny("sd3"))
+    cache = open_cache(str(folder))
+    view = find_pair(cache, None, {})
+    a, s = (level[None, :, None, None, None] for level in (view.a, view.s))
+    assert np.abs(a * view.x0[:, None] + s * view.target - view.x_t).max() < 2e-3
+    assert np.allclose((view.error_map**2).mean((2, 3)), view.reference_error, rtol=1e-2)
+    legend = dict(_legend_lines(view, linear_preview(cache)))
+    assert "v = δ − x₀(t)" in legend["|τ − v|"]
+    assert inspect("pair", folder, "--first", "--out", tmp_path / "p.png").code == 0
+    out = tmp_path / "r.html"
+    assert inspect("report", folder, "--out", out).code == 0
+    assert "target - (delta - x0(t))" in out.read_text()
 
 
 def test_what_cannot_be_shown_is_told(states, inspect, tiny, tmp_path):

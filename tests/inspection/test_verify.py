@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from inpo.common.cache import CacheWriter
-from inpo.inspection.verify import verify
+from inpo.common.models import open_model
+from inpo.inspection import verify as verify_module
+from inpo.inspection.verify import quarantine, verify
 from tests.inspection.conftest import flip_byte
 from tests.inspection.test_drift import rounding_of
 
@@ -238,6 +240,50 @@ def test_a_flipped_bit_is_named_and_quarantine_moves_that_commit_alone(fresh, in
     assert [file.name for file in (folder / "quarantine").iterdir()] == ["s1.json"]
     assert inspect("verify", folder).code == 0
     assert json.loads(inspect("summary", folder, "--json").out)["num_quarantined"] == 1
+
+
+def test_only_the_commit_that_was_checked_is_moved(fresh, states):
+    """Another process moved it, and then made the shard again, while this one was still checking."""
+    folder = fresh("corrupt")
+    found = verify(str(folder))
+    assert quarantine(str(folder), found) == ["s1"]
+    first = (folder / "quarantine" / "s1.json").read_bytes()
+    assert quarantine(str(folder), found) == []
+    again = (states("healthy") / "commits" / "s1.json").read_bytes()
+    assert again != first
+    (folder / "commits" / "s1.json").write_bytes(again)
+    assert quarantine(str(folder), found) == []
+    assert (folder / "commits" / "s1.json").read_bytes() == again
+    # Found bad in its turn (its attempt is not there), it overwrites nothing.
+    assert quarantine(str(folder), verify(str(folder))) == ["s1"]
+    kept = {file.name: file.read_bytes() for file in (folder / "quarantine").iterdir()}
+    assert kept == {"s1.json": first, "s1.2.json": again}
+
+
+@pytest.mark.parametrize("name", ["t0", "empty"])
+def test_damaged_texts_do_not_end_a_check_with_a_model(fresh, inspect, tiny, name):
+    folder = fresh("healthy")
+    flip_byte(folder, name, "embedding", of="texts")
+    done = inspect("verify", folder, "--model", tiny(), "--quarantine")
+    assert done.code == 1
+    assert "error:" not in done.out
+    assert f"1 bad: texts/{name}" in done.out
+    assert "moved 1 commits" in done.out
+
+
+def test_what_breaks_during_a_check_with_a_model_is_a_finding(fresh, tiny, monkeypatch):
+    folder = fresh("healthy")
+    load = verify_module.load_denoiser
+
+    def late(*arguments):
+        flip_byte(folder, "s1", "target")
+        return load(*arguments)
+
+    monkeypatch.setattr(verify_module, "load_denoiser", late)
+    found = verify(str(folder), model=open_model(str(tiny())))
+    (finding,) = found.findings
+    assert (finding.shard, finding.check, finding.remake) == ("s1", "re-inversion", False)
+    assert found.num_checked["re-inversion"] == 3
 
 
 def test_checks_that_damage_prevents_have_not_held_and_say_so(fresh, write_cache, inspect, tmp_path):
