@@ -56,7 +56,8 @@ def bucket_sizes(name: str, base: Size, step: int) -> list[Size]:
 def sort_into_buckets(
     cache: str, source: PairSource, shards: Iterable[InputShard], sizes: Sequence[Size], *, is_real: bool
 ) -> tuple[dict[Size, PairSource], list[DataError]]:
-    """As `sort_pairs`, which keeps what it decides beside the caches if this `is_real`."""
+    """As `sort_pairs`, which keeps what it decides beside the caches if this `is_real`; raises CacheMismatch then for a
+    folder that was sorted into other sizes."""
     if is_real:
         _claim(cache, sizes)
         store = CacheStore(cache)

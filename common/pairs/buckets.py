@@ -204,7 +204,7 @@ def _read(
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             "The list that says which bucket a row is in cannot be read.",
-            where=name,
+            where=f"{name}, in the folder of the caches",
             expected="a number for each row, and prompts, as precompute has written it",
             got=f"{type(error).__name__}: {error}",
             fix="restore it from a copy; or remove it, and the rows are sorted anew: into the same buckets, if the "

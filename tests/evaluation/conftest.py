@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.evaluation.labelling import write_cache, write_source
 from tests.light import save_light_pipeline
 
 PLUGIN = """
@@ -102,3 +103,13 @@ class CountingScorer:
 @pytest.fixture
 def counting() -> CountingScorer:
     return CountingScorer()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "pairs")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, source: Path) -> Path:
+    return write_cache(tmp_path / "cache", source)

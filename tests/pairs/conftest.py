@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.pairs.lists import FILES
+
 PickRow = dict[str, object]
 
 
@@ -94,3 +96,11 @@ def write_parquet() -> Callable[..., Path]:
         return path
 
     return build
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name, data in FILES.items():
+        (tmp_path / "images" / name).write_bytes(data)
+    return tmp_path

@@ -1,39 +1,17 @@
 """Public data sets as they are published: each one's exact columns, in the container it comes in."""
 
-import csv
-import io
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from inpo.common.pairs import Pair, Skipped, open_source
-from inpo.common.pairs.walk import Walk
 from inpo.data.cli import app
-
-FILES = {f"{letter}.png": letter.upper().encode() for letter in "abcdefghi"}
-
-
-def struct(name: str) -> dict[str, Any]:
-    """An image as the datasets library stores it."""
-    return {"bytes": FILES[name], "path": name}
-
-
-def parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
-    return folder / "train-00000-of-00001.parquet"
-
-
-def array(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    (folder / "train.json").write_text(json.dumps(rows))
-    return folder / "train.json"
-
+from tests.pairs.lists import FILES, array, as_csv, as_lines, parquet, read, said, struct
 
 PICK = {
     "are_different": True,
@@ -153,30 +131,6 @@ SETS: dict[str, tuple[str, Callable[..., Path], list[dict[str, Any]], list[tuple
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
-    for name, data in FILES.items():
-        (tmp_path / "images" / name).write_bytes(data)
-    return tmp_path
-
-
-def read(path: Path, **how: Any) -> list[Pair | Skipped]:
-    """All rows; any range of them is that part of all."""
-    (shard,) = open_source(str(path), **how).shards
-    found = list(shard.rows(0, shard.num_rows))
-    assert [item.row for item in found] == list(range(shard.num_rows))
-    for start in range(len(found)):
-        assert list(shard.rows(start, start + 2)) == found[start : start + 2]
-    prompts = {item.prompt for item in found if isinstance(item, Pair)}
-    assert prompts <= set(shard.prompts(0, shard.num_rows))
-    return found
-
-
-def said(item: Pair | Skipped) -> str:
-    return item.reason if isinstance(item, Skipped) else (item.win + item.lose).decode()
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_a_published_set_is_recognised_and_read(folder: Path, name: str) -> None:
     title, write, rows, expected = SETS[name]
@@ -219,20 +173,6 @@ def test_what_of_a_ranking_is_compared(folder: Path, how: str, expected: list[st
     assert len({open_source(str(path), pairs_from=how).shards[0].fingerprint() for how in ("all", how)}) == (
         1 if how == "all" else 2
     )
-
-
-def as_csv(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    (folder / "any.csv").write_text(stream.getvalue())
-    return folder / "any.csv"
-
-
-def as_lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    (folder / "any.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "any.jsonl"
 
 
 def as_bytes(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -336,81 +276,6 @@ def test_rows_of_one_list_with_several_prompts_give_no_pair(folder: Path) -> Non
     rows = [row | {"prompt": row["prompt"] if i != 1 else "other"} for i, row in enumerate(TWO_LISTS)]
     found = read(parquet(folder, rows))
     assert [said(item) for item in found] == ["bad_metadata"] * 3 + ["DE"]
-
-
-SINGLES: list[dict[str, Any]] = [{"image": f"images/{letter}.png", "rank": i} for i, letter in enumerate("abcd")]
-
-
-@pytest.mark.parametrize("common", ["prompt_id", "prompt"])
-def test_a_line_between_the_rows_of_a_ranking_that_cannot_be_understood_is_one_row(folder: Path, common: str) -> None:
-    lines = [json.dumps(row | {common: "7", "prompt": "7"}) for row in SINGLES]
-    plain = json.dumps({"win": "images/a.png", "lose": "images/b.png", "prompt": "p"})
-    path = folder / "any.jsonl"
-    path.write_text("\n".join([*lines[:2], "{oops", lines[2], "[]", lines[3], "{again", plain, "{oops"]))
-    found = read(path)
-    assert [said(item) for item in found] == [
-        *("AB", "AC", "AD", "BC", "BD", "CD"),
-        *["bad_metadata"] * 3,
-        *("AB", "bad_metadata"),
-    ]
-    assert len({item.pair_id for item in found}) == len(found)
-    told = [item.detail.partition(":")[0] for item in found if isinstance(item, Skipped)]
-    assert told == ["line 3", "line 5", "line 7", "line 9"]
-    assert [said(item) for item in read(path, pairs_from="best-worst")] == [
-        "AD",
-        *["bad_metadata"] * 3,
-        *("AB", "bad_metadata"),
-    ]
-
-
-def test_rows_of_a_ranking_that_come_back_are_not_numbered_anew(folder: Path) -> None:
-    rows = [row | {"prompt_id": 7, "prompt": "p"} for row in SINGLES]
-    others = [row | {"prompt_id": 8} for row in rows[:2]]
-    for write in (as_lines, as_csv, parquet):
-        found = read(write(folder, [*rows[:2], *others, *rows[2:], others[0]]))
-        assert [said(item) for item in found] == ["AB", "AB", "bad_metadata", "bad_metadata"]
-        for item, number in zip(found[2:], "78", strict=True):
-            assert isinstance(item, Skipped)
-            assert item.detail.startswith("the rows of prompt_id")
-            assert number in item.detail
-            assert item.detail.endswith("do not lie together")
-
-
-def test_rows_with_an_empty_list_id_are_of_no_list(folder: Path) -> None:
-    """Not all of one list, whose prompts would differ."""
-    for value in ("", None):
-        rows = [row | {"prompt_id": value, "prompt": str(i)} for i, row in enumerate(SINGLES)]
-        for write in (as_lines, as_csv):
-            assert [said(item) for item in read(write(folder, rows))] == ["bad_metadata"] * 4
-
-
-def test_a_ranking_that_goes_on_in_another_file_says_so(folder: Path) -> None:
-    for number in (0, 2):
-        rows = [row | {"prompt_id": 7, "prompt": "p"} for row in SINGLES[number : number + 2]]
-        parquet(folder, rows).rename(folder / f"{number}.parquet")
-    walk = Walk(source=open_source(str(folder)))
-    found = [item for _, item in walk.rows(walk.readable_shards(walk.source.shards))]
-    assert [said(item) for item in found] == ["AB", "duplicate_id"]
-    assert isinstance(found[1], Skipped)
-    assert found[1].detail == "an earlier row has this id; the rows of a ranking are to lie together, in one file"
-
-
-@pytest.mark.parametrize("how", ["all", "adjacent", "best-worst"])
-@pytest.mark.parametrize("write", [array, parquet])
-def test_whether_pairs_are_of_lists_hangs_on_what_a_row_is(folder: Path, how: str, write: Callable[..., Path]) -> None:
-    """And not on how many pairs it gives."""
-    pair = {"win": "images/a.png", "lose": "images/b.png", "prompt": "p"}
-    ranking = {"prompt": "p", "image_path": ["images/a.png", "images/b.png"], "human_preference": [1, 0]}
-    single = {"prompt": "p", "image_path": "images/a.png", "rank": 1}
-    for row, has_lists in (
-        (pair, False),
-        (pair | {"prompt_id": None}, False),
-        (pair | {"prompt_id": "7"}, True),
-        (ranking, True),
-        (single, True),
-    ):
-        (shard,) = open_source(str(write(folder, [row, row])), pairs_from=how).shards
-        assert shard.has_lists is has_lists, row
 
 
 def test_a_source_of_which_nothing_can_be_used_says_why_and_what_it_has(folder: Path) -> None:
