@@ -35,12 +35,13 @@ def main() -> None:
     phases = {"main": _main, "answer": _answer, "more": _more}
     parser.add_argument("--until", choices=list(phases), default="main", help="the last kind of runs to make")
     parser.add_argument("--grid", action="store_true", help="choose all rates and strengths again, by grids made here")
-    parser.add_argument("--long", action="store_true", help="more seeds in the main tables, for intervals half as wide")
+    parser.add_argument("--long", action="store_true", help="eight seeds beside those of the main tables in the document")
     parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet")
     options = parser.parse_args()
     length = c.FLOW if options.flow else c.SHORT
-    seeds = length.seeds + (c.MORE_SEEDS if options.long else ())
-    c.length = replace(length, own_grids=options.grid, seeds=seeds)
+    if options.long and options.until != "main":
+        parser.error("--long makes seeds for the main tables; the others, --until, are made without it.")
+    c.length = replace(length, own_grids=options.grid, seeds=c.MORE_SEEDS if options.long else length.seeds)
     for name, phase in phases.items():
         phase(options.processes)
         if name == options.until:
@@ -176,14 +177,14 @@ def _document() -> dict[str, Any]:
 
 
 def joined(known: Tables, made: Tables) -> Tables:
-    """The document's tables with the rows that were made here. Where only some of a known row's seeds were made, at its
-    own setting, it stays as it is."""
+    """The document's tables with what was made here: seeds join those of a row of the same setting, and take the place
+    of a row of another."""
     tables = {}
     for title in {**made, **known}:
         before, rows = known.get(title, {}), made.get(title, {})
-        same = {name: before[name] for name, row in rows.items() if name in before and r.is_alike(before[name], row)}
-        kept = {name: row for name, row in same.items() if len(row["seeds"]) > len(rows[name]["seeds"])}
-        tables[title] = rows | kept | {name: row for name, row in before.items() if name not in rows}
+        same = {name for name, row in rows.items() if name in before and r.is_alike(before[name], row)}
+        rows = {name: r.merged(before[name], row) if name in same else row for name, row in rows.items()}
+        tables[title] = rows | {name: row for name, row in before.items() if name not in rows}
     return tables
 
 

@@ -87,6 +87,22 @@ def is_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(a[name] == b[name] for name in ("learning_rate", "strength", "steps"))
 
 
+def merged(known: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of every seed of two rows of one setting; where both have a seed, as it was made."""
+    values = _by_seed(known) | _by_seed(made)
+    seeds = sorted({*known["seeds"], *made["seeds"]})
+
+    def over(*names: str) -> dict[str, Any]:
+        return over_seeds([values[*names, str(seed)] for seed in seeds])
+
+    return {
+        **made,
+        "seeds": seeds,
+        "base": {name: {kind: over(kind, name) for kind in each} for name, each in made["base"].items()},
+        "dpo": {name: over("dpo", name) for name in made["dpo"]} if made["dpo"] and known["dpo"] else None,
+    }
+
+
 def difference(known: Mapping[str, Mapping[str, Any]], made: Mapping[str, Mapping[str, Any]]) -> str:
     """How far rows are from the document's of the same setting, seed by seed."""
     alike = {name: row for name, row in made.items() if name in known and is_alike(known[name], row)}

@@ -40,28 +40,32 @@ def test_the_main_tables_say_what_the_document_has(length):
         assert seeds in (length.seeds, length.seeds + c.MORE_SEEDS)
 
 
-def test_fewer_seeds_of_a_known_row_do_not_take_its_place():
-    def row(seeds, rate=1e-5):
-        return {"seeds": [*range(seeds)], "learning_rate": rate, "strength": 40.0, "steps": 80}
+def row(seeds, values, rate=1e-5, against_dpo=True):
+    figures = {name: {kind: r.over_seeds(values) for kind in ("win_rate", "gain")} for name in c.SCORERS}
+    head_to_head = {name: r.over_seeds(values) for name in c.SCORERS} if against_dpo else None
+    setting = {"learning_rate": rate, "strength": 40.0, "steps": 80}
+    return {"seeds": seeds, "base": figures, "dpo": head_to_head, **setting}
 
-    known = {"main": {"few": row(5), "all": row(5), "other rate": row(5), "not made": row(5)}}
-    made = {"main": {"new": row(3), "few": row(3), "all": row(5), "other rate": row(3, 2e-5)}, "more": {"one": row(2)}}
-    found = joined(known, made)
-    assert found["main"]["few"] is known["main"]["few"]
-    assert found["main"]["not made"] is known["main"]["not made"]
-    for name in ("new", "all", "other rate"):
-        assert found["main"][name] is made["main"][name]
-    assert found["more"] == made["more"]
+
+def test_seeds_join_those_of_the_document():
+    known = {"main": {"more": row([1, 2, 3], [0.5, 0.6, 0.7]), "dpo": row([1, 2], [0.5, 0.6], against_dpo=False)}}
+    made = {"main": {"more": row([9, 7, 2], [0.1, 0.2, 0.3]), "dpo": row([7, 8], [0.1, 0.2], against_dpo=False)}}
+    found = joined(known, made)["main"]
+    assert found["more"] == row([1, 2, 3, 7, 9], [0.5, 0.3, 0.7, 0.2, 0.1])
+    assert found["dpo"] == row([1, 2, 7, 8], [0.5, 0.6, 0.1, 0.2], against_dpo=False)
     assert joined(known, {}) == known
+    assert joined({}, made) == made
+
+
+def test_rows_of_another_setting_take_the_place_of_the_documents():
+    known = {"main": {"other rate": row([1, 2], [0.5, 0.6]), "not made": row([1, 2], [0.5, 0.6])}}
+    made = {"main": {"new": row([1, 2], [0.1, 0.2]), "other rate": row([7, 8], [0.3, 0.4], 2e-5)}, "next": {}}
+    found = joined(known, made)
+    assert found["main"] == made["main"] | {"not made": known["main"]["not made"]}
+    assert found["next"] == {}
 
 
 def test_rows_are_held_against_the_document_seed_by_seed():
-    def row(seeds, values, rate=1e-5):
-        figures = {name: {"win_rate": {"seeds": values}, "gain": {"seeds": values}} for name in c.SCORERS}
-        head_to_head = {name: {"seeds": values} for name in c.SCORERS}
-        setting = {"learning_rate": rate, "strength": 40.0, "steps": 80}
-        return {"seeds": seeds, "base": figures, "dpo": head_to_head, **setting}
-
     known = {"same": row([1, 2, 3], [0.5, 0.6, 0.7]), "other rate": row([1], [0.1])}
     made = {"same": row([2, 4], [0.6, 9.0]), "other rate": row([1], [0.9], 2e-5), "new": row([1], [0.9])}
     assert r.difference(known, made) == "1 of 3 rows are in the document; their figures differ by 0 at most."
