@@ -31,6 +31,7 @@ _ADVICE = {
     errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
     errno.EEXIST: "a file lies where a folder is needed: choose another path",
 }
+_LOCK = ".lock"
 _STAGED = re.compile(r"\..+\.partial-[0-9a-f]{16}")
 
 
@@ -131,13 +132,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[str]:
-    """Names of what lies in `folder`, sorted; none where there is no folder. What is being staged there is not yet
-    there, and what killed writers staged is removed.
+    """Names of what lies in `folder`, sorted; none where there is no folder. Its lock is none of them, what is being
+    staged there is not yet there, and what killed writers staged is removed.
     """
     remove_leftovers(folder)
     with storage_errors("list", folder):
         return (
-            sorted(each.name for each in folder.iterdir() if not _STAGED.fullmatch(each.name))
+            sorted(each.name for each in folder.iterdir() if each.name != _LOCK and not _STAGED.fullmatch(each.name))
             if folder.is_dir()
             else []
         )
@@ -212,7 +213,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
     """Hold a folder's lock; False if another process holds it. It goes with the process, however that ends. A file
     system without locks tells nobody apart. Raises OSError.
     """
-    handle, alone = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), True
+    handle, alone = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666), True
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from PIL import Image
 from inpo.common import fingerprint
 from inpo.common.batch_size import memory_in_words
 from inpo.common.compiled import compile_network
+from inpo.common.decoded import watch_decoder
 from inpo.common.denoiser import DTYPES, default_dtype
 from inpo.common.device import say_device
 from inpo.common.durable import entries, write_file
@@ -178,13 +179,8 @@ def _draw(
     given = {} if transfer is None else transfer.arguments(prompts, size)
     stays = "what is done stays"
     otherwise = f"take a lower --resolution, or --dtype bfloat16; {stays}"
-    finite: list[bool] = []
-
-    def watch(_: Any, __: Any, decoded: torch.Tensor) -> None:
-        finite.extend(decoded.isfinite().flatten(1).all(1).tolist())
-
     with (
-        pipeline.vae.decoder.register_forward_hook(watch),  # behind it pixels are clamped: infinity would be white
+        watch_decoder(pipeline) as finite,
         memory_in_words(len(batch), auto=False, smaller=stays, otherwise=otherwise),
         torch.inference_mode(),
     ):

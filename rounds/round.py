@@ -35,6 +35,7 @@ from inpo.rounds.page import RoundRow, page, table
 from inpo.rounds.sample import configure_sample, run_sample
 from inpo.rounds.settings import RoundSettings, SampleSettings
 from inpo.train.configuration import resolve_run
+from inpo.train.output import claim_output
 from inpo.train.run import train
 from inpo.train.settings import TrainSettings
 
@@ -163,7 +164,13 @@ def _check(settings: RoundSettings, sample: SampleSettings, trained: TrainSettin
 
 
 def run_rounds(rounds: Rounds) -> int:
-    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing, or was stopped."""
+    """All rounds that are not there yet. Returns the exit code: 1 if a stage made nothing, or was stopped. Raises
+    UsageError if the folder is something else's, or another process makes rounds in it."""
+    with claim_output(rounds.output):
+        return _run_rounds(rounds)
+
+
+def _run_rounds(rounds: Rounds) -> int:
     state = processes()
     if state.is_main_process:
         _claim(rounds)

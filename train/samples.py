@@ -14,8 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from inpo.common.cache import Cache, Manifest
+from inpo.common.decoded import watch_decoder
 from inpo.common.denoiser import compute_dtype
 from inpo.common.durable import write_file
+from inpo.common.log import warn
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
 from inpo.train.settings import TrainSettings
@@ -40,7 +42,8 @@ def sample_images(
     network: nn.Module, model: Model, prompts: Sequence[str], manifest: Manifest, settings: TrainSettings
 ) -> UInt8[np.ndarray, "height width 3"]:
     """One image per prompt, side by side, of the cache's size, number of tokens and network dtype; the noise of an
-    image is drawn on the CPU from its own seed. VAE and text encoders are loaded for this and freed again."""
+    image is drawn on the CPU from its own seed. VAE and text encoders are loaded for this and freed again. An image
+    that is not finite is black, and told."""
     device = next(network.parameters()).device
     dtype = compute_dtype(manifest.network_dtype)
     height, width = manifest.resolution
@@ -56,8 +59,8 @@ def sample_images(
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
         for number, prompt in enumerate(prompts):
-            images += list(
-                pipeline(
+            with watch_decoder(pipeline) as finite:
+                (image,) = pipeline(
                     num_inference_steps=settings.sample_steps,
                     output_type="np",
                     height=height,
@@ -65,7 +68,9 @@ def sample_images(
                     **model.family.drawing([prompt], settings.sample_guidance, manifest.max_tokens),
                     generator=torch.Generator().manual_seed(settings.seed + number),
                 ).images
-            )
+            if not all(finite):
+                warn(f"the sample of prompt {prompt[:80]!r} is not finite, and black: the weights or their dtype fail")
+            images.append(image if all(finite) else np.zeros_like(image))
     del pipeline
     gc.collect()
     if device.type == "cuda":

@@ -21,7 +21,7 @@ from inpo.rounds.figures import sample_figures
 from inpo.rounds.page import RoundRow, warnings
 from inpo.rounds.round import read_lines, resolve_rounds, run_rounds
 from inpo.toyworld.scenes import captions
-from inpo.train.output import write_output
+from inpo.train.output import claim_output, write_output
 from tests.launching import Zygote, ranks
 from tests.rounds.conftest import Brightness, Samples
 
@@ -114,6 +114,17 @@ def test_two_processes_make_whole_rounds(recipe: Callable, zygote: Zygote, tmp_p
     both = [zygote.start(asked, environment) for environment in ranks(2)]
     assert [process.wait() for process in both] == [0, 0], [process.text()[-3000:] for process in both]
     assert sorted(read_lines(tmp_path / "rounds")) == [1]
+
+
+def test_a_folder_that_other_rounds_are_made_in(recipe: Callable, tmp_path: Path) -> None:
+    file = recipe()
+    with claim_output(tmp_path / "rounds"):
+        with pytest.raises(UsageError, match="Another run is writing here"):
+            run_rounds(resolve_rounds(file, {}))
+        assert [each.name for each in (tmp_path / "rounds").iterdir()] == [".lock"]
+    with pytest.raises(UsageError, match="holds something else"):
+        (tmp_path / "rounds" / "mine.txt").touch()
+        run_rounds(resolve_rounds(file, {}))
 
 
 def test_what_a_run_did_not_train_is_what_it_was(pipelines: Callable, tmp_path: Path) -> None:

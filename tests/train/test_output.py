@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -195,6 +196,22 @@ def test_samples_are_of_four_prompts_where_shards_and_caches_have_fewer(
     output = run(steps=1, sample_every=1, sample_steps=1, caches=caches)
     with Image.open(output / "samples/step-00000001.png") as picture:
         assert json.loads(picture.info["prompts"]) == [f"prompt {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_sample_that_is_not_finite_is_black_and_told(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    def decoded(*arguments: Any, **options: Any) -> torch.Tensor:
+        return torch.full_like(decode(*arguments, **options), value)
+
+    decode = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", decoded)
+    output = run(steps=1, sample_every=1, sample_steps=1, sample_prompts=["a cat", "a dog"])
+    told = capsys.readouterr().err
+    for prompt in ("a cat", "a dog"):
+        assert told.count(f"the sample of prompt '{prompt}' is not finite, and black") == 2
+    assert not np.asarray(Image.open(output / "samples/step-00000001.png")).any()
 
 
 def test_metrics_say_whether_it_learns(run: Callable[..., Path]) -> None:
