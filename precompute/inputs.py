@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
-from inpo.common.cache.commits import skipped_rows
+from inpo.common.cache.commits import check_made_under, skipped_rows
 from inpo.common.cache.identity import check_identity
 from inpo.common.cache.schema import MANIFEST
-from inpo.common.cache.store import CacheStore, is_remote
+from inpo.common.cache.store import CacheStore, digest, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.log import fail, note, say
 from inpo.common.pairs import InputShard, PairSource
@@ -69,7 +69,8 @@ def _nothing_to_read(pairs: str, unreadable: list[DataError]) -> DataError:
 
 
 def committed_shards(cache: str, manifest: Manifest) -> set[str]:
-    """Names of shards done already; none for a cache that does not exist yet. Raises CacheMismatch for another's."""
+    """Names of shards done already; none for a cache that does not exist yet. Raises CacheMismatch for another's,
+    CacheCorrupt if they were made under another manifest than lies there."""
     if not is_remote(cache) and not Path(cache).is_dir():
         if Path(cache).exists():
             raise UsageError("The cache is no folder.", where=cache, got="a file", fix="choose another --cache")
@@ -94,6 +95,7 @@ def committed_shards(cache: str, manifest: Manifest) -> set[str]:
     committed = CacheWriter(store, existing).committed()
     try:
         check_identity(existing, manifest, cache)
+        check_made_under(store, digest(data))
     except CacheMismatch as error:
         if not committed:  # what a first try leaves that failed for its model or its pairs
             error.fix = "nothing is committed here yet: remove this cache and run again, or repeat its settings"

@@ -38,6 +38,8 @@ from inpo.common.cache.specs import ARRAYS, ArraySpec
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheCorrupt, CacheError, CacheSchemaError
 
+_LOOKED_AT = 8
+"""Commits that are held against the manifest before a run: so many at least, if there are, and less than twice so many."""
 _FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
 
 
@@ -220,10 +222,14 @@ def skipped_rows(data: bytes, where: str) -> list[SkippedRow]:
 
 
 def check_made_under(store: CacheStore, manifest_digest: str) -> None:
-    """Raise CacheCorrupt if a commit was made under another manifest than the one of this digest: what is written now
-    would be of the other, and no manifest would fit all shards. A commit that cannot be read says nothing."""
+    """Raise CacheCorrupt if commits were made under another manifest than the one of this digest: what is written now
+    would be of the other, and no manifest would fit all shards. A commit that cannot be read says nothing.
+
+    Every process of a run asks this: it looks at few commits, however many there are. An edited manifest fits none of
+    those that were there before; one commit among many that is of another cache is found when the cache is read."""
     for kind in (Commit, TextCommit):
-        files = [name for name in store.listing(kind.folder) if name.endswith(".json")]
+        files = sorted(name for name in store.listing(kind.folder) if name.endswith(".json"))
+        files = files[:: max(1, len(files) // _LOOKED_AT)]
         for file, document in zip(files, store.get_many([f"{kind.folder}/{name}" for name in files]), strict=True):
             try:
                 commit = kind.from_json(document if isinstance(document, bytes) else b"", file)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inpo.common.cache import CacheWriter, InverterIdentity, open_cache
+from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheCorrupt, CacheMismatch
 
 
@@ -60,6 +61,21 @@ def test_nothing_is_written_under_a_manifest_that_was_edited(tmp_path, build, co
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     file.write_bytes(whole)
     assert CacheWriter.open(str(tmp_path), manifest).write("later", build.shard(manifest, 2)) is not None
+
+
+def test_a_cache_of_many_shards_is_opened_by_few_of_its_commits(tmp_path, build, monkeypatch):
+    """A process of hundreds asks this of a bucket. What of them it reads was there before: an edit is seen."""
+    manifest = build.cache(tmp_path, pairs=(1,) * 40)
+    read = []
+    get_many = CacheStore.get_many
+    monkeypatch.setattr(CacheStore, "get_many", lambda store, names: read.extend(names) or get_many(store, names))
+    CacheWriter.open(str(tmp_path), manifest)
+    assert {name.split("/")[0] for name in read} == {"commits", "text-commits"}
+    assert len(read) < 20
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()), indent=2))
+    with pytest.raises(CacheCorrupt, match="edited or replaced"):
+        CacheWriter.open(str(tmp_path), manifest)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import inpo.precompute.plan as plan_module
-from inpo.common.errors import StorageError
+from inpo.common.errors import CacheCorrupt, StorageError
 from inpo.common.pairs import open_source
 
 
@@ -51,6 +51,16 @@ def test_dry_run_writes_nothing_and_shows_the_configuration(
         assert words in output
     assert not (tmp_path / "cache").exists()
     assert not run.components
+
+
+def test_dry_run_tells_of_a_manifest_that_was_edited(
+    pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path
+) -> None:
+    source, manifest = tars(2, 2), tmp_path / "cache/manifest.json"
+    assert run(source, pipelines(), tmp_path / "cache", limit=2) == 0
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()), indent=2))
+    with pytest.raises(CacheCorrupt, match="edited or replaced"):
+        run(source, pipelines(), tmp_path / "cache", dry_run=True)
 
 
 @pytest.mark.parametrize(
