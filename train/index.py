@@ -47,6 +47,11 @@ class Index:
     def num_pairs(self) -> int:
         return sum(len(shard.rows) for shard in self.training)
 
+    @property
+    def widest(self) -> int:
+        """As many images as a record has at most, trained on or held out."""
+        return max(shard.sides.shape[1] for shard in (*self.training, *self.held_out))
+
 
 def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **others: Any) -> Index:
     """Read the small arrays of every shard and decide what is used.

@@ -122,8 +122,8 @@ class Trainer:
 
         bare = accelerator.unwrap_model(self.network)
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
-        widest = max(shard.sides.shape[1] for shard in self.stream.index.training)
-        self.denoiser.rows = widest * settings.batch_size if sharded else self.stream.num_slots
+        widest = self.stream.index.widest * settings.batch_size
+        self.denoiser.rows = widest if sharded else self.stream.num_slots
         # DDP and FSDP move gradients while they are made.
         alone, images = accelerator.num_processes == 1 and not sharded, self.denoiser.rows
         self._graphs = alone and uses_graphs(settings.compile, accelerator.device, images)

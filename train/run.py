@@ -250,7 +250,7 @@ def _start(trainer: Trainer, resolved: Resolved, index: Index, chosen: checkpoin
     else:
         for cache in resolved.caches:
             part = index.of(cache)
-            if not part.training:
+            if not part.training and not part.held_out:
                 continue
             proof = run_proof(trainer.denoiser, part, batch_size=settings.batch_size, weights=trainer.weights)
             if not proof.holds:

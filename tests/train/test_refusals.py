@@ -90,6 +90,22 @@ def test_numbers_of_another_network_in_any_shard_fail_the_proof(
             run(caches=[location], output=tmp_path / f"run{foreign}")
 
 
+def test_numbers_of_another_network_in_a_cache_that_is_held_out_whole_fail_the_proof(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The held-out accuracy, which ends runs and ranks them, would be of those numbers."""
+
+    def shift(shard: int, arrays: dict[str, np.ndarray]) -> None:
+        arrays["reference_error"] *= np.float32(3)
+
+    aside = world.cache(tmp_path / "aside", shards=(2,), prompts=["prompt 0"] * 7, change=shift)
+    both = build_index([open_cache(cache), open_cache(aside)], soft=False, held_out=0.5)
+    assert {shard.shard.cache.location for shard in both.training} == {cache}
+    with pytest.raises(CacheMismatch, match="Zero-step proof failed") as caught:
+        run(caches=[cache, aside], held_out=0.5)
+    assert caught.value.where == aside
+
+
 @pytest.mark.parametrize(
     ("kind", "part"),
     [

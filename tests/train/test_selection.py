@@ -138,6 +138,14 @@ def test_labels_that_are_0_or_1_at_every_record_are_hard_whatever_their_mean(
 # --- lists ---
 
 
+def test_the_widest_list_may_be_held_out(world: Any, cache: str, tmp_path: Path) -> None:
+    """FSDP's processes make as many calls of a compiled network only where none has more images than its slots."""
+    aside = world.cache(tmp_path / "aside", shards=(1,), images=3, prompts=["prompt 0"] * 7)
+    index = build_index([open_cache(cache), open_cache(aside)], soft=False, held_out=0.5, lists=True)
+    assert [max(shard.sides.shape[1] for shard in part) for part in (index.training, index.held_out)] == [2, 3]
+    assert index.widest == 3
+
+
 def test_a_list_is_a_groups_images_with_all_that_follows_from_its_pairs(world: Any, tmp_path: Path) -> None:
     location = world.cache(tmp_path / "c", shards=(3, 2), images=3, label=lambda group: 0.0 if group == 1 else 1.0)
     index = index_of(location, lists=True)
