@@ -74,11 +74,15 @@ class MetricsWriter:
     removes those: until then what is new waits in memory.
     """
 
-    def __init__(self, output: Path, *, tracker: Tracker | None, resumed_step: int) -> None:
+    def __init__(
+        self, output: Path, *, tracker: Tracker | None, resumed_step: int, on_begin: Callable[[], object] = lambda: None
+    ) -> None:
+        """`on_begin` is called once the first new line or sample has taken the place of what was there."""
         self.path = output / METRICS
         self._samples = output / "samples"
         self._tracker = tracker
         self._resumed_step = resumed_step
+        self._on_begin = on_begin
         self._begun = False
         last = list_checkpoints(output / "checkpoints")[-1:]
         self._waits = any(int(each.name.removeprefix("step-")) > resumed_step for each in last)
@@ -134,6 +138,7 @@ class MetricsWriter:
                 if file.stem > f"step-{self._resumed_step:08d}" and file.name not in self._drawn:
                     file.unlink(missing_ok=True)
         self._begun = True
+        self._on_begin()
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -1,6 +1,6 @@
 """A training run from resolved settings to the written pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,16 @@ def run_train(
     return 0
 
 
-def train(resolved: Resolved, *, resume: str) -> bool:
-    """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint."""
+def train(resolved: Resolved, *, resume: str, on_metrics: Callable[[], object] = lambda: None) -> bool:
+    """One run. Returns False if SIGTERM or Ctrl-C ended it early, with a checkpoint. `on_metrics` is called once the
+    metrics in the output folder are this run's: before that they may be what another one left there.
+    """
     needs = resolved.check()
     with claim_output(resolved.output), log_file(resolved.output):
-        return _train(resolved, needs, resume=resume)
+        return _train(resolved, needs, resume=resume, on_metrics=on_metrics)
 
 
-def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
+def _train(resolved: Resolved, needs: Needs, *, resume: str, on_metrics: Callable[[], object]) -> bool:
     settings, model, opened = resolved.settings, resolved.model, resolved.caches
     objective = OBJECTIVES[settings.objective]
     for cache in opened:
@@ -115,6 +117,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         if "steps" in identity and chosen.step == settings.steps:  # a schedule of which no step is left to make
             identity["steps"] = chosen.document.identity.get("steps")
         chosen.check_identity(identity)
+        on_metrics()
     step = chosen.step if chosen else 0
     if step > settings.steps:
         raise UsageError(
@@ -163,7 +166,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str) -> bool:
         recipe = resolved.output / "recipe.toml"
         if step < settings.steps or not recipe.exists():  # else nothing is trained, and it says what was
             write_file(recipe, resolved.toml)
-        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step)
+        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step, on_begin=on_metrics)
         if settings.sample_every:
             prompts, bare = sample_prompts(settings, opened), accelerator.unwrap_model(wrapped)
             draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)

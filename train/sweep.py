@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,14 @@ def _train_all(base: Resolved, runs: Mapping[str, Resolved], *, scorers: Sequenc
             fix="pass --sample-every as well, or leave --sweep-scorer out",
         )
     main, rows = processes().is_main_process, []
+    measured: set[str] = set()
     judge = SampleJudge(judges if main else (), runs)
     for number, (name, run) in enumerate(runs.items(), start=1):
         if main:
             say(f"\n== run {number}/{len(runs)}: {name}")
         failed = None
         try:
-            if not train(run, resume=resume):
+            if not train(run, resume=resume, on_metrics=partial(measured.add, name)):
                 return 0
         except InpoError as error:
             if len(runs) == 1 or processes().num_processes > 1:
@@ -198,10 +200,10 @@ def _train_all(base: Resolved, runs: Mapping[str, Resolved], *, scorers: Sequenc
             fail(error)
         release()
         if main:
-            rows.append(SweepRow.read(name, run, failed=failed))
+            rows.append(SweepRow.read(name, run, failed=failed, measured=name in measured))
     if not main:
         return 0
-    compared = judge.compare()
+    compared = judge.compare(measured)
     rows = [replace(each, scores=compared.get(each.name, {})) for each in rows]
     table = markdown(rows)
     write_file(base.output / TABLE, table.encode())

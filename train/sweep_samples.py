@@ -1,6 +1,6 @@
 """The last samples of a sweep's runs against the reference's at the same prompts and seeds, by scorers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ class SampleJudge:
             if _key(run, prompts) not in self._reference:
                 self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
 
-    def compare(self) -> dict[str, dict[str, SampleScore]]:
-        """{run: {scorer: how its last samples stand}}; a run without a sample, or with one that cannot be read or was
-        drawn otherwise than the reference's, is left out."""
+    def compare(self, among: Collection[str]) -> dict[str, dict[str, SampleScore]]:
+        """{run: {scorer: how its last samples stand}} of the runs `among` all; one without a sample, or with one that
+        cannot be read or was drawn otherwise than the reference's, is left out."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
+            if name not in among:
+                continue
             file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches)
             if file is None:
                 continue

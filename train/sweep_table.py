@@ -30,11 +30,11 @@ class SweepRow:
     scores: Mapping[str, SampleScore] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, name: str, run: Resolved, *, failed: str | None) -> "SweepRow":
-        """From what the run left behind."""
+    def read(cls, name: str, run: Resolved, *, failed: str | None, measured: bool) -> "SweepRow":
+        """From what the run left behind; not `measured`: the metrics in its folder are not its own, and it has none."""
         settings = run.settings
         try:
-            lines = read_metrics(run.output / METRICS)
+            lines = read_metrics(run.output / METRICS) if measured else []
         except StorageError as error:
             lines, failed = [], failed or error.what
         held_out = tuple(found for line in lines if (found := Evaluation.of(line)) is not None)

@@ -143,7 +143,7 @@ def test_a_flag_that_one_of_the_runs_has_a_use_for_is_taken(
     refused: str | None,
 ) -> None:
     begun: list[object] = []
-    monkeypatch.setattr("inpo.train.sweep.train", lambda run, resume: begun.append(run))  # the first ends early
+    monkeypatch.setattr("inpo.train.sweep.train", lambda run, **told: begun.append(run))  # the first ends early
     words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out"), *flags]
     told = ["--tracker", "none", "--sweep", str(write(tmp_path, f"[[run]]\n{runs}\n"))]
     done = CliRunner().invoke(app, [*words, *told])
@@ -155,19 +155,21 @@ def test_a_flag_that_one_of_the_runs_has_a_use_for_is_taken(
 
 
 def test_what_a_killed_run_left_half_written_ends_no_sweep(world: Any, cache: str, tmp_path: Path) -> None:
-    """Its checkpoint is not whole, so that it fails, and neither is its last line."""
+    """Its checkpoint is not whole, so that it fails before it has numbers, and neither is its last line. One that fails
+    later keeps those that it has."""
     AcceleratorState._reset_state(reset_partial_state=True)
     killed = tmp_path / "out/a"
     (killed / "checkpoints/step-00000001").mkdir(parents=True)
     (killed / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 0.7}\n{"step": 1, "lo\xff')
-    file = write(tmp_path, "[[run]]\nname = 'a'\n[[run]]\nname = 'b'\n")
+    file = write(tmp_path, "[[run]]\nname = 'a'\n[[run]]\nname = 'b'\n[[run]]\nname = 'c'\nlearning_rate = 1e36\n")
     words = ["train", "--cache", cache, "--model", str(world.model.folder), "--output", str(tmp_path / "out")]
-    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sweep", str(file)]
+    words += ["--steps", "2", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sweep", str(file)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1, done.output
-    first, second = json.loads((tmp_path / "out/sweep.json").read_text())
-    assert (first["last"], first["failed"]) == ({"step": 0, "loss": 0.7}, "No checkpoint of this run is whole.")
-    assert (second["last"]["step"], second["failed"]) == (1, None)
+    first, second, third = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert (first["last"], first["failed"]) == ({}, "No checkpoint of this run is whole.")
+    assert (second["last"]["step"], second["failed"]) == (2, None)
+    assert (third["last"]["step"], third["failed"]) == (0, "The loss or the gradient is not finite.")
 
 
 def test_a_folder_that_another_sweep_writes_to(world: Any, cache: str, tmp_path: Path) -> None:
@@ -217,6 +219,13 @@ def test_the_reference_is_sampled_as_the_runs_are(
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness", "--sample-steps", "2"])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out/sweep.json").read_text())[0]["scores"] == {}
+    # Nor is that of another run, whose numbers lie there too. The second has none.
+    write(tmp_path, "[[run]]\nname = 'one'\nbeta = 7\n[[run]]\nname = 'two'\nobjective = 'capo'\n")
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
+    assert done.exit_code == 1, done.output
+    found, _ = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert (found["settings"]["beta"], found["last"], found["scores"]) == (7, {}, {})
+    write(tmp_path, "[[run]]\nname = 'one'\n")
     # Nor is one that is damaged.
     (picture,) = (tmp_path / "out/one/samples").iterdir()
     picture.write_bytes(picture.read_bytes()[:-100])
