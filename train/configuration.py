@@ -24,9 +24,14 @@ class Resolved:
     settings: TrainSettings
     output: Path
     model: Model
-    caches: list[Cache]
+    given: Sequence[Sequence[Cache]]
+    """Of each --cache: the one that is there, or those of its buckets."""
     sections: Mapping[str, Section]
     """[model] and [data]."""
+
+    @property
+    def caches(self) -> list[Cache]:
+        return [cache for caches in self.given for cache in caches]
 
     @property
     def toml(self) -> str:
@@ -67,13 +72,13 @@ def resolve_run(
     if settings.output is None:
         raise UsageError("No output given.", where="--output", fix="pass --output, or set output in [train]")
     locations = settings.caches or (data.need("cache"),)
-    opened = [cache for location in locations for cache in open_caches(location, on_empty=_note_empty)]
-    _refuse_twice(opened)
+    given = [open_caches(location, on_empty=_note_empty) for location in locations]
+    _refuse_twice([cache for caches in given for cache in caches])
     return Resolved(
         settings=settings,
         output=settings.output,
         model=model_section.open(),
-        caches=opened,
+        given=given,
         sections={"model": model_section, "data": data},
     )
 

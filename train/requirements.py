@@ -218,10 +218,17 @@ def temperature_notes(caches: Sequence[Cache], settings: TrainSettings, objectiv
     return notes
 
 
-def refuse_hard_labels(index: Index, objective: Objective) -> None:
-    """A soft objective on hard labels is another objective; refuse it."""
-    if objective.labels != "hard" and all(np.isin(shard.used_labels, (0.0, 1.0)).all() for shard in index.training):
-        location = index.training[0].shard.cache.location
+def refuse_hard_labels(index: Index, given: Sequence[Sequence[Cache]], objective: Objective) -> None:
+    """Raise CacheIncomplete if a soft objective meets a cache whose labels are all hard: of its records it would be
+    another objective. `given`: each --cache, its buckets together, since a small one may have hard labels by chance.
+    """
+    for caches in given if objective.labels != "hard" else ():
+        parts = [index.of(cache) for cache in caches]
+        held_out = [shard for part in parts for shard in part.held_out]
+        shards = [shard for part in parts for shard in part.training] or held_out
+        if not shards or not all(np.isin(shard.used_labels, (0.0, 1.0)).all() for shard in shards):
+            continue
+        location = shards[0].shard.cache.location
         raise CacheIncomplete(
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
             where=location,

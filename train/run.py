@@ -98,7 +98,7 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str, on_metrics: Callabl
         scores=objective.scores,
         score_temperature=settings.score_temperature,
     )
-    refuse_hard_labels(index, objective)
+    refuse_hard_labels(index, resolved.given, objective)
 
     accelerator = build_accelerator(settings, network_dtype)
     sharded = accelerator.distributed_type == DistributedType.FSDP

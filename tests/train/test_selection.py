@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from inpo.common.cache import open_cache
+from inpo.common.cache.buckets import open_caches
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import CacheIncomplete, CacheMismatch, UsageError
 from inpo.common.judge import Evaluation, Judge
@@ -23,8 +24,10 @@ from inpo.common.levels import Levels
 from inpo.train.checkpoint import WEIGHTS
 from inpo.train.index import Index, build_index
 from inpo.train.loss_space import error_weights
+from inpo.train.objectives import OBJECTIVES
 from inpo.train.order import GlobalOrder, OrderedShard
 from inpo.train.records import Batch, Needs
+from inpo.train.requirements import refuse_hard_labels
 from inpo.train.stream import RecordStream
 
 
@@ -133,6 +136,25 @@ def test_labels_that_are_0_or_1_at_every_record_are_hard_whatever_their_mean(
     give(location, lambda number: PairLabel(scores=None, label=0.5, by_record=(1.0, 0.0)))
     with pytest.raises(CacheIncomplete, match="needs soft labels"):
         run(objective="smpo", caches=[location], labels="given")
+
+
+@pytest.mark.parametrize("objective", ["smpo", "capo"])
+@pytest.mark.parametrize("held_out", [0.0, 0.5], ids=["trained on", "held out whole"])
+def test_soft_labels_are_asked_of_each_cache(
+    world: Any, run: Callable[..., Path], tmp_path: Path, objective: str, held_out: float
+) -> None:
+    """Soft ones beside them make no others of the hard ones. A folder of buckets is one cache: the labels of a small
+    bucket may all be 1 by chance."""
+    (tmp_path / "buckets.json").write_text('{"buckets": ["16x16", "8x8"]}')
+    soft = world.cache(tmp_path / "16x16", shards=(3,), label=lambda pair: 0.7, side=8)
+    hard = world.cache(tmp_path / "8x8", shards=(1,), side=4)  # of a prompt that is held out in half of the cases
+    with pytest.raises(CacheIncomplete, match="needs soft labels") as caught:
+        run(objective=objective, caches=[soft, hard], held_out=held_out)
+    assert caught.value.where == hard
+    buckets = open_caches(str(tmp_path))
+    index = build_index(buckets, soft=True, held_out=held_out)
+    assert [bool(index.of(cache).training) for cache in buckets] == [True, not held_out]
+    refuse_hard_labels(index, [buckets], OBJECTIVES[objective])
 
 
 # --- lists ---
