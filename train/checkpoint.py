@@ -249,7 +249,8 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     """The checkpoint that `--resume` means: auto (the last whole one, or none), never, or a path.
 
     Raises UsageError if there is none where one must be or one where none may be, and TrainingError if there are
-    checkpoints but none is whole. A damaged one that is passed over is named through `say`.
+    checkpoints but none is whole. A damaged one that is passed over is named through `say`. A path's is refused where
+    there are checkpoints of another run.
     """
     found = list_checkpoints(folder)
     if resume == "never":
@@ -275,6 +276,8 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     for each in reversed(found) if resume == "auto" else [path]:
         document = _verified(each)
         if isinstance(document, RunDocument):
+            if resume != "auto":
+                _refuse_another(document, path, found)
             for line in damaged:
                 say(f"{line}; going on from {each.name}, the last whole one")
             return Checkpoint(path=each, document=document)
@@ -290,17 +293,42 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     return None
 
 
-def _verified(path: Path) -> RunDocument | str:
-    """The checkpoint's document if every file is the one that was written, else what is wrong."""
+def _refuse_another(document: RunDocument, path: Path, found: Sequence[Path]) -> None:
+    """Raise UsageError if one of the output folder's checkpoints is of another run than the one that goes on: its
+    later ones would be removed, and the metrics of both would stand in one file."""
+    for each in found:
+        there = _document(each)
+        if isinstance(there, RunDocument) and there.identity != document.identity:
+            raise UsageError(
+                "The output folder holds a run already.",
+                where=each.parent,
+                expected=f"no checkpoint of another run than that of --resume {path}",
+                got=each.name,
+                fix="choose another --output, or --resume auto to go on with the run that is there",
+            )
+
+
+def _document(path: Path) -> RunDocument | str:
+    """The checkpoint's document if it is the one that was written, else what is wrong."""
     try:
         data = load((path / STATE).read_bytes(), STATE)
         check_seal(data, STATE, what=STATE, fix="")
-        document = RunDocument.model_validate(data)
+        return RunDocument.model_validate(data)
+    except (CacheError, ValidationError, RecursionError):
+        return f"{STATE} is not the one that was written"
+    except OSError as error:
+        return f"{Path(error.filename or STATE).name}: {error.strerror}"
+
+
+def _verified(path: Path) -> RunDocument | str:
+    """The checkpoint's document if every file is the one that was written, else what is wrong."""
+    document = _document(path)
+    if isinstance(document, str):
+        return document
+    try:
         with ThreadPoolExecutor(_THREADS) as pool:
             seals = pool.map(_seal, [path / name for name in document.files])
             wrong = [name for (name, seal), now in zip(document.files.items(), seals, strict=True) if seal != now]
-    except (CacheError, ValidationError, RecursionError):
-        return f"{STATE} is not the one that was written"
     except OSError as error:
         return f"{Path(error.filename or STATE).name}: {error.strerror}"
     if wrong:

@@ -191,6 +191,19 @@ def test_resume_from_a_path(run: Callable[..., Path], tmp_path: Path) -> None:
     assert equal(weights(whole), weights(other))
     with pytest.raises(UsageError, match="no checkpoint here"):
         run(resume=str(tmp_path), output=tmp_path / "third")
+    run(steps=2, resume=str(whole / "checkpoints" / "step-00000002"), output=other)  # the same run's
+
+
+def test_a_path_of_another_run_does_not_touch_a_run(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Its later checkpoints would go at the first save, and its metrics would go on with another loss."""
+    output, other = run(steps=3, save_every=1, keep_last=9), run(steps=1, objective="hinge", output=tmp_path / "other")
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file() and file.name != "log.txt"}
+    path = str(other / "checkpoints/step-00000001")
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(steps=4, resume=path, objective="hinge")
+    assert {file: file.read_bytes() for file in before} == before
+    assert len(checkpoint.list_checkpoints(output / "checkpoints")) == 3
+    run(steps=2, resume=path, objective="hinge", output=tmp_path / "empty")
 
 
 def test_never_resume_does_not_touch_a_run(run: Callable[..., Path]) -> None:
