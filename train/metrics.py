@@ -88,7 +88,7 @@ class MetricsWriter:
         self._waits = any(int(each.name.removeprefix("step-")) > resumed_step for each in last)
         self._lines: list[str] = []
         self._told: list[Callable[[Tracker], None]] = []
-        self._drawn: set[str] = set()
+        self._pictures: dict[Path, bytes] = {}
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null, which JSON has and NaN it has not."""
@@ -101,13 +101,11 @@ class MetricsWriter:
         self._told.append(lambda tracker: tracker.log(scalars, values["step"]))
         self._put()
 
-    def image(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int) -> Path:
-        """A picture for the tracker. Returns the file that it is to be written to."""
-        file = self._samples / f"step-{step:08d}.png"
-        self._drawn.add(file.name)
+    def image(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], step: int, *, png: bytes) -> None:
+        """The samples of a step, for the tracker and as a file."""
+        self._pictures[self._samples / f"step-{step:08d}.png"] = png
         self._told.append(lambda tracker: tracker.image(name, pixels, step))
         self._put()
-        return file
 
     def saved(self) -> None:
         """A checkpoint of this run is there, and those of later steps are not."""
@@ -118,12 +116,15 @@ class MetricsWriter:
         """Write what is new, and tell the tracker."""
         if self._waits or not self._told:
             return
+        for file, png in self._pictures.items():
+            write_file(file, png, action="write a sample")
         if not self._begun:
             self._begin()
         elif self._lines:
             with storage_errors("write the metrics", self.path), self.path.open("a") as stream:
                 stream.writelines(self._lines)
         self._lines.clear()
+        self._pictures.clear()
         if self._tracker is not None:
             for tell in self._told:
                 tell(self._tracker)
@@ -135,7 +136,7 @@ class MetricsWriter:
         write_file(self.path, "".join([*map(_text, kept), *self._lines]), action="write the metrics")
         with storage_errors("remove a sample", self._samples):
             for file in self._samples.glob("step-*.png"):
-                if file.stem > f"step-{self._resumed_step:08d}" and file.name not in self._drawn:
+                if file.stem > f"step-{self._resumed_step:08d}" and file not in self._pictures:
                     file.unlink(missing_ok=True)
         self._begun = True
         self._on_begin()

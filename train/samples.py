@@ -16,7 +16,6 @@ from torch import nn
 from inpo.common.cache import Cache, Manifest
 from inpo.common.decoded import watch_decoder
 from inpo.common.denoiser import compute_dtype
-from inpo.common.durable import write_file
 from inpo.common.log import warn
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
@@ -104,4 +103,4 @@ class Sampler:
         for name, text in self.told.items():
             told.add_text(name, text)
         Image.fromarray(pixels).save(image, format="PNG", pnginfo=told)
-        write_file(self.metrics.image("samples", pixels, step), image.getvalue(), action="write a sample")
+        self.metrics.image("samples", pixels, step, png=image.getvalue())
