@@ -1,5 +1,6 @@
 """The trained parameters, their optimiser and its schedule."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,3 +101,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) ->
     return get_scheduler(
         settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
+
+
+def rates(settings: TrainSettings) -> Iterator[float]:
+    """The learning rate of each of the run's updates in turn."""
+    schedule: Any = build_schedule(torch.optim.SGD([torch.zeros(())], lr=settings.learning_rate), settings)
+    (factor,) = schedule.lr_lambdas
+    return (settings.learning_rate * factor(update) for update in range(settings.steps))

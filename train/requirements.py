@@ -15,6 +15,7 @@ from inpo.common.errors import CacheIncomplete, UsageError, command
 from inpo.common.models import Model
 from inpo.train.index import Index
 from inpo.train.objectives import OBJECTIVES, Objective, parameter_of
+from inpo.train.optim import rates
 from inpo.train.records import Needs
 from inpo.train.settings import TrainSettings
 
@@ -76,7 +77,9 @@ def check_objective(settings: TrainSettings) -> None:
 
 
 def check_schedule(settings: TrainSettings) -> None:
-    """Raise UsageError for a polynomial schedule that has nowhere to fall from: diffusers' ends at a rate of 1e-7."""
+    """Raise UsageError for a polynomial schedule that has nowhere to fall from, since diffusers' ends at a rate of
+    1e-7, and for any whose rate is 0 at every step.
+    """
     warmup, falls = settings.warmup_steps, settings.schedule == "polynomial"
     for wrong, option, expected, got in (
         (falls and warmup >= settings.steps, "--warmup-steps", f"less than --steps {settings.steps}", warmup),
@@ -90,6 +93,14 @@ def check_schedule(settings: TrainSettings) -> None:
                 got=got,
                 fix=f"change {option}, or choose another --schedule",
             )
+    if not any(rates(settings)):  # nothing else makes one of 0 than a warm-up, whose first step has it
+        raise UsageError(
+            "The learning rate would be 0 at every step, and nothing would be trained.",
+            where="--warmup-steps",
+            expected=f"0 with --steps {settings.steps}, or more --steps",
+            got=warmup,
+            fix="change one of the two: the first step of a warm-up has the rate 0",
+        )
 
 
 def check_origin(origin: Model, reference: Model) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from inpo.train.loop import Trainer
 from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, strength_of
-from inpo.train.optim import build_optimizer, build_schedule, prepare_network
+from inpo.train.optim import build_optimizer, build_schedule, prepare_network, rates
 from inpo.train.output import claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
 from inpo.train.push import claim_repository, push
@@ -276,11 +277,11 @@ def _finish(trainer: Trainer, resolved: Resolved, origin: Model) -> None:
             f"gradients overflowed float16 in {trainer.skipped_updates} of {trainer.step} steps; those made no "
             "update, and the learning rate's schedule did not advance"
         )
-    if trainer.skipped_updates == trainer.step:
+    if not any(islice(rates(resolved.settings), trainer.step - trainer.skipped_updates)):
         raise TrainingError(
-            "No update was made: the gradients of every step overflowed float16.",
+            "No update was made: the gradients of every step overflowed float16, or its learning rate was 0.",
             where=f"{trainer.step} steps",
-            expected="finite gradients, once the scaler has come down",
+            expected="finite gradients, once the scaler has come down, and a step after the first of a warm-up",
             fix="take more --steps, a lower --beta, or --dtype bfloat16 with a cache of that dtype",
         )
     accelerator.wait_for_everyone()

@@ -286,6 +286,8 @@ def test_nan_in_a_record_stops_the_run_with_its_pair(
         ({"steps": 0}, ["steps", "greater than or equal to 1"]),
         ({"schedule": "nonsense"}, ["schedule"]),
         ({"schedule": "polynomial", "warmup_steps": 2, "steps": 2}, ["--warmup-steps", "less than --steps 2"]),
+        ({"warmup_steps": 1, "steps": 1}, ["--warmup-steps", "0 at every step", "more --steps"]),
+        ({"schedule": "cosine", "warmup_steps": 9, "steps": 1}, ["--warmup-steps", "first step of a warm-up"]),
         ({"score_temperature": 2.0}, ["--score-temperature", "an objective of scores: ", "capo", "lair"]),
         ({"schedule": "polynomial", "learning_rate": 1e-8}, ["--learning-rate", "more than 1e-7"]),
         ({"optimizer": "sgd"}, ["optimizer", "adamw"]),

@@ -69,12 +69,22 @@ def test_the_schedule_waits_for_updates_that_the_scaler_skips(
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_of_skipped_updates_alone_is_an_error(
-    half: str, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("backoff_factor", "options"),
+    [(0.99, {"steps": 3}), (2.0**-100, {"steps": 2, "warmup_steps": 1})],
+    ids=["all skipped", "one skipped, one at the warm-up's first rate"],
+)
+def test_a_run_without_an_update_is_an_error(
+    half: str,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    backoff_factor: float,
+    options: dict[str, int],
 ) -> None:
-    scale(monkeypatch, init_scale=2.0**127, backoff_factor=0.99)
+    scale(monkeypatch, init_scale=2.0**127, backoff_factor=backoff_factor)
     with pytest.raises(TrainingError, match="No update was made"):
-        run(steps=3, caches=[half])
+        run(caches=[half], **options)
     assert not (tmp_path / "run/pipeline").exists()
 
 
