@@ -13,6 +13,8 @@ from inpo.common.levels import Levels
 from inpo.common.predictions import PREDICTIONS
 from inpo.train.settings import LossSpace
 
+_VELOCITY = "flow_prediction"
+
 
 def error_weights(
     levels: Levels, prediction: str, loss_space: LossSpace, target: Space
@@ -20,12 +22,16 @@ def error_weights(
     """Error in the loss's space over error in the target's, by timestep, float64. own: what the network predicts; v of
     a flow is its velocity."""
     a, s = levels.signal, levels.noise
-    velocity = "flow_prediction"
 
     def square(kind: str) -> Float[torch.Tensor, " timestep"]:
         p, q = PREDICTIONS[kind](a, s)
         return (q - p * s / a).square()
 
-    v = velocity if levels.space == "velocity" else "v_prediction"
-    kind = {"own": prediction, "noise": "epsilon", "v": v}[loss_space]
-    return square(kind) / square("epsilon" if target == "noise" else velocity)
+    kind = predicted(levels, prediction, loss_space)
+    return square(kind) / square("epsilon" if target == "noise" else _VELOCITY)
+
+
+def predicted(levels: Levels, prediction: str, loss_space: LossSpace) -> str:
+    """The prediction whose errors the loss has, by its name in PREDICTIONS. `prediction`: the network's."""
+    v = _VELOCITY if levels.space == "velocity" else "v_prediction"
+    return {"own": prediction, "noise": "epsilon", "v": v}[loss_space]

@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import inpo.train.run
 from inpo.common import durable
-from inpo.common.errors import TrainingError, UsageError
+from inpo.common.errors import UsageError
 from inpo.train import checkpoint
 from inpo.train.loop import Trainer
 from inpo.train.optim import prepare_network
@@ -131,20 +130,6 @@ def test_a_network_in_another_memory_order(
     assert equal(trained(whole), trained(parts))
 
 
-def test_a_setting_that_does_nothing_is_not_asked_for_again(world: Any, cache: str, tmp_path: Path) -> None:
-    """A recipe may have it, a flag may not: the run could go on with neither."""
-    recipe = tmp_path / "r.toml"
-    recipe.write_text('[train]\noptimizer = "adafactor"\nadam_eps = 1e-6\n')
-    told = {"output": tmp_path / "run", "batch_size": 2, "tracker": "none", "held_out": 0.0, "log_every": 1}
-    model = {"model": str(world.model.folder)}
-    inpo.train.run.run_train(recipe, model, [cache], told | {"steps": 1}, resume="auto")
-    plain = told | {"steps": 2, "optimizer": "adafactor"}
-    inpo.train.run.run_train(None, model, [cache], plain, resume="auto")
-    assert steps_of(tmp_path / "run")[-1] == 2
-    with pytest.raises(TrainingError, match="adam_eps"):
-        inpo.train.run.run_train(recipe, model, [cache], told | {"steps": 3, "optimizer": "adamw"}, resume="auto")
-
-
 def test_weights_that_will_be_split_stay_in_plain_order(world: Any) -> None:
     """FSDP takes no others; elsewhere a GPU's convolutions are faster with channels last."""
     for sharded in (False, True):
@@ -212,29 +197,6 @@ def test_never_resume_does_not_touch_a_run(run: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="holds a run already"):
         run(steps=2, resume="never")
     assert (output / "metrics.jsonl").read_text() == before
-
-
-def test_other_settings_are_refused_by_name(run: Callable[..., Path]) -> None:
-    run(steps=2)
-    with pytest.raises(TrainingError) as caught:
-        run(steps=4, beta=500.0, batch_size=3)
-    assert "batch_size = 2" in str(caught.value)
-    assert "beta = 500.0" in str(caught.value)
-    assert "another --output" in str(caught.value)
-
-
-def test_a_start_that_has_changed_is_refused(
-    make_world: Callable[..., Any], run: Callable[..., Path], tmp_path: Path
-) -> None:
-    """The frozen weights under LoRA layers are in no checkpoint: they are read from where training began."""
-    start = shutil.copytree(make_world(seed=1).model.folder, tmp_path / "start")
-    options = {"init_from": str(start), "lora_rank": 2}
-    run(steps=1, **options)
-    run(steps=2, **options)
-    (file,) = (start / "unet").glob("*.safetensors")
-    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match="init_from_network"):
-        run(steps=3, **options)
 
 
 def test_what_an_earlier_step_goes_on_from_has_no_later_pictures(run: Callable[..., Path]) -> None:
