@@ -38,6 +38,25 @@ from inpo.common.errors import CacheError, TrainingError, UsageError
 from inpo.common.state_files import read_state, write_state
 
 _NAME = re.compile(r"step-(\d{8,})")
+_NO_SETTING = {
+    "init_from_network": (
+        "that began with other weights",
+        "pass the --init-from that it began with, as it was then, or start a new run in another --output",
+    ),
+    "world_size": (
+        "of another number of processes",
+        "resume with as many processes as before; to change that, start a new run: --init-from RUN/pipeline --output "
+        "NEW",
+    ),
+    "network_dtype": ("on caches of another dtype", "name its caches, or start a new run in another --output"),
+    "index": (
+        "on other pairs",
+        "name its caches, in their order, and its --labels, --only, --except and --timestep-range; where a cache or a "
+        "label set has changed since, start a new run in another --output",
+    ),
+    "caches": ("on caches of another model", "name its caches, or start a new run in another --output"),
+}
+"""{part of the identity that is no setting of its own: (what a run of another one is, what to do)}."""
 STATE = "run.json"
 WEIGHTS = "model.safetensors"
 TRAINED = "trained.safetensors"
@@ -82,17 +101,27 @@ class Checkpoint:
         return self.document.step
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Raise TrainingError if it belongs to a run with other settings."""
+        """Raise TrainingError if it belongs to another run. Where settings differ, those are named alone: that the
+        pairs are others may be their doing.
+        """
         theirs = self.document.identity
-        wrong = sorted(name for name in {*theirs, *identity} if theirs.get(name) != identity.get(name))
-        if wrong:
-            raise TrainingError(
-                f"The checkpoint belongs to a run with other settings ({', '.join(wrong)}).",
-                where=self.path,
-                expected=", ".join(f"{name} = {theirs.get(name)!r}" for name in wrong),
-                got=", ".join(f"{name} = {identity.get(name)!r}" for name in wrong),
-                fix="repeat the run's settings, or start a new run in another --output",
-            )
+        wrong = {name for name in {*theirs, *identity} if theirs.get(name) != identity.get(name)}
+        if not wrong:
+            return
+        settings = sorted(wrong - _NO_SETTING.keys())
+        if settings:
+            kind = f"with other settings ({', '.join(settings)})"
+            fix = "repeat the run's settings, or start a new run in another --output"
+        else:
+            kind, fix = next(told for name, told in _NO_SETTING.items() if name in wrong)
+        shown = settings or sorted(wrong & {"world_size", "network_dtype"})  # the others are digests
+        raise TrainingError(
+            f"The checkpoint belongs to a run {kind}.",
+            where=self.path,
+            expected=", ".join(f"{name} = {theirs.get(name)!r}" for name in shown) or None,
+            got=", ".join(f"{name} = {identity.get(name)!r}" for name in shown) or None,
+            fix=fix,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

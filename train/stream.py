@@ -26,8 +26,8 @@ _BATCHES_MEASURED = 256
 class RecordStream:
     """Endless micro-batches for rank `rank` of `world_size`.
 
-    `state_dict` names the next micro-batch; a stream that loads it goes on exactly there, in the middle of an epoch
-    too. Loading a state of another world size, batch size or index is refused.
+    `state_dict` names the next micro-batch; a stream of the same arguments that loads it goes on exactly there, in the
+    middle of an epoch too. That they are the same is part of a run's identity (train/identity.py).
     """
 
     def __init__(
@@ -77,35 +77,20 @@ class RecordStream:
         return self.consumed * self.world_size * self.batch_size / self.num_records
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "consumed": self.consumed,
-            "world_size": self.world_size,
-            "batch_size": self.batch_size,
-            "window_shards": self.window_shards,
-            "seed": self.seed,
-            "index": self.index.fingerprint,
-        }
+        return {"version": STATE_VERSION, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` stopped. Raises TrainingError, naming what differs and what to do."""
+        """Go on where `state` stopped. Raises TrainingError for one of another version, whose order is not this one."""
         if self._thread is not None:
             raise RuntimeError("load_state_dict before the first batch is drawn")
-        mine = self.state_dict()
-        advice = {
-            "world_size": "resume with as many processes as before; to change that, start a new run: "
-            "--init-from RUN/pipeline --output NEW",
-            "index": "the cache, the label set or the selection of pairs has changed; start a new run",
-        }
-        for name, value in mine.items():
-            if name != "consumed" and state.get(name) != value:
-                raise TrainingError(
-                    f"The checkpoint's record stream has another {name}.",
-                    where="--resume",
-                    expected=state.get(name),
-                    got=value,
-                    fix=advice.get(name, f"resume with the same {name}, or start a new run in another --output"),
-                )
+        if state.get("version") != STATE_VERSION:
+            raise TrainingError(
+                "The checkpoint's record stream is of another version.",
+                where="--resume",
+                expected=STATE_VERSION,
+                got=state.get("version"),
+                fix="resume with the version of inpo that began the run, or start a new run in another --output",
+            )
         self.consumed = int(state["consumed"])
 
     def __iter__(self) -> Iterator[Batch]:

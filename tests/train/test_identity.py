@@ -15,6 +15,7 @@ from inpo.common.cache import open_cache
 from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import TrainingError
 from inpo.common.models import Model
+from inpo.train import checkpoint
 from inpo.train.identity import run_identity
 from inpo.train.index import build_index
 from inpo.train.loss_space import error_weights
@@ -65,12 +66,34 @@ def test_a_setting_that_does_nothing_is_not_asked_for_again(world: Any, cache: s
 
 
 def test_other_settings_are_refused_by_name(run: Callable[..., Path]) -> None:
+    """Those that a command can repeat: that other pairs are held out is told by what held them out."""
     run(steps=2)
     with pytest.raises(TrainingError) as caught:
-        run(steps=4, beta=500.0, batch_size=3)
+        run(steps=4, beta=500.0, batch_size=3, held_out=0.5)
+    assert "other settings (batch_size, beta, held_out)" in str(caught.value)
     assert "batch_size = 2" in str(caught.value)
     assert "beta = 500.0" in str(caught.value)
     assert "another --output" in str(caught.value)
+
+
+def test_what_no_setting_says_is_refused_with_what_helps(
+    world: Any, cache: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Digests help nobody."""
+    output = run(steps=1)
+    (tmp_path / "list").write_text("pair-0000\n")
+    more = world.cache(tmp_path / "more", shards=(2,))
+    for others in ({"except": tmp_path / "list"}, {"caches": [cache, more]}, {"timestep_range": (0, 500)}):
+        with pytest.raises(TrainingError, match="on other pairs") as caught:
+            run(steps=2, **others)
+        assert "--except and --timestep-range" in str(caught.value.fix)
+        assert (caught.value.expected, caught.value.got) == (None, None)
+    chosen = checkpoint.choose("auto", output / "checkpoints", say=print)
+    assert chosen is not None
+    with pytest.raises(TrainingError, match="another number of processes") as caught:
+        chosen.check_identity(chosen.document.identity | {"world_size": 2})
+    assert (caught.value.expected, caught.value.got) == ("world_size = 1", "world_size = 2")
+    assert "as many processes as before" in str(caught.value.fix)
 
 
 def test_a_start_that_has_changed_is_refused(
@@ -90,5 +113,6 @@ def test_a_start_that_has_changed_is_refused(
     assert equal(left, right)
     (file,) = (start / "unet").glob("*.safetensors")
     save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match="init_from_network"):
+    with pytest.raises(TrainingError, match="began with other weights") as caught:
         run(steps=3, **options)
+    assert "--init-from" in str(caught.value.fix)

@@ -210,27 +210,10 @@ def test_peeking_does_not_consume(cache: str) -> None:
     assert same(peeked, take(stream, 1)[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"world_size": 2}, ["world_size", "as many processes"]),
-        ({"batch_size": 3}, ["batch_size", "another --output"]),
-        ({"seed": 1}, ["seed", "another --output"]),
-    ],
-)
-def test_a_state_of_another_stream_is_refused(cache: str, change: dict[str, int], words: list[str]) -> None:
-    index = index_of(cache)
-    with pytest.raises(TrainingError) as caught:
-        stream_of(index, **change).load_state_dict(stream_of(index).state_dict())
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_a_state_of_other_records_is_refused(cache: str, tmp_path: Path) -> None:
-    (tmp_path / "list").write_text("pair-0000\n")
-    state = stream_of(index_of(cache)).state_dict()
-    with pytest.raises(TrainingError, match="selection of pairs has changed"):
-        stream_of(index_of(cache, excluded=tmp_path / "list")).load_state_dict(state)
+def test_a_state_of_another_order_is_refused(cache: str) -> None:
+    stream = stream_of(index_of(cache))
+    with pytest.raises(TrainingError, match="another version"):
+        stream.load_state_dict(stream.state_dict() | {"version": 0})
 
 
 def test_held_out_prompts_are_never_trained_on(cache: str) -> None:
