@@ -123,6 +123,8 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
     shown: bool | str = unset if default is None else True
     if get_origin(kind) is dict:
         kind, metavar = str, "<role=column,...>"
+    if kind is Path:  # the settings make one of the text: a Path would take a blank for the working folder
+        kind, metavar = str, "<path>"
     if kind is bool:
         shown = "on" if default else "off"
     inner = _plain(get_args(kind)[0]) if _is_list(kind) else kind

@@ -13,12 +13,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic.fields import FieldInfo
 
 from inpo.common.choices import PairsFrom
 from inpo.common.errors import UsageError
-from inpo.common.paths import expand_home
+from inpo.common.paths import settled
 from inpo.common.printable import shown
 from inpo.common.text import read_text
 
@@ -38,7 +47,7 @@ _OPTIONS = {
 """Options that are not their setting's name with dashes."""
 
 
-Location = Annotated[str, AfterValidator(expand_home), PlainSerializer(shown, return_type=str, when_used="json")]
+Location = Annotated[str, AfterValidator(settled), PlainSerializer(shown, return_type=str, when_used="json")]
 """A path, an address or a hub id. Written down, an address is without its secrets."""
 
 
@@ -48,8 +57,13 @@ def _columns(value: object) -> object:
     return parse_columns(value)
 
 
+def _text_first(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    # A Path would have made a dot of a blank, and one slash of an address's two.
+    return validate(settled(value) if isinstance(value, str) else value)
+
+
 ColumnNames = Annotated[dict[str, str], BeforeValidator(_columns)]
-LocalPath = Annotated[Path, AfterValidator(expand_home)]
+LocalPath = Annotated[Path, AfterValidator(settled), WrapValidator(_text_first)]
 
 
 class Section(BaseModel):

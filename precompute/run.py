@@ -227,7 +227,7 @@ def _next_command(resolved: Configuration, recipe: Path | None) -> str:
 
 def _named(folder: str) -> Path:
     """The same folder by a path that ends in its name, which `.` and `..` do not."""
-    path = Path(folder.removeprefix("file://"))
+    path = Path(folder)
     return path.resolve() if path.name in ("", "..") else path
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from inpo.common.cache import Cache
 from inpo.common.model_folder import BUILT_IN
 from inpo.common.models import Model
-from inpo.common.paths import expand_home
+from inpo.common.paths import settled
 from inpo.common.printable import shown
 from inpo.common.recipe import Section, to_toml
 
@@ -144,7 +144,7 @@ def shareable(section: Section) -> Section:
 
 def _is_location(hint: Any) -> bool:
     """Whether a field's type, or one that it is made of, is a path (common/recipe.py)."""
-    if any(getattr(each, "func", None) is expand_home for each in getattr(hint, "__metadata__", ())):
+    if any(getattr(each, "func", None) is settled for each in getattr(hint, "__metadata__", ())):
         return True
     return any(_is_location(each) for each in get_args(hint))
 

@@ -7,6 +7,7 @@ fork, and a trainer's data workers are often forked.
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -26,6 +27,7 @@ from zarr.storage import ObjectStore
 
 from inpo.common.durable import flush, storage_errors
 from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError
+from inpo.common.paths import home
 from inpo.common.printable import shown
 
 if TYPE_CHECKING:
@@ -36,13 +38,14 @@ RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)
 _SAMPLE_BYTES = 4096
 _PARALLEL_READS = 16
 _DOCUMENT_BYTES = 1 << 26
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _client_process: int | None = None
 """The process in which obstore's threads were started."""
 
 
 def is_remote(location: str) -> bool:
-    """True for s3://, gs:// and the like; false for a path."""
-    return "://" in location and not location.startswith("file://")
+    """True for s3://, gs:// and the like; false for a path. Of `settled` places (common/paths.py)."""
+    return _ADDRESS.match(location) is not None
 
 
 def digest(data: bytes) -> str:
@@ -67,8 +70,9 @@ class CacheStore:
 
     def __init__(self, location: str, *, create: bool = False) -> None:
         """Open `location`. With `create` a missing local folder is made; without, CacheMissing is raised for it."""
+        location = home(location)  # who opens a cache by Python has parsed no settings
         self.remote = is_remote(location)
-        self.address = location.rstrip("/") if self.remote else str(Path(location.removeprefix("file://")).absolute())
+        self.address = location.rstrip("/") if self.remote else str(Path(location).absolute())
         """What opens this store again, secrets and all."""
         self.location = shown(self.address)
         """The same for messages and documents."""

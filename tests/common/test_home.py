@@ -1,4 +1,5 @@
-"""~ is expanded in every option, argument and setting that is a place, of every command."""
+"""Every option, argument and setting that is a place, of every command, comes in one spelling: ~ is expanded, file: is
+a path, blanks are refused."""
 
 import os
 import typing
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from inpo.cli import app
-from inpo.common.errors import UsageError
-from inpo.common.paths import expand_home, home
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import CacheMissing, UsageError
+from inpo.common.options import Given, options
+from inpo.common.paths import home, settled
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve
 from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.settings import PrecomputeSettings
@@ -85,7 +89,7 @@ def test_a_recipes_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe.write_text('[data]\ncache = "~/c"\npairs = "file://~/p"\n[model]\nmodel = "~"\nvae = "./~"\n')
     sections = read_recipe(recipe)
     data = resolve(DataSection, "data", sections, {})
-    assert (data.cache, data.pairs) == ("/home/somebody/c", "file:///home/somebody/p")
+    assert (data.cache, data.pairs) == ("/home/somebody/c", "/home/somebody/p")
     model = resolve(ModelSection, "model", sections, {})
     assert (model.model, model.vae) == ("/home/somebody", "./~")
     with pytest.raises(UsageError, match="no home folder for ~nobody-of-this-name"):
@@ -94,10 +98,20 @@ def test_a_recipes_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_no_home_stays_and_what_cannot_be_expanded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    for place in ("./~", "a/~/b", "s3://b/~", "x~", "", "-"):
-        assert expand_home(place) == place
+    for place in (
+        "./~",
+        "a/~/b",
+        "s3://b/~",
+        "x~",
+        "-",
+        "file:",
+        "a/file:///b",
+        "zip://a::file:///b",
+        "owner/name:config",
+    ):
+        assert settled(place) == place
     assert home(None) is None
-    assert expand_home(Path("~")) == Path("/home/somebody")
+    assert settled(Path("~")) == Path("/home/somebody")
     with pytest.raises(UsageError, match="no home folder for ~nobody-of-this-name"):
         home("~nobody-of-this-name/x")
 
@@ -126,3 +140,40 @@ def test_an_address_where_a_path_on_this_machine_is_needed_makes_no_folder_of_it
 def test_a_null_in_a_path_is_refused() -> None:
     with pytest.raises(UsageError, match="no null"):
         resolve(TrainSettings, "train", {}, {"only": "a\0b"})
+
+
+@pytest.mark.parametrize("place", ["file:///a/b#%20", "file:/a/b#%20", "FILE:///a/b#%20", "/a/b#%20"])
+def test_a_file_on_this_machine_has_one_spelling(place: str) -> None:
+    data = resolve(DataSection, "data", {"data": {"pairs": place}}, {"cache": place})
+    settings = resolve(TrainSettings, "train", {}, {"caches": [place]})
+    with pytest.raises(CacheMissing) as missing:
+        CacheStore(place)
+    assert {data.cache, data.pairs, *settings.caches, home(place), str(missing.value.where)} == {"/a/b#%20"}
+
+
+@pytest.mark.parametrize("place", ["", "  ", "\t\n", "file://", "file://a/b", "s3:/bucket/a"])
+def test_what_names_no_place_is_refused(place: str) -> None:
+    """As a path it would be the folder that is worked in, or make one here that is called s3:."""
+    for section, name in ((DataSection, "cache"), (DataSection, "pairs"), (ModelSection, "model")):
+        with pytest.raises(UsageError, match=f"Bad value for {name}"):
+            resolve(section, "data", {}, {name: place})
+    with pytest.raises(UsageError, match="Bad value for output"):
+        resolve(TrainSettings, "train", {"train": {"output": place}}, {})
+    with pytest.raises(UsageError, match="cannot be used"):
+        home(place)
+    with pytest.raises(UsageError, match="cannot be used"):
+        CacheStore(place)
+
+
+def test_a_blank_path_of_a_command_line_is_no_folder() -> None:
+    made = typer.Typer()
+
+    @made.command()
+    @options(TrainSettings, only=("output",))
+    def command(given: Given) -> None:
+        resolve(TrainSettings, "train", {}, given[TrainSettings])
+
+    assert CliRunner().invoke(made, ["--output", "."]).exit_code == 0
+    refused = CliRunner().invoke(made, ["--output", ""]).exception
+    assert isinstance(refused, UsageError)
+    assert (refused.where, refused.got) == ("--output", "''")

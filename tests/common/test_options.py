@@ -167,7 +167,8 @@ def strategy(annotation: Any, constraints: list[Any]) -> st.SearchStrategy[Any]:
 
 
 def text_strategy() -> st.SearchStrategy[str]:
-    return st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0~"), min_size=1, max_size=12)
+    text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0~"), min_size=1, max_size=12)
+    return text.filter(lambda each: each.strip() and ":/" not in each)  # blanks and addresses are no paths
 
 
 WORDS_OR_NUMBERS = {
