@@ -17,6 +17,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError
@@ -26,7 +27,7 @@ from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
 from inpo.common.durable import flush, storage_errors
-from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError
+from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError, UsageError
 from inpo.common.paths import home
 from inpo.common.printable import shown
 
@@ -69,7 +70,10 @@ class CacheStore:
     """A rooted store: `put_new`, `get`, `listing`, `remove`, and a zarr store for any folder below the root."""
 
     def __init__(self, location: str, *, create: bool = False) -> None:
-        """Open `location`. With `create` a missing local folder is made; without, CacheMissing is raised for it."""
+        """Open `location`. With `create` a missing local folder is made; without, CacheMissing is raised for it.
+
+        Raises UsageError for an address that no store's keys can be made of.
+        """
         location = home(location)  # who opens a cache by Python has parsed no settings
         self.remote = is_remote(location)
         self.address = location.rstrip("/") if self.remote else str(Path(location).absolute())
@@ -84,8 +88,9 @@ class CacheStore:
                     where=self.location,
                     fix="set the credentials in the environment (AWS_ACCESS_KEY_ID and the like)",
                 )
-            with storage_errors("open the object store", location):
-                self._store: Any = from_url(self.address, retry_config=RETRY)
+            _refuse_unaddressable(self.address, self.location)
+            with storage_errors("open the object store", self.location):
+                self._store: Any = _open_object_store(self.address)
             return
         root = Path(self.location)
         if create:
@@ -257,7 +262,7 @@ class CacheStore:
         """zarr's own store for a folder of the cache."""
         if self.remote:
             check_process(self.location)
-            return ObjectStore(from_url(f"{self.address}/{folder}", retry_config=RETRY), read_only=read_only)
+            return ObjectStore(_open_object_store(f"{self.address}/{folder}"), read_only=read_only)
         return ZarrLocalStore(Path(self.location) / folder, read_only=read_only)
 
     def sync_folder(self, folder: str) -> None:
@@ -272,6 +277,38 @@ class CacheStore:
             # The entries above the attempt too: shards/<name> and shards may be new.
             for parent in (root, root.parent, root.parent.parent, Path(self.location)):
                 flush(parent)
+
+
+def _open_object_store(address: str) -> Any:
+    """obstore's client for a bucket and the key that a folder's names begin with, which is taken letter by letter:
+    obstore reads an address as a URL's, would decode %20, and leave out what follows #."""
+    scheme, _, rest = address.partition("://")
+    bucket, slash, key = rest.partition("/")
+    if scheme.lower() not in ("http", "https"):  # which are URLs
+        key = quote(key)
+    return from_url(f"{scheme}://{bucket}{slash}{key}", retry_config=RETRY)
+
+
+def _refuse_unaddressable(address: str, location: str) -> None:
+    """Raise UsageError for an address of which a part would be left out or read as another, so that another cache
+    would be opened."""
+    scheme, _, rest = address.partition("://")
+    bucket, _, key = rest.partition("/")
+    problem = None
+    if "?" in rest:
+        problem = "a ?, behind which an address has a query, and secrets that no message shows"
+    elif "#" in (rest if scheme.lower() in ("http", "https") else bucket):
+        problem = "a #, and what follows it is no part of the address"
+    elif {"", ".", ".."} & set(key.split("/") if key else ()):
+        problem = "an empty name, . or .. between slashes, which no key can have"
+    if problem is not None:
+        raise UsageError(
+            "This address cannot be a cache's.",
+            where=location,
+            expected="a bucket and a key, as s3://bucket/path",
+            got=problem,
+            fix="choose another --cache",
+        )
 
 
 def check_process(where: object) -> None:

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
+import zarr
 
 from inpo.common.cache import CacheWriter, TextData, open_cache
 from inpo.common.cache import store as store_module
 from inpo.common.cache.store import CacheStore
 from inpo.common.conditions import Condition
 from inpo.common.durable import storage_errors
-from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError
+from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError, UsageError
 from inpo.inspection.output import refuse_output
 
 NUM_WRITERS = 16
@@ -348,6 +350,31 @@ def test_every_refusal_of_the_system_says_what_and_where(code):
     assert f"Could not write: {os.strerror(code)}." in message
     assert "/cache/commits/s.json" in message
     assert "to do:" in message
+
+
+@pytest.mark.parametrize("name", ["run#2", "p%20c", "a b", "100%", "ü~[1]*:+'"])
+def test_the_key_of_an_address_is_taken_letter_by_letter(s3, name):
+    address = f"{s3.location}/{name}"
+    for other in (s3.location, f"{s3.location}/run", f"{s3.location}/p c"):  # what a URL would make of it
+        CacheStore(other, create=True).put_new("manifest.json", b"another's")
+    store = CacheStore(address, create=True)
+    assert store.put_new("manifest.json", b"{}")
+    zarr.create_group(store.zarr("shards/s0/a", read_only=False))
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    keys = {each["Key"] for each in client.list_objects_v2(Bucket=bucket)["Contents"]}
+    assert {f"{prefix}/manifest.json", f"{prefix}/shards/s0/a/zarr.json"} <= keys
+    assert len(keys) == 5
+    assert set(store.listing("")) == {"manifest.json", "shards/s0/a/zarr.json"}
+    assert zarr.open_group(CacheStore(f"{address}/").zarr("shards/s0/a"), mode="r").metadata is not None
+
+
+@pytest.mark.parametrize("end", ["?v=2", "x?", "a//b", "a/../b", "./a", "..", "#2"])
+def test_an_address_of_which_a_part_would_be_lost_is_refused(end):
+    address = "http://host/" if end == "#2" else "s3://bucket/"  # in a web address alone # is no letter
+    with pytest.raises(UsageError, match="cannot be a cache's") as caught:
+        CacheStore(address + end, create=True)
+    assert "s3://bucket/path" in str(caught.value)
 
 
 def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_shown() -> None:

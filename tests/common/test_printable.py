@@ -11,7 +11,7 @@ from rich.table import Table
 
 import inpo.common.console as consoles
 from inpo.common.cache.store import CacheStore
-from inpo.common.errors import DataError
+from inpo.common.errors import DataError, UsageError
 from inpo.common.printable import escaped, is_printable, shown, shown_message
 from inpo.common.recipe import DataSection, resolve, to_toml
 from inpo.common.terminal import escape_streams
@@ -74,9 +74,9 @@ def test_a_written_configuration_has_no_secrets_and_the_run_has_them() -> None:
 
 
 def test_a_cache_is_named_without_secrets() -> None:
-    store = CacheStore("memory:///cache?sig=SECRET/")
-    assert store.address == "memory:///cache?sig=SECRET"
-    assert "SECRET" not in store.location + store.path("manifest.json")
+    with pytest.raises(UsageError) as refused:
+        CacheStore("memory:///cache?sig=SECRET/")
+    assert "SECRET" not in str(refused.value)
 
 
 UNPRINTABLE = ["\x1b[31m", "\x9b31m", "\0", "\r", "\x7f", "\x08", "\u2028", "\u202e", "\ufeff", "\ud800", "\x85"]
