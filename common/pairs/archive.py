@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from inpo.common.pairs.columns import brief
+from inpo.common.pairs.file_state import FileState, refuse_changed
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.headers import has_bytes, tar_headers
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, RowProblem, too_large
@@ -59,9 +60,8 @@ class Archive:
     name: str
     """Without the ending of its pieces: images.tar."""
     files: tuple[str, ...]
-    sizes: tuple[int, ...]
-    changed: tuple[object, ...]
-    """Of each file, what changes with its content."""
+    states: tuple[FileState, ...]
+    """Of each file, what was found in another state is not looked for in this one."""
     gap: str | None
     """Which piece is missing."""
 
@@ -91,12 +91,12 @@ class Archive:
         return None
 
     def open(self) -> "_Joined":
-        return _Joined(self.files, self.sizes)
+        return _Joined(self.files, [state.size for state in self.states])
 
 
 def read_member(member: Member, what: str) -> bytes:
-    """The bytes of a member. Raises RowProblem when it has none, or more than an image may have, and whatever its file
-    system raises.
+    """The bytes of a member. Raises RowProblem when it has none, or more than an image may have, DataError when its tar
+    was written again, and whatever its file system raises.
     """
     where = f"{what} in {brief(member.archive.name)}"
     if member.how in _NO_BYTES:
@@ -111,6 +111,9 @@ def read_member(member: Member, what: str) -> bytes:
             begin += _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         stream.seek(begin)
         data = stream.read(member.packed)
+    if member.how == _IN_TAR:  # a zip has checksums
+        for file, state in zip(member.archive.files, member.archive.states, strict=True):
+            refuse_changed(file, state)
     is_whole = len(data) == member.packed
     if member.how == _DEFLATED:
         try:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from inpo.common.errors import DataError
 from inpo.common.pairs.archive import Archive, Member
 from inpo.common.pairs.columns import brief
+from inpo.common.pairs.file_state import FileState
 from inpo.common.pairs.files import filesystem, is_local, is_refusal, list_folder
 from inpo.common.pairs.pair import RowProblem
 
@@ -145,17 +146,11 @@ class _Piece(NamedTuple):
 def _archive(name: str, pieces: list[_Piece]) -> Archive:
     # A file that was joined, with its pieces left beside it, is one archive.
     pieces = [each for each in pieces if each.number < 0] or sorted(pieces, key=lambda each: (each.number, each.file))
-    told = [fs.info(path) for fs, path in (filesystem(each.file) for each in pieces)]
+    states = tuple(FileState.now(each.file) for each in pieces)
     gap = None
     if pieces[0].number > (1 if pieces[0].digits else 0):
         gap = f"the pieces before {pieces[0].name} are not there"
     for before, after in pairwise(pieces):
         if after.number != before.number + 1:
             gap = gap or f"there is no piece between {before.name} and {after.name}, or there are two"
-    return Archive(
-        name=name,
-        files=tuple(each.file for each in pieces),
-        sizes=tuple(int(each["size"]) for each in told),
-        changed=tuple(str(each.get("mtime") or each.get("ETag") or each.get("LastModified")) for each in told),
-        gap=gap,
-    )
+    return Archive(name=name, files=tuple(each.file for each in pieces), states=states, gap=gap)

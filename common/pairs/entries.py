@@ -22,6 +22,7 @@ import numpy as np
 from inpo.common.errors import DataError
 from inpo.common.pairs.columns import SIDES, ColumnMap, Reading, brief, missing_field
 from inpo.common.pairs.fields import holds_singles, is_ranking, without_part
+from inpo.common.pairs.file_state import FileState, file_state
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.pair import RowProblem
 from inpo.common.pairs.runs import Record, RunIndex, runs
@@ -57,22 +58,25 @@ class ListIndex:
     """Column names of CSV and TSV."""
     not_read: dict[str, int]
     fingerprint: str
+    state: FileState
+    """Of the file, before it was gone through."""
 
 
 def index_list(location: str, reading: Reading, *, check_header: bool = True) -> ListIndex:
     """Go through a list once. Raises DataError when the file as a whole is not what its name says."""
     suffix = PurePosixPath(location).suffix.lower()
+    state = file_state(location)
     try:
         with open_binary(location) as stream:
             _refuse_other_kinds(location, stream.read(4096))
             stream.seek(0)
             if suffix == ".json":
-                return _index_array(location, stream.read(), reading)
+                return _index_array(location, stream.read(), reading, state)
             reader = EntryReader(stream, delimiter=_DELIMITERS.get(suffix))
             header = reader.header()
             if header is not None and check_header:
                 _check_header(location, header, reading.columns)
-            return _index(reader.entries(), header, reader.digest, reading)
+            return _index(reader.entries(), header, reader.digest, reading, state)
     except DataError:
         raise
     except Exception as error:  # a remote file fails in its library's own ways
@@ -224,7 +228,9 @@ class EntryReader:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any, reading: Reading) -> ListIndex:
+def _index(
+    entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any, reading: Reading, state: FileState
+) -> ListIndex:
     offsets, lines = [], []
     not_read: Counter[str] = Counter()
 
@@ -248,14 +254,15 @@ def _index(entries: Iterator[Entry], header: tuple[str, ...] | None, digest: Any
         header=header,
         not_read=dict(not_read),
         fingerprint=digest.hexdigest(),
+        state=state,
     )
 
 
-def _index_array(location: str, data: bytes, reading: Reading) -> ListIndex:
+def _index_array(location: str, data: bytes, reading: Reading, state: FileState) -> ListIndex:
     try:
         text = decode_text(data)
         elements = _elements(text, mark=len(data) - len(text.encode("utf-8")))
-        return _index(elements, None, _digest(data), reading)
+        return _index(elements, None, _digest(data), reading, state)
     except (TextProblem, json.JSONDecodeError) as problem:
         raise DataError(
             "this list of pairs is no JSON array",

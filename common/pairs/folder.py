@@ -21,6 +21,7 @@ from inpo.common.errors import DataError
 from inpo.common.pairs.columns import USUAL, Reading
 from inpo.common.pairs.entries import Entry, ListIndex, index_list, parse_entry, read_entries, record_of
 from inpo.common.pairs.fields import prompts_of
+from inpo.common.pairs.file_state import unchanged
 from inpo.common.pairs.files import read_as, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
@@ -67,35 +68,32 @@ class ListShard:
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1 with their images.
 
-        Raises DataError when the list fails, and when hosts failed and no image at all was read: an outage. A row whose
-        image alone cannot be fetched is Skipped.
+        Raises DataError when the list fails or was written again, and when hosts failed and no image at all was read:
+        an outage. A row whose image alone cannot be fetched is Skipped.
         """
         stop = min(stop, self.num_rows)
         if start >= stop:
             return
         reach = Reach(self.file, allow_remote=self.reading.allow_remote)
-        row = start
-        for item in self._index.runs.items(
-            self._records(start, stop),
-            start,
-            stop,
-            name=self.name,
-            id_of=lambda entry: None,
-            read=reach.image,
-            reading=self.reading,
-        ):
-            yield item
-            row += 1
-        if row < stop:
-            raise unreadable_file(self.file, EOFError(f"row {row} is not what it was"))
+        with unchanged(self.file, self._index.state):
+            yield from self._index.runs.items(
+                self._records(start, stop),
+                start,
+                stop,
+                name=self.name,
+                id_of=lambda entry: None,
+                read=reach.image,
+                reading=self.reading,
+            )
         reach.refuse_outage(self.file)
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
         """From the list alone; of a ranking once. Raises DataError when the list fails."""
         stop = min(stop, self.num_rows)
-        for run, _ in self._index.runs.runs(self._records(start, stop), start, stop):
-            for row in run.rows[:1]:
-                yield from prompts_of(row)
+        with unchanged(self.file, self._index.state):
+            for run, _ in self._index.runs.runs(self._records(start, stop), start, stop):
+                for row in run.rows[:1]:
+                    yield from prompts_of(row)
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """The fields of the first entries that can be understood. Raises DataError when the list fails."""

@@ -30,6 +30,7 @@ from inpo.common.pairs.columns import (
 )
 from inpo.common.pairs.entries import columns_problem
 from inpo.common.pairs.fields import holds_singles, prompts_of, without_part
+from inpo.common.pairs.file_state import FileState, file_state, unchanged
 from inpo.common.pairs.files import filesystem, is_local, open_binary, read_as, unreadable_file
 from inpo.common.pairs.pair import Pair, RowProblem, Skipped
 from inpo.common.pairs.reach import Reach
@@ -55,6 +56,8 @@ class _Footer:
     not_read: dict[str, int]
     runs: RunIndex
     """Which of the file's rows stand for which rows."""
+    state: FileState
+    """Of the file, before this was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class ParquetShard:
 
     @cached_property
     def _footer(self) -> _Footer:
+        state = file_state(self.file)
         with self._open() as parquet:
             problem = self._schema_problem(parquet.schema_arrow)
             if problem is not None:
@@ -106,6 +110,7 @@ class ParquetShard:
                 columns=tuple(name for name in names if name not in not_read | unwanted),
                 not_read={f"column {brief(name)}": total for name in names if name in not_read},
                 runs=index,
+                state=state,
             )
 
     def _index(self, parquet: pq.ParquetFile, columns: list[str]) -> RunIndex:
@@ -147,8 +152,13 @@ class ParquetShard:
 
     def fingerprint(self) -> str:
         """blake2b of the file's size, its footer, and the columns that are read, without images and noise: other labels
-        or prompts may leave size and footer as they were.
+        or prompts may leave size and footer as they were. Raises DataError, also when the file was written again.
         """
+        with unchanged(self.file, self._footer.state):
+            return read_as(self._fingerprint, self.reading)
+
+    @cached_property
+    def _fingerprint(self) -> str:
         with open_binary(self.file, sequential=False) as stream:
             try:
                 size = stream.seek(0, 2)
@@ -161,10 +171,8 @@ class ParquetShard:
                 raise unreadable_file(self.file, error) from error
         if tail[4:] != b"PAR1" or len(footer) != footer_bytes:
             raise unreadable_file(self.file, ValueError("not a whole parquet file: no footer"))
-        found = hashlib.blake2b(size.to_bytes(8, "little") + footer + self._values, digest_size=16).hexdigest()
-        return read_as(found, self.reading)
+        return hashlib.blake2b(size.to_bytes(8, "little") + footer + self._values(), digest_size=16).hexdigest()
 
-    @cached_property
     def _values(self) -> bytes:
         """Digest of what is stored of the columns that are read. Of images only paths count, of noise nothing."""
         names = self.reading.columns.names
@@ -186,22 +194,24 @@ class ParquetShard:
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
         """Rows start..stop-1. Only the row groups they lie in are opened; earlier rows of the first one are decoded
-        and dropped, a few at a time. Raises DataError, also when rows name files and no host gives one.
+        and dropped, a few at a time. Raises DataError, also when the file was written again, and when rows name files
+        and no host gives one.
         """
         stop = min(stop, self.num_rows)
         if start >= stop:
             return
         reach = Reach(self.file, allow_remote=self.reading.allow_remote)
         index = self._footer.runs
-        yield from index.items(
-            self._records(*index.records(start, stop), self._footer.columns),
-            start,
-            stop,
-            name=self.name,
-            id_of=lambda entry: f"{self.name}/{entry}",
-            read=reach.image,
-            reading=self.reading,
-        )
+        with unchanged(self.file, self._footer.state):
+            yield from index.items(
+                self._records(*index.records(start, stop), self._footer.columns),
+                start,
+                stop,
+                name=self.name,
+                id_of=lambda entry: f"{self.name}/{entry}",
+                read=reach.image,
+                reading=self.reading,
+            )
         reach.refuse_outage(self.file)
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
@@ -213,9 +223,10 @@ class ParquetShard:
         probe = self.reading.columns.row(dict.fromkeys(self._footer.columns))
         images = {name for role in (*IMAGE_ROLES, *NOISE_ROLES) for name in probe.columns(role)}
         columns = [name for name in self._footer.columns if name not in images]
-        for _, row in self._records(first, last, columns):
-            if not isinstance(row, RowProblem):
-                yield from prompts_of(row)
+        with unchanged(self.file, self._footer.state):
+            for _, row in self._records(first, last, columns):
+                if not isinstance(row, RowProblem):
+                    yield from prompts_of(row)
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """The first rows of the file with all columns. Raises DataError."""

@@ -19,6 +19,7 @@ from inpo.common.errors import DataError
 from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, ColumnMap, brief
 from inpo.common.pairs.entries import count_fields, parse_object
 from inpo.common.pairs.fields import without_part
+from inpo.common.pairs.file_state import FileState, file_state
 from inpo.common.pairs.files import ByteStream, open_binary, unreadable_file
 from inpo.common.pairs.headers import PART, has_bytes, tar_headers
 from inpo.common.pairs.pair import RowProblem
@@ -70,6 +71,8 @@ class TarIndex:
     has_lists: bool
     """Whether a member says of which list a pair is."""
     fingerprint: str
+    state: FileState
+    """Of the file, before it was walked."""
 
     def __len__(self) -> int:
         return int(self.places.shape[0])
@@ -123,6 +126,7 @@ class _Member(NamedTuple):
 def index_tar(location: str, columns: ColumnMap) -> TarIndex:
     """Walk the headers of a tar. Raises DataError when it is compressed, damaged, cut, or holds no pairs."""
     not_read: Counter[str] = Counter()
+    state = file_state(location)
     with open_binary(location) as stream:
         try:
             members, digest = _walk(stream, not_read, columns)
@@ -173,6 +177,7 @@ def index_tar(location: str, columns: ColumnMap) -> TarIndex:
         not_read=dict(not_read),
         has_lists=any(member.of_list for member in members),
         fingerprint=digest,
+        state=state,
     )
 
 

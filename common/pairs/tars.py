@@ -19,6 +19,7 @@ import numpy as np
 from inpo.common.pairs.columns import IMAGE_ROLES, NOISE_ROLES, SIDES, USUAL, ColumnMap, Reading
 from inpo.common.pairs.entries import parse_object
 from inpo.common.pairs.fields import items, prompts_of
+from inpo.common.pairs.file_state import unchanged
 from inpo.common.pairs.files import ByteStream, open_binary, read_as, unreadable_file
 from inpo.common.pairs.pair import MAX_IMAGE_BYTES, Pair, RowProblem, Skipped, id_or, too_large
 from inpo.common.pairs.tar_index import FILE_ROLES, SIDE_ROLES, TEXT_ROLES, TarIndex, index_tar
@@ -62,7 +63,7 @@ class TarShard:
         return read_as(self._index.fingerprint, self.reading)
 
     def rows(self, start: int, stop: int) -> Iterator[Pair | Skipped]:
-        """Samples start..stop-1, read by seeking. Raises DataError when the tar ends early or changed."""
+        """Samples start..stop-1, read by seeking. Raises DataError when the tar ends early, or was written again."""
         return map(self._row, self._samples(start, stop))
 
     def prompts(self, start: int, stop: int) -> Iterator[str]:
@@ -91,7 +92,7 @@ class TarShard:
         stop = min(stop, len(index))
         if start >= stop:
             return
-        with open_binary(self.file) as stream:
+        with unchanged(self.file, index.state), open_binary(self.file) as stream:
             for row in range(start, stop):
                 yield _Sample(file=self.file, stream=stream, index=index, row=row, columns=self.reading.columns)
 
