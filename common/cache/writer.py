@@ -176,6 +176,7 @@ class CacheWriter:
             attempt = uuid.uuid4().hex[:16]
             folder = f"{kind.arrays}/{name}/{attempt}"
             path = f"{kind.folder}/{name}.json"
+            may_be_committed = False
             try:
                 if arrays:
                     self._write_arrays(folder, arrays, specs)
@@ -193,12 +194,20 @@ class CacheWriter:
                         created=datetime.now(UTC).isoformat(timespec="seconds"),
                         **values,
                     )
+                    may_be_committed = True
                     if not self.store.put_new(path, commit.to_json()):
                         return None
                     problem = self._difference(folder, name, attempt, lines, digests=False)
                     if problem is None:
                         return commit
                     self.store.remove(path)
+            except InpoError:
+                # It may be what fills the disk. What an object store has not answered may still arrive there.
+                with contextlib.suppress(InpoError):
+                    if not may_be_committed or not (self.store.remote or self.is_committed(name, kind)):
+                        self.store.remove(folder)
+                        self.store.remove(f"skipped/{name}/{attempt}.jsonl")
+                raise
             finally:
                 self._written.pop(folder, None)
         raise StorageError(
@@ -233,17 +242,12 @@ class CacheWriter:
         return None
 
     def _write_arrays(self, folder: str, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
-        """Write and flush. What a refusing disk leaves behind is removed at once: it may be what fills the disk."""
-        try:
-            with storage_errors("write a shard", self.store.path(folder)):
-                written = self._written.setdefault(folder, {})
-                store = WrittenStore(self.store.zarr(folder, read_only=False), written)
-                write_group(store, arrays, specs)
-            self.store.sync_folder(folder)
-        except InpoError:
-            with contextlib.suppress(InpoError):
-                self.store.remove(folder)
-            raise
+        """Write and flush."""
+        with storage_errors("write a shard", self.store.path(folder)):
+            written = self._written.setdefault(folder, {})
+            store = WrittenStore(self.store.zarr(folder, read_only=False), written)
+            write_group(store, arrays, specs)
+        self.store.sync_folder(folder)
 
     def _check(self, name: str, data: ShardData) -> None:
         """Our own bugs, caught before they reach a disk: names, dtypes, shapes and references follow the contract."""

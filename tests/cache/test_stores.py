@@ -272,22 +272,43 @@ def test_a_full_disk(mounted, build):
     assert list(open_cache(str(folder)).shards) == ["s0", "small"]
 
 
-def test_a_full_disk_at_the_commit(tmp_path, build, monkeypatch):
+@pytest.mark.parametrize(
+    ("full", "place"),
+    [(".jsonl.", "skipped"), (".json.", "commits"), (".json.", "text-commits")],
+    ids=["skipped rows", "commit", "commit of texts"],
+)
+def test_a_full_disk_at_the_commit(tmp_path, build, monkeypatch, full, place):
     manifest = build.cache(tmp_path, pairs=(1,))
     writer = CacheWriter.open(str(tmp_path), manifest)
+    before = writer.store.listing("")
     real = os.fsync
 
-    def full(handle: int) -> None:
-        if os.readlink(f"/proc/self/fd/{handle}").endswith(".staged"):
+    def refuse(handle: int) -> None:
+        file = os.readlink(f"/proc/self/fd/{handle}")
+        if file.endswith(".staged") and full in file and f"/{place}/" in file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", refuse)
+    skipped = [{"pair_id": "p", "reason": "tie", "detail": "", "row": 1}]
+    shard, texts = build.shard(manifest, 1, skipped=skipped), build.texts(manifest)
     with pytest.raises(StorageError, match="No space left on device"):
+        _ = writer.write_texts("t9", texts) if place == "text-commits" else writer.write("s1", shard)
+    assert writer.store.listing("") == before  # nothing of it goes on filling the disk
+
+
+def test_a_commit_that_is_there_keeps_its_arrays_whatever_the_disk_says_then(tmp_path, build, monkeypatch):
+    manifest = build.cache(tmp_path, pairs=(1,))
+    writer = CacheWriter.open(str(tmp_path), manifest)
+
+    def fail(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path / "commits"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
         writer.write("s1", build.shard(manifest, 1))
-    monkeypatch.undo()
-    assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == ["s0.json"]
-    assert writer.committed() == {"s0"}
+    assert np.array_equal(open_cache(str(tmp_path)).shards["s1"].read("x0"), build.shard(manifest, 1).arrays["x0"])
 
 
 def test_a_file_size_limit(tmp_path, build):
