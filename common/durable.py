@@ -127,8 +127,12 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers staged in `folder`; what a living one has staged is locked, and stays."""
     with suppress(OSError):
         for entry in [each for each in folder.iterdir() if _STAGED.fullmatch(each.name)]:
-            with suppress(OSError), _locked(entry):
-                remove(entry)
+            with suppress(OSError):
+                lock = _lock(entry, sweep=True)
+                try:
+                    remove(entry)
+                finally:
+                    os.close(lock)
 
 
 def entries(folder: Path) -> list[str]:
@@ -157,55 +161,69 @@ def _staged_file(path: Path) -> Iterator[Path]:
 def _staged(path: Path, make: Callable[[Path], None], *, replace: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
-    staged = _beside(target)
-    try:
+    while True:
+        staged = _beside(target)
         make(staged)
-        with _locked(staged, need=False):
-            yield staged
-            for each in [*staged.rglob("*"), staged]:
-                flush(each)
-            if replace and target.exists():
-                _exchange(staged, target)
-            else:
-                os.replace(staged, target)
+        try:
+            lock = _lock(staged)
+            break
+        except FileNotFoundError:  # another's sweep came before the lock
+            pass
+    try:
+        yield staged
+        for each in [*staged.rglob("*"), staged]:
+            flush(each)
+        if replace and target.exists():
+            _exchange(staged, target)
+        else:
+            os.replace(staged, target)
     except BaseException:
         with suppress(OSError):  # the error that matters is the one before
             remove(staged)
         raise
+    finally:
+        os.close(lock)
     flush(target.parent)
 
 
 def _exchange(staged: Path, target: Path) -> None:
     """Put a folder in another's place: no system call does it for folders that are not empty."""
-    old = _beside(target)
-    os.replace(target, old)
+    old, lock = _beside(target), _lock(target)  # under that name another's sweep would take it
     try:
-        os.replace(staged, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    remove(old)
+        os.replace(target, old)
+        try:
+            os.replace(staged, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
+        remove(old)
+    finally:
+        os.close(lock)
 
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:16]}")
 
 
-@contextmanager
-def _locked(path: Path, *, need: bool = True) -> Iterator[None]:
-    """Hold the lock that tells a living writer from a dead one. Raises OSError if another holds it, unless not `need`:
-    some network file systems have no locks, and there nothing is taken for a leftover.
+def _lock(path: Path, *, sweep: bool = False) -> int:
+    """The handle that holds the lock which tells a living writer from a dead one. Raises FileNotFoundError if another's
+    sweep has taken away what was to be locked.
+
+    A writer waits for the end of a sweep, and on a network file system without locks goes on without one. A `sweep`
+    waits for nobody: OSError is raised if another holds the lock, or where there are none.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if sweep else 0))
         except OSError:
-            if need:
+            if sweep:
                 raise
-        yield
-    finally:
+        os.stat(path)  # no staged name comes twice: if it is there, it is what was locked
+    except BaseException:
         os.close(handle)
+        raise
+    return handle
 
 
 @contextmanager

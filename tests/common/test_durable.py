@@ -1,6 +1,7 @@
 """A file or folder is there whole, with its old content, or not at all, whatever ends the write."""
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -8,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from inpo.common.durable import entries, new_file, new_folder, write_file
+from inpo.common.durable import entries, new_file, new_folder, remove, write_file
 from inpo.common.errors import DataError, StorageError
 
 
@@ -163,6 +165,48 @@ def test_a_killed_writer_leaves_the_old_and_the_next_one_cleans_up(stage: str, t
     assert names(tmp_path) == ["target"]
     put_folder(tmp_path / "another", "x")
     assert entries(tmp_path) == names(tmp_path) == ["another", "target"]
+
+
+@pytest.mark.parametrize("call", ["os.open", "fcntl.flock"])
+@pytest.mark.parametrize("put", WRITERS)
+def test_a_sweep_before_the_lock_is_there_costs_the_writer_nothing(
+    put: Callable[[Path, str], None], call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes what looks like a dead writer's, once before it is opened to be locked and once after."""
+    put(tmp_path / "target", "old")
+    real: Callable[..., int] = os.open if call == "os.open" else fcntl.flock
+    swept: list[Path] = []
+
+    def late(*arguments: Any, **options: Any) -> int:
+        staged = list(tmp_path.glob(".target.partial-*"))
+        if staged and not swept:
+            swept.extend(staged)
+            remove(staged[0])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(call, late)
+    put(tmp_path / "target", "new")
+    assert len(swept) == 1
+    assert content(tmp_path / "target") == "new"
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_sweep_leaves_the_old_folder_alone_while_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_folder(tmp_path / "target", "old")
+    real, kept = os.replace, []
+
+    def sweep(source: Path, target: Path) -> None:
+        seen = entries(tmp_path)  # which sweeps
+        kept.append([name for name in names(tmp_path) if name not in seen])
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", sweep)
+    put_folder(tmp_path / "target", "new")
+    assert [len(each) for each in kept] == [1, 2]  # the new one, then the old one too
+    assert content(tmp_path / "target") == "new"
+    assert names(tmp_path) == ["target"]
 
 
 def test_what_a_living_writer_has_staged_stays(tmp_path: Path) -> None:
