@@ -5,7 +5,6 @@ fails or is interrupted removes what it staged; a write that is killed leaves it
 it away. A disk that refuses is one StorageError, the same everywhere.
 """
 
-import errno
 import fcntl
 import os
 import re
@@ -18,19 +17,8 @@ from pathlib import Path
 from obstore.exceptions import BaseError
 from safetensors import SafetensorError
 
-from inpo.common.errors import InpoError, StorageError
+from inpo.common.errors import InpoError, StorageError, refused
 
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
-    errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
-    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
-    errno.EROFS: "the file system is read-only; choose a folder you can write to",
-    errno.EACCES: "check the owner and mode of the folder",
-    errno.EPERM: "check the owner and mode of the folder",
-    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
-    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
-    errno.EEXIST: "a file lies where a folder is needed: choose another path",
-}
 _LOCK = ".lock"
 _STAGED = re.compile(r"\..+\.partial-[0-9a-f]{16}")
 
@@ -49,13 +37,13 @@ def storage_errors(action: str, where: object) -> Iterator[None]:
     except OSError as error:
         named = error.filename  # a staged file has a name that nobody knows
         hidden = named is None or any(_STAGED.fullmatch(part) for part in Path(os.fsdecode(named)).parts)
-        raise _refused(action, where if hidden else named, error.errno, str(error)) from error
+        raise refused(action, where if hidden else named, error.errno, str(error)) from error
     except (BaseError, SafetensorError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         # obstore and safetensors wrap the system's error in their text.
         system = re.search(r"\(os error (\d+)\)", str(error))
         if system:
-            raise _refused(action, where, int(system[1]), lines[0]) from error
+            raise refused(action, where, int(system[1]), lines[0]) from error
         if not isinstance(error, BaseError):
             raise
         raise StorageError(
@@ -65,14 +53,6 @@ def storage_errors(action: str, where: object) -> Iterator[None]:
             fix="check the address, the credentials and the free space, then run the same command again: "
             "what is committed stays",
         ) from error
-
-
-def _refused(action: str, where: object, code: int | None, text: str) -> StorageError:
-    return StorageError(
-        f"Could not {action}: {os.strerror(code) if code else text}.",
-        where=where,
-        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
-    )
 
 
 def write_file(path: Path, data: bytes | str, *, action: str = "write") -> None:
@@ -115,8 +95,16 @@ def make_folder(folder: Path) -> None:
 
 
 def flush(path: Path | str) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError.
+
+    A folder that may be entered and not listed cannot be waited for; its names are on disk when the system writes them.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -202,7 +190,8 @@ def _exchange(staged: Path, target: Path) -> None:
 
 
 def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:16]}")
+    # The beginning of its name, for people: the whole and what is added may be longer than a name can be.
+    return target.with_name(f".{target.name[:50]}.partial-{uuid.uuid4().hex[:16]}")
 
 
 def _lock(path: Path, *, sweep: bool = False) -> int:

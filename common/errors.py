@@ -18,6 +18,8 @@ Each message tells what, where, expected, got, and what to do. The front door pr
 in it are shown without their secrets, and what a terminal would obey is escaped.
 """
 
+import errno
+import os
 import shlex
 
 from inpo.common.printable import escaped, shown_message
@@ -79,6 +81,28 @@ class ModelError(InpoError, ValueError):
 
 class StorageError(InpoError, OSError):
     """A disk or an object store that refuses."""
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder, then run the same command again: what is committed stays",
+    errno.EDQUOT: "raise the quota or choose another folder, then run the same command again: what is committed stays",
+    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again: what is committed stays",
+    errno.EROFS: "the file system is read-only; choose a folder you can write to",
+    errno.EACCES: "check the owner and mode of the folder",
+    errno.EPERM: "check the owner and mode of the folder",
+    errno.EISDIR: "a folder has that name: choose another path, or name a file in it",
+    errno.ENOTDIR: "a file lies where a folder is needed: choose another path",
+    errno.EEXIST: "a file, or a link that leads nowhere, lies where a folder is needed: choose another path",
+}
+
+
+def refused(action: str, where: object, code: int | None, text: str) -> StorageError:
+    """What to say of a system's refusal, by its number, or where there is none by its text."""
+    return StorageError(
+        f"Could not {action}: {os.strerror(code) if code else text}.",
+        where=where,
+        fix=_ADVICE.get(code or 0, "check the folder, then run the same command again: what is committed stays"),
+    )
 
 
 class OutOfMemory(InpoError, MemoryError):

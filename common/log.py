@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inpo.common.errors import StorageError
+from inpo.common.errors import refused
 from inpo.common.printable import escaped, shown_message
 
 LOG_FILE = "log.txt"
@@ -120,8 +120,7 @@ def log_file(folder: Path | None) -> Iterator[None]:
     try:
         handler = _File(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        fix = "check the folder's owner, mode and free space, then run the same command again"
-        raise StorageError("Could not open the log.", where=folder / LOG_FILE, got=error.strerror, fix=fix) from error
+        raise refused("open the log", folder / LOG_FILE, error.errno, str(error)) from error
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     while _kept.records:
         handler.handle(_kept.records.popleft())

@@ -325,13 +325,15 @@ def _bucket(root: str) -> Any:
 
 def _fetch_object(address: str) -> bytes:
     import obstore
+    from obstore.exceptions import InvalidPathError
 
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
     try:
         return _bounded(bytes(part) for part in obstore.get(_bucket(f"{scheme}://{bucket}"), key).stream())
     except Exception as error:
-        refused = isinstance(error, ValueError) or is_refusal(error)
+        # A name that no key has, as one with //, is nobody's trouble, and no later run helps.
+        refused = isinstance(error, ValueError | InvalidPathError) or is_refusal(error)
         raise (_Refused if refused else _Unreachable)(one_line(error)) from None
 
 

@@ -20,8 +20,9 @@ from inpo.common.cache import CacheWriter, TextData, open_cache
 from inpo.common.cache import store as store_module
 from inpo.common.cache.store import CacheStore
 from inpo.common.conditions import Condition
-from inpo.common.durable import storage_errors
+from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import CacheCorrupt, CacheIncomplete, StorageError, UsageError
+from inpo.common.log import log_file
 from inpo.inspection.output import refuse_output
 
 NUM_WRITERS = 16
@@ -342,6 +343,7 @@ def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
         lambda: writer.write("s1", shard),
         lambda: CacheStore(f"{folder}/x", create=True),
         lambda: refuse_output(folder / "report.html", what="report"),
+        lambda: log_file(folder).__enter__(),
     ):
         with pytest.raises(StorageError, match="Read-only file system") as caught:
             attempt()
@@ -361,6 +363,27 @@ def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(tmp_path, build, mo
     with pytest.raises(StorageError, match="Permission denied") as caught:
         open_cache(str(tmp_path))
     assert "check the owner and mode" in str(caught.value)
+
+
+def test_a_cache_below_a_folder_that_may_not_be_listed(tmp_path, build, monkeypatch):
+    """As the homes of others are: it may be entered, and so not be opened to be flushed."""
+    real = os.open
+
+    def deny(path, *arguments, **options):
+        if Path(os.fsdecode(path)) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", deny)
+    build.cache(tmp_path / "cache", pairs=(1,))
+    assert open_cache(str(tmp_path / "cache")).num_pairs == 1
+    write_file(tmp_path / "report.html", "x")
+
+
+def test_a_link_that_leads_nowhere_is_no_cache_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "cache")
+    with pytest.raises(StorageError, match="a link that leads nowhere"):
+        CacheStore(str(tmp_path / "link"), create=True)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])

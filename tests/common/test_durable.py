@@ -127,6 +127,13 @@ def test_a_folder_with_something_in_it_stays_unless_it_is_to_be_replaced(tmp_pat
     assert names(tmp_path) == ["target"]
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127])
+def test_any_name_that_the_system_takes_is_written(name: str, tmp_path: Path) -> None:
+    for put in WRITERS[:2]:
+        put(tmp_path / name, "x")
+        assert names(tmp_path) == [name]
+
+
 def test_links_are_followed_and_pipes_written_to(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
