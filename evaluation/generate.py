@@ -211,7 +211,10 @@ def _identity(
 ) -> dict[str, Any]:
     """What an image depends on, and the names for people."""
     digest = hashlib.blake2b("\0".join(prompts).encode(), digest_size=16).hexdigest()
-    lora = None if settings.lora is None else fingerprint.of_weights([lora_file(settings.lora)])
+    lora = None
+    if settings.lora is not None:
+        file = lora_file(settings.lora)
+        lora = fingerprint.of_weights([file], config=model.family.lora_settings(file) or None)
     return {
         "fingerprints": dict(model.fingerprints),
         "lora": lora,

@@ -21,7 +21,7 @@ from inpo.common.cache.schema import ConditionSpec
 from inpo.common.choices import Space
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.families.lora import Original, numbered
+from inpo.common.families.lora import Original, adapter_metadata, numbered
 from inpo.common.levels import Levels, TimeSettings
 from inpo.common.sizes import latent_sides
 
@@ -303,6 +303,10 @@ class Family(ABC):
     def base_version(self, config: Callable[[str], Config], prediction: str) -> dict[str, str]:
         """What kohya's header calls the model that LoRA layers belong to."""
         return {"ss_base_model_version": self.name}
+
+    def lora_settings(self, file: Path) -> dict[str, Any]:
+        """What `load_lora` obeys beside a file's tensors. Raises ModelError if that cannot be read."""
+        return adapter_metadata(file)
 
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
         """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats."""

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,3 +112,12 @@ def save_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def adapter_metadata(file: Path) -> dict[str, Any]:
+    """What diffusers obeys of a file's header, as it stands there: a LoRA's alpha and ranks may be told nowhere else.
+    Empty where the header tells nothing of it.
+    """
+    with safe_open(file, "pt") as weights:
+        header = weights.metadata() or {}
+    return {name: told for name, told in header.items() if name == "lora_adapter_metadata" and told}

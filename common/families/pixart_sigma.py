@@ -117,15 +117,16 @@ class PixArtSigma(Family):
     def saved_lora(self, file: Path) -> dict[str, Tensor]:
         return {name.removeprefix(WRAPPER): value for name, value in load_file(file).items()}
 
+    def lora_settings(self, file: Path) -> dict[str, Any]:
+        told = read_json(file.parent / "adapter_config.json")
+        return {"r": told.get("r"), "lora_alpha": told.get("lora_alpha", told.get("r"))}
+
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
         return {f"{self.network}.{name}" for name in self.saved_lora(file)}
 
     def load_lora(self, pipeline: Any, file: Path) -> None:
         state = self.saved_lora(file)
-        config = read_json(file.parent / "adapter_config.json")
-        layers = LoraConfig(
-            r=int(config["r"]), lora_alpha=config.get("lora_alpha", config["r"]), target_modules=layers_of(state)
-        )
+        layers = LoraConfig(target_modules=layers_of(state), **self.lora_settings(file))
         transformer = self.network_of(pipeline)
         inject_adapter_in_model(layers, transformer)
         set_peft_model_state_dict(transformer, state)

@@ -176,6 +176,17 @@ def test_lora_weights_change_the_image_and_the_identity(tiny_model: Path, tmp_pa
     assert not same(plain, changed)
     with pytest.raises(UsageError, match="lora"):
         make(tiny_model, tmp_path / "plain", lora=str(tmp_path / "lora"))
+    # The same tensors are another LoRA where the header says another alpha, and the same one under another title.
+    state = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    strong, named = tmp_path / "strong.safetensors", tmp_path / "named.safetensors"
+    adapter = {"unet.r": 2, "unet.lora_alpha": 40, "unet.target_modules": ["to_q", "to_v"]}
+    save_file(state, strong, {"lora_adapter_metadata": json.dumps(adapter)})
+    save_file(state, named, {"modelspec.title": "mine"})
+    make(tiny_model, tmp_path / "strong-out", lora=str(strong))
+    assert not same(changed, pixels(tmp_path / "strong-out"))
+    with pytest.raises(UsageError, match="lora"):
+        make(tiny_model, tmp_path / "lora-out", lora=str(strong))
+    assert make(tiny_model, tmp_path / "lora-out", lora=str(named)).num_new == 0
 
 
 def test_bad_lora_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ def test_lora_layers_are_read_back_by_peft_and_by_generate(
     ).images
     got = np.asarray(Image.open(tmp_path / "images" / row["file"]), np.int16)
     assert np.abs(got - np.asarray(expected, np.int16)).max() <= 1
+    # With another alpha the same tensors are another LoRA.
+    said = output / "lora" / "adapter_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"lora_alpha": 40}))
+    with pytest.raises(UsageError, match="lora = "):
+        generate(open_model(model), ["a red cat"], settings, tmp_path / "images")
 
 
 def test_lora_layers_of_another_transformer_are_refused(pixart: Any, run: Callable[..., Path], tmp_path: Path) -> None:
