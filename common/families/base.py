@@ -8,6 +8,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from inpo.common.cache.schema import ConditionSpec
 from inpo.common.choices import Space
 from inpo.common.conditions import Condition, NetworkCall
 from inpo.common.errors import ModelError, UsageError
-from inpo.common.families.lora import Original, adapter_metadata, numbered
+from inpo.common.families.lora import Original, adapter_metadata, converted_names, numbered
 from inpo.common.levels import Levels, TimeSettings
 from inpo.common.sizes import latent_sides
 
@@ -309,11 +310,9 @@ class Family(ABC):
         return adapter_metadata(file)
 
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
-        """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats."""
-        state, *_ = pipeline.lora_state_dict(
-            str(file.parent), weight_name=file.name, unet_config=self.network_of(pipeline).config
-        )
-        return {name for name in state if "lora" in name and not name.endswith("alpha")}
+        """Names of the file's LoRA tensors after diffusers' own conversion of other projects' formats. Raises
+        ValueError if that leaves one out."""
+        return converted_names(file, partial(pipeline.lora_state_dict, unet_config=self.network_of(pipeline).config))
 
     def load_lora(self, pipeline: Any, file: Path) -> None:
         """Lay a file's LoRA layers over a pipeline; whatever the libraries raise is the caller's to tell."""

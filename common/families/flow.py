@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.families.base import Config, Family
+from inpo.common.families.lora import converted_names
 from inpo.common.levels import Levels, TimeSettings
 
 _TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -95,8 +96,7 @@ class FlowFamily(Family):
     # LoRA and pipelines
 
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
-        state = pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
-        return {name for name in state if "lora" in name and not name.endswith("alpha")}
+        return converted_names(file, pipeline.lora_state_dict)
 
     def sample_size(self, pipeline: Any) -> Any:
         return pipeline.default_sample_size

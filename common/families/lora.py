@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inpo.common.errors import ModelError
@@ -121,3 +121,27 @@ def adapter_metadata(file: Path) -> dict[str, Any]:
     with safe_open(file, "pt") as weights:
         header = weights.metadata() or {}
     return {name: told for name, told in header.items() if name == "lora_adapter_metadata" and told}
+
+
+def converted_names(file: Path, convert: Callable[[dict[str, Tensor]], Any]) -> set[str]:
+    """Names of a file's LoRA tensors after `convert`, a pipeline's `lora_state_dict`.
+
+    Raises ValueError if it leaves out one that is not zero: of that it says nothing but in a log. Alphas do not count.
+    """
+    tensors = load_file(file)
+    ranks = {
+        name.split(".lora_")[0]: len(each) for name, each in tensors.items() if re.search(r"\.lora_(down|A)\.", name)
+    }
+    # Names change on the way, and one tensor may become several: a number in the place of its values tells where it
+    # went. An alpha that is the rank multiplies by 1.
+    numbers = {name: number for number, name in enumerate(tensors, start=1) if not name.endswith(".alpha")}
+    marks = numbers | {f"{layer}.alpha": rank for layer, rank in ranks.items()}
+    converted = convert(
+        {name: torch.full_like(each, marks.get(name, 1), dtype=torch.float32) for name, each in tensors.items()}
+    )
+    state = converted[0] if isinstance(converted, tuple) else converted
+    found = {number for each in state.values() for number in each.flatten().unique_consecutive().tolist()}
+    dropped = [name for name, number in numbers.items() if number not in found and tensors[name].any()]
+    if dropped:
+        raise ValueError(f"diffusers leaves {len(dropped)} of its tensors out, the first: {dropped[0]}")
+    return {name for name in state if "lora" in name and not name.endswith("alpha")}

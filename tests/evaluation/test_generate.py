@@ -227,9 +227,16 @@ def of_a_wider_model(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(w.shape[0] + 8 * ("lora_B" in name), w.shape[1]) for name, w in lora.items()}
 
 
+def with_a_magnitude(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DoRA, whose magnitudes diffusers filters out with a warning."""
+    layer = next(iter(lora)).split(".lora_")[0]
+    return lora | {f"{layer}.dora_scale": torch.ones(8, 1)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (with_a_magnitude, r"leaves 1 of its tensors out, the first: unet\.\S*\.dora_scale"),
         (of_no_network_here, "takes 0; the first of the others: transformer"),
         (of_a_deeper_model, r"the first of the others: unet\.\S*transformer_blocks\.7"),
         (with_one_matrix_less, r"the first of the others: unet\.\S*lora_B"),
@@ -259,6 +266,11 @@ def test_weights_in_another_projects_names_are_laid_over_too(
     make(tiny_model, tmp_path / "plain", PROMPTS[:1])
     make(tiny_model, tmp_path / "out", PROMPTS[:1], lora=str(tmp_path / "kohya.safetensors"))
     assert not same(pixels(tmp_path / "plain"), pixels(tmp_path / "out"))
+    save_file(
+        kohya | {f"lora_unet_{module.replace('.', '_')}.dora_scale": torch.ones(8, 1)}, tmp_path / "dora.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"leaves 1 of its tensors out, the first: lora_unet\S*\.dora_scale"):
+        make(tiny_model, tmp_path / "dora", PROMPTS[:1], lora=str(tmp_path / "dora.safetensors"))
 
 
 def test_layers_over_another_network_than_they_were_trained_over_are_told(

@@ -157,6 +157,10 @@ def test_what_is_trained_is_read_back_by_the_pipelines_own_loader(
     images = [Image.open(tmp_path / name / "images" / "00000-0.png") for name in ("images", "plain")]
     assert [image.size for image in images] == [(48, 48)] * 2
     assert images[0].tobytes() != images[1].tobytes()
+    save_file(state | {f"transformer.{layers.pop()}.dora_scale": torch.ones(8)}, tmp_path / "dora.safetensors")
+    dora = settings.model_copy(update={"lora": str(tmp_path / "dora.safetensors")})
+    with pytest.raises(ModelError, match=r"leaves 1 of its tensors out, the first: \S*\.dora_scale"):
+        generate(open_model(str(folder)), PROMPTS[:1], dora, tmp_path / "dora")
 
 
 def test_the_cache_is_verified_inverted_again_and_shown(made: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FluxPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -131,6 +131,20 @@ def test_layers_that_are_one_in_the_published_network_keep_their_change(parts: t
         if part in ours:
             want = given[f"{ours[part]}.lora_B.weight"] @ given[f"{ours[part]}.lora_A.weight"]
         torch.testing.assert_close(change[slice(*rows)], want)
+
+
+def test_a_tensor_that_diffusers_drops_without_a_word_is_named(tmp_path: Path) -> None:
+    """Of FLUX's files it reads no layers of the second text encoder; one original layer becomes four of its own."""
+    file, second = tmp_path / "lora.safetensors", "text_encoders.t5xxl.transformer.encoder.block.0"
+    parts = {f"single_transformer_blocks.4.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+    state = kohya_state(layers(sorted(parts), width=3072), lambda layer: family("flux").original(layer, {}))
+    state |= {name: each / 2 for name, each in state.items() if name.endswith("alpha")}
+    save_file(state | {f"{second}.lora_up.weight": torch.zeros(2, 2)}, file)
+    names = {f"transformer.{part}.lora_{which}.weight" for part in parts for which in "AB"}
+    assert family("flux").lora_names(FluxPipeline, file) == names
+    save_file(state | {f"{second}.lora_up.weight": torch.ones(2, 2)}, file)
+    with pytest.raises(ValueError, match=rf"1 of its tensors out, the first: {second}\.lora_up\.weight"):
+        family("flux").lora_names(FluxPipeline, file)
 
 
 def forward(unet: UNet2DConditionModel, kind: str) -> torch.Tensor:
