@@ -9,12 +9,14 @@ from importlib.metadata import entry_points
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from PIL import Image
 
 from inpo.common.errors import UsageError
 
 GROUP = "inpo.scorers"
+_ROUNDING = 16 * float(np.finfo(np.float32).eps)
+"""Of a score's size: what another batch size was seen to change, 4 steps of float32, and some more."""
 
 
 @runtime_checkable
@@ -26,6 +28,16 @@ class Scorer(Protocol):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float64[np.ndarray, " image"]:
         """One float64 per image, in the scorer's own raw unit."""
         ...
+
+
+def alike(a: Float64[np.ndarray, " image"], b: Float64[np.ndarray, " image"]) -> Bool[np.ndarray, " image"]:
+    """Where one scorer's scores `a` and `b` are equal, or apart by float32 rounding of their size.
+
+    That is the larger of both, or the median of all if that is larger still: a score near 0 is rounded as the others.
+    """
+    sizes = np.abs([a, b])
+    near: np.ndarray = np.abs(b - a) <= _ROUNDING * np.maximum(sizes.max(axis=0), np.median(sizes))
+    return near
 
 
 def scorer_names() -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float, Int
 
+from inpo.common.scorer import alike
+
 Interval = tuple[float, float]
 CONFIDENCE = 0.95
 RESAMPLES = 4000
@@ -26,6 +28,7 @@ class PairedStatistics:
     wins: int
     """Pairs in which B's score is higher."""
     ties: int
+    """Pairs whose scores are equal but for float32 rounding."""
     losses: int
     win_rate: float
     """(wins + ties / 2) / pairs."""
@@ -77,16 +80,16 @@ def compare_scores(
 ) -> PairedStatistics:
     """Statistics of `b` against `a`; `prompts` names each pair's prompt. Equal inputs give equal numbers."""
     differences = b - a
-    outcomes = np.where(differences > 0, 1.0, np.where(differences < 0, 0.0, 0.5))
+    outcomes = np.where(alike(a, b), 0.5, (differences > 0).astype(float))
     groups = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)[1]
     num_prompts = int(groups.max()) + 1
     win_rate = float(outcomes.mean())
     return PairedStatistics(
         num_pairs=len(differences),
         num_prompts=num_prompts,
-        wins=int((differences > 0).sum()),
-        ties=int((differences == 0).sum()),
-        losses=int((differences < 0).sum()),
+        wins=int((outcomes == 1).sum()),
+        ties=int((outcomes == 0.5).sum()),
+        losses=int((outcomes == 0).sum()),
         win_rate=win_rate,
         win_rate_wilson=wilson_interval(win_rate * num_prompts, num_prompts),
         win_rate_bootstrap=bootstrap_interval(outcomes, groups, np.nanmean),

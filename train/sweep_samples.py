@@ -12,7 +12,7 @@ from PIL import Image
 from inpo.common.denoiser import prepare_for_inference
 from inpo.common.log import note
 from inpo.common.processes import processes
-from inpo.common.scorer import Scorer
+from inpo.common.scorer import Scorer, alike
 from inpo.train.configuration import Resolved
 from inpo.train.samples import drawn_with, sample_images, sample_prompts
 
@@ -68,7 +68,7 @@ class SampleJudge:
             reference = self._reference[_key(run, prompts)]
             found[name] = {
                 scorer: SampleScore(
-                    win_rate=float(((np.sign(score - reference[scorer]) + 1) / 2).mean()),
+                    win_rate=float(np.where(alike(score, reference[scorer]), 0.5, score > reference[scorer]).mean()),
                     mean=float(score.mean()),
                     reference_mean=float(reference[scorer].mean()),
                     num_prompts=len(prompts),

@@ -38,6 +38,21 @@ def test_plain_numbers(scores: tuple[np.ndarray, np.ndarray]) -> None:
     assert got.win_rate_wilson == pytest.approx((expected.low, expected.high))
 
 
+def test_what_float32_rounds_is_a_tie() -> None:
+    """Scores that stand 4 steps of float32 apart, as another batch size leaves them, and 1e-4 of their size."""
+    a = np.array([-8.911572, -0.4945376, 0.2731, 4.415461, -2.5, -1e-4] * 2)
+    steps = np.array([4, -4, 1, -4, 2, 0])
+    near = np.concatenate([a[:6] + steps * np.spacing(np.abs(a[:6]).astype(np.float32)).astype(float), a[6:]])
+    near[5] += 1e-7  # a sum of what was rounded at the size of the others
+    got = compare_scores(a, near, [str(index) for index in range(12)])
+    assert (got.wins, got.ties, got.losses, got.win_rate) == (0, 12, 0, 0.5)
+    apart = a + 1e-4 * np.abs(a) * np.array([1, -1, 1, 1, -1, 1] * 2)
+    apart[5::6] = a[5::6] + 1e-3
+    for size in (1e-6, 1.0, 1e6):  # whatever a scorer's unit is
+        got = compare_scores(size * a, size * apart, [str(index) for index in range(12)])
+        assert (got.wins, got.ties, got.losses) == (8, 0, 4)
+
+
 def test_one_image_per_prompt_is_the_ordinary_bootstrap(scores: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = scores
     got = compare_scores(a, b, [f"p{index}" for index in range(120)])

@@ -66,3 +66,8 @@ def test_a_comparison_of_two_models_comes_again_from_the_saved_images(tmp_path: 
         assert found["mean_difference"] != 0
         wilson = scipy.stats.binomtest(int((b > a).sum()), 8).proportion_ci(method="wilson")
         np.testing.assert_allclose(found["win_rate_wilson"], [wilson.low, wilson.high])
+    # Scored in other batches the same images are alike, whatever that changes in the last digits.
+    shutil.copytree(tmp_path / "base", tmp_path / "again", ignore=shutil.ignore_patterns("scores-*"))
+    run("score", str(tmp_path / "again"), "--scorer", "toyworld-heldout", "--batch-size", "1")
+    told = run("compare", str(tmp_path / "base"), str(tmp_path / "again"))
+    assert "again is better than base on 0 of 8 images (alike on 8) by toyworld-heldout." in told
