@@ -75,8 +75,8 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     """Make the images of `prompts` that `out` does not hold yet; this process's share, if there are several. Without
     prompts those of the given images.
 
-    Raises UsageError, showing every difference, if `out` was begun with other settings, and ModelError for LoRA
-    weights that do not fit the model.
+    Raises UsageError, showing every difference, if `out` was begun with other settings, ModelError for LoRA weights
+    that do not fit the model, and DataError for given images that cannot be used.
     """
     state = processes()
     dtype = DTYPES[settings.dtype or default_dtype(state.device.type)]
@@ -97,7 +97,9 @@ def generate(model: Model, prompts: Sequence[str], settings: EvaluateSettings, o
     num_cut = 0
     pipeline = load_pipeline(model, settings, transfer).to(state.device) if left else None
     size = settings.size or ((0, 0) if pipeline is None else model.family.drawn_size(pipeline))
-    # Claimed only now: a model or LoRA that cannot be used leaves no folder behind that the right one is refused.
+    if pipeline is not None and transfer is not None:
+        transfer.check_masks(prompts, size, int(pipeline.vae_scale_factor))
+    # Claimed only now: a mask, model or LoRA that cannot be used leaves no folder behind that the right one is refused.
     with state.main_process_first():
         _claim(out, identity)
     if pipeline is not None:

@@ -50,7 +50,7 @@ class Transfer:
 
     def identity(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What images of these prompts depend on. Raises DataError for a prompt without an image, and for an image that
-        cannot be read, or whose mask is not one: one that is replaced after the first image was made is another
+        cannot be read, or whose mask is cut otherwise: one that is replaced after the first image was made is another
         setting."""
         lacking = [prompt for prompt in prompts if prompt not in self.files]
         if lacking:
@@ -69,7 +69,7 @@ class Transfer:
             for mask in masks:
                 data, levels = _read(mask, behind=0)
                 digest.update(hashlib.blake2b(data).digest())
-                _check_mask(mask, levels, image)
+                _check_proportions(mask, levels, image)
         controlnet = None
         if self.controlnet is not None:
             weights = weight_files.loaded_files(self.controlnet, "diffusers", None)
@@ -82,6 +82,21 @@ class Transfer:
         added = {} if self.controlnet is None else {"controlnet": _load_controlnet(self.controlnet, model)}
         return self.kind.from_pipe(pipeline, **added)
 
+    def check_masks(self, prompts: Sequence[str], size: tuple[int, int], factor: int) -> None:
+        """Raise DataError for a mask of these prompts that marks nothing in images of `size`, (height, width), whose
+        latents are smaller by `factor`: diffusers takes every factor-th pixel of what is left of it."""
+        for file in (mask for prompt in prompts for mask in self.files[prompt][1:]):
+            brightest = int(np.asarray(_opened_mask(file, size))[::factor, ::factor].max())
+            if brightest < 128:  # where diffusers cuts
+                raise DataError(
+                    "A mask marks nothing.",
+                    where=file,
+                    expected=f"white where the image is to be painted anew, at least {factor} pixels wide, in the "
+                    f"middle that is left of it at {size[1]} x {size[0]}",
+                    got=f"at most {brightest} of 255 in the latents' mask; what is transparent counts as black",
+                    fix="paint a larger area white, or one nearer to the middle",
+                )
+
     def arguments(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
         """What that pipeline is called with for these prompts, beside what every pipeline is: the images cover `size`,
         (height, width), with their middle."""
@@ -89,8 +104,7 @@ class Transfer:
         images = [_opened(each[0], size) for each in files]
         if self.controlnet is not None:
             return {"image": images, "controlnet_conditioning_scale": self.weight}
-        # What is transparent in a mask is not marked: black.
-        masks = [_opened(each[1], size, behind=0).convert("L") for each in files]
+        masks = [_opened_mask(each[1], size) for each in files]
         return {"image": images, "mask_image": masks, "strength": self.weight}
 
 
@@ -198,8 +212,7 @@ def _read(file: Path, behind: int = 255) -> tuple[bytes, Image.Image]:
         ) from None
 
 
-def _check_mask(file: Path, mask: Image.Image, image: Image.Image) -> None:
-    """Raise DataError for a mask that is cut otherwise than its image, or marks nothing."""
+def _check_proportions(file: Path, mask: Image.Image, image: Image.Image) -> None:
     if mask.width * image.height != mask.height * image.width:
         raise DataError(
             "A mask has another shape than its image.",
@@ -208,20 +221,15 @@ def _check_mask(file: Path, mask: Image.Image, image: Image.Image) -> None:
             got=f"{mask.width} x {mask.height}",
             fix="make the mask as large as its image",
         )
-    brightest = int(np.asarray(mask.convert("L")).max())
-    if brightest < 128:  # where diffusers cuts
-        raise DataError(
-            "A mask marks nothing.",
-            where=file,
-            expected="white where the image is to be painted anew",
-            got=f"at most {brightest} of 255; what is transparent counts as black",
-            fix="paint that area white",
-        )
 
 
 def _opened(file: Path, size: tuple[int, int], behind: int = 255) -> Image.Image:
     levels = prepare_image(_read(file, behind)[1], resolution=size, crop="center", flip=False).levels
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
+
+
+def _opened_mask(file: Path, size: tuple[int, int]) -> Image.Image:
+    return _opened(file, size, behind=0).convert("L")  # what is transparent is not marked: black
 
 
 def _load_controlnet(folder: Path, model: Model) -> Any:

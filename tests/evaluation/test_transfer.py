@@ -142,6 +142,36 @@ def test_a_mask_is_what_is_white_and_not_transparent(tiny_model: Path, given: Pa
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
 
+@pytest.mark.parametrize(("white", "paints"), [((0, 7), False), ((10, 14), False), ((16, 20), True), ((64, 80), True)])
+def test_a_mask_is_taken_where_diffusers_paints_by_it(
+    tiny_model: Path, given: Path, tmp_path: Path, white: tuple[int, int], paints: bool
+) -> None:
+    """Columns 8 to 71 become 32 pixels, of which the latents' mask has every fourth."""
+    folder = shutil.copytree(given, tmp_path / "given")
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawn(mask: Image.Image) -> np.ndarray:
+        mask.save(folder / "1-mask.png")
+        own = {"image": fitted(folder / "1.png"), "mask_image": fitted(folder / "1-mask.png")}
+        noise = torch.Generator().manual_seed(0)
+        return np.asarray(pipeline("a", **own, num_inference_steps=1, height=32, width=32, generator=noise).images[0])
+
+    def white_columns(first: int, end: int) -> Image.Image:
+        mask = Image.new("L", (80, 64))
+        mask.paste(255, (first, 0, end, 64))
+        return mask
+
+    assert np.array_equal(drawn(white_columns(0, 0)), drawn(white_columns(*white))) != paints
+    settings = EvaluateSettings(inpaint=str(folder), inference_steps=1)
+    if paints:
+        assert generate(open_model(str(tiny_model)), PROMPTS[1:], settings, tmp_path / "out").num_new == 1
+    else:
+        with pytest.raises(DataError, match=r"marks nothing[\s\S]*1-mask\.png"):
+            generate(open_model(str(tiny_model)), PROMPTS[1:], settings, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
