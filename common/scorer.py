@@ -4,17 +4,20 @@ Scorers are plugins in the entry-point group `inpo.scorers`: ours and a user's o
 name without importing the package that defines them.
 """
 
+import math
+import re
 from collections.abc import Sequence
-from importlib.metadata import entry_points
-from typing import Protocol, runtime_checkable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64
 from PIL import Image
 
-from inpo.common.errors import UsageError
+from inpo.common.errors import InpoError, UsageError
 
 GROUP = "inpo.scorers"
+_NAME = re.compile(r"[^/\\*?\[\]]{1,100}")
 _ROUNDING = 16 * float(np.finfo(np.float32).eps)
 """Of a score's size: what another batch size was seen to change, 4 steps of float32, and some more."""
 
@@ -47,29 +50,57 @@ def scorer_names() -> list[str]:
 
 def load_scorer(name: str) -> Scorer:
     """Load a scorer by its entry-point name. Raises UsageError listing the names there are, and for a package that
-    cannot be imported or has another name for it."""
+    cannot be used: one that fails, or whose class is not what a scorer is."""
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             try:
-                kind = entry.load()
-            except (ImportError, AttributeError) as error:
+                scorer: Scorer = entry.load()()
+            except (InpoError, MemoryError):
+                raise
+            except Exception as error:  # whatever that package raises
                 raise UsageError(
-                    "The scorer's package cannot be imported.",
+                    "The scorer's package cannot be used.",
                     where=f"{name} = {entry.value}",
-                    expected="a class that its entry point names",
+                    expected="a class that its entry point names, and that takes no arguments",
                     got=f"{type(error).__name__}: {error}",
                     fix="install what that package needs, or correct it",
                 ) from error
-            scorer: Scorer = kind()
-            if getattr(scorer, "name", None) != name:  # its files of scores would have a name that nobody asks for
-                raise UsageError(
-                    "The scorer has another name than its entry point.",
-                    where=f"{name} = {entry.value}",
-                    expected=f"name = {name!r} in that class",
-                    got=getattr(scorer, "name", None),
-                    fix="give both the same name in the scorer's package",
-                )
+            _check(scorer, entry)
             return scorer
     raise UsageError(
         "Unknown scorer.", where="--scorer", expected=", ".join(scorer_names()), got=name, fix="choose one"
     )
+
+
+def _check(scorer: Any, entry: EntryPoint) -> None:
+    name, own, temperature = entry.name, getattr(scorer, "name", None), getattr(scorer, "preference_temperature", 1.0)
+    for right, what, expected, got in (
+        # Its files of scores would have a name that nobody asks for, or cannot have it.
+        (own == name, "The scorer has another name than its entry point.", f"name = {name!r} in that class", own),
+        (
+            _NAME.fullmatch(name),
+            "The scorer's name cannot be part of a file's name.",
+            "at most 100 signs, none of them / \\ * ? [ or ]",
+            name,
+        ),
+        (
+            callable(getattr(scorer, "score", None)),
+            "The scorer does not score.",
+            "a method score(images, prompts) in that class",
+            type(scorer).__name__,
+        ),
+        (
+            isinstance(temperature, int | float | np.floating) and 0 < temperature < math.inf,
+            "The scorer's temperature must be above 0 and finite.",
+            "preference_temperature = 0.01, for instance, in that class, or none",
+            temperature,
+        ),
+    ):
+        if not right:
+            raise UsageError(
+                what,
+                where=f"{name} = {entry.value}",
+                expected=expected,
+                got=got,
+                fix="correct it in the scorer's package",
+            )

@@ -32,6 +32,32 @@ class CoarseScorer(RedScorer):
     def score(self, images, prompts):
         return super().score(images, prompts) // 100
 
+class BlueScorer(RedScorer):
+    name = "org/blue"
+
+class WideScorer(RedScorer):
+    name = "red*"
+
+class ColdScorer(RedScorer):
+    name = "cold"
+    preference_temperature = 0
+
+class HotScorer(RedScorer):
+    name = "hot"
+    preference_temperature = float("nan")
+
+class WordyScorer(RedScorer):
+    name = "wordy"
+    preference_temperature = "1"
+
+class MuteScorer:
+    name = "mute"
+
+class ShyScorer(RedScorer):
+    name = "shy"
+    def __init__(self):
+        raise RuntimeError("no weights in this place")
+
 class BrokenScorer:
     name = "broken"
     def score(self, images, prompts):
@@ -51,15 +77,19 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that is not ours, as pip would leave it, with four scorers."""
+    """A package that is not ours, as pip would leave it, with four scorers, and some that are none."""
     site = tmp_path / "site"
     info = site / "red_scorers-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "red_scorers.py").write_text(PLUGIN)
+    (site / "raising_package.py").write_text("raise ValueError('no such device')")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: red-scorers\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[inpo.scorers]\nred = red_scorers:RedScorer\nbroken = red_scorers:BrokenScorer\n"
         "dark = red_scorers:DarkScorer\ncoarse = red_scorers:CoarseScorer\n"
+        "org/blue = red_scorers:BlueScorer\nred* = red_scorers:WideScorer\nmute = red_scorers:MuteScorer\n"
+        "cold = red_scorers:ColdScorer\nhot = red_scorers:HotScorer\nwordy = red_scorers:WordyScorer\n"
+        "shy = red_scorers:ShyScorer\nraising = raising_package:Scorer\n"
         "alias = red_scorers:RedScorer\nlost = red_scorers:LostScorer\nabsent = no_such_package:Scorer\n"
     )
     monkeypatch.syspath_prepend(str(site))

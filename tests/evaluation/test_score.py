@@ -143,7 +143,20 @@ def test_help_shows_what_stands_in_brackets(command: str, shown: str) -> None:
 
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize(
-    ("name", "said"), [("alias", "another name"), ("lost", "LostScorer"), ("absent", "no_such_package")]
+    ("name", "said"),
+    [
+        ("alias", "another name"),
+        ("lost", "LostScorer"),
+        ("absent", "no_such_package"),
+        ("raising", "ValueError: no such device"),
+        ("shy", "RuntimeError: no weights in this place"),
+        ("mute", r"score\(images, prompts\)"),
+        ("org/blue", "file's name"),
+        ("red*", "file's name"),
+        ("cold", r"temperature[\s\S]*got: +0\n"),
+        ("hot", r"temperature[\s\S]*got: +nan\n"),
+        ("wordy", "temperature"),
+    ],
 )
 def test_a_scorer_that_is_registered_wrongly_is_refused(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
