@@ -35,7 +35,7 @@ def main() -> None:
     phases = {"main": _main, "answer": _answer, "more": _more}
     parser.add_argument("--until", choices=list(phases), default="main", help="the last kind of runs to make")
     parser.add_argument("--grid", action="store_true", help="choose all rates and strengths again, by grids made here")
-    parser.add_argument("--long", action="store_true", help="eight seeds beside those of the main tables in the document")
+    parser.add_argument("--long", action="store_true", help="eight more seeds for the main tables of the document")
     parser.add_argument("--flow", action="store_true", help="the toy world's flow in place of its UNet")
     options = parser.parse_args()
     length = c.FLOW if options.flow else c.SHORT

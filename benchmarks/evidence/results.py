@@ -106,11 +106,12 @@ def merged(known: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
 def difference(known: Mapping[str, Mapping[str, Any]], made: Mapping[str, Mapping[str, Any]]) -> str:
     """How far rows are from the document's of the same setting, seed by seed."""
     alike = {name: row for name, row in made.items() if name in known and is_alike(known[name], row)}
-    apart = [0.0]
+    apart = []
     for name, row in alike.items():
         here, there = _by_seed(row), _by_seed(known[name])
         apart += [abs(here[each] - there[each]) for each in here.keys() & there.keys()]
-    return f"{len(alike)} of {len(made)} rows are in the document; their figures differ by {max(apart):g} at most."
+    told = f"{len(apart)} figures of the same seeds differ by {max(apart):g} at most" if apart else "no seed is in both"
+    return f"{len(alike)} of {len(made)} rows are in the document; {told}."
 
 
 def _by_seed(row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:

@@ -39,7 +39,7 @@ from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheCorrupt, CacheError, CacheSchemaError
 
 _LOOKED_AT = 8
-"""Commits that are held against the manifest before a run: so many at least, if there are, and less than twice so many."""
+"""Commits that are held against the manifest before a run: as many at least, and less than twice as many."""
 _FILES_IN_PARTS = frozenset(spec.chunk_file for spec in ARRAYS if spec.chunking != "whole")
 
 

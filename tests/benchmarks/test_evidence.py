@@ -68,10 +68,16 @@ def test_rows_of_another_setting_take_the_place_of_the_documents():
 def test_rows_are_held_against_the_document_seed_by_seed():
     known = {"same": row([1, 2, 3], [0.5, 0.6, 0.7]), "other rate": row([1], [0.1])}
     made = {"same": row([2, 4], [0.6, 9.0]), "other rate": row([1], [0.9], 2e-5), "new": row([1], [0.9])}
-    assert r.difference(known, made) == "1 of 3 rows are in the document; their figures differ by 0 at most."
+    assert (
+        r.difference(known, made) == "1 of 3 rows are in the document; 6 figures of the same seeds differ by 0 at most."
+    )
     made["same"] = row([2, 4], [0.85, 9.0])
-    assert r.difference(known, made) == "1 of 3 rows are in the document; their figures differ by 0.25 at most."
-    assert r.difference({}, made).startswith("0 of 3")
+    assert (
+        r.difference(known, made)
+        == "1 of 3 rows are in the document; 6 figures of the same seeds differ by 0.25 at most."
+    )
+    assert r.difference({"same": row([3], [0.7])}, made) == "1 of 3 rows are in the document; no seed is in both."
+    assert r.difference({}, made) == "0 of 3 rows are in the document; no seed is in both."
 
 
 def test_more_seeds_halve_an_interval():

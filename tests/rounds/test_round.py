@@ -122,8 +122,8 @@ def test_a_folder_that_other_rounds_are_made_in(recipe: Callable, tmp_path: Path
         with pytest.raises(UsageError, match="Another run is writing here"):
             run_rounds(resolve_rounds(file, {}))
         assert [each.name for each in (tmp_path / "rounds").iterdir()] == [".lock"]
+    (tmp_path / "rounds" / "mine.txt").touch()
     with pytest.raises(UsageError, match="holds something else"):
-        (tmp_path / "rounds" / "mine.txt").touch()
         run_rounds(resolve_rounds(file, {}))
 
 
