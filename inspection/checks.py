@@ -24,7 +24,7 @@ from inpo.common.cache.committed import CommittedArrays
 from inpo.common.cache.derive import derive_x_t
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
-from inpo.common.errors import CacheSchemaError, InpoError
+from inpo.common.errors import CacheSchemaError, InpoError, StorageError
 
 TEXTS = f"{TextCommit.arrays}/"
 """Begins the name of a text shard among those of all shards."""
@@ -86,6 +86,8 @@ class ShardResult:
     bytes_read: int = 0
     is_whole: bool = True
     """False once an array could not be read."""
+    refusal: StorageError | None = None
+    """What the disk or the store said where it refused: whether the shard is sound is not known then."""
 
     def bad(self, check: str, detail: str) -> None:
         """One finding per check and text: the same damage met again says nothing new."""
@@ -173,10 +175,15 @@ def _read(
 ) -> np.ndarray | None:
     """A stored array (latents in slices), or None with a finding.
 
-    Without one where it is the text shard that it points into that cannot be read: that is a finding of its own.
+    Without one where it is the text shard that it points into that cannot be read: that is a finding of its own. And
+    where the store refuses: who could not look has found nothing.
     """
     try:
         return arrays.read_stored(path, rows)
+    except StorageError as error:
+        result.refusal = result.refusal or error
+        result.is_whole = False
+        return None
     except InpoError as error:
         if not str(error.where).startswith(arrays.location):
             return None

@@ -121,8 +121,8 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Read every byte and check everything that follows from it. Exit code 1 names each bad shard, or says that nothing
-    is committed.
+    """Read every byte and check everything that follows from it. Exit code 1 names each shard that is bad or that could
+    not be read, or says that nothing is committed.
 
     With --model, the model that made the cache, a sample is inverted again and compared.
     """
@@ -152,7 +152,9 @@ def verify(
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
         print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
-    if found.findings or not found.num_shards:
+    if found.not_checked:
+        print("a disk or a store refused what is not checked: mend that, then verify again; it may be sound, and stays")
+    if found.findings or found.not_checked or not found.num_shards:
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
 """What must hold of the documents beside the shards: lists of skipped rows, configurations, label sets."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from inpo.common.cache import Cache
 from inpo.common.cache.commits import skipped_rows
@@ -60,11 +60,12 @@ def check_configurations(cache: Cache, files: Mapping[str, int]) -> tuple[int, l
     return len(names), findings
 
 
-def check_labels(cache: Cache) -> tuple[int, list[Finding]]:
-    """(labels looked at, findings) over every label set. Making a shard again cures no label, so none is `remake`."""
+def check_labels(cache: Cache, not_checked: Collection[str]) -> tuple[int, list[Finding]]:
+    """(labels looked at, findings) over every label set, but for shards that the store refused. Making a shard again
+    cures no label, so none is `remake`."""
     num_checked, findings = 0, []
     for name in label_sets(cache.store):
-        for shard in cache:
+        for shard in (each for each in cache if each.name not in not_checked):
             try:
                 labels = read_shard_labels(cache.store, name, shard.name)
                 if labels is None:  # a set may be begun and not finished

@@ -49,6 +49,8 @@ class Verification:
     """Checks that this cache, or this call, does not allow, and why."""
     attempts: dict[str, str | None]
     """The committed attempt of each shard, images and texts, as it was when the check began."""
+    not_checked: dict[str, StorageError] = field(default_factory=dict)
+    """Shards of which a disk or a store refused a part: they may be sound."""
     notes: list[str] = field(default_factory=list)
     """What is not a fault in itself, and what cannot be known from what lies here."""
     reinverted: dict[str, float] = field(default_factory=dict)
@@ -104,7 +106,8 @@ def verify(
     files = cache.store.listing("")
     num_checked["skipped"], skipped_findings = check_skipped(cache)
     num_configurations, configuration_findings = check_configurations(cache, files)
-    labelled, label_findings = check_labels(cache)
+    not_checked = {result.shard: result.refusal for result in (*text_results, *results) if result.refusal is not None}
+    labelled, label_findings = check_labels(cache, not_checked)
     findings += skipped_findings + configuration_findings + label_findings
     findings += labels_without_commit(cache, files, unreadable)
     for name, count in (("labels", labelled), ("configurations", num_configurations)):
@@ -120,6 +123,7 @@ def verify(
         findings=findings,
         impossible=_impossible(cache, files, has_model=model is not None),
         attempts=attempts,
+        not_checked=not_checked,
         notes=notes_of(cache, files, unreadable),
     )
     if model is not None:
@@ -212,7 +216,7 @@ def _texts_unlike(cache: Cache, results: list[ShardResult]) -> list[Finding]:
 def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verification) -> None:
     """Invert a sample of the healthy shards' pairs again and compare."""
     table = read_pair_table(cache)
-    bad = set(verification.bad_shards)
+    bad = {*verification.bad_shards, *verification.not_checked}
     healthy = [
         index
         for index, name in enumerate(table.shard_names)
@@ -253,8 +257,9 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
 def quarantine(location: str, verification: Verification) -> list[str]:
     """Move the commits of shards that making again would cure to CACHE/quarantine/. Returns their names.
 
-    A commit that is not the one checked, or that was made under another manifest, stays. Raises CacheCorrupt, and moves
-    nothing, if it is the manifest that was edited: then every commit is right.
+    A commit that is not the one checked, that was made under another manifest, or of a shard that could not be checked
+    whole, stays. Raises CacheCorrupt, and moves nothing, if it is the manifest that was edited: then every commit is
+    right.
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
@@ -266,7 +271,7 @@ def quarantine(location: str, verification: Verification) -> list[str]:
             fix="restore manifest.json from a copy",
         )
     moved = []
-    for name in sorted({finding.shard for finding in verification.findings if finding.remake}):
+    for name in sorted({each.shard for each in verification.findings if each.remake} - verification.not_checked.keys()):
         attempt = _attempt_now(cache.store, name)
         if attempt is None or attempt != verification.attempts.get(name) or _is_of_another_manifest(cache, name):
             continue
@@ -301,6 +306,6 @@ def _is_of_another_manifest(cache: Cache, name: str) -> bool:
     kind, path = _commit_of(name)
     try:
         commit = kind.from_json(cache.store.get(path) or b"", path)
-    except InpoError:
+    except CacheError:
         return False
     return commit.manifest != digest(cache.store.get(MANIFEST) or b"")

@@ -31,7 +31,8 @@ def show(verification: Verification, console: Console) -> None:
     found = {finding.check for finding in verification.findings}
     for name in CHECKS:
         if name not in verification.num_checked and verification.num_pairs and name not in found:
-            why = verification.impossible.get(name, "what it needs is damaged")
+            unread = "what it needs could not be read" if verification.not_checked else "what it needs is damaged"
+            why = verification.impossible.get(name, unread)
             console.print(f"[dim]not checked: {name}, {why}[/dim]", highlight=False, soft_wrap=True)
     change = verification.reinverted
     if change:
@@ -44,18 +45,21 @@ def show(verification: Verification, console: Console) -> None:
     for finding in verification.findings:
         console.print(f"[bold red]{escape(finding.shard)}[/bold red]  {finding.check}: ", end="", highlight=False)
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+    for shard, error in sorted(verification.not_checked.items()):
+        console.print(f"[bold]{escape(shard)}[/bold]  not checked: ", end="", highlight=False)
+        console.print(f"{error.what} In: {error.where}", markup=False, highlight=False, soft_wrap=True)
     for note in verification.notes:
         console.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
-    bad_shards = verification.bad_shards
     if not verification.num_shards and not verification.num_texts:
         console.print("nothing is committed yet: there was nothing to read", highlight=False)
         return
     if not verification.num_shards:
         console.print("no pair is committed yet: there are texts alone", highlight=False)
+    counted = (("bad", verification.bad_shards), ("not checked", sorted(verification.not_checked)))
+    verdicts = [f"{len(names)} {what}: {', '.join(names)}" for what, names in counted if names]
     console.print(
         f"{verification.num_shards:,} shards, {verification.num_pairs:,} pairs, {verification.num_texts:,} text "
-        f"shards, {human_bytes(verification.bytes_read)} read: "
-        + (f"{len(bad_shards)} bad: {', '.join(bad_shards)}" if bad_shards else "all sound"),
+        f"shards, {human_bytes(verification.bytes_read)} read: {'; '.join(verdicts) or 'all sound'}",
         markup=False,
         highlight=False,
         soft_wrap=True,
