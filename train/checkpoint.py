@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from inpo.common.cache.document import check_seal, load, sealed
 from inpo.common.durable import new_folder, remove, storage_errors
-from inpo.common.errors import CacheError, TrainingError, UsageError
+from inpo.common.errors import CacheError, StorageError, TrainingError, UsageError
 from inpo.common.state_files import read_state, write_state
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -278,8 +278,8 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
     """The checkpoint that `--resume` means: auto (the last whole one, or none), never, or a path.
 
     Raises UsageError if there is none where one must be or one where none may be, and TrainingError if there are
-    checkpoints but none is whole. A damaged one that is passed over is named through `say`. A path's is refused where
-    there are checkpoints of another run.
+    checkpoints but none is whole, StorageError if one cannot be looked at. A damaged one that is passed over is named
+    through `say`. A path's is refused where there are checkpoints of another run.
     """
     found = list_checkpoints(folder)
     if resume == "never":
@@ -323,8 +323,7 @@ def choose(resume: str, folder: Path, *, say: Callable[[str], None]) -> Checkpoi
 
 
 def _refuse_another(document: RunDocument, path: Path, found: Sequence[Path]) -> None:
-    """Raise UsageError if one of the output folder's checkpoints is of another run than the one that goes on: its
-    later ones would be removed, and the metrics of both would stand in one file."""
+    """Raise UsageError if a checkpoint in the output folder is another run's: later ones would be removed."""
     for each in found:
         there = _document(each)
         if isinstance(there, RunDocument) and there.identity != document.identity:
@@ -338,7 +337,8 @@ def _refuse_another(document: RunDocument, path: Path, found: Sequence[Path]) ->
 
 
 def _document(path: Path) -> RunDocument | str:
-    """The checkpoint's document if it is the one that was written, else what is wrong."""
+    """The checkpoint's document if it is the one that was written, else what is wrong. Raises StorageError where the
+    disk refuses: a checkpoint that is passed over is removed later, and this one may be whole."""
     try:
         data = load((path / STATE).read_bytes(), STATE)
         check_seal(data, STATE, what=STATE, fix="")
@@ -346,7 +346,18 @@ def _document(path: Path) -> RunDocument | str:
     except (CacheError, ValidationError, RecursionError):
         return f"{STATE} is not the one that was written"
     except OSError as error:
+        return _missing(error, path)
+
+
+def _missing(error: OSError, path: Path) -> str:
+    """What a checkpoint lacks. Raises StorageError if that cannot be known."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return f"{Path(error.filename or STATE).name}: {error.strerror}"
+    raise StorageError(
+        f"A checkpoint could not be read: {error.strerror}.",
+        where=error.filename or path,
+        fix="bring the disk back or mend the mode, then run the same command again; or pass another --resume PATH",
+    ) from error
 
 
 def _verified(path: Path) -> RunDocument | str:
@@ -359,7 +370,7 @@ def _verified(path: Path) -> RunDocument | str:
             seals = pool.map(_seal, [path / name for name in document.files])
             wrong = [name for (name, seal), now in zip(document.files.items(), seals, strict=True) if seal != now]
     except OSError as error:
-        return f"{Path(error.filename or STATE).name}: {error.strerror}"
+        return _missing(error, path)
     if wrong:
         return f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written"
     match, each = _NAME.fullmatch(path.name), document.identity.get("accumulate")

@@ -1,5 +1,6 @@
 """A checkpoint is used whole or not at all: damage falls back to the one before, by name; nothing in it is code."""
 
+import errno
 import json
 import os
 import pickle
@@ -170,6 +171,17 @@ def test_a_document_that_is_none_falls_back(copied: Path, text: str) -> None:
     assert found is not None
     assert found.step == 4
     assert f"{LAST} is damaged" in lines[0]
+
+
+def test_one_that_could_not_be_looked_at_is_not_passed_over(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be removed once newer ones are there."""
+
+    def refuse(file: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(checkpoint, "_seal", refuse)
+    with pytest.raises(StorageError, match=rf"(?s)Permission denied.*{LAST}.*--resume PATH"):
+        said("auto", copied / "checkpoints")
 
 
 def test_none_whole_is_an_error_that_names_them(copied: Path, run: Callable[..., Path]) -> None:
