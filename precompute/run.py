@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from inpo.common.recipe import read_recipe
 from inpo.common.space import human_bytes
 from inpo.precompute.configuration import Configuration, check_ray, configure
 from inpo.precompute.engines.local import run_local
+from inpo.precompute.engines.waiting_room import WaitingRoom
 from inpo.precompute.inputs import committed_shards, named_texts, print_inputs
 from inpo.precompute.like import all_works
 from inpo.precompute.phases import Phase
@@ -34,7 +36,7 @@ from inpo.precompute.plan import check_disk, print_plan
 from inpo.precompute.settings import RayOptions
 from inpo.precompute.tasks import ShardTask, split
 from inpo.precompute.texts import TextTable, list_texts
-from inpo.precompute.works import Work
+from inpo.precompute.works import Work, check_agreed
 
 
 def run_precompute(
@@ -46,8 +48,9 @@ def run_precompute(
     ray_options: RayOptions,
     dry_run: bool,
 ) -> int:
-    """Run (or only plan) a precompute. Returns the exit code: 1 if an input shard could not be read, if committed
-    shards are left without their texts, or if the source has no pair at all; its empty commits are taken back then."""
+    """Run (or only plan) a precompute. Returns the exit code, in every process the same: 1 if an input shard could not
+    be read or another source's shards have its name, if shards are not committed at the end or are without their texts,
+    or if the source has no pair at all; its empty commits are taken back then."""
     resolved = configure(recipe, model_flags, data_flags, flags)
     settings = resolved.settings
     resolved.data.need("cache")
@@ -86,6 +89,9 @@ def run_work(
     committed = committed_shards(cache, manifest)
     work, foreign = work.own(committed)
     unreadable = [*unreadable, *foreign]
+    room = WaitingRoom(state)
+    if state.num_processes > 1:
+        check_agreed(work, unreadable, room)
     if not work.tasks:
         for error in unreadable if is_main else ():
             fail(error)
@@ -104,28 +110,48 @@ def run_work(
     writer = CacheWriter.open(cache, manifest)
     work.claim(writer, committed)
     with log_file(Path(writer.store.location) if is_main and not writer.store.remote else None):
-        return _make(work, model, writer, unreadable, committed, recipe, ray_options=ray_options)
+        code = _make(work, model, writer, room, unreadable, committed, recipe, ray_options=ray_options)
+        # The first process knows the code of all; a launcher stops the others once one of them has left.
+        return room.gathered(code)[0]
+
+
+@dataclass(kw_only=True)
+class _NotMade:
+    """Shards of a run that it did not make itself, by name."""
+
+    errors: dict[str, DataError] = field(default_factory=dict)
+    """Why: an input that cannot be read, or another source's commit."""
+    foreign: set[str] = field(default_factory=set)
+    """Those that another source has committed."""
+    num_lost_races: int = 0
+    """Those that another run has committed from the same source."""
+
+    def add(self, name: str, error: DataError) -> None:
+        """Each input's first error is told."""
+        if all(error.where != each.where for each in self.errors.values()):
+            fail(error)
+        self.errors[name] = error
 
 
 def _make(
     work: Work,
     model: Model,
     writer: CacheWriter,
+    room: WaitingRoom,
     unreadable: list[DataError],
     committed: set[str],
     recipe: Path | None,
     *,
     ray_options: RayOptions,
 ) -> int | None:
-    """Make the shards of one cache that are not `committed`. Returns as `run_work` does."""
+    """Make the shards of one cache that are not `committed`. Returns as `run_work` does, in the first process."""
     resolved, tasks, state = work.resolved, work.tasks, processes()
     settings, is_main = resolved.settings, state.is_main_process
     if is_main:
         writer.write_configuration(resolved.to_toml())
         for line in work.warnings(writer, committed):
             warn(line)
-    failures: list[DataError] = list(unreadable)
-    start, num_lost_races = time.perf_counter(), 0
+    not_made, start = _NotMade(), time.perf_counter()
 
     def carry_out(phase: Phase, tasks: Mapping[int, Task], done: set[str], unit: str) -> str:
         """Make what is not done yet; returns the time report."""
@@ -137,11 +163,15 @@ def _make(
         ) as progress:
 
             def on_outcome(outcome: Outcome) -> None:
-                nonlocal num_lost_races
-                num_lost_races += outcome.lost_race
-                if outcome.error is not None:
-                    failures.append(outcome.error)
-                    fail(outcome.error)
+                name, error = outcome.task.name, outcome.error
+                if phase.kind is Commit and outcome.commit is None and error is None:  # another's: of which source?
+                    error = next(iter(work.foreign({name}).values()), None)
+                    if error is not None:
+                        not_made.foreign.add(name)
+                if error is not None:
+                    not_made.add(name, error)
+                elif outcome.lost_race:
+                    not_made.num_lost_races += 1
                 progress.advance(outcome.task.num_rows)
 
             return make(phase, tasks, committed=done, on_outcome=on_outcome)
@@ -150,7 +180,7 @@ def _make(
         if is_main and pairs:
             writer.write_configuration(resolved.with_batch_size(pairs).to_toml())
 
-    with _engine(resolved, model, writer, ray_options, on_batch_size) as make:
+    with _engine(resolved, model, writer, room, ray_options, on_batch_size) as make:
         table, named = TextTable(writer), named_texts(writer)
         texts: Mapping[int, Task]
         if work.text_tasks is None:
@@ -165,16 +195,24 @@ def _make(
         if is_main and lost is not None:
             fail(lost)
         report = carry_out(work.images, dict(enumerate(tasks)), committed, "pairs")
-    if num_lost_races:
-        note(f"{num_lost_races} shards were committed by another writer first, and stay as it made them")
-    if is_main:
-        num_pairs = _print_summary(
-            writer, work, failures, time.perf_counter() - start, report, _next_command(resolved, recipe)
-        )
-        if num_pairs == 0:
-            _take_back(writer, tasks, committed)
-            return 1 if failures or lost is not None else None
-    return 1 if failures or lost is not None else 0
+    for rank, other in enumerate(room.gathered(not_made)):
+        if rank != state.process_index and is_main:
+            for name, error in other.errors.items():
+                not_made.add(name, error)
+            not_made.foreign |= other.foreign
+            not_made.num_lost_races += other.num_lost_races
+    if not is_main:
+        return 0
+    if not_made.num_lost_races:
+        note(f"{not_made.num_lost_races} shards were committed by another writer first, and stay as it made them")
+    left_out = {error.where for error in (*unreadable, *not_made.errors.values())}
+    seconds, next_command = time.perf_counter() - start, _next_command(resolved, recipe)
+    num_pairs, is_whole = _print_summary(writer, work, not_made, len(left_out), seconds, report, next_command)
+    failed = bool(left_out) or lost is not None or not is_whole
+    if num_pairs == 0:
+        _take_back(writer, [task for task in tasks if task.name not in not_made.errors], committed)
+        return 1 if failed else None
+    return 1 if failed else 0
 
 
 def _texts_lost(writer: CacheWriter, named: Mapping[str, tuple[str, ...]]) -> CacheIncomplete | None:
@@ -200,13 +238,14 @@ def _engine(
     resolved: Configuration,
     model: Model,
     writer: CacheWriter,
+    room: WaitingRoom,
     ray_options: RayOptions,
     on_batch_size: Callable[[int], None],
 ) -> Iterator[Callable[..., str]]:
     """What makes the tasks of a phase: make(phase, tasks, committed=..., on_outcome=...)."""
     settings = resolved.settings
     if settings.engine != "ray":
-        yield partial(run_local, model=model, writer=writer, settings=settings, on_batch_size=on_batch_size)
+        yield partial(run_local, model=model, writer=writer, settings=settings, room=room, on_batch_size=on_batch_size)
         return
     from inpo.precompute.engines.ray import ray_cluster, run_ray
 
@@ -232,11 +271,18 @@ def _named(folder: str) -> Path:
 
 
 def _print_summary(
-    writer: CacheWriter, work: Work, failures: list[DataError], seconds: float, report: str, next_command: str
-) -> int:
-    """The final table: what is committed now, what was skipped and why. Returns the number of pairs of these tasks."""
+    writer: CacheWriter,
+    work: Work,
+    not_made: _NotMade,
+    num_left_out: int,
+    seconds: float,
+    report: str,
+    next_command: str,
+) -> tuple[int, bool]:
+    """The final table: what is committed now of these tasks and this source, what was skipped and why. Returns the
+    number of pairs, and whether every task is committed of which no error tells."""
     tasks, cache = work.tasks, open_cache(writer.store.address, allow_empty=True)
-    names = {task.name for task in tasks}
+    names = {task.name for task in tasks} - not_made.foreign
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -261,17 +307,25 @@ def _print_summary(
         )
     for what, count in sorted(counts.items()):
         note(f"counted: {count} x {what}")
-    if failures:
-        warn(f"input shards left out: {len(failures)}; the others are done")
+    lacking = [task.name for task in tasks if task.name not in commits and task.name not in not_made.errors]
+    if num_left_out:
+        warn(f"input shards left out: {num_left_out}{'' if lacking else '; the others are done'}")
+    if lacking:
+        warn(
+            f"{len(lacking)} shards are not committed, {lacking[0]} first: another process moved or removed commits "
+            "meanwhile; run the same command again"
+        )
+    if num_pairs == 0 and not commits:  # why has been said
+        return 0, not lacking
     if num_pairs == 0:
         reasons = _reasons(writer, commits).lines({task.input_shard.name: task.input_shard for task in tasks}.values())
         what = "of this bucket" if work.title else "of this source"
         told = f"no pair was kept, so no shard that this run made {what} stays committed: {work.why_no_pair}"
         (warn if work.title else fail)("\n  ".join([told, *reasons]))  # the other buckets may have pairs
-        return 0
+        return 0, not lacking
     say(f"next: {command('inspect', 'summary', writer.store.location)}")
     say(f"next: {next_command}")
-    return num_pairs
+    return num_pairs, not lacking
 
 
 def _reasons(writer: CacheWriter, commits: Mapping[str, Commit]) -> Reasons:

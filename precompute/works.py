@@ -1,17 +1,20 @@
 """The caches that one command makes: one, or one for each bucket of image shapes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from inpo.common.cache import CacheWriter, Manifest
-from inpo.common.errors import DataError, command
+from inpo.common.cache.store import digest
+from inpo.common.errors import DataError, InpoError, command
 from inpo.common.log import note
 from inpo.common.models import Model
 from inpo.common.pairs import PairSource
 from inpo.common.sizes import size_text
 from inpo.precompute.buckets import bucket_sizes, sort_into_buckets
 from inpo.precompute.configuration import Configuration, build_manifest, device_type
+from inpo.precompute.engines.waiting_room import WaitingRoom
 from inpo.precompute.inputs import foreign_inputs, grouped, input_warnings, list_work
 from inpo.precompute.phases import IMAGES, TEXTS, Phase
 from inpo.precompute.pipeline import Task
@@ -67,12 +70,44 @@ class Work:
         """{input shard: what is wrong} for those whose shards in the cache are of another source."""
         return foreign_inputs(self.cache, self.tasks, committed)
 
+    def list_digest(self) -> str:
+        """Of the shards that are to be made, and of what they are made from."""
+        shards = {task.input_shard.name: task.input_shard for task in self.tasks}
+        told: list[Any] = [self.title, *((task.name, task.start, task.stop) for task in self.tasks)]
+        for name, shard in shards.items():
+            try:
+                told.append((name, shard.fingerprint()))
+            except InpoError:  # the run itself meets and reports it
+                continue
+        return digest(repr(told).encode())
+
     def claim(self, writer: CacheWriter, committed: set[str]) -> None:
         """Raise CacheMismatch if the shards that are committed depend on something else beside the manifest."""
 
     def warnings(self, writer: CacheWriter, committed: set[str]) -> list[str]:
         """What a user should know about the inputs."""
         return input_warnings(writer, self.tasks, committed)
+
+
+def check_agreed(work: Work, unreadable: Sequence[DataError], room: WaitingRoom) -> None:
+    """Raise DataError in every process of a run if they have found different lists of shards: each makes those of its
+    own list whose turn it is, and between two lists some would be made by nobody. `unreadable`: what each left out."""
+    rows = sum(task.num_rows for task in work.tasks)
+    found = f"{len(work.tasks)} shards of {rows} rows"
+    if unreadable:
+        found += f", without {len(unreadable)} input shards ({unreadable[0].where} first)"
+    lists: dict[str, tuple[list[int], str]] = {}
+    for rank, (digest_of_list, words) in enumerate(room.gathered((work.list_digest(), found))):
+        lists.setdefault(digest_of_list, ([], words))[0].append(rank)
+    if len(lists) > 1:
+        raise DataError(
+            "The processes of this run have found different pairs.",
+            where=work.source.place,
+            expected="one list of shards, of the same content, in all of them",
+            got="; ".join(f"process {', '.join(map(str, ranks[:8]))}: {words}" for ranks, words in lists.values()),
+            fix="wait until no file comes, goes or changes, see that every machine can read all of them, give all the "
+            "same options, then run the same command again: what is committed stays",
+        )
 
 
 def list_works(resolved: Configuration, model: Model, *, is_real: bool) -> tuple[list[Work], list[DataError]]:

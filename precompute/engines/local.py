@@ -3,28 +3,20 @@
 import contextlib
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import timedelta
-from typing import Any
-
-import torch.distributed
-from accelerate import PartialState
 
 from inpo.common.batch_size import MOST
 from inpo.common.cache import CacheWriter, Commit
 from inpo.common.choices import AUTO
-from inpo.common.errors import InpoError
 from inpo.common.models import Model
 from inpo.common.processes import processes
 from inpo.precompute.components import Share
+from inpo.precompute.engines.waiting_room import WaitingRoom
 from inpo.precompute.engines.watchdog import Watchdog
 from inpo.precompute.phases import Phase
 from inpo.precompute.pipeline import Outcome, Task, Timing, run_tasks
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.precompute.tasks import split
-
-_LONGEST_WAIT = timedelta(days=60)
 
 
 def run_local(
@@ -34,6 +26,7 @@ def run_local(
     model: Model,
     writer: CacheWriter,
     settings: PrecomputeSettings,
+    room: WaitingRoom,
     committed: set[str],
     on_outcome: Callable[[Outcome], None],
     on_batch_size: Callable[[int], None],
@@ -44,13 +37,12 @@ def run_local(
     tasks' numbers, so it does not depend on when a process looked. Nothing is loaded where there is nothing to do.
     """
     state = processes()
-    waiting_room = _WaitingRoom(state)
     numbers = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
     mine = [task for number, task in tasks.items() if number in numbers and task.name not in committed]
     timing = Timing()
 
     def least(pairs: int) -> int:
-        found = waiting_room.least(pairs)
+        found = min(room.gathered(pairs))
         if mine or found < MOST:  # not where nobody has anything to do
             on_batch_size(found)
         return found
@@ -71,7 +63,7 @@ def run_local(
         finally:
             worker.close()
     whole = Timing()
-    for each in waiting_room.meet(timing):
+    for each in room.gathered(timing):
         whole.merge(each)
     return whole.report() + (f", over {state.num_processes} processes" if state.num_processes > 1 else "")
 
@@ -88,43 +80,3 @@ def in_order(tasks: Iterable[Task], met_another_run: threading.Event) -> Iterato
             met_another_run.clear()
             random.SystemRandom().shuffle(left)
         yield left.pop(0)
-
-
-class _WaitingRoom:
-    """Where a process waits until all of them are done, which may be days after it was itself.
-
-    accelerate's own barrier gives up after ten minutes on GPUs (and blocks signals); this one is a gloo barrier with
-    a time limit of its own, polled, so that SIGTERM ends the waiting at once.
-    """
-
-    def __init__(self, state: PartialState) -> None:
-        self._group = (
-            torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
-        )
-
-    def least(self, number: int) -> int:
-        """The least of all processes' numbers; all of them call this. Raises InpoError if another process has gone."""
-        return min(self._gathered(number))
-
-    def meet(self, timing: Timing) -> list[Timing]:
-        """Wait for the others; everybody's timing. Raises InpoError if another process has gone."""
-        return self._gathered(timing)
-
-    def _gathered(self, mine: Any) -> list[Any]:
-        """What every process has, once all of them have come."""
-        if self._group is None:
-            return [mine]
-        found = [mine] * torch.distributed.get_world_size(self._group)
-        try:
-            barrier = torch.distributed.barrier(group=self._group, async_op=True)
-            while not barrier.is_completed():
-                time.sleep(0.1)
-            barrier.wait()
-            torch.distributed.all_gather_object(found, mine, group=self._group)
-        except RuntimeError as error:  # gloo: a connection was closed
-            raise InpoError(
-                "Another process of this run has ended before its work was done.",
-                got=str(error).splitlines()[0][:200],
-                fix="see that process's own message, then run the same command again: what is committed stays",
-            ) from error
-        return found
