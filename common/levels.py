@@ -107,6 +107,14 @@ class Levels:
                 fix="use the model's own scheduler; a flow is told by its pipeline's class (docs/models.md)",
             )
         config = getattr(scheduler, "config", {})
+        if config.get("timestep_type", "discrete") != "discrete":
+            raise ModelError(
+                "The scheduler tells the network other timesteps than 0, 1, 2, ...",
+                where=f"{name}.timestep_type",
+                expected="discrete",
+                got=config["timestep_type"],
+                fix="use a model that was trained on discrete timesteps",
+            )
         if config.get("rescale_betas_zero_snr", False):
             # diffusers patches the last entry to a tiny positive number; the sigma there is meaningless all the same.
             raise ModelError(

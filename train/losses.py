@@ -113,7 +113,8 @@ def mapo(error: Pairwise, reference_error: Pairwise, label: PerRecord, strength:
     """
     error, _ = oriented(error, reference_error, label)
     scaled = (MAPO_SLOPE * error).clamp(min=1e-12)
-    phi = scaled / torch.expm1(scaled)
+    # Not over expm1(scaled): at 177 and above its square, in the gradient, is infinite in float32.
+    phi = scaled * torch.exp(-scaled) / -torch.expm1(-scaled)
     return error[:, 0] - strength.parameter * F.logsigmoid(strength.beta * (phi[:, 0] - phi[:, 1]))
 
 

@@ -178,7 +178,7 @@ class PairsOfShard:
         kept = [(wanted is None or each in wanted) and each not in (unwanted or ()) for each in self.ids]
         self.usable &= np.array(kept, bool)[:, None]
         if not self.selection.soft and not self.selection.lists:
-            self.usable &= self.label != 0.5
+            self.usable &= self.label.astype(np.float32) != 0.5  # as the loss sees it
         if self.selection.timestep_range is not None:
             low, high = self.selection.timestep_range
             timestep = self.shard.read("timestep")[self.group]

@@ -69,8 +69,8 @@ class TrainSettings(Section):
     """The objective's own number beside beta; unset: poly's alpha 8, lambda of bdpo and snpo 0.9, linear's eta 0.001,
     dmpo's alpha 0.01, lair's lambda 0.5, kto's share of wins 0.5, smpo's gamma 10, mapo's weight 0.1."""
     sdpo: float | None = Field(None, ge=0, le=1)
-    """Diffusion-SDPO's mu: the lose side's gradient is scaled so that the win's error cannot rise to first order; more
-    is stricter; unset: off."""
+    """Diffusion-SDPO's mu: the lose side's gradient is scaled so that the win's error cannot rise to first order, while
+    the objective lowers it at all (ipo, capo and dmpo pull back beyond their aim); more is stricter; unset: off."""
     loss_space: LossSpace = "own"
     """What errors are of in the loss. own: what the network predicts, as the released codes of KTO, MaPO and diffusers
     have it; v: by 1 / abar more than noise, and of a flow its velocity."""

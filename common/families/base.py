@@ -126,8 +126,9 @@ class Family(ABC):
                 fix=f"inpainting and depth models are not supported; supported: {self.title}",
             )
         self.check_network(name, network)
-        if index.get("scheduler", [None, None])[1] is None:
-            raise ModelError("The pipeline has no scheduler.", where=name, fix=f"supported: {self.title}")
+        for part in ("scheduler", *self.text_encoders, *self.tokenizers):
+            if index.get(part, [None, None])[1] is None:
+                raise ModelError(f"The pipeline has no {part}.", where=name, fix=f"supported: {self.title}, with it")
         for component in self.tokenizers:
             # The libraries make an empty tokenizer of an empty folder, and fail much later.
             if not any((folder / component / file).is_file() for file in self.tokenizer_files):

@@ -30,15 +30,25 @@ class UNetFamily(Family):
     prefixes = PREFIXES
     # diffusers names the transformers alone; the norms between convolutions are what a compiler has most to fuse of.
     blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    addition: str | None = None
+    """What the UNet adds to the timestep's embedding."""
 
     def check_network(self, name: str, network: Config) -> None:
-        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
-            if network.get(key) is not None:
+        # Whatever diffusers' UNet can be conditioned on beside text; the distilled ones want their guidance embedded.
+        beside = (
+            "class_embed_type",
+            "num_class_embeds",
+            "encoder_hid_dim",
+            "encoder_hid_dim_type",
+            "time_cond_proj_dim",
+        )
+        for key, expected in (*((key, None) for key in beside), ("addition_embed_type", self.addition)):
+            if network.get(key) != expected:
                 raise ModelError(
-                    "The UNet takes other conditions than text.",
+                    "The UNet does not take this family's conditions, or not these alone.",
                     where=f"{name}: unet/config.json, {key}",
-                    expected="null",
-                    got=network[key],
+                    expected=expected or "null",
+                    got=network.get(key),
                     fix=f"supported: {self.title}",
                 )
         if not isinstance(network.get("cross_attention_dim"), int):

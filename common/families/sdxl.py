@@ -1,6 +1,7 @@
 """SDXL: a UNet under the states of two text encoders, a pooled one, and the image's sizes."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLInpa
 from torch import Tensor
 
 from inpo.common.cache.schema import ConditionSpec
+from inpo.common.errors import ModelError
 from inpo.common.families.base import EMBEDDING, POOLED, Config, State
 from inpo.common.families.lora import Original
 from inpo.common.families.original_layout import clip_keys, component_keys, open_clip_keys, unet_layer
@@ -25,6 +27,7 @@ class StableDiffusionXL(UNetFamily):
     controlled = StableDiffusionXLControlNetPipeline
     inpainted = StableDiffusionXLInpaintPipeline
     unneeded = {"image_encoder": None, "feature_extractor": None}
+    addition = "text_time"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     conditions = {
@@ -46,9 +49,28 @@ class StableDiffusionXL(UNetFamily):
         mean, deviation = (torch.tensor(each, device=vae.device)[:, None, None] for each in statistics)
         return mean, vae.config.scaling_factor / deviation
 
+    def check(self, *, name: str, folder: Path, index: Config, network: Config, vae: Config) -> None:
+        if index.get("requires_aesthetics_score"):
+            raise ModelError(
+                "The UNet is conditioned on an aesthetic score.",
+                where=f"{name}: model_index.json, requires_aesthetics_score",
+                expected="false",
+                got="true",
+                fix=f"supported: {self.title}; refiners are not",
+            )
+        super().check(name=name, folder=folder, index=index, network=network, vae=vae)
+
     def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
-        unet = config("unet")
-        pooled = int(unet["projection_class_embeddings_input_dim"]) - 6 * int(unet["addition_time_embed_dim"])
+        unet, pooled = config("unet"), int(config("text_encoder_2")["projection_dim"])
+        expected = pooled + 6 * int(unet["addition_time_embed_dim"])
+        if unet["projection_class_embeddings_input_dim"] != expected:
+            raise ModelError(
+                "The UNet's added conditions are not the pooled state and six sizes.",
+                where="unet/config.json, projection_class_embeddings_input_dim",
+                expected=expected,
+                got=unet["projection_class_embeddings_input_dim"],
+                fix=f"supported: {self.title}",
+            )
         return super().lengths(config) | {"pooled": (pooled,), "time_ids": (6,)}
 
     def encode(

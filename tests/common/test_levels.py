@@ -54,6 +54,8 @@ def test_schedules_that_the_equations_do_not_hold_for_are_refused():
         Levels.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ModelError, match="zero-terminal-SNR"):
         Levels.from_scheduler(diffusers.DDIMScheduler(**SD15, rescale_betas_zero_snr=True))
+    with pytest.raises(ModelError, match=r"(?s)timestep_type.*continuous"):
+        Levels.from_scheduler(diffusers.EulerDiscreteScheduler(**SD15, timestep_type="continuous"))
     for table, message in [([0.9, 0.5, 0.0], "zero-terminal"), ([0.5, 0.9], "decreasing"), ([1.0, 0.5], "decreasing")]:
         with pytest.raises(ModelError, match=message):
             Levels.from_alphas_cumprod(torch.tensor(table))

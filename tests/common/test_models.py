@@ -205,6 +205,9 @@ def test_the_command_that_fetches_a_configuration_is_one_that_the_hubs_client_ta
         ("class_embed_type", "projection"),
         ("num_class_embeds", 10),
         ("encoder_hid_dim", 32),
+        ("encoder_hid_dim_type", "text_proj"),
+        ("time_cond_proj_dim", 32),
+        ("addition_embed_type", "text"),
         ("cross_attention_dim", [8, 8]),
     ],
 )
@@ -213,6 +216,31 @@ def test_a_unet_that_takes_other_conditions_is_refused_by_name(model_copy, name,
     message = refusal(model_copy)
     assert name in message
     assert str(value) in message
+
+
+def test_an_sdxl_of_another_kind_is_refused(tiny, tmp_path):
+    """As its refiner is: no first encoder, a score among its numbers."""
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "model")
+    index = (folder / "model_index.json").read_text()
+    for name in ("text_encoder", "tokenizer"):
+        change(folder / "model_index.json", **{name: [None, None]})
+        assert f"The pipeline has no {name}." in refusal(folder)
+        (folder / "model_index.json").write_text(index)
+    change(folder / "model_index.json", requires_aesthetics_score=True)
+    assert "requires_aesthetics_score" in refusal(folder)
+    (folder / "model_index.json").write_text(index)
+    change(folder / "unet/config.json", addition_embed_type=None)
+    assert "addition_embed_type" in refusal(folder)
+
+
+def test_an_sdxl_whose_added_numbers_are_others_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "model")
+    file = folder / "unet/config.json"
+    width = json.loads(file.read_text())["projection_class_embeddings_input_dim"]
+    change(file, projection_class_embeddings_input_dim=width - 8)
+    with pytest.raises(ModelError, match="projection_class_embeddings_input_dim") as caught:
+        (model := open_model(str(folder))).family.lengths(model.config)
+    assert str(width) in str(caught.value)
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):

@@ -256,6 +256,19 @@ def test_what_is_reported_beside_the_loss() -> None:
     np.testing.assert_allclose(result.lose_advantage, [-0.2, 0.0, 0.0], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_error_is_too_large_for_a_gradient(name: str) -> None:
+    reference = torch.full((1, 2), 0.2)
+    for value in (0.0, 100.0, 1e4, 1e8):
+        for sides in ([value, 0.1], [0.1, value], [value, value]):
+            error = torch.tensor([sides], requires_grad=True)
+            loss = of(name, error, reference, torch.ones(1), OBJECTIVES[name].beta).loss
+            loss.sum().backward()
+            assert error.grad is not None
+            assert loss.isfinite().all(), sides
+            assert error.grad.isfinite().all(), sides
+
+
 @pytest.mark.parametrize("name", ["inpo", "listwise"])
 def test_an_error_that_is_not_a_number_has_no_accuracy(name: str) -> None:
     """And is not that of a record whose sides are alike."""

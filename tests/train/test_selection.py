@@ -129,6 +129,14 @@ def test_a_label_may_differ_between_a_pairs_records(world: Any, tmp_path: Path) 
         index_of(other, labels="given")
 
 
+def test_a_label_that_float32_has_as_a_tie_is_one(world: Any, tmp_path: Path) -> None:
+    """The loss turns a pair by its label in float32, where this one prefers neither side."""
+    location = world.cache(tmp_path / "c", shards=(3,))
+    give(location, lambda number: PairLabel(scores=None, label=(0.4, 0.49999999, 0.5)[number]))
+    (part,) = index_of(location, labels="given").training
+    assert part.label.tolist() == pytest.approx([0.4])
+
+
 def test_labels_that_are_0_or_1_at_every_record_are_hard_whatever_their_mean(
     world: Any, run: Callable[..., Path], tmp_path: Path
 ) -> None:
