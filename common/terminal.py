@@ -3,6 +3,7 @@
 A prompt, an id or a file's name may hold codes that a terminal obeys: the front door puts this between them.
 """
 
+import io
 import re
 import sys
 from collections.abc import Iterable
@@ -36,5 +37,9 @@ class _EscapingStream:
 
 
 def escape_streams() -> None:
-    """From here on standard output and error escape what is printed, whoever prints it."""
+    """From here on standard output and error escape what is printed, whoever prints it. What the terminal's encoding
+    has no sign for is escaped too, as Python does on standard error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _EscapingStream(sys.stdout), _EscapingStream(sys.stderr)

@@ -16,13 +16,15 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "zarr"
 _OPTIONAL = {
     "ray": "precompute --engine ray",
     "wandb": "train --tracker wandb",
-    "open_clip": "the scorer hpsv2, hpsv21",
-    "ImageReward": "the scorer imagereward",
+    "open_clip_torch": "the scorer hpsv2, hpsv21",
+    "image-reward": "the scorer imagereward",
     "bitsandbytes": "train --optimizer adamw8bit",
     "torchao": "--dtype bfloat16-int8, float32-int8",
     "datasets": "prompts of a data set on the hub",
     "xarray": "to_xarray",
 }
+_MODULES = {"open_clip_torch": "open_clip", "image-reward": "ImageReward"}
+"""{package: its module} where they are called differently."""
 
 
 def doctor(
@@ -69,7 +71,8 @@ def doctor(
     elif not os.access(existing, os.W_OK):
         wrong.append(f"{existing} cannot be written")
     print(f"hub: {_hub()}")
-    missing = [f"{name} ({what})" for name, what in _OPTIONAL.items() if importlib.util.find_spec(name) is None]
+    modules = {name: importlib.util.find_spec(_MODULES.get(name, name)) for name in _OPTIONAL}
+    missing = [f"{name} ({what})" for name, what in _OPTIONAL.items() if modules[name] is None]
     print(f"not installed, and needed only for: {', '.join(missing) or 'nothing'}")
     for line in wrong:
         print(f"problem: {line}")

@@ -164,7 +164,9 @@ def _statistics(summary: Summary) -> Table:
             f"({escape(str(error.largest_pair))}); measured on {error.num_measured:,} of {images:,} images",
         )
     else:
-        table.add_row("inversion error", f"measured on none of {images:,} images (precompute --measure-inversion)")
+        table.add_row(
+            "inversion error", f"measured on none of {images:,} images (--measure-inversion, a setting of the cache)"
+        )
     if summary.spread is not None:
         table.add_row("spread", f"{number(summary.spread)}: how far rounding moves the root of a reference error")
     found = {name: count for name, count in summary.num_nan.items() if count}

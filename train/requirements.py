@@ -240,10 +240,11 @@ def refuse_hard_labels(index: Index, given: Sequence[Sequence[Cache]], objective
         if not shards or not all(np.isin(shard.used_labels, (0.0, 1.0)).all() for shard in shards):
             continue
         location = shards[0].shard.cache.location
+        smpo = ("--smpo",) if objective.name == "smpo" else ()
+        labelling = ("--pairs", "SRC", "--scorer", "pickscore", *smpo)
         raise CacheIncomplete(
             f"Objective {objective.name} needs soft labels, and every label here is 0 or 1.",
             where=location,
             expected="P(win preferred) between 0 and 1, from a scorer",
-            fix=f"`{command('relabel', location, '--pairs', 'SRC', '--scorer', 'pickscore', '--set', 'NAME')}` makes "
-            "some; then train with --labels NAME",
+            fix=f"`{command('relabel', location, *labelling, '--set', 'N')}` makes some; then train with --labels N",
         )

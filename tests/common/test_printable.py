@@ -122,6 +122,14 @@ def test_the_front_door_escapes_what_is_printed(monkeypatch: pytest.MonkeyPatch)
     assert err.getvalue() == "\\u001b[31mred\none\\u001b\ntwo\\u000d\n\rbar 50%"
 
 
+def test_a_terminal_of_another_encoding_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    escape_streams()
+    print("caf\u00e9 \u732b\u2026")
+    assert written.getvalue() == b"caf\xe9 \\u732b\\u2026\n"
+
+
 def test_richs_own_colours_stay_and_those_of_a_text_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)

@@ -34,6 +34,7 @@ def test_conditions_give_what_numpy_gives_and_missing_values_are_counted(states,
     expected = found["pair_id"][(mean <= middle) & ~np.isnan(worst)].tolist()
     assert out.read_text().splitlines() == expected
     assert f"{unmeasured} pairs lack inversion_error" in done.out
+    assert f"--like {states('healthy')} --measure-inversion 1 --cache OTHER` measures all" in done.out
     assert f"{len(expected)} of 5 pairs" in done.out
 
     # Kleene: the rest decides where it can, and only there.
