@@ -98,7 +98,7 @@ def _recipe(folder: Path, output: Path, seed: int, pairs: int, steps: int, refer
     """The settings of the other conditions, as rounds."""
     shipped = tomllib.loads((Path(__file__).parents[1] / "recipes" / "rounds.toml").read_text())
     sections: dict[str, dict[str, Any]] = {name: dict(values) for name, values in shipped.items()}
-    sections["sample"] |= {"prompts": str(folder / "train.txt"), "seed": 1000 * seed, "inference_steps": N}
+    sections["sample"] |= {"prompts": str(folder / "train.txt"), "seed": seed, "inference_steps": N}
     sections["train"] |= {"steps": steps, "seed": seed, "tracker": "none"}
     sections["evaluate"] |= {"prompts": str(folder / "test.txt"), "limit": 20}
     sections["round"] = {"output": str(output), "prompts_per_round": pairs, "reference": reference}

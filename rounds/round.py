@@ -21,6 +21,7 @@ from inpo.common.log import say
 from inpo.common.processes import processes
 from inpo.common.recipe import ModelSection, read_recipe, resolve, to_toml
 from inpo.common.scorer import load_scorer
+from inpo.common.seeding import stable_hash
 from inpo.common.text import plain_prompt
 from inpo.evaluation.compare import Comparison, compare_folders
 from inpo.evaluation.generate import generate
@@ -73,6 +74,10 @@ class Rounds:
 
     def reference(self, number: int) -> ModelSection:
         return self.model if self.settings.reference == "first" else self.begins_with(number)
+
+    def seed(self, number: int) -> int:
+        """Of what a round samples, 63 bits: a hash, so that rounds of neighbouring seeds share no noise."""
+        return stable_hash("round", self.sample.seed, number) >> 1
 
     def prompts_of(self, number: int) -> list[str]:
         """What a round samples."""
@@ -288,7 +293,7 @@ def _points(rounds: Rounds, number: int) -> tuple[int, Path]:
         if processes().is_main_process and not prompts.is_file():
             write_file(prompts, (json.dumps(rounds.prompts_of(number), ensure_ascii=False, indent=1) + "\n").encode())
         processes().wait_for_everyone()
-        flags = {"prompts": str(prompts), "seed": rounds.sample.seed + number - 1}
+        flags = {"prompts": str(prompts), "seed": rounds.seed(number)}
         told = configure_sample(rounds.recipe, model.model_dump(exclude_none=True), {"cache": str(points)}, flags)
         code = run_sample(told, None, ray_options=RayOptions(), dry_run=False)
     else:

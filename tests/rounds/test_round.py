@@ -1,5 +1,6 @@
 """`inpo round`: whole rounds on a tiny pipeline, stopped and gone on with, and what is watched meanwhile."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from inpo.common.errors import UsageError
 from inpo.common.models import open_model
 from inpo.rounds.figures import sample_figures
 from inpo.rounds.page import RoundRow, warnings
+from inpo.rounds.prompts import PromptGroup
 from inpo.rounds.round import read_lines, resolve_rounds, run_rounds
 from inpo.toyworld.scenes import captions
 from inpo.train.output import claim_output, write_output
 from tests.launching import Zygote, ranks
 from tests.rounds.conftest import Brightness, Samples
+from tests.rounds.test_recorded import pictures
 
 SAMPLED = ("a red cat", "a blue dog", "photo of the sky", "green house")
 HELD_OUT = ("a blue house", "the red sky")
@@ -91,6 +94,16 @@ def test_a_round_begins_where_the_one_before_ended(
         assert begun.manifest.fingerprints["network"] == first
         for shard in caches[1]:
             np.testing.assert_array_equal(shard.read("x_t"), begun.shards[shard.name].read("x_t"))
+        # Of this seed and of its neighbours: no noise is that of another round.
+        noise = [
+            PromptGroup(prompt=prompt).image_seed(resolve_rounds(recipe(sample={"seed": seed}), {}).seed(number), image)
+            for seed, number in itertools.product((0, 1, 2), (1, 2, 3))
+            for prompt, image in itertools.product(SAMPLED, (0, 1))
+        ]
+        assert len(set(noise)) == len(noise)
+        for number, images in ((1, "cache"), (2, "points")):
+            made = pictures(output / f"round-{number}" / images).values()
+            assert {seed for each in made for seed in each["seeds"]} == set(noise[8 * number - 8 : 8 * number])
     assert caches[1].manifest.inverter.name == ("recorded" if points == "sample" else "ddim")
     ids = [{str(name) for shard in cache for name in shard.read("group/id")} for cache in caches]
     assert ids[0] == ids[1]
