@@ -8,18 +8,23 @@ OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, page
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inpo.common.cache import open_cache
+from inpo.common.cache.store import digest
+from inpo.common.cache_settings import CacheSettings
 from inpo.common.compiled import release
-from inpo.common.durable import entries, write_file
-from inpo.common.errors import UsageError
+from inpo.common.denoiser import default_dtype
+from inpo.common.durable import write_file
+from inpo.common.errors import InpoError, UsageError
 from inpo.common.log import say
+from inpo.common.models import Model
 from inpo.common.processes import processes
-from inpo.common.recipe import ModelSection, read_recipe, resolve, to_toml
+from inpo.common.recipe import ModelSection, read_recipe, resolve
 from inpo.common.scorer import load_scorer
 from inpo.common.seeding import stable_hash
 from inpo.common.text import plain_prompt
@@ -31,17 +36,18 @@ from inpo.evaluation.score import score_folder
 from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
+from inpo.rounds.claim import claim_rounds
 from inpo.rounds.figures import SampleFigures, sample_figures
 from inpo.rounds.page import RoundRow, page, table
 from inpo.rounds.sample import configure_sample, run_sample
 from inpo.rounds.settings import RoundSettings, SampleSettings
 from inpo.train.configuration import resolve_run
+from inpo.train.identity import result_identity
 from inpo.train.output import claim_output
 from inpo.train.run import train
 from inpo.train.settings import TrainSettings
 
 ROUNDS = "rounds.jsonl"
-_IDENTITY = "round.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,7 @@ class Rounds:
     recipe: Path
     model: ModelSection
     sample: SampleSettings
+    train: TrainSettings
     evaluate: EvaluateSettings
     settings: RoundSettings
     output: Path
@@ -78,6 +85,32 @@ class Rounds:
     def seed(self, number: int) -> int:
         """Of what a round samples, 63 bits: a hash, so that rounds of neighbouring seeds share no noise."""
         return stable_hash("round", self.sample.seed, number) >> 1
+
+    def identity(self, model: Model) -> dict[str, Any]:
+        """What changes a number of the rounds, by what it means; `model`: the first one."""
+        drawn = default_dtype(processes().device.type)
+        evaluate = self.evaluate.model_dump(
+            mode="json", exclude={"prompts", "limit", "batch_size", "compile", "scorers"}
+        )
+        sample = self.sample.effective().model_dump(
+            mode="json",
+            by_alias=True,
+            include={*CacheSettings.model_fields, "per_prompt", "scorer", "pairs_from", "gap"},
+        )
+        of_round = self.settings.model_dump(include={"reference", "points", "prompts_per_round"})
+        sections = {
+            "sample": sample | {"dtype": sample["dtype"] or drawn},
+            "train": result_identity(self.train, model),
+            "evaluate": evaluate | {"dtype": evaluate["dtype"] or drawn, "scorers": sorted(self.scorers)},
+            "round": of_round,
+        }
+        told: dict[str, Any] = {f"the model's {name}": value for name, value in model.fingerprints.items()}
+        for name, prompts in (("sample", self.prompts), ("evaluate", self.held_out)):
+            told[f"prompts in [{name}]"] = f"{len(prompts)}, {digest(chr(0).join(prompts).encode())}"
+        for section, values in sections.items():
+            told |= {f"{name} in [{section}]": value for name, value in values.items()}
+        normalised: dict[str, Any] = json.loads(json.dumps(told))
+        return normalised
 
     def prompts_of(self, number: int) -> list[str]:
         """What a round samples."""
@@ -122,6 +155,7 @@ def resolve_rounds(recipe: Path | None, flags: Mapping[str, Any]) -> Rounds:
         recipe=recipe,
         model=resolve(ModelSection, "model", sections, {}),
         sample=sample,
+        train=trained,
         evaluate=evaluate,
         settings=settings,
         output=settings.output,
@@ -176,12 +210,12 @@ def run_rounds(rounds: Rounds) -> int:
 
 
 def _run_rounds(rounds: Rounds) -> int:
-    state = processes()
+    state, model = processes(), rounds.model.open()
     if state.is_main_process:
-        _claim(rounds)
+        claim_rounds(rounds.output, rounds.identity(model))
     state.wait_for_everyone()
     lines = read_lines(rounds.output)
-    first = _drawn(rounds, rounds.model, rounds.output / "first")
+    first = _drawn(rounds, model, rounds.output / "first")
     for number in range(1, rounds.settings.rounds + 1):
         folder, clock = rounds.folder(number), time.perf_counter()
         if number in lines:
@@ -196,15 +230,18 @@ def _run_rounds(rounds: Rounds) -> int:
             release()
             state.wait_for_everyone()
 
-        code, samples = _points(rounds, number)
+        with _advice_of(rounds, "sample"):
+            code, samples = _points(rounds, number)
         if code:
             return code
         timed("points")
-        if not _trained(rounds, number):
+        with _advice_of(rounds, "train"):
+            is_trained = _trained(rounds, number)
+        if not is_trained:
             say("stopped: run the same command again to go on")
             return 1
         timed("train")
-        drawn = _drawn(rounds, ModelSection(model=str(folder / "run" / "pipeline")), folder / "images")
+        drawn = _drawn(rounds, rounds.begins_with(number + 1).open(), folder / "images")
         before = _images(rounds, number - 1) if number > 1 else first
         timed("evaluate")
         if state.is_main_process:
@@ -238,46 +275,6 @@ def read_lines(output: Path) -> dict[int, dict[str, Any]]:
             got="; ".join(str(error).splitlines()[:3]),
             fix="remove the lines that are damaged: those rounds are looked at again, and made only where they lack",
         ) from None
-
-
-def _claim(rounds: Rounds) -> None:
-    """Make the folder these rounds', or go on with it. Raises UsageError if it was begun with other settings."""
-    sections = {"model": rounds.model, "sample": rounds.sample, "evaluate": rounds.evaluate}
-    trained = read_recipe(rounds.recipe).get("train", {})
-    told = {
-        "recipe": to_toml(sections) + json.dumps(trained, sort_keys=True, default=str),
-        "reference": rounds.settings.reference,
-        "points": rounds.settings.points,
-        "prompts_per_round": rounds.settings.prompts_per_round,
-        "prompts": list(rounds.prompts),
-        "held_out": list(rounds.held_out),
-    }
-    file = rounds.output / _IDENTITY
-    if not file.is_file():
-        other = entries(rounds.output)
-        if other:
-            raise UsageError(
-                "The folder of the rounds holds something else.",
-                where=rounds.output,
-                expected="a new or empty folder, or one of these rounds",
-                got=", ".join(other[:5]),
-                fix="choose another --output",
-            )
-        write_file(file, (json.dumps(told, indent=1) + "\n").encode())
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        wrong = sorted(name for name in told if found.get(name) != told[name])
-    except (ValueError, AttributeError):
-        wrong = ["all of it"]
-    if wrong:
-        raise UsageError(
-            "These rounds were begun with other settings.",
-            where=file,
-            expected="the settings of the first round; only --rounds may be raised",
-            got=f"others: {', '.join(wrong)}",
-            fix="repeat them, or choose another --output",
-        )
 
 
 def _points(rounds: Rounds, number: int) -> tuple[int, Path]:
@@ -328,14 +325,26 @@ def _images(rounds: Rounds, number: int) -> ImageFolder:
     return ImageFolder(rounds.folder(number) / "images")
 
 
-def _drawn(rounds: Rounds, model: ModelSection, out: Path) -> ImageFolder:
+def _drawn(rounds: Rounds, model: Model, out: Path) -> ImageFolder:
     """A model's images of the prompts that were held out, scored by all scorers."""
-    generate(model.open(), list(rounds.held_out), rounds.evaluate, out)
-    images = ImageFolder(out)
-    for name in rounds.scorers:
-        if not images.has_scores(name):
-            score_folder(images, load_scorer(name), batch_size=rounds.evaluate.batch_size)
+    with _advice_of(rounds, "evaluate"):
+        generate(model, list(rounds.held_out), rounds.evaluate, out)
+        images = ImageFolder(out)
+        for name in rounds.scorers:
+            if not images.has_scores(name):
+                score_folder(images, load_scorer(name), batch_size=rounds.evaluate.batch_size)
     return images
+
+
+@contextmanager
+def _advice_of(rounds: Rounds, section: str) -> Iterator[None]:
+    """A stage's errors speak of the options of its own command, most of which rounds have in their recipe alone."""
+    try:
+        yield
+    except InpoError as error:
+        if "--" in error.fix:
+            error.fix += f"; in rounds every option but --output is a setting of [{section}] in {rounds.recipe}"
+        raise
 
 
 def _row(

@@ -10,52 +10,38 @@ from inpo.train.loss_space import predicted
 from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.settings import TrainSettings
 
+_UNSEEN = {
+    "output", "log_every", "save_every", "keep_last", "tracker", "project", "run_name", "push_to_hub", "push_private",
+    "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "compile", "gradient_checkpointing",
+    "check_finite",
+}  # fmt: skip
+"""Settings that change nothing of the network."""
+_STOPPING = ("overfitting", "evaluate_every", "held_out_records")
+"""Settings that change no more than where a run ends, and that only where it may stop by itself."""
+_TOLD_OTHERWISE = ("dtype", "caches", "only", "except_", "labels", "timestep_range", "init_from")
+"""Places and choices, whose content the index, the caches' and the origin's fingerprints have."""
+
+
+def result_identity(settings: TrainSettings, origin: Model) -> dict[str, Any]:
+    """Of the settings, those that change the network that a run ends with, by what they mean and not by how they are
+    spelled. `origin`: the model that training starts from."""
+    settings = settings.effective()
+    values = settings.model_dump(mode="json", exclude=_UNSEEN)
+    if settings.overfitting != "stop":
+        values = {name: value for name, value in values.items() if name not in _STOPPING}
+    return values | _meant(settings, origin) | {"beta": beta_of(settings), "parameter": parameter_of(settings)}
+
 
 def run_identity(
     settings: TrainSettings, origin: Model, caches: list[Cache], index: Index, network_dtype: str, world_size: int
 ) -> dict[str, Any]:
-    """Settings that a checkpoint must share to be resumed: all that change the trajectory, by what they mean and not by
-    how they are spelled. `origin`: the model that training starts from, whose weights a checkpoint of LoRA layers has
-    not.
+    """Settings that a checkpoint must share to be resumed: all that change the trajectory. `origin`: the model that
+    training starts from, whose weights a checkpoint of LoRA layers has not.
     """
-    free = {
-        "output",
-        "steps",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "evaluate_every",
-        "tracker",
-        "project",
-        "run_name",
-        "push_to_hub",
-        "push_private",
-        "sample_every",
-        "sample_prompts",
-        "sample_steps",
-        "sample_guidance",
-        "held_out_records",
-        "compile",
-        "only",
-        "except_",
-        "gradient_checkpointing",
-        "check_finite",
-        "overfitting",
-        "dtype",
-        "caches",
-        # Places and choices, whose content the index and the origin's fingerprint have.
-        "labels",
-        "timestep_range",
-        "init_from",
-    }
-    settings = settings.effective()
-    values = {name: value for name, value in settings.model_dump(mode="json").items() if name not in free}
-    if settings.schedule not in ("constant", "constant_with_warmup"):
-        values["steps"] = settings.steps
-    values |= _meant(settings, origin)
+    has_end = settings.schedule not in ("constant", "constant_with_warmup")
+    free = {*_STOPPING, *_TOLD_OTHERWISE, *(() if has_end else ("steps",))}
+    values = {name: value for name, value in result_identity(settings, origin).items() if name not in free}
     values |= {
-        "beta": beta_of(settings),
-        "parameter": parameter_of(settings),
         "network_dtype": network_dtype,
         "world_size": world_size,
         "index": index.fingerprint,

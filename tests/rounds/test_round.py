@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import inpo.common.scorer as scorers
 import inpo.rounds.round as round_module
+import inpo.rounds.worker as worker_module
 from inpo.common.cache import open_cache
-from inpo.common.errors import UsageError
+from inpo.common.errors import OutOfMemory, UsageError
 from inpo.common.models import open_model
 from inpo.rounds.figures import sample_figures
 from inpo.rounds.page import RoundRow, warnings
@@ -169,6 +171,11 @@ def test_it_resumes_anywhere_and_goes_on(
         return work(*arguments, **options)
 
     monkeypatch.setattr(round_module, "train", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_module, "sample_path", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        with pytest.raises(OutOfMemory, match=r"--batch-size 2,(?s:.*)a setting of \[sample\] in .*recipe\.toml"):
+            run_rounds(resolve_rounds(file, {"rounds": 1}))
+    file = recipe(round={"prompts_per_round": 2}, sample={"batch_size": 2})
     for stage in ("train", "compare_folders"):
         with monkeypatch.context() as patched:
             patched.setattr(round_module, stage, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -189,8 +196,33 @@ def test_it_resumes_anywhere_and_goes_on(
     assert (output / "rounds.jsonl").read_text().startswith(before)
     assert sorted(read_lines(output)) == [1, 2]
     assert json.loads((output / "round-2" / "prompts.json").read_text()) == list(SAMPLED[2:])
-    with pytest.raises(UsageError, match="prompts_per_round"):
-        run_rounds(resolve_rounds(recipe(round={"prompts_per_round": 3}), {}))
+    # What changes no number is free, and a model is known by its weights.
+    monkeypatch.chdir(Path(json.loads(before.splitlines()[0])["begins_with"]).parent)
+    free: dict[str, dict[str, Any]] = {
+        "model": {"model": f"./{Path(json.loads(before.splitlines()[0])['begins_with']).name}"},
+        "sample": {"batch_size": 2, "compile": "off", "engine": "local", "pairs_from": "adjacent", "seed": 0},
+        "train": {"gradient_checkpointing": True, "log_every": 1, "keep_last": 1, "overfitting": "ignore"},
+        "evaluate": {"batch_size": 1, "compile": "off", "scorers": ["watcher"], "dtype": "float32"},
+    }
+    again = {"prompts_per_round": 2}
+    assert run_rounds(resolve_rounds(recipe(**free, round=again), {"rounds": 2})) == 0
+    assert made == ["train"] * 2
+    for section, name, value in (
+        ("round", "prompts_per_round", 3),
+        ("sample", "inference_steps", 3),
+        ("train", "steps", 2),
+        ("train", "beta", 500.0),
+        ("evaluate", "guidance", 2.0),
+        ("evaluate", "limit", 1),
+    ):
+        file = recipe(**{"round": again, section: {**(again if section == "round" else {}), name: value}})
+        told = "prompts in [evaluate] = 2" if name == "limit" else f"{name} in [{section}] = "
+        with pytest.raises(UsageError, match=re.escape(told)) as caught:
+            run_rounds(resolve_rounds(file, {}))
+        assert len(str(caught.value.expected).split(";")) == 1, "nothing else differs"
+    (output / "round.json").write_text("[]")
+    with pytest.raises(UsageError, match="cannot be read"):
+        run_rounds(resolve_rounds(recipe(round=again), {}))
 
 
 def test_a_round_whose_line_is_damaged_is_looked_at_again(recipe: Callable, sample: Samples, tmp_path: Path) -> None:
