@@ -126,7 +126,8 @@ def results(folder: Path, seeds: int) -> dict[str, Any]:
 
 
 def costs(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
-    """Seconds of one process: of whole conditions, and of a round of `three` by stage; means over seeds."""
+    """Seconds of one process: of whole conditions, and of a round of `three` by stage; means over seeds, without rounds
+    whose seconds are not known."""
     whole, stages = {}, {}
     for name in sorted({name for pair in PAIRS_OF_CONDITIONS for name in pair}):
         marks = [folder / f"seed-{seed}" / name / f"{name}.done" for seed in range(seeds)]
@@ -138,7 +139,8 @@ def costs(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
     ]
     rows = [json.loads(line)["seconds"] for line in lines]
     for stage in rows[0]:
-        stages[stage] = float(np.mean([row[stage] for row in rows]))
+        known = [row[stage] for row in rows if row[stage] is not None]
+        stages |= {stage: float(np.mean(known))} if known else {}
     return {"condition": whole, "stage of a round": stages}
 
 

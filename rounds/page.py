@@ -30,7 +30,8 @@ class RoundRow:
     interval: Mapping[str, Interval | None]
     """95%, of that."""
     win_rate: Mapping[str, float]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float | None]
+    """{stage: of all processes that worked at it; None where one of them was killed}."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +95,8 @@ def _cells(rows: Sequence[RoundRow], scorers: Sequence[str]) -> tuple[list[str],
         cells += [f"{of.advantage_norm:.3g}", f"{of.diversity:.3g}"]
         for name in scorers:
             cells += [f"{row.win_rate[name]:.3f}", _difference(row, name)]
-        lines.append([*cells, ", ".join(f"{stage} {spent:.0f}" for stage, spent in row.seconds.items())])
+        spent = {stage: "unknown" if each is None else f"{each:.0f}" for stage, each in row.seconds.items()}
+        lines.append([*cells, ", ".join(f"{stage} {each}" for stage, each in spent.items())])
     return head, lines
 
 

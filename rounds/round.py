@@ -3,13 +3,12 @@
 OUTPUT/round.json       what the rounds were begun with
 OUTPUT/rounds.jsonl     a line for each finished round
 OUTPUT/first/           held-out images of the first model, and their scores
-OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, page.html, page.md
+OUTPUT/round-1/         prompts.json, cache/, cache-images/, run/, images/, seconds.json, page.html, page.md
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.run import run_precompute
 from inpo.precompute.settings import RayOptions
 from inpo.rounds.claim import claim_rounds
+from inpo.rounds.clock import StageClock
 from inpo.rounds.figures import SampleFigures, sample_figures
 from inpo.rounds.page import RoundRow, page, table
 from inpo.rounds.sample import configure_sample, run_sample
@@ -217,36 +217,26 @@ def _run_rounds(rounds: Rounds) -> int:
     lines = read_lines(rounds.output)
     first = _drawn(rounds, model, rounds.output / "first")
     for number in range(1, rounds.settings.rounds + 1):
-        folder, clock = rounds.folder(number), time.perf_counter()
+        folder = rounds.folder(number)
         if number in lines:
             continue
         say(f"\n== round {number} of {rounds.settings.rounds}: {rounds.begins_with(number).model}")
-        seconds: dict[str, float] = {}
-
-        def timed(stage: str, seconds: dict[str, float] = seconds) -> None:
-            nonlocal clock
-            seconds[stage] = round(time.perf_counter() - clock, 1)
-            clock = time.perf_counter()
-            release()
-            state.wait_for_everyone()
-
-        with _advice_of(rounds, "sample"):
+        clock = StageClock(folder)
+        with _stage(clock, "points"), _advice_of(rounds, "sample"):
             code, samples = _points(rounds, number)
         if code:
             return code
-        timed("points")
-        with _advice_of(rounds, "train"):
+        with _stage(clock, "train"), _advice_of(rounds, "train"):
             is_trained = _trained(rounds, number)
         if not is_trained:
             say("stopped: run the same command again to go on")
             return 1
-        timed("train")
-        drawn = _drawn(rounds, rounds.begins_with(number + 1).open(), folder / "images")
+        with _stage(clock, "evaluate"):
+            drawn = _drawn(rounds, rounds.begins_with(number + 1).open(), folder / "images")
         before = _images(rounds, number - 1) if number > 1 else first
-        timed("evaluate")
         if state.is_main_process:
             compared = [compare_folders([each, drawn], rounds.scorers)[0] for each in (first, before)]
-            row = _row(rounds, number, sample_figures(open_cache(str(samples))), compared, seconds)
+            row = _row(rounds, number, sample_figures(open_cache(str(samples))), compared, clock.seconds())
             lines[number] = row.to_json()
             rows = [RoundRow.from_json(line) for each, line in sorted(lines.items()) if each <= number]
             write_file(folder / "page.md", table(rows, compared, rounds.scorers).encode())
@@ -337,6 +327,15 @@ def _drawn(rounds: Rounds, model: Model, out: Path) -> ImageFolder:
 
 
 @contextmanager
+def _stage(clock: StageClock, name: str) -> Iterator[None]:
+    """Around one stage, in every process."""
+    with clock.running(name) if processes().is_main_process else nullcontext():
+        yield
+    release()
+    processes().wait_for_everyone()
+
+
+@contextmanager
 def _advice_of(rounds: Rounds, section: str) -> Iterator[None]:
     """A stage's errors speak of the options of its own command, most of which rounds have in their recipe alone."""
     try:
@@ -348,7 +347,11 @@ def _advice_of(rounds: Rounds, section: str) -> Iterator[None]:
 
 
 def _row(
-    rounds: Rounds, number: int, figures: SampleFigures, compared: Sequence[Comparison], seconds: Mapping[str, float]
+    rounds: Rounds,
+    number: int,
+    figures: SampleFigures,
+    compared: Sequence[Comparison],
+    seconds: Mapping[str, float | None],
 ) -> RoundRow:
     against_first = {one.scorer: one.statistics for one in compared[0].scored}
     return RoundRow(
@@ -360,5 +363,5 @@ def _row(
         difference={name: each.mean_difference for name, each in against_first.items()},
         interval={name: each.mean_difference_interval for name, each in against_first.items()},
         win_rate={name: each.win_rate for name, each in against_first.items()},
-        seconds=dict(seconds),
+        seconds=seconds,
     )

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import inpo.common.scorer as scorers
+import inpo.rounds.clock as clock_module
 import inpo.rounds.round as round_module
 import inpo.rounds.worker as worker_module
 from inpo.common.cache import open_cache
@@ -164,13 +166,17 @@ def test_it_resumes_anywhere_and_goes_on(
     file = recipe(round={"prompts_per_round": 2})
     output = tmp_path / "rounds"
     made: list[str] = []
+    killed: list[bytes] = []  # what is known of a round whose process is killed while it trains
     work = round_module.train
 
     def counted(*arguments: Any, **options: Any) -> bool:
         made.append("train")
+        killed[:] = [(arguments[0].output.parent / "seconds.json").read_bytes()]
         return work(*arguments, **options)
 
     monkeypatch.setattr(round_module, "train", counted)
+    # Every look at the clock is a second after the one before, so each visit to a stage that ends takes one.
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     with monkeypatch.context() as patched:
         patched.setattr(worker_module, "sample_path", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
         with pytest.raises(OutOfMemory, match=r"--batch-size 2,(?s:.*)a setting of \[sample\] in .*recipe\.toml"):
@@ -190,12 +196,19 @@ def test_it_resumes_anywhere_and_goes_on(
         shutil.move(tmp_path / "pipeline", output / "round-1" / "run" / "pipeline")
     assert run_rounds(resolve_rounds(file, {"rounds": 1})) == 0
     assert (made, sample.network_calls) == (["train"], calls)
+    # Points were begun five times, and once they ran out of memory; training four times.
+    assert read_lines(output)[1]["seconds"] == {"points": 5, "train": 4, "evaluate": 2}
     before = (output / "rounds.jsonl").read_text()
     assert run_rounds(resolve_rounds(file, {"rounds": 2})) == 0
     assert (made, sample.network_calls) == (["train"] * 2, 2 * calls)
     assert (output / "rounds.jsonl").read_text().startswith(before)
     assert sorted(read_lines(output)) == [1, 2]
     assert json.loads((output / "round-2" / "prompts.json").read_text()) == list(SAMPLED[2:])
+    (output / "rounds.jsonl").write_text(before)
+    (output / "round-2" / "seconds.json").write_bytes(*killed)
+    assert run_rounds(resolve_rounds(file, {"rounds": 2})) == 0
+    assert read_lines(output)[2]["seconds"] == {"points": 2, "train": None, "evaluate": 1}
+    assert "points 2, train unknown, evaluate 1" in (output / "round-2" / "page.md").read_text()
     # What changes no number is free, and a model is known by its weights.
     monkeypatch.chdir(Path(json.loads(before.splitlines()[0])["begins_with"]).parent)
     free: dict[str, dict[str, Any]] = {
