@@ -12,7 +12,7 @@ from jaxtyping import Float
 from inpo.common.errors import DataError, UsageError
 from inpo.common.paths import short_names
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder
-from inpo.evaluation.statistics import PairedStatistics, compare_scores
+from inpo.evaluation.statistics import FEW_PROMPTS, PairedStatistics, compare_scores
 
 SETTINGS_SHOWN = ("inference_steps", "guidance", "resolution", "max_tokens", "scheduler", "dtype", "transfer")
 """What of generate.json is told where it differs."""
@@ -134,7 +134,7 @@ def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ())
                 )
                 for name, each in scores.items()
             ),
-            notes=tuple(_notes(a, b, letters(len(folders))[place], len(shared), len(folders))),
+            notes=tuple(_notes(a, b, letters(len(folders))[place], shared, len(folders))),
         )
         for place, b in enumerate(folders[1:], start=1)
     )
@@ -160,10 +160,18 @@ def letters(count: int) -> list[str]:
     return [(alphabet[place // 26 - 1] if place >= 26 else "") + alphabet[place % 26] for place in range(count)]
 
 
-def _notes(a: ImageFolder, b: ImageFolder, letter: str, num_shared: int, num_folders: int) -> list[str]:
+def _notes(
+    a: ImageFolder, b: ImageFolder, letter: str, shared: Sequence[tuple[str, int]], num_folders: int
+) -> list[str]:
     notes = []
+    num_prompts = len({prompt for prompt, _ in shared})
+    if num_prompts < FEW_PROMPTS:
+        notes.append(
+            f"With fewer than {FEW_PROMPTS} prompts, here {num_prompts}, the intervals of means are too narrow; the "
+            "verdict is exact."
+        )
     for label, folder in (("A", a), (letter, b)):
-        if extra := len(folder.entries) - num_shared:
+        if extra := len(folder.entries) - len(shared):
             which = f"only in {label}" if num_folders == 2 else f"of {label} that not every folder has"
             notes.append(f"Images {which}, not compared: {extra}.")
     of_a, of_b = a.settings, b.settings

@@ -62,7 +62,8 @@ class Tally:
                     **{
                         name: value
                         for name, value in one.statistics.to_json().items()
-                        if name in ("wins", "ties", "losses", "verdict") or name.startswith("win_rate")
+                        if name in ("wins", "ties", "losses", "p_value", "verdict")
+                        or name.startswith(("win_rate", "prompt_"))
                     },
                     "agreement": one.agreement,
                     "kappa": one.kappa,

@@ -56,6 +56,7 @@ def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> No
     assert float(row["mean of B - A"].split()[0]) == np.mean(b) - np.mean(a)
     assert float(row["median of B - A"].split()[0]) == 10
     assert "| B wins |" in text
+    assert "narrow" not in text, "there are 20 prompts"
     back = to_markdown(compare_folders(folders[::-1]))
     assert "B does not win: it loses" in back
 
@@ -113,6 +114,7 @@ def test_images_on_one_side_only_and_other_settings_are_noted(
         score_folder(ImageFolder(folder), counting)
     text = to_markdown(compare_folders([ImageFolder(a), ImageFolder(b)]))
     assert "only in A, not compared: 1" in text
+    assert "With fewer than 20 prompts, here 2, the intervals of means are too narrow" in text
     for words in ("guidance is 7.5 in A and 3.0", "resolution is 1024 in A and 832x512", "max_tokens is 77 in A and 9"):
         assert f"The settings differ: {words} in B." in text
 

@@ -1,5 +1,8 @@
 """Statistics against scipy's own."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -74,6 +77,7 @@ def test_images_of_one_prompt_do_not_count_as_independent(scores: tuple[np.ndarr
     assert eight.num_pairs == 960
     assert eight.num_prompts == 120
     assert eight.win_rate_wilson == pytest.approx(once.win_rate_wilson)
+    assert (eight.prompt_wins, eight.prompt_losses, eight.p_value) == (once.wins, once.losses, once.p_value)
     assert eight.mean_difference_interval == pytest.approx(once.mean_difference_interval, abs=0.02)
     assert eight.win_rate_bootstrap == pytest.approx(once.win_rate_bootstrap, abs=0.02)
 
@@ -100,6 +104,23 @@ def test_prompts_with_unequal_numbers_of_images_weigh_by_image() -> None:
 def test_the_verdict_is_plain(wins: int, losses: int, ties: int, verdict: str) -> None:
     b = np.array([1.0] * wins + [-1.0] * losses + [0.0] * ties)
     assert compare_scores(np.zeros(len(b)), b, [str(index) for index in range(len(b))]).verdict == verdict
+
+
+@pytest.mark.parametrize("num_prompts", [2, 3, 4, 5, 6, 8, 12, 20])
+def test_a_coin_wins_or_loses_in_one_of_twenty_comparisons_at_most(num_prompts: int) -> None:
+    """Every outcome that equal models can have, by its probability; and one win less than it takes would be too few."""
+    share = [Fraction(math.comb(num_prompts, wins), 2**num_prompts) for wins in range(num_prompts + 1)]
+    prompts = [str(index) for index in range(num_prompts)]
+    verdicts = [
+        compare_scores(np.zeros(num_prompts), np.where(np.arange(num_prompts) < wins, 1.0, -1.0), prompts).verdict
+        for wins in range(num_prompts + 1)
+    ]
+    won = [wins for wins, verdict in enumerate(verdicts) if verdict == "B wins"]
+    lost = [wins for wins, verdict in enumerate(verdicts) if verdict == "B does not win: it loses"]
+    assert lost == [num_prompts - wins for wins in reversed(won)]
+    alarms = sum(share[wins] for wins in won + lost)
+    least = min(won, default=num_prompts + 1)
+    assert alarms <= Fraction(1, 20) < alarms + 2 * share[least - 1]
 
 
 def test_one_prompt_gives_no_bootstrap_interval() -> None:
