@@ -1,6 +1,7 @@
 """`inpo relabel`: its options, several scorers, labels from a file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,16 @@ SCORERS = ("--scorer", "red", "--scorer", "dark", "--scorer", "coarse")
 
 @pytest.mark.usefixtures("plugin")
 def test_several_scorers_are_combined_and_agree(cache: Path, source: Path, tmp_path: Path) -> None:
-    done = command(cache, "--pairs", source, *SCORERS, "--combine", "vote", "--set", "voted")
+    combined = ("--pairs", source, *SCORERS, "--combine", "vote", "--set", "voted")
+    assert command(cache, "--pairs", source, "--scorer", "red", "--temperature", 7).exit_code == 0
+    refused = command(cache, *combined).exception
+    assert isinstance(refused, UsageError)
+    assert f"for --combine, which labels by each scorer at its own temperature, give {cache}/labels/red" in refused.fix
+    (cache / "labels/red").rename(cache / "labels/seven")
+    done = command(cache, *combined)
     assert done.exit_code == 0, done.output
+    assert read_labels(open_cache(str(cache)), "seven").keys() == read_labels(open_cache(str(cache)), "red").keys()
+    shutil.rmtree(cache / "labels/seven")
     assert "the vote of red, dark, coarse prefers the source's win in 25.0% of them, and neither in 2" in done.output
     opened = open_cache(str(cache))
     votes = by_name(read_labels(opened, "voted"))
