@@ -206,8 +206,8 @@ def _check_settings(cache: Cache, set_name: str, scorer: str, temperature: float
                 where=cache.location,
                 expected=f"scorer {labels.scorer}, temperature {labels.temperature:g} (in the set)",
                 got=f"scorer {scorer}, temperature {temperature:g} (this run)",
-                fix="pass another --set name, or repeat the set's settings; for --combine, which labels by each scorer at "
-                f"its own temperature, give {cache.store.path(f'labels/{set_name}')} another name, or remove it",
+                fix="pass another --set name, or repeat the set's settings; for --combine, which labels by each scorer "
+                f"at its own temperature, give {cache.store.path(f'labels/{set_name}')} another name, or remove it",
             )
 
 
