@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inpo.common.cache import Cache
 from inpo.common.cache.document import PairId, Share
@@ -80,8 +80,8 @@ def _rows(file: Path, num_records: int) -> Mapping[str, PairLabel]:
             continue
         try:
             row = _Row.model_validate(json.loads(line))
-        except (ValueError, RecursionError, ValidationError) as error:
-            raise _bad_line(file, number, str(error).splitlines()[0], num_records) from None
+        except (ValueError, RecursionError):  # pydantic's own is a ValueError
+            raise _bad_line(file, number, line[:200], num_records) from None
         by_record = tuple(row.label) if isinstance(row.label, list) else ()
         if row.pair_id in rows or len(by_record) not in (0, num_records):
             got = f"pair {row.pair_id!r} again" if row.pair_id in rows else f"{len(by_record)} labels"
@@ -104,6 +104,11 @@ def _bad_line(file: Path, number: int, got: str, num_records: int) -> DataError:
 
 def _pair(label: float, scores: Sequence[float] | None) -> PairLabel:
     return PairLabel(scores=None if scores is None else (scores[0], scores[1]), label=label)
+
+
+def _told(labels: LabelSet) -> str:
+    members = f" ({', '.join(labels.members)})" if labels.members else ""
+    return f"labels of {labels.scorer}{members} from {labels.source}"
 
 
 def _write(
@@ -134,8 +139,8 @@ def _write(
             raise UsageError(
                 f"Label set {set_name!r} is there already, and says something else.",
                 where=cache.location,
-                expected=f"a new name, or the labels of {existing.scorer}",
-                got=scorer,
+                expected=f"a new name, or the {_told(existing)} that are there",
+                got=f"other {_told(made[name])} (shard {name})",
                 fix="pass another --set name",
             )
     for name in gone:

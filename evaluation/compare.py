@@ -100,18 +100,24 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
 
 def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ()) -> tuple[Comparison, ...]:
     """Compare each folder behind the first with the first, on the images that all have, under `scorers`, or under every
-    scorer that all folders have scores of.
+    scorer that has scored every image of every folder.
 
     Raises DataError if no prompt and seed is that of an image in every folder, or scores are missing.
     """
     shared = shared_keys(*folders)
+    left_out: list[str] = []
     if not scorers:
-        scorers = [name for name in folders[0].scorer_names() if all(name in each.scorer_names() for each in folders)]
+        begun = [each.scorer_names() for each in folders]
+        whole = [[name for name in names if each.has_scores(name)] for each, names in zip(folders, begun, strict=True)]
+        scorers = [name for name in whole[0] if all(name in each for each in whole)]
+        both = [name for name in begun[0] if all(name in each for each in begun)]
+        left_out = [f"Left out, not every image has its score: {name}." for name in both if name not in scorers]
         if not scorers:
             raise UsageError(
                 "The folders have no scores in common.",
                 where=" and ".join(str(each.path) for each in folders),
-                got="; ".join(", ".join(each.scorer_names()) or "none" for each in folders),
+                expected="a scorer that has scored every image of every folder",
+                got="; ".join(", ".join(each) or "none" for each in whole),
                 fix="run `inpo evaluate score` on all, or give --scorer here to have it done",
             )
     scores = {
@@ -134,7 +140,7 @@ def compare_folders(folders: Sequence[ImageFolder], scorers: Sequence[str] = ())
                 )
                 for name, each in scores.items()
             ),
-            notes=tuple(_notes(a, b, letters(len(folders))[place], shared, len(folders))),
+            notes=(*left_out, *_notes(a, b, letters(len(folders))[place], shared, len(folders))),
         )
         for place, b in enumerate(folders[1:], start=1)
     )

@@ -161,7 +161,7 @@ class ImageFolder:
             ) from None
 
     def scorer_names(self) -> list[str]:
-        """Scorers whose scores are complete here."""
+        """Scorers that have scored images here, maybe not all of them."""
         names = sorted(file.name[len("scores-") : -len(".jsonl")] for file in self.path.glob("scores-*.jsonl"))
         return [name for name in names if ".part-" not in name]
 

@@ -61,6 +61,19 @@ def test_the_table_says_who_wins(folders: tuple[ImageFolder, ImageFolder]) -> No
     assert "B does not win: it loses" in back
 
 
+def test_scores_that_are_not_complete_are_left_out(folders: tuple[ImageFolder, ImageFolder], tmp_path: Path) -> None:
+    """As they are where images were made after the scoring."""
+    for folder in folders:
+        lines = (folder.path / "scores-counting.jsonl").read_text().split("\n")
+        (folder.path / "scores-begun.jsonl").write_text("\n".join(lines[:3] if folder is folders[1] else lines))
+    text = to_markdown(compare_folders(folders))
+    assert "| counting | 20 |" in text
+    assert "- Left out, not every image has its score: begun." in text
+    (folders[0].path / "scores-counting.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"every image of every folder\n.*begun; counting"):
+        compare_folders(folders)
+
+
 def test_it_reproduces_from_what_is_saved(folders: tuple[ImageFolder, ImageFolder], tmp_path: Path) -> None:
     a, b = (str(folder.path) for folder in folders)
     for name in ("one", "two"):

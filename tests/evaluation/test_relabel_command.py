@@ -134,8 +134,14 @@ def test_labels_come_from_a_file_too(cache: Path, tmp_path: Path) -> None:
     assert command(cache, "--from", file, "--set", "mine").exit_code == 0
     found = {pair_id: label for shard in read_labels(opened, "mine").values() for pair_id, label in shard.items()}
     assert found == pytest.approx(dict(zip(ids, (0.2, 1, 0.7, 0.5), strict=True)))
+    file.write_text(file.read_text().replace("0.2", "0.3"))
+    with pytest.raises(UsageError, match=f"the labels of file from {file} that are there\n.*other labels of file"):
+        raise command(cache, "--from", file, "--set", "mine").exception or AssertionError
     for line, says in (
-        (json.dumps({"pair_id": ids[0], "label": 1.5}), "line 1"),
+        (json.dumps({"pair_id": ids[0], "label": 1.5}), '"label": 1.5}'),
+        (json.dumps({"pair_id": ids[0], "label": float("nan")}), '"label": NaN}'),
+        (json.dumps({"pair_id": ids[0], "label": True}), '"label": true}'),
+        (json.dumps({"pair_id": ids[0], "label": "0.9"}), '"label": "0.9"}'),
         (json.dumps({"pair_id": ids[0], "label": [0.1, 0.2]}), "2 labels"),
         (json.dumps(rows[0]) + "\n" + json.dumps(rows[0]), "again"),
         (json.dumps(rows[0]), "no label for a committed pair"),
