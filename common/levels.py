@@ -94,8 +94,8 @@ class Levels:
     def from_scheduler(cls, scheduler: object) -> "Levels":
         """Build from any diffusers scheduler that has `alphas_cumprod`.
 
-        Raises ModelError for a scheduler without such a table (flow matching) and for a zero-terminal-SNR table
-        (a = 0 at T-1: x_t holds nothing of x0).
+        Raises ModelError for a scheduler without such a table (flow matching), for one that tells the network other
+        timesteps than the table's, and for a zero-terminal-SNR table (a = 0 at T-1: x_t holds nothing of x0).
         """
         table = getattr(scheduler, "alphas_cumprod", None)
         name = type(scheduler).__name__
@@ -107,14 +107,15 @@ class Levels:
                 fix="use the model's own scheduler; a flow is told by its pipeline's class (docs/models.md)",
             )
         config = getattr(scheduler, "config", {})
-        if config.get("timestep_type", "discrete") != "discrete":
-            raise ModelError(
-                "The scheduler tells the network other timesteps than 0, 1, 2, ...",
-                where=f"{name}.timestep_type",
-                expected="discrete",
-                got=config["timestep_type"],
-                fix="use a model that was trained on discrete timesteps",
-            )
+        is_continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+        for key, is_other in (("timestep_type", is_continuous), ("use_flow_sigmas", config.get("use_flow_sigmas"))):
+            if is_other:
+                raise ModelError(
+                    "The scheduler tells the network other timesteps than those of its alphas_cumprod table.",
+                    where=f"{name}.{key}",
+                    got=str(config[key]).lower(),
+                    fix="use a model that was trained on the table's own timesteps 0, 1, 2, ...",
+                )
         if config.get("rescale_betas_zero_snr", False):
             # diffusers patches the last entry to a tiny positive number; the sigma there is meaningless all the same.
             raise ModelError(

@@ -54,8 +54,11 @@ def test_schedules_that_the_equations_do_not_hold_for_are_refused():
         Levels.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ModelError, match="zero-terminal-SNR"):
         Levels.from_scheduler(diffusers.DDIMScheduler(**SD15, rescale_betas_zero_snr=True))
+    other = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
     with pytest.raises(ModelError, match=r"(?s)timestep_type.*continuous"):
-        Levels.from_scheduler(diffusers.EulerDiscreteScheduler(**SD15, timestep_type="continuous"))
+        Levels.from_scheduler(diffusers.EulerDiscreteScheduler(**SD15, **other))
+    with pytest.raises(ModelError, match="use_flow_sigmas"):
+        Levels.from_scheduler(diffusers.DPMSolverMultistepScheduler(**SD15, use_flow_sigmas=True))
     for table, message in [([0.9, 0.5, 0.0], "zero-terminal"), ([0.5, 0.9], "decreasing"), ([1.0, 0.5], "decreasing")]:
         with pytest.raises(ModelError, match=message):
             Levels.from_alphas_cumprod(torch.tensor(table))
