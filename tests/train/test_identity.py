@@ -16,7 +16,7 @@ from inpo.common.cache.labels import LabelSet, PairLabel, write_labels
 from inpo.common.errors import TrainingError
 from inpo.common.models import Model
 from inpo.train import checkpoint
-from inpo.train.identity import run_identity
+from inpo.train.identity import result_identity, run_identity
 from inpo.train.index import build_index
 from inpo.train.loss_space import error_weights
 from inpo.train.settings import LossSpace, TrainSettings
@@ -49,6 +49,14 @@ def test_label_sets_are_one_where_their_labels_are(world: Any, tmp_path: Path) -
             assert write_labels(opened.store, name, shard.name, made)
     first, second, third = (identity_of(world.model, location, labels=name) for name in "abc")
     assert first == second != third
+
+
+def test_how_often_a_run_is_looked_at_changes_its_result_only_where_it_may_stop(world: Any) -> None:
+    def told(**options: Any) -> dict[str, Any]:
+        return result_identity(TrainSettings(**options), world.model)
+
+    assert told(evaluate_every=5, overfitting="ignore", log_every=1) == told() != told(steps=5)
+    assert told(evaluate_every=5, overfitting="stop") != told(overfitting="stop") != told()
 
 
 def test_a_setting_that_does_nothing_is_not_asked_for_again(world: Any, cache: str, tmp_path: Path) -> None:
