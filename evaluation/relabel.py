@@ -18,6 +18,8 @@ from inpo.common.errors import CacheMismatch, DataError, UsageError
 from inpo.common.pairs import ImageError, InputShard, Pair, PairSource, decode_image
 from inpo.common.pairs.buckets import sort_pairs
 from inpo.common.pairs.decode import image_digest
+from inpo.common.pairs.files import possible_names
+from inpo.common.pairs.names import known_names, renamed
 from inpo.common.processes import processes
 from inpo.common.scorer import Scorer
 from inpo.evaluation.score import checked_scores
@@ -71,7 +73,7 @@ def relabel_cache(
     """
     state = processes()
     _check_settings(cache, set_name, scorer.name, temperature)
-    inputs = {shard.name: shard for shard in source_of(cache, source).shards}
+    inputs = _inputs(cache, source_of(cache, source))
     num_replaced = 0
     state.wait_for_everyone()
     for shard in list(cache)[state.process_index :: state.num_processes]:
@@ -120,11 +122,23 @@ def source_of(cache: Cache, source: PairSource) -> PairSource:
         return source
     sizes = [(int(height), int(width)) for height, width in (each.split("x") for each in buckets)]
     wanted = {commit.source.input_shard for commit in cache.commits.values()}
-    shards = [each for each in source.shards if each.name in wanted]
+    shards = [each for each in source.shards if not wanted.isdisjoint(possible_names(source.files[each.name]))]
     found, failures = sort_pairs(source, shards, sizes, get=CacheStore(folder or "/").get)
     if failures:
         raise failures[0]
     return found.get(cache.manifest.resolution, source)
+
+
+def _inputs(cache: Cache, source: PairSource) -> dict[str, InputShard]:
+    """The input shards by the names that the cache has for them. Raises DataError where one's cannot be told."""
+    sources = {commit.source.input_shard: commit.source for commit in cache.commits.values()}
+    names, unclear = known_names(
+        source, sources, lambda asked: {name: (sources[name].location, sources[name].fingerprint) for name in asked}
+    )
+    for error in unclear.values():
+        raise error
+    shards = [renamed(each, names.get(each.name, each.name)) for each in source.shards]
+    return {each.name: each for each in shards}
 
 
 def _label(pairs: Sequence[Pair], scorer: Scorer, temperature: float) -> dict[str, PairLabel]:

@@ -1,6 +1,6 @@
 """What a run finds before it begins: the pairs it is to read, the shards that its cache holds already."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from inpo.common.cache import CacheWriter, Commit, Manifest, open_cache
@@ -11,10 +11,11 @@ from inpo.common.cache.store import CacheStore, digest, is_remote
 from inpo.common.errors import CacheMismatch, DataError, InpoError, UsageError
 from inpo.common.log import fail, note, say
 from inpo.common.pairs import InputShard, PairSource
+from inpo.common.pairs.names import known_names
 from inpo.common.pairs.walk import count_not_read, not_read_words
 from inpo.common.recipe import DataSection
 from inpo.precompute.settings import PrecomputeSettings
-from inpo.precompute.tasks import ShardTask, list_tasks
+from inpo.precompute.tasks import ShardTask, input_of, list_tasks
 
 
 def list_work(data: DataSection, settings: PrecomputeSettings) -> tuple[PairSource, list[ShardTask], list[DataError]]:
@@ -114,6 +115,18 @@ def _commits(store: CacheStore, committed: set[str]) -> dict[str, Commit]:
     return {name: Commit.from_json(data, store.path(path)) for name, path, data in documents if isinstance(data, bytes)}
 
 
+def names_in_cache(cache: str, source: PairSource, committed: set[str]) -> tuple[dict[str, str], dict[str, DataError]]:
+    """As `known_names`, of a cache with these shards; a commit is read for each name that is in question."""
+
+    def made_from(names: Collection[str]) -> dict[str, tuple[str, str]]:
+        first = {input_of(name): name for name in sorted(committed, reverse=True)}
+        commits = _commits(CacheStore(cache), {first[name] for name in names})
+        sources = [commit.source for commit in commits.values()]
+        return {each.input_shard: (each.location, each.fingerprint) for each in sources}
+
+    return known_names(source, {*map(input_of, committed)}, made_from)
+
+
 def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) -> dict[str, DataError]:
     """{input shard: what is wrong} for those whose name another source's file has, from which this cache's shards of
     that name are made. Lists of pairs are often called alike."""
@@ -143,9 +156,10 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
 def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
     """What a user should know about inputs before days of work: a line per committed shard whose input file is not
     what it was or that lacks rows which --allow-remote reads, per such input that cannot be read any more, and per new
-    input that is a committed one renamed."""
+    input that is a committed one, renamed or copied."""
     commits = _commits(writer.store, committed)
     made_from = {commit.source.fingerprint: commit.source.input_shard for commit in commits.values()}
+    present = {task.input_shard.name for task in tasks}
     lines: list[str] = []
     fingerprints: dict[str, str | None] = {}
     for task in tasks if commits else []:
@@ -172,9 +186,12 @@ def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[s
                 f"make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
             )
         if commit is None and is_first and made_from.get(found, name) != name:
+            advice = "If the file was renamed or moved, stop and give it back its name"
+            if made_from[found] in present:
+                advice = "Both files are there: stop and leave one of them out"
             lines.append(
                 f"input {name} holds what {made_from[found]} held when this cache was made from it: its pairs "
-                f"come into the cache twice. If the file was renamed or moved, stop and give it back its name"
+                f"come into the cache twice. {advice}"
             )
     return lines
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.errors import DataError
 from inpo.common.pairs import InputShard, PairSource
+from inpo.common.pairs.names import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class ShardTask:
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+    def renamed(self, name: str) -> "ShardTask":
+        """The same task where the input shard has another name."""
+        return replace(self, name=_shard_name(name, self.start), input_shard=renamed(self.input_shard, name))
 
     def of(self, input_shard: InputShard | None) -> "ShardTask":
         """The same task with this input shard, or without one: it may be large, and many tasks share it."""
@@ -52,7 +57,7 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
             rows += stop - start
             tasks.append(
                 ShardTask(
-                    name=f"{input_shard.name}-{start:08d}",
+                    name=_shard_name(input_shard.name, start),
                     location=source.place,
                     input_shard=input_shard,
                     start=start,
@@ -60,6 +65,15 @@ def list_tasks(source: PairSource, *, limit: int | None = None) -> tuple[list[Sh
                 )
             )
     return tasks, unreadable
+
+
+def _shard_name(input_shard: str, start: int) -> str:
+    return f"{input_shard}-{start:08d}"
+
+
+def input_of(shard_name: str) -> str:
+    """The name of the input shard that a shard is named after."""
+    return shard_name.rpartition("-")[0]
 
 
 def split(num_tasks: int, rank: int, world_size: int) -> Sequence[int]:

@@ -15,7 +15,7 @@ from inpo.common.sizes import size_text
 from inpo.precompute.buckets import bucket_sizes, sort_into_buckets
 from inpo.precompute.configuration import Configuration, build_manifest, device_type
 from inpo.precompute.engines.waiting_room import WaitingRoom
-from inpo.precompute.inputs import foreign_inputs, grouped, input_warnings, list_work
+from inpo.precompute.inputs import foreign_inputs, grouped, input_warnings, list_work, names_in_cache
 from inpo.precompute.phases import IMAGES, TEXTS, Phase
 from inpo.precompute.pipeline import Task
 from inpo.precompute.plan import Plan, make_plan
@@ -56,10 +56,17 @@ class Work:
         return make_plan(self.tasks, committed, manifest, model, cache=self.cache, calls=self.calls_per_image)
 
     def own(self, committed: set[str]) -> tuple["Work", list[DataError]]:
-        """Without the input shards whose shards in the cache are of another source, and an error for each of these."""
-        foreign = self.foreign(committed)
-        tasks = [task for task in self.tasks if task.input_shard.name not in foreign]
-        return replace(self, tasks=tasks), list(foreign.values())
+        """Under the names that the cache has for its inputs; without those whose shards in the cache are of another
+        source, or for which that cannot be told, and an error for each of these."""
+        names, left_out = names_in_cache(self.cache, self.source, committed)
+        tasks = [task for task in self.tasks if task.input_shard.name not in left_out]
+        tasks = [
+            task.renamed(names[task.input_shard.name]) if task.input_shard.name in names else task for task in tasks
+        ]
+        work = replace(self, tasks=tasks)
+        foreign = work.foreign(committed)
+        tasks = [task for task in tasks if task.input_shard.name not in foreign]
+        return replace(work, tasks=tasks), [*left_out.values(), *foreign.values()]
 
     @property
     def why_no_pair(self) -> str:

@@ -339,18 +339,20 @@ def list_folder(location: str) -> Listing:
 
 
 def shard_names(locations: Sequence[str]) -> list[str]:
-    """One file-system safe name for each location, unique among them: the stem, with the folder where stems repeat."""
-    locations = [shown(location) for location in locations]  # another password is no other name
-    names = [_safe(PurePosixPath(location).stem) for location in locations]
-    if len(set(names)) != len(names):
-        names = [
-            _safe(f"{PurePosixPath(location).parent.name}-{PurePosixPath(location).stem}") for location in locations
-        ]
-    if len(set(names)) != len(names):
-        names = [f"{name}-{_digest(location)}" for name, location in zip(names, locations, strict=True)]
-    if len(set(names)) != len(names):
-        raise DataError("A file is named twice.", where=", ".join(locations), fix="name each file once")
-    return names
+    """One name for each location, unique among them: the first of its `possible_names` that tells all apart."""
+    for names in zip(*map(possible_names, locations), strict=True):
+        if len(set(names)) == len(names):
+            return list(names)
+    raise DataError("A file is named twice.", where=", ".join(map(shown, locations)), fix="name each file once")
+
+
+def possible_names(location: str) -> tuple[str, str, str]:
+    """What a file may be called, safe in any file system: its stem, that with the folder, that with a digest of the
+    whole location."""
+    location = shown(location)  # another password is no other name
+    path = PurePosixPath(location)
+    with_folder = _safe(f"{path.parent.name}-{path.stem}")
+    return _safe(path.stem), with_folder, f"{with_folder}-{_digest(location)}"
 
 
 def read_as(fingerprint: str, reading: Reading) -> str:

@@ -180,11 +180,18 @@ class PairSource:
     """webdataset, parquet or folder, as datasets calls them; of what is no file, what it is."""
     not_read: Mapping[str, int] = field(default_factory=dict)
     """What lies beside the input shards and is none, and how often: `file *.md`, `folder raw`."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The file of each input shard, by its name."""
 
     @property
     def place(self) -> str:
-        """The location without secrets and, of a path, from the root: two of one name in two folders are two."""
-        return shown(self.location if "://" in self.location else str(Path(self.location).absolute()))
+        """See `place_of`."""
+        return place_of(self.location)
+
+
+def place_of(location: str) -> str:
+    """A location without secrets and, of a path, from the root: two of one name in two folders are two."""
+    return shown(location if "://" in location else str(Path(location).absolute()))
 
 
 class RowProblem(Exception):

@@ -137,13 +137,10 @@ def _from_files(
             raise _not_recognised(location, f"{len(files)} lists of pairs; one is read at a time")
     else:
         _refuse_mixed_splits(location, files)
-    shards = [
-        _shard_type(kind)(name=name, file=file, reading=reading)
-        for name, file in zip(shard_names(files), files, strict=True)
-    ]
-    shards.sort(key=lambda shard: shard.name)
+    named_files = dict(sorted(zip(shard_names(files), files, strict=True)))
+    shards = [_shard_type(kind)(name=name, file=file, reading=reading) for name, file in named_files.items()]
     named = {"tar": "webdataset", "list": "folder"}.get(str(kind), "parquet")
-    return PairSource(location=location, shards=tuple(shards), kind=named, not_read=not_read or {})
+    return PairSource(location=location, shards=tuple(shards), kind=named, not_read=not_read or {}, files=named_files)
 
 
 def _shard_type(kind: str | None) -> Callable[..., InputShard]:
