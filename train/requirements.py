@@ -174,14 +174,7 @@ def check_needs(caches: Sequence[Cache], objective: Objective) -> Needs:
         wanted = [needs.target, *(["eps_ref"] if needs.eps_ref else [])]
         lacking = [name for name in wanted if name not in shard]
         if lacking:
-            # At guidance 1 the reference's prediction is delta, which the full profile holds.
-            options = [
-                word
-                for name in lacking
-                for word in (
-                    ("--profile", "full") if name == "eps_ref" and cache.delta_is_reference else ("--extra", name)
-                )
-            ]
+            options = [word for name in lacking for word in ("--extra", name)]
             raise CacheIncomplete(
                 f"Objective {objective.name} needs {' and '.join(lacking)}, which this cache does not hold.",
                 where=cache.location,

@@ -192,10 +192,10 @@ def test_no_cache_and_an_empty_cache(world: Any, run: Callable[..., Path], tmp_p
     ("objective", "options", "words"),
     [
         ("inversion_dpo", {}, ["delta_prev", "--extra delta_prev"]),
-        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev",)}, ["eps_ref", "--profile full"]),
+        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev",)}, ["needs eps_ref", "precompute --extra eps_ref"]),
         ("inversion_dpo", {"guidance": 0.0, "extra": ("delta_prev",)}, ["eps_ref", "--extra eps_ref"]),
         ("dpo", {}, ["noised latents", "--inverter noise"]),
-        ("smpo", {}, ["soft labels", "inpo relabel", "--labels"]),
+        ("smpo", {}, ["soft labels", "inpo relabel", "--smpo", "--labels"]),
         ("inpo", {"label": lambda pair: 0.5}, ["No pair is left to train on"]),
     ],
 )
@@ -214,6 +214,7 @@ def test_an_objective_that_the_cache_cannot_serve(
     [
         ("inversion_dpo", {"extra": ("delta_prev",)}),
         ("inversion_dpo", {"guidance": 0.0, "extra": ("delta_prev", "eps_ref")}),
+        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev", "eps_ref")}),
         ("dpo", {"inverter": "noise"}),
         ("smpo", {"label": lambda pair: 0.2 + pair / 10}),
         ("kto", {"profile": "lean"}),
