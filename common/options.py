@@ -140,8 +140,9 @@ def _parameter(section: type[Section], name: str) -> tuple[Any, Any]:
     reader = _reader(field)
     if reader is not None:
         kind, default = str, default if default is None else str(default)
-        told = get_args(reader.json_schema_input_type)
-        metavar = f"<{'|'.join(each.__name__ if isinstance(each, type) else get_args(each)[0] for each in told)}>"
+        told = get_args(reader.json_schema_input_type)  # none of a reader of plain text
+        words = [each.__name__ if isinstance(each, type) else get_args(each)[0] for each in told]
+        metavar = f"<{'|'.join(words)}>" if words else None
     names = (f"{option}/--no-{option.removeprefix('--')}",) if kind is bool else (option,)
     panel = _panel(section, name)
     made = typer.Option(*names, help=text, show_default=shown, metavar=metavar, rich_help_panel=panel)

@@ -17,11 +17,11 @@ import webdataset
 from inpo.common.durable import new_folder
 from inpo.common.errors import DataError, UsageError
 from inpo.common.pairs.pair import InputShard, Pair, Skipped, SkipReason
+from inpo.common.pairs.recognise import SKIPPED_NAME
 from inpo.common.pairs.walk import Reasons
 from inpo.data.group import group_by_prompt
 
 PATTERN = "pairs-%06d.tar"
-SKIPPED_NAME = "skipped.jsonl"
 
 
 @dataclass(kw_only=True)

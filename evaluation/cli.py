@@ -66,8 +66,8 @@ def score_command(
 
     settings = _settings(recipe, given)
     images = ImageFolder(folder)
-    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     try_scorers(_needed(settings.scorers), images)
+    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     for name in settings.scorers:
         score_folder(images, load_scorer(name), batch_size=settings.batch_size)
         values = list(images.scores(name).values())
@@ -276,8 +276,8 @@ def relabel(
         if main:
             _say_set(chosen, read_file(opened, from_file, set_name=chosen), "the file", opened.location)
         return
-    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     judges = [load_scorer(name) for name in names]
+    say_device(processes().device, SCORERS_DTYPE, num_processes=processes().num_processes)
     source = resolve(DataSection, "data", {}, source_options).open()
     mine = list(opened)[processes().process_index :: processes().num_processes]
     share = sum(shard.num_pairs for shard in mine) * len(judges)

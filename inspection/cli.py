@@ -263,13 +263,15 @@ def filter_pairs(
     say(f"{len(chosen):,} of {len(table):,} pairs, {int(selection.truth.no.sum()):,} fail, {unknown:,} undecided")
     if agree is not None:
         say(f"{int((~agreed).sum()):,} pairs have less than {agree} of the label sets on one side")
-    again = command("precompute", "--like", cache, "--measure-inversion", "1", "--cache", "OTHER")
+    again = command("precompute", "--like", cache, "--model", "MODEL", "--measure-inversion", "1", "--cache", "OTHER")
     for name, count in selection.num_lacking.items():
         hint = f"; `{again}` measures all, in another cache" if name.startswith("inversion_error") else ""
         say(f"{count:,} pairs lack {name}{hint}")
     if len(chosen) < len(selected):
         say(f"{len(selected) - len(chosen):,} pairs have ids that no list can hold (line breaks, control characters)")
-    if out is not None and chosen:
+    if out is not None and not chosen:
+        say(f"{out}: an empty list")
+    elif out is not None:
         say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
     for name, error in table.damaged.items():
         warn(f"damaged, left out: {name}: {error.what}")

@@ -85,7 +85,7 @@ def fitted_preview(x0: Float[np.ndarray, "n c h w"]) -> LinearPreview:
     to_rgb = np.array([[0.22, 0.22, 0.22], [0.0, -0.045, 0.24], [0.19, -0.10, 0.0]])[: scaled.shape[1]]
     weight = scaled @ to_rgb
     return LinearPreview(
-        weight=weight, bias=0.5 - mean @ weight, note="latents in false colours (principal components of x₀)"
+        weight=weight, bias=0.5 - mean @ weight, note="latents in false colours (principal components of x0)"
     )
 
 

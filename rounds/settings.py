@@ -42,6 +42,8 @@ class SampleSettings(PrecomputeSettings):
     """n: points of a group's grid, on which the sampler steps; it makes one call more, at the noisy end."""
     guidance: float = Field(7.5, ge=0.0, le=1e6)
     """Of the sampler: 1 is the caption alone, 0 the empty prompt. Records are of the caption alone."""
+    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of the prompts whose records are made, and trained, under the empty prompt; the images are not."""
     group: Literal["list"] = "list"
     """A prompt's images share their grid."""
     decode_workers: Literal[0] = 0

@@ -23,6 +23,8 @@ EXPECTED = (
 LIST_NAMES = tuple(f"pairs{suffix}" for suffix in LIST_SUFFIXES)
 DATA_FOLDER = "data"
 """Where the repositories of dataset hubs keep their files."""
+SKIPPED_NAME = "skipped.jsonl"
+"""What `inpo data pack` writes beside its tars: the rows that gave no pair."""
 _PIECE = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 _SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|dev|test)", re.IGNORECASE)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
@@ -114,7 +116,8 @@ def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
     with_list = _kind(taken[0]) == "list"
     for file in set(listing.files) - set(taken):
         suffix = PurePosixPath(file).suffix.lower()
-        if not (with_list and (suffix in IMAGE_SUFFIXES or may_be_archive(file))):
+        of_list = with_list and (suffix in IMAGE_SUFFIXES or may_be_archive(file))
+        if not of_list and PurePosixPath(file).name != SKIPPED_NAME:
             not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
     not_read["hidden file or folder"] += listing.hidden
     not_read["pipe, socket or device"] += len(listing.others)

@@ -16,6 +16,7 @@ from inpo.common.durable import storage_errors, write_file
 from inpo.common.errors import StorageError
 from inpo.common.log import log_file
 from inpo.inspection.output import refuse_output
+from inpo.train.output import claim_output
 
 
 def test_a_full_disk(mounted, build):
@@ -93,6 +94,7 @@ def _largest_file(num_bytes: int):
 def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
     folder = mounted("size=4m")
     manifest = build.cache(folder, pairs=(2,))
+    (folder / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     assert open_cache(str(folder)).shards["s0"].read("x_t").shape[0] == 4
     writer = CacheWriter.open(str(folder), manifest)
@@ -102,6 +104,7 @@ def test_a_read_only_target_can_be_read_and_not_written(mounted, build):
         lambda: CacheStore(f"{folder}/x", create=True),
         lambda: refuse_output(folder / "report.html", what="report"),
         lambda: log_file(folder).__enter__(),
+        lambda: claim_output(folder / "run").__enter__(),
     ):
         with pytest.raises(StorageError, match="Read-only file system") as caught:
             attempt()

@@ -54,6 +54,11 @@ def test_doctor_names_versions_device_disk_hub_and_what_is_missing(tmp_path, mon
         assert words in done.output
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert re.search("only for: .*torchao.*datasets", invoke("doctor", str(tmp_path)).output)
+    # What is missing is called as pip calls it, and looked for as Python does.
+    monkeypatch.setattr("importlib.util.find_spec", {"open_clip": True}.get)
+    missing = invoke("doctor", str(tmp_path)).output.partition("only for: ")[2]
+    assert "image-reward (" in missing
+    assert "open_clip" not in missing
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
         refused = invoke("doctor", str(path))

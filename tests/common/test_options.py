@@ -111,6 +111,7 @@ def test_every_field_has_an_option_whose_help_is_its_text_with_default_and_choic
             wording = " ".join(field.description.split()).partition("; unset: ")[0].rstrip(".")
             here = text[text.index(f" {option} ") :]
             assert wording in here[: len(wording) + 120], option
+            assert "<>" not in here[: len(wording) + 120], f"{option} shows no type"
             default = here[here.index(wording) :].partition("[default: ")
             assert " --" not in default[0], f"{option} shows no default"
             if isinstance(field.default, int | float | str) and not isinstance(field.default, bool):

@@ -169,5 +169,7 @@ def test_the_command_finds_installed_scorers(save_images: SaveImages, tmp_path: 
     result = CliRunner().invoke(app, ["score", str(folder), "--scorer", "red"])
     assert result.exit_code == 0, result.output
     assert f"red: mean {np.mean(REDS):.4g} over 5 images" in result.output
+    assert "device: " in result.output
     wrong = CliRunner().invoke(app, ["score", str(folder), "--scorer", "blue"])
     assert {"broken", "red"} <= set(str(wrong.exception).replace(",", " ").split())
+    assert "device: " not in wrong.output

@@ -34,7 +34,7 @@ def test_conditions_give_what_numpy_gives_and_missing_values_are_counted(states,
     expected = found["pair_id"][(mean <= middle) & ~np.isnan(worst)].tolist()
     assert out.read_text().splitlines() == expected
     assert f"{unmeasured} pairs lack inversion_error" in done.out
-    assert f"--like {states('healthy')} --measure-inversion 1 --cache OTHER` measures all" in done.out
+    assert f"--like {states('healthy')} --model MODEL --measure-inversion 1 --cache OTHER` measures all" in done.out
     assert f"{len(expected)} of 5 pairs" in done.out
 
     # Kleene: the rest decides where it can, and only there.
@@ -146,4 +146,5 @@ def test_a_list_without_a_pair_is_no_list_to_train_on(states, inspect, tmp_path)
     assert done.code == 0
     assert "0 of 5 pairs" in done.out
     assert "inpo train" not in done.out
+    assert f"{tmp_path / 'none.txt'}: an empty list" in done.out
     assert (tmp_path / "none.txt").read_text() == ""

@@ -303,6 +303,20 @@ def test_what_cannot_be_told_is_refused_with_what_was_found(
     assert "pairs.jsonl" in str(error.value) or "pattern" in str(error.value) or "which" in str(error.value)
 
 
+def test_the_examples_of_readme_and_recipes_name_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "pickapic_v2/data"  # as the repository of the published set has it
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (data / f"{split}-00000-of-00001.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).parents[2]
+    texts = [file.read_text(encoding="utf-8") for file in (root / "README.md", *root.glob("recipes/*.toml"))]
+    examples = [each for text in texts for each in re.findall(r'pairs(?: = | )"?(pickapic[^"\s]*)', text)]
+    assert len(examples) == 6
+    for each in examples:
+        assert [shard.name for shard in open_source(each).shards] == ["train-00000-of-00001"]
+
+
 def test_an_unknown_url_scheme_is_refused() -> None:
     with pytest.raises(DataError, match="cannot be opened"):
         open_source("carrierpigeon://loft/pairs.tar")
