@@ -365,13 +365,7 @@ def _quieten() -> None:
 def _checked(model: Model) -> Model:
     """Refuse early, from the configuration files alone, what later equations would not hold for."""
     family = model.family
-    family.check(
-        name=model.name,
-        folder=model.folder,
-        index=model.index,
-        network=model.config(family.network),
-        vae=model.config("vae"),
-    )
+    family.check(name=model.name, folder=model.folder, index=model.index, config=model.config)
     try:
         _ = model.levels, model.prediction
     except ModelError as error:

@@ -111,10 +111,14 @@ class Family(ABC):
 
     # Configuration
 
-    def check(self, *, name: str, folder: Path, index: Config, network: Config, vae: Config) -> None:
+    def check(self, *, name: str, folder: Path, index: Config, config: Callable[[str], Config]) -> None:
         """Raise ModelError for a model, called `name` in messages, that the equations or the conditions do not hold
-        for. `index` is model_index.json, `network` and `vae` are those components' configurations.
+        for. `index` is model_index.json, `config` gives a component's configuration by its name.
         """
+        for component in ("scheduler", self.network, *self.text_encoders, *self.tokenizers):
+            if not all(index.get(component) or [None]):  # it is no damage: a new download would not bring it
+                raise ModelError(f"The pipeline has no {component}.", where=name, fix=f"supported: {self.title}")
+        network, vae = config(self.network), config("vae")
         channels = self.patch * self.vae_channels(vae)
         if network.get("in_channels") != channels:
             packed = f"{self.patch} times " if self.patch > 1 else ""
@@ -126,9 +130,6 @@ class Family(ABC):
                 fix=f"inpainting and depth models are not supported; supported: {self.title}",
             )
         self.check_network(name, network)
-        for part in ("scheduler", *self.text_encoders, *self.tokenizers):
-            if index.get(part, [None, None])[1] is None:
-                raise ModelError(f"The pipeline has no {part}.", where=name, fix=f"supported: {self.title}, with it")
         for component in self.tokenizers:
             # The libraries make an empty tokenizer of an empty folder, and fail much later.
             if not any((folder / component / file).is_file() for file in self.tokenizer_files):

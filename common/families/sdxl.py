@@ -49,28 +49,30 @@ class StableDiffusionXL(UNetFamily):
         mean, deviation = (torch.tensor(each, device=vae.device)[:, None, None] for each in statistics)
         return mean, vae.config.scaling_factor / deviation
 
-    def check(self, *, name: str, folder: Path, index: Config, network: Config, vae: Config) -> None:
+    def check(self, *, name: str, folder: Path, index: Config, config: Callable[[str], Config]) -> None:
+        super().check(name=name, folder=folder, index=index, config=config)
+        unet, (pooled,) = config("unet"), self.lengths(config)["pooled"]
+        fix = f"supported: {self.title}; refiners, which take an aesthetic score, are not"
         if index.get("requires_aesthetics_score"):
             raise ModelError(
                 "The UNet is conditioned on an aesthetic score.",
                 where=f"{name}: model_index.json, requires_aesthetics_score",
                 expected="false",
                 got="true",
-                fix=f"supported: {self.title}; refiners are not",
+                fix=fix,
             )
-        super().check(name=name, folder=folder, index=index, network=network, vae=vae)
-
-    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
-        unet, pooled = config("unet"), int(config("text_encoder_2")["projection_dim"])
-        expected = pooled + 6 * int(unet["addition_time_embed_dim"])
-        if unet["projection_class_embeddings_input_dim"] != expected:
+        expected = pooled + 6 * int(unet.get("addition_time_embed_dim") or 0)
+        if unet.get("projection_class_embeddings_input_dim") != expected:
             raise ModelError(
                 "The UNet's added conditions are not the pooled state and six sizes.",
-                where="unet/config.json, projection_class_embeddings_input_dim",
+                where=f"{name}: unet/config.json, projection_class_embeddings_input_dim",
                 expected=expected,
-                got=unet["projection_class_embeddings_input_dim"],
-                fix=f"supported: {self.title}",
+                got=unet.get("projection_class_embeddings_input_dim"),
+                fix=fix,
             )
+
+    def lengths(self, config: Callable[[str], Config], max_tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+        pooled = int(config("text_encoder_2").get("projection_dim", 512))  # transformers' default
         return super().lengths(config) | {"pooled": (pooled,), "time_ids": (6,)}
 
     def encode(

@@ -192,7 +192,7 @@ def test_no_cache_and_an_empty_cache(world: Any, run: Callable[..., Path], tmp_p
     ("objective", "options", "words"),
     [
         ("inversion_dpo", {}, ["delta_prev", "--extra delta_prev"]),
-        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev",)}, ["needs eps_ref", "precompute --extra eps_ref"]),
+        ("inversion_dpo", {"profile": "lean", "extra": ("delta_prev",)}, ["needs eps_ref", "--extra eps_ref"]),
         ("inversion_dpo", {"guidance": 0.0, "extra": ("delta_prev",)}, ["eps_ref", "--extra eps_ref"]),
         ("dpo", {}, ["noised latents", "--inverter noise"]),
         ("smpo", {}, ["soft labels", "inpo relabel", "--smpo", "--labels"]),
