@@ -171,13 +171,14 @@ def clean(
         ),
     ] = False,
 ) -> None:
-    """Remove attempts that no commit names: what died or lost a race. Never touches a committed one."""
+    """Remove attempts that no commit names, and documents without their name: what died or lost a race. Never touches
+    a committed one."""
     from inpo.common.cache import open_cache
     from inpo.common.space import human_bytes
-    from inpo.inspection.leftovers import find_leftovers, remove_leftover
+    from inpo.inspection.leftovers import find_leftovers, find_staged, remove_leftover
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
-    found = find_leftovers(store)
+    found = [*find_leftovers(store), *find_staged(store)]
     chosen = [leftover for leftover in found if everything or not leftover.is_young()]
     spared = len(found) - len(chosen)
     for leftover in chosen:
@@ -188,11 +189,11 @@ def clean(
         print("nothing to remove")
         return
     total = human_bytes(sum(leftover.num_bytes for leftover in chosen))
-    if not yes and not typer.confirm(f"Remove {len(chosen)} attempts, {total}?"):
+    if not yes and not typer.confirm(f"Remove these {len(chosen)}, {total}?"):
         print("nothing was removed")
         raise typer.Exit(1)
     removed = [leftover for leftover in chosen if remove_leftover(store, leftover)]
-    print(f"removed {len(removed)} attempts, {human_bytes(sum(leftover.num_bytes for leftover in removed))}")
+    print(f"removed {len(removed)} leftovers, {human_bytes(sum(leftover.num_bytes for leftover in removed))}")
     if len(removed) < len(chosen):
         print(f"kept {len(chosen) - len(removed)}: committed in the meantime")
 

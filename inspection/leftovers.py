@@ -1,10 +1,11 @@
-"""What writers left behind: attempts that no commit names, finished or not.
+"""What writers left behind: attempts that no commit names, finished or not, and documents that never got their name.
 
 A writer that died, or lost the race for a shard, leaves its attempt folder; readers never see it. A writer that is
 still at work looks the same, except that its files are young; and it may have slept. So a mark is left before the last
 look at the commit, and removed last: the writer looks for it after its commit (common/cache/writer.py).
 """
 
+import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -40,6 +41,30 @@ class Leftover:
 
     def is_young(self, now: datetime | None = None) -> bool:
         return self.has_arrays and (now or datetime.now(UTC)) - self.modified < GRACE
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedDocument:
+    """A document that a killed writer was about to give its name."""
+
+    folder: str
+    """Its path in the cache."""
+    num_bytes: int
+    modified: datetime
+    """UTC."""
+
+    def is_young(self) -> bool:
+        return datetime.now(UTC) - self.modified < GRACE
+
+
+def find_staged(store: CacheStore) -> list[StagedDocument]:
+    """Every staged document outside of attempts and their lists, sorted."""
+    files = sorted(store.files(""))
+    return [
+        StagedDocument(folder=name, num_bytes=size, modified=when)
+        for name, size, when in files
+        if _STAGED.fullmatch(name) and name.split("/")[0] not in ("shards", "texts", "skipped")
+    ]
 
 
 def find_leftovers(store: CacheStore) -> list[Leftover]:
@@ -80,6 +105,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
 
 _Key = tuple[type[AnyCommit], str, str]
 _UNKNOWN = "?"
+_STAGED = re.compile(r".+\.[0-9a-f]{32}\.staged")
 
 
 def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> str | None:
@@ -92,8 +118,11 @@ def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> s
         return _UNKNOWN
 
 
-def remove_leftover(store: CacheStore, leftover: Leftover) -> bool:
-    """Remove one attempt. The commit is read again right before: False, and nothing removed, if it names it now."""
+def remove_leftover(store: CacheStore, leftover: Leftover | StagedDocument) -> bool:
+    """Remove it. An attempt's commit is read again right before: False, and nothing removed, if it names it now."""
+    if isinstance(leftover, StagedDocument):
+        store.remove(leftover.folder)
+        return True
     # A mark of its own: who leaves an attempt alone takes its mark back, and not that of another who removes it.
     mark = f"{leftover.folder}.{uuid.uuid4().hex}{REMOVING}"
     store.put_new(mark, b"")

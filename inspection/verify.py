@@ -259,7 +259,7 @@ def quarantine(location: str, verification: Verification) -> list[str]:
 
     A commit that is not the one checked, that was made under another manifest, or of a shard that could not be checked
     whole, stays. Raises CacheCorrupt, and moves nothing, if it is the manifest that was edited: then every commit is
-    right.
+    right; StorageError if not one file of any shard is there, as where a disk is not mounted.
     """
     unreadable: dict[str, CacheError] = {}
     cache = open_cache(location, allow_empty=True, damaged=unreadable)
@@ -270,6 +270,15 @@ def quarantine(location: str, verification: Verification) -> list[str]:
             where=cache.store.path("manifest.json"),
             fix="restore manifest.json from a copy",
         )
+    for kind, commits in ((Commit, cache.commits.values()), (TextCommit, [each.commit for each in cache.texts])):
+        if any(commit.files for commit in commits) and not cache.store.listing(kind.arrays):
+            raise StorageError(
+                "Not one file of any shard is there. Nothing was moved.",
+                where=cache.store.path(kind.arrays),
+                expected=f"the files of {len(commits)} commits",
+                got="an empty folder or none",
+                fix=f"mount the disk or bring the folder back; if it is lost, move {cache.store.path(kind.folder)} away",
+            )
     moved = []
     for name in sorted({each.shard for each in verification.findings if each.remake} - verification.not_checked.keys()):
         attempt = _attempt_now(cache.store, name)

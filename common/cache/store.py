@@ -325,19 +325,35 @@ def check_process(where: object) -> None:
 
 
 def _local_files(folder: Path) -> Iterator[tuple[str, int, datetime]]:
-    """(path relative to `folder`, bytes, UTC of the last change) of every file. A folder that may not be listed is an
-    error, not empty."""
+    """(path relative to `folder`, bytes, UTC of the last change) of every file, also behind links. A folder that may
+    not be listed, or a link to it that leads nowhere, is an error, not empty."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
+        for place in (folder, *folder.parents):
+            if place.is_symlink() and not place.exists():
+                raise StorageError(
+                    "A link leads nowhere.",
+                    where=place,
+                    expected="the folder that it was made for",
+                    got=f"no {os.readlink(place)}",
+                    fix="mount the disk or bring the folder back, then run the same command again",
+                )
 
     above = len(os.path.join(folder, ""))
-    for root, _, names in os.walk(folder, onerror=refuse):
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        with suppress(FileNotFoundError):  # gone in between
+            here = os.stat(root)
+            if (here.st_dev, here.st_ino) in seen:  # links in a circle
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
         for name in names:
             file = os.path.join(root, name)
             try:
                 found = os.stat(file)
-            except FileNotFoundError:  # another writer's staged file, gone in between
+            except FileNotFoundError:  # another writer's staged file
                 continue
             yield file[above:], found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)

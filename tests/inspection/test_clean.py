@@ -109,7 +109,7 @@ def test_texts_and_images_of_one_name_are_told_apart(fresh, inspect):
     (committed,) = (folder / "shards" / "s0").iterdir()
     shutil.copytree(committed, folder / "texts" / "s0" / committed.name)
     grow_old(folder)
-    assert "removed 1 attempts" in inspect("clean", folder, "--yes").out
+    assert "removed 1 leftovers" in inspect("clean", folder, "--yes").out
     assert files(folder) == survivors
 
 
@@ -140,7 +140,7 @@ def test_a_list_that_was_on_its_way_belongs_to_its_attempt(fresh, inspect):
         "deaddeaddeaddead",
         "cafecafecafecafe",
     }
-    assert "removed 3 attempts" in inspect("clean", folder, "--yes").out
+    assert "removed 3 leftovers" in inspect("clean", folder, "--yes").out
     assert files(folder) == survivors
     assert "nothing to remove" in inspect("clean", folder, "--yes").out
 
@@ -200,6 +200,41 @@ def test_who_leaves_an_attempt_alone_leaves_the_mark_of_another_clean(fresh, mon
     assert len(marks) == 2
     assert marks[1].startswith(f"{leftover.attempt}.")
     assert store.listing("shards/s0") == {}
+
+
+def test_what_lies_behind_links_is_cleaned_too_and_a_link_to_nowhere_is_told(fresh, inspect, tmp_path):
+    folder = fresh("healthy")
+    with_orphan(folder, old=True)
+    for place in ("shards/s0", "texts"):
+        disk = tmp_path / place.replace("/", "-")
+        (folder / place).rename(disk)
+        (folder / place).symlink_to(disk)
+    (folder / "shards" / "s9").symlink_to(folder / "shards")  # a circle
+    done = inspect("clean", folder, "--yes")
+    assert done.code == 0
+    assert "removed 1 leftovers" in done.out
+    assert not (tmp_path / "shards-s0" / "feedfeedfeedfeed").exists()
+    (folder / "shards" / "s9").unlink()
+    assert inspect("verify", folder).code == 0
+    disk.rename(tmp_path / "elsewhere")
+    done = inspect("clean", folder, "--yes")
+    assert done.code == 1
+    assert f"no {disk}" in done.out
+
+
+def test_a_document_that_never_got_its_name_goes(fresh, inspect):
+    folder = fresh("healthy")
+    before = files(folder)
+    old, young = (folder / "commits" / f"s9.json.{digit * 32}.staged" for digit in "ab")
+    for file in (old, young):
+        file.write_bytes(b"{}")
+    os.utime(old, (1, 1))
+    done = inspect("clean", folder, "--yes")
+    assert done.code == 0
+    assert f"commits/{old.name}" in done.out
+    assert "left alone: 1" in done.out
+    young.unlink()
+    assert files(folder) == before
 
 
 def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one(fresh, monkeypatch):

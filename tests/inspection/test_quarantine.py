@@ -86,3 +86,22 @@ def test_a_bad_shard_of_images_is_inverted_again_and_no_text_is_encoded_again(ti
     assert inspect("verify", cache, "--model", tiny()).code == 0
     assert contents(cache, "texts") | contents(cache, "text-commits") == texts
     assert np.allclose(open_cache(str(cache)).shards[name].read("target"), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("of", ["shards", "texts"])
+@pytest.mark.parametrize("how", ["link", "empty"])
+def test_nothing_is_moved_where_a_disk_is_not_mounted(fresh, inspect, tmp_path, of, how):
+    cache = fresh("healthy")
+    commits = contents(cache, "commits") | contents(cache, "text-commits")
+    (cache / of).rename(tmp_path / "disk")
+    if how == "link":
+        (cache / of).symlink_to(tmp_path / "nowhere")
+    else:
+        (cache / of).mkdir()
+    done = inspect("verify", cache, "--quarantine")
+    assert done.code == 1
+    assert ("leads nowhere" if how == "link" else "Not one file of any shard is there") in done.out
+    assert contents(cache, "commits") | contents(cache, "text-commits") == commits
+    (cache / of).unlink() if how == "link" else (cache / of).rmdir()
+    (tmp_path / "disk").rename(cache / of)
+    assert "all sound" in inspect("verify", cache).out

@@ -49,7 +49,7 @@ CASES = {
     "taken back": {
         "summary": (0, "No pair is committed yet.\n"),
         "verify": (1, "1 shards have nothing but a list of skipped rows (s0): no pair was kept"),
-        "clean": (0, "removed 1 attempts"),
+        "clean": (0, "removed 1 leftovers"),
         "pair": (1, "no committed pair yet"),
         "filter": (1, "no committed pair yet"),
         "drift": (1, "no committed pair yet"),
