@@ -35,7 +35,7 @@ def summary(
 ) -> None:
     """Identity, settings, what is committed, skipped and orphaned, bytes, timesteps and errors.
 
-    Exit code 1 if a shard is damaged: it is named, and the rest is shown.
+    Exit code 1 if a shard cannot be read: it is named, and the rest is shown.
     """
     from inpo.common.console import console
     from inpo.common.errors import UsageError
@@ -52,7 +52,7 @@ def summary(
         print(json.dumps(found.to_json(), indent=1))
     else:
         show(found, console())
-    if found.damaged:
+    if found.unreadable:
         raise typer.Exit(1)
 
 
@@ -90,9 +90,9 @@ def pair(
             fix="`inpo inspect filter` lists pair ids",
         )
     refuse_output(out, what="sheet", suffix=".png")
-    damaged: dict[str, Any] = {}
-    opened = open_cache(cache, damaged=damaged)
-    view = find_pair(opened, pair_id, damaged)
+    unreadable: dict[str, Any] = {}
+    opened = open_cache(cache, damaged=unreadable)
+    view = find_pair(opened, pair_id, unreadable)
     model = _model(given)
     preview = linear_preview(opened) if model is None else vae_preview(opened, model)
     sheet = draw_sheet(view, preview, facts=f"{pair_facts(view)}   ·   {cache_facts(opened.manifest)}")
@@ -100,8 +100,8 @@ def pair(
     sheet.save(content, format="PNG", optimize=True)
     write_output(out, content.getvalue(), what="sheet")
     print(f"{out}: pair {view.pair_id}, {len(view.timestep)} timesteps, {preview.note}")
-    for name, error in sorted(damaged.items()):
-        warn(f"damaged, left out: {name}: {error.what}")
+    for name, error in sorted(unreadable.items()):
+        warn(f"cannot be read, left out: {name}: {error.what}")
 
 
 @app.command()
@@ -175,10 +175,10 @@ def clean(
     a committed one."""
     from inpo.common.cache import open_cache
     from inpo.common.space import human_bytes
-    from inpo.inspection.leftovers import find_leftovers, find_staged, remove_leftover
+    from inpo.inspection.leftovers import Leftover, StagedDocument, find_leftovers, find_staged, remove_leftover
 
     store = open_cache(cache, allow_empty=True, damaged={}).store
-    found = [*find_leftovers(store), *find_staged(store)]
+    found: list[Leftover | StagedDocument] = [*find_leftovers(store), *find_staged(store)]
     chosen = [leftover for leftover in found if everything or not leftover.is_young()]
     spared = len(found) - len(chosen)
     for leftover in chosen:
@@ -274,9 +274,9 @@ def filter_pairs(
         say(f"{out}: an empty list")
     elif out is not None:
         say(f"{out}: for `{command('train', '--only', out)}` or `{command('train', '--except', out)}`")
-    for name, error in table.damaged.items():
-        warn(f"damaged, left out: {name}: {error.what}")
-    if table.damaged or len(chosen) < len(selected):
+    for name, error in table.unreadable.items():
+        warn(f"cannot be read, left out: {name}: {error.what}")
+    if table.unreadable or len(chosen) < len(selected):
         raise typer.Exit(1)
 
 
@@ -296,12 +296,12 @@ def table(
     opened = open_cache(cache, damaged=bad)
     found = read_pair_table(opened, dict(bad))
     if not len(found):
-        raise nothing_readable(opened, found.damaged)
+        raise nothing_readable(opened, found.unreadable)
     write_output(out, parquet(found), what="table")
     print(f"{out}: {len(found):,} pairs")
-    for name, error in found.damaged.items():
-        warn(f"damaged, left out: {name}: {error.what}")
-    if found.damaged:
+    for name, error in found.unreadable.items():
+        warn(f"cannot be read, left out: {name}: {error.what}")
+    if found.unreadable:
         raise typer.Exit(1)
 
 
@@ -326,7 +326,7 @@ def drift(
         print(json.dumps(found.to_json(), indent=1))
     else:
         show(found, console())
-    if found.damaged:
+    if found.unreadable:
         raise typer.Exit(1)
 
 
@@ -352,9 +352,9 @@ def report(
     write_output(out, made.html, what="report")
     size = out.stat().st_size / 1e6
     print(f"{out}: {made.num_shown:,} of {made.num_pairs:,} pairs with pictures, {size:.1f} MB")
-    for name, error in sorted(made.damaged.items()):
-        warn(f"damaged: {name}: {error.what}")
-    if made.damaged:
+    for name, error in sorted(made.unreadable.items()):
+        warn(f"cannot be read: {name}: {error.what}")
+    if made.unreadable:
         raise typer.Exit(1)
 
 

@@ -52,7 +52,7 @@ class Drift:
     """Relative RMS change over all sampled records; None if no inversion was finite."""
     target: float | None
     bins: list[DriftBin]
-    damaged: list[str]
+    unreadable: list[str]
     verdict: str
     """keep, watch or refresh."""
     advice: str
@@ -70,7 +70,7 @@ def measure_drift(
     """
     bad: dict[str, Any] = {}
     cache = open_cache(location, damaged=bad)
-    damaged: dict[str, InpoError] = dict(bad)
+    unreadable: dict[str, InpoError] = dict(bad)
     if cache.manifest.inverter.name == "recorded":
         raise UsageError(
             "Nothing was inverted here that another model could invert elsewhere.",
@@ -80,15 +80,15 @@ def measure_drift(
             fix="the model in training makes points of its own: `inpo sample` with it; or "
             f"`{command('precompute', '--like', cache.location, '--errors-only')}` for its errors at these",
         )
-    table = read_pair_table(cache, damaged)
+    table = read_pair_table(cache, unreadable)
     if not len(table):
-        raise nothing_readable(cache, damaged)
+        raise nothing_readable(cache, unreadable)
     denoiser = load_denoiser(cache, model)
     chosen = choose_pairs(table, num_sampled)
     timesteps: list[np.ndarray] = []
     changes: dict[str, list[np.ndarray]] = {"x_t": [], "target": []}
     num_sampled_pairs = num_not_finite = 0
-    for again in reinvert(cache, table, chosen, denoiser, on_pairs, damaged):
+    for again in reinvert(cache, table, chosen, denoiser, on_pairs, unreadable):
         finite = again.finite
         num_sampled_pairs += len(finite)
         num_not_finite += int((~finite).sum())
@@ -96,7 +96,7 @@ def measure_drift(
         for name, values in changes.items():
             values.append(again.change(name)[finite].ravel())
     if not timesteps:
-        raise nothing_readable(cache, damaged)
+        raise nothing_readable(cache, unreadable)
     timestep = np.concatenate(timesteps)
     x_t, target = np.concatenate(changes["x_t"]), np.concatenate(changes["target"])
     overall = {name: _rms(values) for name, values in (("x_t", x_t), ("target", target))}
@@ -112,7 +112,7 @@ def measure_drift(
         same_weights=same,
         **overall,
         bins=_bins(timestep, x_t, target, cache.manifest.num_train_timesteps),
-        damaged=sorted(damaged),
+        unreadable=sorted(unreadable),
         verdict=verdict,
         advice=_advice(cache, model, verdict),
     )

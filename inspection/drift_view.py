@@ -34,9 +34,10 @@ def show(drift: Drift, console: Console) -> None:
     console.print(table)
     if drift.num_not_finite:
         console.print(f"[bold red]{drift.num_not_finite} pairs came out NaN or infinite and are left out[/bold red]")
-    if drift.damaged:
+    if drift.unreadable:
         console.print(
-            f"[bold red]damaged shards left out: {escape(', '.join(drift.damaged))}[/bold red]", soft_wrap=True
+            f"[bold red]shards that cannot be read, left out: {escape(', '.join(drift.unreadable))}[/bold red]",
+            soft_wrap=True,
         )
     console.print(f"overall: x_t {number(drift.x_t)}, target {number(drift.target)}", highlight=False)
     console.print(drift.advice, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from inpo.common.cache import Cache, Shard
-from inpo.common.errors import CacheMissing, InpoError, command
+from inpo.common.errors import CacheMissing, InpoError, StorageError, command
 from inpo.common.printable import is_printable
 
 
@@ -32,7 +32,7 @@ class PairTable:
     reference_error: Float32[np.ndarray, "pair side record"]
     inversion_error: Float32[np.ndarray, "pair side"]
     """NaN: not measured."""
-    damaged: dict[str, InpoError]
+    unreadable: dict[str, InpoError]
     """Shards left out, with the reason."""
 
     def __len__(self) -> int:
@@ -69,17 +69,17 @@ class PairTable:
 
 
 def read_pair_table(
-    cache: Cache, damaged: dict[str, InpoError] | None = None, on_shard: Callable[[], None] = lambda: None
+    cache: Cache, unreadable: dict[str, InpoError] | None = None, on_shard: Callable[[], None] = lambda: None
 ) -> PairTable:
-    """Read every committed shard's small arrays. A shard that cannot be read lands in `damaged`, the rest stays."""
-    damaged = {} if damaged is None else damaged
+    """Read every committed shard's small arrays. A shard that cannot be read lands in `unreadable`, the rest stays."""
+    unreadable = {} if unreadable is None else unreadable
     names: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
     for shard in cache:
         try:
             columns = _columns(shard)
         except InpoError as error:
-            damaged[shard.name] = error
+            unreadable[shard.name] = error
         else:
             columns["shard"] = np.full(shard.num_pairs, len(names))
             names.append(shard.name)
@@ -103,7 +103,7 @@ def read_pair_table(
             }
         ]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return PairTable(shard_names=tuple(names), damaged=damaged, **joined)
+    return PairTable(shard_names=tuple(names), unreadable=unreadable, **joined)
 
 
 def is_listable(pair_id: str) -> bool:
@@ -111,13 +111,15 @@ def is_listable(pair_id: str) -> bool:
     return is_printable(pair_id) and pair_id == pair_id.strip()
 
 
-def nothing_readable(cache: Cache, damaged: dict[str, InpoError]) -> CacheMissing:
-    """The error for a cache whose every shard is damaged: each with what is wrong."""
+def nothing_readable(cache: Cache, unreadable: dict[str, InpoError]) -> CacheMissing:
+    """The error for a cache of which no shard can be read: each with what is wrong."""
+    refused = all(isinstance(error, StorageError) for error in unreadable.values())
+    again = f"`{command('inspect', 'verify', cache.location, '--quarantine')}`, then `inpo precompute` again"
     return CacheMissing(
         "This cache has no readable pair.",
         where=cache.location,
-        got="; ".join(f"{name}: {error.what}" for name, error in sorted(damaged.items())),
-        fix=f"`{command('inspect', 'verify', cache.location, '--quarantine')}`, then `inpo precompute` again",
+        got="; ".join(f"{name}: {error.what}" for name, error in sorted(unreadable.items())),
+        fix="mend what the disk or the store refuses" if refused and unreadable else again,
     )
 
 

@@ -53,8 +53,8 @@ class PairView:
         return np.sqrt(((self.target - prediction) ** 2).mean(2))
 
 
-def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) -> PairView:
-    """The pair of this id, or the first readable one. Shards that cannot be searched for it land in `damaged`.
+def find_pair(cache: Cache, pair_id: str | None, unreadable: dict[str, InpoError]) -> PairView:
+    """The pair of this id, or the first readable one. Shards that cannot be searched for it land in `unreadable`.
 
     Raises CacheIncomplete if no readable shard has it, CacheCorrupt if its own latents are damaged, and CacheMissing if
     no pair is readable at all.
@@ -64,26 +64,26 @@ def find_pair(cache: Cache, pair_id: str | None, damaged: dict[str, InpoError]) 
         try:
             names = shard.read("pair/id")
         except InpoError as error:
-            damaged[shard.name] = error
+            unreadable[shard.name] = error
             continue
         if pair_id is None:
             for row in range(len(names)):
                 try:
                     return view_pair(cache, shard, row)
                 except InpoError as error:
-                    damaged.setdefault(shard.name, error)
+                    unreadable.setdefault(shard.name, error)
             continue
         rows = np.flatnonzero(names == pair_id)
         if len(rows):
             return view_pair(cache, shard, int(rows[0]))
         example = example or str(names[0])
     if example is None:
-        raise nothing_readable(cache, damaged)
+        raise nothing_readable(cache, unreadable)
     raise CacheIncomplete(
         f"No committed pair has the id {pair_id!r}.",
         where=cache.location,
         expected=f"an id like {example!r}",
-        got=f"damaged and not searched: {', '.join(sorted(damaged))}" if damaged else None,
+        got=f"unreadable and not searched: {', '.join(sorted(unreadable))}" if unreadable else None,
         fix="`inpo inspect filter` lists pair ids, and CACHE/skipped names the pairs that were left out",
     )
 

@@ -93,7 +93,7 @@ def _sample_x0(cache: Cache) -> Float[np.ndarray, "n c h w"]:
     for shard in cache:
         try:
             return shard.read("x0", slice(0, _SAMPLE_IMAGES))
-        except InpoError:  # a damaged shard must not hide the others; who shows its pairs reports it
+        except InpoError:  # an unreadable shard must not hide the others; who shows its pairs reports it
             continue
     channels = cache.manifest.latent_shape[0]
     return np.random.default_rng(0).standard_normal((2, channels, 8, 8))

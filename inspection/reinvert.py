@@ -102,11 +102,11 @@ def reinvert(
     chosen: Int[np.ndarray, " chosen"],
     denoiser: Denoiser,
     on_pairs: Callable[[int], None] = lambda count: None,
-    damaged: dict[str, InpoError] | None = None,
+    unreadable: dict[str, InpoError] | None = None,
 ) -> Iterator[Again]:
     """Invert the chosen pairs with `denoiser` under the cache's own settings, shard by shard.
 
-    A shard that cannot be read lands in `damaged` and is left out; without `damaged` its error is raised.
+    A shard that cannot be read lands in `unreadable` and is left out; without `unreadable` its error is raised.
     """
     for index in np.unique(table.shard[chosen]):
         shard = cache.shards[table.shard_names[index]]
@@ -114,9 +114,9 @@ def reinvert(
         try:
             again = _again(shard, rows, denoiser)
         except CacheError as error:
-            if damaged is None:
+            if unreadable is None:
                 raise
-            damaged[shard.name] = error
+            unreadable[shard.name] = error
             continue
         yield again
         on_pairs(len(rows))

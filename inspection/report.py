@@ -37,7 +37,7 @@ class Report:
     num_pairs: int
     num_shown: int
     """Pairs with pictures."""
-    damaged: dict[str, InpoError]
+    unreadable: dict[str, InpoError]
     """Shards that could not be read, whole or in their latents."""
 
 
@@ -53,13 +53,13 @@ def make_report(
     """
     bad: dict[str, Any] = {}
     cache = open_cache(location, allow_empty=True, damaged=bad)
-    damaged: dict[str, InpoError] = dict(bad)
-    table = read_pair_table(cache, damaged)
+    unreadable: dict[str, InpoError] = dict(bad)
+    table = read_pair_table(cache, unreadable)
     summary = summary_of(cache, table, find_leftovers(cache.store))
     preview = linear_preview(cache) if model is None else vae_preview(cache, model)
-    pairs = page_pairs(cache, table, preview, per_group=per_group, damaged=damaged, on_pair=on_pair)
-    figures = figures_of(cache, table, summary, damaged) if len(table) else []
-    skipped = _skipped(cache, damaged)
+    pairs = page_pairs(cache, table, preview, per_group=per_group, unreadable=unreadable, on_pair=on_pair)
+    figures = figures_of(cache, table, summary, unreadable) if len(table) else []
+    skipped = _skipped(cache, unreadable)
     prompts = Counter(table.prompt.tolist()).most_common(_MOST_FREQUENT)
     num_drawn = sum(pair.sheet is not None for pair in pairs)
     _, height, width = cache.manifest.latent_shape
@@ -68,7 +68,7 @@ def make_report(
         title=Path(cache.location).name or cache.location,
         location=cache.location,
         facts=cache_facts(cache.manifest),
-        damaged=sorted((name, str(error)) for name, error in damaged.items()),
+        unreadable=sorted((name, str(error)) for name, error in unreadable.items()),
         tiles=_tiles(summary),
         settings=[(name, _short(value)) for name, value in summary.identity.items() if value is not None],
         figures=figures,
@@ -87,7 +87,7 @@ def make_report(
             "sheet_command": command("inspect", "pair", cache.location, "PAIR_ID"),
         },
     )
-    return Report(html=html, num_pairs=cache.num_pairs, num_shown=num_drawn, damaged=damaged)
+    return Report(html=html, num_pairs=cache.num_pairs, num_shown=num_drawn, unreadable=unreadable)
 
 
 def _json(pair: PagePair) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def _short(value: object) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)[:24]
 
 
-def _skipped(cache: Cache, damaged: dict[str, InpoError]) -> list[tuple[str, SkippedRow]]:
-    """(shard, row) of the first skipped rows of each reason. A list that cannot be read lands in `damaged`."""
+def _skipped(cache: Cache, unreadable: dict[str, InpoError]) -> list[tuple[str, SkippedRow]]:
+    """(shard, row) of the first skipped rows of each reason. A list that cannot be read lands in `unreadable`."""
     names = [name for name, commit in cache.commits.items() if commit.skipped]
     paths = [f"skipped/{name}/{cache.commits[name].attempt}.jsonl" for name in names]
     taken, found = Counter[str](), []
@@ -135,7 +135,7 @@ def _skipped(cache: Cache, damaged: dict[str, InpoError]) -> list[tuple[str, Ski
                 raise data
             rows = [] if data is None else skipped_rows(data, cache.store.path(path))
         except InpoError as error:
-            damaged.setdefault(name, error)
+            unreadable.setdefault(name, error)
             continue
         for row in rows:
             taken[row.reason] += 1

@@ -14,8 +14,8 @@ from inpo.inspection.summary import Summary, timestep_ranges
 _NORM_PAIRS = 200
 
 
-def figures_of(cache: Cache, table: PairTable, summary: Summary, damaged: dict[str, InpoError]) -> list[Figure]:
-    """Every plot of a cache that has pairs. What cannot be read lands in `damaged`."""
+def figures_of(cache: Cache, table: PairTable, summary: Summary, unreadable: dict[str, InpoError]) -> list[Figure]:
+    """Every plot of a cache that has pairs. What cannot be read lands in `unreadable`."""
     total = cache.manifest.num_train_timesteps
     bins = [((each.low + each.high) / 2, each) for each in summary.timesteps]
     errors = curves(
@@ -69,7 +69,7 @@ def figures_of(cache: Cache, table: PairTable, summary: Summary, damaged: dict[s
             )
             found.append(Figure(title=title, plot=plot, caption=caption))
     found += _inversion_figures(table, total)
-    norms = _noise_norms(cache, table, damaged)
+    norms = _noise_norms(cache, table, unreadable)
     if len(norms):
         name = "delta" if cache.manifest.profile == "full" else "target"
         is_noise = name == "delta" or cache.levels.space == "noise"
@@ -101,7 +101,7 @@ def figures_of(cache: Cache, table: PairTable, summary: Summary, damaged: dict[s
             caption="From the source of the pairs; hard labels are 1.",
         )
     )
-    return found + _label_set_figures(cache, damaged)
+    return found + _label_set_figures(cache, unreadable)
 
 
 def _inversion_figures(table: PairTable, total: int) -> list[Figure]:
@@ -149,9 +149,9 @@ def _edges(values: Float[np.ndarray, " value"], include: float | None) -> Float[
     return np.linspace(low, high if high > low else low + 1.0, 31)
 
 
-def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[Figure]:
+def _label_set_figures(cache: Cache, unreadable: dict[str, InpoError]) -> list[Figure]:
     """P(win preferred) of every label set made later, over the shards it has. One that cannot be read lands in
-    `damaged`.
+    `unreadable`.
     """
     figures = []
     for name in label_sets(cache.store):
@@ -160,7 +160,7 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[Figu
             try:
                 found = read_shard_labels(cache.store, name, shard.name)
             except InpoError as error:
-                damaged.setdefault(shard.name, error)
+                unreadable.setdefault(shard.name, error)
                 continue
             for pair in found.pairs.values() if found is not None and found.attempt == shard.commit.attempt else ():
                 labels.append(pair.label)
@@ -187,19 +187,19 @@ def _label_set_figures(cache: Cache, damaged: dict[str, InpoError]) -> list[Figu
     return figures
 
 
-def _noise_norms(cache: Cache, table: PairTable, damaged: dict[str, InpoError]) -> Float[np.ndarray, " value"]:
+def _noise_norms(cache: Cache, table: PairTable, unreadable: dict[str, InpoError]) -> Float[np.ndarray, " value"]:
     """RMS of delta (of the target, where no delta is stored) over a random sample, one value per image and record."""
     path = "delta" if cache.manifest.profile == "full" else "target"
     found = [np.zeros(0)]
     for index in np.unique(table.shard[(rows := choose_pairs(table, _NORM_PAIRS))]):
         shard = cache.shards[table.shard_names[index]]
-        if shard.name in damaged:
+        if shard.name in unreadable:
             continue
         try:
             images = np.unique(table.image[rows[table.shard[rows] == index]])
             values = shard.read(path, images).astype(np.float32)
         except InpoError as error:
-            damaged[shard.name] = error
+            unreadable[shard.name] = error
             continue
         found.append(np.sqrt((values**2).mean((-3, -2, -1), dtype=np.float64)).ravel())
     return np.concatenate(found)

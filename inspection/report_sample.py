@@ -104,13 +104,13 @@ def page_pairs(
     preview: Preview,
     *,
     per_group: int,
-    damaged: dict[str, InpoError],
+    unreadable: dict[str, InpoError],
     on_pair: Callable[[], None] = lambda: None,
 ) -> list[PagePair]:
     """The gallery's pairs, in the table's order: all, or the chosen ones and random others up to MOST_PAIRS.
 
     The chosen ones have pictures, drawn random ones first until these fill the page's share; then x0 in full size. A
-    shard with damaged latents lands in `damaged`, and its pairs have none.
+    shard with unreadable latents lands in `unreadable`, and its pairs have none.
     """
     chosen = choose(table, per_group)
     sheets: dict[int, PageSheet] = {}
@@ -119,12 +119,12 @@ def page_pairs(
     for row in sorted(chosen, key=lambda row: ("random" not in chosen[row], row)):
         shard = cache.shards[table.shard_names[table.shard[row]]]
         on_pair()
-        if shard.name in damaged:
+        if shard.name in unreadable:
             continue
         try:
             view = view_pair(cache, shard, int(table.row[row]))
         except InpoError as error:
-            damaged[shard.name] = error
+            unreadable[shard.name] = error
             continue
         sheet, full = _draw(view, preview)
         num_bytes += len(sheet.sprite)

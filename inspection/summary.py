@@ -86,7 +86,7 @@ class Summary:
     """Not-finite values by small array; inversion_error's NaN means not measured and is not counted."""
     first_commit: str | None
     last_commit: str | None
-    damaged: dict[str, str]
+    unreadable: dict[str, str]
     """What is wrong, by shard; their pairs are in num_pairs but in no statistic."""
 
     def to_json(self) -> dict[str, Any]:
@@ -94,14 +94,14 @@ class Summary:
 
 
 def summarise(location: str, on_shard: Callable[[], None] = lambda: None) -> Summary:
-    """Summarise a cache in whatever state it is: empty, being written, with damaged shards.
+    """Summarise a cache in whatever state it is: empty, being written, with unreadable shards.
 
     Raises CacheMissing if there is none, CacheSchemaError if its manifest cannot be read.
     """
     bad: dict[str, Any] = {}
     cache = open_cache(location, allow_empty=True, damaged=bad)
-    damaged: dict[str, InpoError] = dict(bad)
-    table = read_pair_table(cache, damaged, on_shard)
+    unreadable: dict[str, InpoError] = dict(bad)
+    table = read_pair_table(cache, unreadable, on_shard)
     return summary_of(cache, table, find_leftovers(cache.store))
 
 
@@ -160,7 +160,7 @@ def summary_of(cache: Cache, table: PairTable, leftovers: list[Leftover]) -> Sum
         },
         first_commit=created[0] if created else None,
         last_commit=created[-1] if created else None,
-        damaged={name: str(error) for name, error in sorted(table.damaged.items())},
+        unreadable={name: str(error) for name, error in sorted(table.unreadable.items())},
     )
 
 

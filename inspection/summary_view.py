@@ -179,7 +179,7 @@ def _statistics(summary: Summary) -> Table:
 
 
 def _advice(summary: Summary, console: Console) -> None:
-    if not summary.num_shards and not summary.damaged:
+    if not summary.num_shards and not summary.unreadable:
         what = "No pair" if summary.num_texts else "Nothing"
         console.print(f"{what} is committed yet." + (" A writer seems to be at work." if summary.num_pending else ""))
     if summary.num_orphaned:
@@ -195,12 +195,12 @@ def _advice(summary: Summary, console: Console) -> None:
             soft_wrap=True,
             highlight=False,
         )
-    if summary.damaged:
+    if summary.unreadable:
         console.print(
-            f"[bold red]{len(summary.damaged)} damaged shard{'s' if len(summary.damaged) > 1 else ''}, "
+            f"[bold red]{len(summary.unreadable)} unreadable shard{'s' if len(summary.unreadable) > 1 else ''}, "
             "left out of the statistics above:[/bold red]"
         )
-        for name, text in summary.damaged.items():
+        for name, text in summary.unreadable.items():
             console.print(f"[bold]{escape(name)}[/bold]", highlight=False)
             console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
 

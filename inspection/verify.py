@@ -227,8 +227,8 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
         return
     dtype = compute_name(cache.manifest.network_dtype)
     verification.reinverted = {"x_t": 0.0, "target": 0.0, "reference_error": 0.0}
-    findings, num_checked, damaged = verification.findings, 0, dict[str, InpoError]()
-    for again in reinvert(cache, table, chosen, load_denoiser(cache, model), damaged=damaged):
+    findings, num_checked, unreadable = verification.findings, 0, dict[str, InpoError]()
+    for again in reinvert(cache, table, chosen, load_denoiser(cache, model), unreadable=unreadable):
         num_checked += len(again.pair_ids)
         if not np.array_equal(again.timestep, again.timestep_again):
             detail = "other timesteps than seed and pair ids give"
@@ -247,7 +247,7 @@ def _reinvert(cache: Cache, model: Model, num_sampled: int, verification: Verifi
                 change = f"changes by {values[wrong].max():.3g} (relative), more than {dtype} allows"
                 detail = f"{name} of pair {pair} {change}"
                 findings.append(Finding(shard=again.shard, check=check, detail=detail))
-    for name, error in sorted(damaged.items()):  # sound a moment ago: the next verify finds what has changed
+    for name, error in sorted(unreadable.items()):  # sound a moment ago: the next verify finds what has changed
         detail = f"{error.what} In: {error.where}"
         findings.append(Finding(shard=name, check="re-inversion", detail=detail, remake=False))
     for check in ("reference", "re-inversion"):
@@ -277,7 +277,7 @@ def quarantine(location: str, verification: Verification) -> list[str]:
                 where=cache.store.path(kind.arrays),
                 expected=f"the files of {len(commits)} commits",
                 got="an empty folder or none",
-                fix=f"mount the disk or bring the folder back; if it is lost, move {cache.store.path(kind.folder)} away",
+                fix=f"mount the disk or bring it back; if it is lost, move {cache.store.path(kind.folder)} away",
             )
     moved = []
     for name in sorted({each.shard for each in verification.findings if each.remake} - verification.not_checked.keys()):

@@ -146,10 +146,10 @@ def test_a_damaged_shard_is_named_and_the_rest_is_measured(states, inspect, tiny
     done = inspect("drift", states("corrupt"), "--model", tiny(), "--json")
     assert done.code == 1
     found = json.loads(done.out)
-    assert found["damaged"] == ["s1"]
+    assert found["unreadable"] == ["s1"]
     assert found["num_sampled"] == 3
     assert found["target"] < rounding_of(states("healthy"))["target"]
-    assert "damaged shards left out: s1" in inspect("drift", states("corrupt"), "--model", tiny()).out
+    assert "shards that cannot be read, left out: s1" in inspect("drift", states("corrupt"), "--model", tiny()).out
 
 
 def test_a_model_whose_inversion_holds_no_number_is_told_in_a_document_too(states, inspect, tiny, tmp_path):

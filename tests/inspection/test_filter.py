@@ -110,7 +110,7 @@ def test_an_empty_cache_and_a_damaged_shard(states, fresh, inspect, tmp_path):
     label.write_bytes(b"")
     done = inspect("filter", folder, "--where", "label > 0", "--out", out)
     assert done.code == 1
-    assert "damaged, left out: s1" in done.out
+    assert "cannot be read, left out: s1" in done.out
     assert out.read_text().split() == ["pair-0-0", "pair-0-1", "pair-0-2"]
 
 

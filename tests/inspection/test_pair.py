@@ -90,10 +90,10 @@ def test_damage_elsewhere_hides_no_pair(fresh, inspect, tmp_path):
         first = inspect("pair", folder, "--first", "--out", out)
         assert first.code == 0, first.out
         assert "pair-1-0" in first.out
-        assert "damaged, left out: s0" in first.out
+        assert "cannot be read, left out: s0" in first.out
     nobody = inspect("pair", tmp_path / "cache-0", "nobody", "--out", out)
     assert nobody.code == 1
-    assert "damaged and not searched: s0" in nobody.out
+    assert "unreadable and not searched: s0" in nobody.out
 
 
 def test_the_first_pair_that_can_be_read_may_be_a_later_one_of_its_shard(write_cache, inspect, tmp_path):
@@ -106,7 +106,7 @@ def test_the_first_pair_that_can_be_read_may_be_a_later_one_of_its_shard(write_c
     done = inspect("pair", folder, "--first", "--out", tmp_path / "p.png")
     assert done.code == 0, done.out
     assert "pair-0-1" in done.out
-    assert "damaged, left out: s0" in done.out
+    assert "cannot be read, left out: s0" in done.out
 
 
 def test_a_flows_sheet_shows_the_error_of_the_velocity(tiny, inspect, tmp_path):

@@ -144,7 +144,7 @@ def test_a_large_cache_is_sampled_by_each_reason_and_the_page_stays_small():
         timestep=np.zeros((count, 2), int),
         reference_error=rng.random((count, 2, 2)).astype(np.float32),
         inversion_error=inversion,
-        damaged={},
+        unreadable={},
     )
     chosen = report_sample.choose(table, 40)
     by_group = {name: {row for row, groups in chosen.items() if name in groups} for name in report_sample.GROUPS}

@@ -99,13 +99,13 @@ def test_a_damaged_text_shard_is_named_with_the_shards_that_need_it(fresh, inspe
     file = folder / "text-commits" / "t0.json"
     file.write_text(file.read_text().replace('"num_prompts": 3', '"num_prompts": 2'))
     document = json.loads(inspect("summary", folder, "--json").out)
-    assert list(document["damaged"]) == ["s0", "s1", "texts/t0"]
-    assert "A commit is not the one that was written" in document["damaged"]["texts/t0"]
+    assert list(document["unreadable"]) == ["s0", "s1", "texts/t0"]
+    assert "A commit is not the one that was written" in document["unreadable"]["texts/t0"]
     file.unlink()
     document = json.loads(inspect("summary", folder, "--json").out)
-    assert list(document["damaged"]) == ["s0", "s1"]
-    assert "Text shard t0 is not there" in document["damaged"]["s0"]
-    assert "the same `inpo precompute` encodes missing texts again" in document["damaged"]["s0"]
+    assert list(document["unreadable"]) == ["s0", "s1"]
+    assert "Text shard t0 is not there" in document["unreadable"]["s0"]
+    assert "the same `inpo precompute` encodes missing texts again" in document["unreadable"]["s0"]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def test_a_damaged_shard_is_named_and_the_rest_is_shown(fresh, inspect):
     chunk.write_bytes(chunk.read_bytes()[:-1])
     done = inspect("summary", folder)
     assert done.code == 1
-    assert "1 damaged shard" in done.out
+    assert "1 unreadable shard" in done.out
     assert "array pair/label of shard s1" in done.out
     assert "E_ref win" in done.out
     document = json.loads(inspect("summary", folder, "--json").out)
-    assert list(document["damaged"]) == ["s1"]
+    assert list(document["unreadable"]) == ["s1"]
     assert sum(each["num_records"] for each in document["timesteps"]) == 6
 
 
