@@ -18,14 +18,15 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from inpo.common.paths import home
+from inpo.common.paths import local_path
 from inpo.common.recipe import Section, option_name
 
 Given = Mapping[type[Section], dict[str, Any]]
 """{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
 
 RecipeOption = Annotated[
-    Path | None, typer.Option(help="TOML recipe; flags win over it.", show_default="none", callback=home)
+    Path | None,
+    typer.Option(help="TOML recipe; flags win over it.", show_default="none", parser=local_path, metavar="<path>"),
 ]
 
 _MOST_USED = "Most used"

@@ -50,15 +50,24 @@ def settled(place: _Place) -> _Place:
 
 
 def home(value: Any) -> Any:
-    """typer's callback for every option and argument that is a path, or a list of them, and no setting of a section:
+    """typer's callback for every option and argument that is a path or an address, and no setting of a section:
     `settled`. Raises UsageError."""
-    if isinstance(value, list):
-        return [home(each) for each in value]
     try:
         return settled(value) if isinstance(value, str | Path) else value
     except ValueError as error:
         where = str(value).strip() or repr(value)
         raise UsageError("A path cannot be used.", where=where, got=str(error), fix="write another path") from None
+
+
+def local_path(value: str | Path) -> Path:
+    """typer's parser for those that are a path on this machine: `settled` of the text, since a Path takes a blank for
+    the working folder. Raises typer's BadParameter, which names the option."""
+    try:
+        return Path(settled(Path(value) if str(value).strip() else value))
+    except ValueError as error:
+        from typer import BadParameter
+
+        raise BadParameter(str(error)) from None
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from inpo.common.errors import UsageError, command
 from inpo.common.foreign import Command
 from inpo.common.options import Given, RecipeOption, help_text, options
-from inpo.common.paths import home
+from inpo.common.paths import home, local_path
 from inpo.common.recipe import DataSection, ModelSection, option_name, read_recipe, resolve
 from inpo.evaluation.settings import CombineName, EvaluateSettings
 
@@ -26,7 +26,10 @@ app = typer.Typer(help="Generate images, score them, and compare models.", no_ar
 def generate_command(
     given: Given,
     out: Annotated[
-        Path, typer.Option(help="Folder for the images: new, or begun with the same settings.", callback=home)
+        Path,
+        typer.Option(
+            help="Folder for the images: new, or begun with the same settings.", parser=local_path, metavar="<path>"
+        ),
     ],
     recipe: RecipeOption = None,
 ) -> None:
@@ -53,7 +56,7 @@ def generate_command(
 def score_command(
     given: Given,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.", callback=home)
+        Path, typer.Argument(metavar="DIR", help="Folder with images.jsonl, as `generate` makes it.", parser=local_path)
     ],
     recipe: RecipeOption = None,
 ) -> None:
@@ -83,13 +86,16 @@ def compare_command(
         typer.Argument(
             metavar="A B [C ...]",
             help="Folder of the model to compare with; folders of those in question.",
-            callback=home,
+            parser=local_path,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none", callback=home
+            help="Folder for comparison.md, comparison.json and comparison.png.",
+            show_default="none",
+            parser=local_path,
+            metavar="<path>",
         ),
     ] = None,
     recipe: RecipeOption = None,
@@ -145,10 +151,12 @@ def study_command(
         typer.Argument(
             metavar="A B | ANSWERS...",
             help="Folders of two models' images; with --tally files that people saved from the page.",
-            callback=home,
+            parser=local_path,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the study: its page and its key.", callback=home)],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the study: its page and its key.", parser=local_path, metavar="<path>")
+    ],
     tally: Annotated[
         bool, typer.Option("--tally", help="Count answers to the study in --out.", show_default="off")
     ] = False,
@@ -212,7 +220,8 @@ def relabel(
             help='Instead of a scorer a file with a line {"pair_id": ..., "label": P(win preferred)} for each pair; '
             "label may be a list, one for each kept timestep.",
             show_default="none",
-            callback=home,
+            parser=local_path,
+            metavar="<path>",
         ),
     ] = None,
     combine: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from inpo.common.paths import home
+from inpo.common.paths import local_path
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "zarr", "pyarrow", "huggingface_hub")
 _OPTIONAL = {
@@ -29,7 +29,7 @@ _MODULES = {"open_clip_torch": "open_clip", "image-reward": "ImageReward"}
 
 def doctor(
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="Where runs and caches will lie.", callback=home)
+        Path, typer.Argument(metavar="[FOLDER]", help="Where runs and caches will lie.", parser=local_path)
     ] = Path(),
 ) -> None:
     """Say what is here: versions, device, driver, disk, hub, and what is not installed. Asks no network.

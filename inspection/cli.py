@@ -10,7 +10,7 @@ import typer
 
 from inpo.common.log import warn
 from inpo.common.options import Given, RecipeOption, help_text, options
-from inpo.common.paths import home
+from inpo.common.paths import home, local_path
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def pair(
     given: Given,
     cache: Cache,
     pair_id: Annotated[str | None, typer.Argument(metavar="PAIR_ID", help="The pair's id in its source.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.", callback=home)] = Path("pair.png"),
+    out: Annotated[Path, typer.Option(help="The PNG to write.", parser=local_path, metavar="<path>")] = Path(
+        "pair.png"
+    ),
     first: Annotated[
         bool, typer.Option("--first", help="Take the cache's first readable pair.", show_default="off")
     ] = False,
@@ -223,7 +225,12 @@ def filter_pairs(
     ] = [],  # noqa: B006
     out: Annotated[
         Path | None,
-        typer.Option(help="The list to write, one pair id a line.", show_default="standard output", callback=home),
+        typer.Option(
+            help="The list to write, one pair id a line.",
+            show_default="standard output",
+            parser=local_path,
+            metavar="<path>",
+        ),
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
@@ -283,7 +290,9 @@ def filter_pairs(
 @app.command()
 def table(
     cache: Cache,
-    out: Annotated[Path, typer.Option(help="The .parquet file to write.", callback=home)] = Path("pairs.parquet"),
+    out: Annotated[Path, typer.Option(help="The .parquet file to write.", parser=local_path, metavar="<path>")] = Path(
+        "pairs.parquet"
+    ),
 ) -> None:
     """One row a pair, with every column of `filter`, for pandas, polars or DuckDB."""
     from inpo.common.cache import open_cache
@@ -335,7 +344,9 @@ def drift(
 def report(
     given: Given,
     cache: Cache,
-    out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.", parser=local_path, metavar="<path>")] = Path(
+        "report.html"
+    ),
     pairs: Annotated[int, typer.Option(min=1, help="Pairs with pictures, for each of four reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read.
@@ -368,15 +379,18 @@ def _model(given: Given) -> "Model | None":
 def run(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Output folders of `inpo train`, or of a sweep.", callback=home),
+        typer.Argument(metavar="RUN...", help="Output folders of `inpo train`, or of a sweep.", parser=local_path),
     ],
-    out: Annotated[Path, typer.Option(help="The HTML page to write.", callback=home)] = Path("run.html"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.", parser=local_path, metavar="<path>")] = Path(
+        "run.html"
+    ),
     compare: Annotated[
         list[Path],
         typer.Option(
             help="Folder of `inpo evaluate compare --out`; repeatable.",
             show_default="those in the run's folder, and those beside it that are of its images",
-            callback=home,
+            parser=local_path,
+            metavar="<path>",
         ),
     ] = [],  # noqa: B006
 ) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
@@ -19,6 +20,10 @@ from tests.launching import Zygote
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 
+
+# A busy machine takes as long as it takes.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 _jaxtyped = jaxtyping.jaxtyped
 

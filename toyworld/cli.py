@@ -7,7 +7,7 @@ import typer
 
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError, command
-from inpo.common.paths import home
+from inpo.common.paths import local_path
 from inpo.toyworld.split import Split
 
 app = typer.Typer(
@@ -18,7 +18,10 @@ app = typer.Typer(
 @app.command("pairs")
 def pairs_command(
     out: Annotated[
-        Path, typer.Option(help="Folder for the pairs: new, or begun with the same settings.", callback=home)
+        Path,
+        typer.Option(
+            help="Folder for the pairs: new, or begun with the same settings.", parser=local_path, metavar="<path>"
+        ),
     ],
     pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of captions, pictures and flips.")] = 0,
@@ -65,7 +68,9 @@ def pairs_command(
 
 @app.command("prompts")
 def prompts_command(
-    out: Annotated[Path, typer.Option(help="Text file to write, one caption per line.", callback=home)],
+    out: Annotated[
+        Path, typer.Option(help="Text file to write, one caption per line.", parser=local_path, metavar="<path>")
+    ],
     split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
     limit: Annotated[
         int | None,

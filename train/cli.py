@@ -8,7 +8,7 @@ import typer
 from inpo.common.choices import DtypeName, LoraFormat
 from inpo.common.errors import UsageError, command
 from inpo.common.options import Given, RecipeOption, options
-from inpo.common.paths import home
+from inpo.common.paths import home, local_path
 from inpo.common.recipe import ModelSection
 from inpo.train.settings import TrainSettings
 
@@ -23,7 +23,8 @@ def train(
         typer.Option(
             help="TOML file of several runs, trained one after another (docs/objectives.md).",
             show_default="one run",
-            callback=home,
+            parser=local_path,
+            metavar="<path>",
         ),
     ] = None,
     sweep_scorer: Annotated[
@@ -65,13 +66,19 @@ def train(
 
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", callback=home)
+        Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", parser=local_path)
     ],
     single_file: Annotated[
-        Path | None, typer.Option(help="The .safetensors file to write: all weights, LoRA merged.", callback=home)
+        Path | None,
+        typer.Option(
+            help="The .safetensors file to write: all weights, LoRA merged.", parser=local_path, metavar="<path>"
+        ),
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="The .safetensors file (for peft: folder) to write: LoRA alone.", callback=home)
+        Path | None,
+        typer.Option(
+            help="The .safetensors file (for peft: folder) to write: LoRA alone.", parser=local_path, metavar="<path>"
+        ),
     ] = None,
     form: Annotated[
         LoraFormat,
@@ -109,7 +116,7 @@ def export(
 
 
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished run.", callback=home)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished run.", parser=local_path)],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if need be.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private one.", show_default="off")] = False,
     license: Annotated[
@@ -118,7 +125,9 @@ def push(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(help="Folder of `inpo evaluate compare --out`: its picture and scores.", callback=home),
+        typer.Option(
+            help="Folder of `inpo evaluate compare --out`: its picture and scores.", parser=local_path, metavar="<path>"
+        ),
     ] = None,
 ) -> None:
     """Upload a run's pipeline or LoRA files to the Hugging Face hub, with a card: usage, images, scores, recipe."""

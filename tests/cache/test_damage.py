@@ -283,9 +283,7 @@ def test_a_text_shard_whose_commit_is_gone_is_told_before_training(whole, tmp_pa
     assert "no commit" in str(caught.value)
 
 
-@settings(
-    max_examples=20, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_anywhere_is_detected(whole, tmp_path, data):
     files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file() and file.stat().st_size)

@@ -29,7 +29,7 @@ def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
     )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shard_comes_back_bit_for_bit(tmp_path_factory, build, data):
     folder = tmp_path_factory.mktemp("cache")
@@ -166,7 +166,7 @@ def test_round_to_half_is_the_nearest_half(values):
     np.testing.assert_array_equal(round_to_half(torch.from_numpy(doubles)).numpy(), expected)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.integers(0, 39), max_size=12))
 def test_any_rows_come_in_the_order_asked_for(large, rows):
     read, arrays = large

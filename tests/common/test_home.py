@@ -39,7 +39,9 @@ def parameters(application: typer.Typer = app) -> Iterator[tuple[str, str, Any]]
         function: Callable[..., Any] = command.callback  # type: ignore[assignment]
         for name, hint in typing.get_type_hints(function, include_extras=True).items():
             if typing.get_origin(hint) is typing.Annotated and _is_text(hint.__origin__):
-                yield function.__name__, name, hint.__metadata__[0]
+                info = hint.__metadata__[0]
+                assert ("Path" in str(hint.__origin__)) == (info.parser is not None), (function.__name__, name)
+                yield function.__name__, name, info
     for group in application.registered_groups:
         yield from parameters(group.typer_instance)  # type: ignore[arg-type]
 
@@ -71,10 +73,14 @@ def test_every_option_that_is_a_place_expands(monkeypatch: pytest.MonkeyPatch) -
     for command, name, info in found:
         if name in TEXTS:
             assert info.callback is not home, (command, name)
-        elif info.callback is None:
+        elif info.callback is None and info.parser is None:
             assert SETTING_OF.get(name, name) in settings, (command, name)
         else:
-            assert str(info.callback("~/x")) == "/home/somebody/x", (command, name)
+            read = info.callback or info.parser
+            assert str(read("~/x")) == "/home/somebody/x", (command, name)
+            for blank in ("", " "):  # Path("") is the working folder
+                with pytest.raises((UsageError, typer.BadParameter), match="this is blank"):
+                    read(blank)
 
 
 def test_every_setting_that_is_text_is_a_place_or_known_not_to_be() -> None:

@@ -198,7 +198,7 @@ def values_of(draw: st.DrawFn, kind: type[Section]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", [*SECTIONS, Words])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_flags_give_the_settings_again_through_a_shell(kind: type[Section], data: st.DataObject) -> None:
     # What does nothing as the others stand is refused as a flag (tests/common/test_recipe.py).

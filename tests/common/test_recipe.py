@@ -123,7 +123,7 @@ def test_what_is_missing_is_asked_for_by_name():
     assert DataSection(cache="c").need("cache") == "c"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     steps=st.integers(-(2**53), 2**53),
     rate=st.floats(allow_nan=False, allow_infinity=False),

@@ -1,7 +1,7 @@
 """Who gets which shard: dynamic hand-out, deaths, poison, stragglers. No cluster, a clock of our own."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inpo.precompute.engines.assignment import Assignment
@@ -102,7 +102,6 @@ def test_a_shard_that_somebody_else_still_has_is_not_handed_out_again() -> None:
     assert assignment.num_unfinished == 0
 
 
-@settings(deadline=None)
 @given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["take", "end", "die"]))))
 def test_whatever_happens_every_shard_is_finished_once_or_given_up(num: int, events: list[tuple[str, str]]) -> None:
     names = [f"s{index}" for index in range(num)]

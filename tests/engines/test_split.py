@@ -1,7 +1,7 @@
 """The static split: every shard has exactly one process, whoever asks and however many there are."""
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inpo.precompute.tasks import split
@@ -10,7 +10,6 @@ shards = st.integers(0, 10_000)
 processes = st.integers(1, 1_024)
 
 
-@settings(deadline=None)
 @given(num_shards=shards, world_size=processes)
 @example(num_shards=10_000, world_size=1_024)
 @example(num_shards=10_000, world_size=1)
@@ -24,7 +23,6 @@ def test_disjoint_and_complete(num_shards: int, world_size: int) -> None:
     assert owners == [1] * num_shards
 
 
-@settings(deadline=None)
 @given(num_shards=shards, world_size=processes)
 @example(num_shards=10_000, world_size=1_024)
 @example(num_shards=10_000, world_size=1)
@@ -35,7 +33,6 @@ def test_no_process_has_two_shards_more_than_another(num_shards: int, world_size
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(deadline=None)
 @given(num_shards=shards, more=st.integers(0, 10_000), world_size=processes, data=st.data())
 def test_appended_shards_leave_the_owners_of_the_others(
     num_shards: int, more: int, world_size: int, data: st.DataObject

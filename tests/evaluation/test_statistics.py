@@ -6,14 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inpo.evaluation.statistics import compare_scores, wilson_interval
 
 
 @given(st.integers(1, 3000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
-@settings(deadline=None)
 def test_wilson_is_scipys(counts: tuple[int, int]) -> None:
     successes, trials = counts
     expected = scipy.stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")

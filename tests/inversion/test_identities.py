@@ -61,7 +61,7 @@ def test_equation_15_as_printed(linear: Callable, latents: Callable, inverted: C
                 assert relative(made.x0_t[pair, step, side].numpy(), clean) < 4 * HALF_STEP
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prediction_type=st.sampled_from(PREDICTIONS),
     name=st.sampled_from(["ddim", "ab2", "fireflow", "fixed_point", "noise"]),

@@ -29,7 +29,7 @@ def kept_of(path: object) -> list[int]:
     return [t for point in path.points for t in point.records]  # type: ignore[attr-defined]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), n=st.integers(1, 60), seed=st.integers(0, 5), pair=st.text(max_size=8))
 def test_every_path(data: st.DataObject, n: int, seed: int, pair: str) -> None:
     kept = data.draw(st.integers(1, n))
@@ -153,7 +153,7 @@ def test_settings_that_no_pair_could_follow_are_refused(
         assert word in str(raised.value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(grid_points=st.integers(1, 40), low=st.integers(0, 999), width=st.integers(1, 1000), kept=st.integers(1, 10))
 def test_an_accepted_range_serves_every_offset(grid_points: int, low: int, width: int, kept: int) -> None:
     chosen = identity(grid_points=grid_points, timestep_range=(low, min(low + width, 1000)))

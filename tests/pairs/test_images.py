@@ -222,7 +222,7 @@ def test_a_very_large_image_below_the_limit_is_read() -> None:
 
 
 @given(data=st.binary(max_size=200), head=st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_hostile_bytes_give_an_image_or_an_image_error(data: bytes, head: bytes) -> None:
     with contextlib.suppress(ImageError):
         assert decode_image(head + data).mode == "RGB"

@@ -130,7 +130,7 @@ def test_every_objective_has_a_transcription() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**31), beta=st.floats(0.01, 5000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_loss_equals_the_transcription(name: str, seed: int, beta: float) -> None:
     error, reference = records(seed)
     label = np.random.default_rng(seed).uniform(0.51, 1.0, len(error))
@@ -167,7 +167,7 @@ def test_gradient_is_the_transcriptions(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "kto"])
 @given(seed=st.integers(0, 2**31), cuts=st.sets(st.integers(1, 11)))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_batch_may_be_split_anywhere(name: str, seed: int, cuts: set[int]) -> None:
     """Accumulation: the parts' gradients, weighted by their records, are the batch's. kto's z0 is a batch's mean."""
     error, reference = records(seed, batch=12)

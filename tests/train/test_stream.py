@@ -61,7 +61,7 @@ def ordered(groups: int, most: int, records: int) -> OrderedShard:
     batch_size=st.integers(1, 5),
     world_size=st.integers(1, 4),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_epoch_uses_every_record_once_whatever_the_ranks(
     shards: list[OrderedShard], window: int, seed: int, batch_size: int, world_size: int
 ) -> None:
@@ -192,7 +192,7 @@ def test_ranks_share_one_sequence(cache: str, world_size: int) -> None:
 
 
 @given(cut=st.integers(0, 20), window=st.integers(1, 2))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_a_resumed_stream_goes_on_where_it_stopped(cache: str, cut: int, window: int) -> None:
     index = index_of(cache)
     whole = take(stream_of(index, window_shards=window), cut + 3)
