@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.denoiser import compute_dtype
 from inpo.common.log import note
-from inpo.common.processes import check_launcher, on_cpu
+from inpo.common.processes import on_cpu, processes
 from inpo.train.settings import TrainSettings
 
 _PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -26,7 +26,7 @@ def build_accelerator(settings: TrainSettings, network_dtype: str) -> Accelerato
 
     Raises UsageError for a launcher's way of training that is not ours.
     """
-    check_launcher()
+    processes()  # first: it decides how long they wait for one another
     precision = _PRECISION[compute_dtype(network_dtype)]
     for name, ours, option in (
         ("ACCELERATE_MIXED_PRECISION", precision, f"the network's dtype is {network_dtype} (the cache's)"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from inpo.common.device import say_device, why_no_gpu
-from inpo.common.processes import on_cpu
+from inpo.common.processes import on_cpu, processes
 
 CPU_BUILD = {"cuda": None, "hip": None}
 CUDA_BUILD = {"cuda": "12.8", "hip": None}
@@ -102,3 +103,20 @@ def test_the_line(machine: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("RANK", "1")
     say_device(torch.device("cpu"), "float32", num_processes=2)
     assert capsys.readouterr().err == ""
+
+
+def test_processes_wait_for_one_another_longer_than_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default on GPUs, which one process more to draw than the others would pass."""
+    asked = {}
+
+    def init(**told: Any) -> None:
+        asked.update(told)
+        raise ConnectionError
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError):
+        processes()
+    assert asked["timeout"].total_seconds() >= 3600
