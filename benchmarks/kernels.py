@@ -111,7 +111,6 @@ def _compiled(how: CompileName, graphs: bool = False) -> Way:
         if graphs and not uses_graphs(how, denoiser.device, images):
             return False
         denoiser.rows = images
-        torch.compiler.reset()
         return compile_network(denoiser.network, how, call, blocks=blocks, device=denoiser.device, graphs=graphs)
 
     return compiled

@@ -2,7 +2,7 @@
 
 `Module.compile` leaves the network the object that it was: names of weights, LoRA layers, wrappers and checkpoints do
 not change. Kernels are made when the network is called, for the shapes that it is called with, which takes seconds to
-minutes. So there is a first call at the very shape of all later ones, and it happens before anything hangs on it.
+minutes. So there is a first call at the very shapes of all later ones, and it happens before anything hangs on it.
 """
 
 import gc
@@ -56,6 +56,7 @@ def compile_network(
     device: torch.device,
     varying: bool = False,
     graphs: bool = False,
+    shapes: int = 1,
     ahead: int | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> bool:
@@ -63,9 +64,10 @@ def compile_network(
     not pay, or if it failed, with a note.
 
     Args:
-        first: calls the network once in every way that it will be called, at the shape of all calls to come; under
+        first: calls the network once in every way that it will be called, at each shape of the calls to come; under
             training that is forward and backward.
         graphs: run it as a CUDA graph (see uses_graphs).
+        shapes: how many those shapes are.
         blocks: class names of what `blocks` compiles; empty: what diffusers names for this class of networks.
         varying: sizes inside the network change from call to call, and kernels are made for any of them.
         ahead: how many calls like `first` there will be, about; None: nobody knows, many.
@@ -83,13 +85,9 @@ def compile_network(
     say(f"compiling {what}; kernels are kept in {kernel_folder()}")
     clock = time.perf_counter()
     failure: Exception | None = None
-    # All parts share a limit, because they share the code that calls a module.
-    limit = _ENTRIES_PER_PART * len(parts)
+    _allow_kernels(_ENTRIES_PER_PART * len(parts) * shapes)
     try:
-        with (
-            torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=max(256, 2 * limit)),
-            warnings.catch_warnings(),
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of how it compiles; what the network's calls warn of comes again
             for part in parts:
                 part.compile(dynamic=varying, mode="reduce-overhead" if graphs else None)
@@ -107,6 +105,14 @@ def compile_network(
     reason = "it failed in another process" if failure is None else _in_words(failure)
     note(f"the network runs as it is, because compiling it failed: {reason} (--compile off does not try)")
     return False
+
+
+def _allow_kernels(count: int) -> None:
+    """All parts share torch's limit, because they share the code that calls a module. It is raised for good: behind it
+    a call at a shape of its own would run as it is, without a word."""
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, count)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * count)
 
 
 def _pays(network: nn.Module, first: Callable[[], object], ahead: int, agree: Callable[[bool], bool]) -> bool:

@@ -28,17 +28,24 @@ _COUNTED_AT = (4, 8)
 """Images at which activations are counted; they grow by the same with every image more."""
 
 LOWER = frozenset(
-    "addbmm addmm baddbmm bmm chain_matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-    "einsum linear matmul mm mv scaled_dot_product_attention".split()
+    "addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d "
+    "conv_transpose3d convolution einsum linalg_multi_dot linalg_vecdot linear matmul mm mv prelu "
+    "scaled_dot_product_attention".split()
 )
-"""What autocast runs in the network's dtype, of all that networks do; everywhere."""
+"""What autocast runs in the network's dtype, but for recurrent cells; everywhere."""
 FLOAT32 = {
     "cuda": frozenset(
-        "cumsum exp group_norm l1_loss layer_norm log log_softmax mse_loss norm pow prod reciprocal rsqrt softmax "
-        "softplus sum".split()
+        "acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity cumprod cumsum "
+        "dist erfinv exp expm1 frobenius_norm group_norm hinge_embedding_loss huber_loss interpolate kl_div l1_loss "
+        "layer_norm linalg_matrix_norm linalg_vector_norm log log10 log1p log2 log_softmax logsumexp "
+        "margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss native_layer_norm nll_loss nll_loss2d "
+        "norm nuclear_norm pdist poisson_nll_loss pow prod reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss "
+        "soft_margin_loss softmax softplus sum tan triplet_margin_loss upsample_bicubic2d upsample_bilinear2d "
+        "upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d".split()
     )
 }
-"""What it runs in float32, by device; elsewhere none of these."""
+"""What it runs in float32, by device; elsewhere none of these. Both as torch's autocast_mode.h has them, and
+`interpolate`, which calls the upsampling ones."""
 
 
 class _Counting(TorchFunctionMode):

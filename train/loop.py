@@ -103,19 +103,20 @@ class Trainer:
         return mean
 
     def compile(self, family: Family) -> None:
-        """Compile the network, if the settings ask for it, on the first micro-batch, which is used again: without
-        gradients, as evaluations call it, and with them. `family`: the network's.
+        """Compile the network, if the settings ask for it, on the first micro-batch, which is used again, at each shape
+        of latents: without gradients, as evaluations call it, and with them. `family`: the network's.
         """
         accelerator, settings = self.accelerator, self.settings
-        sharded = accelerator.distributed_type == DistributedType.FSDP
+        sharded, shapes = accelerator.distributed_type == DistributedType.FSDP, self.stream.latent_shapes
 
         def first() -> None:
-            batch = self.stream.peek().to(accelerator.device)
-            with torch.no_grad():
-                record_errors(self.denoiser, batch, self.objective.space)
-            # Of the processes of DDP one may fail alone: none may wait for its gradients. FSDP's wait in the network.
-            with nullcontext() if sharded else accelerator.no_sync(self.network):
-                record_errors(self.denoiser, batch, self.objective.space).mean().backward()
+            peeked = self.stream.peek().to(accelerator.device)
+            for batch in map(peeked.at_shape, shapes):
+                with torch.no_grad():
+                    record_errors(self.denoiser, batch, self.objective.space)
+                # Of DDP's processes one may fail alone: none may wait for its gradients. FSDP's wait in the network.
+                with nullcontext() if sharded else accelerator.no_sync(self.network):
+                    record_errors(self.denoiser, batch, self.objective.space).mean().backward()
 
         def agree(fine: bool) -> bool:
             return float(self._reduce(torch.tensor(float(not fine), device=accelerator.device))) == 0
@@ -124,9 +125,8 @@ class Trainer:
         # FSDP's processes meet in every call of the network: none may need a second one for images beyond the slots.
         widest = self.stream.index.widest * settings.batch_size
         self.denoiser.rows = widest if sharded else self.stream.num_slots
-        # DDP and FSDP move gradients while they are made.
-        alone, images = accelerator.num_processes == 1 and not sharded, self.denoiser.rows
-        self._graphs = alone and uses_graphs(settings.compile, accelerator.device, images)
+        alone = accelerator.num_processes == 1 and not sharded  # DDP and FSDP move gradients while they are made
+        self._graphs = alone and uses_graphs(settings.compile, accelerator.device, self.denoiser.rows)
         for each in self.trained if self._graphs else ():  # which a graph's own gradients are added to
             each.grad = torch.zeros_like(each)
         if not compile_network(
@@ -137,7 +137,8 @@ class Trainer:
             varying=family.varying,
             device=accelerator.device,
             graphs=self._graphs,
-            ahead=(settings.steps - self.step) * settings.accumulate,
+            shapes=len(shapes),
+            ahead=(settings.steps - self.step) * settings.accumulate // len(shapes),
             agree=agree,
         ):
             self.denoiser.rows, self._graphs = None, False

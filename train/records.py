@@ -1,7 +1,7 @@
 """Records in memory: what is read of a shard, and how micro-batches are gathered from it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,13 @@ class Batch:
     @property
     def record_timestep(self) -> Int[Tensor, " record"]:
         return self.timestep[self.sides[:, 0]]
+
+    def at_shape(self, latent_shape: tuple[int, ...]) -> "Batch":
+        """This batch, or one like it whose latents are zeros of another shape (c, h, w): for what looks at shapes."""
+        if tuple(self.x_t.shape[1:]) == latent_shape:
+            return self
+        blank = self.x_t.new_zeros(len(self.x_t), *latent_shape)
+        return replace(self, x_t=blank, target=blank)
 
     def by_side(self, values: Float[Tensor, " slot"]) -> Float[Tensor, "record place"]:
         """Numbers of slots as each record's win and lose, or as each list's images."""

@@ -72,6 +72,11 @@ class RecordStream:
         return max(shape.most_images(_BATCHES_MEASURED) for shape in self._shapes)
 
     @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """(c, h, w) of the micro-batches."""
+        return [shape.shards[0].shard.cache.manifest.latent_shape for shape in self._shapes]
+
+    @property
     def epoch(self) -> float:
         """Epochs begun, as a fraction: records handed out by all ranks over records there are."""
         return self.consumed * self.world_size * self.batch_size / self.num_records

@@ -1,5 +1,6 @@
 """What a plan says of memory, against what real networks hold: bytes counted on a CPU, no clock."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.cache import Manifest
 from inpo.common.conditions import Condition
-from inpo.common.memory import META, Peak, bytes_of, counting
+from inpo.common.memory import FLOAT32, LOWER, META, Peak, bytes_of, counting
 from inpo.common.models import Model
 from inpo.common.tensor_watch import TensorWatch
 from inpo.common.testing import TinyKind
@@ -50,6 +51,24 @@ def _saved(model: Model, manifest: Manifest, device: torch.device, images: int) 
         output = model.family.bound(manifest.static)(network, x, label, blank)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_autocast_is_counted_as_the_installed_torch_has_it() -> None:
+    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
+
+    def listed(*macros: str) -> set[str]:
+        """Names in the macros' lists; those with an underscore in front are called by others of them."""
+        found = set()
+        for macro in macros:
+            body = re.split(r"[^\\]\n", header.partition(f"#define {macro}(_)")[2])[0]
+            found |= {name for name in re.findall(r"_\((?:ADD_NS\()?(\w+)", body) if not name.startswith("_")}
+        return found
+
+    float32 = listed("AT_FORALL_FP32", "AT_FORALL_FP32_SET_OPT_DTYPE", "AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE")
+    assert {"rms_norm", "softmax", "norm"} <= float32
+    assert FLOAT32["cuda"] - {"interpolate"} == {name for name in float32 if not name.endswith(("_aa", "_exact1d"))}
+    lower = listed("AT_FORALL_LOWER_PRECISION_FP")
+    assert {each for each in lower if not each.endswith("_cell")} == LOWER
 
 
 @pytest.mark.parametrize("kind", get_args(TinyKind))

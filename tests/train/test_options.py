@@ -61,13 +61,21 @@ def test_the_two_steps_of_the_paper(world: Any, run: Callable[..., Path], tmp_pa
     ids=["whole", "blocks-lora"],
 )
 def test_a_compiled_network_trains_alike(
-    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, flags: dict[str, Any]
+    world: Any,
+    cache: str,
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    flags: dict[str, Any],
 ) -> None:
     """Graphs are captured as ever, forward and backward; PyTorch runs them, because generating code takes minutes.
 
-    All are captured before the first step: not one for a sample, nor for the proof's and the held-out batches' sizes.
+    All are captured before the first step, for latents of both shapes: not one for a sample, nor for the proof's and
+    the held-out batches' sizes.
     """
-    settings = {"steps": 3, "save_every": 2, "held_out": 0.4, "evaluate_every": 1, **flags}
+    small = world.cache(tmp_path / "small", shards=(6,), side=4)
+    settings = {"caches": [cache, small], "steps": 3, "save_every": 2, "held_out": 0.4, "evaluate_every": 1, **flags}
     plain = run(output=tmp_path / "plain", compile="off", **settings)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
