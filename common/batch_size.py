@@ -44,7 +44,7 @@ def memory_in_words(batch_size: int | None, *, smaller: str = "", otherwise: str
         fix, asked = otherwise, None
         if batch_size is not None and batch_size > 1:
             fix = f"try --batch-size {batch_size // 2}"
-            fix += ", or --batch-size auto, which finds the largest" if auto else ""
+            fix += ", or, unless it has found this one, --batch-size auto" if auto else ""
             fix += smaller and f"; {smaller}"
         if batch_size is not None:
             asked = f"--batch-size {batch_size}"

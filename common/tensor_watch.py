@@ -8,8 +8,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = frozenset({"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.item"})
-"""Operators whose answer the CPU must wait for when the numbers are on a GPU."""
+WAITS = frozenset(
+    f"aten.{name}"
+    for name in "_local_scalar_dense nonzero is_nonzero equal item masked_select _unique2 unique_dim "
+    "unique_consecutive bincount".split()
+)
+"""Operators whose answer, or its size, the CPU must wait for when the numbers are on a GPU. A copy to the CPU, which
+waits too, looks like nothing where all is on the CPU."""
+_WAITS_OF_MASKS = frozenset(f"aten.{name}" for name in ("index", "index_put", "index_put_", "_unsafe_index"))
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether an index is a mask, whose true places are counted first."""
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 class TensorWatch(TorchDispatchMode):
@@ -28,7 +39,9 @@ class TensorWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func).rsplit(".", 1)[0]
-        if name in WAITS:
+        if name in WAITS or (name in _WAITS_OF_MASKS and any(_is_mask(each) for each in args[1])):
+            self.waits[name] += 1
+        if name == "aten.repeat_interleave" and "output_size" not in (kwargs or {}):
             self.waits[name] += 1
         given = {
             leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)

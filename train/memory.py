@@ -21,7 +21,10 @@ from inpo.train.objectives import OBJECTIVES
 from inpo.train.optim import build_optimizer, prepare_network
 from inpo.train.settings import TrainSettings
 
-SMALLER = "with --accumulate the effective batch stays as it was; --gradient-checkpointing trades time for memory"
+SMALLER = (
+    "with --accumulate the effective batch stays as it was; --gradient-checkpointing trades time for memory; a run "
+    "that has a checkpoint keeps its batch size, and another begins in another --output"
+)
 NO_SMALLER = (
     "take --gradient-checkpointing, LoRA layers (--lora-rank 16), several GPUs with FSDP, or a device with more "
     "memory: `inpo plan` says how much"

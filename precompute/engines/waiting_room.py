@@ -16,8 +16,8 @@ _T = TypeVar("_T")
 class WaitingRoom:
     """All processes of a run call `gathered` equally often, in the same order. One process alone never waits.
 
-    accelerate's own barrier gives up after ten minutes on GPUs (and blocks signals); this one is a gloo barrier with
-    a time limit of its own, polled, so that SIGTERM ends the waiting at once.
+    accelerate's own barrier gives up after hours (and blocks signals); this one is a gloo barrier with a time limit of
+    its own, polled, so that SIGTERM ends the waiting at once.
     """
 
     def __init__(self, state: PartialState) -> None:

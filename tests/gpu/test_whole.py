@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,9 +33,13 @@ UNET |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "sample_s
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_demo() -> None:
-    """`make demo`, whole: precompute in bfloat16 on the GPU, a proof that holds, and a model that is preferred."""
-    done = subprocess.run(["make", "demo"], capture_output=True, text=True, cwd=ROOT)
+def test_the_demo(tmp_path: Path) -> None:
+    """`make demo`, whole: precompute in bfloat16 on the GPU, a proof that holds, and a model that is preferred. In a
+    copy: what an earlier demo has made here would be gone on with."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "runs"))
+    (tree / ".venv").symlink_to(ROOT / ".venv")
+    done = subprocess.run(["make", "demo"], capture_output=True, text=True, cwd=tree)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "zero-step proof holds" in done.stderr
     assert "bfloat16" in done.stderr

@@ -142,3 +142,27 @@ def test_no_weight_is_written_out_as_text(run: Callable[..., Path], monkeypatch:
     """Python's signal module does that with a handler's object, for a message that nobody sees."""
     monkeypatch.setattr(torch.nn.Parameter, "__repr__", lambda _: pytest.fail("a weight as text"))
     assert (run(steps=1) / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("work", "waits"),
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: bool((x > 0).any()), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.masked_select(x > 0), 1),
+        (lambda x: x.__setitem__(x > 0, x.new_zeros(())), 1),
+        (lambda x: x.unique(), 1),
+        (lambda x: x.repeat_interleave(x.new_ones(4, dtype=torch.int64)), 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: x[torch.tensor([2, 0])], 0),
+        (lambda x: x.repeat_interleave(2), 0),
+        (lambda x: torch.where(x > 0, x, 0).sum(), 0),
+    ],
+    ids=range(11),
+)
+def test_what_a_gpu_would_be_waited_for_is_counted(work: Callable[[Any], object], waits: int) -> None:
+    x = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    with TensorWatch() as watch:
+        work(x)
+    assert min(watch.waits.total(), 1) == waits
