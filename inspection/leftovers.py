@@ -9,11 +9,12 @@ import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from inpo.common.cache import Commit, TextCommit
 from inpo.common.cache.commits import AnyCommit
 from inpo.common.cache.document import ATTEMPT, SHARD_NAME
-from inpo.common.cache.schema import REMOVING
+from inpo.common.cache.schema import MANIFEST, REMOVING
 from inpo.common.cache.store import CacheStore
 from inpo.common.errors import CacheError
 
@@ -58,12 +59,11 @@ class StagedDocument:
 
 
 def find_staged(store: CacheStore) -> list[StagedDocument]:
-    """Every staged document outside of attempts and their lists, sorted."""
-    files = sorted(store.files(""))
+    """Every staged document outside of attempts and their lists, sorted. Other folders are not the cache's."""
     return [
         StagedDocument(folder=name, num_bytes=size, modified=when)
-        for name, size, when in files
-        if _STAGED.fullmatch(name) and name.split("/")[0] not in ("shards", "texts", "skipped")
+        for name, size, when in sorted(store.files(""))
+        if _STAGED.fullmatch(name) and name.rpartition("/")[0].split("/")[0] in _DOCUMENTS and _is_own(store, name)
     ]
 
 
@@ -89,7 +89,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
     committed = {
         (kind, shard): committed_attempt(store, kind, shard) for kind, shard in {(key[0], key[1]) for key in sizes}
     }
-    return [
+    leftovers = [
         Leftover(
             kind=key[0],
             shard=key[1],
@@ -101,11 +101,24 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
         for key in sorted(sizes, key=lambda key: (key[0].arrays, *key[1:]))
         if committed[key[0], key[1]] not in (key[2], _UNKNOWN)
     ]
+    return [leftover for leftover in leftovers if _is_own(store, leftover.folder)]
+
+
+def _is_own(store: CacheStore, name: str) -> bool:
+    """False where links lead to what another cache, or this one under another name, has: its commits say what stays."""
+    if store.remote:
+        return True
+    root = Path(store.location).resolve()
+    place = (root / name).resolve()
+    owner = next((each for each in place.parents if (each / MANIFEST).exists()), None)
+    return owner is None or place == root / name
 
 
 _Key = tuple[type[AnyCommit], str, str]
 _UNKNOWN = "?"
 _STAGED = re.compile(r".+\.[0-9a-f]{32}\.staged")
+_DOCUMENTS = ("", "commits", "text-commits", "configurations", "labels")
+"""Where documents lie beside those of attempts; "": beside the manifest."""
 
 
 def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> str | None:

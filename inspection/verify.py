@@ -270,13 +270,14 @@ def quarantine(location: str, verification: Verification) -> list[str]:
             where=cache.store.path("manifest.json"),
             fix="restore manifest.json from a copy",
         )
-    for kind, commits in ((Commit, cache.commits.values()), (TextCommit, [each.commit for each in cache.texts])):
-        if any(commit.files for commit in commits) and not cache.store.listing(kind.arrays):
+    for kind, commits in ((Commit, cache.commits), (TextCommit, {each.name: each.commit for each in cache.texts})):
+        attempts = {(name, commit.attempt) for name, commit in commits.items() if commit.files}
+        if attempts and attempts.isdisjoint(tuple(file.split("/")[:2]) for file in cache.store.listing(kind.arrays)):
             raise StorageError(
                 "Not one file of any shard is there. Nothing was moved.",
                 where=cache.store.path(kind.arrays),
-                expected=f"the files of {len(commits)} commits",
-                got="an empty folder or none",
+                expected=f"the files of {len(attempts)} commits",
+                got="none of them",
                 fix=f"mount the disk or bring it back; if it is lost, move {cache.store.path(kind.folder)} away",
             )
     moved = []

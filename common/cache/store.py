@@ -8,7 +8,6 @@ fork, and a trainer's data workers are often forked.
 import hashlib
 import os
 import re
-import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore
 
-from inpo.common.durable import flush, storage_errors
+from inpo.common.durable import flush, remove, storage_errors
 from inpo.common.errors import CacheMissing, CacheSchemaError, StorageError, UsageError
 from inpo.common.paths import home
 from inpo.common.printable import shown
@@ -235,14 +234,10 @@ class CacheStore:
                     yield entry["path"].removeprefix(f"{prefix}/"), entry["size"], entry["last_modified"]
 
     def remove(self, prefix: str) -> None:
-        """Remove the folder or file `prefix` and everything below it."""
+        """Remove the folder or file `prefix` and everything below it; a link, and not what it names."""
         with storage_errors("remove", self.path(prefix)):
             if not self.remote:
-                target = Path(self.location) / prefix
-                if target.is_dir():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
+                remove(Path(self.location) / prefix)
                 return
             # A listing shows what lies below a prefix, not an object of that very name.
             names = [f"{prefix}/{name}" for name in self.listing(prefix)] or [prefix]
@@ -342,14 +337,19 @@ def _local_files(folder: Path) -> Iterator[tuple[str, int, datetime]]:
                 )
 
     above = len(os.path.join(folder, ""))
-    seen: set[tuple[int, int]] = set()
+    within: dict[str, tuple[tuple[int, int], ...]] = {os.fspath(folder): ()}
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        with suppress(FileNotFoundError):  # gone in between
-            here = os.stat(root)
-            if (here.st_dev, here.st_ino) in seen:  # links in a circle
-                folders.clear()
-                continue
-            seen.add((here.st_dev, here.st_ino))
+        outer = within.pop(root)
+        try:
+            found = os.stat(root)
+        except FileNotFoundError:  # gone in between
+            folders.clear()
+            continue
+        here = (found.st_dev, found.st_ino)
+        if here in outer:  # links in a circle
+            folders.clear()
+            continue
+        within |= {os.path.join(root, each): (*outer, here) for each in folders}
         for name in names:
             file = os.path.join(root, name)
             try:

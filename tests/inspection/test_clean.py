@@ -1,6 +1,7 @@
 """`clean`: orphans go, committed attempts and young ones stay."""
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -220,6 +221,41 @@ def test_what_lies_behind_links_is_cleaned_too_and_a_link_to_nowhere_is_told(fre
     done = inspect("clean", folder, "--yes")
     assert done.code == 1
     assert f"no {disk}" in done.out
+
+
+def test_what_another_commit_names_stays_wherever_links_lead(fresh, inspect, tmp_path):
+    """To another shard of the cache, to a cache beside it, to all shards under a second name: none of it is left over,
+    and nothing is lost from sight."""
+    folder = fresh("healthy")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (committed,) = (other / "shards" / "s1").iterdir()
+    committed.rename(committed.with_name("feedfeedfeedfeed"))
+    (other / "commits" / f"a.json.{'a' * 32}.staged").write_bytes(b"{}")
+    grow_old(folder)
+    grow_old(other)
+    before = files(other)
+    for name, place in (("s00", folder / "shards" / "s0"), ("s9", other / "shards" / "s1")):
+        (folder / "shards" / name).symlink_to(place)
+    (folder / "labels").symlink_to(other / "commits")
+    (folder / "again").symlink_to(folder / "shards")
+    done = inspect("clean", folder, "--yes", "--all")
+    assert "nothing to remove" in done.out
+    assert files(other) == before
+    assert inspect("verify", folder).code == 0
+    assert json.loads(inspect("summary", folder, "--json").out)["num_orphaned"] == 0
+
+
+def test_of_an_attempt_that_is_a_link_the_link_goes(fresh, inspect, tmp_path):
+    folder = fresh("healthy")
+    survivors = with_orphan(folder, old=True)
+    orphan = folder / "shards" / "s0" / "feedfeedfeedfeed"
+    orphan.rename(tmp_path / "elsewhere")
+    orphan.symlink_to(tmp_path / "elsewhere")
+    kept = files(tmp_path / "elsewhere")
+    assert "removed 1 leftovers" in inspect("clean", folder, "--yes").out
+    assert not orphan.is_symlink()
+    assert files(folder) == survivors
+    assert files(tmp_path / "elsewhere") == kept
 
 
 def test_a_document_that_never_got_its_name_goes(fresh, inspect):

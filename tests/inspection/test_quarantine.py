@@ -1,6 +1,7 @@
 """What `verify --quarantine` moved aside is made again by the next `inpo precompute`, and nothing else is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_a_bad_shard_of_images_is_inverted_again_and_no_text_is_encoded_again(ti
 
 
 @pytest.mark.parametrize("of", ["shards", "texts"])
-@pytest.mark.parametrize("how", ["link", "empty"])
+@pytest.mark.parametrize("how", ["link", "empty", "marked"])
 def test_nothing_is_moved_where_a_disk_is_not_mounted(fresh, inspect, tmp_path, of, how):
     cache = fresh("healthy")
     commits = contents(cache, "commits") | contents(cache, "text-commits")
@@ -98,10 +99,12 @@ def test_nothing_is_moved_where_a_disk_is_not_mounted(fresh, inspect, tmp_path, 
         (cache / of).symlink_to(tmp_path / "nowhere")
     else:
         (cache / of).mkdir()
+    if how == "marked":  # as many leave it in the place of a disk
+        (cache / of / "NOT_MOUNTED").touch()
     done = inspect("verify", cache, "--quarantine")
     assert done.code == 1
     assert ("leads nowhere" if how == "link" else "Not one file of any shard is there") in done.out
     assert contents(cache, "commits") | contents(cache, "text-commits") == commits
-    (cache / of).unlink() if how == "link" else (cache / of).rmdir()
+    (cache / of).unlink() if how == "link" else shutil.rmtree(cache / of)
     (tmp_path / "disk").rename(cache / of)
     assert "all sound" in inspect("verify", cache).out
