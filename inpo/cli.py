@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import logging
 import os
 import shlex
 import sys
@@ -15,6 +16,8 @@ from typing import NoReturn
 # Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# matplotlib takes a temporary folder by itself where its own cannot be written, and says so beside our log.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 import typer
 

@@ -163,3 +163,16 @@ def test_a_path_that_the_disk_refuses_is_said(words: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
     assert "File name too long" in done.stderr
     assert "to do:" in done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_matter_of_matplotlibs(tmp_path: Path) -> None:
+    """It has a temporary folder then; standard error is ours."""
+    home = tmp_path / "file"
+    home.touch()
+    before = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")  # which it looks at before the home
+    named = {name: value for name, value in os.environ.items() if name not in before}
+    code = "import inpo.cli, matplotlib; print(matplotlib.get_cachedir())"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=named | {"HOME": str(home)})
+    assert not done.stdout.startswith(str(home))
+    assert done.stderr == ""
