@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from PIL import Image
 
-from inpo.common.errors import InpoError, UsageError
+from inpo.common.errors import DataError, InpoError, UsageError
 
 GROUP = "inpo.scorers"
 _NAME = re.compile(r"[^/\\*?\[\]]{1,100}")
@@ -104,3 +104,53 @@ def _check(scorer: Any, entry: EntryPoint) -> None:
                 got=got,
                 fix="correct it in the scorer's package",
             )
+
+
+def checked_scores(
+    scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str], names: Sequence[str]
+) -> list[float]:
+    """The scorer's numbers, one per image, as floats; `names` are the images' own, for messages.
+
+    Raises DataError, naming an image, for a scorer that fails, for what are not as many numbers as images, and for a
+    number that is not finite. Memory that is short is raised as it comes: batch_size.py has words for it.
+    """
+    try:
+        given = scorer.score(images, prompts)
+    except (InpoError, MemoryError):
+        raise
+    except Exception as error:  # whatever that package raises
+        from inpo.common.batch_size import is_out_of_memory  # torch
+
+        if is_out_of_memory(error):
+            raise
+        raise DataError(
+            "The scorer failed.",
+            where=f"{scorer.name}, {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            got=f"{type(error).__name__}: {error}",
+            fix="look at those images; correct the scorer's package: --verbose shows where it failed",
+        ) from error
+    try:
+        scores = np.asarray(given)
+        told = f"{type(given).__name__} of shape {scores.shape}, {scores.dtype}"
+        right = scores.dtype.kind in "fiub" and scores.shape == (len(images),)  # numpy makes numbers of text
+    except Exception as error:  # whatever that object's own conversion raises
+        right, told = False, f"{type(given).__name__}, of which numpy says {type(error).__name__}: {error}"
+    if not right:
+        raise DataError(
+            "The scorer does not give one number per image.",
+            where=f"{scorer.name}, {names[0]}",
+            expected=f"numbers of shape ({len(images)},)",
+            got=told,
+            fix="correct the scorer's package",
+        )
+    scores = scores.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise DataError(
+            "The scorer gave a number that is not finite.",
+            where=f"{scorer.name}, {names[bad[0]]}",
+            expected="a finite number",
+            got=scores[bad[0]],
+            fix="look at that image; check the scorer's weights",
+        )
+    return [float(score) for score in scores]

@@ -21,8 +21,7 @@ from inpo.common.pairs.decode import image_digest
 from inpo.common.pairs.files import possible_names
 from inpo.common.pairs.names import known_names, renamed
 from inpo.common.processes import processes
-from inpo.common.scorer import Scorer
-from inpo.evaluation.score import checked_scores
+from inpo.common.scorer import Scorer, checked_scores
 
 PAIRS_PER_BATCH = 16
 

@@ -8,13 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inpo.common.durable import storage_errors, write_file
-from inpo.common.errors import DataError
 from inpo.common.processes import processes
 from inpo.common.progress import ProgressReport
-from inpo.common.scorer import Scorer, load_scorer
+from inpo.common.scorer import Scorer, checked_scores, load_scorer
 from inpo.evaluation.image_folder import ImageEntry, ImageFolder, parse_scores, read_lines, to_lines
 
 DEFAULT_BATCH = 32
@@ -32,7 +29,7 @@ def try_scorers(names: Sequence[str], folder: ImageFolder) -> None:
 def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None = None) -> int:
     """Score every image that has no score yet; returns how many this process scored.
 
-    Raises DataError, naming the image, if the scorer returns a number that is not finite.
+    Raises DataError, naming the image, if the scorer fails or returns what is no score (`checked_scores`).
     """
     state = processes()
     final = folder.path / f"scores-{scorer.name}.jsonl"
@@ -68,29 +65,6 @@ def score_folder(folder: ImageFolder, scorer: Scorer, *, batch_size: int | None 
             part.unlink()
     state.wait_for_everyone()
     return len(left)
-
-
-def checked_scores(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], names: Sequence[str]) -> list[float]:
-    """The scorer's numbers as floats. Raises DataError, naming the image, for one that is not finite."""
-    scores = np.asarray(scorer.score(images, prompts), dtype=np.float64)
-    if scores.shape != (len(images),):
-        raise DataError(
-            "The scorer does not give one number per image.",
-            where=scorer.name,
-            expected=(len(images),),
-            got=scores.shape,
-            fix="correct the scorer's package",
-        )
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
-        raise DataError(
-            "The scorer gave a number that is not finite.",
-            where=f"{scorer.name}, {names[bad[0]]}",
-            expected="a finite number",
-            got=scores[bad[0]],
-            fix="look at that image; check the scorer's weights",
-        )
-    return [float(score) for score in scores]
 
 
 def _row(entry: ImageEntry, score: float) -> dict[str, object]:

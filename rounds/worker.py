@@ -26,8 +26,7 @@ from inpo.common.inversion import Inverted, evaluate_points
 from inpo.common.models import Model
 from inpo.common.pairs import Pair
 from inpo.common.pairs.decode import PreparedPair, prepare_pair
-from inpo.common.scorer import Scorer, load_scorer
-from inpo.evaluation.score import checked_scores
+from inpo.common.scorer import Scorer, checked_scores, load_scorer
 from inpo.precompute.arrange import Arrangement
 from inpo.precompute.components import WHOLE, Share, in_words
 from inpo.precompute.phases import Phase

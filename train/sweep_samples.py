@@ -12,7 +12,7 @@ from PIL import Image
 from inpo.common.denoiser import prepare_for_inference
 from inpo.common.log import note
 from inpo.common.processes import processes
-from inpo.common.scorer import Scorer, alike
+from inpo.common.scorer import Scorer, alike, checked_scores
 from inpo.train.configuration import Resolved
 from inpo.train.samples import drawn_with, sample_images, sample_prompts
 
@@ -47,7 +47,7 @@ class SampleJudge:
 
     def compare(self, among: Collection[str]) -> dict[str, dict[str, SampleScore]]:
         """{run: {scorer: how its last samples stand}} of the runs `among` all; one without a sample, or with one that
-        cannot be read or was drawn otherwise than the reference's, is left out."""
+        cannot be read or was drawn otherwise than the reference's, is left out. Raises what `checked_scores` does."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
             if name not in among:
@@ -78,7 +78,8 @@ class SampleJudge:
         return found
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        return {each.name: np.asarray(each.score(images, prompts), np.float64) for each in self._scorers}
+        names = [f"the sample of {prompt[:80]!r}" for prompt in prompts]
+        return {each.name: np.array(checked_scores(each, images, prompts, names)) for each in self._scorers}
 
 
 def _key(run: Resolved, prompts: Sequence[str]) -> tuple[Any, ...]:

@@ -62,6 +62,11 @@ class BrokenScorer:
     name = "broken"
     def score(self, images, prompts):
         return np.full(len(images), np.nan)
+
+class FailingScorer:
+    name = "failing"
+    def score(self, images, prompts):
+        raise KeyError("clip")
 """
 
 
@@ -86,6 +91,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: red-scorers\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[inpo.scorers]\nred = red_scorers:RedScorer\nbroken = red_scorers:BrokenScorer\n"
+        "failing = red_scorers:FailingScorer\n"
         "dark = red_scorers:DarkScorer\ncoarse = red_scorers:CoarseScorer\n"
         "org/blue = red_scorers:BlueScorer\nred* = red_scorers:WideScorer\nmute = red_scorers:MuteScorer\n"
         "cold = red_scorers:ColdScorer\nhot = red_scorers:HotScorer\nwordy = red_scorers:WordyScorer\n"

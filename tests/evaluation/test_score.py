@@ -1,18 +1,21 @@
 """Scores of a folder: resumable, checked, and through plugins."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from inpo.common.errors import DataError, UsageError
-from inpo.common.scorer import load_scorer
+from inpo.common.scorer import checked_scores, load_scorer
 from inpo.evaluation.cli import app
 from inpo.evaluation.image_folder import ImageFolder
 from inpo.evaluation.score import score_folder
+from tests.evaluation.conftest import picture
 
 REDS = [10, 250, 30, 40, 50]
 SaveImages = Callable[..., Path]
@@ -66,6 +69,66 @@ def test_a_number_that_is_not_finite_is_refused_with_its_image(save_images: Save
         score_folder(folder, load_scorer("broken"))
     assert folder.scorer_names() == []
     assert not list((tmp_path / "a").glob("scores-*"))
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_scorer_that_fails_ends_in_words_and_leaves_no_file(save_images: SaveImages, tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "a", REDS)
+    done = CliRunner().invoke(app, ["score", str(folder), "--scorer", "failing"])
+    assert isinstance(done.exception, DataError)
+    assert re.search(r"failing, images/0\.png and 4 more\n.*KeyError: 'clip'\n.*--verbose", str(done.exception))
+    assert not list(folder.glob("scores-*"))
+
+
+class Unloaded:
+    """What a tensor on a device does."""
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("can't convert")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([1.0], r"list of shape \(1,\)"),
+        ([[1.0], [2.0]], r"list of shape \(2, 1\)"),
+        (2.0, r"float of shape \(\)"),
+        (None, "NoneType"),
+        ("good", "str"),
+        (["1.5", "2.5"], "list"),
+        ([None, 1.0], "object"),
+        ([[1.0], 2.0], "ValueError"),
+        (iter([1.0, 2.0]), "list_iterator"),
+        ({"a": 1.0, "b": 2.0}, "dict"),
+        ([1j, 2j], "complex"),
+        (Unloaded(), "Unloaded, of which numpy says TypeError: can't convert"),
+    ],
+)
+def test_what_are_not_as_many_numbers_as_images_is_refused(
+    counting, monkeypatch: pytest.MonkeyPatch, given: object, told: str
+) -> None:
+    monkeypatch.setattr(counting, "score", lambda images, prompts: given)
+    with pytest.raises(DataError, match=rf"one number per image(.|\n)*counting, first(.|\n)*\(2,\)(.|\n)*{told}"):
+        checked_scores(counting, [picture(1), picture(2)], ["a", "b"], ["first", "second"])
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no"), RuntimeError("CUDA error: out of memory"), DataError("x", fix="y")]
+)
+def test_what_has_words_of_its_own_keeps_them(counting, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def score(images: object, prompts: object) -> None:
+        raise error
+
+    monkeypatch.setattr(counting, "score", score)
+    with pytest.raises(type(error)) as caught:
+        checked_scores(counting, [picture(1)], ["a"], ["first"])
+    assert caught.value is error
+
+
+def test_whole_and_single_precision_numbers_are_scores(counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ((1, 2), np.float32([1, 2]), torch.tensor([1.0, 2.0])):
+        monkeypatch.setattr(counting, "score", lambda images, prompts, given=given: given)
+        assert checked_scores(counting, [picture(1), picture(2)], ["a", "b"], ["first", "second"]) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,21 @@ def test_the_reference_is_sampled_as_the_runs_are(
     found, _ = json.loads((tmp_path / "out/sweep.json").read_text())
     assert (found["settings"]["beta"], found["last"], found["scores"]) == (7, {}, {})
     write(tmp_path, "[[run]]\nname = 'one'\n")
-    # Nor is one that is damaged.
+    # A scorer that fails when all is trained does not take the table with it.
+    judge, asked = Brightness.score, []
+
+    def score_once(self: Brightness, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        asked.append(prompts)
+        return judge(self, images, prompts) if len(asked) == 1 else np.full(len(images), np.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Brightness, "score", score_once)
+        done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
+    assert done.exit_code == 1, done.output
+    assert "brightness, the sample of 'a small red ball'" in done.output
+    (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert (found["scores"], found["failed"]) == ({}, None)
+    # A picture that is damaged is not compared.
     (picture,) = (tmp_path / "out/one/samples").iterdir()
     picture.write_bytes(picture.read_bytes()[:-100])
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
