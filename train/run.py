@@ -29,7 +29,7 @@ from inpo.train.identity import run_identity
 from inpo.train.index import Index, build_index
 from inpo.train.loop import Trainer
 from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
-from inpo.train.metrics import MetricsWriter
+from inpo.train.metrics import METRICS, MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network, rates
 from inpo.train.output import claim_output, write_output
@@ -165,9 +165,15 @@ def _train(resolved: Resolved, needs: Needs, *, resume: str, on_metrics: Callabl
     metrics = sample = None
     if accelerator.is_main_process:
         recipe = resolved.output / "recipe.toml"
-        if step < settings.steps or not recipe.exists():  # else nothing is trained, and it says what was
+
+        def begin() -> None:
             write_file(recipe, resolved.toml)
-        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step, on_begin=on_metrics)
+            on_metrics()
+
+        # The folder's weights, numbers and recipe are one run's: what is trained takes the place of all at once.
+        if not (recipe.exists() and (resolved.output / METRICS).exists()):
+            write_file(recipe, resolved.toml)
+        metrics = MetricsWriter(resolved.output, tracker=tracker, resumed_step=step, on_begin=begin)
         if settings.sample_every:
             prompts, bare = sample_prompts(settings, opened), accelerator.unwrap_model(wrapped)
             draw = partial(sample_images, bare, model, prompts, opened[0].manifest, settings)
