@@ -82,19 +82,19 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def sweep_notes(path: Path) -> list[str]:
-    """What a sweep's own table says beside its runs: which failed, and what scorers say of the samples."""
+    """What a sweep's own table says beside its runs: which failed, which runs of its folder are not its own, and what
+    scorers say of the samples."""
     try:
-        rows = json.loads((path / SWEEP).read_bytes())
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("not a list of runs")
-    except FileNotFoundError:
-        return []
+        rows = _rows(path)
     except (OSError, ValueError, RecursionError) as error:
         return [f"{SWEEP} cannot be read: {error}"]
+    replaced = _left_by_another(path)
     notes = []
     for row in rows:
         if row.get("failed"):
             notes.append(f"{row.get('name')} failed: {row['failed']}")
+            if row.get("name") in replaced:
+                notes.append(f"{row['name']}/ holds an earlier run's numbers, which are not shown.")
         scores = row.get("scores")
         for scorer, told in scores.items() if isinstance(scores, dict) else ():
             rate = as_number(told.get("win_rate")) if isinstance(told, dict) else None
@@ -103,16 +103,47 @@ def sweep_notes(path: Path) -> list[str]:
                     f"{row.get('name')}: {scorer} prefers its last samples to the reference's at {rate:.2f} of "
                     f"{told.get('num_prompts')} prompts"
                 )
+    listed = {row.get("name") for row in rows}
+    others = [each.name for each in sorted(path.iterdir()) if rows and each.name not in listed and _is_run(each)]
+    if others:
+        notes.append(f"Not in {SWEEP}, and so of another sweep or of one that goes on: {', '.join(others)}.")
     return notes
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A sweep's table; [] if there is none. Raises ValueError for what is no table."""
+    try:
+        rows = json.loads((path / SWEEP).read_bytes())
+    except FileNotFoundError:
+        return []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not a list of runs")
+    return rows
+
+
+def _left_by_another(path: Path) -> set[str]:
+    """The names of the sweep's runs that failed before they wrote a number, with numbers in their folders."""
+    try:
+        failed = [row.get("name") for row in _rows(path) if row.get("failed") and not row.get("last")]
+    except (OSError, ValueError, RecursionError):  # which is told on the page
+        return set()
+    return {name for name in failed if isinstance(name, str) and (path / name / METRICS).is_file()}
 
 
 def _runs_of(path: Path) -> Iterator[Path]:
     """The run's folder, or those of a sweep. Raises DataError if it is neither."""
     if (path / SWEEP).is_file():
-        below = [each for each in sorted(path.iterdir()) if _is_run(each)]
-        if below:
-            yield from below
+        below, replaced = [each for each in sorted(path.iterdir()) if _is_run(each)], _left_by_another(path)
+        if shown := [each for each in below if each.name not in replaced]:
+            yield from shown
             return
+        if below:
+            raise DataError(
+                "Every run of this sweep failed before its first numbers.",
+                where=path / SWEEP,
+                got=f"numbers of earlier runs in {', '.join(each.name for each in below)}",
+                fix=f"sweep.md says why; `{command('inspect', 'run', *below)}` shows those runs",
+            )
     if not _is_run(path):
         there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else []
         runs = [name for name in there if _is_run(path / name)]

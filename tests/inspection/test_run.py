@@ -145,21 +145,43 @@ def test_runs_stand_side_by_side(page_of, tmp_path):
 
 
 def test_a_sweeps_folder_stands_for_its_runs(page_of, tmp_path):
-    for name in ("inpo", "poly"):
+    for name in ("inpo", "poly", "late"):
         write_run(tmp_path / "sweep" / name)
+    (tmp_path / "sweep/late/metrics.jsonl").unlink()
     score = SampleScore(win_rate=0.75, mean=1.0, reference_mean=0.5, num_prompts=8)
     scored = SweepRow(name="inpo", output=tmp_path, settings={}, scores={"oracle": score})
     failed = SweepRow(name="hinge", output=tmp_path, settings={}, failed="A <b>loss</b>.")
-    told = json.dumps([each.to_json() for each in (scored, failed)])
+    late = SweepRow(name="late", output=tmp_path, settings={}, failed="No labels.")
+    told = json.dumps([each.to_json() for each in (scored, failed, late)])
+    other = "Not in sweep.json, and so of another sweep or of one that goes on: poly."
     preferred = "inpo: oracle prefers its last samples to the reference's at 0.75 of 8 prompts"
     for written, notes in (
-        (told, [preferred, "hinge failed: A <b>loss</b>."]),
+        (told, [preferred, "hinge failed: A <b>loss</b>.", "late failed: No labels.", other]),
         ("{}", ["sweep.json cannot be read: not a list of runs"]),
     ):
         (tmp_path / "sweep" / "sweep.json").write_text(written)
         page = page_of(tmp_path / "sweep")
-        assert texts(page, "h1") == ["inpo, poly"]
+        assert texts(page, "h1") == ["inpo, late, poly"]
         assert texts(page, "li")[: len(notes)] == notes
+
+
+def test_a_run_that_failed_at_once_is_not_shown_by_an_earlier_ones_numbers(page_of, inspect, tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("inpo", "poly"):
+        write_run(sweep / name)
+    done = SweepRow(name="inpo", output=sweep / "inpo", settings={}, last={"step": 3}, failed="NaN at step 4.")
+    failed = SweepRow(name="poly", output=sweep / "poly", settings={}, failed="Other settings.")
+    (sweep / "sweep.json").write_text(json.dumps([done.to_json(), failed.to_json()]))
+    page = page_of(sweep)
+    assert texts(page, "h1") == ["inpo"]
+    notes = ["inpo failed: NaN at step 4.", "poly failed: Other settings."]
+    assert texts(page, "li")[:3] == [*notes, "poly/ holds an earlier run's numbers, which are not shown."]
+    assert texts(page_of(sweep / "poly"), "h1") == ["poly"]
+    # No run is left to show: the error names the folders, which may be asked for.
+    (sweep / "sweep.json").write_text(json.dumps([failed.to_json(), failed.to_json() | {"name": "inpo"}]))
+    done = inspect("run", sweep, "--out", tmp_path / "none.html")
+    assert done.code == 1
+    assert re.search(rf"Every run(.|\n)*in inpo, poly(.|\n)*inspect run {sweep}/inpo {sweep}/poly", done.out)
 
 
 def spoil_metrics(text: str):
