@@ -24,10 +24,13 @@ from inpo.common.recipe import Section, option_name
 Given = Mapping[type[Section], dict[str, Any]]
 """{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
 
-RecipeOption = Annotated[
-    Path | None,
-    typer.Option(help="TOML recipe; flags win over it.", show_default="none", parser=local_path, metavar="<path>"),
-]
+
+def path_option(help: str, **told: Any) -> Any:
+    """typer.Option for a path on this machine; `told` as typer has it."""
+    return typer.Option(help=help, parser=local_path, metavar="<path>", **told)
+
+
+RecipeOption = Annotated[Path | None, path_option(help="TOML recipe; flags win over it.", show_default="none")]
 
 _MOST_USED = "Most used"
 

@@ -13,8 +13,8 @@ import typer
 from inpo.common.durable import new_file, storage_errors
 from inpo.common.errors import DataError, UsageError
 from inpo.common.log import fail, warn
-from inpo.common.options import Given, help_text, options
-from inpo.common.paths import home, local_path
+from inpo.common.options import Given, help_text, options, path_option
+from inpo.common.paths import home
 from inpo.common.printable import shown_message
 from inpo.common.progress import ProgressReport
 from inpo.common.recipe import DataSection, resolve
@@ -120,11 +120,8 @@ def check_command(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.",
-            show_default="none",
-            parser=local_path,
-            metavar="<path>",
+        path_option(
+            help="Write a JSON line for each row without a pair: id, reason, detail, shard, row.", show_default="none"
         ),
     ] = None,
     decode_workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,

@@ -9,7 +9,7 @@ import typer
 
 from inpo.common.errors import UsageError, command
 from inpo.common.foreign import Command
-from inpo.common.options import Given, RecipeOption, help_text, options
+from inpo.common.options import Given, RecipeOption, help_text, options, path_option
 from inpo.common.paths import home, local_path
 from inpo.common.recipe import DataSection, ModelSection, option_name, read_recipe, resolve
 from inpo.evaluation.settings import CombineName, EvaluateSettings
@@ -25,12 +25,7 @@ app = typer.Typer(help="Generate images, score them, and compare models.", no_ar
 @options(ModelSection, EvaluateSettings, without=("scorers",))
 def generate_command(
     given: Given,
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the images: new, or begun with the same settings.", parser=local_path, metavar="<path>"
-        ),
-    ],
+    out: Annotated[Path, path_option(help="Folder for the images: new, or begun with the same settings.")],
     recipe: RecipeOption = None,
 ) -> None:
     """Make images with a model, resumably. `accelerate launch -m inpo evaluate generate ...` uses many GPUs."""
@@ -91,12 +86,7 @@ def compare_command(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for comparison.md, comparison.json and comparison.png.",
-            show_default="none",
-            parser=local_path,
-            metavar="<path>",
-        ),
+        path_option(help="Folder for comparison.md, comparison.json and comparison.png.", show_default="none"),
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
@@ -154,9 +144,7 @@ def study_command(
             parser=local_path,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the study: its page and its key.", parser=local_path, metavar="<path>")
-    ],
+    out: Annotated[Path, path_option(help="Folder of the study: its page and its key.")],
     tally: Annotated[
         bool, typer.Option("--tally", help="Count answers to the study in --out.", show_default="off")
     ] = False,
@@ -215,13 +203,11 @@ def relabel(
     ] = [],  # noqa: B006
     from_file: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--from",
             help='Instead of a scorer a file with a line {"pair_id": ..., "label": P(win preferred)} for each pair; '
             "label may be a list, one for each kept timestep.",
             show_default="none",
-            parser=local_path,
-            metavar="<path>",
         ),
     ] = None,
     combine: Annotated[

@@ -16,8 +16,6 @@ from typing import NoReturn
 # Hub clients and tokenizers print bars and warnings of their own unless told otherwise before they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# matplotlib takes a temporary folder by itself where its own cannot be written, and says so beside our log.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 import typer
 
@@ -36,6 +34,9 @@ from inpo.precompute.cli import precompute
 from inpo.rounds.cli import round_command, sample
 from inpo.toyworld.cli import app as toyworld_app
 from inpo.train.cli import export, push, train
+
+# matplotlib takes a temporary folder by itself where its own cannot be written, and says so beside our log.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 app = typer.Typer(
     name="inpo",

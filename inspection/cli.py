@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inpo.common.log import warn
-from inpo.common.options import Given, RecipeOption, help_text, options
+from inpo.common.options import Given, RecipeOption, help_text, options, path_option
 from inpo.common.paths import home, local_path
 from inpo.common.recipe import DataSection, ModelSection, read_recipe, resolve
 
@@ -62,9 +62,7 @@ def pair(
     given: Given,
     cache: Cache,
     pair_id: Annotated[str | None, typer.Argument(metavar="PAIR_ID", help="The pair's id in its source.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.", parser=local_path, metavar="<path>")] = Path(
-        "pair.png"
-    ),
+    out: Annotated[Path, path_option(help="The PNG to write.")] = Path("pair.png"),
     first: Annotated[
         bool, typer.Option("--first", help="Take the cache's first readable pair.", show_default="off")
     ] = False,
@@ -224,13 +222,7 @@ def filter_pairs(
         list[str], typer.Option(help="A label set for --agree; repeatable.", show_default="all that one scorer made")
     ] = [],  # noqa: B006
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The list to write, one pair id a line.",
-            show_default="standard output",
-            parser=local_path,
-            metavar="<path>",
-        ),
+        Path | None, path_option(help="The list to write, one pair id a line.", show_default="standard output")
     ] = None,
 ) -> None:
     """List the pairs for which a condition holds, for `inpo train --only LIST` or `--except LIST`.
@@ -289,10 +281,7 @@ def filter_pairs(
 
 @app.command()
 def table(
-    cache: Cache,
-    out: Annotated[Path, typer.Option(help="The .parquet file to write.", parser=local_path, metavar="<path>")] = Path(
-        "pairs.parquet"
-    ),
+    cache: Cache, out: Annotated[Path, path_option(help="The .parquet file to write.")] = Path("pairs.parquet")
 ) -> None:
     """One row a pair, with every column of `filter`, for pandas, polars or DuckDB."""
     from inpo.common.cache import open_cache
@@ -344,9 +333,7 @@ def drift(
 def report(
     given: Given,
     cache: Cache,
-    out: Annotated[Path, typer.Option(help="The HTML page to write.", parser=local_path, metavar="<path>")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, path_option(help="The HTML page to write.")] = Path("report.html"),
     pairs: Annotated[int, typer.Option(min=1, help="Pairs with pictures, for each of four reasons.")] = 40,
 ) -> None:
     """The whole cache as one HTML page: figures, plots, and a gallery of pairs. Needs no network to be read.
@@ -381,16 +368,12 @@ def run(
         list[Path],
         typer.Argument(metavar="RUN...", help="Output folders of `inpo train`, or of a sweep.", parser=local_path),
     ],
-    out: Annotated[Path, typer.Option(help="The HTML page to write.", parser=local_path, metavar="<path>")] = Path(
-        "run.html"
-    ),
+    out: Annotated[Path, path_option(help="The HTML page to write.")] = Path("run.html"),
     compare: Annotated[
         list[Path],
-        typer.Option(
+        path_option(
             help="Folder of `inpo evaluate compare --out`; repeatable.",
             show_default="those in the run's folder, and those beside it that are of its images",
-            parser=local_path,
-            metavar="<path>",
         ),
     ] = [],  # noqa: B006
 ) -> None:

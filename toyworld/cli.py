@@ -7,7 +7,6 @@ import typer
 
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError, command
-from inpo.common.paths import local_path
 from inpo.toyworld.split import Split
 
 app = typer.Typer(
@@ -17,12 +16,7 @@ app = typer.Typer(
 
 @app.command("pairs")
 def pairs_command(
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the pairs: new, or begun with the same settings.", parser=local_path, metavar="<path>"
-        ),
-    ],
+    out: Annotated[Path, path_option(help="Folder for the pairs: new, or begun with the same settings.")],
     pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of captions, pictures and flips.")] = 0,
     split: Annotated[Split, typer.Option(help="Whose captions to use.")] = "train",
@@ -68,9 +62,7 @@ def pairs_command(
 
 @app.command("prompts")
 def prompts_command(
-    out: Annotated[
-        Path, typer.Option(help="Text file to write, one caption per line.", parser=local_path, metavar="<path>")
-    ],
+    out: Annotated[Path, path_option(help="Text file to write, one caption per line.")],
     split: Annotated[Split, typer.Option(help="Whose captions to list.")] = "test",
     limit: Annotated[
         int | None,

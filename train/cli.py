@@ -7,7 +7,7 @@ import typer
 
 from inpo.common.choices import DtypeName, LoraFormat
 from inpo.common.errors import UsageError, command
-from inpo.common.options import Given, RecipeOption, options
+from inpo.common.options import Given, RecipeOption, options, path_option
 from inpo.common.paths import home, local_path
 from inpo.common.recipe import ModelSection
 from inpo.train.settings import TrainSettings
@@ -20,11 +20,8 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder.", callback=home)] = "auto",
     sweep: Annotated[
         Path | None,
-        typer.Option(
-            help="TOML file of several runs, trained one after another (docs/objectives.md).",
-            show_default="one run",
-            parser=local_path,
-            metavar="<path>",
+        path_option(
+            help="TOML file of several runs, trained one after another (docs/objectives.md).", show_default="one run"
         ),
     ] = None,
     sweep_scorer: Annotated[
@@ -69,16 +66,10 @@ def export(
         Path, typer.Argument(metavar="RUN", help="Output folder of a run, or a pipeline folder.", parser=local_path)
     ],
     single_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="The .safetensors file to write: all weights, LoRA merged.", parser=local_path, metavar="<path>"
-        ),
+        Path | None, path_option(help="The .safetensors file to write: all weights, LoRA merged.")
     ] = None,
     lora: Annotated[
-        Path | None,
-        typer.Option(
-            help="The .safetensors file (for peft: folder) to write: LoRA alone.", parser=local_path, metavar="<path>"
-        ),
+        Path | None, path_option(help="The .safetensors file (for peft: folder) to write: LoRA alone.")
     ] = None,
     form: Annotated[
         LoraFormat,
@@ -124,10 +115,7 @@ def push(
         typer.Option(help="The hub's short name of the licence, for instance openrail.", show_default="the base's"),
     ] = None,
     compare: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of `inpo evaluate compare --out`: its picture and scores.", parser=local_path, metavar="<path>"
-        ),
+        Path | None, path_option(help="Folder of `inpo evaluate compare --out`: its picture and scores.")
     ] = None,
 ) -> None:
     """Upload a run's pipeline or LoRA files to the Hugging Face hub, with a card: usage, images, scores, recipe."""
