@@ -25,9 +25,9 @@ Given = Mapping[type[Section], dict[str, Any]]
 """{section: {setting: value}} of what stood on the command line; nothing else, so that the recipe keeps its say."""
 
 
-def path_option(help: str, **told: Any) -> Any:
-    """typer.Option for a path on this machine; `told` as typer has it."""
-    return typer.Option(help=help, parser=local_path, metavar="<path>", **told)
+def path_option(*names: str, help: str, show_default: str | bool = True) -> Any:
+    """typer.Option for a path on this machine."""
+    return typer.Option(*names, help=help, show_default=show_default, parser=local_path, metavar="<path>")
 
 
 RecipeOption = Annotated[Path | None, path_option(help="TOML recipe; flags win over it.", show_default="none")]

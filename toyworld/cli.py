@@ -7,6 +7,7 @@ import typer
 
 from inpo.common.durable import write_file
 from inpo.common.errors import UsageError, command
+from inpo.common.options import path_option
 from inpo.toyworld.split import Split
 
 app = typer.Typer(
