@@ -9,7 +9,7 @@ computed, one being written.
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,18 +144,21 @@ class _End:
 _Events = queue.SimpleQueue[_Read | Outcome | _Written | _End]
 
 
-def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generator[Outcome, None, None]:
+def run_tasks(
+    worker: Worker, tasks: Iterable[Task], timing: Timing, is_wanted: Callable[[Task], bool] = lambda task: True
+) -> Generator[Outcome, None, None]:
     """Make every task's shard; yields each outcome when the shard is committed, not in order.
 
     Tasks are pulled one ahead, in the reading thread, so `tasks` may be a queue that is filled while this runs. A
-    shard that another run has committed meanwhile is not made again. The first failure of any thread is raised here;
+    shard that another run has committed meanwhile is not made again. A task that is not wanted any more, as an outcome
+    may tell, is dropped before the next step, without an outcome. The first failure of any thread is raised here;
     a shard that is being written then, or when the caller stops, is finished first.
     """
     events: _Events = queue.SimpleQueue()
     room = threading.Semaphore(1)
     stop = threading.Event()
     reader = threading.Thread(
-        target=_read_ahead, args=(worker, tasks, events, room, stop), name="read-ahead", daemon=True
+        target=_read_ahead, args=(worker, filter(is_wanted, tasks), events, room, stop), name="read-ahead", daemon=True
     )
     reader.start()
     writing = False
@@ -188,6 +191,8 @@ def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generato
                     yield item
                     continue
                 task = item.task
+                if not is_wanted(task):
+                    continue
                 # Read a while ago: another run may have committed it in between.
                 if worker.is_committed(task):
                     yield Outcome(task=task, lost_race=True)
@@ -208,6 +213,8 @@ def run_tasks(worker: Worker, tasks: Iterable[Task], timing: Timing) -> Generato
                         ended = True
                     else:
                         waiting.append(event)
+                if not is_wanted(task):  # what was being written has told so
+                    continue
                 written = writer.submit(worker.write, task, data)
                 writing = True
                 written.add_done_callback(partial(_put_written, events, task))

@@ -121,8 +121,8 @@ class _NotMade:
 
     errors: dict[str, DataError] = field(default_factory=dict)
     """Why: an input that cannot be read, or another source's commit."""
-    foreign: set[str] = field(default_factory=set)
-    """Those that another source has committed."""
+    of_left_out: set[str] = field(default_factory=set)
+    """All shards of inputs of which another source has committed one."""
     num_lost_races: int = 0
     """Those that another run has committed from the same source."""
 
@@ -131,6 +131,12 @@ class _NotMade:
         if all(error.where != each.where for each in self.errors.values()):
             fail(error)
         self.errors[name] = error
+
+    def leave_out(self, names: set[str], error: DataError) -> None:
+        """All shards of an input: else two sources would have parts of it, and neither could go on."""
+        self.add(min(names), error)
+        self.errors |= dict.fromkeys(names, error)
+        self.of_left_out |= names
 
 
 def _make(
@@ -165,16 +171,20 @@ def _make(
             def on_outcome(outcome: Outcome) -> None:
                 name, error = outcome.task.name, outcome.error
                 if phase.kind is Commit and outcome.commit is None and error is None:  # another's: of which source?
-                    error = next(iter(work.foreign({name}).values()), None)
-                    if error is not None:
-                        not_made.foreign.add(name)
-                if error is not None:
+                    for shard, of_another in work.foreign({name}).items():
+                        not_made.leave_out(
+                            {task.name for task in work.tasks if task.input_shard.name == shard}, of_another
+                        )
+                elif error is not None:
                     not_made.add(name, error)
-                elif outcome.lost_race:
+                if outcome.lost_race and name not in not_made.errors:
                     not_made.num_lost_races += 1
                 progress.advance(outcome.task.num_rows)
 
-            return make(phase, tasks, committed=done, on_outcome=on_outcome)
+            def is_wanted(task: Task) -> bool:
+                return task.name not in not_made.errors
+
+            return make(phase, tasks, committed=done, on_outcome=on_outcome, is_wanted=is_wanted)
 
     def on_batch_size(pairs: int) -> None:
         if is_main and pairs:
@@ -199,7 +209,7 @@ def _make(
         if rank != state.process_index and is_main:
             for name, error in other.errors.items():
                 not_made.add(name, error)
-            not_made.foreign |= other.foreign
+            not_made.of_left_out |= other.of_left_out
             not_made.num_lost_races += other.num_lost_races
     if not is_main:
         return 0
@@ -282,7 +292,7 @@ def _print_summary(
     """The final table: what is committed now of these tasks and this source, what was skipped and why. Returns the
     number of pairs, and whether every task is committed of which no error tells."""
     tasks, cache = work.tasks, open_cache(writer.store.address, allow_empty=True)
-    names = {task.name for task in tasks} - not_made.foreign
+    names = {task.name for task in tasks} - {name for name in not_made.of_left_out if work.foreign({name})}
     commits = {name: commit for name, commit in cache.commits.items() if name in names}
     skipped: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -310,6 +320,12 @@ def _print_summary(
     lacking = [task.name for task in tasks if task.name not in commits and task.name not in not_made.errors]
     if num_left_out:
         warn(f"input shards left out: {num_left_out}{'' if lacking else '; the others are done'}")
+    made_before = sorted(not_made.of_left_out & commits.keys())
+    if made_before:
+        warn(
+            f"{len(made_before)} shards of what is left out had been committed from this source and stay, "
+            f"{made_before[0]} first: rows of two sources are in the cache under one name"
+        )
     if lacking:
         warn(
             f"{len(lacking)} shards are not committed, {lacking[0]} first: another process moved or removed commits "

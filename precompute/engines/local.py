@@ -29,12 +29,14 @@ def run_local(
     room: WaitingRoom,
     committed: set[str],
     on_outcome: Callable[[Outcome], None],
+    is_wanted: Callable[[Task], bool],
     on_batch_size: Callable[[int], None],
 ) -> str:
     """Make this process's share of `tasks` on its own device, then wait for the others; returns the time report of all.
 
     `on_batch_size` is told the batch size that all processes take, where it was to be found. The split is by the
-    tasks' numbers, so it does not depend on when a process looked. Nothing is loaded where there is nothing to do.
+    tasks' numbers, so it does not depend on when a process looked. What is not wanted any more is
+    dropped, also when it is read or computed. Nothing is loaded where there is nothing to do.
     """
     state = processes()
     numbers = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)
@@ -55,7 +57,7 @@ def run_local(
         try:
             met_another_run = threading.Event()
             order = in_order(mine, met_another_run)
-            with Watchdog(timing), contextlib.closing(run_tasks(worker, order, timing)) as outcomes:
+            with Watchdog(timing), contextlib.closing(run_tasks(worker, order, timing, is_wanted)) as outcomes:
                 for outcome in outcomes:
                     if outcome.lost_race:
                         met_another_run.set()

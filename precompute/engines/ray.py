@@ -73,8 +73,10 @@ def run_ray(
     options: RayOptions,
     committed: set[str],
     on_outcome: Callable[[Outcome], None],
+    is_wanted: Callable[[Task], bool],
 ) -> str:
-    """Make those of `tasks` that are not committed on the connected cluster; returns the time report.
+    """Make those of `tasks` that are not committed on the connected cluster; returns the time report. What
+    is not wanted any more is not handed out.
 
     Raises UsageError for a cluster that cannot do it, the first StorageError (and the like) of any worker, and
     InpoError, after everything else is done, if shards killed every worker that had them.
@@ -82,7 +84,14 @@ def run_ray(
     left = [task for task in tasks.values() if task.name not in committed]
     with deferred_stop() as stop:
         run = _Run(
-            left, phase=phase, model=model, writer=writer, settings=settings, options=options, on_outcome=on_outcome
+            left,
+            phase=phase,
+            model=model,
+            writer=writer,
+            settings=settings,
+            options=options,
+            on_outcome=on_outcome,
+            is_wanted=is_wanted,
         )
         try:
             while run.assignment.num_unfinished and stop.signal is None:
@@ -105,6 +114,7 @@ class _Run:
         settings: PrecomputeSettings,
         options: RayOptions,
         on_outcome: Callable[[Outcome], None],
+        is_wanted: Callable[[Task], bool],
     ) -> None:
         import ray
 
@@ -112,7 +122,7 @@ class _Run:
         self._writer = writer
         self._kind = phase.kind
         self._options = options
-        self._on_outcome = on_outcome
+        self._on_outcome, self._is_wanted = on_outcome, is_wanted
         self._arguments = {
             "phase": phase,
             "folder": os.getcwd(),
@@ -150,7 +160,10 @@ class _Run:
             self._next_poll = time.monotonic() + _POLL_SECONDS
         for worker in self._workers.values():
             while worker.ready and (name := self.assignment.take(worker.name, time.monotonic())) is not None:
-                self._hand_out(self._tasks[name], worker)
+                if self._is_wanted(self._tasks[name]):
+                    self._hand_out(self._tasks[name], worker)
+                else:
+                    self._finished(worker, Outcome(task=self._tasks[name]), time.monotonic())
         owners = {call: worker for worker in self._workers.values() for call in worker.calls}
         if not owners:
             time.sleep(min(1.0, _POLL_SECONDS))

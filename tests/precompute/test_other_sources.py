@@ -105,6 +105,49 @@ def test_who_loses_a_race_to_another_source_says_so(
     fails(tmp_path / "before-reading", 1, "is_committed")
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_input_of_which_another_source_has_committed_a_shard_is_left_out_as_a_whole(
+    pipelines: Callable,
+    examples: Callable,
+    write_tars: Callable,
+    run: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: int,
+) -> None:
+    """Else each of two sources has parts of it. What was committed before that stays, and is told; so are the shards
+    that were read ahead, which no other has."""
+    monkeypatch.setattr("inpo.precompute.tasks.MAX_PAIRS_PER_SHARD", 1)
+    model, cache = pipelines(), tmp_path / "cache"
+    theirs = run.cache(write_tars(tmp_path / "one", examples(4), 4), model, tmp_path / "theirs").commits
+    second = write_tars(tmp_path / "two", examples(4, first=5), 4)
+    write, name = ShardWorker.write, f"00000-{lost:08d}"
+
+    def meanwhile(self: ShardWorker, task: Any, data: Any) -> Any:
+        if task.name == name:
+            for place in (f"shards/{name}", "texts", "text-commits"):
+                shutil.copytree(tmp_path / "theirs" / place, cache / place, dirs_exist_ok=True)
+            (cache / "commits").mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "theirs" / "commits" / f"{name}.json", cache / "commits")
+        return write(self, task, data)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWorker, "write", meanwhile)
+        assert run(second, model, cache) == 1
+    said = capsys.readouterr().err
+    found = open_cache(str(cache)).commits
+    assert found.keys() == {f"00000-{number:08d}" for number in range(lost + 1)}
+    assert found[name] == theirs[name]
+    assert f"committed: {lost} of 4 shards, {lost} pairs" in said
+    assert said.count("Another source's file of this name") == 1
+    assert "input shards left out: 1" in said
+    assert ("1 shards of what is left out had been committed from this source and stay, 00000-00000000" in said) == lost
+    assert run(second, model, cache) == 1
+    assert open_cache(str(cache)).commits == found
+
+
 def test_a_run_that_ends_without_all_its_shards_has_failed(
     pipelines: Callable, tars: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
