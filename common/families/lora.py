@@ -21,6 +21,12 @@ from inpo.common.errors import ModelError
 WRAPPER = "base_model.model."
 """What peft writes before every name."""
 
+_NO_EFFECT = frozenset(
+    "r lora_alpha target_modules exclude_modules lora_dropout init_lora_weights inference_mode base_model_name_or_path "
+    "revision task_type auto_mapping peft_version".split()
+)
+"""Of an adapter's configuration: what is told elsewhere, or changes nothing once the layers are trained."""
+
 
 class Original(NamedTuple):
     """Where a layer stands in the network as its authors published it: a layer there may be several of diffusers'."""
@@ -112,6 +118,14 @@ def save_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def beyond_defaults(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's configuration tells that changes what its layers give, beside rank and alpha: ranks and alphas
+    of single layers, another scale (rsLoRA), another layer (DoRA). A setting that peft does not know is among them.
+    """
+    defaults = LoraConfig().to_dict()
+    return {name: value for name, value in told.items() if name not in _NO_EFFECT and value != defaults.get(name)}
 
 
 def adapter_metadata(file: Path) -> dict[str, Any]:

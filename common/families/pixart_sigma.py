@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError
 from inpo.common.families.base import EMBEDDING, LENGTH, Config, Family, State, read_json
-from inpo.common.families.lora import WRAPPER, layers_of, save_adapter
+from inpo.common.families.lora import WRAPPER, beyond_defaults, layers_of, save_adapter
 
 
 class PixArtSigma(Family):
@@ -119,7 +119,7 @@ class PixArtSigma(Family):
 
     def lora_settings(self, file: Path) -> dict[str, Any]:
         told = read_json(file.parent / "adapter_config.json")
-        return {"r": told.get("r"), "lora_alpha": told.get("lora_alpha", told.get("r"))}
+        return {"r": told.get("r"), "lora_alpha": told.get("lora_alpha", told.get("r"))} | beyond_defaults(told)
 
     def lora_names(self, pipeline: Any, file: Path) -> set[str]:
         return {f"{self.network}.{name}" for name in self.saved_lora(file)}

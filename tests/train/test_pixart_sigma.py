@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +18,7 @@ from inpo.common.conditions import Condition
 from inpo.common.errors import ModelError, UsageError
 from inpo.common.models import open_model
 from inpo.evaluation.generate import generate
+from inpo.evaluation.lora import load_lora
 from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.settings import PrecomputeSettings
@@ -128,6 +129,35 @@ def test_lora_layers_are_read_back_by_peft_and_by_generate(
     said.write_text(json.dumps(json.loads(said.read_text()) | {"lora_alpha": 40}))
     with pytest.raises(UsageError, match="lora = "):
         generate(open_model(model), ["a red cat"], settings, tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"alpha_pattern": {"to_q": 40}, "rank_pattern": {"to_v": 3}},
+        {"use_rslora": True, "r": 3, "lora_dropout": 0.5},
+        {"use_dora": True},
+    ],
+    ids=["patterns", "rslora", "dora"],
+)
+def test_what_peft_obeys_of_an_adapter_is_obeyed(pixart: Any, tmp_path: Path, told: dict[str, Any]) -> None:
+    """peft writes the adapter and reads it; ours gives the same noise, and the images are told to be another LoRA's."""
+    config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_v"]} | told, init_lora_weights=False)
+    family, asked_for = pixart.model.family, asked(pixart)
+    torch.manual_seed(0)
+    get_peft_model(pixart.model.load_network(), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    theirs = PeftModel.from_pretrained(pixart.model.load_network(), tmp_path)
+    ours: Any = DiffusionPipeline.from_pretrained(str(pixart.model.folder))
+    load_lora(ours, file, pixart.model)
+    torch.testing.assert_close(noise(ours.transformer, *asked_for), noise(theirs, *asked_for), rtol=0, atol=1e-6)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    obeyed = family.lora_settings(file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({name: said[name] for name in said.keys() - told}))
+    assert family.lora_settings(file) != obeyed
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"use_newest": True}))
+    with pytest.raises(ModelError, match="use_newest"):
+        load_lora(ours, file, pixart.model)
 
 
 def test_lora_layers_of_another_transformer_are_refused(pixart: Any, run: Callable[..., Path], tmp_path: Path) -> None:
