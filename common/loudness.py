@@ -1,6 +1,7 @@
-"""-v and -q, of every command: how much it says."""
+"""What every command has: -v and -q, how much it says, and help whose names of options are whole."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -10,7 +11,8 @@ from inpo.common.log import set_level
 
 
 class Root(TyperGroup):
-    """The front door's group, whose commands, however deep, have both options, and so has the group itself."""
+    """The front door's group, whose commands, however deep, have both options and such help, and so has the group
+    itself."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -19,8 +21,26 @@ class Root(TyperGroup):
 
 def _add(command: Any, options: list[Any]) -> None:
     command.params = [*command.params, *options]
+    command.format_help = _whole_names(command, command.format_help)
     for each in getattr(command, "commands", {}).values():
         _add(each, options)
+
+
+def _whole_names(command: Any, show: Callable[..., None]) -> Callable[..., None]:
+    """`show` with the name that turns an option off below the one that turns it on. typer has columns for both side by
+    side, and cuts them both where 80 columns do not hold them."""
+
+    def format_help(*arguments: Any) -> None:
+        names = [(each, each.opts, each.secondary_opts) for each in command.params]
+        for each, on, off in names:
+            each.opts, each.secondary_opts = (["\n".join([*on, *off])], []) if off else (on, off)
+        try:
+            show(*arguments)
+        finally:
+            for each, on, off in names:
+                each.opts, each.secondary_opts = on, off
+
+    return format_help
 
 
 def _options() -> list[Any]:

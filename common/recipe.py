@@ -137,11 +137,11 @@ class DataSection(Section):
 
     pairs: Location | None = None
     """Where the pairs are: tars (file, folder, or a pattern such as pairs-{0000..0003}.tar), parquet files, or a folder
-    with pairs.jsonl, .json, .csv or .tsv; a local path, a URL, or a data set of the hub as
-    owner/name[:config][@revision][/split]."""
+    with pairs.jsonl, .json, .csv or .tsv; a local path, a URL, or a data set of the hub as owner/name, which may have
+    :config, @revision and /split behind it."""
     columns: ColumnNames | None = None
-    """Which column is what, as ROLE=COLUMN,ROLE=COLUMN, for instance win=good,lose=bad,prompt=text; `inpo data columns`
-    shows what is there; unset: those of known names."""
+    """Which column is what, as ROLE=COLUMN,ROLE=COLUMN, for instance win=good,lose=bad; `inpo data columns` shows what
+    is there; unset: those of known names."""
     pairs_from: PairsFrom = "all"
     """What of a ranking is compared: every two images, neighbours in its order, or its two ends."""
     allow_remote: bool = False

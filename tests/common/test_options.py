@@ -242,13 +242,24 @@ def test_about_a_dozen_options_come_first(command: str, first: list[str], others
     assert panels.index(used) == len(own) + 1
 
 
+def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(words, command) of each command, however deep."""
+    for name, each in group.commands.items():
+        yield from commands(each, (*words, name)) if hasattr(each, "commands") else [((*words, name), each)]
+
+
+def test_help_cuts_no_name_and_no_word_on_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)  # asked of the environment once, by whoever came first
+    for words, each in commands(typer.main.get_command(app)):
+        text = CliRunner().invoke(app, [*words, "--help"]).output
+        names = {name for option in each.params for name in (*option.opts, *option.secondary_opts) if name[0] == "-"}
+        assert names <= set(text.split()), words
+        assert "…" not in text, words
+        assert max(map(len, text.splitlines())) <= 80, words
+
+
 def test_help_eats_no_word_of_a_command() -> None:
     """Brackets in a docstring would be taken for markup."""
-
-    def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-        for name, each in group.commands.items():
-            yield from commands(each, (*words, name)) if hasattr(each, "commands") else [((*words, name), each)]
-
     for words, each in commands(typer.main.get_command(app)):
         text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"]).output
         said = " ".join((each.callback.__doc__ or "").partition("\n\n")[0].split())
