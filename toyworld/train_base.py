@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from inpo.common.durable import new_folder
+from inpo.common.durable import new_file, new_folder
 from inpo.toyworld import train_heldout
 from inpo.toyworld.architecture import (
     build_flow_pipeline,
@@ -159,7 +159,8 @@ def load_pictures(
     path = folder / "pictures.pt"
     if dist.get_rank() == 0 and not path.exists():
         pictures, captions = mixed_renders(count, seed=SEED)
-        torch.save((torch.from_numpy(pictures), captions), path)
+        with new_file(path) as staged:
+            torch.save((torch.from_numpy(pictures), captions), staged)
     dist.barrier()
     loaded, captions = torch.load(path, mmap=True, weights_only=True)
     texts = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
