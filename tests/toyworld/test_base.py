@@ -125,3 +125,24 @@ def test_a_trial_of_the_training_leaves_the_repositorys_own_models(tmp_path):
         HELDOUT_WEIGHTS.write_bytes(before)
     assert load_file(tmp_path / "work" / HELDOUT_WEIGHTS.name).keys() == load_file(HELDOUT_WEIGHTS).keys()
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "base")) is StableDiffusionPipeline
+
+
+def test_pictures_whose_writing_was_cut_are_drawn_again(tmp_path, monkeypatch):
+    """What is there under its name is whole: a training that was stopped takes it as it is."""
+    save, count = torch.save, 4
+
+    def cut(values, path):
+        save(values, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:-100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_base.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train_base.dist, "barrier", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_base.load_pictures(tmp_path, count)
+    pictures, texts, index = train_base.load_pictures(tmp_path, count)
+    assert pictures.shape == (count, 64, 64, 3)
+    assert texts[-1] == ""
+    assert len(index) == count
