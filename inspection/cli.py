@@ -182,7 +182,7 @@ def clean(
     chosen = [leftover for leftover in found if everything or not leftover.is_young()]
     spared = len(found) - len(chosen)
     for leftover in chosen:
-        print(f"{leftover.folder}  {human_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
+        print(f"{leftover.path}  {human_bytes(leftover.num_bytes)}  {leftover.modified:%Y-%m-%d %H:%M} UTC")
     if spared:
         print(f"left alone: {spared} younger than an hour, a writer may be at work on them (--all takes them too)")
     if not chosen:

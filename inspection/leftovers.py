@@ -37,7 +37,7 @@ class Leftover:
     """False: the list alone, which `inpo precompute` leaves when it takes back the commit of a source without pairs."""
 
     @property
-    def folder(self) -> str:
+    def path(self) -> str:
         return f"{self.kind.arrays}/{self.shard}/{self.attempt}"
 
     def is_young(self, now: datetime | None = None) -> bool:
@@ -48,8 +48,8 @@ class Leftover:
 class StagedDocument:
     """A document that a killed writer was about to give its name."""
 
-    folder: str
-    """Its path in the cache."""
+    path: str
+    """In the cache."""
     num_bytes: int
     modified: datetime
     """UTC."""
@@ -61,7 +61,7 @@ class StagedDocument:
 def find_staged(store: CacheStore) -> list[StagedDocument]:
     """Every staged document outside of attempts and their lists, sorted. Other folders are not the cache's."""
     return [
-        StagedDocument(folder=name, num_bytes=size, modified=when)
+        StagedDocument(path=name, num_bytes=size, modified=when)
         for name, size, when in sorted(store.files(""))
         if _STAGED.fullmatch(name) and name.rpartition("/")[0].split("/")[0] in _DOCUMENTS and _is_own(store, name)
     ]
@@ -101,7 +101,7 @@ def find_leftovers(store: CacheStore) -> list[Leftover]:
         for key in sorted(sizes, key=lambda key: (key[0].arrays, *key[1:]))
         if committed[key[0], key[1]] not in (key[2], _UNKNOWN)
     ]
-    return [leftover for leftover in leftovers if _is_own(store, leftover.folder)]
+    return [leftover for leftover in leftovers if _is_own(store, leftover.path)]
 
 
 def _is_own(store: CacheStore, name: str) -> bool:
@@ -134,15 +134,15 @@ def committed_attempt(store: CacheStore, kind: type[AnyCommit], shard: str) -> s
 def remove_leftover(store: CacheStore, leftover: Leftover | StagedDocument) -> bool:
     """Remove it. An attempt's commit is read again right before: False, and nothing removed, if it names it now."""
     if isinstance(leftover, StagedDocument):
-        store.remove(leftover.folder)
+        store.remove(leftover.path)
         return True
     # A mark of its own: who leaves an attempt alone takes its mark back, and not that of another who removes it.
-    mark = f"{leftover.folder}.{uuid.uuid4().hex}{REMOVING}"
+    mark = f"{leftover.path}.{uuid.uuid4().hex}{REMOVING}"
     store.put_new(mark, b"")
     if committed_attempt(store, leftover.kind, leftover.shard) in (leftover.attempt, _UNKNOWN):
         store.remove(mark)
         return False
-    store.remove(leftover.folder)
+    store.remove(leftover.path)
     beside = [
         f"{top}/{leftover.shard}/{name}"
         for top in (leftover.kind.arrays, *(["skipped"] if leftover.kind is Commit else []))

@@ -113,11 +113,13 @@ def _holds_pairs(folder: str) -> bool:
 def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
     """What a folder holds beside what is taken of it. A list names the images and folders that belong to it."""
     not_read: Counter[str] = Counter()
-    with_list = _kind(taken[0]) == "list"
+    kind = _kind(taken[0])
+    with_list = kind == "list"
     for file in set(listing.files) - set(taken):
         suffix = PurePosixPath(file).suffix.lower()
         of_list = with_list and (suffix in IMAGE_SUFFIXES or may_be_archive(file))
-        if not of_list and PurePosixPath(file).name != SKIPPED_NAME:
+        of_pack = kind == "tar" and PurePosixPath(file).name == SKIPPED_NAME
+        if not (of_list or of_pack):
             not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
     not_read["hidden file or folder"] += listing.hidden
     not_read["pipe, socket or device"] += len(listing.others)

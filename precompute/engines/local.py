@@ -35,8 +35,8 @@ def run_local(
     """Make this process's share of `tasks` on its own device, then wait for the others; returns the time report of all.
 
     `on_batch_size` is told the batch size that all processes take, where it was to be found. The split is by the
-    tasks' numbers, so it does not depend on when a process looked. What is not wanted any more is
-    dropped, also when it is read or computed. Nothing is loaded where there is nothing to do.
+    tasks' numbers, so it does not depend on when a process looked. What is not wanted any more is dropped, also when it
+    is read or computed. Nothing is loaded where there is nothing to do.
     """
     state = processes()
     numbers = split(max(tasks, default=-1) + 1, state.process_index, state.num_processes)

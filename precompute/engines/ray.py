@@ -75,8 +75,8 @@ def run_ray(
     on_outcome: Callable[[Outcome], None],
     is_wanted: Callable[[Task], bool],
 ) -> str:
-    """Make those of `tasks` that are not committed on the connected cluster; returns the time report. What
-    is not wanted any more is not handed out.
+    """Make those of `tasks` that are not committed on the connected cluster; returns the time report. What is not
+    wanted any more is not handed out.
 
     Raises UsageError for a cluster that cannot do it, the first StorageError (and the like) of any worker, and
     InpoError, after everything else is done, if shards killed every worker that had them.

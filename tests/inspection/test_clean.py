@@ -96,7 +96,7 @@ def test_an_attempt_at_texts_committed_in_the_meantime_stays(fresh):
     commit = (folder / "text-commits" / "t0.json").read_bytes()
     (folder / "text-commits" / "t0.json").unlink()
     (leftover,) = find_leftovers(store)
-    assert leftover.folder.startswith("texts/t0/")
+    assert leftover.path.startswith("texts/t0/")
     (folder / "text-commits" / "t0.json").write_bytes(commit)
     before = files(folder)
     assert remove_leftover(store, leftover) is False
