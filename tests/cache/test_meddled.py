@@ -114,13 +114,13 @@ def test_clean_and_a_commit_at_the_same_moment(tmp_path, build, monkeypatch, kin
         if name.startswith(f"{kind_of_commit.folder}/") and not commits:
             commits.append(name)
             (leftover,) = find_leftovers(store)
-            assert leftover.folder == f"{place}/{leftover.attempt}"
+            assert leftover.path == f"{place}/{leftover.attempt}"
 
             def removing(each: CacheStore, prefix: str) -> None:  # the commit comes before the first removal
                 monkeypatch.setattr(CacheStore, "remove", remove)
                 assert put_new(self, name, data)
                 shard = place.rpartition("/")[2]
-                assert writer._difference(leftover.folder, shard, leftover.attempt, b"", digests=False) is not None
+                assert writer._difference(leftover.path, shard, leftover.attempt, b"", digests=False) is not None
                 remove(each, prefix)
 
             monkeypatch.setattr(CacheStore, "remove", removing)
