@@ -181,10 +181,10 @@ def _tensors(file: Path, prefix: tuple[str, ...]) -> list[_Tensor]:
             fix="a single file must be a whole checkpoint (UNet, VAE and text encoder in the original layout); "
             "put one component alone into a pipeline folder instead",
         )
-    return [
-        _Tensor(
-            file, name, entry["dtype"], entry["shape"], 8 + header_bytes + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
+    tensors = []
+    for name in names:
+        start, end = header[name]["data_offsets"]
+        tensors.append(
+            _Tensor(file, name, header[name]["dtype"], header[name]["shape"], 8 + header_bytes + start, end - start)
         )
-        for name, entry in ((name, header[name]) for name in names)
-    ]  # fmt: skip
+    return tensors

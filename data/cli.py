@@ -68,7 +68,7 @@ def pack_command(
 
     if "://" in output:
         raise UsageError(
-            "tars are packed to a local folder",
+            "Tars are packed to a local folder.",
             where="OUT",
             expected="a path",
             got=output,
@@ -215,7 +215,7 @@ def _refuse_other_file(out: Path) -> None:
         first = stream.readline(_LINE_BYTES)
     if first and not is_skipped_line(first):
         raise UsageError(
-            "this file is there already, and is no list of rows without a pair",
+            "This file is there already, and is no list of rows without a pair.",
             where="--out",
             expected="a new file, or a list that an earlier check wrote",
             got=out,
@@ -233,7 +233,7 @@ def _open_list(path: Path | None) -> "Iterator[TextIO | None]":
 
 
 def _warn(name: str, error: DataError) -> None:
-    warn(f"unreadable input shard {name}: {error.what}; {error.where}: {error.got}; to do: {error.fix}")
+    warn(f"unreadable input shard {name}: {error.what} In {error.where}: {error.got}; to do: {error.fix}")
 
 
 def _check_table(report: "CheckReport") -> "Table":

@@ -71,7 +71,7 @@ def pack(
         _write(groups, building, pairs_per_tar, report, on_written)
         if not report.num_pairs:
             raise DataError(
-                "no row gives a pair, so there is nothing to pack",
+                "No row gives a pair, so there is nothing to pack.",
                 where=output,
                 got="\n".join(report.reasons.lines(shards)) or "no rows",
                 fix="`inpo data check SRC --out bad.jsonl` lists the rows with their reasons",
@@ -84,7 +84,7 @@ def refuse_occupied(output: Path) -> None:
     folder would take its place, and whoever is in it would be nowhere."""
     if output.exists() and output.samefile(Path.cwd()):
         raise UsageError(
-            "the output is the folder that this runs in",
+            "The output is the folder that this runs in.",
             where=output,
             expected="a folder of its own",
             fix="name a folder in it",
@@ -93,7 +93,7 @@ def refuse_occupied(output: Path) -> None:
         return
     if output.exists():
         raise UsageError(
-            "the output is there already", where=output, expected="a new or empty folder", fix="name another folder"
+            "The output is there already.", where=output, expected="a new or empty folder", fix="name another folder"
         )
 
 

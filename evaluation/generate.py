@@ -205,7 +205,8 @@ def _draw(
             got="NaN or infinity",
             fix="try --dtype float32, or more --inference-steps; if it stays, the model's weights are broken",
         )
-    return pipeline.image_processor.numpy_to_pil(pixels)
+    images: list[Image.Image] = pipeline.image_processor.numpy_to_pil(pixels)
+    return images
 
 
 def _identity(

@@ -236,4 +236,4 @@ def device_type(settings: PrecomputeSettings, ray_options: RayOptions | None) ->
 
         connect(ray_options)
         return "cuda" if has_gpus() else "cpu"
-    return processes().device.type
+    return str(processes().device.type)

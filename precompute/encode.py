@@ -89,7 +89,8 @@ class ImageEncoder:
         if self.sample:
             noise = torch.stack([normal(tuple(mean.shape[1:]), self.seed, each, "vae") for each in ids])
             mean = mean + deviation.float() * noise.to(self.device)
-        return ((mean - shift) * factor).half()
+        latents: Tensor = (mean - shift) * factor
+        return latents.half()
 
 
 class TextEncoder:

@@ -107,7 +107,8 @@ class PairSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings with all else the pairs depend on, as it stands in toyworld.json."""
-        return json.loads(json.dumps(asdict(self))) | {
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return settings | {
             "steps": STEPS,
             "guidance": GUIDANCE,
             "tie_margin": TIE_MARGIN,
@@ -141,7 +142,7 @@ def _fingerprint(model: str) -> str:
     files = sorted(MODELS[model].rglob("*.safetensors"))
     if not files:
         raise UsageError(
-            "this base model has not been trained",
+            "This base model has not been trained.",
             where=MODELS[model],
             expected="a pipeline folder",
             got="no weights",
@@ -277,7 +278,7 @@ def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str,
         differ = [name for name in ours if found.settings.get(name) != ours[name]]
         if differ:
             raise UsageError(
-                "this folder holds pairs of other settings",
+                "This folder holds pairs of other settings.",
                 where=folder,
                 expected=", ".join(f"{name} = {ours[name]}" for name in differ),
                 got=", ".join(f"{name} = {found.settings.get(name)}" for name in differ),
@@ -290,7 +291,10 @@ def _finished_parts(settings: PairSettings, folder: Path) -> dict[str, dict[str,
         }
     if entries(folder) or (folder.exists() and not folder.is_dir()):
         raise UsageError(
-            "this folder holds something else", where=folder, expected="a new or empty folder", fix="choose another one"
+            "This folder holds something else.",
+            where=folder,
+            expected="a new or empty folder",
+            fix="choose another one",
         )
     _write_record(settings, folder, {})
     return {}

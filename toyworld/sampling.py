@@ -46,4 +46,5 @@ def generate(
     family, pipeline = _load(model)
     tokens = MAX_TOKENS if family.max_tokens else None
     told = family.drawing(captions, guidance, tokens)
-    return pipeline(latents=noise, num_inference_steps=steps, output_type="pil", **told).images
+    images: list[Image.Image] = pipeline(latents=noise, num_inference_steps=steps, output_type="pil", **told).images
+    return images

@@ -140,7 +140,7 @@ def parse_caption(caption: str) -> Scene:
     sentence = caption.strip()
     if sentence not in _known():
         raise UsageError(
-            "this prompt is no caption of the toyworld",
+            "This prompt is no caption of the toyworld.",
             where="the toyworld's scorers and pairs know its captions only",
             expected=f"a sentence like {all_captions()[0]!r}",
             got=repr(caption),

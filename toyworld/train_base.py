@@ -79,7 +79,8 @@ class VaeTraining(nn.Module):
         error = rebuilt.float() - pictures
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        return error.abs().mean() + EDGE_WEIGHT * edges + self.kl_weight * kl
+        loss: Tensor = error.abs().mean() + EDGE_WEIGHT * edges + self.kl_weight * kl
+        return loss
 
 
 class UnetTraining(nn.Module):

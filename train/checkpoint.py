@@ -137,7 +137,7 @@ class Resumable:
 
     @property
     def _sharded(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.FSDP
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:

@@ -11,10 +11,10 @@ from inpo.train.objectives import beta_of, parameter_of
 from inpo.train.settings import TrainSettings
 
 _UNSEEN = {
-    "output", "log_every", "save_every", "keep_last", "tracker", "project", "run_name", "push_to_hub", "push_private",
-    "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "compile", "gradient_checkpointing",
-    "check_finite",
-}  # fmt: skip
+    *("output", "log_every", "save_every", "keep_last", "tracker", "project", "run_name", "push_to_hub"),
+    *("push_private", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"),
+    *("compile", "gradient_checkpointing", "check_finite"),
+}
 """Settings that change nothing of the network."""
 _STOPPING = ("overfitting", "evaluate_every", "held_out_records")
 """Settings that change no more than where a run ends, and that only where it may stop by itself."""

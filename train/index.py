@@ -50,7 +50,7 @@ class Index:
     @property
     def widest(self) -> int:
         """As many images as a record has at most, trained on or held out."""
-        return max(shard.sides.shape[1] for shard in (*self.training, *self.held_out))
+        return max(int(shard.sides.shape[1]) for shard in (*self.training, *self.held_out))
 
 
 def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **others: Any) -> Index:

@@ -78,8 +78,9 @@ def build_optimizer(
         "eps": settings.adam_eps,
         "weight_decay": settings.weight_decay,
     }
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "adafactor":
-        return Adafactor(
+        optimizer = Adafactor(
             parameters,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
@@ -87,20 +88,23 @@ def build_optimizer(
             scale_parameter=False,
             relative_step=False,
         )
-    if settings.optimizer == "adamw8bit":
+    elif settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, **adam)
-    # A fused update skips itself where float16's gradients overflow, and does not say so.
-    fused = network_dtype != "float16" and parameters[0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(parameters, fused=fused, **adam)
+        optimizer = AdamW8bit(parameters, **adam)
+    else:
+        # A fused update skips itself where float16's gradients overflow, and does not say so.
+        fused = network_dtype != "float16" and parameters[0].device.type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(parameters, fused=fused, **adam)
+    return optimizer
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> LRScheduler:
     """diffusers' learning-rate schedules, in optimiser steps."""
-    return get_scheduler(
+    schedule: LRScheduler = get_scheduler(
         settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
+    return schedule
 
 
 def rates(settings: TrainSettings) -> Iterator[float]:

@@ -265,7 +265,7 @@ def _index_array(location: str, data: bytes, reading: Reading, state: FileState)
         return _index(elements, None, _digest(data), reading, state)
     except (TextProblem, json.JSONDecodeError) as problem:
         raise DataError(
-            "this list of pairs is no JSON array",
+            "This list of pairs is no JSON array.",
             where=location,
             expected='[{"win": ..., "lose": ..., "prompt": ...}, ...] in UTF-8',
             got=str(problem),
@@ -321,7 +321,7 @@ def _refuse_other_kinds(location: str, head: bytes) -> None:
             problem = Likely(str(error), fix)
     if problem is not None:
         raise DataError(
-            "this list of pairs cannot be read",
+            "This list of pairs cannot be read.",
             where=location,
             expected="UTF-8 text",
             got=problem.what,
@@ -329,7 +329,7 @@ def _refuse_other_kinds(location: str, head: bytes) -> None:
         )
     if location.lower().endswith(".jsonl") and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)", head):
         raise DataError(
-            "this list of pairs is one JSON array, not JSON lines",
+            "This list of pairs is one JSON array, not JSON lines.",
             where=location,
             expected="one JSON object a line",
             got="an array, which begins with [",
@@ -343,7 +343,7 @@ def _check_header(location: str, header: tuple[str, ...], columns: ColumnMap) ->
     if not twice and problem is None:
         return
     raise DataError(
-        "this list of pairs names a column twice" if twice else "this list of pairs lacks columns",
+        "This list of pairs names a column twice." if twice else "This list of pairs lacks columns.",
         where=location,
         expected="a first line that names the columns win, lose, prompt and perhaps label, id, or other names and "
         "--columns win=...,lose=...",

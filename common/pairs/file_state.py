@@ -62,7 +62,7 @@ def refuse_changed(location: str, state: FileState) -> None:
     """Raise DataError if a file is not in this state any more."""
     if file_state(location) != state:
         raise DataError(
-            "this file was written again while it was read",
+            "This file was written again while it was read.",
             where=location,
             expected="the file that this run began with, on every machine",
             got="another size, time or version",

@@ -75,7 +75,7 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if separator and scheme in OBJECT_STORES:
         if scheme in ("http", "https") and "?" in rest:
             raise DataError(
-                "an address with a query cannot be opened as a source",
+                "An address with a query cannot be opened as a source.",
                 where=location,
                 expected="an address without ?, which the library that reads by ranges would leave out",
                 fix="download the file and name the copy, or name the bucket (s3://, gs://) and set its credentials",
@@ -85,7 +85,7 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
             return _object_store(scheme, unquote(login)), location
         if ":" in login:
             raise DataError(
-                "a bucket's address has no login",
+                "A bucket's address has no login.",
                 where=location,
                 expected="an address without user and password, which would be passed over",
                 fix="set the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the like)",
@@ -97,7 +97,7 @@ def filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, path = fsspec.core.url_to_fs(location)
     except Exception as error:  # every file system has exceptions of its own
         raise DataError(
-            "this location cannot be opened",
+            "This location cannot be opened.",
             where=location,
             expected="a local path or a URL that fsspec knows (s3://, gs://, https://, memory://, ...)",
             got=one_line(error)[:300],
@@ -129,7 +129,7 @@ def _reaching(location: str) -> Iterator[None]:
         raise
     except Exception as error:  # every file system has exceptions of its own
         raise DataError(
-            "this location cannot be reached",
+            "This location cannot be reached.",
             where=location,
             got=one_line(error)[:300],
             fix="check the address, the network and the credentials (AWS_ACCESS_KEY_ID and the like; "
@@ -184,7 +184,7 @@ def unreadable_file(location: str, error: Exception, *, what: str = "input shard
     """The DataError for a file that cannot be read, with what it looks like where that explains it."""
     likely = _looks_like(location, error)
     return DataError(
-        f"this {what} cannot be read",
+        f"This {what} cannot be read.",
         where=location,
         got=one_line(error) if likely is None else f"{likely.what} ({one_line(error)})",
         fix=likely.fix if likely else "copy the file again, or leave it out; the other shards are not affected",
@@ -229,7 +229,7 @@ def expand_pattern(location: str) -> list[str]:
         names = list(braceexpand.braceexpand(rest)) if "{" in rest else [rest]
     except ValueError:
         raise DataError(
-            "a brace in this pattern of names does not close",
+            "A brace in this pattern of names does not close.",
             where=location,
             expected="a pattern such as pairs-{0000..0003}.tar, or the name of a file that is there",
             fix="write the other brace; quote the pattern, so that the shell leaves it alone",
@@ -314,7 +314,7 @@ def list_folder(location: str) -> Listing:
         entries = fs.ls(path, detail=True)
     except Exception as error:
         raise DataError(
-            "this folder cannot be listed",
+            "This folder cannot be listed.",
             where=location,
             got=one_line(error)[:300],
             fix="check its owner and mode, or the address and the credentials",

@@ -132,7 +132,7 @@ def _offline(name: HubName) -> str:
 
 def _no_set(location: str, got: str, fix: str) -> DataError:
     return DataError(
-        "no pairs found",
+        "No pairs found.",
         where=location,
         expected="a local path, a URL, or a data set of the hub: owner/name[:config][@revision][/split]",
         got=got,

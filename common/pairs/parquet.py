@@ -75,7 +75,7 @@ class ParquetShard:
             problem = self._schema_problem(parquet.schema_arrow)
             if problem is not None:
                 raise DataError(
-                    "this parquet file has no image columns",
+                    "This parquet file has no image columns.",
                     where=self.file,
                     expected="columns win and lose, chosen and rejected, or those of another known set "
                     "(`inpo data columns SRC`, docs/data.md)",

@@ -106,7 +106,7 @@ class Reach:
         """Raise DataError if hosts failed and not one image was read: nothing is lost by trying all rows again."""
         if self.last_unreachable is not None and not self.num_read:
             raise DataError(
-                "no image of these rows could be fetched",
+                "No image of these rows could be fetched.",
                 where=list_file,
                 got=self.last_unreachable.detail,
                 fix="check the network and the addresses, then run again; nothing of this shard is kept",

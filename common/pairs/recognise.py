@@ -82,7 +82,7 @@ def _from_folder(location: str, reading: Reading, *, around: Counter[str] | None
     found = [group for group in (lists, tars, parquets) if group]
     if len(found) > 1 or len(lists) > 1:
         raise DataError(
-            "this folder holds more than one source of pairs",
+            "This folder holds more than one source of pairs.",
             where=location,
             got=", ".join(PurePosixPath(group[0]).name for group in found)
             if len(found) > 1
@@ -173,7 +173,7 @@ def _refuse_mixed_splits(location: str, files: list[str]) -> None:
     splits = pieces if any(pieces) else Counter({word: count for word, count in words.items() if word})
     if len(splits) > 1:
         raise DataError(
-            "these files belong to more than one split",
+            "These files belong to more than one split.",
             where=location,
             expected="one split",
             got=", ".join(f"{name or 'no split'} ({count} files)" for name, count in sorted(splits.items())),
@@ -194,7 +194,7 @@ def _nothing_there(location: str, files: list[str]) -> DataError:
         got = f"{files[0]}, a symbolic link to {target}, which is not there"
     else:
         got = "nothing of that name" if len(files) == 1 else f"none of {len(files)} names is there, from {files[0]}"
-    return DataError("no pairs found", where=location, expected=EXPECTED, got=got, fix="check the path or URL")
+    return DataError("No pairs found.", where=location, expected=EXPECTED, got=got, fix="check the path or URL")
 
 
 def _not_recognised(location: str, got: str, *, within: Sequence[str] = ()) -> DataError:
@@ -203,4 +203,4 @@ def _not_recognised(location: str, got: str, *, within: Sequence[str] = ()) -> D
     fix = "uncompress it first: rows are read by seeking" if compressed else "see docs/data.md for the three kinds"
     if within:
         fix = "name a folder in it: " + " or ".join(f"{location.rstrip('/')}/{brief(name)}" for name in within)
-    return DataError("this is no source of pairs", where=location, expected=EXPECTED, got=got, fix=fix)
+    return DataError("This is no source of pairs.", where=location, expected=EXPECTED, got=got, fix=fix)

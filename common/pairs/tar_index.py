@@ -153,7 +153,7 @@ def index_tar(location: str, columns: ColumnMap) -> TarIndex:
         earlier = rows.setdefault(key, [])
         if any(present.isdisjoint(other) for other in earlier):
             raise DataError(
-                "the members of a sample do not lie together in this tar",
+                "The members of a sample do not lie together in this tar.",
                 where=f"{location}, sample {key}",
                 expected="webdataset order: all members of one key after one another",
                 fix="write the tar again with `tar --sort=name`, or with `inpo data pack`",
@@ -163,7 +163,7 @@ def index_tar(location: str, columns: ColumnMap) -> TarIndex:
         tables.append(table)
     if (members or not_read) and not tables:
         raise DataError(
-            "this tar holds no preference pairs",
+            "This tar holds no preference pairs.",
             where=location,
             expected="<key>.win.<ext> <key>.lose.<ext> <key>.json, or <key>.jpg_0 <key>.jpg_1 <key>.label_0 ...",
             got=", ".join(brief(member.name) for member in members[:5]) or ", ".join(not_read),

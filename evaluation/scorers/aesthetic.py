@@ -36,7 +36,8 @@ class AestheticHead(nn.Module):
 
     def forward(self, embeddings: Float[Tensor, "image width"]) -> Float[Tensor, " image"]:
         """One number per L2-normalised embedding; of real pictures mostly between 4 and 7."""
-        return self.layers(embeddings).squeeze(-1)
+        scores: Tensor = self.layers(embeddings)
+        return scores.squeeze(-1)
 
 
 def load_head(file: Path) -> AestheticHead:

@@ -50,4 +50,5 @@ def device() -> torch.device:
     """This process's device: under accelerate, its own GPU."""
     from inpo.common.processes import processes
 
-    return processes().device
+    own: torch.device = processes().device
+    return own

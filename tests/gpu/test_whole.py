@@ -117,14 +117,29 @@ def test_fsdp_of_one_process(model: Path, tmp_path: Path, pairs: str) -> None:
             *(sys.executable, "-m", "inpo", "precompute", "--model", str(model), "--pairs", pairs),
             *("--cache", str(cache), "--resolution=32", "--grid-points=4", "--timesteps-per-pair=2", "--compile=off"),
         ],
-        capture_output=True, text=True, timeout=280, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+    )
     assert made.returncode == 0, made.stderr[-3000:]
     done = launched(
-        "--config_file", str(ROOT / "recipes/sdxl_fsdp.yaml"), "--main_process_port", "0", "-m", "inpo", "train",
-        f"--model={model}", f"--cache={cache}", f"--output={output}", "--batch-size=2", "--steps=2",
-        "--held-out=0", "--tracker=none", "--compile=off",
-    )  # fmt: skip
+        "--config_file",
+        str(ROOT / "recipes/sdxl_fsdp.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "inpo",
+        "train",
+        f"--model={model}",
+        f"--cache={cache}",
+        f"--output={output}",
+        "--batch-size=2",
+        "--steps=2",
+        "--held-out=0",
+        "--tracker=none",
+        "--compile=off",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "zero-step proof holds" in done.stderr
     assert (output / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").is_file()

@@ -199,7 +199,7 @@ def test_a_killed_pack_leaves_no_output(tmp_path: Path, encoded: Callable[..., b
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="no pairs found"):
+    with pytest.raises(DataError, match="No pairs found"):
         open_source(str(tmp_path / "out"))
 
 

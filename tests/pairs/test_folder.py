@@ -332,7 +332,7 @@ def test_an_outage_of_everything_is_no_missing_image(
         assert isinstance(item, Skipped)
         assert item.reason == "missing_image"
     else:
-        with pytest.raises(DataError, match="no image of these rows could be fetched"):
+        with pytest.raises(DataError, match="No image of these rows could be fetched"):
             read("memory://set")
 
 

@@ -190,7 +190,7 @@ def test_columns_and_row_groups_that_are_not_needed_are_not_read(
     path.write_bytes(data)
     os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))  # damaged, and not written again
     assert list(shard.rows(4, 8)) == expected
-    with pytest.raises(DataError, match="this input shard cannot be read"):
+    with pytest.raises(DataError, match="This input shard cannot be read"):
         list(shard.rows(0, 4))
 
 
@@ -207,9 +207,9 @@ def test_a_cut_file_is_unreadable(tmp_path: Path, pick_row: PickRow, write_parqu
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     (shard,) = open_source(str(path)).shards
-    with pytest.raises(DataError, match="this input shard cannot be read"):
+    with pytest.raises(DataError, match="This input shard cannot be read"):
         _ = shard.num_rows
-    with pytest.raises(DataError, match="this input shard cannot be read"):
+    with pytest.raises(DataError, match="This input shard cannot be read"):
         shard.fingerprint()
 
 

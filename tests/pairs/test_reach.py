@@ -292,7 +292,7 @@ def test_when_no_image_at_all_can_be_fetched_the_shard_fails(folder: Path, host:
     row = {"win": host("503.png?sig=SIGNED"), "lose": host("a.png"), "prompt": "p"}
     (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     (shard,) = open_source(str(folder), allow_remote=True).shards
-    with pytest.raises(DataError, match="no image of these rows could be fetched") as caught:
+    with pytest.raises(DataError, match="No image of these rows could be fetched") as caught:
         list(shard.rows(0, 1))
     assert "SIGNED" not in str(caught.value)
 

@@ -99,8 +99,8 @@ def test_names_of_folders_that_exist_are_no_patterns(
 @pytest.mark.parametrize(
     ("location", "words"),
     [
-        ("pairs-{0000..0001.tar", "a brace in this pattern of names does not close"),
-        ("file://{", "a brace in this pattern of names does not close"),
+        ("pairs-{0000..0001.tar", "A brace in this pattern of names does not close."),
+        ("file://{", "A brace in this pattern of names does not close."),
         ("github://pairs.tar", "cannot be opened.*'org' and 'repo'"),
         ("zip://pairs.tar::missing.zip", "cannot be opened.*FileNotFoundError"),
     ],
@@ -114,7 +114,7 @@ def test_a_missing_member_of_a_brace_pattern_is_one_unreadable_shard(tars: Path)
     (tars / "pairs-0001.tar").unlink()
     shards = open_source(f"{tars}/pairs-{{0000..0002}}.tar").shards
     assert [shard.name for shard in shards] == ["pairs-0000", "pairs-0001", "pairs-0002"]
-    with pytest.raises(DataError, match="this input shard cannot be read") as error:
+    with pytest.raises(DataError, match="This input shard cannot be read") as error:
         _ = shards[1].num_rows
     assert "FileNotFoundError" in str(error.value)
     assert [shards[i].num_rows for i in (0, 2)] == [1, 1]
@@ -267,9 +267,9 @@ def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path
 @pytest.mark.parametrize(
     ("files", "location", "message", "got"),
     [
-        ([], "/nothing-here", "no pairs found", "nothing of that name"),
-        ([], "/*.tar", "no pairs found", "no file matches"),
-        ([], "/x-{0..3}.tar", "no pairs found", "none of 4 names"),
+        ([], "/nothing-here", "No pairs found.", "nothing of that name"),
+        ([], "/*.tar", "No pairs found.", "no file matches"),
+        ([], "/x-{0..3}.tar", "No pairs found.", "none of 4 names"),
         ([], "", "no source of pairs", "no files directly in it"),
         (["a.png", "notes.txt"], "", "no source of pairs", "a.png, notes.txt"),
         (["model.bin"], "/model.bin", "no source of pairs", "model.bin"),

@@ -77,7 +77,7 @@ def test_tars_parquet_and_lists_on_s3(
     assert good == Pair(pair_id="1", prompt="p", win=b"A", lose=b"B", label=1.0, row=0)
     assert [isinstance(each, Skipped) and each.reason for each in missing] == ["missing_image"] * 2
 
-    with pytest.raises(DataError, match="no pairs found"):
+    with pytest.raises(DataError, match="No pairs found"):
         open_source("s3://pairs/nothing")
 
 

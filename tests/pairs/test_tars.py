@@ -268,7 +268,7 @@ def whole(tmp_path: Path, write_tar: WriteTar) -> Path:
 def test_a_cut_tar_is_unreadable_wherever_it_is_cut(tmp_path: Path, whole: Path, size: int) -> None:
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[:size])
-    with pytest.raises(DataError, match="this input shard cannot be read"):
+    with pytest.raises(DataError, match="This input shard cannot be read"):
         read(cut)
 
 
@@ -285,7 +285,7 @@ def test_a_tar_cut_after_it_was_indexed_is_unreadable(tmp_path: Path, whole: Pat
     (shard,) = open_source(str(whole)).shards
     assert shard.num_rows == 3
     whole.write_bytes(whole.read_bytes()[: 7 * 512])
-    with pytest.raises(DataError, match="this file was written again"):
+    with pytest.raises(DataError, match="This file was written again"):
         list(shard.rows(0, 3))
 
 
@@ -293,7 +293,7 @@ def test_a_tar_cut_after_it_was_indexed_is_unreadable(tmp_path: Path, whole: Pat
 def test_what_is_no_tar_is_unreadable(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="this input shard cannot be read"):
+    with pytest.raises(DataError, match="This input shard cannot be read"):
         read(path)
 
 

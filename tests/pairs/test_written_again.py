@@ -57,10 +57,10 @@ def test_rows_are_those_that_were_found_or_an_error(write: Write, folder: Path) 
     elsewhere: InputShard = pickle.loads(pickle.dumps(shard))  # as another process has it
     for each in (shard, elsewhere):
         for ask in (each.rows, each.prompts):
-            with pytest.raises(DataError, match="this file was written again") as caught:
+            with pytest.raises(DataError, match="This file was written again") as caught:
                 list(ask(1, 2))
             assert caught.value.where == str(path)
-    with pytest.raises(DataError, match="this file was written again"):
+    with pytest.raises(DataError, match="This file was written again"):
         list(begun)
     found = read(path)
     assert [said(item) for item in found] == ["BA"] * 3
@@ -76,7 +76,7 @@ def test_a_file_at_an_address(folder: Path) -> None:
         (shard,) = open_source("memory://again/any.tar").shards
         assert [said(item) for item in shard.rows(0, 3)] == ["AB"] * 3
         store.pipe_file("/again/any.tar", as_tar(folder, EXCHANGED).read_bytes())
-        with pytest.raises(DataError, match="this file was written again"):
+        with pytest.raises(DataError, match="This file was written again"):
             list(shard.rows(0, 3))
     finally:
         store.store.clear()
@@ -96,6 +96,6 @@ def test_a_tar_of_images_beside_a_list(folder: Path) -> None:
     rows = shard.rows(0, 2)
     assert said(next(rows)) == "AB"
     write_again(pack, folder, [{"win": "2.png", "lose": "1.png"}])
-    with pytest.raises(DataError, match="this file was written again"):
+    with pytest.raises(DataError, match="This file was written again"):
         next(rows)
     assert [said(item) for item in shard.rows(0, 2)] == ["BA"] * 2
