@@ -71,7 +71,9 @@ def _more(at_once: int) -> None:
     """As many network calls for all, points against pairs, and loops without a cache, which are compared with DPO's
     runs of the answer.
     """
-    _tested("same calls", at_once, [run for runs in choice.same_calls().values() for run in runs])
+    for pairs in c.MAIN:
+        prolonged = choice.same_calls(pairs).values()
+        _tested(f"same calls, {pairs.name}", at_once, [run for runs in prolonged for run in runs])
     if c.length.model == "base":
         run_jobs("caches of few pairs", [_cache_job(each.cache, c.OWN) for each in c.POINTS], at_once=at_once)
         _tested("points", at_once, [run for runs in choice.points().values() for run in runs])
@@ -155,7 +157,7 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
         f"main, {pairs.name}": {method.name: choice.tested(method, pairs) for method in c.methods(pairs)}
         for pairs in c.MAIN
     }
-    found["same calls"] = choice.same_calls()
+    found |= {f"same calls, {pairs.name}": choice.same_calls(pairs) for pairs in c.MAIN}
     found["points"] = choice.points()
     found["online"] = choice.online()
     found["answer"] = choice.answer()

@@ -89,25 +89,25 @@ def tested(method: c.Method, pairs: c.Pairs) -> list[Run]:
     return [replace(chosen, seed=seed) for seed in c.length.seeds]
 
 
-def same_calls() -> dict[str, list[Run]]:
-    """On own pairs, finished runs prolonged to the network calls of InPO's cache and training.
+def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
+    """Finished runs prolonged to the network calls of InPO's cache and training.
 
     Caches cost what `inpo plan` counts for them. A trained record costs three calls for each of its images, a backward
     pass counts as two; SFT trains one side.
     """
     images = 2 * c.NUM_PAIRS
-    saved = images * (_calls(c.CLEAN) - _calls(c.NOISE))
+    saved = images * (_calls(c.CLEAN, pairs) - _calls(c.NOISE, pairs))
     rest = saved + c.length.steps * c.length.batch * 2 * 3
     found = {}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-        runs = [run for run in tested(method, c.OWN) if run.seed in c.FEWER_SEEDS]
+        runs = [run for run in tested(method, pairs) if run.seed in c.FEWER_SEEDS]
         found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
 
-def _calls(cache: c.Cache) -> float:
-    return network_calls(cache.folder(c.OWN), c.length.base)
+def _calls(cache: c.Cache, pairs: c.Pairs) -> float:
+    return network_calls(cache.folder(pairs), c.length.base)
 
 
 def points() -> dict[str, list[Run]]:
