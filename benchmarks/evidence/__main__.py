@@ -222,7 +222,7 @@ def _results() -> None:
             kind = title.removeprefix("main, ")
             image = Path(f"docs/images/{name}-{kind}.png")
             r.draw_wins(tables[title], image, title=f"Pairs: {kind}; 95% intervals over seeds")
-        text = r.answer_table(rows) if title == "answer" else r.rows_table(rows)
+        text = r.answer_table(rows, values["mean_reference_error"]) if title == "answer" else r.rows_table(rows)
         print(f"\n{title}\n\n{text}\n")
         print(r.difference(known.get("tables", {}).get(title, {}), rows))
     print(f"\ngrid\n\n{r.grid_table(grids)}\n\nmean E_ref: {errors}\nhours: {values['hours']}")

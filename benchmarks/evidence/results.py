@@ -50,11 +50,10 @@ def head_to_head(runs: Sequence[Run], folder: str) -> dict[str, Any]:
     return {name: over_seeds([each[name]["win_rate"] for each in found]) for name in SCORERS}
 
 
-def interval(value: Mapping[str, Any], digits: int = 3) -> str:
+def interval(value: Mapping[str, Any], *, signed: bool = False) -> str:
     """`0.781 ± 0.012`, the half width of the 95% interval over seeds."""
-    if value["half"] is None:
-        return f"{value['mean']:.{digits}f}"
-    return f"{value['mean']:.{digits}f} ± {value['half']:.{digits}f}"
+    mean = f"{value['mean']:{'+' if signed else ''}.3f}"
+    return mean if value["half"] is None else f"{mean} ± {value['half']:.3f}"
 
 
 def hours(root: Path) -> dict[str, float]:
@@ -132,22 +131,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Against the base and against DPO, on test captions."""
-    head = [
-        "",
-        "rate",
-        "beta x E_ref",
-        "seeds",
-        "wins over base: oracle",
-        "held-out",
-        "wins over DPO: oracle",
-        "held-out",
-    ]
+    """Against the base and against DPO, on test captions; of rows over several kinds of pairs these too."""
+    head = ["rate", "beta x E_ref", "seeds", "wins over base: oracle", "held-out", "wins over DPO: oracle", "held-out"]
+    kinds = ["pairs", "turned"] if any(" | " in name for name in rows) else []
     return table(
-        [*head, "gain: oracle", "held-out"],
+        ["", *kinds, *head, "gain: oracle", "held-out"],
         [
             [
-                name.replace(" | ", ", "),
+                *_parts(name),
                 f"{each['learning_rate']:g}",
                 "-" if each["strength"] is None else f"{each['strength']:g}",
                 str(len(each["seeds"])),
@@ -160,19 +151,52 @@ def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def answer_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Wins over DPO by kind of pairs and share of turned labels; of DPO itself those over the base."""
-    return table(
-        ["", "pairs", "turned labels", "over the base: oracle", "held-out", "over DPO: oracle", "held-out"],
-        [
-            [
-                *name.split(" | "),
-                *(interval(each["base"][scorer]["win_rate"]) for scorer in SCORERS),
-                *(interval(each["dpo"][scorer]) if each["dpo"] else "-" for scorer in SCORERS),
-            ]
-            for name, each in rows.items()
-        ],
-    )
+def _parts(name: str) -> list[str]:
+    """Of a row: the method, and where there are several the kind of pairs and the share of turned labels."""
+    method, *kind = name.split(" | ")
+    return [method, *(kind and [kind[0], f"{kind[1]}%"])]
+
+
+def answer_table(rows: Mapping[str, Mapping[str, Any]], errors: Mapping[str, float]) -> str:
+    """DPO's gains by kind of pairs and share of turned labels, and how far the other methods' are from others'.
+
+    E_ref is that of drawn noise over the own pairs'; `errors` are mean reference errors by cache.
+    """
+    methods = {name.split(" | ")[0] for name in rows}
+    against = {name: "InPO" if name == "InPO, ab2" else "DPO" for name in ANSWERED if name in methods}
+    short = [f"{name.removeprefix('InPO, ')} less {other}" for name, other in against.items()]
+    lines = []
+    for name, dpo in rows.items():
+        method, pairs, turned = name.split(" | ")
+        if method != "DPO":
+            continue
+        kind = f"{pairs} | {turned}"
+        distance = f"{errors[f'{pairs}/noise'] / errors['own/noise']:.2f}"
+        less = [difference_of_gains(rows[f"{a} | {kind}"], rows[f"{b} | {kind}"]) for a, b in against.items()]
+        lines.append([pairs, distance, f"{turned}%", gains(dpo), *less])
+    return table(["pairs", "E_ref", "turned labels", "DPO", *short], lines)
+
+
+ANSWERED = ("KTO", "InPO", "InPO, noised start 0.3", "InPO, ab2")
+"""What the answer sets against DPO, or against InPO."""
+
+
+def gains(row: Mapping[str, Any]) -> str:
+    """Over the base by both scorers, `+0.239 ± 0.083 / +0.431 ± 0.368`."""
+    return both(*(row["base"][scorer]["gain"]["seeds"] for scorer in SCORERS))
+
+
+def difference_of_gains(row: Mapping[str, Any], less: Mapping[str, Any]) -> str:
+    """Of two rows, by both scorers, over the seeds that both have."""
+    seeds = [each for each in row["seeds"] if each in less["seeds"]]
+    here, there = _by_seed(row), _by_seed(less)
+    apart = [[here[name] - there[name] for name in (("gain", each, str(seed)) for seed in seeds)] for each in SCORERS]
+    return both(*apart)
+
+
+def both(oracle: Sequence[float], held_out: Sequence[float]) -> str:
+    """Two means with their intervals and their signs."""
+    return " / ".join(interval(over_seeds(values), signed=True) for values in (oracle, held_out))
 
 
 def grid_table(grids: Mapping[str, Sequence[Cell]]) -> str:
