@@ -107,7 +107,8 @@ class Step:
     """tau."""
     right: Int[np.ndarray, " image"]
     """Timestep."""
-    is_first: bool
+    before: "Step | None"
+    """The step that led here; None for the first."""
 
     @property
     def rise(self) -> Float[np.ndarray, " image"]:
@@ -163,10 +164,27 @@ def rf_solver(step: Step) -> tuple[Tensor, Tensor]:
 
     The transfer to noise is ours.
     """
-    here = step.slope if step.is_first else step.ode.slope(step.y, step.ode.nearest(step.left))
+    here = step.slope if step.before is None else step.ode.slope(step.y, step.ode.nearest(step.left))
     ahead, part = step.middle(here)
     rise = step.rise
     return step.euler(here) + step.ode.wide(rise**2 / (2 * part)) * (ahead - here), ahead
+
+
+def x0_extrapolated(step: Step) -> tuple[Tensor, Tensor]:
+    """DDIM's step solved for its noisier end, with x0 = y - tau f there as it has changed in the step before:
+
+        x_i = y_i - tau_i f(y_i, tau_i)
+        y_{i+1} = (tau_{i+1} / tau_i) (y_i - z) + z,  z = x_i + (x_i - x_{i-1});  y_1 by Euler's step
+
+    How the abstract of IFE (arXiv 2512.08547) can be read; its formula was not to be had, and may weigh the change
+    otherwise.
+    """
+    if step.before is None:
+        return step.euler(step.slope), step.slope
+    here = step.ode.slope(step.y, step.ode.nearest(step.left))
+    x0 = step.y - step.ode.wide(step.left) * here
+    last = step.before.y - step.ode.wide(step.before.left) * step.slope
+    return step.euler(here - (x0 - last) / step.ode.wide(step.left)), here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +200,7 @@ class Rival:
 RIVALS = {
     "Uni-Inv": Rival(move=uni_inv, calls_per_step=1, begins=1, evaluates=False),
     "FireFlow": Rival(move=fireflow, calls_per_step=1, begins=1, evaluates=False),
+    "x0 extrapolated": Rival(move=x0_extrapolated, calls_per_step=1, begins=0, evaluates=True),
     "RF-Solver": Rival(move=rf_solver, calls_per_step=2, begins=0, evaluates=True),
 }
 
@@ -190,10 +209,10 @@ RIVALS = {
 def walk(ode: Ode, move: Move, tau: Float[np.ndarray, "point image"]) -> tuple[list[Tensor], Tensor]:
     """(y at the timesteps nearest to every tau, all images at once; the slope that was evaluated last)."""
     points, y, slope = [], ode.x0, ode.first_slope()
-    left = np.zeros(len(y))
+    left, before = np.zeros(len(y)), None
     for right in ode.nearest(tau):
-        step = Step(ode=ode, y=y, slope=slope, left=left, right=right, is_first=not points)
-        y, slope = move(step)
+        before = Step(ode=ode, y=y, slope=slope, left=left, right=right, before=before)
+        y, slope = move(before)
         points.append(y)
         left = ode.tau[right]
     return points, slope

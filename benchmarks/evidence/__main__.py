@@ -52,13 +52,15 @@ def main() -> None:
 def _main(at_once: int) -> None:
     """The main table: every method on two kinds of pairs, each with the setting that its own grid chose."""
     _world(at_once, c.MAIN)
-    rows = c.rows()
+    _grids(at_once, c.rows())
+    _tested("seeds", at_once, [run for row in c.rows() for run in choice.tested(row)])
+
+
+def _grids(at_once: int, rows: list[c.Row]) -> None:
     wanting = choice.wanting(rows)
-    jobs = [_job(run, "validation") for method, pairs in wanting for run in choice.grid(method, pairs)]
-    run_jobs("grid", jobs, at_once=at_once)
-    jobs = [_job(run, "validation") for method, pairs in wanting for run in choice.finalists(method, pairs)]
+    run_jobs("grid", [_job(run, "validation") for row in wanting for run in choice.grid(row)], at_once=at_once)
+    jobs = [_job(run, "validation") for row in wanting for run in choice.finalists(row)]
     run_jobs("grid, the second seed of the best", jobs, at_once=at_once)
-    _tested("seeds", at_once, [run for method, pairs in rows for run in choice.tested(method, pairs)])
 
 
 def _answer(at_once: int) -> None:
@@ -77,7 +79,8 @@ def _more(at_once: int) -> None:
     if c.length.model == "base":
         run_jobs("caches of few pairs", [_cache_job(each.cache, c.OWN) for each in c.POINTS], at_once=at_once)
         _tested("points", at_once, [run for runs in choice.points().values() for run in runs])
-    _tested("online", at_once, [run for runs in choice.online().values() for run in runs])
+    _grids(at_once, c.loops())
+    _tested("online", at_once, [run for row in c.loops() for runs in choice.online(row).values() for run in runs])
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:
@@ -154,12 +157,12 @@ def _tested(title: str, at_once: int, runs: list[Run]) -> None:
 def _finished_runs() -> dict[str, dict[str, list[Run]]]:
     """By table and row, the runs that have been compared with the base; rows of two seeds at least."""
     found: dict[str, dict[str, list[Run]]] = {
-        f"main, {pairs.name}": {method.name: choice.tested(method, pairs) for method in c.methods(pairs)}
+        f"main, {pairs.name}": {row.method.name: choice.tested(row) for row in c.rows() if row.pairs == pairs}
         for pairs in c.MAIN
     }
     found |= {f"same calls, {pairs.name}": choice.same_calls(pairs) for pairs in c.MAIN}
     found["points"] = choice.points()
-    found["online"] = choice.online()
+    found["online"] = {name: runs for row in _with_grid(c.loops()) for name, runs in choice.online(row).items()}
     found["answer"] = choice.answer()
     tested = {
         title: {name: [run for run in runs if _is_tested(run)] for name, runs in rows.items()}
@@ -170,7 +173,20 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
 
 
 def _is_tested(run: Run) -> bool:
-    return Job(name="test", folder=run.folder, steps=()).mark.exists()
+    return _is_done(run, "test")
+
+
+def _with_grid(rows: list[c.Row]) -> list[c.Row]:
+    """Those whose grid the document has, or that was made here."""
+    return [row for row in rows if not choice.wanting([row]) or _is_made(row)]
+
+
+def _is_made(row: c.Row) -> bool:
+    return all(_is_done(run, "validation") for runs in (choice.grid, choice.finalists) for run in runs(row))
+
+
+def _is_done(run: Run, prompts: str) -> bool:
+    return Job(name=prompts, folder=run.folder, steps=()).mark.exists()
 
 
 def _document() -> dict[str, Any]:
@@ -196,7 +212,7 @@ def _results() -> None:
     What was not made here stays in the document as it is.
     """
     name = c.length.root.name
-    grids = {choice.title(*row): choice.cells(*row) for row in c.rows()}
+    grids = {row.title: choice.cells(row) for row in [*c.rows(), *_with_grid(c.loops())]}
     made = {
         title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
     }

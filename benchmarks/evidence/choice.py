@@ -13,28 +13,23 @@ from benchmarks.evidence.cell import Cell
 from benchmarks.evidence.conditions import Run
 
 
-def grid(method: c.Method, pairs: c.Pairs, seed: int = c.GRID_SEEDS[0]) -> list[Run]:
+def grid(row: c.Row, seed: int = c.GRID_SEEDS[0]) -> list[Run]:
     """Every setting with one seed."""
     return [
-        Run(method=method, pairs=pairs, learning_rate=rate, strength=strength, seed=seed)
-        for rate, strength in itertools.product(c.length.learning_rates, method.strengths)
+        Run(method=row.method, pairs=row.pairs, learning_rate=rate, strength=strength, seed=seed, online=row.online)
+        for rate, strength in itertools.product(c.length.learning_rates, row.method.strengths)
     ]
 
 
-def finalists(method: c.Method, pairs: c.Pairs) -> list[Run]:
+def finalists(row: c.Row) -> list[Run]:
     """The best settings with the second seed."""
-    best = sorted(grid(method, pairs), key=lambda run: _cell([run]).sureness, reverse=True)
+    best = sorted(grid(row), key=lambda run: _cell([run]).sureness, reverse=True)
     return [replace(run, seed=c.GRID_SEEDS[1]) for run in best[: c.FINALISTS]]
 
 
-def wanting(rows: list[tuple[c.Method, c.Pairs]]) -> list[tuple[c.Method, c.Pairs]]:
+def wanting(rows: list[c.Row]) -> list[c.Row]:
     """Rows of whose grid nothing is known."""
-    return [row for row in rows if title(*row) not in known_grids()]
-
-
-def title(method: c.Method, pairs: c.Pairs) -> str:
-    """A row's name among grids."""
-    return f"{method.name}, {pairs.name}"
+    return [row for row in rows if row.title not in known_grids()]
 
 
 @cache
@@ -48,15 +43,15 @@ def known_grids() -> dict[str, list[Cell]]:
     }
 
 
-def cells(method: c.Method, pairs: c.Pairs) -> list[Cell]:
+def cells(row: c.Row) -> list[Cell]:
     """The grid in numbers, the document's or that of finished runs; those with both seeds come first, the best of all
     first.
     """
-    if (known := known_grids().get(title(method, pairs))) is not None:
+    if (known := known_grids().get(row.title)) is not None:
         return known
-    both = [_cell([replace(run, seed=c.GRID_SEEDS[0]), run]) for run in finalists(method, pairs)]
+    both = [_cell([replace(run, seed=c.GRID_SEEDS[0]), run]) for run in finalists(row)]
     seen = {(cell.learning_rate, cell.strength) for cell in both}
-    rest = [_cell([run]) for run in grid(method, pairs) if (run.learning_rate, run.strength) not in seen]
+    rest = [_cell([run]) for run in grid(row) if (run.learning_rate, run.strength) not in seen]
     return [*sorted(both, key=lambda cell: -cell.sureness), *sorted(rest, key=lambda cell: -cell.sureness)]
 
 
@@ -80,13 +75,20 @@ def _cell(runs: list[Run]) -> Cell:
     )
 
 
-def tested(method: c.Method, pairs: c.Pairs) -> list[Run]:
-    """The runs of the main table: the chosen setting, every test seed."""
-    best = cells(method, pairs)[0]
-    chosen = Run(
-        method=method, pairs=pairs, learning_rate=best.learning_rate, strength=best.strength, seed=c.length.seeds[0]
-    )
-    return [replace(chosen, seed=seed) for seed in c.length.seeds]
+def tested(row: c.Row) -> list[Run]:
+    """The chosen setting with every test seed."""
+    best = cells(row)[0]
+    return [
+        replace(run, seed=seed)
+        for seed in c.length.seeds
+        for run in grid(row)
+        if (run.learning_rate, run.strength) == (best.learning_rate, best.strength)
+    ]
+
+
+def tested_fewer(method: c.Method, pairs: c.Pairs) -> list[Run]:
+    """The same of a row of the main tables, with few seeds."""
+    return [run for run in tested(c.Row(method=method, pairs=pairs)) if run.seed in c.FEWER_SEEDS]
 
 
 def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
@@ -101,7 +103,7 @@ def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
     found = {}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-        runs = [run for run in tested(method, pairs) if run.seed in c.FEWER_SEEDS]
+        runs = tested_fewer(method, pairs)
         found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
@@ -112,20 +114,17 @@ def _calls(cache: c.Cache, pairs: c.Pairs) -> float:
 
 def points() -> dict[str, list[Run]]:
     """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
-    found = [run for run in tested(c.INPO, c.OWN) if run.seed in c.FEWER_SEEDS]
+    found = tested_fewer(c.INPO, c.OWN)
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
 
 
-def online() -> dict[str, list[Run]]:
-    """Loops without a cache, on both kinds of pairs."""
+def online(row: c.Row) -> dict[str, list[Run]]:
+    """A loop without a cache, with every share of turned labels that it is tried with."""
+    assert row.online is not None
+    chosen = [run for run in tested(row) if run.seed in c.FEWER_SEEDS]
     return {
-        f"{loop.name} | {pairs.name} | {flips}": [
-            replace(run, online=loop, flips=flips) for run in tested(loop.method, pairs) if run.seed in c.FEWER_SEEDS
-        ]
-        for pairs in c.MAIN
-        for loop in c.ONLINE
-        if loop.name not in c.length.without
-        for flips in loop.flips
+        f"{row.online.name} | {row.pairs.name} | {flips}": [replace(run, flips=flips) for run in chosen]
+        for flips in row.online.flips
     }
 
 
@@ -133,9 +132,7 @@ def answer() -> dict[str, list[Run]]:
     """Few methods on every kind of pairs, on some with more turned labels, with the setting of a main table."""
     return {
         f"{method.name} | {pairs.name} | {flips}": [
-            replace(run, pairs=pairs, flips=flips)
-            for run in tested(method, c.tuned_on(pairs))
-            if run.seed in c.FEWER_SEEDS
+            replace(run, pairs=pairs, flips=flips) for run in tested_fewer(method, c.tuned_on(pairs))
         ]
         for pairs in c.KINDS
         for flips in (c.FLIPS if pairs in c.TURNED else c.FLIPS[:1])
@@ -146,5 +143,5 @@ def answer() -> dict[str, list[Run]]:
 
 def dpo_of(run: Run) -> Run:
     """DPO's run that this one is compared with: the same pairs, labels and seed, by the setting of its own grid."""
-    theirs = tested(c.DPO, c.tuned_on(run.pairs))[0]
+    theirs = tested(c.Row(method=c.DPO, pairs=c.tuned_on(run.pairs)))[0]
     return replace(theirs, pairs=run.pairs, flips=run.flips, seed=run.seed)

@@ -197,21 +197,22 @@ METHODS = (
     DPO,
     KTO,
     Method(name="SmPO", objective="smpo", cache=CLEAN, labels="soft", on=MAIN),
-    Method(name="poly", objective="poly", cache=NOISE),
-    Method(name="bdpo", objective="bdpo", cache=NOISE),
-    Method(name="snpo", objective="snpo", cache=DROPPED),
-    Method(name="linear", objective="linear", cache=NOISE),
+    Method(name="poly", objective="poly", cache=NOISE, on=MAIN),
+    Method(name="bdpo", objective="bdpo", cache=NOISE, on=MAIN),
+    Method(name="snpo", objective="snpo", cache=DROPPED, on=MAIN),
+    Method(name="linear", objective="linear", cache=NOISE, on=MAIN),
     Method(name="listwise", objective="listwise", cache=LISTS, labels=""),
     INPO,
     STARTS["0.1"],
     STARTS["0.3"],
-    Method(name="InPO, refine 1", objective="inpo", cache=REFINED),
+    Method(name="InPO, refine 1", objective="inpo", cache=REFINED, on=MAIN),
     INPO_AB2,
     INPO_DDIM,
     Method(name="InPO, recorded path", objective="inpo", cache=RECORDED),
-    Method(name="InPO, released grid", objective="inpo", cache=FAITHFUL),
+    Method(name="InPO, released grid", objective="inpo", cache=FAITHFUL, on=MAIN),
 )
-"""poly, bdpo, snpo and linear are losses for any points; here they have DPO's, whose loss they change."""
+"""poly, bdpo, snpo and linear are losses for any points; here they have DPO's, whose loss they change. Lists and the
+sampler's own path are of own samples alone."""
 SAME_CALLS = (SFT, DPO, KTO)
 """Methods whose caches cost less than InPO's: they get more steps for the same network calls."""
 POINTS = tuple(
@@ -235,7 +236,7 @@ class Online:
 
     name: str
     method: Method
-    """Whose setting it has."""
+    """By whose cache's mean error beta is measured."""
     shares_noise: bool = True
     """Whether both sides of a pair have one noise. Nothing else sets the two loops of DPO apart."""
     flips: tuple[int, ...] = FLIPS
@@ -253,9 +254,33 @@ def methods(pairs: Pairs) -> tuple[Method, ...]:
     return tuple(each for each in METHODS if pairs in each.on and each.name not in length.without)
 
 
-def rows() -> list[tuple[Method, Pairs]]:
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What has a grid of its own."""
+
+    method: Method
+    pairs: Pairs
+    online: Online | None = None
+    """The loop, where no cache is read."""
+
+    @property
+    def title(self) -> str:
+        return f"{(self.online or self.method).name}, {self.pairs.name}"
+
+
+def rows() -> list[Row]:
     """Those of the main tables."""
-    return [(method, pairs) for pairs in MAIN for method in methods(pairs)]
+    return [Row(method=method, pairs=pairs) for pairs in MAIN for method in methods(pairs)]
+
+
+def loops() -> list[Row]:
+    """Those without a cache."""
+    return [
+        Row(method=loop.method, pairs=pairs, online=loop)
+        for pairs in MAIN
+        for loop in ONLINE
+        if loop.name not in length.without
+    ]
 
 
 def caches(pairs: Pairs) -> tuple[Cache, ...]:

@@ -21,9 +21,9 @@ def length(request, monkeypatch):
 def test_the_document_has_the_settings_of_all_rows(length):
     """Or `make evidence` would begin with grids, which take longer than its tables."""
     assert choice.wanting(c.rows()) == []
-    for method, pairs in c.rows():
-        (setting,) = {(run.learning_rate, run.strength) for run in choice.tested(method, pairs)}
-        table = json.loads(length.document.read_text())["tables"][f"main, {pairs.name}"][method.name]
+    for row in c.rows():
+        (setting,) = {(run.learning_rate, run.strength) for run in choice.tested(row)}
+        table = json.loads(length.document.read_text())["tables"][f"main, {row.pairs.name}"][row.method.name]
         assert setting == (table["learning_rate"], table["strength"])
 
 
@@ -36,7 +36,7 @@ def test_the_tables_say_what_the_document_has(length):
     for title, rows in tables.items():
         made = r.answer_table(rows, errors) if title == "answer" else r.rows_table(rows)
         assert made in (unets if length is c.SHORT else flows), title
-    for _, pairs in c.rows():
+    for pairs in c.MAIN:
         (seeds,) = {tuple(row["seeds"]) for row in tables[f"main, {pairs.name}"].values()}
         assert seeds in (length.seeds, length.seeds + c.MORE_SEEDS)
 
