@@ -1,20 +1,20 @@
 """What must hold of the documents beside the shards: lists of skipped rows, configurations, label sets."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from inpo.common.cache import Cache
 from inpo.common.cache.commits import skipped_rows
 from inpo.common.cache.labels import label_sets, read_shard_labels
 from inpo.common.cache.schema import CONFIGURATION_SEAL
 from inpo.common.cache.store import digest
-from inpo.common.errors import CacheCorrupt, CacheError
+from inpo.common.errors import CacheCorrupt, CacheError, StorageError
 from inpo.inspection.checks import Finding
 
 
-def check_skipped(cache: Cache) -> tuple[int, list[Finding]]:
+def check_skipped(cache: Cache, not_checked: dict[str, StorageError]) -> tuple[int, list[Finding]]:
     """(rows looked at, findings): each commit's list of skipped rows is the one written, and says what the commit
-    counts."""
+    counts. Shards whose list the store refuses join those that are not checked."""
     num_rows, findings = 0, []
     for name, commit in cache.commits.items():
         path = f"skipped/{name}/{commit.attempt}.jsonl"
@@ -38,6 +38,8 @@ def check_skipped(cache: Cache) -> tuple[int, list[Finding]]:
                     problem = f"a row outside the shard's, {start} to {stop - 1}"
         except CacheError as error:
             problem = f"{error.what} Got {error.got}"
+        except StorageError as error:
+            not_checked.setdefault(name, error)
         if problem is not None:
             findings.append(Finding(shard=name, check="skipped", detail=f"{problem}; in {cache.store.path(path)}"))
     return num_rows, findings
@@ -60,9 +62,9 @@ def check_configurations(cache: Cache, files: Mapping[str, int]) -> tuple[int, l
     return len(names), findings
 
 
-def check_labels(cache: Cache, not_checked: Collection[str]) -> tuple[int, list[Finding]]:
-    """(labels looked at, findings) over every label set, but for shards that the store refused. Making a shard again
-    cures no label, so none is `remake`."""
+def check_labels(cache: Cache, not_checked: dict[str, StorageError]) -> tuple[int, list[Finding]]:
+    """(labels looked at, findings) over every label set, but for shards that the store refused, which those join whose
+    labels it refuses. Making a shard again cures no label, so none is `remake`."""
     num_checked, findings = 0, []
     for name in label_sets(cache.store):
         for shard in (each for each in cache if each.name not in not_checked):
@@ -78,6 +80,9 @@ def check_labels(cache: Cache, not_checked: Collection[str]) -> tuple[int, list[
                 detail = f"{error.what} In {error.where}; {error.fix}"
             except CacheError as error:
                 detail = f"{error.what} Got {error.got}, in {error.where}; {error.fix}"
+            except StorageError as error:
+                not_checked.setdefault(shard.name, error)
+                continue
             findings.append(Finding(shard=shard.name, check="labels", detail=f"set {name}: {detail}", remake=False))
     return num_checked, findings
 

@@ -104,9 +104,9 @@ def verify(
     findings += _duplicates(results)
     findings += _texts_lost(cache, unreadable) + _texts_unlike(cache, text_results)
     files = cache.store.listing("")
-    num_checked["skipped"], skipped_findings = check_skipped(cache)
-    num_configurations, configuration_findings = check_configurations(cache, files)
     not_checked = {result.shard: result.refusal for result in (*text_results, *results) if result.refusal is not None}
+    num_checked["skipped"], skipped_findings = check_skipped(cache, not_checked)
+    num_configurations, configuration_findings = check_configurations(cache, files)
     labelled, label_findings = check_labels(cache, not_checked)
     findings += skipped_findings + configuration_findings + label_findings
     findings += labels_without_commit(cache, files, unreadable)

@@ -1,10 +1,12 @@
 """What `verify --quarantine` moves, and what stays."""
 
+import errno
 import json
 
 from obstore.exceptions import PermissionDeniedError
 
 from inpo.common.cache.store import CacheStore
+from inpo.common.errors import refused as refuse
 from inpo.inspection.verify import quarantine, verify
 
 
@@ -46,6 +48,30 @@ def test_what_the_store_refuses_is_not_checked_and_not_moved(fresh, inspect, mon
     assert (done.code, "read: 2 not checked: s0, texts/t0" in done.out) == (1, True)
     assert "what it needs could not be read" in done.out
     assert "all sound" in inspect("verify", folder).out
+
+
+def test_a_list_that_the_store_refuses_ends_nothing(fresh, inspect, monkeypatch):
+    """The lists of skipped rows, and the labels of a set: the shards are not checked, the others are."""
+    folder = fresh("corrupt")
+    labels = folder / "labels/mine"
+    labels.mkdir(parents=True)
+    (labels / "s0.json").write_text("{}")
+    get = CacheStore.get
+
+    def refused(store, name):
+        if name.startswith(("skipped/s0/", "labels/mine/s0")):
+            raise refuse("read", name, errno.EIO, "")
+        return get(store, name)
+
+    for what in ("skipped", "labels"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                CacheStore, "get", lambda store, name, what=what: (refused if what in name else get)(store, name)
+            )
+            done = inspect("verify", folder)
+        assert done.code == 1
+        assert "1 bad: s1; 1 not checked: s0" in done.out, what
+        assert "s0  not checked: Could not read" in done.out
 
 
 def test_only_the_commit_that_was_checked_is_moved(fresh, states):
