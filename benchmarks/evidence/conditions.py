@@ -30,6 +30,8 @@ class Length:
     """By its name in the toy world."""
     without: tuple[str, ...] = ("InPO, ddim",)
     """Methods and loops that it does not have. Plain InPO inverts by the inverter of `caches`, or by ddim."""
+    on_own_alone: tuple[str, ...] = ()
+    """Methods that it has not been given the time to try on other pairs."""
     caches: tuple[str, ...] = ()
     """Options of all caches, where one does not say otherwise."""
     tokens: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ FLOW = replace(
     root=Path("runs/evidence-flow"),
     model="flow",
     without=("InPO, released grid", "InPO online, released grid", "InPO, ab2"),
+    on_own_alone=("poly", "bdpo", "snpo", "linear", "InPO, refine 1"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
@@ -251,7 +254,8 @@ ONLINE = (
 
 def methods(pairs: Pairs) -> tuple[Method, ...]:
     """Those of the length that there are on these pairs."""
-    return tuple(each for each in METHODS if pairs in each.on and each.name not in length.without)
+    left_out = length.without + (() if pairs == OWN else length.on_own_alone)
+    return tuple(each for each in METHODS if pairs in each.on and each.name not in left_out)
 
 
 @dataclass(frozen=True, kw_only=True)
