@@ -17,8 +17,9 @@ from pathlib import Path
 from obstore.exceptions import BaseError
 from safetensors import SafetensorError
 
-from inpo.common.errors import InpoError, StorageError, refused
+from inpo.common.errors import InpoError, StorageError, UsageError, refused
 
+_LINE_BYTES = 1 << 24
 _LOCK = ".lock"
 _STAGED = re.compile(r"\..+\.partial-[0-9a-f]{16}")
 
@@ -63,6 +64,22 @@ def write_file(path: Path, data: bytes | str, *, action: str = "write") -> None:
     """
     with storage_errors(action, path), _staged_file(path) as staged:
         staged.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def refuse_other_file(out: Path, *, what: str, is_own: Callable[[bytes], bool]) -> None:
+    """Raise UsageError if `out` is a file whose first line says that no earlier call wrote it: it may be the user's."""
+    if not out.is_file():
+        return
+    with storage_errors(f"write the {what}", out), out.open("rb") as stream:
+        first = stream.readline(_LINE_BYTES)
+    if first and not is_own(first):
+        raise UsageError(
+            f"This file is there already, and is no {what}.",
+            where="--out",
+            expected=f"a new file, or a {what} that an earlier call wrote",
+            got=out,
+            fix="name another file",
+        )
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from pydantic import (
     ConfigDict,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -81,6 +83,16 @@ class Section(BaseModel):
     """Fields without an option."""
     bound: ClassVar[Mapping[str, str]] = {}
     """{field: the one whose value it belongs to}: a recipe's does not go with another value that a flag gives."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """`steps = true` is a slip, and would be one step."""
+        kinds = str(cls.model_fields[info.field_name or ""].annotation)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if "bool" not in kinds and any(isinstance(part, bool) for part in parts):
+            raise ValueError("a number or a text is expected, not true or false")
+        return value
 
     def without_effect(self) -> Mapping[str, str]:
         """{setting that does nothing as the others stand: what it would need}; whether it was given is not asked."""

@@ -144,12 +144,13 @@ def checked_scores(
             fix="correct the scorer's package",
         )
     scores = scores.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(scores))
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(scores.astype(np.float32)))  # as caches keep them
     if len(bad):
         raise DataError(
             "The scorer gave a number that is not finite.",
             where=f"{scorer.name}, {names[bad[0]]}",
-            expected="a finite number",
+            expected="a finite number, also in float32",
             got=scores[bad[0]],
             fix="look at that image; check the scorer's weights",
         )

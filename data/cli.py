@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
-from inpo.common.durable import new_file, storage_errors
+from inpo.common.durable import new_file, refuse_other_file
 from inpo.common.errors import DataError, UsageError
 from inpo.common.log import fail, warn
 from inpo.common.options import Given, help_text, options, path_option
@@ -33,7 +33,6 @@ app = typer.Typer(help="Look at, check and pack preference pairs.", no_args_is_h
 SOURCE_HELP = help_text(DataSection, "pairs")
 READING = ("columns", "pairs_from", "allow_remote")
 """How the source is read: options of every command that opens one."""
-_LINE_BYTES = 1 << 24
 """More than a line of a list has."""
 
 
@@ -133,10 +132,10 @@ def check_command(
     from inpo.common.pairs import Skipped
     from inpo.common.pairs.walk import Walk
     from inpo.data.check import check_source
-    from inpo.data.pack import skipped_line
+    from inpo.data.pack import is_skipped_line, skipped_line
 
     if out is not None:
-        _refuse_other_file(out)
+        refuse_other_file(out, what="list of rows without a pair", is_own=is_skipped_line)
     walk = Walk(source=_opened(source, given), on_unreadable=_warn)
     shards = _counted(walk)
     num_rows = sum(rows for _, rows in shards)
@@ -203,24 +202,6 @@ def _counted(walk: "Walk") -> "list[tuple[InputShard, int]]":
                 progress.advance()
 
         return walk.readable_shards(counting())
-
-
-def _refuse_other_file(out: Path) -> None:
-    """Raise UsageError for a file that no earlier check wrote: it may be the source."""
-    from inpo.data.pack import is_skipped_line
-
-    if not out.is_file():
-        return
-    with storage_errors("write the list", out), out.open("rb") as stream:
-        first = stream.readline(_LINE_BYTES)
-    if first and not is_skipped_line(first):
-        raise UsageError(
-            "This file is there already, and is no list of rows without a pair.",
-            where="--out",
-            expected="a new file, or a list that an earlier check wrote",
-            got=out,
-            fix="name another file",
-        )
 
 
 @contextmanager

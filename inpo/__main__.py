@@ -1,6 +1,11 @@
 """`python -m inpo`."""
 
-from inpo.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from inpo.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before a command minds it
+        sys.exit(130)

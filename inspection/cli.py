@@ -89,7 +89,7 @@ def pair(
             got="neither" if pair_id is None else "both",
             fix="`inpo inspect filter` lists pair ids",
         )
-    refuse_output(out, what="sheet", suffix=".png")
+    refuse_output(out, what="sheet", suffix=".png", begins=b"\x89png")
     unreadable: dict[str, Any] = {}
     opened = open_cache(cache, damaged=unreadable)
     view = find_pair(opened, pair_id, unreadable)
@@ -230,6 +230,7 @@ def filter_pairs(
     A pair that lacks a value (an inversion error is measured on a sample only) is counted, and not listed.
     """
     from inpo.common.cache import open_cache
+    from inpo.common.durable import refuse_other_file
     from inpo.common.errors import UsageError, command
     from inpo.inspection.agree import agreeing
     from inpo.inspection.output import refuse_output, write_output
@@ -249,6 +250,9 @@ def filter_pairs(
     bad: dict[str, Any] = {}
     opened = open_cache(cache, damaged=bad)
     table = read_pair_table(opened, dict(bad))
+    if out is not None:
+        ids = {f"{name}\n".encode() for name in table.pair_id.tolist()}
+        refuse_other_file(out, what="list of pairs", is_own=ids.__contains__)
     selection = select(table, "label >= 0" if where is None else where)
     agreed = selection.truth.yes if agree is None else agreeing(opened, table, agree, labels)
     selected = table.pair_id[selection.truth.yes & agreed].tolist()
@@ -289,7 +293,7 @@ def table(
     from inpo.inspection.pair_table import nothing_readable, read_pair_table
     from inpo.inspection.where import parquet
 
-    refuse_output(out, what="table", suffix=".parquet")
+    refuse_output(out, what="table", suffix=".parquet", begins=b"par1")
     bad: dict[str, Any] = {}
     opened = open_cache(cache, damaged=bad)
     found = read_pair_table(opened, dict(bad))
@@ -344,7 +348,7 @@ def report(
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.report import make_report
 
-    refuse_output(out, what="report")
+    refuse_output(out, what="report", begins=b"<!doctype html")
     with ProgressReport("report", total=None, unit="pairs") as progress:
         made = make_report(cache, model=_model(given), per_group=pairs, on_pair=progress.advance)
     write_output(out, made.html, what="report")
@@ -384,7 +388,7 @@ def run(
     from inpo.inspection.output import refuse_output, write_output
     from inpo.inspection.run_page import make_run_page
 
-    refuse_output(out, what="page")
+    refuse_output(out, what="page", begins=b"<!doctype html")
     page, found = make_run_page(runs, compare)
     write_output(out, page, what="page")
     print(f"{out}: {', '.join(f'{each.name} at step {each.last_step:,}' for each in found)}")

@@ -4,15 +4,16 @@ import errno
 import os
 from pathlib import Path
 
-from inpo.common.durable import storage_errors, write_file
+from inpo.common.durable import refuse_other_file, storage_errors, write_file
 from inpo.common.errors import UsageError
 
 
-def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
+def refuse_output(out: Path, *, what: str, suffix: str | None = None, begins: bytes = b"") -> None:
     """Raise StorageError if `out` cannot be written (a folder, below a file, no permission), so that nobody waits for
     it.
 
-    Raises UsageError for a name that promises another format than `suffix`. Nothing is made or changed.
+    Raises UsageError for a name that promises another format than `suffix`, and for a file that begins otherwise than
+    what is written. Nothing is made or changed.
     """
     if suffix is not None and out.suffix and out.suffix.lower() != suffix:
         raise UsageError(
@@ -34,6 +35,7 @@ def refuse_output(out: Path, *, what: str, suffix: str | None = None) -> None:
         if not os.access(nearest, os.W_OK):
             is_read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
             raise _refusal(errno.EROFS if is_read_only else errno.EACCES, out)
+    refuse_other_file(out, what=what, is_own=lambda line: line.lower().startswith(begins))
 
 
 def write_output(out: Path, content: str | bytes, *, what: str) -> None:

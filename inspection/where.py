@@ -112,7 +112,7 @@ def select(table: PairTable, condition: str) -> Selection:
             where="--where",
             got=f"{condition!r}: {why}",
             expected='something like "inversion_error < 0.2 and reference_error < 3"',
-            fix="put the whole condition into quotes",
+            fix="write == for equal, and put the whole condition into quotes",
         ) from None
     evaluation = _Evaluation(table, condition)
     try:

@@ -11,10 +11,36 @@ from torch import nn
 from inpo.common.durable import alone_in, new_folder, storage_errors
 from inpo.common.errors import UsageError
 from inpo.common.fingerprint import write_taken_over
+from inpo.common.log import LOG_FILE
 from inpo.common.models import Model, open_model
 from inpo.common.processes import processes
 from inpo.common.trained_over import write_over
 from inpo.train.lora import make_readable, save_kohya, scaled_lora
+
+
+def check_output(output: Path, *models: Model) -> None:
+    """Raise UsageError for a folder that holds something else than a run, or one of whose trained model a run is to
+    be: what a run writes takes the place of what bears its names."""
+    with storage_errors("look at the output folder", output):
+        names = sorted(file.name for file in output.iterdir()) if output.is_dir() else []
+    shown = [name for name in names if not name.startswith(".")]
+    if shown and not {"checkpoints", LOG_FILE} & {*shown}:
+        raise UsageError(
+            "The output folder holds something that is no run.",
+            where=f"--output {output}",
+            expected="a new folder, an empty one, or that of a run",
+            got=", ".join(shown[:5]) + (", ..." if len(shown) > 5 else ""),
+            fix="choose another --output",
+        )
+    for model in models:
+        for made in ("pipeline", "lora"):
+            if (output / made).resolve() in [model.folder.resolve(), *model.folder.resolve().parents]:
+                raise UsageError(
+                    "The run would take the place of the model that it starts from.",
+                    where=f"--output {output}",
+                    got=f"the model {model.name}",
+                    fix="choose another --output",
+                )
 
 
 @contextmanager

@@ -120,5 +120,5 @@ def _refused(repository: str, error: Exception) -> StorageError:
         where=repository,
         expected="a repository OWNER/NAME that you may write to",
         got=" ".join(lines[:2])[:300],
-        fix="log in with `hf auth login` or set HF_TOKEN, and check the name and HF_ENDPOINT",
+        fix="check the network, log in with `hf auth login` or set HF_TOKEN, and check the name and HF_ENDPOINT",
     )

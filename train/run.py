@@ -32,7 +32,7 @@ from inpo.train.memory import NO_SMALLER, SMALLER, fitting_batch, recorded_batch
 from inpo.train.metrics import METRICS, MetricsWriter
 from inpo.train.objectives import OBJECTIVES, Objective, strength_of
 from inpo.train.optim import build_optimizer, build_schedule, prepare_network, rates
-from inpo.train.output import claim_output, write_output
+from inpo.train.output import check_output, claim_output, write_output
 from inpo.train.proof import check_dtype, check_fingerprints, refuse, run_proof
 from inpo.train.push import claim_repository, push
 from inpo.train.records import Needs
@@ -69,8 +69,11 @@ def train(resolved: Resolved, *, resume: str, on_metrics: Callable[[], object] =
     metrics in the output folder are this run's: before that they may be what another one left there.
     """
     needs = resolved.check()
-    with claim_output(resolved.output), log_file(resolved.output):
-        return _train(resolved, needs, resume=resume, on_metrics=on_metrics)
+    origins = [open_model(resolved.settings.init_from)] if resolved.settings.init_from else []
+    with claim_output(resolved.output):
+        check_output(resolved.output, resolved.model, *origins)
+        with log_file(resolved.output):
+            return _train(resolved, needs, resume=resume, on_metrics=on_metrics)
 
 
 def _train(resolved: Resolved, needs: Needs, *, resume: str, on_metrics: Callable[[], object]) -> bool:

@@ -172,7 +172,8 @@ def answer_table(rows: Mapping[str, Mapping[str, Any]], errors: Mapping[str, flo
             continue
         kind = f"{pairs} | {turned}"
         distance = f"{errors[f'{pairs}/noise'] / errors['own/noise']:.2f}"
-        less = [difference_of_gains(rows[f"{a} | {kind}"], rows[f"{b} | {kind}"]) for a, b in against.items()]
+        both_rows = [(rows.get(f"{a} | {kind}"), rows.get(f"{b} | {kind}")) for a, b in against.items()]
+        less = [difference_of_gains(a, b) if a and b else "-" for a, b in both_rows]
         lines.append([pairs, distance, f"{turned}%", gains(dpo), *less])
     return table(["pairs", "E_ref", "turned labels", "DPO", *short], lines)
 

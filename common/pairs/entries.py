@@ -348,8 +348,9 @@ def _check_header(location: str, header: tuple[str, ...], columns: ColumnMap) ->
         expected="a first line that names the columns win, lose, prompt and perhaps label, id, or other names and "
         "--columns win=...,lose=...",
         got=", ".join(map(brief, twice or header)) or "an empty file",
-        fix=("put the names into the first line, separated by " + ("tabs" if location.endswith(".tsv") else "commas"))
-        + ("" if twice or not header else f" ({problem})"),
+        fix="put those names into the first line, separated by "
+        + ("tabs" if location.endswith(".tsv") else "commas")
+        + ("" if twice or not header else f", or say --columns win=...,lose=...,prompt=... ({problem})"),
     )
 
 

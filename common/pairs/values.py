@@ -9,6 +9,8 @@ from inpo.common.pairs.pair import RowProblem, check_id
 
 _WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 _EXACT_FLOATS = 2**53
+_FLOAT32_END = 2.0**128 - 2.0**103
+"""The least number that float32 rounds to infinity."""
 
 
 def parse_label(value: object, *, what: str = "label") -> float:
@@ -60,7 +62,7 @@ def is_null(value: object) -> bool:
 
 
 def as_number(value: object) -> float | None:
-    """A bool, number or text as a finite float; None for anything else."""
+    """A bool, number or text as a float that is finite as a cache keeps it, in float32; None for anything else."""
     try:
         if isinstance(value, str):
             text = value.strip().lower()
@@ -71,7 +73,7 @@ def as_number(value: object) -> float | None:
             return None
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _FLOAT32_END else None
 
 
 def cut(value: object) -> str:

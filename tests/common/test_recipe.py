@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from inpo.common.errors import UsageError
 from inpo.common.recipe import DataSection, ModelSection, Section, read_recipe, resolve, to_toml
+from inpo.evaluation.settings import EvaluateSettings
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.rounds.settings import SampleSettings
 from inpo.train.settings import TrainSettings
@@ -91,6 +92,18 @@ def test_a_revision_is_of_the_model_beside_it(tmp_path):
     assert told(model="round-1/run/pipeline") == ("round-1/run/pipeline", None)
     assert told(model="owner/other", revision="v2") == ("owner/other", "v2")
     assert told(revision="v2") == ("owner/name", "v2")
+
+
+@pytest.mark.parametrize("section", [PrecomputeSettings, TrainSettings, EvaluateSettings])
+def test_true_is_no_number(section):
+    """TOML's true would be the number 1: a learning rate, a noised start that inverts nothing."""
+    for name, field in section.model_fields.items():
+        if "bool" not in str(field.annotation):
+            for value in (True, [True, False]):
+                with pytest.raises(UsageError, match="Bad value"):
+                    resolve(section, "section", {"section": {field.alias or name: value}}, {}, may_idle=True)
+    with pytest.raises(UsageError, match="not true or false"):
+        resolve(Numbers, "section", {"section": {"steps": True}}, {})
 
 
 def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):

@@ -28,6 +28,21 @@ def test_folders_above_an_output_are_made(states, inspect, tmp_path):
     assert len(out.read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_of_another_kind_is_not_replaced(states, inspect, tmp_path, command):
+    """It may be the user's; what an earlier call wrote is."""
+    out, mine = tmp_path / "out", tmp_path / ("mine.png" if command == "pair" else "mine")
+    mine.write_text('{"win": "a.png", "lose": "b.png", "prompt": "a list of pairs"}\n')
+    before = mine.read_bytes()
+    done = inspect(command, states("healthy"), *COMMANDS[command][0], "--out", mine)
+    assert done.code == 2
+    assert "This file is there already, and is no" in done.out
+    assert mine.read_bytes() == before
+    if command != "pair":
+        for _ in range(2):
+            assert inspect(command, states("healthy"), *COMMANDS[command][0], "--out", out).code == 0
+
+
 def test_a_sheet_is_not_written_under_another_formats_name(states, inspect, tmp_path):
     done = inspect("pair", states("healthy"), "--first", "--out", tmp_path / "p.jpg")
     assert done.code == 2

@@ -272,6 +272,17 @@ def test_votes_are_a_soft_label_and_agree_with_a_hard_one(
     assert (item.reason if isinstance(item, Skipped) else item.label) == expected
 
 
+@pytest.mark.parametrize(
+    ("score", "is_kept"), [(3.4e38, True), (-3.4e38, True), (1e39, False), (-1e39, False), (1e300, False)]
+)
+def test_a_score_is_finite_as_a_cache_keeps_it(folder: Path, score: float, is_kept: bool) -> None:
+    row = {"win": "images/a.png", "lose": "images/b.png", "prompt": "p", "score_win": score, "score_lose": 1.0}
+    (item,) = read(as_lines(folder, [row]))
+    assert isinstance(item, Skipped) != is_kept
+    if isinstance(item, Skipped):
+        assert item.reason == "bad_label"
+
+
 def test_rows_of_one_list_with_several_prompts_give_no_pair(folder: Path) -> None:
     rows = [row | {"prompt": row["prompt"] if i != 1 else "other"} for i, row in enumerate(TWO_LISTS)]
     found = read(parquet(folder, rows))

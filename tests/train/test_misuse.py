@@ -33,6 +33,23 @@ def test_the_cache_is_no_output(world: Any, run: Callable[..., Path], tmp_path: 
     assert sorted((tmp_path / "c").rglob("*")) == before
 
 
+def test_a_folder_of_other_things_is_no_output(world: Any, run: Callable[..., Path], tmp_path: Path) -> None:
+    """What a run writes takes the place of what bears its names."""
+    mine = tmp_path / "mine"
+    shutil.copytree(world.model.folder, mine / "pipeline")
+    (mine / "recipe.toml").write_text("# mine")
+    before = {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match="holds something that is no run"):
+        run(steps=1, output=mine)
+    (mine / "log.txt").write_text("as that of a run whose checkpoints were removed")
+    before[mine / "log.txt"] = (mine / "log.txt").read_bytes()
+    for flags in ({"model": str(mine / "pipeline")}, {"init_from": str(mine / "pipeline")}):
+        with pytest.raises(UsageError, match="take the place of the model"):
+            run(steps=1, output=mine, **flags)
+    after = {file: file.read_bytes() for file in mine.rglob("*") if file.is_file() and file.name != ".lock"}
+    assert after == before
+
+
 def test_a_folder_that_another_run_writes_to(run: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "run"
     with claim_output(output):
