@@ -120,8 +120,16 @@ class CacheStore:
 
         Local: a staged file is flushed to disk first and then given its name, so that not even a power cut leaves a
         name without its bytes. Remote: one conditional PUT; if it was retried after a lost answer, the bytes in
-        place tell whether it was ours that arrived.
+        place tell whether it was ours that arrived. Raises StorageError for more than `get` takes.
         """
+        if len(data) > _DOCUMENT_BYTES:
+            raise StorageError(
+                "This document is too large for a cache.",
+                where=self.path(name),
+                expected=f"at most {_DOCUMENT_BYTES} bytes",
+                got=f"{len(data)} bytes",
+                fix="split the input file that it is of",
+            )
         with storage_errors("write", self.path(name)):
             if self.remote:
                 try:

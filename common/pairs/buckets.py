@@ -120,7 +120,7 @@ class _Picked:
             self.may_come |= item.reason in _FOR_NOW
 
     def document(self, sizes: Sequence[Size], counts: Mapping[Size, int]) -> bytes:
-        """Of each row the number of its bucket among `sizes`, and the prompts of each bucket. Rows without a pair, and
+        """Of each row the number of its bucket among `sizes`, and the prompts of each bucket, null for any. Rows without a pair, and
         mixed ones, are in the bucket with the most pairs; of a shard without any, in that of `counts`."""
         most = {size: len(self.rows.get(size, ())) for size in sizes}
         largest = max(sizes, key=(most if any(most.values()) else counts).__getitem__)
@@ -131,9 +131,13 @@ class _Picked:
             prompts[str(number)] = sorted(set[int]().union(*(self.prompts.get(key, ()) for key in keys)))
         if self.may_come:
             prompts[str(sizes.index(largest))] = None
+        if sum(map(len, self.prompts.values())) > _MOST_PROMPTS:
+            prompts = dict.fromkeys(prompts)
         return json.dumps({"rows": [place[row] for row in sorted(place)], "prompts": prompts}).encode()
 
 
+_MOST_PROMPTS = 1 << 20
+"""In one file: the document of more would be larger than a cache reads. Then each bucket has the texts of all."""
 _FOR_NOW = frozenset[SkipReason](
     {"missing_image", "not_allowed", "unreachable", "empty_image", "unreadable", "truncated"}
 )

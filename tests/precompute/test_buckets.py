@@ -17,7 +17,8 @@ import inpo.precompute.tasks as tasks_module
 from inpo.common.cache import Cache, open_cache
 from inpo.common.cache.buckets import open_caches
 from inpo.common.cache.labels import read_shard_labels
-from inpo.common.errors import CacheMismatch, CacheMissing, DataError, UsageError
+from inpo.common.cache.store import CacheStore
+from inpo.common.errors import CacheMismatch, CacheMissing, DataError, StorageError, UsageError
 from inpo.common.pairs import open_source
 from inpo.evaluation.relabel import relabel_cache
 from inpo.inspection.verify import verify
@@ -193,6 +194,21 @@ def test_a_tie_of_two_buckets_goes_the_same_way_whatever_lies_beside_it(
     assert run(str(folder), pipelines(), tmp_path / "both", buckets="3") == 0
     lists = [[each.read_bytes() for each in (tmp_path / name / "buckets").glob("a.*")] for name in ("alone", "both")]
     assert lists[0] == lists[1]
+
+
+def test_more_prompts_than_a_document_holds_are_left_out_of_it(
+    pipelines: Callable, two_lists: str, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then every bucket encodes the texts of all rows; the pairs are the same."""
+    assert run(two_lists, pipelines(), tmp_path / "few", buckets="3") == 0
+    monkeypatch.setattr("inpo.common.pairs.buckets._MOST_PROMPTS", 1)
+    for _ in range(2):
+        assert run(two_lists, pipelines(), tmp_path / "many", buckets="3") == 0
+    assert ids_of(tmp_path / "many") == ids_of(tmp_path / "few")
+    (document,) = (tmp_path / "many/buckets").glob("a.*")
+    assert set(json.loads(document.read_text())["prompts"].values()) == {None}
+    with pytest.raises(StorageError, match="too large for a cache"):
+        CacheStore(str(tmp_path / "few")).put_new("buckets/huge.json", bytes(2**26 + 1))
 
 
 def test_labels_of_a_bucket_come_from_the_source_of_all(

@@ -57,6 +57,7 @@ def test_a_folder_that_another_run_writes_to(run: Callable[..., Path], tmp_path:
             run(steps=1)
         assert [each.name for each in output.iterdir()] == [".lock"]
         assert run(steps=1, output=output / "below").is_dir()  # as the runs of a sweep are
+    shutil.rmtree(output / "below")
     assert (run(steps=1) / "pipeline").is_dir()
 
 
