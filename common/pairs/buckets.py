@@ -120,8 +120,11 @@ class _Picked:
             self.may_come |= item.reason in _FOR_NOW
 
     def document(self, sizes: Sequence[Size], counts: Mapping[Size, int]) -> bytes:
-        """Of each row the number of its bucket among `sizes`, and the prompts of each bucket, null for any. Rows without a pair, and
-        mixed ones, are in the bucket with the most pairs; of a shard without any, in that of `counts`."""
+        """Of each row the number of its bucket among `sizes`, and the prompts of each bucket, null for any.
+
+        Rows without a pair, and mixed ones, are in the bucket with the most pairs; of a shard without any, in that of
+        `counts`.
+        """
         most = {size: len(self.rows.get(size, ())) for size in sizes}
         largest = max(sizes, key=(most if any(most.values()) else counts).__getitem__)
         place = {row: sizes.index(size or largest) for size, rows in self.rows.items() for row in rows}
