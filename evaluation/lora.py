@@ -84,5 +84,5 @@ def _misfit(file: Path, model_name: str, got: str) -> ModelError:
         where=file,
         expected=f"LoRA weights for {model_name}, all of which have a place in it",
         got=got,
-        fix="check --lora and --model; of SD3 diffusers reads RUN/lora and no file with kohya's names",
+        fix="check --lora and --model; of some families diffusers reads RUN/lora and no file with kohya's names",
     )
