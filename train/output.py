@@ -33,8 +33,9 @@ def check_output(output: Path, *models: Model) -> None:
             fix="choose another --output",
         )
     for model in models:
+        read = [place.resolve() for place in (model.folder, model.file, model.vae_folder) if place is not None]
         for made in ("pipeline", "lora"):
-            if (output / made).resolve() in [model.folder.resolve(), *model.folder.resolve().parents]:
+            if any(place.is_relative_to((output / made).resolve()) for place in read):
                 raise UsageError(
                     "The run would take the place of the model that it starts from.",
                     where=f"--output {output}",
@@ -57,7 +58,7 @@ def claim_output(output: Path) -> Iterator[None]:
         )
     with storage_errors("write the run", output):
         output.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=output):  # whose refusal says why
+        with TemporaryFile(dir=output, prefix="."):  # whose refusal says why; of several nodes the others may see it
             pass
     if not processes().is_main_process:
         yield

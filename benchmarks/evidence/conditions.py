@@ -31,7 +31,7 @@ class Length:
     without: tuple[str, ...] = ("InPO, ddim",)
     """Methods and loops that it does not have. Plain InPO inverts by the inverter of `caches`, or by ddim."""
     on_own_alone: tuple[str, ...] = ()
-    """Methods that it has not been given the time to try on other pairs."""
+    """Methods that it has on own pairs and on no others."""
     caches: tuple[str, ...] = ()
     """Options of all caches, where one does not say otherwise."""
     tokens: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.evidence.cell import Cell
-from benchmarks.evidence.conditions import SCORERS, Run
+from benchmarks.evidence.conditions import ANSWER, DPO, INPO, INPO_AB2, SCORERS, Run
 
 
 def read_comparison(images: Path) -> dict[str, Any]:
@@ -163,12 +163,13 @@ def answer_table(rows: Mapping[str, Mapping[str, Any]], errors: Mapping[str, flo
     E_ref is that of drawn noise over the own pairs'; `errors` are mean reference errors by cache.
     """
     methods = {name.split(" | ")[0] for name in rows}
-    against = {name: "InPO" if name == "InPO, ab2" else "DPO" for name in ANSWERED if name in methods}
+    followed = [each for each in ANSWER if each is not DPO and each.name in methods]
+    against = {each.name: (INPO if each is INPO_AB2 else DPO).name for each in followed}
     short = [f"{name.removeprefix('InPO, ')} less {other}" for name, other in against.items()]
     lines = []
     for name, dpo in rows.items():
         method, pairs, turned = name.split(" | ")
-        if method != "DPO":
+        if method != DPO.name:
             continue
         kind = f"{pairs} | {turned}"
         distance = f"{errors[f'{pairs}/noise'] / errors['own/noise']:.2f}"
@@ -176,10 +177,6 @@ def answer_table(rows: Mapping[str, Mapping[str, Any]], errors: Mapping[str, flo
         less = [difference_of_gains(a, b) if a and b else "-" for a, b in both_rows]
         lines.append([pairs, distance, f"{turned}%", gains(dpo), *less])
     return table(["pairs", "E_ref", "turned labels", "DPO", *short], lines)
-
-
-ANSWERED = ("KTO", "InPO", "InPO, noised start 0.3", "InPO, ab2")
-"""What the answer sets against DPO, or against InPO."""
 
 
 def gains(row: Mapping[str, Any]) -> str:
