@@ -13,7 +13,8 @@ Every stored number describes one point (the stored-point rule), so most of them
 Bounds are element by element and rigorous: nothing is tuned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,6 +103,8 @@ class ShardResult:
 def check_shard(shard: Shard) -> ShardResult:
     """Read every byte of a committed shard of images and check everything that can be checked without a model."""
     result = ShardResult(shard=shard.name, bytes_read=sum(shard.commit.files.values()))
+    with _findings(shard, result, check="bytes", misfit="bytes"):
+        shard.check_groups()
     paths = shard.stored & shard.specs.keys()
     big = sorted(path for path in paths if "H" in shard.specs[path].axes)
     small = {path: _read(shard, path, result) for path in sorted(paths - set(big))}
@@ -128,6 +131,8 @@ def check_shard(shard: Shard) -> ShardResult:
 def check_texts(shard: TextShard, manifest: Manifest) -> ShardResult:
     """The same of a committed shard of texts of a cache of this manifest."""
     result = ShardResult(shard=f"{TEXTS}{shard.name}", bytes_read=sum(shard.commit.files.values()))
+    with _findings(shard, result, check="texts", misfit="texts"):
+        shard.check_groups()
     small: dict[str, np.ndarray] = {}
     for path, spec in shard.specs.items():
         step = _PROMPTS_AT_ONCE if spec.chunking == "prompt" else max(shard.num_prompts, 1)
@@ -175,24 +180,30 @@ def _read(
 ) -> np.ndarray | None:
     """A stored array (latents in slices), or None with a finding.
 
-    Without one where it is the text shard that it points into that cannot be read: that is a finding of its own. And
-    where the store refuses: who could not look has found nothing.
+    Without one where it is the text shard that it points into that cannot be read: that is a finding of its own.
     """
+    values = None
+    with _findings(arrays, result, check=check, misfit=_POSITIONS.get(path, check)):
+        values = arrays.read_stored(path, rows)
+    return values
+
+
+@contextmanager
+def _findings(arrays: CommittedArrays, result: ShardResult, *, check: str, misfit: str) -> Iterator[None]:
+    """What is wrong with an attempt's files becomes a finding; where the store refuses, a refusal: who could not look
+    has found nothing."""
     try:
-        return arrays.read_stored(path, rows)
+        yield
     except StorageError as error:
         result.refusal = result.refusal or error
         result.is_whole = False
-        return None
     except InpoError as error:
         if not str(error.where).startswith(arrays.location):
-            return None
+            return
         parts = [f"{name} {value}" for name, value in (("got", error.got), ("in", error.where)) if value is not None]
-        if isinstance(error, CacheSchemaError):
-            check = _POSITIONS.get(path, check)
-        result.bad(check, " ".join([error.what, "; ".join(parts)]).strip())
+        found = misfit if isinstance(error, CacheSchemaError) else check
+        result.bad(found, " ".join([error.what, "; ".join(parts)]).strip())
         result.is_whole = False
-        return None
 
 
 def _names_of_images(shard: Shard, small: Mapping[str, np.ndarray | None]) -> list[str]:

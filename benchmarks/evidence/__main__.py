@@ -70,9 +70,7 @@ def _answer(at_once: int) -> None:
 
 
 def _more(at_once: int) -> None:
-    """As many network calls for all, points against pairs, and loops without a cache, which are compared with DPO's
-    runs of the answer.
-    """
+    """As many network calls for all, points against pairs, and loops without a cache."""
     for pairs in c.MAIN:
         prolonged = choice.same_calls(pairs).values()
         _tested(f"same calls, {pairs.name}", at_once, [run for runs in prolonged for run in runs])
@@ -80,7 +78,9 @@ def _more(at_once: int) -> None:
         run_jobs("caches of few pairs", [_cache_job(each.cache, c.OWN) for each in c.POINTS], at_once=at_once)
         _tested("points", at_once, [run for runs in choice.points().values() for run in runs])
     _grids(at_once, c.loops())
-    _tested("online", at_once, [run for row in c.loops() for runs in choice.online(row).values() for run in runs])
+    loops = [run for row in c.loops() for runs in choice.online(row).values() for run in runs]
+    _tested("DPO for the loops", at_once, list(dict.fromkeys(map(choice.dpo_of, loops))))
+    _tested("online", at_once, loops)
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:

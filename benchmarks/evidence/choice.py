@@ -103,7 +103,7 @@ def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
     found = {}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-        runs = tested_fewer(method, pairs)
+        runs = tested(c.Row(method=method, pairs=pairs))
         found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
@@ -114,16 +114,15 @@ def _calls(cache: c.Cache, pairs: c.Pairs) -> float:
 
 def points() -> dict[str, list[Run]]:
     """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
-    found = tested_fewer(c.INPO, c.OWN)
+    found = tested(c.Row(method=c.INPO, pairs=c.OWN))
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
 
 
 def online(row: c.Row) -> dict[str, list[Run]]:
     """A loop without a cache, with every share of turned labels that it is tried with."""
     assert row.online is not None
-    chosen = [run for run in tested(row) if run.seed in c.FEWER_SEEDS]
     return {
-        f"{row.online.name} | {row.pairs.name} | {flips}": [replace(run, flips=flips) for run in chosen]
+        f"{row.online.name} | {row.pairs.name} | {flips}": [replace(run, flips=flips) for run in tested(row)]
         for flips in row.online.flips
     }
 

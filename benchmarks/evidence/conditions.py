@@ -30,8 +30,6 @@ class Length:
     """By its name in the toy world."""
     without: tuple[str, ...] = ("InPO, ddim",)
     """Methods and loops that it does not have. Plain InPO inverts by the inverter of `caches`, or by ddim."""
-    on_own_alone: tuple[str, ...] = ()
-    """Methods that it has on own pairs and on no others."""
     caches: tuple[str, ...] = ()
     """Options of all caches, where one does not say otherwise."""
     tokens: tuple[str, ...] = ()
@@ -56,7 +54,6 @@ FLOW = replace(
     root=Path("runs/evidence-flow"),
     model="flow",
     without=("InPO, released grid", "InPO online, released grid", "InPO, ab2"),
-    on_own_alone=("poly", "bdpo", "snpo", "linear", "InPO, refine 1"),
     caches=("--inverter", "ab2", "--levels", "logit-normal", "--shift", "auto", "--max-tokens", "20"),
     tokens=("--max-tokens", "20"),
 )
@@ -69,7 +66,7 @@ GRID_SEEDS = (0, 6)
 """All cells of a grid have the first, the best of them the second too."""
 FINALISTS = 2
 FEWER_SEEDS = (1, 2, 3)
-"""For the answer, and for prolonged runs."""
+"""For the answer."""
 FLIPS = (5, 30)
 """Per cent of the labels that say the opposite of what the oracle thinks."""
 
@@ -254,8 +251,7 @@ ONLINE = (
 
 def methods(pairs: Pairs) -> tuple[Method, ...]:
     """Those of the length that there are on these pairs."""
-    left_out = length.without + (() if pairs == OWN else length.on_own_alone)
-    return tuple(each for each in METHODS if pairs in each.on and each.name not in left_out)
+    return tuple(each for each in METHODS if pairs in each.on and each.name not in length.without)
 
 
 @dataclass(frozen=True, kw_only=True)

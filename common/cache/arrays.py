@@ -1,4 +1,4 @@
-"""Arrays of one shard through zarr-python: how each is created, written, and opened."""
+"""Arrays of one shard: written as a plain zarr v3 group, and how their metadata and their chunks are read."""
 
 import math
 import warnings
@@ -10,57 +10,25 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zarr
+from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.core.buffer import Buffer, cpu
+from zarr.core.metadata import ArrayMetadata, ArrayV3Metadata
 from zarr.core.sync import sync
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import MemoryStore, WrapperStore
 
+from inpo.common.cache.document import MAX_WHOLE_BYTES
 from inpo.common.cache.specs import CRC_BYTES, ArraySpec
-from inpo.common.cache.store import check_process, digest_of_sample
+from inpo.common.cache.store import digest_of_sample
 
 ZSTD_LEVEL = 3
 _CHUNKS_PER_BATCH = 64
 if zarr.config.get("codec_pipeline.batch_size") == 1:
     # zarr's default decodes one chunk at a time; in batches the same bytes take half the time, to write and to read.
     zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_PER_BATCH})
-
-
-class LostBytes(EOFError):
-    """A committed file is gone or shorter than committed."""
-
-
-class CommittedStore(WrapperStore[Store]):
-    """A shard's folder as its commit lists it.
-
-    zarr reads a missing or empty chunk file as zeros. Here every answer is held against the committed size, at each
-    read and not just when the shard is opened: a file may vanish at any time in a run of days.
-    """
-
-    def __init__(self, store: Store, files: Mapping[str, int], *, remote: bool = False) -> None:
-        super().__init__(store)
-        self._files = files
-        self._remote = remote
-
-    def _with_store(self, store: Store) -> "CommittedStore":
-        return type(self)(store, self._files, remote=self._remote)
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        if self._remote:
-            check_process(key)
-        size = self._files.get(key)
-        if isinstance(byte_range, RangeByteRequest) and not byte_range.start <= byte_range.end <= (size or 0):
-            # A chunk index that points out of its file: memory for what it asks must not be taken first.
-            raise LostBytes(f"{key}: bytes {byte_range.start} to {byte_range.end} of {size}")
-        found = await self._store.get(key, prototype, byte_range)
-        if size is not None:
-            wanted = _length(byte_range, size)
-            if found is None or len(found) != wanted:
-                got = "no such file" if found is None else f"{len(found)} bytes"
-                raise LostBytes(f"{key}: {got} instead of {wanted} bytes")
-        return found
 
 
 class WrittenStore(WrapperStore[Store]):
@@ -84,17 +52,6 @@ class WrittenStore(WrapperStore[Store]):
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         self._remember(key, value)
         await super().set_if_not_exists(key, value)
-
-
-def _length(byte_range: ByteRequest | None, size: int) -> int:
-    """How many bytes a range of a file of `size` bytes has."""
-    if isinstance(byte_range, RangeByteRequest):
-        return byte_range.end - byte_range.start
-    if isinstance(byte_range, OffsetByteRequest):
-        return size - byte_range.offset
-    if isinstance(byte_range, SuffixByteRequest):
-        return byte_range.suffix
-    return size
 
 
 @contextmanager
@@ -161,58 +118,81 @@ def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array
 def _contract(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
     """The metadata that an array of this shape has by the contract. Nothing of the array's size is made for it."""
     with quiet_strings():
-        return _metadata(_create(MemoryStore(), spec, shape))
+        return _metadata(_create(MemoryStore(), spec, shape).metadata)
 
 
-def _metadata(array: zarr.Array[Any]) -> dict[str, Any]:
-    return {name: value for name, value in array.metadata.to_dict().items() if name != "attributes"}
+def _metadata(found: ArrayMetadata) -> dict[str, Any]:
+    return {name: value for name, value in found.to_dict().items() if name != "attributes"}
 
 
-def metadata_problem(array: zarr.Array[Any], spec: ArraySpec) -> str | None:
-    """The first entry of an opened array's metadata that is not the contract's (chunks, codecs, axes), or None."""
-    found, expected = _metadata(array), _contract(spec, array.shape)
+def metadata_problem(document: dict[str, Any], spec: ArraySpec) -> str | None:
+    """The first entry of an array's zarr.json that is not the contract's (chunks, codecs, axes), or None.
+
+    Raises what zarr raises for what it cannot read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what zarr finds odd in foreign metadata is refused below
+        found = _metadata(ArrayV3Metadata.from_dict(document))
+    expected = _contract(spec, tuple(document["shape"]))
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             return f"{name} {ascii(found.get(name))[:200]} instead of {ascii(expected.get(name))[:200]}"
     return None
 
 
-def open_array(store: Store, path: str) -> zarr.Array[Any]:
-    """Open one array of a shard for reading."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what zarr finds odd in foreign metadata is refused by `metadata_problem`
-        return zarr.open_array(store=store, path=path, mode="r", zarr_format=3)
-
-
-FRAME_HEADER_BYTES = 18
-"""Of zstd, at most."""
 _FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def frame_content(header: bytes) -> int | None:
+def _frame_content(frame: bytes) -> int | None:
     """How many bytes a zstd frame says that it holds (RFC 8878, 3.1.1.1), which is what a decoder takes at once.
 
     None: it does not say, or is no such frame.
     """
-    if len(header) < 5 or header[:4] != _FRAME_MAGIC:
+    if len(frame) < 5 or frame[:4] != _FRAME_MAGIC:
         return None
-    descriptor = header[4]
+    descriptor = frame[4]
     is_single, size_flag = descriptor & 0x20, descriptor >> 6
     start = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
     length = (1 if is_single else 0, 2, 4, 8)[size_flag]
-    field = header[start : start + length]
+    field = frame[start : start + length]
     if not length or len(field) < length:
         return None
     return int.from_bytes(field, "little") + (256 if length == 2 else 0)
 
 
-__all__ = [
-    "FRAME_HEADER_BYTES",
-    "CommittedStore",
-    "LostBytes",
-    "frame_content",
-    "metadata_problem",
-    "open_array",
-    "quiet_strings",
-    "write_group",
-]
+def without_checksum(data: bytes) -> bytes:
+    """What the CRC-32C at its end is of. Raises ValueError if it is of something else."""
+    if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        raise ValueError("a checksum does not fit")
+    return data[:-CRC_BYTES]
+
+
+def decode(data: bytes, out: np.ndarray, *, compressed: bool) -> None:
+    """Undo the codecs of one chunk into `out`: checksum, zstd where it is `compressed`, bytes.
+
+    By hand, as chunks are written. Raises ValueError, RuntimeError for what is no chunk of the size of `out`.
+    """
+    content = without_checksum(data)
+    if not compressed:
+        out[...] = np.frombuffer(content, out.dtype).reshape(out.shape)
+    elif _frame_content(content) != out.nbytes:
+        raise ValueError(f"{_frame_content(content)} bytes in a chunk of {out.nbytes}")
+    else:
+        Zstd().decode(content, out=out)
+
+
+def decode_texts(data: bytes, count: int, *, compressed: bool) -> np.ndarray:
+    """The chunk of an array of `count` texts. Raises as `decode`."""
+    content = without_checksum(data)
+    if compressed:
+        size = _frame_content(content)
+        if size is None or size > MAX_WHOLE_BYTES:
+            raise ValueError(f"{size} bytes of texts, limit {MAX_WHOLE_BYTES}")
+        content = bytes(Zstd().decode(content))
+    found = int.from_bytes(content[:4], "little")  # how many objects a decoder makes
+    if found != count:
+        raise ValueError(f"{found} texts instead of {count}")
+    return np.asarray(VLenUTF8().decode(content)).astype(np.dtypes.StringDType())
+
+
+__all__ = ["decode", "decode_texts", "metadata_problem", "quiet_strings", "without_checksum", "write_group"]

@@ -98,7 +98,7 @@ def test_forged_counts_inside_a_chunk_fill_no_memory(folder):
     text = (attempt / "pair" / "id" / "c" / "0").read_bytes()[:-4]
     forged = (2**32 - 1).to_bytes(4, "little") + text[4:]
     forge_file(folder, "pair/id/c/0", forged + crc32c(forged))
-    with pytest.raises(CacheSchemaError, match="4294967295 texts instead of 3"):
+    with pytest.raises(CacheCorrupt, match="4294967295 texts instead of 3"):
         open_cache(str(folder)).shards["s0"].read("pair/id")
 
     path = "x0/c/0/0/0/0"
