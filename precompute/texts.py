@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 
 from inpo.common.batch_size import memory_in_words
-from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts
+from inpo.common.cache import CacheWriter, TextCommit, TextData, Texts, TextShard
 from inpo.common.cache.document import MAX_PROMPTS_PER_SHARD
 from inpo.common.cache.schema import EMPTY_PROMPT
 from inpo.common.cache.specs import TEXT
-from inpo.common.cache.store import digest
+from inpo.common.cache.store import PARALLEL_READS, digest
 from inpo.common.conditions import Place
 from inpo.precompute.encode import TextEncoder
 from inpo.precompute.tasks import ShardTask
@@ -67,17 +68,26 @@ class TextTable:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what has been committed since."""
-        for name in sorted(self._writer.committed(TextCommit) - self.names):
-            shard = self.texts.get(name)
-            if shard is None:  # moved aside in between
-                continue
-            self.names.add(name)
-            for row, text in enumerate(shard.text):
-                if row in shard.commit.not_finite:
-                    self._not_finite.add(_key(text))
-                else:
-                    self._places.setdefault(_key(text), (name, row))
+        """Take in what has been committed since. Prompts themselves are not kept."""
+        fresh = sorted(self._writer.committed(TextCommit) - self.names)
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            for first in range(0, len(fresh), PARALLEL_READS):
+                for shard, keys in pool.map(self._read, fresh[first : first + PARALLEL_READS]):
+                    if shard is not None:
+                        self._take(shard, keys)
+
+    def _read(self, name: str) -> tuple[TextShard | None, list[bytes]]:
+        """A text shard, if it has not been moved aside in between, and its prompts' keys."""
+        shard = self.texts.get(name)
+        return shard, [] if shard is None else [_key(str(text)) for text in shard.read_stored(TEXT.path)]
+
+    def _take(self, shard: TextShard, keys: list[bytes]) -> None:
+        self.names.add(shard.name)
+        for row, key in enumerate(keys):
+            if row in shard.commit.not_finite:
+                self._not_finite.add(key)
+            else:
+                self._places.setdefault(key, (shard.name, row))
 
     def place(self, prompt: str) -> Place | None:
         """Where a prompt stands; None if it is not committed, or not finite."""

@@ -11,12 +11,11 @@ import numpy as np
 from inpo.common.cache import Cache, Shard
 from inpo.common.cache.identity import check_one_run
 from inpo.common.cache.labels import read_label_shards
+from inpo.common.cache.store import PARALLEL_READS
 from inpo.common.errors import CacheIncomplete, UsageError
 from inpo.common.seeding import stable_hash, uniform
 from inpo.common.text import plain_prompt, read_text, text_lines
 from inpo.train.selection import IndexedShard, PairsOfShard, RecordSelection
-
-_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +77,7 @@ def build_index(caches: Sequence[Cache], *, soft: bool, held_out: float, **other
         aside = np.array([uniform("held-out", plain_prompt(str(each))) < selection.held_out for each in prompts], bool)
         return whole.part(~aside), whole.part(aside), found.digest(whole), found.ids
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         parts = list(pool.map(index_one, shards))
     index = Index(
         training=tuple(training for training, _, _, _ in parts if len(training.rows)),

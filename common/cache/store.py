@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)}
 """For what can pass (503, time-outs, dropped connections): backoff from 0.1 s, doubled each time, with jitter."""
 _SAMPLE_BYTES = 4096
-_PARALLEL_READS = 16
+PARALLEL_READS = 16
+"""At once, where each answer takes its time."""
 _DOCUMENT_BYTES = 1 << 26
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _client_process: int | None = None
@@ -197,7 +198,7 @@ class CacheStore:
 
         if not self.remote:
             return [one(name) for name in names]
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
             return list(pool.map(one, names))
 
     def sample_digest(self, name: str, size: int) -> str:
