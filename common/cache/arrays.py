@@ -25,10 +25,6 @@ from inpo.common.cache.specs import CRC_BYTES, ArraySpec
 from inpo.common.cache.store import digest_of_sample
 
 ZSTD_LEVEL = 3
-_CHUNKS_PER_BATCH = 64
-if zarr.config.get("codec_pipeline.batch_size") == 1:
-    # zarr's default decodes one chunk at a time; in batches the same bytes take half the time, to write and to read.
-    zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_PER_BATCH})
 
 
 class WrittenStore(WrapperStore[Store]):
