@@ -47,7 +47,8 @@ _OPTIONS = {
     "workers": "--ray-workers",
 }
 """Options that are not their setting's name with dashes."""
-
+_TOML_WORDS = {"tuple_type": "a list, in brackets", "dict_type": "a table, in braces"}
+"""What pydantic calls by Python's words."""
 
 Location = Annotated[str, AfterValidator(settled), PlainSerializer(shown, return_type=str, when_used="json")]
 """A path, an address or a hub id. Written down, an address is without its secrets."""
@@ -274,6 +275,7 @@ def resolve(
         # pydantic words a range as a sentence, our own checks say what there is instead.
         rule = first["msg"].removeprefix("Input should be ")
         is_range = rule != first["msg"]
+        rule = _TOML_WORDS.get(first["type"], rule)
         raise UsageError(
             f"Bad value for {name}." if is_range else f"Bad value for {name}: {rule.removeprefix('Value error, ')}.",
             where=option_name(setting) if is_flag else f"[{section}] of {file}",

@@ -25,7 +25,7 @@ def lora_file(location: str) -> Path:
             "There are no LoRA weights here.",
             where=location,
             expected="one .safetensors file, or a folder with one",
-            got=", ".join(file.name for file in found) if path.exists() else "nothing",
+            got=(", ".join(file.name for file in found) or "a folder without one") if path.exists() else "nothing",
             fix="check --lora",
         )
     try:

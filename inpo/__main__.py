@@ -2,10 +2,16 @@
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from inpo.cli import main
 
-        main()
-    except KeyboardInterrupt:  # before a command minds it
+def main() -> None:
+    """The program. Its imports take seconds, in which nothing minds Ctrl-C yet."""
+    try:
+        from inpo.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -188,8 +188,10 @@ def test_it_runs_beside_files_and_packages_of_the_same_names(wheel: Path, tmp_pa
     (project / "common").mkdir()
     (project / "common" / "errors.py").write_text("")
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    script = "from importlib.metadata import entry_points as e; e(group='console_scripts')['inpo'].load()()"
     for command in (
         ["-m", "inpo", "--version"],
+        ["-c", script, "--version"],
         ["-m", "inpo", "train", "--help"],
         ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "inpo", "precompute", "--help"],
     ):

@@ -27,7 +27,6 @@ SKIPPED_NAME = "skipped.jsonl"
 """What `inpo data pack` writes beside its tars: the rows that gave no pair."""
 _PIECE = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 _SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|dev|test)", re.IGNORECASE)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 
 
 def open_source(
@@ -115,9 +114,10 @@ def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
     not_read: Counter[str] = Counter()
     kind = _kind(taken[0])
     with_list = kind == "list"
+    images = _image_suffixes() if with_list else frozenset()
     for file in set(listing.files) - set(taken):
         suffix = PurePosixPath(file).suffix.lower()
-        of_list = with_list and (suffix in IMAGE_SUFFIXES or may_be_archive(file))
+        of_list = with_list and (suffix in images or may_be_archive(file))
         of_pack = kind == "tar" and PurePosixPath(file).name == SKIPPED_NAME
         if not (of_list or of_pack):
             not_read[f"file *{brief(suffix)}" if suffix else "file without a suffix"] += 1
@@ -126,6 +126,15 @@ def _beside(listing: Listing, taken: list[str]) -> Counter[str]:
     for folder in set() if with_list else set(listing.folders) - set(taken):
         not_read[f"folder {brief(PurePosixPath(folder).name)}"] += 1
     return +not_read
+
+
+def _image_suffixes() -> frozenset[str]:
+    """Of the formats that images are read in."""
+    from PIL import Image  # which many a source needs later, or in other processes
+
+    from inpo.common.pairs.images import FORMATS
+
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _from_files(

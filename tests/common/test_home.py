@@ -143,6 +143,11 @@ def test_an_address_where_a_path_on_this_machine_is_needed_makes_no_folder_of_it
     assert home(Path("a:b/c")) == Path("a:b/c")
 
 
+def test_a_value_of_another_kind_is_refused_in_words_of_toml() -> None:
+    with pytest.raises(UsageError, match=r"(?s)Bad value for timestep_range.*expected: a list, in brackets"):
+        resolve(PrecomputeSettings, "precompute", {"precompute": {"timestep_range": "10:20"}}, {})
+
+
 def test_a_null_in_a_path_is_refused() -> None:
     with pytest.raises(UsageError, match="no null"):
         resolve(TrainSettings, "train", {}, {"only": "a\0b"})

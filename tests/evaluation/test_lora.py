@@ -47,6 +47,9 @@ def test_lora_weights_change_the_image_and_the_identity(tiny_model: Path, tmp_pa
 def test_bad_lora_weights_are_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no LoRA weights here"):
         make(tiny_model, tmp_path / "out", lora=str(tmp_path / "none.safetensors"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="got:      a folder without one"):
+        make(tiny_model, tmp_path / "out", lora=str(tmp_path / "empty"))
     (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="damaged"):
         make(tiny_model, tmp_path / "out", lora=str(tmp_path / "bad.safetensors"))

@@ -259,9 +259,20 @@ def test_a_login_in_the_address_of_a_bucket_is_refused_and_not_passed_over() -> 
 def test_other_lists_beside_a_list_are_counted_and_its_images_are_not(tars: Path) -> None:
     (tars / "set").mkdir()
     (tars / "set" / "images").mkdir()
-    for name in ("pairs.jsonl", "more.jsonl", "a.png", "b.JPG", "notes.txt", "c.zip", "c.tar.gz.00", "d.tar.aa"):
+    for name in (
+        "pairs.jsonl",
+        "more.jsonl",
+        "a.png",
+        "b.JPG",
+        "c.jfif",
+        "notes.txt",
+        "d.h5",
+        "c.zip",
+        "c.tar.gz.00",
+        "d.tar.aa",
+    ):
         (tars / "set" / name).touch()
-    assert dict(open_source(str(tars / "set")).not_read) == {"file *.jsonl": 1, "file *.txt": 1}
+    assert dict(open_source(str(tars / "set")).not_read) == {"file *.h5": 1, "file *.jsonl": 1, "file *.txt": 1}
 
 
 @pytest.mark.parametrize(
