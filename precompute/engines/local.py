@@ -76,9 +76,9 @@ def in_order(tasks: Iterable[Task], met_another_run: threading.Event) -> Iterato
     Two runs that go through the same shards in the same order would make each of them twice, for ever side by side.
     In random order they meet only now and then: about ln(n) times in n shards.
     """
-    left = list(tasks)
+    left = list(tasks)[::-1]  # the next is the last
     while left:
         if met_another_run.is_set():
             met_another_run.clear()
             random.SystemRandom().shuffle(left)
-        yield left.pop(0)
+        yield left.pop()
