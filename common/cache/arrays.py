@@ -1,6 +1,7 @@
 """Arrays of one shard: written as a plain zarr v3 group, and how their metadata and their chunks are read."""
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from inpo.common.cache.specs import CRC_BYTES, ArraySpec
 from inpo.common.cache.store import digest_of_sample
 
 ZSTD_LEVEL = 3
+_parsing = threading.Lock()
+"""Which warnings are shown is the process's; two threads that change it at once leave it changed."""
 
 
 class WrittenStore(WrapperStore[Store]):
@@ -126,10 +129,10 @@ def metadata_problem(document: dict[str, Any], spec: ArraySpec) -> str | None:
 
     Raises what zarr raises for what it cannot read.
     """
-    with warnings.catch_warnings():
+    with _parsing, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what zarr finds odd in foreign metadata is refused below
         found = _metadata(ArrayV3Metadata.from_dict(document))
-    expected = _contract(spec, tuple(document["shape"]))
+        expected = _contract(spec, tuple(document["shape"]))
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             return f"{name} {ascii(found.get(name))[:200]} instead of {ascii(expected.get(name))[:200]}"

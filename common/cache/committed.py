@@ -30,7 +30,7 @@ class LostBytes(EOFError):
 
 
 class CommittedArrays:
-    """The arrays of one committed attempt. Read on demand, whole or some rows; nothing is kept."""
+    """The arrays of one committed attempt. Read on demand, whole or some rows; none is kept."""
 
     def __init__(self, store: CacheStore, folder: str, commit: AnyCommit, specs: Mapping[str, ArraySpec]) -> None:
         self.store = store
