@@ -103,7 +103,7 @@ def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
     found = {}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-        runs = tested(c.Row(method=method, pairs=pairs))
+        runs = tested_fewer(method, pairs)
         found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
@@ -114,7 +114,7 @@ def _calls(cache: c.Cache, pairs: c.Pairs) -> float:
 
 def points() -> dict[str, list[Run]]:
     """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
-    found = tested(c.Row(method=c.INPO, pairs=c.OWN))
+    found = tested_fewer(c.INPO, c.OWN)
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
 
 

@@ -66,7 +66,7 @@ GRID_SEEDS = (0, 6)
 """All cells of a grid have the first, the best of them the second too."""
 FINALISTS = 2
 FEWER_SEEDS = (1, 2, 3)
-"""For the answer."""
+"""For the answer, few pairs with many points, and prolonged runs."""
 FLIPS = (5, 30)
 """Per cent of the labels that say the opposite of what the oracle thinks."""
 
