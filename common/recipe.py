@@ -47,8 +47,8 @@ _OPTIONS = {
     "workers": "--ray-workers",
 }
 """Options that are not their setting's name with dashes."""
-_TOML_WORDS = {"tuple_type": "a list, in brackets", "dict_type": "a table, in braces"}
-"""What pydantic calls by Python's words."""
+_TOML_WORDS = {"tuple_type": "a list, in brackets"}
+"""{type of an error: what pydantic calls by a word of Python's}."""
 
 Location = Annotated[str, AfterValidator(settled), PlainSerializer(shown, return_type=str, when_used="json")]
 """A path, an address or a hub id. Written down, an address is without its secrets."""

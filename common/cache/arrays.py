@@ -54,7 +54,7 @@ class WrittenStore(WrapperStore[Store]):
 
 
 @contextmanager
-def quiet_strings() -> Iterator[None]:
+def _quiet_strings() -> Iterator[None]:
     """zarr warns that variable-length strings have no final v3 specification; the contract accepts that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
@@ -63,7 +63,7 @@ def quiet_strings() -> Iterator[None]:
 
 def write_group(store: Store, arrays: Mapping[str, np.ndarray], specs: Mapping[str, ArraySpec]) -> None:
     """Write a plain zarr v3 group. Arrays must already have the dtype and rank of their `specs`."""
-    with quiet_strings():
+    with _quiet_strings():
         zarr.create_group(store=store, zarr_format=3)
         for path in sorted({path.split("/")[0] for path in arrays if "/" in path}):
             zarr.create_group(store=store, path=path, zarr_format=3)
@@ -116,7 +116,7 @@ def _create(store: Store, spec: ArraySpec, shape: tuple[int, ...]) -> zarr.Array
 @lru_cache(maxsize=512)
 def _contract(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
     """The metadata that an array of this shape has by the contract. Nothing of the array's size is made for it."""
-    with quiet_strings():
+    with _quiet_strings():
         return _metadata(_create(MemoryStore(), spec, shape).metadata)
 
 
@@ -194,4 +194,4 @@ def decode_texts(data: bytes, count: int, *, compressed: bool) -> np.ndarray:
     return np.asarray(VLenUTF8().decode(content)).astype(np.dtypes.StringDType())
 
 
-__all__ = ["decode", "decode_texts", "metadata_problem", "quiet_strings", "without_checksum", "write_group"]
+__all__ = ["decode", "decode_texts", "metadata_problem", "without_checksum", "write_group"]

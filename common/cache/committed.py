@@ -107,7 +107,7 @@ class CommittedArrays:
         return self._shapes[path]
 
     def _file(self, file: str) -> bytes:
-        """A small file, whole, after checking that it is the committed one."""
+        """A file, whole, after checking that it is the committed one."""
         (data,) = self._ranges(file, [(0, self._files[file])])
         self._compare(file, digest_of_sample(memoryview(data)))
         return data

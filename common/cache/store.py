@@ -1,8 +1,8 @@
 """Bytes of a cache, on a local disk or in an object store, behind one small object.
 
 Put-if-absent is obstore's conditional create, local and remote: of any number of writers one wins and the others are
-told. Arrays go through zarr's own stores. Local files are read with plain Python: obstore's threads do not survive a
-fork, and a trainer's data workers are often forked.
+told. Arrays are written through zarr's own stores. Local files are read with plain Python: obstore's threads do not
+survive a fork, and a trainer's data workers are often forked.
 """
 
 import hashlib

@@ -163,6 +163,22 @@ def test_verify_finds_every_damage_and_names_shard_and_array(home, tmp_path, pat
             file.write_bytes(data)
 
 
+@pytest.mark.parametrize("path", ["pair/zarr.json", "zarr.json", "texts/zarr.json"])
+def test_verify_finds_damaged_metadata_of_a_group(whole, tmp_path, path):
+    """Other programs read the arrays by them."""
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    cache = open_cache(str(folder))
+    shard, file = owner(cache, path)
+    place = Path(shard.location) / file
+    place.write_text(place.read_text().replace('"group"', '"array"'))  # as long as before
+    result = check_texts(shard, cache.manifest) if isinstance(shard, TextShard) else check_shard(shard)
+    (finding,) = result.findings
+    assert "a group's metadata of" in finding.detail
+    assert finding.check == ("texts" if path.startswith("texts/") else "bytes")
+    assert not result.is_whole
+
+
 @pytest.mark.parametrize(("left", "right"), [("x_t", "delta"), ("delta", "eps_ref"), ("x0_t", "target")])
 def test_two_arrays_of_one_shape_swapped(whole, tmp_path, left, right):
     folder = tmp_path / "cache"
