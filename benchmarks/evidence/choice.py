@@ -86,9 +86,9 @@ def tested(row: c.Row) -> list[Run]:
     ]
 
 
-def tested_fewer(method: c.Method, pairs: c.Pairs) -> list[Run]:
-    """The same of a row of the main tables, with few seeds."""
-    return [run for run in tested(c.Row(method=method, pairs=pairs)) if run.seed in c.FEWER_SEEDS]
+def tested_everywhere(method: c.Method, pairs: c.Pairs) -> list[Run]:
+    """The same of a row of the main tables, with the seeds that all tables have."""
+    return [run for run in tested(c.Row(method=method, pairs=pairs)) if run.seed in c.SEEDS]
 
 
 def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
@@ -103,7 +103,7 @@ def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
     found = {}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
-        runs = tested_fewer(method, pairs)
+        runs = tested_everywhere(method, pairs)
         found[f"{method.name}, {steps} steps"] = [replace(run, longer=steps) for run in runs]
     return found
 
@@ -114,7 +114,7 @@ def _calls(cache: c.Cache, pairs: c.Pairs) -> float:
 
 def points() -> dict[str, list[Run]]:
     """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
-    found = tested_fewer(c.INPO, c.OWN)
+    found = tested_everywhere(c.INPO, c.OWN)
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
 
 
@@ -131,7 +131,7 @@ def answer() -> dict[str, list[Run]]:
     """Few methods on every kind of pairs, on some with more turned labels, with the setting of a main table."""
     return {
         f"{method.name} | {pairs.name} | {flips}": [
-            replace(run, pairs=pairs, flips=flips) for run in tested_fewer(method, c.tuned_on(pairs))
+            replace(run, pairs=pairs, flips=flips) for run in tested_everywhere(method, c.tuned_on(pairs))
         ]
         for pairs in c.KINDS
         for flips in (c.FLIPS if pairs in c.TURNED else c.FLIPS[:1])

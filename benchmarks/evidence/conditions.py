@@ -7,6 +7,8 @@ from pathlib import Path
 from inpo.toyworld.backdrops import SIZE
 
 SCORERS = ("toyworld-oracle", "toyworld-heldout")
+SEEDS = (1, 2, 3, 4, 5)
+"""Test seeds of every table. Those of a grid are none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +22,8 @@ class Length:
     strengths: tuple[float, ...] = (40.0, 160.0)
     """beta times the mean reference error of a cache. Errors of caches differ by a factor of three, and beta multiplies
     them: one beta for all would compare strengths."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Of the main tables. Those of a grid are none of them."""
+    seeds: tuple[int, ...] = SEEDS
+    """Of the main tables."""
     captions: Mapping[str, int | None] = field(default_factory=lambda: {"validation": 150, "test": 300})
     """Prompt files: how many captions of the split of that name. `test` chooses nothing."""
     inference_steps: int = 10
@@ -61,12 +63,11 @@ length = SHORT
 """The one in use."""
 NUM_PAIRS = 1024
 MORE_SEEDS = (7, 8, 9, 10, 11, 12, 13, 14)
-"""With these a 95% t-interval over seeds is half as wide: t(12) / sqrt(13) is 0.49 of t(4) / sqrt(5)."""
+"""For the main tables alone. With these a 95% t-interval over seeds is half as wide: t(12) / sqrt(13) is 0.49 of
+t(4) / sqrt(5)."""
 GRID_SEEDS = (0, 6)
 """All cells of a grid have the first, the best of them the second too."""
 FINALISTS = 2
-FEWER_SEEDS = (1, 2, 3)
-"""For the answer, few pairs with many points, and prolonged runs."""
 FLIPS = (5, 30)
 """Per cent of the labels that say the opposite of what the oracle thinks."""
 

@@ -105,7 +105,8 @@ def _from_folder(location: str, reading: Reading, *, around: Counter[str] | None
 
 def _holds_pairs(folder: str) -> bool:
     with suppress(DataError):  # of another owner, as lost+found: what was asked for is the one above
-        return any(map(_kind, list_folder(folder).files))
+        files = list_folder(folder).files
+        return any(_kind(file) != "list" or PurePosixPath(file).name in LIST_NAMES for file in filter(_kind, files))
     return False
 
 

@@ -87,6 +87,8 @@ class Reasons:
         names = found_fields(shards)
         if names:
             lines.append(f"fields found: {', '.join(map(brief, names[:24]))}{', ...' if len(names) > 24 else ''}")
+            if self.counts["bad_metadata"]:
+                lines.append("--columns win=NAME,lose=NAME,... says what they are; see `inpo data columns`")
         return lines
 
 

@@ -329,6 +329,7 @@ def test_a_source_without_a_pair_is_a_failure(tmp_path: Path, pick_row: PickRow,
     assert json.loads(stdout)["num_pairs"] == 0
     assert re.search(r"1 x unlabelled: .*for instance 1000: has_label is false\n +1 x missing_prompt: .*1001", stderr)
     assert "fields found: are_different, best_image_uid, caption, " in stderr
+    assert "--columns" not in stderr, "no column is missing"
     before = sorted(tmp_path.iterdir())
     with pytest.raises(
         DataError, match=r"(?s)nothing to pack.*1 x unlabelled: .*1 x missing_prompt: .*fields found: are_diff"

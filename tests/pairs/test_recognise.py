@@ -217,6 +217,8 @@ def test_a_repository_with_its_files_in_data(tars: Path, monkeypatch: pytest.Mon
     assert ids(tars / "repository") == ["0", "1", "2", "3"]
     assert dict(open_source(str(tars / "repository")).not_read) == {"file *.md": 1, "folder images": 1}
     (tars / "repository" / "data").rename(tars / "repository" / "train")
+    # Not a list of pairs by its name, as a model's or a cache's documents.
+    (tars / "repository" / "images" / "config.json").touch()
     with pytest.raises(DataError, match="folders in it: images, train") as raised:
         open_source(f"{tars / 'repository'}/")
     assert raised.value.fix == f"name a folder in it: {tars / 'repository' / 'train'}"

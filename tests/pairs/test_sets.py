@@ -305,3 +305,4 @@ def test_a_source_of_which_nothing_can_be_used_says_why_and_what_it_has(folder: 
         assert "1 x missing_image" in text
         assert "for instance lost: win: no file images/gone.png" in text
         assert "fields found: wim, lose, prompt, id, win" in text
+        assert "--columns win=NAME,lose=NAME,... says what they are" in text
