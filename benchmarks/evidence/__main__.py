@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,9 @@ from benchmarks.evidence.jobs import Job, run_jobs
 from benchmarks.evidence.online import train_online
 
 AGAINST_DPO = "test-against-dpo"
+AGAINST_TUNED_DPO = "test-against-tuned-dpo"
+TUNED = "wider grids"
+"""The table of what is compared with that."""
 Tables = dict[str, dict[str, Any]]
 """{title: {row: its numbers}}."""
 
@@ -70,7 +73,7 @@ def _answer(at_once: int) -> None:
 
 
 def _more(at_once: int) -> None:
-    """As many network calls for all, points against pairs, and loops without a cache."""
+    """As many network calls for all, points against pairs, loops without a cache, and wider grids."""
     for pairs in c.MAIN:
         prolonged = choice.same_calls(pairs).values()
         _tested(f"same calls, {pairs.name}", at_once, [run for runs in prolonged for run in runs])
@@ -81,6 +84,9 @@ def _more(at_once: int) -> None:
     loops = [run for row in c.loops() for runs in choice.online(row).values() for run in runs]
     _tested("DPO for the loops", at_once, list(dict.fromkeys(map(choice.dpo_of, loops))))
     _tested("online", at_once, loops)
+    _grids(at_once, c.tuned())
+    tuned = [run for row in c.tuned() for run in choice.tuned(row)]
+    _tested(TUNED, at_once, tuned, dpo_of=choice.tuned_dpo_of, against=AGAINST_TUNED_DPO)
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:
@@ -138,7 +144,14 @@ def _job(run: Run, prompts: str) -> Job:
     )
 
 
-def _tested(title: str, at_once: int, runs: list[Run]) -> None:
+def _tested(
+    title: str,
+    at_once: int,
+    runs: list[Run],
+    *,
+    dpo_of: Callable[[Run], Run] = choice.dpo_of,
+    against: str = AGAINST_DPO,
+) -> None:
     """The runs on test captions, against the base and against DPO's of the same pairs, labels and seed.
 
     Seed by seed, so that tables can be written of what there is.
@@ -147,10 +160,10 @@ def _tested(title: str, at_once: int, runs: list[Run]) -> None:
     run_jobs(title, [_job(run, "test") for run in runs], at_once=at_once)
     jobs = []
     for run in runs:
-        theirs = choice.dpo_of(run)
+        theirs = dpo_of(run)
         if run.method is not c.DPO or run.online:
-            compare = c.compare_command(theirs.images("test"), run.images("test"), run.folder / AGAINST_DPO)
-            jobs.append(Job(name=AGAINST_DPO, folder=run.folder, steps=[compare]))
+            compare = c.compare_command(theirs.images("test"), run.images("test"), run.folder / against)
+            jobs.append(Job(name=against, folder=run.folder, steps=[compare]))
     run_jobs(f"{title}: head to head", jobs, at_once=at_once)
 
 
@@ -164,6 +177,9 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
     found["points"] = choice.points()
     found["online"] = {name: runs for row in _with_grid(c.loops()) for name, runs in choice.online(row).items()}
     found["answer"] = choice.answer()
+    found[TUNED] = {
+        f"{row.method.name} | {row.pairs.name} | {row.flips}": choice.tuned(row) for row in _with_grid(c.tuned())
+    }
     tested = {
         title: {name: [run for run in runs if _is_tested(run)] for name, runs in rows.items()}
         for title, rows in found.items()
@@ -212,9 +228,10 @@ def _results() -> None:
     What was not made here stays in the document as it is.
     """
     name = c.length.root.name
-    grids = {row.title: choice.cells(row) for row in [*c.rows(), *_with_grid(c.loops())]}
+    grids = {row.title: choice.cells(row) for row in [*c.rows(), *_with_grid([*c.loops(), *c.tuned()])]}
     made = {
-        title: {row: r.row(runs, AGAINST_DPO) for row, runs in rows.items()} for title, rows in _finished_runs().items()
+        title: {row: r.row(runs, AGAINST_TUNED_DPO if title == TUNED else AGAINST_DPO) for row, runs in rows.items()}
+        for title, rows in _finished_runs().items()
     }
     known = _document()
     caches = [(each.folder(pairs), _cache_job(each, pairs)) for pairs in c.KINDS for each in c.caches(pairs)]

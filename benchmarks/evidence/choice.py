@@ -16,8 +16,16 @@ from benchmarks.evidence.conditions import Run
 def grid(row: c.Row, seed: int = c.GRID_SEEDS[0]) -> list[Run]:
     """Every setting with one seed."""
     return [
-        Run(method=row.method, pairs=row.pairs, learning_rate=rate, strength=strength, seed=seed, online=row.online)
-        for rate, strength in itertools.product(c.length.learning_rates, row.method.strengths)
+        Run(
+            method=row.method,
+            pairs=row.pairs,
+            learning_rate=rate,
+            strength=strength,
+            seed=seed,
+            flips=row.flips,
+            online=row.online,
+        )
+        for rate, strength in itertools.product(c.length.learning_rates, row.strengths)
     ]
 
 
@@ -92,7 +100,7 @@ def tested_everywhere(method: c.Method, pairs: c.Pairs) -> list[Run]:
 
 
 def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
-    """Finished runs prolonged to the network calls of InPO's cache and training.
+    """InPO's runs, and finished ones of other methods prolonged to the network calls of its cache and training.
 
     Caches cost what `inpo plan` counts for them. A trained record costs three calls for each of its images, a backward
     pass counts as two; SFT trains one side.
@@ -100,7 +108,7 @@ def same_calls(pairs: c.Pairs) -> dict[str, list[Run]]:
     images = 2 * c.NUM_PAIRS
     saved = images * (_calls(c.CLEAN, pairs) - _calls(c.NOISE, pairs))
     rest = saved + c.length.steps * c.length.batch * 2 * 3
-    found = {}
+    found = {f"{c.INPO.name}, {c.length.steps} steps": tested_everywhere(c.INPO, pairs)}
     for method in c.SAME_CALLS:
         steps = int(rest / (c.length.batch * (1 if method is c.SFT else 2) * 3))
         runs = tested_everywhere(method, pairs)
@@ -116,6 +124,11 @@ def points() -> dict[str, list[Run]]:
     """Few pairs with many points or many pairs with few, own pairs, with the setting of plain InPO."""
     found = tested_everywhere(c.INPO, c.OWN)
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
+
+
+def tuned(row: c.Row) -> list[Run]:
+    """The choice of a wider grid, with all seeds of the main tables."""
+    return [replace(tested(row)[0], seed=seed) for seed in (*c.SEEDS, *c.MORE_SEEDS)]
 
 
 def online(row: c.Row) -> dict[str, list[Run]]:
@@ -144,3 +157,8 @@ def dpo_of(run: Run) -> Run:
     """DPO's run that this one is compared with: the same pairs, labels and seed, by the setting of its own grid."""
     theirs = tested(c.Row(method=c.DPO, pairs=c.tuned_on(run.pairs)))[0]
     return replace(theirs, pairs=run.pairs, flips=run.flips, seed=run.seed)
+
+
+def tuned_dpo_of(run: Run) -> Run:
+    """The same by the wider grid for just these pairs and labels."""
+    return replace(tuned(c.Row(method=c.DPO, pairs=run.pairs, turned=run.flips))[0], seed=run.seed)

@@ -70,6 +70,8 @@ GRID_SEEDS = (0, 6)
 FINALISTS = 2
 FLIPS = (5, 30)
 """Per cent of the labels that say the opposite of what the oracle thinks."""
+LOWER_STRENGTH = 10.0
+"""Below those of a length: most of their grids' best lie at the lower of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +265,21 @@ class Row:
     pairs: Pairs
     online: Online | None = None
     """The loop, where no cache is read."""
+    turned: int | None = None
+    """The share of turned labels, where a wider grid is made for these pairs and labels alone."""
 
     @property
     def title(self) -> str:
-        return f"{(self.online or self.method).name}, {self.pairs.name}"
+        told = [(self.online or self.method).name, self.pairs.name]
+        return ", ".join(told if self.turned is None else [*told, f"{self.turned}% turned"])
+
+    @property
+    def strengths(self) -> tuple[float | None, ...]:
+        return self.method.strengths if self.turned is None else (LOWER_STRENGTH, *self.method.strengths)
+
+    @property
+    def flips(self) -> int:
+        return FLIPS[0] if self.turned is None else self.turned
 
 
 def rows() -> list[Row]:
@@ -282,6 +295,12 @@ def loops() -> list[Row]:
         for loop in ONLINE
         if loop.name not in length.without
     ]
+
+
+def tuned() -> list[Row]:
+    """DPO and what is ahead of it on pairs of other origin, each at its best on these pairs and labels."""
+    kinds = ((RENDERED[1], 30), (RENDERED[1], 5), (RENDERED[0], 5))
+    return [Row(method=method, pairs=pairs, turned=turned) for pairs, turned in kinds for method in (DPO, KTO)]
 
 
 def caches(pairs: Pairs) -> tuple[Cache, ...]:
