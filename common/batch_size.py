@@ -12,7 +12,7 @@ from inpo.common.log import say
 
 MOST = 64
 """Pairs: where the network is the limit, larger batches are no faster."""
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED")
 """In what torch raises where it has no class of error for it: a CPU's allocator, Apple's, CUDA's own calls, and the
 libraries that allocate beside torch (cuBLAS, cuDNN)."""
 

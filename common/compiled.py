@@ -59,6 +59,7 @@ def compile_network(
     shapes: int = 1,
     ahead: int | None = None,
     agree: Callable[[bool], bool] = bool,
+    meeting: bool = False,
 ) -> bool:
     """Compile `network` in place. Returns whether it is compiled now: no if nobody asked, if it is left to us and does
     not pay, or if it failed, with a note.
@@ -72,13 +73,14 @@ def compile_network(
         varying: sizes inside the network change from call to call, and kernels are made for any of them.
         ahead: how many calls like `first` there will be, about; None: nobody knows, many.
         agree: of "it is so here" whether it is so in all processes; called equally often in all of them.
+        meeting: processes wait for one another inside `first`, so that out of memory in one of them ends it.
 
     Raises what `first` raises of our own, and out of memory.
     """
     # With sizes of their own for every call, no graph and no kernels of the whole would be used twice.
     how, graphs = ("blocks" if varying and how == "whole" else how), graphs and not varying
     parts = _parts(network, how, blocks, device)
-    if not parts or (how == "auto" and ahead is not None and not _pays(network, first, ahead, agree)):
+    if not parts or (how == "auto" and ahead is not None and not _pays(network, first, ahead, agree, meeting)):
         return False
     what = "the whole network" if parts == [network] else f"{len(parts)} blocks of the network ({_names(parts)})"
     what += " and its CUDA graph" if graphs else ""
@@ -115,22 +117,26 @@ def _allow_kernels(count: int) -> None:
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * count)
 
 
-def _pays(network: nn.Module, first: Callable[[], object], ahead: int, agree: Callable[[bool], bool]) -> bool:
+def _pays(
+    network: nn.Module, first: Callable[[], object], ahead: int, agree: Callable[[bool], bool], meeting: bool
+) -> bool:
     """Whether the work ahead takes long as it is, in all processes. The first call, which loads libraries too, may say
     no already."""
     worth = _WORTH[any(each.requires_grad for each in network.parameters())]
     for _ in range(2):
-        if not agree(ahead * _seconds(first) >= worth):
+        if not agree(ahead * _seconds(first, meeting) >= worth):
             say("nothing is compiled: the work ahead is too short for that to pay (--compile blocks asks for it)")
             return False
     return True
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], meeting: bool) -> float:
     """What a call takes; infinity where it does not fit into memory: a compiled one, which holds less, may."""
     _synchronise()
     clock = time.perf_counter()
-    if not fits(call):
+    if meeting:
+        call()
+    elif not fits(call):
         return math.inf
     _synchronise()
     return time.perf_counter() - clock

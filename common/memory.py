@@ -152,6 +152,8 @@ class Peak:
     fixed: float = 0.0
     per_image: float = 0.0
     """Activations are fixed + per_image * images."""
+    shard: int = 0
+    """What lies there of a whole shard, while a batch of it is in the network."""
     elsewhere: int = 0
     """At least so much, in another phase of the run."""
 
@@ -162,7 +164,7 @@ class Peak:
         """With so many images."""
         stay, come = (self.gradients, 0) if self.gradients_stay else (0, self.gradients)
         beside = stay + max(come, self.activations(images))
-        return max(self.elsewhere, self.weights + self.optimizer + beside)
+        return max(self.elsewhere, self.weights + self.optimizer + self.shard + beside)
 
     def most_images(self, memory: int) -> int:
         """How many fit into a device's memory, with a tenth of it to spare; 0: none."""
@@ -170,7 +172,8 @@ class Peak:
         if self.at(1) > room:
             return 0
         stay = self.gradients if self.gradients_stay else 0
-        return int((room - self.weights - self.optimizer - stay - self.fixed) // max(self.per_image, 1.0))
+        room -= self.weights + self.optimizer + self.shard + stay
+        return int((room - self.fixed) // max(self.per_image, 1.0))
 
 
 def line(count: Callable[[int], int]) -> tuple[float, float]:
@@ -200,6 +203,7 @@ class Need:
             "batch_size": batch_size,
             "weights": self.peak.weights,
             "optimizer": self.peak.optimizer,
+            "shard": self.peak.shard,
             "gradients": self.peak.gradients,
             "activations": self.peak.activations(self.sides * batch_size),
             "peak": self.peak.at(self.sides * batch_size),

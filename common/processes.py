@@ -30,7 +30,7 @@ _CHANGE_NUMBERS = {
     # sharded network meets.
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "would leave the text encoders of all processes but the first without weights",
 }
-_LONGEST_WAIT = timedelta(hours=6)
+LONGEST_WAIT = timedelta(hours=6)
 """Of processes for one another: torch's ten minutes on GPUs are less than one of them may have more to draw or score,
 or the first to write and send. Where one fails, its launcher ends the others at once; one that hangs is found by this.
 """
@@ -77,7 +77,7 @@ def processes() -> PartialState:
     The first call decides for the whole process.
     """
     check_launcher()
-    return PartialState(cpu=on_cpu(), timeout=_LONGEST_WAIT)
+    return PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT)
 
 
 def leave(code: int) -> int:

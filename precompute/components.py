@@ -11,10 +11,12 @@ from torch import Tensor
 
 from inpo.common.batch_size import find_batch_size, memory_in_words
 from inpo.common.cache import Manifest
+from inpo.common.cache.document import MAX_PAIRS_PER_SHARD
 from inpo.common.choices import AUTO, CompileName
 from inpo.common.compiled import compile_network, uses_graphs
 from inpo.common.denoiser import Denoiser, prepare_for_inference
 from inpo.common.families import Family
+from inpo.common.memory import bytes_of
 from inpo.common.models import Model
 from inpo.precompute.encode import ImageEncoder
 from inpo.precompute.settings import PrecomputeSettings
@@ -72,6 +74,13 @@ def load_components(model: Model, manifest: Manifest, device: torch.device) -> C
     )
 
 
+def shard_bytes(model: Model, manifest: Manifest) -> int:
+    """What an inversion holds of a shard of pairs: its images' conditions and clean latents."""
+    one = model.family.blank(model.config, 1, manifest.resolution, manifest.max_tokens)
+    spaces = 1 if manifest.inverter.guidance == 1.0 else 2
+    return 2 * MAX_PAIRS_PER_SHARD * (spaces * bytes_of(iter(one.values())) + 2 * math.prod(manifest.latent_shape))
+
+
 def call_blank(denoiser: Denoiser, model: Model, manifest: Manifest, pairs: int) -> Tensor:
     """One network call of so many pairs, of nobody's latents."""
     family, images = model.family, 2 * pairs
@@ -106,7 +115,13 @@ def fit(denoiser: Denoiser, model: Model, manifest: Manifest, settings: Precompu
     """The batch size in pairs, found where it is to be, with the network compiled for it. Raises OutOfMemory."""
     pairs = settings.batch_size
     if pairs == AUTO:
-        trial = partial(call_blank, denoiser, model, manifest)
+        held = shard_bytes(model, manifest)
+
+        def trial(pairs: int) -> None:
+            shard = torch.empty(held, dtype=torch.uint8, device=denoiser.device)
+            call_blank(denoiser, model, manifest, pairs)
+            del shard
+
         pairs = find_batch_size(trial, least=share.least, otherwise=_OTHERWISE)
     with in_words(pairs):
         compile_denoiser(denoiser, model, manifest, settings.compile, pairs, share.num_rows)

@@ -6,6 +6,7 @@ from inpo.common.cache import Manifest
 from inpo.common.denoiser import compute_name, prepare_for_inference
 from inpo.common.memory import META, Peak, counting, line, weights_of
 from inpo.common.models import Model
+from inpo.precompute.components import shard_bytes
 from inpo.precompute.encode import PROMPTS_PER_TEXT_CALL, images_per_vae_call
 
 
@@ -32,7 +33,11 @@ def precompute_peak(model: Model, manifest: Manifest, *, device_type: str = "cud
         family.posterior(vae, torch.zeros(images_per_vae_call(height, width), 3, height, width, device=META))
     encoding = weights + watch.peak
     return Peak(
-        weights=weights, fixed=fixed, per_image=per_image, elsewhere=max(encoding, _texts(model, manifest, device_type))
+        weights=weights,
+        fixed=fixed,
+        per_image=per_image,
+        shard=shard_bytes(model, manifest),
+        elsewhere=max(encoding, _texts(model, manifest, device_type)),
     )
 
 

@@ -173,7 +173,7 @@ def print_needs(needs: Sequence[Mapping[str, Any]], network_dtype: str, console:
     for name in ("", *(need["what"] for need in needs)):
         table.add_column(name, justify="right" if name else "left")
     table.add_row("pairs", *(str(need["batch_size"]) for need in needs))
-    for name in ("weights", "optimizer", "gradients", "activations", "peak"):
+    for name in ("weights", "optimizer", "gradients", "shard", "activations", "peak"):
         table.add_row(name, *(human_bytes(need[name]) for need in needs))
     if memory is not None:
         most = (str(need["largest_batch_size"] or "none") for need in needs)

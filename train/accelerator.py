@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inpo.common.denoiser import compute_dtype
 from inpo.common.log import note
-from inpo.common.processes import on_cpu, processes
+from inpo.common.processes import LONGEST_WAIT, on_cpu, processes
 from inpo.train.settings import TrainSettings
 
 _PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -65,3 +65,11 @@ def prepare(
         # make, and one that is out of memory makes none.
         wrapped.broadcast_buffers = False
     return wrapped, optimizer
+
+
+def control_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
+    """Through which processes agree on the CPU, so that no GPU has to be waited for; None: there is one process."""
+    if accelerator.num_processes == 1:
+        return None
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return group

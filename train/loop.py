@@ -28,6 +28,7 @@ from inpo.common.judge import Evaluation, Judge
 from inpo.common.log import note
 from inpo.common.progress import ProgressReport
 from inpo.train import checkpoint
+from inpo.train.accelerator import control_group
 from inpo.train.loss_space import error_weights
 from inpo.train.losses import preserve_win
 from inpo.train.metrics import Accumulator, MetricsWriter
@@ -71,9 +72,7 @@ class Trainer:
         self._bad = torch.zeros((), device=self.accelerator.device)
         self.weights = _weights(self.objective, self.denoiser, self.settings).float().to(self.accelerator.device)
         """Of both errors in the loss, by timestep."""
-        # Processes agree on stopping through the CPU, so that no GPU has to be waited for.
-        several = self.accelerator.num_processes > 1
-        self._control = torch.distributed.new_group(backend="gloo") if several else None
+        self._control = control_group(self.accelerator)
 
     def losses(self, batch: Batch, *, alone: bool = False) -> ObjectiveResult:
         """The objective on a micro-batch that lies on the device.
@@ -140,6 +139,7 @@ class Trainer:
             shapes=len(shapes),
             ahead=(settings.steps - self.step) * settings.accumulate // len(shapes),
             agree=agree,
+            meeting=sharded,
         ):
             self.denoiser.rows, self._graphs = None, False
         self.network.zero_grad(set_to_none=not self._graphs)

@@ -31,6 +31,8 @@ def prepare_network(
     cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. `sharded`: FSDP will
     split the weights, which it takes in plain order alone. Returns the trained parameters.
     """
+    # Without a gradient they have no optimiser's state to go on from, and other processes would wait for theirs.
+    unread = [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}" for name in family.unread]
     if settings.lora_rank:
         prepare_for_inference(network, network_dtype=network_dtype, device=device)
         targets = settings.lora_targets or family.lora_targets
@@ -39,6 +41,7 @@ def prepare_network(
             lora_alpha=settings.lora_alpha or settings.lora_rank,
             init_lora_weights="gaussian",
             target_modules=list(targets),
+            exclude_modules=unread or None,
         )
         names = [f".{name}" for name, _ in network.named_modules()]
         try:
@@ -59,6 +62,8 @@ def prepare_network(
             parameter.data = parameter.data.float()
     else:
         network.requires_grad_(True)
+        for name in unread:
+            network.get_submodule(name).requires_grad_(False)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if device.type == "cuda" and not sharded:

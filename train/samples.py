@@ -5,17 +5,18 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import nn
+from torch import Tensor, nn
 
 from inpo.common.cache import Cache, Manifest
 from inpo.common.decoded import watch_decoder
-from inpo.common.denoiser import compute_dtype
+from inpo.common.denoiser import DTYPES, compute_dtype
 from inpo.common.log import warn
 from inpo.common.models import Model
 from inpo.train.metrics import MetricsWriter
@@ -57,6 +58,7 @@ def sample_images(
         pipeline.scheduler = model.family.sampler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
+        pipeline.vae.decode = _in_its_dtype(pipeline.vae.decode, DTYPES[manifest.vae_dtype], device)
         for number, prompt in enumerate(prompts):
             with watch_decoder(pipeline) as finite:
                 (image,) = pipeline(
@@ -75,6 +77,16 @@ def sample_images(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return (np.concatenate(images, axis=1).astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _in_its_dtype(decode: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    """A VAE's `decode` as the cache has the VAE: some overflow in the network's dtype."""
+
+    def decoded(latents: Tensor, *told: Any, **options: Any) -> Any:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return decode(latents.float(), *told, **options)
+
+    return decoded
 
 
 def drawn_with(prompts: Sequence[str], settings: TrainSettings) -> dict[str, str]:

@@ -298,9 +298,9 @@ def loops() -> list[Row]:
 
 
 def tuned() -> list[Row]:
-    """DPO and what is ahead of it on pairs of other origin, each at its best on these pairs and labels."""
-    kinds = ((RENDERED[1], 30), (RENDERED[1], 5), (RENDERED[0], 5))
-    return [Row(method=method, pairs=pairs, turned=turned) for pairs, turned in kinds for method in (DPO, KTO)]
+    """DPO and what is ahead of it on pairs of other origin, each at its best for these labels."""
+    shares = reversed(FLIPS)
+    return [Row(method=method, pairs=RENDERED[1], turned=turned) for turned in shares for method in (DPO, KTO)]
 
 
 def caches(pairs: Pairs) -> tuple[Cache, ...]:

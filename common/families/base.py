@@ -84,13 +84,14 @@ class Family(ABC):
     """Of targets and errors."""
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    unread: tuple[str, ...] = ()
+    """Of the last of `transformer_blocks`: modules whose output nothing reads. They are not trained."""
     originals: Mapping[str, Original] = {}
     """{layer, with # for a block's number: where it stands in the network as it was published}."""
     lora_file: str = "pytorch_lora_weights.safetensors"
     """What `save_lora` writes."""
     prefixes: Mapping[str, tuple[str, ...]] = {}
-    """Where a single file keeps a component's weights, of the components that are read from one; empty: this family has
-    no such file."""
+    """Where a single file keeps a component's weights, of components that are read from one; empty: no such file."""
     patch: int = 1
     """Elements of a latent's plane in one of the network's input vectors."""
     blocks: tuple[str, ...] = ()
@@ -99,7 +100,6 @@ class Family(ABC):
     """Whether the network cuts prompts to their lengths, so that sizes inside it change from call to call."""
     latent_colours: tuple[Sequence[Sequence[float]], Sequence[float]] | None = None
     """(weight [4, 3], bias [3]) of a linear map from latents to RGB in 0..1, where one is known."""
-
     controlled: type[Any] | None = None
     """diffusers' pipeline of such a model and a ControlNet; None: not supported."""
     controlnet_class: type[Any]

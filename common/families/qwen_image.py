@@ -32,6 +32,7 @@ class QwenImage(FlowFamily):
     max_tokens = 512
     most_tokens = 1024
     patch = 4
+    unread = ("attn.to_add_out", "txt_mlp")
 
     def check_network(self, name: str, network: Config) -> None:
         for key in _OTHER_CONDITIONS:

@@ -131,7 +131,13 @@ def test_auto_compiles_what_does_not_fit_as_it_is(backend: Callable) -> None:
             torch.empty(1 << 46, dtype=torch.uint8)
         net(x)
 
-    assert compile_network(net, "auto", first, blocks=(), device=torch.device("cuda"), ahead=1)
+    told: Any = {"blocks": (), "device": torch.device("cuda"), "ahead": 1}
+    assert compile_network(net, "auto", first, **told)
+    net = network()
+    asked: list[bool] = []
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        compile_network(net, "auto", first, agree=asked.append, meeting=True, **told)
+    assert not asked, "the others wait inside the call, and would never answer"
 
 
 @pytest.mark.parametrize(("how", "calls"), [("off", 0), ("auto", 0), ("blocks", 1), ("whole", 1)])

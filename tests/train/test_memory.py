@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from inpo.common.batch_size import MOST
 from inpo.common.cache import Manifest
 from inpo.common.conditions import Condition
 from inpo.common.memory import FLOAT32, LOWER, META, Peak, bytes_of, counting
 from inpo.common.models import Model
 from inpo.common.tensor_watch import TensorWatch
 from inpo.common.testing import TinyKind
+from inpo.precompute.components import WHOLE, call_blank, fit, load_denoiser, shard_bytes
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.memory import precompute_peak
 from inpo.precompute.settings import PrecomputeSettings
 from inpo.train.memory import train_needs, train_peak
+from inpo.train.optim import prepare_network
 from inpo.train.settings import TrainSettings
 from tests.steps import step_peak
 
@@ -139,6 +142,48 @@ def test_what_precompute_holds(world: Any) -> None:
     assert predicted.activations(10) == pytest.approx(inverting.peak, rel=0.03)
     assert predicted.elsewhere == pytest.approx(weights + encoding.peak, rel=0.03)
     assert predicted.at(1000) > predicted.at(1) == predicted.elsewhere
+    whole = world.model.family.blank(world.model.config, 512, (32, 32))
+    assert predicted.shard == bytes_of(iter(whole.values())) + 512 * 2 * 4 * 8 * 8
+    assert predicted.at(1000) == predicted.weights + predicted.shard + predicted.activations(1000)
+    guided = manifest.model_copy(update={"inverter": manifest.inverter.model_copy(update={"guidance": 3.0})})
+    held = precompute_peak(world.model, guided, device_type="cpu").shard
+    assert held - predicted.shard == bytes_of(iter(whole.values()))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_a_batch_size_is_found_beside_what_a_shard_holds(kind: str, make_world: Callable[..., Any]) -> None:
+    model = make_world(kind).model
+    manifest = _manifest(model, "float32")
+    held, settings = shard_bytes(model, manifest), PrecomputeSettings(batch_size="auto")
+    denoiser = load_denoiser(model, manifest, CPU)
+    with TensorWatch() as watch:
+        call_blank(denoiser, model, manifest, MOST)
+    with TensorWatch() as found:
+        assert fit(denoiser, model, manifest, settings, WHOLE) == MOST
+    assert found.peak == pytest.approx(watch.peak + held, rel=0.01)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("kind", get_args(TinyKind))
+def test_all_that_is_trained_gets_a_gradient(kind: TinyKind, lora_rank: int, make_world: Callable[..., Any]) -> None:
+    """Or processes wait for each other's, and a checkpoint of split weights has no optimiser's state to go on from."""
+    model = make_world(kind).model
+    network = model.load_network()
+    told = TrainSettings(lora_rank=lora_rank)
+    trained = prepare_network(network, model.family, told, network_dtype="float32", device=CPU)
+    manifest = _manifest(model, "float32")
+    blank = model.family.blank(model.config, 2, (32, 32), manifest.max_tokens)
+    x = torch.zeros(2, *manifest.latent_shape)
+    model.family.bound(manifest.static)(network, x, torch.zeros(2), blank).sum().backward()
+    assert trained
+    assert {name for name, each in network.named_parameters() if each.requires_grad and each.grad is None} == set()
+    if lora_rank:
+        names = {name.partition(".lora_")[0] for name, each in network.named_parameters() if each.requires_grad}
+        ends = [name for name, _ in network.named_modules() if name.endswith(model.family.lora_targets)]
+        unread = {
+            name for name in ends if f".{len(getattr(network, 'transformer_blocks', ())) - 1}.attn.to_add_out" in name
+        }
+        assert names == set(ends) - (unread if kind == "qwen-image" else set())
 
 
 @pytest.mark.parametrize("kind", get_args(TinyKind))

@@ -20,6 +20,8 @@ from inpo.common.cache import open_cache
 from inpo.common.errors import ModelError
 from inpo.train.export import export_single_file
 from inpo.train.output import write_output
+from inpo.train.samples import sample_images
+from inpo.train.settings import TrainSettings
 
 
 def image(pipeline: Any) -> np.ndarray:
@@ -212,6 +214,25 @@ def test_a_sample_that_is_not_finite_is_black_and_told(
     for prompt in ("a cat", "a dog"):
         assert told.count(f"the sample of prompt '{prompt}' is not finite, and black") == 2
     assert not np.asarray(Image.open(output / "samples/step-00000001.png")).any()
+
+
+def test_a_samples_vae_has_the_caches_dtype(world: Any, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 unless its configuration says that it need not be: in float16 some overflow."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    decode = Decoder.forward
+
+    def watched(self: Any, latents: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        decoded: torch.Tensor = decode(self, latents, *arguments, **options)
+        seen.add((latents.dtype, decoded.dtype))
+        return decoded
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    manifest, told = open_cache(cache).manifest, TrainSettings(sample_steps=1)
+    for network_dtype, vae_dtype in (("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")):
+        as_told = manifest.model_copy(update={"network_dtype": network_dtype, "vae_dtype": vae_dtype})
+        seen.clear()
+        sample_images(world.model.load_network().eval(), world.model, ["a cat"], as_told, told)
+        assert seen == {(getattr(torch, vae_dtype),) * 2}, network_dtype
 
 
 def test_metrics_say_whether_it_learns(run: Callable[..., Path]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from inpo.cli import main
+from inpo.common.processes import LONGEST_WAIT
+from inpo.train.accelerator import control_group
 from tests.launching import Zygote, launch, ranks
 
 SETTINGS = """
@@ -67,6 +70,17 @@ def test_two_processes_equal_one_with_twice_the_accumulation(
     for name in ("loss", "margin", "win_advantage", "held_out_loss", "epoch"):
         for here, there in zip(mine, theirs, strict=True):
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
+
+
+def test_processes_wait_for_one_another_as_long_everywhere() -> None:
+    """Groups have timeouts of their own, of half an hour."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert control_group(SimpleNamespace(num_processes=1)) is None
+        group = control_group(SimpleNamespace(num_processes=2))
+        assert group._get_backend(torch.device("cpu")).options._timeout == LONGEST_WAIT
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_make_a_whole_sweep(zygote: Zygote, world: Any, cache: str, tmp_path: Path) -> None:
