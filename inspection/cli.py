@@ -151,7 +151,8 @@ def verify(
     if quarantine and found.findings:
         moved = move_commits(cache, found)
         print(f"moved {len(moved)} commits to {found.location}/quarantine: {', '.join(moved) or 'none'}")
-        print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
+        if moved:
+            print("the next `inpo precompute` makes these shards again; `inpo inspect clean` removes what they leave")
     if found.not_checked:
         print("a disk or a store refused what is not checked: mend that, then verify again; it may be sound, and stays")
     if found.findings or found.not_checked or not found.num_shards:

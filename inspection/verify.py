@@ -101,7 +101,7 @@ def verify(
         findings += result.findings
         for name, count in result.num_checked.items():
             num_checked[name] = num_checked.get(name, 0) + count
-    findings += _duplicates(results)
+    findings += _duplicates(results, cache)
     findings += _texts_lost(cache, unreadable) + _texts_unlike(cache, text_results)
     files = cache.store.listing("")
     not_checked = {result.shard: result.refusal for result in (*text_results, *results) if result.refusal is not None}
@@ -149,21 +149,29 @@ def _impossible(cache: Cache, files: Mapping[str, int], *, has_model: bool) -> d
     return reasons
 
 
-def _duplicates(results: list[ShardResult]) -> list[Finding]:
-    """Pair ids that stand in two shards: the source repeats them, so making a shard again changes nothing."""
+def _duplicates(results: list[ShardResult], cache: Cache) -> list[Finding]:
+    """Pair ids that stand in two shards: the source repeats them, so making a shard again changes nothing. Or a file
+    had changed between its shards: which of them is to go, nobody can tell from here."""
+
+    def have_changed(a: str, b: str) -> bool:
+        one, two = (cache.commits[name].source for name in (a, b))
+        return one.input_shard == two.input_shard and one.fingerprint != two.fingerprint
+
     seen: dict[str, str] = {}
     findings = []
     for result in results:
         repeated = [name for name in dict.fromkeys(result.pair_ids) if name in seen]
         if repeated:
-            others = ", ".join(sorted({seen[name] for name in repeated})[:3])
+            others = sorted({seen[name] for name in repeated})
+            why = "the source has them twice"
+            if any(have_changed(result.shard, other) for other in others):
+                why = "their file had changed between these shards; move the commits of all its shards aside"
             findings.append(
                 Finding(
                     shard=result.shard,
                     check="rows",
                     remake=False,
-                    detail=f"{len(repeated)} pair ids, {repeated[0]} first, stand in {others} too: the source has them "
-                    "twice",
+                    detail=f"{len(repeated)} pair ids, {repeated[0]} first, stand in {few(others)} too: {why}",
                 )
             )
         seen.update(dict.fromkeys(result.pair_ids, result.shard))

@@ -129,19 +129,33 @@ def names_in_cache(cache: str, source: PairSource, committed: set[str]) -> tuple
 
 def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) -> dict[str, DataError]:
     """{input shard: what is wrong} for those whose name another source's file has, from which this cache's shards of
-    that name are made. Lists of pairs are often called alike."""
+    that name are made, lists of pairs being often called alike; and for those that have changed while they were made:
+    rows stand in other places then, and would be lost or come twice."""
     mine = [task for task in tasks if task.name in committed]
+    unfinished = {task.input_shard.name for task in tasks if task.name not in committed}
     commits = _commits(CacheStore(cache), {task.name for task in mine}) if mine else {}
     found: dict[str, DataError] = {}
     for task in mine:
         name, commit = task.input_shard.name, commits.get(task.name)
-        if commit is None or name in found or commit.source.location == task.location:
+        if commit is None or name in found:
+            continue
+        is_here = commit.source.location == task.location
+        if is_here and name not in unfinished:
             continue
         try:
             is_same = task.input_shard.fingerprint() == commit.source.fingerprint
         except InpoError:  # the run itself meets and reports it
             continue
-        if not is_same:
+        if not is_same and is_here:
+            found[name] = DataError(
+                "This file has changed since a part of its rows came into the cache, so that the others are left out.",
+                where=f"{task.location}: {name}",
+                expected=f"what shard {task.name} was made from",
+                got="other rows",
+                fix="give the file back as it was; rows that are new belong in a file of another name. Or make all of "
+                f"it again: move {_commits_of(CacheStore(cache), name)} away",
+            )
+        elif not is_same:
             found[name] = DataError(
                 "Another source's file of this name is in the cache, so that this one is left out.",
                 where=f"{task.location}: {name}",
@@ -151,6 +165,11 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
                 f"the place that the cache knows, or move {CacheStore(cache).path(f'commits/{task.name}.json')} away",
             )
     return found
+
+
+def _commits_of(store: CacheStore, name: str) -> str:
+    """The commits of all shards of an input, as a shell's pattern."""
+    return store.path(f"{Commit.folder}/{name}-{'?' * 8}.json")
 
 
 def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[str]) -> list[str]:
@@ -176,9 +195,11 @@ def input_warnings(writer: CacheWriter, tasks: list[ShardTask], committed: set[s
         if found is None:
             continue
         if commit is not None and commit.source.fingerprint != found:
+            more = task.stop - commit.source.rows[1]
             lines.append(
-                f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays. "
-                f"To make it again, move {writer.store.path(f'commits/{task.name}.json')} away"
+                f"input {name} has changed since shard {task.name} was committed from it; the committed shard stays"
+                f"{f', and {more} rows are in no shard' if more > 0 else ''}. To make all of it again, move "
+                f"{_commits_of(writer.store, name)} away"
             )
         if commit is not None and (count := _now_allowed(writer.store, task, commit)):
             lines.append(

@@ -46,14 +46,15 @@ class SampleJudge:
                 self._reference[_key(run, prompts)] = self._score(_of_reference(run, prompts), prompts)
 
     def compare(self, among: Collection[str]) -> dict[str, dict[str, SampleScore]]:
-        """{run: {scorer: how its last samples stand}} of the runs `among` all; one without a sample, or with one that
-        cannot be read or was drawn otherwise than the reference's, is left out. Raises what `checked_scores` does."""
+        """{run: {scorer: how its last samples stand}} of the runs `among` all; one without a sample of a trained
+        network, or with one that cannot be read or was drawn otherwise than the reference's, is left out. Raises what
+        `checked_scores` does."""
         found: dict[str, dict[str, SampleScore]] = {}
         for name, run in self._runs.items() if self._scorers else ():
             if name not in among:
                 continue
             file, prompts = last_sample(run.output), sample_prompts(run.settings, run.caches)
-            if file is None:
+            if file is None or file.stem == "step-00000000":
                 continue
             try:
                 with Image.open(file) as strip:

@@ -179,7 +179,9 @@ def test_a_flipped_bit_in_a_text_shard_moves_its_commit_alone(fresh, inspect, ar
     assert "texts/t0  texts: no commit, and 2 shards need it (s0, s1)" in again.out
     assert "1 shards have an attempt and no commit (texts/t0)" in again.out
     # What is not there cannot be moved, and the shards of images are sound.
-    assert "moved 0 commits" in inspect("verify", folder, "--quarantine").out
+    told = inspect("verify", folder, "--quarantine").out
+    assert "moved 0 commits" in told
+    assert "makes these shards again" not in told
 
 
 @pytest.mark.parametrize("name", ["empty", "t0"])

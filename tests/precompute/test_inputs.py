@@ -23,6 +23,7 @@ from inpo.common.levels import Levels
 from inpo.common.log import set_level
 from inpo.common.models import open_model
 from inpo.common.testing import save_tiny_pipeline
+from inpo.inspection.verify import verify
 from inpo.precompute.configuration import build_manifest
 from inpo.precompute.settings import PrecomputeSettings
 
@@ -162,13 +163,53 @@ def test_a_changed_input_under_a_committed_shard_is_reported_and_the_shard_stays
     after = run.cache(source, pipelines(), tmp_path / "cache")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     (name,) = before.commits
-    for words in ("input pairs has changed", name, str(tmp_path / "cache" / "commits" / f"{name}.json")):
+    for words in ("input pairs has changed", name, str(tmp_path / "cache" / "commits" / "pairs-????????.json")):
         assert words in line
     assert after.commits == before.commits
     # Doing as the line says makes the shard again.
     (tmp_path / "cache" / "commits" / f"{name}.json").unlink()
     again = run.cache(source, pipelines(), tmp_path / "cache")
     assert "a horse" in again.shards[name].prompts()
+
+
+def test_a_file_that_changes_between_its_shards_is_left_out(
+    pipelines: Callable,
+    write_list: Callable,
+    run: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row more before the others moves a row into the second shard that the first one has; one less loses it."""
+    monkeypatch.setattr("inpo.precompute.tasks.MAX_PAIRS_PER_SHARD", 2)
+    rows = [{"prompt": "a cat", "id": str(number)} for number in range(4)]
+    source, place = write_list(rows), tmp_path / "cache"
+    before = run.cache(source, pipelines(), place, limit=2)
+    for changed in ([{"prompt": "a cat", "id": "new"}, *rows], rows[1:], [*rows, {"prompt": "a cat", "id": "new"}]):
+        write_list(changed)
+        capsys.readouterr()
+        assert run(source, pipelines(), place) == 1
+        told = capsys.readouterr().err
+        assert "This file has changed since a part of its rows came into the cache" in told
+        assert f"move {place / 'commits' / 'pairs-????????.json'} away" in " ".join(told.split())
+        assert open_cache(str(place)).commits == before.commits
+    # What has come into the cache twice is told as that.
+    write_list([{"prompt": "a cat", "id": "new"}, *rows])
+    with monkeypatch.context() as patch:
+        patch.setattr("inpo.precompute.works.foreign_inputs", lambda *_: {})
+        run.cache(source, pipelines(), tmp_path / "cache")
+    (found,) = verify(str(place)).findings
+    assert "1 pair ids, 1 first, stand in pairs-00000000 too: their file had changed" in found.detail
+    # Doing as the error says makes all of it again.
+    for commit in (place / "commits").glob("pairs-????????.json"):
+        commit.unlink()
+    again = run.cache(source, pipelines(), place)
+    assert [name for shard in again for name in shard.read("pair/id")] == ["new", "0", "1", "2", "3"]
+    assert not verify(str(place)).findings
+    # Rows that were added to a shard that is there are in none.
+    write_list([{"prompt": "a cat", "id": "new"}, *rows, {"prompt": "a cat", "id": "4"}])
+    assert run(source, pipelines(), place) == 0
+    assert "the committed shard stays, and 1 rows are in no shard" in " ".join(capsys.readouterr().err.split())
 
 
 def test_rows_that_were_not_allowed_are_told_where_they_are_now(

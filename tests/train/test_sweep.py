@@ -193,7 +193,8 @@ class Brightness:
 def test_the_reference_is_sampled_as_the_runs_are(
     make_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first update a run's samples are the reference's: a tie. Both are told as many tokens as the cache."""
+    """Of a network that is still the reference: a tie. Both are told as many tokens as the cache. A run that has got no
+    further than its first sample, which is the reference's, is not compared."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("inpo.train.sweep.load_scorer", lambda name: Brightness())
     world, told = make_world("pixart-sigma"), []
@@ -207,14 +208,20 @@ def test_the_reference_is_sampled_as_the_runs_are(
     monkeypatch.setattr(family, "drawing", drawing)
     words = ["train", "--cache", world.cache(tmp_path / "c", shards=(3,)), "--model", str(world.model.folder)]
     words += ["--output", str(tmp_path / "out"), "--sweep", str(write(tmp_path, "[[run]]\nname = 'one'\n"))]
-    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sample-every", "9"]
-    words += ["--sample-steps", "1", "--sample-prompts", "a small red ball"]
+    words += ["--steps", "1", "--batch-size", "2", "--tracker", "none", "--held-out", "0", "--sample-every", "1"]
+    words += ["--sample-steps", "1", "--sample-prompts", "a small red ball", "--learning-rate", "1e-30"]
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
     score = found["scores"]["brightness"]
     assert (score["win_rate"], score["mean"]) == (0.5, score["reference_mean"])
-    assert told == [16, 16]
+    assert told == [16, 16, 16]
+    samples = tmp_path / "out/one/samples"
+    last = (samples / "step-00000001.png").rename(tmp_path / "last.png")
+    done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/sweep.json").read_text())[0]["scores"] == {}
+    last.rename(samples / "step-00000001.png")
     # The run is finished, and its picture was drawn with one step: no picture of two is compared with it.
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness", "--sample-steps", "2"])
     assert done.exit_code == 0, done.output
@@ -241,7 +248,7 @@ def test_the_reference_is_sampled_as_the_runs_are(
     (found,) = json.loads((tmp_path / "out/sweep.json").read_text())
     assert (found["scores"], found["failed"]) == ({}, None)
     # A picture that is damaged is not compared.
-    (picture,) = (tmp_path / "out/one/samples").iterdir()
+    picture = samples / "step-00000001.png"
     picture.write_bytes(picture.read_bytes()[:-100])
     done = CliRunner().invoke(app, [*words, "--sweep-scorer", "brightness"])
     assert done.exit_code == 0, done.output
