@@ -162,7 +162,7 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
                 expected=f"what shard {task.name} was made from: {commit.source.location}",
                 got="other rows",
                 fix="rename the file, or take another --cache. If it is the same source, moved and changed since, give "
-                f"the place that the cache knows, or move {CacheStore(cache).path(f'commits/{task.name}.json')} away",
+                f"the place that the cache knows, or move {_commits_of(CacheStore(cache), name)} away",
             )
     return found
 

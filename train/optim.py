@@ -32,7 +32,8 @@ def prepare_network(
     split the weights, which it takes in plain order alone. Returns the trained parameters.
     """
     # Without a gradient they have no optimiser's state to go on from, and other processes would wait for theirs.
-    unread = [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}" for name in family.unread]
+    last = [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}." for name in family.unread]
+    unread = [name for name, _ in network.named_modules() if f"{name}.".startswith(tuple(last))]
     if settings.lora_rank:
         prepare_for_inference(network, network_dtype=network_dtype, device=device)
         targets = settings.lora_targets or family.lora_targets
