@@ -7,7 +7,7 @@ from scipy import stats
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
 from benchmarks.evidence import results as r
-from benchmarks.evidence.__main__ import joined
+from benchmarks.evidence.__main__ import TUNED, joined
 
 
 @pytest.fixture(params=[c.SHORT, c.FLOW], ids=["unet", "flow"])
@@ -28,7 +28,7 @@ def test_the_document_has_the_settings_of_all_rows(length):
 
 
 def test_the_tables_say_what_the_document_has(length):
-    """Figure for figure; all rows of a main table with the same seeds."""
+    """Figure for figure; all rows of a main table with the same seeds, all others but the wider grids' with the first five."""
     said = (c.SHORT.document.parent / "evidence.md").read_text()
     unets, flows = said.split("## On a flow")
     document = json.loads(length.document.read_text())
@@ -39,6 +39,9 @@ def test_the_tables_say_what_the_document_has(length):
     for pairs in c.MAIN:
         (seeds,) = {tuple(row["seeds"]) for row in tables[f"main, {pairs.name}"].values()}
         assert seeds in (length.seeds, length.seeds + c.MORE_SEEDS)
+    for title in tables.keys() - {f"main, {pairs.name}" for pairs in c.MAIN}:
+        expected = c.SEEDS + (c.MORE_SEEDS if title == TUNED else ())
+        assert {tuple(sorted(row["seeds"])) for row in tables[title].values()} == {expected}, title
 
 
 def row(seeds, values, rate=1e-5, against_dpo=True):
