@@ -30,9 +30,9 @@ def grid(row: c.Row, seed: int = c.GRID_SEEDS[0]) -> list[Run]:
 
 
 def finalists(row: c.Row) -> list[Run]:
-    """The best settings with the second seed."""
+    """The best settings with the second seed; of a wider grid all."""
     best = sorted(grid(row), key=lambda run: _cell([run]).sureness, reverse=True)
-    return [replace(run, seed=c.GRID_SEEDS[1]) for run in best[: c.FINALISTS]]
+    return [replace(run, seed=c.GRID_SEEDS[1]) for run in best[: c.FINALISTS if row.turned is None else None]]
 
 
 def wanting(rows: list[c.Row]) -> list[c.Row]:

@@ -66,7 +66,7 @@ MORE_SEEDS = (7, 8, 9, 10, 11, 12, 13, 14)
 """For the main tables alone. With these a 95% t-interval over seeds is half as wide: t(12) / sqrt(13) is 0.49 of
 t(4) / sqrt(5)."""
 GRID_SEEDS = (0, 6)
-"""All cells of a grid have the first, the best of them the second too."""
+"""All cells of a grid have the first, the best of them, or all of a wider one, the second too."""
 FINALISTS = 2
 FLIPS = (5, 30)
 """Per cent of the labels that say the opposite of what the oracle thinks."""

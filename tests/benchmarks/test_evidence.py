@@ -28,7 +28,7 @@ def test_the_document_has_the_settings_of_all_rows(length):
 
 
 def test_the_tables_say_what_the_document_has(length):
-    """Figure for figure; all rows of a main table with the same seeds, all others but the wider grids' with the first five."""
+    """Figure for figure; all rows of a main table with the same seeds, others, but the wider grids', with five."""
     said = (c.SHORT.document.parent / "evidence.md").read_text()
     unets, flows = said.split("## On a flow")
     document = json.loads(length.document.read_text())
