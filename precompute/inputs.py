@@ -146,7 +146,9 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
             is_same = task.input_shard.fingerprint() == commit.source.fingerprint
         except InpoError:  # the run itself meets and reports it
             continue
-        if not is_same and is_here:
+        if is_same:
+            continue
+        if is_here:
             found[name] = DataError(
                 "This file has changed since a part of its rows came into the cache, so that the others are left out.",
                 where=f"{task.location}: {name}",
@@ -155,7 +157,7 @@ def foreign_inputs(cache: str, tasks: Sequence[ShardTask], committed: set[str]) 
                 fix="give the file back as it was; rows that are new belong in a file of another name. Or make all of "
                 f"it again: move {_commits_of(CacheStore(cache), name)} away",
             )
-        elif not is_same:
+        else:
             found[name] = DataError(
                 "Another source's file of this name is in the cache, so that this one is left out.",
                 where=f"{task.location}: {name}",

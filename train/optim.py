@@ -29,9 +29,10 @@ def prepare_network(
 
     Trained weights are float32. Under LoRA the frozen ones are stored in the network's dtype, to which autocast would
     cast them at every call anyway. Training runs in eval mode, as inversion did: without dropout. `sharded`: FSDP will
-    split the weights, which it takes in plain order alone. Returns the trained parameters.
+    split the weights, which it takes in plain order alone. What the family calls unread is not trained. Returns the
+    trained parameters.
     """
-    # Without a gradient they have no optimiser's state to go on from, and other processes would wait for theirs.
+    # It gets no gradient: the optimiser would have no state of it to go on from, and processes would wait for others'.
     last = [f"transformer_blocks.{len(network.transformer_blocks) - 1}.{name}." for name in family.unread]
     unread = [name for name, _ in network.named_modules() if f"{name}.".startswith(tuple(last))]
     if settings.lora_rank:

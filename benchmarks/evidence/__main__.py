@@ -25,8 +25,8 @@ from benchmarks.evidence.jobs import Job, run_jobs
 from benchmarks.evidence.online import train_online
 
 AGAINST_DPO = "test-against-dpo"
-AGAINST_TUNED_DPO = "test-against-tuned-dpo"
-TUNED = "wider grids"
+AGAINST_WIDER_DPO = "test-against-wider-dpo"
+WIDER = "wider grids"
 """The table of what is compared with that."""
 Tables = dict[str, dict[str, Any]]
 """{title: {row: its numbers}}."""
@@ -84,9 +84,9 @@ def _more(at_once: int) -> None:
     loops = [run for row in c.loops() for runs in choice.online(row).values() for run in runs]
     _tested("DPO for the loops", at_once, list(dict.fromkeys(map(choice.dpo_of, loops))))
     _tested("online", at_once, loops)
-    _grids(at_once, c.tuned())
-    tuned = [run for row in c.tuned() for run in choice.tuned(row)]
-    _tested(TUNED, at_once, tuned, dpo_of=choice.tuned_dpo_of, against=AGAINST_TUNED_DPO)
+    _grids(at_once, c.wider())
+    wider = [run for row in c.wider() for run in choice.wider(row)]
+    _tested(WIDER, at_once, wider, dpo_of=choice.wider_dpo_of, against=AGAINST_WIDER_DPO)
 
 
 def _world(at_once: int, kinds: Iterable[c.Pairs]) -> None:
@@ -177,8 +177,8 @@ def _finished_runs() -> dict[str, dict[str, list[Run]]]:
     found["points"] = choice.points()
     found["online"] = {name: runs for row in _with_grid(c.loops()) for name, runs in choice.online(row).items()}
     found["answer"] = choice.answer()
-    found[TUNED] = {
-        f"{row.method.name} | {row.pairs.name} | {row.flips}": choice.tuned(row) for row in _with_grid(c.tuned())
+    found[WIDER] = {
+        f"{row.method.name} | {row.pairs.name} | {row.flips}": choice.wider(row) for row in _with_grid(c.wider())
     }
     tested = {
         title: {name: [run for run in runs if _is_tested(run)] for name, runs in rows.items()}
@@ -228,9 +228,9 @@ def _results() -> None:
     What was not made here stays in the document as it is.
     """
     name = c.length.root.name
-    grids = {row.title: choice.cells(row) for row in [*c.rows(), *_with_grid([*c.loops(), *c.tuned()])]}
+    grids = {row.title: choice.cells(row) for row in [*c.rows(), *_with_grid([*c.loops(), *c.wider()])]}
     made = {
-        title: {row: r.row(runs, AGAINST_TUNED_DPO if title == TUNED else AGAINST_DPO) for row, runs in rows.items()}
+        title: {row: r.row(runs, AGAINST_WIDER_DPO if title == WIDER else AGAINST_DPO) for row, runs in rows.items()}
         for title, rows in _finished_runs().items()
     }
     known = _document()

@@ -126,7 +126,7 @@ def points() -> dict[str, list[Run]]:
     return {method.name: [replace(run, method=method) for run in found] for method in c.POINTS}
 
 
-def tuned(row: c.Row) -> list[Run]:
+def wider(row: c.Row) -> list[Run]:
     """The choice of a wider grid, with all seeds of the main tables."""
     return [replace(tested(row)[0], seed=seed) for seed in (*c.SEEDS, *c.MORE_SEEDS)]
 
@@ -159,6 +159,6 @@ def dpo_of(run: Run) -> Run:
     return replace(theirs, pairs=run.pairs, flips=run.flips, seed=run.seed)
 
 
-def tuned_dpo_of(run: Run) -> Run:
+def wider_dpo_of(run: Run) -> Run:
     """The same by the wider grid for just these pairs and labels."""
-    return replace(tuned(c.Row(method=c.DPO, pairs=run.pairs, turned=run.flips))[0], seed=run.seed)
+    return replace(wider(c.Row(method=c.DPO, pairs=run.pairs, turned=run.flips))[0], seed=run.seed)

@@ -63,8 +63,8 @@ length = SHORT
 """The one in use."""
 NUM_PAIRS = 1024
 MORE_SEEDS = (7, 8, 9, 10, 11, 12, 13, 14)
-"""For the main tables alone. With these a 95% t-interval over seeds is half as wide: t(12) / sqrt(13) is 0.49 of
-t(4) / sqrt(5)."""
+"""For the main tables and the wider grids. With these a 95% t-interval over seeds is half as wide: t(12) / sqrt(13) is
+0.49 of t(4) / sqrt(5)."""
 GRID_SEEDS = (0, 6)
 """All cells of a grid have the first, the best of them, or all of a wider one, the second too."""
 FINALISTS = 2
@@ -297,7 +297,7 @@ def loops() -> list[Row]:
     ]
 
 
-def tuned() -> list[Row]:
+def wider() -> list[Row]:
     """DPO and what is ahead of it on pairs of other origin with many wrong labels, each at its best for just these."""
     return [Row(method=method, pairs=RENDERED[1], turned=FLIPS[1]) for method in (DPO, KTO)]
 

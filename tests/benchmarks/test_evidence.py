@@ -7,7 +7,7 @@ from scipy import stats
 from benchmarks.evidence import choice
 from benchmarks.evidence import conditions as c
 from benchmarks.evidence import results as r
-from benchmarks.evidence.__main__ import TUNED, joined
+from benchmarks.evidence.__main__ import WIDER, joined
 
 
 @pytest.fixture(params=[c.SHORT, c.FLOW], ids=["unet", "flow"])
@@ -40,7 +40,7 @@ def test_the_tables_say_what_the_document_has(length):
         (seeds,) = {tuple(row["seeds"]) for row in tables[f"main, {pairs.name}"].values()}
         assert seeds in (length.seeds, length.seeds + c.MORE_SEEDS)
     for title in tables.keys() - {f"main, {pairs.name}" for pairs in c.MAIN}:
-        expected = c.SEEDS + (c.MORE_SEEDS if title == TUNED else ())
+        expected = c.SEEDS + (c.MORE_SEEDS if title == WIDER else ())
         assert {tuple(sorted(row["seeds"])) for row in tables[title].values()} == {expected}, title
 
 
